@@ -25,8 +25,8 @@ def arguments(doc: str, **flags: Any) -> argparse.Namespace:
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
-    for name, given in (flags | dict(json=str)).items():
-        default, more = given if isinstance(given, tuple) else (given, {})
+    for name, setting in (flags | dict(json=str)).items():
+        default, more = setting if isinstance(setting, tuple) else (setting, {})
         if default is False:
             options = dict(action="store_true")
         elif isinstance(default, type):
@@ -53,7 +53,7 @@ def machine(*packages: str, about: str = "") -> dict[str, Any]:
     if info.exists():
         names = re.findall(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE)
         processor = names[0] if names else processor
-    found = dict(
+    environment = dict(
         processor=processor,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         load=round(os.getloadavg()[0], 1),
@@ -61,10 +61,12 @@ def machine(*packages: str, about: str = "") -> dict[str, Any]:
         python=platform.python_version(),
         versions={name: metadata.version(name) for name in packages},
     )
-    versions = "".join(f", {name} {version}" for name, version in found["versions"].items())
-    line = f"{processor}, {found['cores']} cores, load {found['load']} at the start;"
-    print(f"{about}{'; ' if about else ''}{line} Python {found['python']}{versions}", flush=True)
-    return found
+    versions = "".join(f", {name} {version}" for name, version in environment["versions"].items())
+    line = f"{processor}, {environment['cores']} cores, load {environment['load']} at the start;"
+    print(
+        f"{about}{'; ' if about else ''}{line} Python {environment['python']}{versions}", flush=True
+    )
+    return environment
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -94,12 +96,12 @@ class Table:
 
     def _print(self, row: Mapping[str, Any]) -> None:
         cells = []
-        for key, given in self._columns.items():
-            width, digits = re.fullmatch(r"([<>]?\d+)(?:.*\.(\d))?.*", given).groups()
+        for key, layout in self._columns.items():
+            width, digits = re.fullmatch(r"([<>]?\d+)(?:.*\.(\d))?.*", layout).groups()
             cell = row.get(key, "")
             if isinstance(cell, list):
                 cell = spread(cell, int(digits))
-            cells.append(format(cell, width if isinstance(cell, str) else given))
+            cells.append(format(cell, width if isinstance(cell, str) else layout))
         print(" ".join(cells).rstrip(), flush=True)
 
 

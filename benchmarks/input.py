@@ -1,8 +1,8 @@
-"""Compares our input pipeline with a torch DataLoader, in turns in one run, and our images with those of PIL.
+"""Compares our input pipeline with a torch DataLoader, in turns in one run, and our images with PIL's.
 
     python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
 
-Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions, and builds
+Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions. It builds
 records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Our side is all of `records.batches`:
 read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the reference or torchvision's decoder
 and resize, and open_clip's tokenizer. Each side runs in its own process; a turn consumes the prefetched batches before
@@ -81,32 +81,32 @@ def quality(paths: Sequence[epath.Path], name: str) -> dict[str, float]:
             seen = transforms.resize(transforms.decode(stored), made.SIZE).numpy()
             distances[kind].append(np.abs(seen.astype(int) - expected))
         ratios.append(psnr(seen, expected))  # of the JPEG
-    found = dict(
+    differences = dict(
         full_size_worst=max(int(d.max()) for d in distances["original"]),
         full_size_mean=float(np.mean([d.mean() for d in distances["original"]])),
         png_worst=max(int(d.max()) for d in distances["png"]),
         jpeg_psnr_mean=statistics.mean(ratios),
         jpeg_psnr_least=min(ratios),
     )
-    figures = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+    figures = ", ".join(f"{key} {value:.3f}" for key, value in differences.items())
     print(f"{len(paths)} {name} images against PIL's resize, levels of 255 and dB: {figures}")
-    return found
+    return differences
 
 
 def throughput(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
     """Times all sides, prints their table and returns its rows."""
     kinds = ("PIL", "torchvision")
-    given = dict(folder=folder, count=batches)
+    options = dict(folder=folder, count=batches)
     sides: dict[str, Any] = {
-        f"DataLoader {kind}": (torch_side, given | dict(kind=kind)) for kind in kinds
+        f"DataLoader {kind}": (torch_side, options | dict(kind=kind)) for kind in kinds
     }
     for name in made.SETS:
         more = dict(name=name, count=batches * (1 if name == "full_size" else STORED_TURNS))
-        sides[f"ours {name}"] = (our_side, given | more)
+        sides[f"ours {name}"] = (our_side, options | more)
     timings = stopwatch.measure(sides, turns).values()
     rates = {  # the first turn is warm-up
-        side: [given["count"] * made.BATCH / seconds for seconds in timing.value[1:]]
-        for (side, (_, given)), timing in zip(sides.items(), timings, strict=True)
+        side: [options["count"] * made.BATCH / seconds for seconds in timing.value[1:]]
+        for (side, (_, options)), timing in zip(sides.items(), timings, strict=True)
     }
     medians = {side: statistics.median(values) for side, values in rates.items()}
     columns = dict(pipeline="24", images_per_second=">24.0f", of_PIL=">8.2f")

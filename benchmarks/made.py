@@ -46,16 +46,16 @@ def annotation(number: int) -> dict[str, Any]:
     """A line of A.jsonl: captions of 8-18 words, 0-5 regions of 2-10."""
     rng = np.random.default_rng((1, number))
     sides = (WIDTH, HEIGHT)
-    words = lambda least, most: " ".join(rng.choice(WORDS, rng.integers(least, most + 1)))
+    text = lambda least, most: " ".join(rng.choice(WORDS, rng.integers(least, most + 1)))
     corner = rng.uniform(0, 0.5, (5, 2)) * sides
     extent = rng.uniform(0.1, 0.5, (5, 2)) * sides
     boxes = np.concatenate([corner, corner + extent], axis=1).tolist()
     return {
         "image": f"{number:06d}.jpg",
-        "caption": words(8, 18),
-        "synthetic_caption": words(8, 18),
+        "caption": text(8, 18),
+        "synthetic_caption": text(8, 18),
         "regions": [
-            {"box": box, "description": words(2, 10), "score": float(rng.uniform(0.3, 1))}
+            {"box": box, "description": text(2, 10), "score": float(rng.uniform(0.3, 1))}
             for box in boxes[: rng.integers(0, 6)]
         ],
     }

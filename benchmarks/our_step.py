@@ -13,7 +13,7 @@ from grain_jax.input_pipeline import device, synthetic
 from grain_jax.models.grain import GRAIN
 from grain_jax.train import run, sharding, train_step
 
-# Images a group -> rows that hold 99.9% of the texts (docs/speed.md, Packing).
+# Images a group -> rows that hold 99.9% of the texts (docs/performance.md, Packing).
 PACKED_ROWS = {8: 5, 16: 9, 32: 17, 64: 33, 128: 63}
 
 
@@ -36,23 +36,23 @@ def side(size: str, batch: int, attention: str, steps: int) -> dict[str, Any]:
         config = make_config(size, batch, packed=name == "packed", **keys)
         mesh = sharding.make_mesh(config.mesh, [chip])
         program = train_step.build(config, mesh, total_steps=1000, steps_per_epoch=100.0)
-        given = device.shard_batch(next(synthetic.batches(config)), program.batch_sharding)
-        made[name] = program.step.lower(program.state, program.batch).compile(), given
-    held = [program.init()]  # the state, which the variants share
+        arrays = device.shard_batch(next(synthetic.batches(config)), program.batch_sharding)
+        made[name] = program.step.lower(program.state, program.batch).compile(), arrays
+    state = [program.init()]  # the state, which the variants share
     model = GRAIN(config.model, config.dtype, config.remat)
 
     def loss(params, batch):
         outputs = model.apply({"params": params}, batch, None)
         return losses.total_loss(outputs, batch, config.loss).total
 
-    def turn(step, given) -> dict[str, Any]:
+    def turn(step, batch) -> dict[str, Any]:
         for _ in range(steps):
-            held[0], metrics = step(held[0], given)
-        jax.block_until_ready((metrics, held))
+            state[0], metrics = step(state[0], batch)
+        jax.block_until_ready((metrics, state))
         peak = (chip.memory_stats() or {}).get("peak_bytes_in_use")
         return dict(loss=float(metrics["loss"]), peak_bytes=peak)
 
-    before = dict(loss=float(jax.jit(loss)(held[0].params, made["packed"][1])))
+    before = dict(loss=float(jax.jit(loss)(state[0].params, made["packed"][1])))
     turns = {name: functools.partial(turn, *step) for name, step in made.items()}
     return {"dropout off": lambda: before} | turns
 
@@ -61,14 +61,14 @@ def text_places(batch: schema.Batch) -> np.ndarray:
     """Positions of the end tokens in the concatenated rows of the batch, int64 [N]: captions, then real descriptions."""
     groups, rows, length = batch.text_tokens.shape
     group = np.arange(len(batch.image))[:, None] // (len(batch.image) // groups)
-    place = lambda at: (group * rows + at[..., 0]) * length + at[..., 1]
-    captions = place(batch.caption_at[:, :1])[:, 0]
-    descriptions = place(batch.description_at)[batch.region_mask]
+    index = lambda at: (group * rows + at[..., 0]) * length + at[..., 1]
+    captions = index(batch.caption_at[:, :1])[:, 0]
+    descriptions = index(batch.description_at)[batch.region_mask]
     return np.concatenate([captions, descriptions]).astype(np.int64)
 
 
 def padded_tokens(batch: schema.Batch) -> np.ndarray:
-    """The same texts, one a row, int32 [N, L], zeros after the end."""
+    """The same texts, one per row, int32 [N, L], zeros after the end."""
     length = batch.text_tokens.shape[-1]
     flat_tokens, flat_positions = batch.text_tokens.reshape(-1), batch.text_positions.reshape(-1)
     ends = text_places(batch)

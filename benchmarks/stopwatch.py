@@ -39,8 +39,8 @@ def _rounds(functions: Mapping[str, Callable[[], tuple[float, Any]]], turns: int
 _variants: dict[str, Callable[[], Any]] = {}  # of the side that this process runs
 
 
-def _start(side: Side, given: Mapping[str, Any]) -> list[str]:
-    _variants.update(side(**given))
+def _start(side: Side, options: Mapping[str, Any]) -> list[str]:
+    _variants.update(side(**options))
     return list(_variants)
 
 
@@ -72,13 +72,13 @@ def measure(sides: Mapping[str, tuple[Side, Mapping[str, Any]]], turns: int) -> 
         return _rounds(functions, turns)
 
 
-def agree(values: Mapping[str, Any], tolerance: float, what: str) -> float:
+def agree(values: Mapping[str, Any], tolerance: float, label: str) -> float:
     """The worst max|a-b| / max|b| of arrays to the first, b; ends the program with status 1 above the tolerance."""
     reference, *others = (np.asarray(value, np.float64) for value in values.values())
     errors = [np.abs(other - reference).max() / np.abs(reference).max() for other in others]
     worst = float(max(errors, default=0.0))
     if not worst <= tolerance:
         sys.exit(
-            f"{what} differ by {worst:.1e}: " + ", ".join(f"{n} {v}" for n, v in values.items())
+            f"{label} differ by {worst:.1e}: " + ", ".join(f"{n} {v}" for n, v in values.items())
         )
     return worst

@@ -59,7 +59,7 @@ class TorchStep:
         adam = dict(lr=1e-3, betas=(0.9, 0.98), eps=1e-8, fused=True)
         self.optimizer = torch.optim.AdamW(groups, **adam)
 
-    def place(self, batch: schema.Batch, *, packed: bool) -> Placed:
+    def on_device(self, batch: schema.Batch, *, packed: bool) -> Placed:
         """A numpy batch on the device, its texts packed or padded."""
         to = lambda x: torch.as_tensor(np.asarray(x)).to(self.device)
         texts = (to(our_step.padded_tokens(batch)).long(),)
@@ -99,17 +99,17 @@ class TorchStep:
         captions, descriptions = texts[: len(image)], texts[len(image) :]
         scale = backbone.logit_scale.exp()
         logits = _logits(scale * image, captions, batch.caption_id)
-        own = torch.arange(len(image), device=self.device)
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        labels = torch.arange(len(image), device=self.device)
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
         target = batch.region_boxes_cxcywh
-        found = _match(boxes[-1], target, batch.region_mask)
-        matched, region, query = (x.to(self.device) for x in found)
+        pairs = _match(boxes[-1], target, batch.region_mask)
+        matched, region, query = (x.to(self.device) for x in pairs)
         pred, real = boxes[-1][matched, query].float(), target[matched, region]
         box = (pred - real).abs().sum() + (1 - modeling._giou(pred, real, 0.0)).sum()
         logits = _logits(scale * regions[matched, query], descriptions, batch.description_id)
-        own = torch.arange(len(descriptions), device=self.device)
-        return loss + box / len(descriptions) + F.cross_entropy(logits, own)
+        labels = torch.arange(len(descriptions), device=self.device)
+        return loss + box / len(descriptions) + F.cross_entropy(logits, labels)
 
     def _packed(self, tokens, positions, segments, ends):
         """Packed rows [rows, L] and the positions of end tokens in them [N] -> [N, D]."""
@@ -120,8 +120,8 @@ class TorchStep:
         mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
         for block in backbone.transformer.resblocks:
             attention = block.attn
-            given = attention.in_proj_weight, attention.in_proj_bias
-            qkv = F.linear(block.ln_1(x), *given).chunk(3, dim=-1)
+            projection = attention.in_proj_weight, attention.in_proj_bias
+            qkv = F.linear(block.ln_1(x), *projection).chunk(3, dim=-1)
             q, k, v = (y.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in qkv)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x = x + attention.out_proj(out.transpose(1, 2).flatten(2))

@@ -51,7 +51,7 @@ def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, A
     module = module.to("cuda" if cuda else "cpu")
     step = torch_step.TorchStep(module, compiled=compiled, autocast=autocast)
     data = next(synthetic.batches(config))
-    placed = {name: step.place(data, packed=name == "packed") for name in ("packed", "padded")}
+    placed = {name: step.on_device(data, packed=name == "packed") for name in ("packed", "padded")}
     with torch.no_grad():
         module.eval()
         before = {f"dropout off {n}": dict(loss=float(step.loss(b))) for n, b in placed.items()}
@@ -69,17 +69,17 @@ def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, A
 
 def measure(args: Any, platform: str, steps: int) -> dict[str, stopwatch.Timing]:
     """The timings of all sides: in turns on a CPU, one after the other on a device that each fills."""
-    given = dict(size=args.size, batch=args.batch, steps=steps)
+    options = dict(size=args.size, batch=args.batch, steps=steps)
     sides: dict[str, Any] = {
-        f"JAX {name}": (our_step.side, given | dict(attention=name)) for name in args.attention
+        f"JAX {name}": (our_step.side, options | dict(attention=name)) for name in args.attention
     }
     if platform == "tpu" or importlib.util.find_spec("torch") is None:
         print("PyTorch: left out, not installed or not of this device", flush=True)
     else:
         if platform == "cpu":
-            sides["PyTorch"] = (torch_side, given | dict(compiled=False))
+            sides["PyTorch"] = (torch_side, options | dict(compiled=False))
         if not args.no_compile:
-            sides["torch.compile"] = (torch_side, given | dict(compiled=True))
+            sides["torch.compile"] = (torch_side, options | dict(compiled=True))
     groups = [sides] if platform == "cpu" else [{name: side} for name, side in sides.items()]
     timings: dict[str, stopwatch.Timing] = {}
     for group in groups:

@@ -1,11 +1,12 @@
-"""GRAIN on the aviary, the embedded data set: a small model that learns birds' parts in minutes.
+"""GRAIN on the aviary, the embedded dataset: a small model that learns birds' parts in minutes.
 
 COMMAND   grain-jax train --config demo --workdir runs/demo
-          (draws the data set first, into runs/aviary; ends in a table and report.html)
+          (draws the dataset first, into runs/aviary; ends in a table and report.html)
 HARDWARE  two CPU cores
 """
 
-from grain_jax.config.recipe import base, evaluator
+from grain_jax.config.recipe import base
+from grain_jax.evaluate.kinds import evaluator
 
 
 def get_config():
@@ -22,29 +23,28 @@ def get_config():
     c.input.prepare = (
         f"grain_jax.data.aviary --output {data} --records {{data_dir}} --name {{name}}"
     )
-    # A model this small leaves the plateau of this data within minutes with: weights that scale with the width (0.02
-    # is for wide towers), position waves that fit a grid of 8 x 8, and sharper initial attention in the decoder.
+    # A model this small needs these to leave the plateau within minutes. Weights scale with the width (0.02 is for wide
+    # towers), position waves fit a grid of 8 x 8, and the decoder's attention starts sharper.
     c.model.image.block_init = "torch"
     c.model.image.position_init = "sincos2d"
     c.model.image.position_period = 16.0
     c.model.decoder.qkv_init_gain = 2.5
     c.model.decoder.dropout = 0.0
-    # As docs/claim.md measures: as many queries as birds have parts, so that each finds one; a small weight of the box
-    # loss, on every decoder layer; and, for words in the global embedding, L_id, two captions of each image and the
-    # sum of all queries as the image embedding.
+    # docs/claim.md measures these. Each part of a bird gets a query. The box loss has a small weight, on every decoder
+    # layer. L_id, two captions per image and the sum of all queries bring words into the global embedding.
     c.model.decoder.queries = 8
     c.model.decoder.image_pool = "all"
     c.loss.box = 0.2
     c.loss.deep_supervision = True
     c.loss.image_description = 1.0
     c.input.captions_per_image = 2
-    # A box head, for boxes that are given; as docs/howto/boxes.md measures, its loss helps the other embeddings, too.
+    # The box head embeds boxes of the user. Its loss also helps the other embeddings (docs/howto/boxes.md).
     c.model.boxes.kind = "roi_align"
     c.model.boxes.bins = 3
     c.loss.box_description = 1.0
     c.optim.clip_norm = 1.0
     c.optim.warmup_steps = 100
-    # They measure birds: where the data of birds is missing, they are skipped.
+    # Evaluators of birds are skipped if the data of birds is missing.
     birds = dict(missing="skip", get=f"grain-jax aviary --output {data}")
     test = dict(annotations=f"{data}/test/A.jsonl", **birds)
     c.evals.seen = evaluator("zeroshot", f"{data}/seen", **birds)

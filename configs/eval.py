@@ -7,10 +7,153 @@ COMMAND   grain-jax evaluate suite --checkpoint DIR --config eval --output OUT.j
 DATA      nothing is downloaded: a missing set is skipped, and a line says how to get it
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from grain_jax.config.suite import entries, probes
+from grain_jax.evaluate.kinds import evaluator
+
+# Entry -> TFDS name, split, class names that come with the package (None: the labels of the set).
+TFDS = {
+    "cifar10": ("cifar10", "test", "cifar10"),
+    "cifar100": ("cifar100", "test", "cifar100"),
+    "sun397": ("sun397/tfds", "test", "sun397"),
+    "cars196": ("cars196", "test", "cars196"),
+    "dtd": ("dtd", "test", None),
+    "oxford_iiit_pet": ("oxford_iiit_pet", "test", None),
+    "caltech101": ("caltech101", "test", "caltech101"),
+    "oxford_flowers102": ("oxford_flowers102", "test", "oxford_flowers102"),
+    "caltech_birds2011": ("caltech_birds2011", "test", "caltech_birds2011"),
+    "places365_small": ("places365_small", "validation", "places365_small"),
+    "food101": ("food101", "validation", None),
+    "imagenet2012": ("imagenet2012", "validation", "imagenet2012"),
+}
+_REFCOCO = "'refs(unc).p' instances.json"
+# Entry -> kind, folder of the images below `folders`, and the flags of the grain-jax annotate command that makes
+# A.jsonl: --source, --annotations and --split.
+ANNOTATED = {
+    "flickr30k": ("retrieval", "flickr30k", "karpathy", "dataset_flickr30k.json", "test"),
+    "mscoco": ("retrieval", "coco", "karpathy", "dataset_coco.json", "test"),
+    "flickr30k_entities": ("grounding", "flickr30k", "flickr30k_entities", "ENTITIES", "test"),
+    **{
+        f"refcoco_{split}": ("grounding", "coco/train2014", "refcoco", _REFCOCO, split)
+        for split in ("val", "testA", "testB")
+    },
+    "coco": ("boxes", "coco/val2017", "coco", "instances_val2017.json", ""),
+    "lvis": ("boxes", "coco", "lvis", "lvis_v1_val.json", ""),
+    "fg_ovd_hard": ("hard_negatives", "coco", "fg_ovd", "1_attributes.json", ""),
+    "fg_ovd_medium": ("hard_negatives", "coco", "fg_ovd", "2_attributes.json", ""),
+    "fg_ovd_easy": ("hard_negatives", "coco", "fg_ovd", "3_attributes.json", ""),
+    "fg_ovd_trivial": ("hard_negatives", "coco", "fg_ovd", "shuffle_negatives.json", ""),
+    "fg_ovd_color": ("hard_negatives", "coco", "fg_ovd", "color.json", ""),
+    "fg_ovd_material": ("hard_negatives", "coco", "fg_ovd", "material.json", ""),
+    "fg_ovd_pattern": ("hard_negatives", "coco", "fg_ovd", "pattern.json", ""),
+    "fg_ovd_transparency": ("hard_negatives", "coco", "fg_ovd", "transparency.json", ""),
+}
+# Negatives per box in FG-OVD's files, if they are fewer than 10.
+_FEWER_NEGATIVES = {"fg_ovd_pattern": 7, "fg_ovd_transparency": 2}
+# Entry -> format of the set in the folder of that name below `folders`, and how to get it.
+SEGMENTED = {
+    "ade20k": ("ade20k", "ADEChallengeData2016.zip of data.csail.mit.edu/places/ADEchallenge"),
+    "voc2012": ("voc", "VOCdevkit/VOC2012 of VOCtrainval_11-May-2012.tar, host.robots.ox.ac.uk"),
+    "pascal_context": ("context59", "VOCdevkit/VOC2010, with SegmentationClassContext by Detail"),
+    "cityscapes": ("cityscapes", "leftImg8bit and gtFine of cityscapes-dataset.com"),
+    "coco_stuff": (
+        "coco_stuff",
+        "val2017.zip of cocodataset.org in images/, stuffthingmaps_trainval2017.zip in annotations/",
+    ),
+}
+SETS = (*TFDS, "products2023", *ANNOTATED, *SEGMENTED)
+
+
+def entries(
+    sets: Iterable[str] = SETS,
+    data_dir: Any = "~/tensorflow_datasets",
+    folders: Any = "~/grain_benchmarks",
+    descriptions: Any = None,
+    alphas: Any = (1.0, 0.75, 0.5, 0.25, 0.0),
+    templates: Any = None,
+    missing: str = "skip",
+) -> dict[str, dict]:
+    """Entries of `evals`; a training config takes some of them: `c.evals = entries(sets=("cifar10",))`.
+
+    All but `sets` and `missing` may be references of a ConfigDict.
+
+    Args:
+      sets: names, of SETS.
+      data_dir: folder of TFDS.
+      folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, products2023/, and NAME/ of the sets
+        with masks, each in its own layout.
+      descriptions: folder of NAME.json; without its file, a dataset is evaluated by names alone.
+      alphas: shares of the global score, if there are descriptions.
+      templates: file of prompts; None for the general ones.
+      missing: "skip" or "error".
+    """
+    out = {}
+    for name in sets:
+        if name in ANNOTATED:
+            out[name] = _annotated(name, folders, templates, missing=missing)
+            continue
+        if name in SEGMENTED:
+            layout, get = SEGMENTED[name]
+            fields = dict(templates=templates, missing=missing, get=get, format=layout)
+            out[name] = evaluator("segmentation", folders + f"/{name}", **fields)
+            continue
+        fields: dict[str, Any] = dict(alphas=alphas, templates=templates, missing=missing)
+        if descriptions is not None:
+            fields["descriptions"] = descriptions + f"/{name}.json"
+        if name == "products2023":
+            how = "a folder per product, named after it, with its images, which the authors of the paper have"
+            out[name] = evaluator("zeroshot", folders + "/products2023", get=how, **fields)
+            continue
+        out[name] = evaluator("zeroshot", **_tfds(name, data_dir), **fields)
+    return out
+
+
+def probes(
+    sets: Iterable[str] = tuple(TFDS),
+    data_dir: Any = "~/tensorflow_datasets",
+    missing: str = "skip",
+) -> dict[str, dict]:
+    """Linear probes of the TFDS sets, as entries NAME_probe of `evals`: trained on `train`, tested like zero-shot.
+
+    Args:
+      sets: names, of TFDS.
+      data_dir: folder of TFDS; may be a reference of a ConfigDict.
+      missing: "skip" or "error".
+    """
+    return {
+        f"{name}_probe": evaluator("linear_probe", **_tfds(name, data_dir), missing=missing)
+        for name in sets
+    }
+
+
+def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
+    if name == "imagenet2012":  # TFDS cannot fetch it
+        fields["get"] = (
+            "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
+            + data_dir
+            + '/downloads/manual, then python -c "import tensorflow_datasets as tfds;'
+            " tfds.builder('imagenet2012', data_dir='" + data_dir + "').download_and_prepare()\""
+        )
+    return fields
+
+
+def _annotated(name: str, folders: Any, templates: Any, **fields: Any) -> dict[str, Any]:
+    kind, pictures, source, files, split = ANNOTATED[name]
+    if kind == "boxes":
+        fields["templates"] = templates
+    images, output = folders + f"/pictures/{pictures}", folders + f"/{name}"
+    get = f"grain-jax annotate --source {source} --annotations {files} --passes none --images "
+    get = get + images + " --output " + output + (f" --split {split}" if split else "")
+    if name in _FEWER_NEGATIVES:
+        fields["negatives"] = _FEWER_NEGATIVES[name]
+    if name == "lvis":  # all 1203 classes, with their groups
+        fields["classes"] = "lvis"
+    return evaluator(kind, images, annotations=output + "/A.jsonl", get=get, **fields)
 
 
 def get_config(also=""):

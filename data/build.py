@@ -25,7 +25,6 @@ from etils import epath
 from grain_jax.cli.parser import Command
 from grain_jax.core import errors, printable, progress, regular_file
 from grain_jax.data import duplicates, example, parallel, sources, staging, survey
-from grain_jax.data.annotate import outputs
 from grain_jax.data.arguments import Build, Encoding
 from grain_jax.data.sources import annotations
 from grain_jax.data.survey import BuildError
@@ -181,13 +180,8 @@ def _write(
     from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
     from grain_jax.input_pipeline import text_lengths, tokenizer
 
-    annotated_by = [
-        {"annotations": str(path), "passes": passes}
-        for path in args.annotations
-        if (passes := outputs.annotated_by(path))
-    ]
     has_negatives = counts["negatives"] > 0
-    lengths = text_lengths.Sample(negatives=has_negatives)
+    lengths = text_lengths.TextSample()
     parts = str(folder / "parts")
     train = progress.over(
         surveyed.examples(divided.train, parts), total=len(divided.train), what="writing"
@@ -207,7 +201,6 @@ def _write(
             "faulty_lines": surveyed.faulty_lines,
             "boxes_clipped": counts["boxes_clipped"],
             "duplicates_left_out": divided.left_out,
-            **({"annotated_by": annotated_by} if annotated_by else {}),
         },
         negatives=has_negatives,
         files=lambda: {

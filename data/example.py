@@ -141,7 +141,7 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
     if encoding.kind != "jpeg":
         return images.encode_png(image), stored_anew
     out = io.BytesIO()
-    # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/input.md).
+    # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/performance.md).
     images.to_rgb(image).save(out, "JPEG", quality=encoding.quality, subsampling=0)
     return out.getvalue(), stored_anew
 

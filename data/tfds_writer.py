@@ -8,11 +8,11 @@ import dataclasses
 import errno
 import io
 import itertools
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -20,7 +20,7 @@ from etils import epath
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.core.utils import shard_utils
 
-from grain_jax.data import digest, example
+from grain_jax.data import example
 from grain_jax.input_pipeline import record_files
 
 
@@ -87,7 +87,6 @@ def write(
       files: gives name -> content of what is to stand beside the records; called when these are written.
     """
     splits = {split: pair for split, pair in splits.items() if pair[1]}
-    digests = {split: digest.Digest() for split in splits}
 
     class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(example.VERSION)
@@ -106,7 +105,7 @@ def write(
         def _split_generators(self, dl_manager):
             del dl_manager  # nothing is downloaded
             return {
-                split: map(_with_key, digests[split].counting(items), itertools.repeat(negatives))
+                split: map(_with_key, items, itertools.repeat(negatives))
                 for split, (items, _) in splits.items()
             }
 
@@ -127,17 +126,11 @@ def write(
             if "No space left on device" not in str(error):
                 raise
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from None
-    described = {}
-    for split, total in digests.items():
-        info = builder.info.splits[split]
-        paths = list(map(epath.Path, info.filepaths))
-        described[split] = {
-            "digest": total.hex(),
-            "shard_lengths": info.shard_lengths,
-            "shard_bytes": [path.stat().length for path in paths],
-            "shard_digests": list(map(record_files.digest_of_shard, paths)),
-        }
-    beside = {**files(), record_files.DIGEST_FILE: json.dumps(described).encode()}
+    digests = {
+        split: record_files.digest_of_split(builder.info.splits[split].filepaths, negatives)
+        for split in splits
+    }
+    beside = {**files(), record_files.DIGEST_FILE: msgspec.json.encode(digests)}
     for file_name, content in beside.items():
         (epath.Path(builder.data_dir) / file_name).write_bytes(content)
 

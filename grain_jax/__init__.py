@@ -7,6 +7,8 @@ Importing this package loads neither JAX nor TensorFlow.
 
 from pathlib import Path
 
+from grain_jax.checkpoint import importers
+
 __version__ = "0.1.0"
 
 _checkout = Path(__file__).resolve().parent.parent
@@ -20,3 +22,12 @@ def load(path, dtype="float32", **options):
     from grain_jax import inference  # JAX takes a second to import; only those who load a model pay
 
     return inference.load(path, dtype, **options)
+
+
+def _import_weights(reference, folder):
+    from grain_jax.convert import cache  # needed for weights of other libraries only
+
+    return cache.import_weights(reference, folder)
+
+
+importers.import_weights = _import_weights

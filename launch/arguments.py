@@ -7,19 +7,19 @@ from grain_jax.cli.parser import Command, Configured
 
 
 class Plan(Configured, name="plan"):
-    """Tells memory and speed of a run on chips that are not here.
+    """Computes memory and speed of a run on chips that are not here.
 
-    The very step that grain-jax train runs is compiled for these chips on this machine's CPU: by libtpu for TPUs (extra
-    tpu), by the CUDA plugin of JAX for GPUs (extra cuda12). Prints whether it fits, its largest arrays, what it computes
-    and sends, and the least time that a step can take.
+    This machine's CPU compiles the step of grain-jax train for these chips, with libtpu for TPUs (extra tpu) or with
+    JAX's CUDA plugin for GPUs (extra cuda12). The plan says whether the step fits, and lists its largest arrays, its
+    FLOPs, what it sends, and the least time that it can take.
 
     Example:
       grain-jax plan --config grain_vitb16_cc12m --topology v5e:16x16
 
     the chips:
       --topology CHIP:SHAPE  v5e:16x16, v5e:16x16*2 (two slices), v6e:16x16, v4:4x4x8, v5p:4x4x4, tpu7x:4x4x4, h100:8x2
-        (GPUs a node x nodes; also h200, a100-40, a100-80, b200), gb200:72 (an NVL72 rack; gb200:72x2 two)
-      --output OUT.json      file that the plan is also written to
+        (GPUs per node x nodes; also h200, a100-40, a100-80, b200), gb200:72 (an NVL72 rack; gb200:72x2: two)
+      --output OUT.json      file for the plan, beside the printed page
     """
 
     topology: str
@@ -27,26 +27,26 @@ class Plan(Configured, name="plan"):
 
 
 class Sweep(Configured, name="sweep"):
-    """Trains every point of a sweep, and tabulates.
+    """Trains every point of a sweep and prints a table.
 
-    sweep() of the sweep file yields flat overrides, such as {"optim.learning_rate": 1e-3, "seed": 1}. Every point
-    is checked before anything starts. Each run has a folder of its own below the workdir, named after what differs.
-    The same command again skips what is finished, goes on with what is not, and tabulates.
+    sweep() in the sweep file yields the config keys that each run changes, such as {"optim.learning_rate": 1e-3}.
+    Every config is checked before anything starts. Each run has its own folder in the workdir, named after what
+    differs. The same command resumes the sweep: it skips finished runs.
 
     Example:
       grain-jax sweep --config demo --sweep learning_rate --workdir runs/rates --parallel 2
 
     the sweep:
-      --sweep FILE|NAME           a Python file with sweep(), or a sweep of the package, such as learning_rate
-      --workdir DIR               folder of the sweep; each run has one in it
-      --[no-]dry-run              check every point and print the commands, start nothing
-      --[no-]table                only tabulate what is there
-      --metric KEY                what the table is sorted by, such as eval/unseen/top1 (default: the first accuracy)
+      --sweep FILE|NAME           Python file with sweep(), or a sweep of the package, such as learning_rate
+      --workdir DIR               folder of the sweep, with a folder for each run
+      --[no-]dry-run              check every point, print the commands and start nothing
+      --[no-]table                only print the table of the present results
+      --metric KEY                metric that ranks the runs, such as eval/unseen/top1 (default: the first accuracy)
 
     how runs are started:
-      --launcher local|slurm|gke|gke-gpu  here, or by files that are written for a cluster; the command that submits
-        them is printed
-      --parallel N                runs at a time (default: local 1, else all)
+      --launcher local|slurm|gke|gke-gpu  local trains here; the others write files for a cluster and print the
+        command that submits them
+      --parallel N                number of runs at a time (default: 1 for local, else all)
     """
 
     sweep: str
@@ -59,20 +59,19 @@ class Sweep(Configured, name="sweep"):
 
 
 class Local(Command, name="local"):
-    """Starts a command as several processes on this machine.
+    """Runs a command as several processes on this machine.
 
-    Each process has D virtual devices and serves its share of the lanes. Lines are prefixed with the process's
-    number. A signal to the launcher goes to every process; where the launcher itself is killed, they get SIGTERM
-    (on Linux). The first process that fails is named, the others are ended, and its status is the launcher's:
-    128 + N after signal N. Where the run was preempted, it is 75.
+    Each process has D virtual devices. Its lines are prefixed with its number. The launcher passes signals on to all
+    processes; if it is killed itself, they get SIGTERM (on Linux). If a process fails, the launcher names it, ends the
+    others and returns its status, or 128 + N after signal N. Status 75: the run was preempted and saved.
 
     Example:
       grain-jax local --processes 2 -- grain-jax train --config demo --workdir runs/demo
 
     processes:
-      --processes P            how many to start
-      --devices-per-process D  virtual devices of each
-      --grace S                seconds that the others have to end in once a process failed
+      --processes P            number of processes
+      --devices-per-process D  virtual devices per process
+      --grace S                seconds that the other processes have to end after one failed
       -- COMMAND               grain-jax train or evaluate with its flags; --coordinator, --processes and --process-id
         are added
     """
@@ -80,7 +79,7 @@ class Local(Command, name="local"):
     processes: int
     devices_per_process: int = 1
     grace: float = flag(30.0, low=0)
-    words: list[str] = flag(name="command")
+    command_line: list[str] = flag(name="command")
 
 
 class LaunchFiles(Command, name="launch-files"):
@@ -92,7 +91,7 @@ class LaunchFiles(Command, name="launch-files"):
       grain-jax launch-files cluster
 
     where:
-      FOLDER   folder to write; none of the files may be there
+      FOLDER   folder to write; it may not hold these files yet
     """
 
     folder: str

@@ -6,7 +6,7 @@ https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth; NVIDIA's data 
 guide; gb200.txtpb of https://github.com/openxla/xla. The memory of a TPU is what the compiler of libtpu 0.0.42.1 allows a
 program; of a GPU, the share that JAX takes by default.
 
-A *device* is what JAX sees: a chip, but on tpu7x half of one. Images, memory, traffic and rates are those of a device.
+A *device* is what JAX sees: a chip, but on tpu7x half of a chip. Images, memory, traffic and rates are per device.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class Gpu(NamedTuple):
     shared_memory: int  # bytes, of a multiprocessor
     l2_cache: int  # MiB
     memory: int  # MiB
-    memory_rate: float  # bytes a second
+    memory_rate: float  # bytes per second
     machine: int = 8  # GPUs of a machine
-    node: int = 8  # GPUs that NVLink joins, at most: those of a machine, or of a rack
+    node: int = 8  # most GPUs that NVLink joins: all of a machine, or of a rack
 
     def description(self, name: str) -> str:
         """The text of its GpuTargetConfigProto, for `get_topology_desc(platform="cuda", target_config=...)`."""
@@ -64,7 +64,7 @@ device_description_str: "{name}"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of a chip and its share of the machine that it is in; bandwidths are bytes a second, one way.
+    """One device of a chip and its share of the machine that it is in; bandwidths are bytes per second, one way.
 
     Attributes:
       name: as in a topology, "v5e".
@@ -163,12 +163,11 @@ class Topology(NamedTuple):
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "tpu7x:4x4x4" or "h100:8x2" (8 GPUs a node, 2 nodes).
+    """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "tpu7x:4x4x4" or "h100:8x2" (8 GPUs per node, 2 nodes).
 
     Args:
-      text: chip, colon, shape; "*n" for n TPU slices that the data-centre network joins. Of GPUs the first
-        number is the GPUs of a node, which NVLink joins (8 at most, of gb200 72), the second (1 where left out) the
-        nodes; `shape` is then (GPUs a node,).
+      text: chip, colon, shape. "*n" means n TPU slices that the data-centre network joins. For GPUs the numbers are
+        GPUs per node, which NVLink joins (at most 8; gb200: 72), and nodes (default 1); `shape` is (GPUs per node,).
 
     Raises:
       UserError: an unknown chip, or a shape that such chips do not come in.
@@ -177,7 +176,7 @@ def parse_topology(text: str) -> Topology:
     if not match or match[1] not in CHIPS:
         raise errors.UserError(
             f"topology: got {text!r}, expected CHIP:SHAPE such as v5e:16x16, v5e:16x16*2 (two slices),"
-            f" v4:4x4x8 or h100:8x2 (GPUs a node x nodes), where CHIP is one of {', '.join(CHIPS)}"
+            f" v4:4x4x8 or h100:8x2 (GPUs per node x nodes); CHIP is one of {', '.join(CHIPS)}"
         )
     chip = CHIPS[match[1]]
     shape = tuple(int(n) for n in match[2].split("x"))
@@ -189,7 +188,7 @@ def parse_topology(text: str) -> Topology:
         node = chip.gpu.node
         good = match[3] is None and len(shape) <= 2 and 0 < shape[0] <= node
         good = good and min(shape) > 0
-        expected = f"at most {node} GPUs a node x nodes, such as {chip.name}:{node}x2"
+        expected = f"at most {node} GPUs per node x nodes, such as {chip.name}:{node}x2"
         shape, slices = shape[:1], math.prod(shape[1:])
     if not good:
         raise errors.UserError(f"topology: got {text!r}, expected {expected}")

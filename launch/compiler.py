@@ -20,8 +20,7 @@ from grain_jax.launch import chips
 from grain_jax.train import sharding, train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Of the cuBLAS and Triton versions of a product, the one that is faster is found on a GPU: without one, cuBLAS is
-# what compiles. The scheduler is the one that slurm.sbatch and the Dockerfile ask for.
+# A GPU finds out whether cuBLAS or Triton multiplies faster. Without a GPU, only cuBLAS compiles. The scheduler is the one that slurm.sbatch and the Dockerfile ask for.
 _GPU_FLAGS = (
     "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
     " --xla_gpu_enable_latency_hiding_scheduler=true"
@@ -127,7 +126,7 @@ def compile_step(
 
 
 def check_installed(chip: chips.Chip) -> None:
-    """Raises UserError, with what to install, if no compiler for that chip is there."""
+    """Raises UserError, with what to install, if the compiler for that chip is missing."""
     needed = ("libtpu",) if chip.is_tpu else _CUDA_PLUGINS
     if any(importlib.util.find_spec(package) for package in needed):
         return
@@ -144,7 +143,7 @@ def check_installed(chip: chips.Chip) -> None:
 
 @contextlib.contextmanager
 def _environment(topology: chips.Topology) -> Iterator[None]:
-    """Inside, the variables are set that the compiler reads."""
+    """Sets the environment variables that the compiler reads."""
     # The flags of the user come last, so that they win.
     variables = {"XLA_FLAGS": f"{_GPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()}
     if topology.chip.is_tpu:
@@ -198,7 +197,7 @@ def _state_bytes(program: train_step.Program) -> dict[str, int]:
 
 
 def _bytes(text: str) -> int:
-    """Of a size as the compiler prints it, such as 18.29G."""
+    """The bytes of a size as the compiler prints it, such as 18.29G."""
     number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)i?B?", text.strip()).groups()
     return round(float(number) * _UNITS[unit])
 
@@ -221,6 +220,6 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
     for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         shape = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
         name = re.search(r'op_name="([^"]*)"', entry)
-        words = (part[1] if part else "?" for part in (shape, name))
-        largest.append((_bytes(entry.split()[0]), *words))
+        facts = (part[1] if part else "?" for part in (shape, name))
+        largest.append((_bytes(entry.split()[0]), *facts))
     return _bytes(sizes[1]), _bytes(sizes[2]), largest

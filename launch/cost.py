@@ -1,10 +1,14 @@
 """The least time of a step on given chips, from the work of the compiled program: a roofline.
 
-Assumptions, all of them on the fast side but the second: every unit runs at its printed peak; a collective runs
-as one ring over one axis of the torus (over the whole of a torus XLA can be faster, over an axis that is not
-closed slower); traffic with memory hides behind compute or the other way round; a collective hides behind the
-work that the schedule puts between its start and its end, and for the rest of its time stops the chip; a
-transfer takes at least LATENCY_SECONDS.
+Assumptions; all but the second err on the fast side:
+
+- Every unit runs at its printed peak.
+- A collective runs as one ring over one axis of the torus. XLA can be faster over a whole torus, and slower over an axis
+  that is not closed.
+- Memory traffic and compute hide each other.
+- A collective hides behind the work that the schedule puts between its start and its end. For the rest of its time it
+  stops the chip.
+- A transfer takes at least LATENCY_SECONDS.
 """
 
 import math

@@ -10,18 +10,18 @@ from grain_jax.launch.arguments import LaunchFiles
 _SUFFIXES = (".sh", ".sbatch", ".yaml")
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Writes them to the folder, and prints their paths."""
-    folder = epath.Path(LaunchFiles.parse(words).folder)
-    own = epath.Path(__file__).parent
-    found = sorted(p for p in own.iterdir() if p.name == "Dockerfile" or p.suffix in _SUFFIXES)
-    if there := [p.name for p in found if (folder / p.name).exists()]:
+    folder = epath.Path(LaunchFiles.parse(arguments).folder)
+    source = epath.Path(__file__).parent
+    paths = sorted(p for p in source.iterdir() if p.name == "Dockerfile" or p.suffix in _SUFFIXES)
+    if there := [p.name for p in paths if (folder / p.name).exists()]:
         raise errors.UserError(
             f"{folder}: holds {', '.join(there)}, expected none of these; name another folder, or remove them"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in found:
+        for path in paths:
             print(path.copy(folder / path.name))
     except OSError as error:
         raise errors.UserError(f"{folder}: cannot be written ({error.strerror or error})") from None

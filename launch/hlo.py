@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 
     @property
     def in_hbm(self) -> bool:
-        """Whether it lies in the chip's main memory (space 0), not in a scratch memory inside of the core."""
+        """Whether it is in the chip's main memory (space 0), not in the core's scratch memory."""
         return re.search(r"S\([1-9]", self.layout) is None
 
 
@@ -96,7 +96,7 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By number."""
+        """The parameters by number."""
         return {int(i.literal): i for i in self.instructions.values() if i.opcode == "parameter"}
 
     @functools.cached_property
@@ -122,7 +122,7 @@ class Module:
       partitions: chips that the program is cut over; of TPU slices that the data-centre network joins, the chips
         of one slice.
       across_slices: whether it is such a program, in which sends through the host leave the slice.
-      trips: of each loop, by the name of its instruction; None where they were not found: its body counts once.
+      trips: of each loop, by the name of its instruction; None if unknown: its body counts once.
     """
 
     computations: dict[str, Computation]
@@ -136,11 +136,11 @@ class Module:
 
     @property
     def unknown_loops(self) -> tuple[str, ...]:
-        """Loops whose trips were not found."""
+        """Loops whose number of trips is unknown."""
         return tuple(name for name, trips in self.trips.items() if trips is None)
 
     def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """(where it stands, the instruction, runs a step) of all that a step runs."""
+        """(computation, instruction, runs per step) of everything that a step runs."""
         for computation in self.computations.values():
             if times := self.times.get(computation.name):
                 for instruction in computation.instructions.values():
@@ -153,7 +153,7 @@ class Module:
         return [(self.computations[name], times) for name in _callees(instruction)]
 
     def called(self, instruction: Instruction) -> Computation | None:
-        """What a fusion or an asynchronous wrapper runs."""
+        """The computation that a fusion or an asynchronous wrapper runs."""
         name = instruction.find(r"\bcalls=%([^\s,]+)")
         return self.computations[name] if name else None
 
@@ -161,10 +161,10 @@ class Module:
 def _balanced(text: str, start: int) -> int:
     """The index after the parenthesis that closes the one at `start`."""
     depth = 0
-    for at in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[at], 0)
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
         if not depth:
-            return at + 1
+            return index + 1
     raise ValueError(f"HLO: no closing parenthesis in {text[:120]!r}")
 
 
@@ -198,9 +198,9 @@ def parse(text: str) -> Module:
     entry = ""
     for is_entry, name, body in _COMPUTATION.findall(re.sub(r"/\*.*?\*/", "", text)):
         lines = [line.strip() for line in body.splitlines() if " = " in line]
-        found = [_parse_instruction(line) for line in lines]
-        root = next((i for i, x in zip(found, lines) if x.startswith("ROOT ")), found[-1])
-        computations[name] = Computation(name, {i.name: i for i in found}, root)
+        parsed = [_parse_instruction(line) for line in lines]
+        root = next((i for i, x in zip(parsed, lines) if x.startswith("ROOT ")), parsed[-1])
+        computations[name] = Computation(name, {i.name: i for i in parsed}, root)
         entry = name if is_entry else entry
     if not entry:
         raise ValueError("HLO: no ENTRY computation; expected the text of compiled.as_text()")
@@ -270,14 +270,14 @@ def _value(computations, computation, name, arguments=None) -> _Value | None:
     if opcode in ("copy", "bitcast", "convert", "reshape"):
         return inputs[0]
     if opcode == "add" and None not in inputs:
-        for one, other in (inputs, inputs[::-1]):
+        for value, other in (inputs, inputs[::-1]):
             if other.slot is None:
-                return _Value(one.slot, one.offset + other.offset)
+                return _Value(value.slot, value.offset + other.offset)
     return None
 
 
 def _trips(computations, caller: Computation, loop: Instruction) -> int | None:
-    """Trips of a loop: as XLA noted them, or from a counter's start, step and limit; None where not known."""
+    """Trips of a loop: as XLA noted them, or from a counter's start, step and limit; None if unknown."""
     known = loop.find(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
         return int(known)
@@ -307,7 +307,7 @@ def _trips(computations, caller: Computation, loop: Instruction) -> int | None:
 
 
 def is_continued(computation: Computation, instruction: Instruction) -> bool:
-    """Whether it is a collective that a fusion before this one has started."""
+    """Whether it is a collective that an earlier fusion started."""
     return (
         instruction.opcode in KINDS
         and instruction.find(r'(chain_id)="') is not None

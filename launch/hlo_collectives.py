@@ -23,13 +23,13 @@ class Collective(NamedTuple):
       in_loop: whether a loop repeats it.
       group_size: chips that take part together (of a permutation: length of the ring).
       slices: slices that a group spans; above 1 it goes over the data-centre network.
-      axes: mesh axes that it runs along, where the mesh was given.
+      axes: mesh axes that it runs along, if the mesh is known.
       count: runs a step.
       bytes: payload of one chip, all runs together: the array that all chips of a group hold together at its
         largest (all-reduce, reduce-scatter, all-to-all, permutation: the operand; all-gather: the result).
       ways: different permutations of one loop, which go over different links or the two directions of one.
-      work: what the schedule runs between their starts and ends, shared out where others are under way at once;
-        None where it is not known, and assumed to hide them.
+      work: what the schedule runs between their starts and ends; transfers that overlap share it. None: unknown, and
+        assumed to hide them.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Collective(NamedTuple):
 
 
 def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:
-    """The chips of each group, as positions in the mesh; of a permutation the (source, target) pairs."""
+    """The chips of each group, as positions in the mesh; for a permutation its (source, target) pairs."""
     rest = instruction.rest
     pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", rest)
     if pairs:
@@ -81,10 +81,10 @@ def _iota(text: str) -> np.ndarray:
 
 def _ring(pairs: list[list[int]]) -> int:
     """Chips of the ring, or of the chain, that begins with the first pair."""
-    targets, at, seen = dict(pairs), pairs[0][0], set()
-    while at is not None and at not in seen:
-        seen.add(at)
-        at = targets.get(at)
+    targets, chip, seen = dict(pairs), pairs[0][0], set()
+    while chip is not None and chip not in seen:
+        seen.add(chip)
+        chip = targets.get(chip)
     return len(seen)
 
 
@@ -138,7 +138,7 @@ def _channel(module: Module, fusion: Instruction) -> str | None:
 
 
 def _issued(module: Module, computation: Computation, instruction: Instruction):
-    """(kind, the collective itself, where it stands, asynchronous) if `instruction` issues one, else None."""
+    """(kind, the collective, its computation, whether it is asynchronous) if `instruction` issues one, else None."""
     opcode = instruction.opcode
     if opcode.removesuffix("-start") in hlo.KINDS:
         return opcode.removesuffix("-start"), instruction, computation, opcode.endswith("-start")
@@ -182,10 +182,10 @@ def collectives(
         transfers = []
         for instruction in computation.instructions.values():
             if instruction.opcode == "send" and "_xla_megascale_transfer_type=" in instruction.rest:
-                found = _across(module, computation, instruction, in_loop, slices)
+                transfer = _across(module, computation, instruction, in_loop, slices)
             else:
-                found = _within(module, computation, instruction, in_loop, ways, per_slice, mesh)
-            transfers += [found] if found else []
+                transfer = _within(module, computation, instruction, in_loop, ways, per_slice, mesh)
+            transfers += [transfer] if transfer else []
         for (sort, payload, _), work in zip(transfers, _shares(module, computation, transfers)):
             sums[sort] += times * np.array([1.0, payload, *work])
     rows = [
@@ -200,7 +200,7 @@ _Transfer = tuple[Collective, float, list[Instruction]]
 
 
 def _across(module, computation, send, in_loop, slices) -> _Transfer:
-    """Of a `send` through the host to other slices."""
+    """The transfer of a `send` through the host to other slices."""
     kind = send.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
     kind = kind.replace("one-to-one", "collective-permute")
     listed = send.find(r'_xla_megascale_target="\{([\d,]+)\}x')
@@ -212,7 +212,7 @@ def _across(module, computation, send, in_loop, slices) -> _Transfer:
 
 
 def _within(module, computation, instruction, in_loop, ways, per_slice, mesh) -> _Transfer | None:
-    """Of an instruction that issues a collective of more than one chip; `ways` is that of permutations."""
+    """The transfer of an instruction that issues a collective of several chips; `ways` counts for permutations."""
     issued = _issued(module, computation, instruction)
     if issued is None:
         return None
@@ -232,23 +232,23 @@ def _within(module, computation, instruction, in_loop, ways, per_slice, mesh) ->
 
 
 def _shares(module, computation, transfers) -> list[hlo_work.Work]:
-    """The work beside each transfer; what runs beside several is shared out by their payloads."""
+    """The work beside each transfer; transfers share work in proportion to their payloads."""
     under_way = Counter()
     for _, payload, between in transfers:
         for instruction in between:
             under_way[instruction.name] += payload
-    of = {
+    work_by_name = {
         n: hlo_work.work_of(module, computation, [computation.instructions[n]]) for n in under_way
     }
     shares = []
     for _, payload, between in transfers:
-        parts = [(of[i.name], payload / max(under_way[i.name], 1)) for i in between]
+        parts = [(work_by_name[i.name], payload / max(under_way[i.name], 1)) for i in between]
         shares.append(hlo_work.Work(*(sum(part * w[n] for w, part in parts) for n in range(2))))
     return shares
 
 
 def _ways(module: Module, computation: Computation) -> int:
-    """Different permutations of a computation, where no two have a pair of chips in common; else 1."""
+    """How many permutations a computation has, if no two share a pair of chips; else 1."""
     permutations = {
         frozenset(map(tuple, _groups(instruction, module.partitions)))
         for instruction in computation.instructions.values()
@@ -261,5 +261,5 @@ def _ways(module: Module, computation: Computation) -> int:
 
 def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The axes along which chips of one group differ."""
-    places = np.asarray(np.unravel_index(groups, tuple(mesh.values())))  # [axis, group, member]
-    return tuple(name for name, at in zip(mesh, places) if (at != at[:, :1]).any())
+    positions = np.asarray(np.unravel_index(groups, tuple(mesh.values())))  # [axis, group, member]
+    return tuple(name for name, index in zip(mesh, positions) if (index != index[:, :1]).any())

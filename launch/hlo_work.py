@@ -11,16 +11,16 @@ import numpy as np
 from grain_jax.launch import hlo
 from grain_jax.launch.hlo import Computation, Instruction, Module, Shape
 
-# A TPU multiplies bfloat16: so many passes it makes of a float32 product.
+# A TPU multiplies bfloat16. Passes that it needs for a float32 product:
 _PASSES = {"highest": 6, "high": 3}
-# On a GPU, a product of float32 as so many of bfloat16: by TF32 it takes twice the time; at HIGHEST precision the
-# FP32 units make it, which are 16 times slower on an A100 and 15 on an H100 (data sheets of NVIDIA).
+# Time of a float32 product on a GPU, in bfloat16 products. TF32 takes twice the time. HIGHEST precision uses the FP32
+# units, which are 16 times slower on an A100 and 15 times on an H100 (data sheets of NVIDIA).
 _GPU_PASSES = {"HIGHEST": 16, "HIGH": 2, "DEFAULT": 2}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 class Work(NamedTuple):
-    """Of one chip: FLOPs of matrix products, float32 ones by their passes, and bytes to and from main memory."""
+    """The work of one chip: FLOPs of matrix products (float32 by passes), and bytes to and from main memory."""
 
     flops: float
     bytes: float
@@ -43,8 +43,8 @@ def dot_flops(module: Module, *, passes: bool = False) -> float:
 def bytes_accessed(module: Module) -> float:
     """Traffic with main memory (HBM) a step on one chip, bytes: an estimate.
 
-    Operands and results of every instruction outside of fusions; what a slice or an update in place touches
-    instead of the whole buffer; nothing for arrays that the TPU compiler keeps in the core's own memory.
+    It counts operands and results of every instruction outside of fusions. A slice or an update in place counts what it
+    touches. Arrays that the TPU compiler keeps in the core's own memory count nothing.
     """
     outside = ((c, i, n) for c, i, n in module.running() if c.name not in module.fused)
     return sum((n * _traffic(module, c, i) for c, i, n in outside), 0.0)
@@ -84,7 +84,7 @@ def work_of(module: Module, computation: Computation, instructions: Iterable[Ins
 
 
 def _flops(computation: Computation, instruction: Instruction, passes: bool) -> float:
-    """Of the instruction itself, without those of the computations that it calls."""
+    """The FLOPs of the instruction itself, without the computations that it calls."""
     target = instruction.target
     if target == "tpu_custom_call":
         return float(instruction.find(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
@@ -127,9 +127,9 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
         dilate = setting("lhs_dilate", 1)
         result = np.arange(out[labels[3].index(label)])[:, None] * setting("stride", 1)
         steps = np.arange(kernel[labels[2].index(label)]) * setting("rhs_dilate", 1)
-        at = result + steps - setting("pad", 0)
-        inside = (at >= 0) & (at <= (left[labels[1].index(label)] - 1) * dilate)
-        count *= int((inside & (at % dilate == 0)).sum())
+        positions = result + steps - setting("pad", 0)
+        inside = (positions >= 0) & (positions <= (left[labels[1].index(label)] - 1) * dilate)
+        count *= int((inside & (positions % dilate == 0)).sum())
     return 2.0 * count
 
 
@@ -191,12 +191,12 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
 
 def _read_of_parameter(module: Module, computation: Computation, number: int) -> float:
     """Bytes that a fused computation reads of the operand of that number."""
-    found = computation.parameters.get(number)
-    return _read(module, computation, found.name) if found else 0.0
+    parameter = computation.parameters.get(number)
+    return _read(module, computation, parameter.name) if parameter else 0.0
 
 
 def _read(module: Module, computation: Computation, name: str) -> float:
-    """Bytes that a fused computation reads of one of its values that lies in memory."""
+    """Bytes that a fused computation reads of a value in memory."""
     whole = computation.instructions[name].shapes[0].stored_bytes
     total = 0.0
     for user in computation.users[name]:
@@ -216,7 +216,7 @@ def _read(module: Module, computation: Computation, name: str) -> float:
 
 
 def _written(module: Module, computation: Computation, shapes: tuple[Shape, ...]) -> float:
-    """Bytes that a fused computation writes to memory; `shapes` are those of the fusion's results."""
+    """Bytes that a fused computation writes to memory; `shapes` belong to the fusion's results."""
     root = computation.root
     if root.target == hlo.START:  # its operand is listed again before the result
         return sum(s.stored_bytes for s in shapes[1:] if s.in_hbm)

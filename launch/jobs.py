@@ -20,8 +20,8 @@ POLL = 0.5  # seconds between two looks at the processes
 SHOW = 5.0  # between two lines of progress
 
 
-class Job(NamedTuple):
-    """One command; the same command again goes on where it stopped."""
+class LocalJob(NamedTuple):
+    """One command; the same command resumes it."""
 
     name: str
     command: Sequence[str]
@@ -38,7 +38,7 @@ class Slot(NamedTuple):
 class _Try(NamedTuple):
     """A job that runs."""
 
-    job: Job
+    job: LocalJob
     slot: Slot
     process: subprocess.Popen
     began: float
@@ -91,10 +91,10 @@ class Runner:
       stopped_by: the signal that ended them all, or None.
     """
 
-    waiting: list[Job]
+    waiting: list[LocalJob]
     free: list[Slot]
-    screen: progress.Line
-    ready: Callable[[Job, frozenset[str]], bool] = lambda job, running: True
+    screen: progress.ProgressLine
+    ready: Callable[[LocalJob, frozenset[str]], bool] = lambda job, running: True
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
     done: list[str] = dataclasses.field(default_factory=list)
     failed: list[str] = dataclasses.field(default_factory=list)
@@ -132,7 +132,7 @@ class Runner:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: LocalJob) -> None:
         slot = self.free.pop(0)
         self.waiting.remove(job)
         job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -182,22 +182,13 @@ class Runner:
 
     def _show(self) -> None:
         eta, now = "", time.monotonic()
-        if self._took:
-            ran = [now - x.began for x in self._running]
-            left = time_left(self._took, ran, len(self.waiting), self._slots)
-            eta = f", ETA {progress.duration(left)}"
+        if (
+            self._took
+        ):  # seconds of whole runs; steps do not show compiling, evaluating and the report
+            left = fmean(self._took) * (len(self._running) + len(self.waiting))
+            left -= sum(now - job.began for job in self._running)
+            eta = f", ETA {progress.duration(max(left, 0.0) / self._slots)}"
         names = ", ".join(x.job.name for x in self._running)
         every = len(self.done) + len(self.failed) + len(self._running) + len(self.waiting)
         counts = f"{len(self.done)} of {every} runs finished"
         self.screen.show(f"{counts}{eta}; running: {names}")
-
-
-def time_left(took: Sequence[float], ran: Sequence[float], waiting: int, slots: int) -> float:
-    """Seconds until all jobs are done, if each takes as long as those that have finished (`took`, not empty).
-
-    Steps predict no time: starting, compiling, evaluating and the report take a share that no step shows. `ran` has the
-    seconds of each job that runs.
-    """
-    mean = fmean(took)
-    left = [max(mean - seconds, 0.0) for seconds in ran] + [mean] * waiting
-    return max(sum(left) / slots, max(left, default=0.0))

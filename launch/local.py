@@ -2,7 +2,7 @@
 
     grain-jax local --processes P --devices-per-process D -- grain-jax train ...
 
-Lines are prefixed with the process's number; `grain-jax local --help` says what signals and deaths lead to.
+Lines are prefixed with the process's number; `grain-jax local --help` explains signals and deaths.
 """
 
 import ctypes
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
-    command = args.words
-    if command[0] == "grain-jax":  # of this environment, be it that its scripts are not on the path
+    command = args.command_line
+    if command[0] == "grain-jax":  # of this environment, also if its scripts are not on the path
         command = [sys.executable, "-m", "grain_jax", *command[1:]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     processes: list[subprocess.Popen] = []
-    told: list[int] = []
+    signals: list[int] = []
 
     def pass_on(number: int, _) -> None:
         # Ctrl-C of a terminal reaches the processes too; the trainer ignores a second one within a second.
-        told.append(number)
+        signals.append(number)
         for process in processes:
             process.send_signal(number)
 
@@ -61,16 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     rendezvous = [f"--coordinator={coordinator}", f"--processes={args.processes}"]
     for index in range(args.processes):
-        words = [*command, *rendezvous, f"--process-id={index}"]
+        arguments = [*command, *rendezvous, f"--process-id={index}"]
         try:
             process = subprocess.Popen(
-                words, env=environment, preexec_fn=end_with_launcher, **options
+                arguments, env=environment, preexec_fn=end_with_launcher, **options
             )
         except OSError as error:
             _say(f"cannot start {command[0]}: {error.strerror}")
             return errors.UserError.status
         processes.append(process)
-        for number in told:  # while we were starting
+        for number in signals:  # while we were starting
             process.send_signal(number)
     readers = [  # after all forks: what runs between fork and exec must not meet another thread's locks
         threading.Thread(target=_relay, args=(index, process.stdout), daemon=True)
@@ -79,20 +79,20 @@ def main(argv: list[str] | None = None) -> int:
     for reader in readers:
         reader.start()
 
-    status = _wait(processes, told, args.grace)
+    status = _wait(processes, signals, args.grace)
     for reader in readers:
         reader.join(timeout=5)  # what a process has started may hold its output open
     return status
 
 
-def _wait(processes: list[subprocess.Popen], told: list[int], grace: float) -> int:
+def _wait(processes: list[subprocess.Popen], signals: list[int], grace: float) -> int:
     """Waits for all processes, ends the others once one has failed, and returns the status of the launcher."""
     failure, deadline = None, 0.0
     while True:
         running = any([p.poll() is None for p in processes])
-        codes = [_code(p.returncode, told) for p in processes]
+        codes = [_code(p.returncode, signals) for p in processes]
         if failure is None:
-            failure = _first_failure(codes, told)
+            failure = _first_failure(codes, signals)
             if failure is not None:
                 code = codes[failure]
                 how = f"ended with status {code}"
@@ -117,15 +117,15 @@ def _wait(processes: list[subprocess.Popen], told: list[int], grace: float) -> i
     return next((status for status in (PREEMPTED, INTERRUPTED) if status in codes), 0)
 
 
-def _code(code: int | None, told: list[int]) -> int | None:
+def _code(code: int | None, signals: list[int]) -> int | None:
     """The return code of a process; a signal passed on before the process handled signals has its usual code."""
-    return _PASSED_ON[-code] if code is not None and -code in told else code
+    return _PASSED_ON[-code] if code is not None and -code in signals else code
 
 
-def _first_failure(codes: list[int | None], told: list[int]) -> int | None:
+def _first_failure(codes: list[int | None], signals: list[int]) -> int | None:
     """Index of the process that failed first, or None."""
     fine = [None, 0, PREEMPTED]
-    if signal.SIGINT in told:
+    if signal.SIGINT in signals:
         fine.append(INTERRUPTED)
     if PREEMPTED in codes or INTERRUPTED in codes:
         fine.append(-signal.SIGABRT)  # JAX aborts the others of a process that was preempted early

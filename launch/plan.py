@@ -36,7 +36,7 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
     mesh = mesh_sizes(config.mesh, topology)
     # As the trainer derives them: each host's images are whole lanes.
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
-    place = derived.Place(mesh["data"] * mesh["fsdp"], lanes)
+    place = derived.Limits(mesh["data"] * mesh["fsdp"], lanes)
     config, derived_from = derived.planned(config, place)
     compiled = compiler.compile_step(config, topology, **run_lengths(config))
     values = config_lib.flatten(dataclasses.asdict(config))
@@ -58,7 +58,7 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
 
 
 def run_lengths(config: config_lib.Config) -> dict[str, Any]:
-    """`total_steps` and `steps_per_epoch` of a run whose data set nobody has seen."""
+    """`total_steps` and `steps_per_epoch` of a run whose dataset is unknown."""
     if config.total_steps is not None:
         return {"total_steps": config.total_steps, "steps_per_epoch": float(config.total_steps)}
     steps = max(round(config.total_epochs * EPOCH), 1)
@@ -124,7 +124,7 @@ def _memory(
 
 
 def _largest(arrays: Iterable[tuple[int, str, str]]) -> list[dict[str, Any]]:
-    """(bytes, shape, operation) of arrays as entries, equal ones as one with their number, largest sum first."""
+    """The largest arrays as entries, from (bytes, shape, operation); equal ones are one entry with their number."""
     entries = [
         {"count": count, "shape": shape, "bytes": size, "where": where}
         for (size, shape, where), count in Counter(arrays).items()

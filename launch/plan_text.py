@@ -6,7 +6,7 @@ from typing import Any
 from grain_jax.core import progress
 
 WIDTH = 96
-# Keys that trade memory against time; when memory runs out, the first cost the least time (docs/scaling.md).
+# Keys that trade memory against time; when memory runs out, the first cost the least time (docs/performance.md).
 REMEDIES = ("remat=qkv", "microbatches=2", "mesh.fsdp=8", "optim.moment_dtype=bfloat16")
 LEVERS = (
     *(remedy.partition("=")[0] for remedy in REMEDIES),

@@ -27,8 +27,8 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
     if done := len(runs) - len(left):
         print(f"sweep: {done} of {len(runs)} runs finished before", file=sys.stderr)
 
-    def ready(job: jobs.Job, running: frozenset[str]) -> bool:
-        """Of runs that make the same data set, the first runs alone until the data set is complete."""
+    def ready(job: jobs.LocalJob, running: frozenset[str]) -> bool:
+        """Whether a run may start: the first run that makes a dataset runs alone until the dataset is complete."""
         makes = lambda run: (run.config.input.data_dir, run.config.input.name)
         mine = by_name[job.name]
         same = [run for run in runs if makes(run) == makes(mine)]
@@ -39,9 +39,9 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
 
     here, start = local_folder(workdir), (sys.executable, "-m", "grain_jax.train")
     runner = jobs.Runner(
-        [jobs.Job(x.name, (*start, *x.arguments), here / x.name / "log.txt") for x in left],
+        [jobs.LocalJob(x.name, (*start, *x.arguments), here / x.name / "log.txt") for x in left],
         jobs.slots(parallel),
-        progress.Line("sweep: "),
+        progress.ProgressLine("sweep: "),
         ready=ready,
         # Runs that differ in their seed alone share a compiled program.
         environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ},
@@ -51,7 +51,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
 
 
 def check_metric(metric: str | None, config: config_lib.Config) -> None:
-    """Raises UserError where the config has no such evaluator."""
+    """Raises UserError if the config has no such evaluator."""
     if metric and metric.startswith("eval/"):
         name = metric.split("/")[1]
         if name not in config.evals:

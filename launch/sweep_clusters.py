@@ -15,7 +15,7 @@ HERE = epath.Path(__file__).parent
 
 
 def _unfinished(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """The runs for a cluster, which takes their arguments as words between blanks."""
+    """The unfinished runs; a cluster splits their arguments at blanks."""
     left = [run for run in runs if not finished(run)]
     for run in left:
         for argument in run.arguments:
@@ -28,7 +28,7 @@ def _unfinished(runs: Sequence[SweepRun]) -> list[SweepRun]:
         folder = epath.Path(data.data_dir) / data.name
         if data.source == "records" and data.prepare and not folder.exists():
             raise errors.UserError(
-                f"{folder}: no data set yet, and every run would make it (input.prepare); make it first: "
+                f"{folder}: no dataset yet, and every run would make it (input.prepare); make it first: "
                 f"python -m {data.prepare.format(**vars(data))}"
             )
     return left

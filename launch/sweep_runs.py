@@ -12,6 +12,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.config import loading
 from grain_jax.core import errors
+from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import derived
 from grain_jax.runtime import metrics_file
 
@@ -43,14 +44,14 @@ def load_points(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def short(value: Any) -> str:
-    """A value in the name of a run: as few digits as identify it, no characters that a path cannot have."""
+    """A value for the name of a run: the fewest digits that identify it, only characters that a path may have."""
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
     return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
 
 
 def _differing(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that differ between points; all where none does."""
+    """The keys that differ between points; all keys if none differs."""
     keys = list(dict.fromkeys(key for point in points for key in point))
     return [k for k in keys if any(p.get(k) != points[0].get(k) for p in points)] or keys
 
@@ -91,13 +92,13 @@ def make_runs(
     Raises:
       UserError: a line for every fault of the points.
     """
-    given = {word.partition("=")[0].removeprefix("--config.") for word in overrides}
+    set_here = {word.partition("=")[0].removeprefix("--config.") for word in overrides}
     differ, runs = _differing(points), []
     faults: dict[str, str] = {}  # fault -> the first point that has it
     for name, point in zip(name_points(points), points):
-        words = (*overrides, *(f"--config.{key}={value}" for key, value in point.items()))
+        flags = (*overrides, *(f"--config.{key}={value}" for key, value in point.items()))
         try:
-            for key in given & {*point}:
+            for key in set_here & {*point}:
                 raise errors.UserError(
                     f"{key}: the sweep and the command line both set it; leave one out"
                 )
@@ -106,14 +107,15 @@ def make_runs(
                     raise errors.UserError(
                         f"{key}: got {value!r}, expected a number, a string, a bool, a tuple or a list"
                     )
-            config = loading.load(file, words)
+            config = loading.load(file, flags)
+            kinds.from_entries(config.evals, config.model)
         except errors.UserError as error:
             for line in str(error).splitlines():
                 faults.setdefault(line, name)
             continue
         values = config_lib.flatten(dataclasses.asdict(config))
         swept = {key: values[key] for key in differ if key in values}
-        arguments = (f"--config={file}", *words, f"--workdir={workdir / name}")
+        arguments = (f"--config={file}", *flags, f"--workdir={workdir / name}")
         runs.append(SweepRun(name, swept, config, arguments, workdir / name))
     if faults:
         raise errors.UserError("\n".join(f"{line} (in {name})" for line, name in faults.items()))
@@ -121,7 +123,7 @@ def make_runs(
 
 
 def check_folders(runs: Sequence[SweepRun]) -> None:
-    """Raises UserError where the folder of a run has the results of another config."""
+    """Raises UserError if the folder of a run has results of another config."""
     faults = []
     for run in runs:
         file = run.folder / "config.json"
@@ -137,8 +139,8 @@ def check_folders(runs: Sequence[SweepRun]) -> None:
             continue
         old = {} if stored is None else config_lib.select(stored, DEFINING)
         for key, value in config_lib.select(run.config, DEFINING).items():
-            # What is said and done where data is missing makes no other run; what is not set, the trainer
-            # derives, and config.json has the numbers.
+            # What happens without data makes no other run. The trainer derives numbers that are not set, and
+            # config.json has them.
             same = key.startswith("evals.") and key.endswith((".get", ".missing"))
             same |= key in derived.KEYS and value is None
             if not same and key in old and old[key] != value:
@@ -163,7 +165,7 @@ def finished(run: SweepRun) -> bool:
     from grain_jax.checkpoint import files
 
     step = last_step(run.folder)
-    # Only the data set can turn a length in epochs into steps.
+    # Only the dataset can turn a length in epochs into steps.
     return step in files.finished_steps(run.folder) and run.config.total_steps in (
         None,
         step,
@@ -171,7 +173,7 @@ def finished(run: SweepRun) -> bool:
 
 
 def local_folder(workdir: epath.Path) -> epath.Path:
-    """The folder of the logs and job files of a sweep: its workdir, or a local folder where that is remote."""
+    """The folder of the logs and job files of a sweep: its workdir, or a local folder if the workdir is remote."""
     if "://" not in str(workdir):
         return workdir
     return epath.Path("runs/sweeps") / re.sub(r"\W+", "_", str(workdir).partition("://")[2])

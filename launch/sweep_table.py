@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from grain_jax import config as config_lib
-from grain_jax.core import errors
-from grain_jax.evaluate import tables
+from grain_jax.core import errors, named
+from grain_jax.evaluate import kinds, tables
 from grain_jax.launch.sweep_runs import SweepRun, short
 from grain_jax.runtime import metrics_file
 
@@ -34,7 +34,7 @@ class SweepRow:
 
 
 def _values(lines: Sequence[metrics_file.Line]) -> dict[str, float]:
-    """A run's metrics: of its evaluations the last, of the others the mean over the last logged steps."""
+    """A run's metrics: the last value of evaluations, the mean over the last logged steps of all others."""
     values = {key: of_steps[-1] for key, (_, of_steps) in metrics_file.series(lines).items()}
     for key, (_, of_steps) in metrics_file.series(lines[-_LAST:]).items():
         if not key.startswith("eval/"):
@@ -63,10 +63,13 @@ def default_metric(rows: Sequence[SweepRow]) -> str:
 
 
 def lower_is_better(metric: str, config: config_lib.Config) -> bool:
-    """Whether a metric ranks by its least value: of evaluators those that they declare, and losses and LOWER."""
+    """Whether a metric ranks by its least value: losses, LOWER, and what an evaluator declares."""
     if metric.startswith("eval/"):
         name, last = metric.split("/")[1], metric.rpartition("/")[2]
-        return name in config.evals and last in config.evals[name].lower_is_better
+        if name not in config.evals:
+            return False
+        with named.importing():
+            return last in kinds.find(config.evals[name]["kind"]).lower_is_better
     return metric.startswith("loss") or metric.partition("/")[0] in LOWER
 
 
@@ -78,14 +81,14 @@ def check(rows: Sequence[SweepRow], metric: str) -> None:
 
 
 def ranked(rows: Sequence[SweepRow], metric: str, lower: bool) -> list[SweepRow]:
-    """Best first, which is the lowest or the highest; runs that are not finished after those that are."""
+    """The finished runs, best first, then the others."""
     sign = 1 if lower else -1
     value = lambda row: sign * row.values.get(metric, sign * math.inf)
     return sorted(rows, key=lambda row: (row.state != "finished", value(row)))
 
 
 def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
-    """The table, best first, and below it the means over seeds where there are several."""
+    """The table, best first, and below it the means over several seeds."""
     axes = list(dict.fromkeys(key for row in rows for key in row.swept))
     leaves = [axis.rpartition(".")[2] for axis in axes]
     label = {a: a if leaves.count(leaf) > 1 else leaf for a, leaf in zip(axes, leaves)}
@@ -108,7 +111,7 @@ def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
             groups.setdefault(", ".join(others), []).append(row.values[metric])
     if SEED in axes and len(axes) > 1 and groups:
         means = [
-            [title, *(f"{of(x):.4f}" for of in (fmean, min, max)), str(len(x))]
+            [title, *(f"{statistic(x):.4f}" for statistic in (fmean, min, max)), str(len(x))]
             for title, x in sorted(groups.items(), key=lambda g: fmean(g[1]), reverse=not lower)
         ]
         header = ["over seeds", f"mean {metric}", "least", "most", "seeds"]

@@ -42,7 +42,7 @@ def pytest_collection_finish():
 
 # Files with the most seconds of tests, the longest first: what starts last, ends last.
 LONG = (
-    "tests/train/test_train_step.py",
+    "tests/train/test_invariance.py",
     "tests/train/test_run.py",
     "tests/losses/test_streaming.py",
     "tests/convert/test_to_onnx.py",

@@ -71,3 +71,18 @@ def write_words(folder, words: str) -> None:
     library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=words.split()[0]))
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     library.save(f"{folder}/tokenizer.json")
+
+
+def write_sentencepiece(folder) -> None:
+    """A siglip.model with the words of a few texts: id 0 pads, 1 ends, 2 is unknown."""
+    import sentencepiece
+
+    words = ["a photo of a wren", "two dogs and a cat s bowl 1998", "x long long words"] * 9
+    options: Any = dict(vocab_size=60, bos_id=-1, unk_id=2, eos_id=1, pad_id=0)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words),
+        model_prefix=f"{folder}/siglip",
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
+    )

@@ -64,7 +64,9 @@ def forge_config(workdir: pathlib.Path, config: Any) -> None:
     text = config_lib.to_json(config)
     (workdir / "config.json").write_text(text)
     for folder in (workdir / "checkpoints").iterdir():
-        (folder / "config" / "metadata").write_text(text)
-        path = folder / "digests" / "metadata"
-        forged = json.loads(path.read_text()) | {"config": digests.of_json(json.loads(text))}
-        path.write_text(json.dumps(forged))
+        path = folder / "_CHECKPOINT_METADATA"
+        content = json.loads(path.read_text())
+        items = content["custom_metadata"]
+        items["config"] = json.loads(text)
+        items["digests"]["items"] = digests.of_json([items[x] for x in ("config", "data", "best")])
+        path.write_text(json.dumps(content))

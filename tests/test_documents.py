@@ -1,15 +1,14 @@
-"""What the documents, docstrings, comments and messages cite is there: files, functions, sections, links, quirks."""
+"""What documents, docstrings, comments and messages cite is there: files, functions, links, commands."""
 
 import ast
 import functools
-import io
 import pathlib
 import re
 import shlex
-import tokenize
 
 import pytest
 
+from grain_jax.__main__ import COMMANDS
 from grain_jax.cli import commands
 from grain_jax.config import loading
 from grain_jax.core import errors
@@ -56,12 +55,10 @@ FOLDER = re.compile(
     r"(?<![\w/.{}<>*-])((?:grain_jax|configs|launch|benchmarks|tests|docs)/[\w./-]*\w)"
 )
 FUNCTION = re.compile(r"`((?!configs)\w+/[\w/]+\.py):([A-Za-z_][\w.]*)`")
-SECTION = re.compile(r"(docs/\w+\.md), ((?:[A-Z]|\")[^;:.)\n\"]*)")
-QUIRKS = re.compile(r"\b[Qq]uirks? ((?:\d+(?:, | and |-)?)+)")
 MODULE = re.compile(r"python3? -m ((?:grain_jax|data|launch|benchmarks|tests)(?:\.\w+)*)")
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
-PARSERS = commands.parsers()
+PARSERS = commands.parsers(COMMANDS)
 
 
 @functools.cache
@@ -84,40 +81,24 @@ def documents() -> list[str]:
 
 
 @functools.cache
-def prose(name: str) -> list[tuple[int, str]]:
-    """(line, text) of what a file says to readers: of a test its comments and docstrings, of others all."""
-    if not (name.startswith("tests/") and name.endswith(".py")):
-        return [(1, text_of(name))]
-    tokens = tokenize.generate_tokens(io.StringIO(text_of(name)).readline)
-    found = [(t.start[0], t.string) for t in tokens if t.type == tokenize.COMMENT]
-    for node in ast.walk(ast.parse(text_of(name))):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            found.append((node.body[0].lineno, ast.get_docstring(node, clean=False)))
-    return found
-
-
-@functools.cache
 def sources() -> tuple[str, ...]:
-    """Files that speak to readers. Goldens and results are data; this file cites what is not there."""
+    """Files that speak to readers: no tests, and no results."""
     kinds = {f".{x}" for x in SUFFIXES} | {".cff"}
     return tuple(
         name
         for name in tracked()
         if (pathlib.PurePath(name).suffix in kinds or name in (".ci/run", "launch/Dockerfile"))
-        and not name.startswith(("tests/goldens/", "docs/claim/"))
-        and name not in ("tests/test_documents.py", "mkdocs.yml")  # a strict build checks its menu
+        and not name.startswith(("tests/", "docs/claim/"))
+        and name != "mkdocs.yml"  # a strict build checks its menu
     )
 
 
 def cited(pattern: re.Pattern) -> list[tuple[str, re.Match]]:
-    """(place "file:line", match) of every match in the prose of `sources`."""
+    """(place "file:line", match) of every match in the `sources`."""
     return [
-        (f"{name}:{first + text.count(chr(10), 0, match.start())}", match)
+        (f"{name}:{1 + text_of(name).count(chr(10), 0, match.start())}", match)
         for name in sources()
-        for first, text in prose(name)
-        for match in pattern.finditer(text)
+        for match in pattern.finditer(text_of(name))
     ]
 
 
@@ -162,19 +143,11 @@ def module_exists(name: str) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
 
-def section_exists(file: str, words: str) -> bool:
-    """`docs/method.md, Losses`: a heading of that document begins so, or the words go on after one."""
-    words = words.strip('" ')
-    return file not in tracked() or any(words.startswith(heading) for heading in headings(file))
-
-
 CITED = {
     "file": (PATH, lambda x: tuple(p for p in x[1].split("/") if p not in (".", "..")) in ends()),
     "folder": (FOLDER, lambda x: x[1] in PLACEHOLDERS or (ROOT / x[1]).exists()),
     "function": (FUNCTION, lambda x: x[1] in tracked() and x[2] in names_in(x[1])),
     "module": (MODULE, lambda x: module_exists(x[1])),
-    "section": (SECTION, lambda x: section_exists(x[1], x[2])),
-    "quirk": (QUIRKS, lambda x: all(1 <= int(n) <= 22 for n in re.findall(r"\d+", x[1]))),
 }
 
 
@@ -183,11 +156,6 @@ def test_what_is_cited_exists(kind):
     pattern, exists = CITED[kind]
     missing = [f"{place}: {match[0]}" for place, match in cited(pattern) if not exists(match)]
     assert not missing, "\n".join(missing)
-
-
-def test_the_quirks_are_numbered():
-    found = re.findall(r"Quirk (\d+)", " ".join(headings("docs/reference_quirks.md")))
-    assert {*map(int, found)} == set(range(1, 23))
 
 
 @pytest.mark.parametrize("name", documents())
@@ -218,22 +186,8 @@ def test_lines_of_documents_are_short():
     assert not long, "\n".join(long)
 
 
-def test_an_index_has_every_document_and_the_readme_is_a_front_page():
-    assert len(text_of("README.md").splitlines()) <= 100
-    linked = set()
-    for index in ("docs/README.md", "docs/howto/README.md", "docs/api/README.md"):
-        folder = pathlib.PurePosixPath(index).parent
-        linked |= {
-            (folder / link.partition("#")[0]).as_posix() for link in LINK.findall(text_of(index))
-        }
-    assert {name for name in documents() if name.startswith("docs/")} - linked == {"docs/README.md"}
-
-
 # Blocks of shell, where each line is a command; `grain-jax ...` in backticks is one too.
 SHELL = re.compile(r"^```(?:bash|console|sh)\n(.*?)^```", re.M | re.S)
-OF_THE_COMMAND = re.compile(
-    rf"-m (?:grain_jax|data|launch)\.({'|'.join(commands.COMMANDS)})\b(?!\.)"
-)
 
 
 def written_commands(name: str) -> list[tuple[str, list[str]]]:
@@ -275,7 +229,7 @@ def flags_of(words: list[str]) -> list[str]:
 def fault_of(words: list[str]) -> str:
     """What the parser of the command says to the words, and to the keys of a config of the package; "" for nothing."""
     name, *rest = words
-    if name not in commands.COMMANDS:
+    if name not in COMMANDS:
         return "" if name in ("SUB", "--version") else f"no such command: {name}"
     if {"...", "--help", "--help-config"} & set(rest):
         return ""
@@ -319,8 +273,3 @@ def test_a_wrong_command_is_found():
         "grain-jax local --processes 2 -- grain-jax train --config demo && grain-jax export"
     )
     assert [words[0] for words in nested] == ["local", "export"]
-
-
-def test_documents_write_the_one_command():
-    names = [name for name in documents() if name != "CHANGELOG.md"]
-    assert [name for name in names if OF_THE_COMMAND.search(text_of(name))] == []

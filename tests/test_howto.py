@@ -10,10 +10,10 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import losses
-from grain_jax.config import evals
+from grain_jax.evaluate import base, kinds
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
-from tests.losses.test_losses import _outputs
+from tests.losses.test_losses import random_outputs
 from tests.paths import ROOT
 
 PAGES = sorted((ROOT / "docs/howto").glob("*.md"))
@@ -48,16 +48,16 @@ def test_the_loss_term_keeps_queries_apart(module):
     module("my_loss", blocks("loss.md")[0])
     c = tiny.config(loss__terms__apart={"term": "my_loss:apart", "weight": 0.25, "margin": 0.1})
     ((term, weight),) = [x for x in losses.terms_of(c.loss) if x[0].name == "apart"]
-    outputs = _outputs(c)
-    found = term.function(types.SimpleNamespace(outputs=outputs))
+    outputs = random_outputs(c)
+    output = term.function(types.SimpleNamespace(outputs=outputs))
     x = np.asarray(outputs.region_embed, np.float64)
     apart = ~np.eye(x.shape[1], dtype=bool)
     expected = [
         (np.maximum(cosine[apart] - 0.1, 0) ** 2).mean()
         for cosine in np.einsum("bqd,brd->bqr", x, x)
     ]
-    assert (weight, found.count) == (0.25, len(x))
-    np.testing.assert_allclose(found.sum, np.sum(expected), rtol=1e-5)
+    assert (weight, output.count) == (0.25, len(x))
+    np.testing.assert_allclose(output.sum, np.sum(expected), rtol=1e-5)
 
 
 def test_the_evaluator_measures_the_lead_of_the_right_class(module, tmp_path):
@@ -65,8 +65,8 @@ def test_the_evaluator_measures_the_lead_of_the_right_class(module, tmp_path):
     for number, name in enumerate(("cat", "cat", "dog")):
         write_picture(tmp_path / "images" / name / f"{number}.png", number)
     entry = dict(kind="my_evaluator:Margin", images=str(tmp_path / "images"))
-    evaluator = config_lib.evaluator_from_dict(entry)
-    assert isinstance(evaluator, evals.Evaluator) and evaluator.check() == 3
+    evaluator = kinds.from_entry(entry)
+    assert isinstance(evaluator, base.Evaluator) and evaluator.check() == 3
     texts = {"a photo of a cat.": [1, 0], "a photo of a dog.": [0, 1]}
     predictor = StubPredictor({0: [1, 0], 1: [0.6, 0.8], 2: [0, 1]}, texts)
     assert evaluator.evaluate(predictor) == {"images": 3, "margin": pytest.approx(1.8 / 3)}
@@ -76,6 +76,7 @@ def test_the_evaluator_measures_the_lead_of_the_right_class(module, tmp_path):
 def test_the_configs_of_the_evaluator_resolve(block, module):
     module("my_evaluator", blocks("evaluator.md")[0])
     config = module("my_config", blocks("evaluator.md")[block]).get_config()
-    resolve = config_lib.from_dict if block == 1 else config_lib.suite_from_dict
+    run = lambda c: kinds.from_entries(config_lib.from_dict(c).evals)
+    resolve = run if block == 1 else kinds.suite_from_dict
     prompt = "a bird: {}" if block == 1 else "a photo of a {}."
-    assert resolve(config).evals["margin"].prompt == prompt
+    assert resolve(config)["margin"].prompt == prompt

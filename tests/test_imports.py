@@ -17,7 +17,7 @@ CHAINS = (
     (
         ("grain_jax, grain_jax.core.schema, grain_jax.config, grain_jax.cli.commands", HEAVY),
         (
-            "grain_jax.config.points, grain_jax.config.suite",
+            "grain_jax.config.points, grain_jax.configs.eval, grain_jax.launch.sweep",
             HEAVY.replace("ml_collections", ""),
         ),
         ("grain_jax.input_pipeline.synthetic", "jax tensorflow torch flax"),
@@ -92,16 +92,9 @@ LAYERS = (
 # At the top of the checkout; in the wheel they lie in grain_jax/.
 BESIDE = ("configs", "data", "launch")
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
-# The only names of higher modules, in strings. Built-in evaluators: `kind` of an entry names a class, and the entry is
-# parsed by the fields of that class. The reader of folders of `convert to-hf`, for every command that reads a model.
-# The table of commands: where the parser and the main function of each are. The package of the configs, whose files
-# `--config NAME` finds without an import.
-TABLES = (
-    "grain_jax.config.evals",
-    "grain_jax.checkpoint.saved_model",
-    "grain_jax.cli.commands",
-    "grain_jax.config.loading",
-)
+# The only names of higher modules, in strings: the reader of folders of `convert to-hf`, for every command that reads a
+# model.
+TABLES = ("grain_jax.checkpoint.saved_model",)
 # A name of a module in a string, as tables of extensions have it.
 NAMED = re.compile(r"(grain_jax(?:\.\w+)+)(?::\w+)?")
 

@@ -80,7 +80,7 @@ def test_an_error_of_the_module_is_a_line(monkeypatch, tmp_path, code, cause):
     "module,own",
     [
         ("grain_jax.evaluate.retrieval", True),
-        ("grain_jax.data.annotate.prompt", True),
+        ("grain_jax.data.annotate.chat", True),
         ("grain_jax.core.schema", True),
         ("grain_jax.downloads.run.evil", False),
         ("grain_jax.setup", False),

@@ -9,9 +9,9 @@ from grain_jax.convert.reference import names as torch_names
 
 @pytest.mark.parametrize("group", groups.GROUPS)
 def test_equals_the_reference(group):
-    found = groups.compare(group)
-    failing = [f"{c.name}: {c.error:.3g} > {c.tolerance:.3g}" for c in found if not c.ok]
-    assert found and not failing, "\n".join(failing)
+    comparisons = groups.compare(group)
+    failing = [f"{c.name}: {c.error:.3g} > {c.tolerance:.3g}" for c in comparisons if not c.ok]
+    assert comparisons and not failing, "\n".join(failing)
 
 
 def test_gradients_cover_every_parameter_of_the_reference():

@@ -13,7 +13,6 @@ import grain_jax
 from tests.paths import ROOT
 
 PREPARE = "import sys, setuptools.build_meta as b; b.prepare_metadata_for_build_wheel(sys.argv[1])"
-FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +63,6 @@ def test_one_version(metadata):
     assert re.fullmatch(r"unreleased|\d{4}-\d\d-\d\d", first[2])
 
 
-def test_the_paper_is_cited_and_its_authors_stand_there_alone(metadata):
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["authors"] == [{"name": "grain_jax contributors"}]
-    assert citation["license"] == metadata["License-Expression"]
-    paper = citation["preferred-citation"]
-    assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2412.04429"}]
-    assert "Halbe" in {author.get("family-names") for author in paper["authors"]}
-
-
 def test_the_oldest_python_is_that_of_the_tools(metadata):
     oldest = _pythons(metadata)[0]
     assert metadata["Requires-Python"] == f">={oldest}"
@@ -103,18 +93,3 @@ def test_the_hooks_are_the_checks_of_ci():
     for hook, check in zip(local["hooks"], checks, strict=True):
         assert hook["language"] == "system"
         assert re.search(rf"^{check}\b", _commands(), re.M)
-
-
-@pytest.mark.parametrize("path", [p for p in FORMS if p.stem != "config"], ids=lambda p: p.stem)
-def test_a_form_is_one_that_github_takes(path):
-    form = yaml.safe_load(path.read_text())
-    assert set(form) == {"name", "description", "labels", "body"}
-    asked = [element for element in form["body"] if element["type"] != "markdown"]
-    assert len({element["id"] for element in asked}) == len(asked) >= 3
-    for element in asked:
-        assert element["type"] == "textarea" and {"label", "description"} <= {
-            *element["attributes"]
-        }
-    assert asked[0]["validations"] == {"required": True}
-    versions = [e for e in asked if e["id"] == "versions"]
-    assert all("grain-jax --version" in e["attributes"]["description"] for e in versions)

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,20 +16,12 @@ from grain_jax.configs import (
     own,
 )
 from grain_jax.convert import tables
+from grain_jax.evaluate import kinds
 from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
-from grain_jax.train import initialise, sharding, train_step
-from tests import foreign, tiny
+from grain_jax.train import initialise
+from tests import tiny
 from tests.evaluate.stub import write_picture
-
-SIZE, PATCH, LENGTH, VOCAB = 32, 8, 32, 500
-SMALL = {
-    "model.image": dict(image_size=SIZE, patch_size=PATCH, width=64, depth=2, heads=2, mlp_dim=128),
-    "model.text": dict(
-        vocab_size=VOCAB, context_length=LENGTH, width=48, depth=2, heads=3, mlp_dim=192
-    ),
-    "model.decoder": dict(width=32, depth=1, heads=2, mlp_dim=64),
-}
 
 
 @pytest.mark.parametrize("size", own.SIZES)
@@ -40,85 +31,27 @@ def test_the_own_recipe_takes_these_batch_sizes_without_other_flags(size, batch_
     c.batch_size = batch_size
     config = config_lib.from_dict(c)
     assert config.model.decoder.queries == config.input.max_regions and config.loss.box == 0.2
-    assert {entry.missing for entry in config.evals.values()} == {"skip"}
+    assert {entry["missing"] for entry in config.evals.values()} == {"skip"}
 
 
 def test_evaluations_are_skipped_until_their_images_are_named(tmp_path, capsys):
     c = own.get_config()
     config = config_lib.from_dict(c)
-    assert evaluate.present(config.evals) == {}
+    assert evaluate.present(kinds.from_entries(config.evals)) == {}
     assert "evals.zeroshot: skipped: no images are named; --config.evals" in capsys.readouterr().err
     region = {"box": [0, 0, 5, 5], "description": "a beak", "score": 1}
     (tmp_path / "A.jsonl").write_text(json.dumps({"image": "0.png", "regions": [region]}))
     write_picture(tmp_path / "0.png", 0)
     c.evals.grounding.update(images=str(tmp_path), annotations=str(tmp_path / "A.jsonl"))
-    evals = config_lib.from_dict(c).evals
+    evals = kinds.from_entries(config_lib.from_dict(c).evals)
     assert evaluate.present(evals) == {"grounding": evals["grounding"]}
 
 
-@pytest.mark.parametrize(
-    "source", [f"{family}:{size}" for family, sizes in finetune.FAMILIES.items() for size in sizes]
-)
-def test_every_family_of_towers_resolves(source):
-    config = config_lib.from_dict(finetune.get_config(source))
-    assert config.optim.layer_decay == 0.75
-    assert config.model.image.activation == {
-        "openai": "quick_gelu",
-        "siglip": "gelu_tanh",
-        "siglip2": "gelu_tanh",
-    }.get(source.split(":")[0], "gelu")
-    assert config.text.packing == (not source.startswith("siglip"))
-
-
-@pytest.mark.parametrize(
-    "source,message",
-    [
-        ("siglip:L/15", "size of siglip towers: got 'L/15', expected one of B/16, L/16"),
-        ("none", "got 'none', expected a run of yours, a folder that grain_jax.convert wrote"),
-    ],
-)
-def test_an_unknown_source_lists_what_there_is(source, message):
-    with pytest.raises(ValueError, match=message):
-        finetune.get_config(source)
-
-
-def _small(source):
-    c = finetune.get_config(source)
-    for part, values in SMALL.items():
-        c.update_from_flattened_dict({f"{part}.{key}": value for key, value in values.items()})
-    c.update(dict(total_steps=3, total_epochs=None, batch_size=8, dtype="float32"))
-    c.input.source = "synthetic"
-    c.input.lanes, c.text.pack_group, c.text.pack_rows = 1, 8, 18  # which tiny.batch fits into
-    return c
-
-
-def _begins(c):
-    """(config, program, state of step 0, what was loaded) of a run from the towers that the config names."""
-    config = config_lib.from_dict(c)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=5.0)
-    loaded = initialise.load(config)
-    state = initialise.state_of_step_0(config, program, lambda line: None)
-    params = grain.flat(jax.tree.map(np.asarray, state.params))
-    for name, array in loaded.params.items():
-        np.testing.assert_array_equal(params[name], array)
-    return config, program, state, loaded
-
-
-def test_it_begins_with_a_random_open_clip(tmp_path):
-    torch = pytest.importorskip("torch")
-    library = pytest.importorskip("open_clip.model")
-    vision = dict(
-        layers=2, width=64, head_width=32, mlp_ratio=2.0, patch_size=PATCH, image_size=SIZE
-    )
-    text = dict(context_length=LENGTH, vocab_size=VOCAB, width=48, heads=3, layers=2)
-    module = foreign.perturb(library.CLIP(20, vision, text, quick_gelu=False))
-    torch.save(module.state_dict(), tmp_path / "m.pt")
-    c = _small("open_clip")
-    c.model.embed_dim = 20
-    c.init.image = c.init.text = str(tmp_path / "m.pt")
-    loaded = _begins(c)[-1].params["text/token_embed/embedding"]
-    np.testing.assert_array_equal(loaded, module.token_embedding.weight.detach())
+def test_an_unknown_source_is_named():
+    with pytest.raises(
+        ValueError, match="got 'none', expected a run of yours, a folder that grain-"
+    ):
+        finetune.get_config("none")
 
 
 def _saved(folder, model):

@@ -15,7 +15,6 @@ DISTRIBUTION = {
     "PIL": "pillow",
     "absl": "absl-py",
     "apache_beam": "apache-beam",
-    "instant_clip_tokenizer": "instant-clip-tokenizer",
     "jaxlib": "jax",  # requires it
     "open_clip": "open_clip_torch",
     "orbax": "orbax-checkpoint",
@@ -33,7 +32,6 @@ EXTRAS = {
     "gradio": {"demo"},
     "httpx": {"annotate"},
     "huggingface_hub": {"hub"},
-    "instant-clip-tokenizer": {"fast-tokenizer"},
     "onnx": {"interop"},
     "onnxruntime": {"interop"},
     "onnxscript": {"interop"},

@@ -34,8 +34,8 @@ class EndsAt(ending.PreemptionHandler):
 class Once:
     """An object whose methods with these names are called once; later calls get what the first one got."""
 
-    def __init__(self, held, *names):
-        self._held, self._names, self._got = held, names, {}
+    def __init__(self, wrapped, *names):
+        self._held, self._names, self._got = wrapped, names, {}
 
     def __call__(self, *args):
         return self._held(*args)
@@ -48,8 +48,8 @@ class Once:
         )
 
     def _call(self, name, *args):
-        found = operator.methodcaller(name, *args)(self._held)
-        return Once(found, "compile") if name == "lower" else found
+        result = operator.methodcaller(name, *args)(self._held)
+        return Once(result, "compile") if name == "lower" else result
 
 
 # Keys of a config that its program does not depend on.
@@ -87,14 +87,14 @@ def once(build):
 
 def counted_once(count):
     """`flops.per_image` that counts equal models once."""
-    found = {}
+    counts = {}
 
     @functools.wraps(count)
     def counted(config):
         key = _compiled(config)
-        if key not in found:
-            found[key] = count(config)
-        return found[key]
+        if key not in counts:
+            counts[key] = count(config)
+        return counts[key]
 
     return counted
 
@@ -149,8 +149,11 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
     order = np.arange(rows * a_row)
     slots = np.stack([rng.permutation(order)[: b // groups * texts] for _ in range(groups)])
     slots = slots.reshape(b, texts)
-    at = np.stack([slots // a_row, slots % a_row * 7 + 6], axis=-1).astype(np.int32)
-    negative_at, negative_mask = at[:, captions + r :].reshape(b, r, h, 2), np.ones((b, r, h), bool)
+    end_at = np.stack([slots // a_row, slots % a_row * 7 + 6], axis=-1).astype(np.int32)
+    negative_at, negative_mask = (
+        end_at[:, captions + r :].reshape(b, r, h, 2),
+        np.ones((b, r, h), bool),
+    )
     negative_mask &= np.random.default_rng(seed + 1).random((b, r, h)) < 0.6
     column = np.arange(length)
     low = rng.uniform(0, 0.6, (b, r, 2))
@@ -160,10 +163,10 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
         text_tokens=rng.integers(1, 400, shapes.text_tokens.shape).astype(np.int32),
         text_positions=np.broadcast_to(column % 7, shapes.text_tokens.shape).astype(np.int32),
         text_segments=np.broadcast_to(1 + column // 7, shapes.text_tokens.shape).astype(np.int32),
-        caption_at=at[:, :captions],
+        caption_at=end_at[:, :captions],
         caption_id=(np.arange(b * captions, dtype=np.int32) * 2 // 3).reshape(b, captions),
         caption_mask=np.arange(b * captions).reshape(b, captions) % 4 < (4 if captions == 1 else 3),
-        description_at=at[:, captions : captions + r],
+        description_at=end_at[:, captions : captions + r],
         description_id=rng.integers(0, 3 * b, (b, r)).astype(np.int32),
         region_boxes_cxcywh=np.concatenate([low + size / 2, size], -1).astype(np.float32),
         region_mask=rng.random((b, r)) < 0.7,

@@ -52,19 +52,19 @@ def encode(pixels, kind, orientation, block=None):
 
 def files():
     """name -> (file, what a viewer shows: uint8 [40, 24, 3]): every orientation in every kind, 35 of them turned."""
-    found = {}
+    encoded_files = {}
     for kind in KINDS:
         for tag, show in SHOWN.items():
-            rng = np.random.default_rng(len(found))
+            rng = np.random.default_rng(len(encoded_files))
             width, height = SIZE if tag < 5 else SIZE[::-1]
             coarse = PIL.Image.fromarray(rng.integers(0, 256, (5, 3, 3), dtype=np.uint8))
             stored = np.asarray(coarse.resize((width, height)))
             encoded = encode(stored, kind, tag)
             if kind == "JPEG":
                 stored = np.asarray(PIL.Image.open(io.BytesIO(encoded)))
-            name = f"{len(found):02}.{kind.split()[0].lower()}"
-            found[name] = (encoded, show(stored))
-    return found
+            name = f"{len(encoded_files):02}.{kind.split()[0].lower()}"
+            encoded_files[name] = (encoded, show(stored))
+    return encoded_files
 
 
 def write(folder):

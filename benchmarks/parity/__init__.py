@@ -1,1 +1,1 @@
-"""Our numbers beside those of the PyTorch reference: `python -m benchmarks.parity`."""
+"""Our numbers beside the PyTorch reference's: `python -m benchmarks.parity`."""

@@ -1,4 +1,4 @@
-"""The parity table: compares our numbers with those of the PyTorch reference, in groups.
+"""The parity table: compares our numbers with the PyTorch reference's, in groups.
 
     python -m benchmarks.parity [--json OUT.json]
 
@@ -23,16 +23,16 @@ def main() -> int:
     table = harness.Table(columns | dict(worst="<1"))
     everything, failures = {}, 0
     for group in groups.GROUPS:
-        found = groups.compare(group)
-        everything[group] = [c._asdict() | {"ok": c.ok} for c in found]
-        failed = sum(not c.ok for c in found)
+        comparisons = groups.compare(group)
+        everything[group] = [c._asdict() | {"ok": c.ok} for c in comparisons]
+        failed = sum(not c.ok for c in comparisons)
         failures += failed
-        if not found:
+        if not comparisons:
             print(f"{group:18} {0:8d}  not compared: TensorFlow is not installed")
             continue
         nearness = lambda c: (not c.ok, c.error / c.tolerance if c.tolerance else c.error)
-        worst = max(found, key=nearness)
-        row = dict(group=group, compared=len(found), failed=failed, worst_error=worst.error)
+        worst = max(comparisons, key=nearness)
+        row = dict(group=group, compared=len(comparisons), failed=failed, worst_error=worst.error)
         table.add(**row, tolerance=worst.tolerance, worst=worst.name)
     harness.write(args.json, everything)
     return 1 if failures else 0

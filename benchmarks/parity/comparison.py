@@ -1,4 +1,4 @@
-"""Errors of our arrays against those of the reference, and their tolerances."""
+"""Errors of our arrays against the reference's, and their tolerances."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 
 GOLDENS = epath.Path(__file__).absolute().parent.parent.parent / "tests" / "goldens"
-RELATIVE = 1e-5  # of max |reference|
+RELATIVE = 1e-5  # times max |reference|
 
 
 def read_npz(name: str) -> dict[str, np.ndarray]:
@@ -16,7 +16,7 @@ def read_npz(name: str) -> dict[str, np.ndarray]:
 
 
 class Comparison(NamedTuple):
-    """The comparison of one of our arrays with that of the reference."""
+    """The comparison of one of our arrays with the reference's."""
 
     name: str
     error: float

@@ -65,34 +65,32 @@ def batch(boxes_pixels: np.ndarray, *, packed: bool) -> schema.Batch:
     in_captions, in_descriptions = (t.argmax(axis=1) + 1 for t in (captions, descriptions))
     by_region = np.zeros(mask.shape, np.int64)
     by_region[mask] = in_descriptions
-    texts = dict(caption_lengths=in_captions[:, None], region_mask=mask)
-    given = dict(description_lengths=by_region, row_length=captions.shape[1])
+    negatives = np.zeros((*mask.shape, 0), np.int64)
+    lengths = packing.TextArrays(in_captions[:, None], by_region, negatives)
+    row_length = captions.shape[1]
     if packed:
         ranks = -np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
-        given |= dict(region_scores=ranks, pack_group=len(mask), rows=5)
-        layout = packing.pack(**texts, **given)
+        sizes = dict(pack_group=len(mask), rows=5, row_length=row_length)
+        places = packing.pack(lengths, ranks, **sizes)
     else:
-        layout = packing.one_text_per_row(**texts, **given)
+        places = packing.one_text_per_row(lengths, row_length=row_length)
     joined = lambda texts, lengths: np.concatenate([t[:n] for t, n in zip(texts, lengths)])
     ids = [joined(captions, in_captions), joined(descriptions, in_descriptions)]
-    negatives = np.zeros((*mask.shape, 0), np.int64)
-    tokens, positions, segments = packing.fill(
-        layout, np.concatenate(ids), (in_captions[:, None], by_region, negatives)
-    )
-    if layout.texts_dropped or layout.captions_cut:
+    tokens, positions, segments = packing.fill(places, np.concatenate(ids), lengths)
+    if places.misfits.slots().any():
         raise ValueError("the goldens' texts must all fit into the packed rows")
     return schema.Batch(
         image=arrays["inputs/images"].transpose(0, 2, 3, 1),
         text_tokens=tokens,
         text_positions=positions,
         text_segments=segments,
-        caption_at=layout.caption_at,
+        caption_at=places.ends.captions,
         caption_id=np.arange(len(mask), dtype=np.int32)[:, None],
         caption_mask=np.ones((len(mask), 1), bool),
-        description_at=layout.description_at,
+        description_at=places.ends.descriptions,
         description_id=np.arange(mask.size, dtype=np.int32).reshape(mask.shape),
         region_boxes_cxcywh=np.asarray(boxes.xyxy_to_cxcywh(boxes_pixels.clip(0, 224) / 224)),
-        region_mask=layout.region_mask,
+        region_mask=places.lengths.descriptions > 0,
         texts_dropped=np.zeros(1, np.int32),
     )
 
@@ -119,7 +117,8 @@ def outputs(*, packed: bool = False) -> dict[str, np.ndarray]:
     inputs = batch(g.arrays["inputs/boxes"], packed=packed)
 
     def forward(module):
-        tokens, hidden = module.image_features(inputs.image)
+        tokens = module.image_tokens(inputs.image)
+        hidden = module.decoder(tokens)
         texts = (inputs.text_tokens, inputs.text_positions, inputs.text_segments)
         captions, descriptions = module.text_features(
             *texts, inputs.caption_at, inputs.description_at

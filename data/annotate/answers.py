@@ -1,18 +1,17 @@
 """Parses the answers of the chat model strictly: text in another form than the prompt asks for is refused with a cause.
 
-Models wrap a good answer in bullets, numbers, quotes and headings, which are taken off; they also refuse,
-ramble and repeat themselves, which would become training text and is therefore kept out and counted.
+Models wrap a good answer in bullets, numbers, quotes and headings: these are taken off. Models also refuse, ramble and
+repeat themselves: this is kept out of the training texts, and counted.
 """
 
 import re
 from typing import NamedTuple
 
-MAX_DESCRIPTIONS = 10  # of an image, as in the paper
+MAX_DESCRIPTIONS = 10  # per image, as in the paper
 MAX_SUBJECT_WORDS = 12
 MAX_CAPTION_WORDS = 60
 MAX_DESCRIPTION_WORDS = 15
-MAX_WORD_LENGTH = 10  # characters, on average: a text of W words has 10 W characters at most
-MAX_CHARACTERS = 10_000  # of an answer; 256 tokens have some 1,000
+MAX_WORD_LENGTH = 10  # characters on average
 
 EMPTY, REFUSAL, RUN_ON, REPEATED = "empty answer", "refusal", "run-on", "repeated line"
 CUT_OFF, NO_SUBJECT, NO_CAPTION, NO_WORDS = "cut off", "no subject", "no caption", "no words"
@@ -45,57 +44,50 @@ class Refused(NamedTuple):
 
 
 def parse_caption(text: str, *, cut_off: bool = False) -> dict[str, str] | Refused:
-    """Parses an answer of two lines, `Subject: ...` and `Caption: ...`.
+    """The texts of "subject" and "caption" in an answer of two lines, `Subject: ...` and `Caption: ...`.
 
     Args:
       text: the model's answer.
       cut_off: whether the limit of tokens ended it.
-
-    Returns: the texts of "subject" and "caption".
     """
-    if refused := _whole(text, cut_off):
+    if refused := _refused(text, cut_off):
         return refused
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for line in text.splitlines():
         line = _clean(line, tail=False)
         key = _KEY.match(line)
         if key:
             name = key.group(1).lower()
-            if name in found:
+            if name in texts:
                 return Refused(REPEATED, _show(line))
-            found[name] = _clean(line[key.end() :], tail=name == "subject")
+            texts[name] = _clean(line[key.end() :], tail=name == "subject")
         elif line:
             return Refused(RUN_ON, _show(line))  # more than was asked for: a model that rambles
     for name, cause, limit in (
         ("subject", NO_SUBJECT, MAX_SUBJECT_WORDS),
         ("caption", NO_CAPTION, MAX_CAPTION_WORDS),
     ):
-        value = found.get(name, "")
+        value = texts.get(name, "")
         if not _has_words(value):
             return Refused(cause, _show(text))
         if _too_long(value, limit):
-            got = f"{name} of {len(value.split())} words and {len(value)} characters"
-            most = f"at most {limit} and {limit * MAX_WORD_LENGTH}"
-            return Refused(RUN_ON, f"{got}, {most}: {_show(value)}")
-    return found
+            return Refused(RUN_ON, f"{name} of more than {limit} words: {_show(value)}")
+    return texts
 
 
-def parse_descriptions(
-    text: str, *, cut_off: bool = False
-) -> tuple[list[str], list[Refused]] | Refused:
-    """Parses an answer with one description per line.
+def parse_descriptions(text: str, *, cut_off: bool = False) -> list[str] | Refused:
+    """The descriptions of an answer with one per line, no two the same but for case.
 
     Args:
-      text: the model's answer; of more than MAX_DESCRIPTIONS the first are kept, for the prompt asks for the most
-        striking first.
+      text: the model's answer. The first MAX_DESCRIPTIONS are kept, since the prompt asks for the most striking first.
       cut_off: whether the limit of tokens ended it; the last line is then left out.
 
     Returns:
-      The descriptions, no two the same but for case, and the lines that were dropped; refused as a whole if the model
-      declined, or if no line is left (with the cause of the first dropped one).
+      The descriptions. The answer is refused if the model declined, or if no line is left (with the cause of the first
+      dropped one).
     """
     lines = text.splitlines()
-    if refused := _whole(text, cut_off and len(lines) < 2):
+    if refused := _refused(text, cut_off and len(lines) < 2):
         return refused
     dropped = [Refused(CUT_OFF, _show(lines.pop()))] if cut_off else []
     kept: dict[str, str] = {}
@@ -112,7 +104,7 @@ def parse_descriptions(
         elif len(kept) < MAX_DESCRIPTIONS:
             kept[description.lower()] = description
     if kept:
-        return list(kept.values()), dropped
+        return list(kept.values())
     return dropped[0] if dropped else Refused(EMPTY, _show(text))
 
 
@@ -121,24 +113,19 @@ def is_refusal(line: str) -> bool:
     return bool(_REFUSAL.search(line.replace("’", "'")))
 
 
-def _too_long(text: str, words: int) -> bool:
-    """Whether a text has more than so many words, or more characters than these have."""
-    return len(text.split()) > words or len(text) > words * MAX_WORD_LENGTH
-
-
-def _whole(text: str, cut_off: bool) -> Refused | None:
-    """The cause for which a whole answer is refused."""
-    if len(text) > MAX_CHARACTERS:
-        got = f"an answer of {len(text)} characters, at most {MAX_CHARACTERS}"
-        return Refused(RUN_ON, f"{got}: {_show(text[:MAX_CHARACTERS])}")
+def _refused(text: str, cut_off: bool) -> Refused | None:
+    """The reason to refuse a whole answer, if there is one."""
     if not text.strip():
         return Refused(EMPTY, _show(text))
     if cut_off:
         return Refused(CUT_OFF, _show(text))
-    for line in text.splitlines():
-        if is_refusal(_KEY.sub("", _clean(line))):
-            return Refused(REFUSAL, _show(text))
+    if any(is_refusal(_KEY.sub("", _clean(line))) for line in text.splitlines()):
+        return Refused(REFUSAL, _show(text))
     return None
+
+
+def _too_long(text: str, limit: int) -> bool:
+    return len(text.split()) > limit or len(text) > limit * MAX_WORD_LENGTH
 
 
 def _clean(line: str, *, tail: bool = True) -> str:

@@ -1,26 +1,26 @@
 """The flags of `grain-jax annotate`; further ones go to Beam."""
 
 from grain_jax.cli.flags import flag, many, share
-from grain_jax.data.arguments import Stored, label_text, option, set_name
+from grain_jax.cli.parser import Command
+from grain_jax.data.annotate import PASSES
+from grain_jax.data.arguments import label_text, option
 
-PASSES = ("caption", "describe", "ground", "negatives")  # in their order
 ALL = ("caption", "describe", "ground")  # of --passes all
-_MOST = 1_000_000
 
 
 def _passes(text: str) -> tuple[str, ...]:
-    if text == "none":
-        return ()
-    given = text.split(",")
-    if not set(given) <= {"all", *PASSES}:
+    names = set(text.split(",")) - {"none"}
+    if not names <= {"all", *PASSES}:
         raise ValueError(f"got {text!r}, expected all, none, or some of {','.join(PASSES)}")
-    return tuple(given)
+    names |= {*ALL} if "all" in names else set()
+    return tuple(name for name in PASSES if name in names)
 
 
-class Annotate(Stored, name="annotate"):
-    """Writes captions, descriptions and boxes of images, by models, on Apache Beam.
+class Annotate(Command, name="annotate"):
+    """Lets models write captions, descriptions and boxes for your images, on Apache Beam.
 
-    The same command again resumes an interrupted job. Further flags, such as --runner, go to Beam.
+    The same command again goes on with an interrupted job. Flags that are not listed here, such as --runner, go to
+    Beam.
 
     Example:
       grain-jax annotate --images images --output annotated --passes caption,describe \\
@@ -29,41 +29,34 @@ class Annotate(Stored, name="annotate"):
           --annotations instances.json captions.json
 
     images:
-      --images DIR             folder of images, or of tar shards; not needed where --source has their bytes
-      --output DIR             all results; the same again to go on
+      --images DIR             folder of images, or of tar shards; not needed if the source itself holds the images
+      --output DIR             folder for all results; the same folder again to go on
       --source NAME|module:Class  annotations, coco, csv, fg_ovd, finehard, flickr30k_entities, folder, grit, hf-dataset,
-        karpathy, lvis, parquet, refcoco, tfds, visual_genome, webdataset, or a class of your own (data/sources/base.py) (default: webdataset if
-        DIR has .tar files, else folder)
-      --option KEY=VALUE [KEY=VALUE ...]  options of the source's own, such as the names of columns
-      --annotations FILE [FILE ...]  of sources that have such files
-      --split NAME             of sources that have splits
-      --label-text TEXT        description that a label becomes, {} in its place: "a photo of a {}"
-      --shard-size N           images that are lost by a kill at most; tars are shards
-      --min-side PIXELS        shortest side of an image, at least, in pixels
-      --max-side PIXELS        longest side, at most, in pixels
-      --max-faults SHARE       of the images that may have a fault, 0 to 1
-      --[no-]keep-images       write the images of tars and TFDS sets to OUTPUT/images; not with --name, whose set has
-        them
-      --[no-]retry-failed      run what failed in shards that are done again
+        karpathy, lvis, parquet, refcoco, tfds, visual_genome, webdataset, or a class of your own
+        (data/sources/base.py) (default: webdataset if DIR has .tar files, else folder)
+      --option KEY=VALUE [KEY=VALUE ...]  options of the source, such as the names of columns
+      --annotations FILE [FILE ...]  annotation files, for a source that has them
+      --split NAME             split, for a source that has splits
+      --label-text TEXT        text that turns a label into a description, with {} for the label: "a photo of a {}"
+      --shard-size N           images per shard; a kill loses at most the shards in work. A tar is a shard
+      --min-side PIXELS        leave out images with a shorter side
+      --max-side PIXELS        leave out images with a longer side
+      --max-faults SHARE       share of the images that may have a fault, 0 to 1; beyond it the status is 2
+      --[no-]keep-images       write the images of tars and TFDS datasets to OUTPUT/images
 
     models:
       --passes PASS,PASS       some of caption,describe,ground,negatives; all (default) is caption,describe,ground; none
-        takes over what the source has
-      --negatives N            texts that the pass negatives makes of a description, at most
-      --chat MODEL             folder or name of the MLLM (default: llava-hf/llava-v1.6-mistral-7b-hf), or its name at
-        the endpoint
-      --endpoint URL           an OpenAI-compatible server's, as http://HOST:8000/v1
-      --concurrency N          requests at a time, of a worker
-      --requests-per-second R  at most, of a worker (default: no limit)
-      --request-seconds S      seconds that a request may take in all
-      --tries N                of a request, the first included
-      --prompts DIR            folder with caption.txt and describe.txt (default: those of the package)
-      --detector MODEL         folder or name of the detector
-      --threshold SCORE        least score of a box, 0 to 1
-      --batch-size N           images that a local model sees at once
-
-    TFRecords:
-      --name NAME              also build OUTPUT/records/NAME/1.0.0, as grain-jax build does
+        only converts what the source has
+      --negatives N            most hard negatives that the pass negatives makes per description
+      --chat MODEL             folder or Hugging Face name of the chat model (default:
+        llava-hf/llava-v1.6-mistral-7b-hf), or its name at the endpoint
+      --endpoint URL           address of an OpenAI-compatible server, such as http://HOST:8000/v1
+      --concurrency N          requests at a time, per worker
+      --request-seconds S      seconds until a request ends as a time-out
+      --tries N                tries per request, with the first one
+      --detector MODEL         folder or Hugging Face name of the detector
+      --threshold SCORE        leave out boxes with a lower score, 0 to 1
+      --batch-size N           images per batch of a local model
     """
 
     images: str = ""
@@ -78,26 +71,18 @@ class Annotate(Stored, name="annotate"):
     max_side: int = 10_000  # also keeps decompression bombs from being decoded
     max_faults: float = share(0.01)
     keep_images: bool = True
-    retry_failed: bool = False
-    passes: tuple[str, ...] = flag(("all",), parse=_passes)
+    passes: tuple[str, ...] = flag(ALL, parse=_passes)
     negatives: int = 10
     chat: str | None = None
     endpoint: str | None = None
     concurrency: int = 16
-    requests_per_second: float = flag(0.0, low=0.001, high=_MOST)
-    request_seconds: float = flag(120.0, low=0.001, high=_MOST)
+    request_seconds: float = flag(120.0, low=0.001, high=1_000_000)
     tries: int = 6
-    prompts: str | None = None
     detector: str = "google/owlv2-base-patch16-ensemble"
     threshold: float = share(0.3)  # the paper's
     batch_size: int = 8
-    name: str | None = flag(None, parse=set_name)
     beam: list[str] = many()  # flags of none of the above
 
     def __post_init__(self):
-        named = set(self.passes)
-        if "all" in named:
-            named |= set(ALL)
-        self.passes = tuple(name for name in PASSES if name in named)
         if self.endpoint and not self.chat:
             raise ValueError("--endpoint: got no --chat, expected the model's name at the endpoint")

@@ -3,7 +3,6 @@
 Its boxes are shares of a square that the image was padded to, and are mapped back to the image.
 """
 
-import types
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import PIL.Image
 from etils import epy
 
 from grain_jax.core import annotations
-from grain_jax.data.annotate import chat, checkpoint
+from grain_jax.data.annotate import chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
 
 with epy.lazy_imports():
@@ -21,29 +20,26 @@ with epy.lazy_imports():
 # panorama of 20,000 pixels. Twice the size that the models look at.
 MAX_SIDE = 2048
 MIN_SIDE = 1.0  # of a box, in pixels of the image
-MERGE_IOU = 0.5  # of two boxes of a description that overlap more, the better one stays
+MERGE_IOU = 0.5  # if two boxes of a description overlap more, the better one stays
 
 
 class Detector:
     """Grounds descriptions in images.
 
     Raises:
-      CheckpointError: the model cannot be loaded, or is no OWLv2.
+      ModelError: the model cannot be loaded, or is no OWLv2.
     """
 
-    def __init__(self, given: Annotate):
-        self._model, self._processor, self._device = checkpoint.load(
-            given.detector,
+    def __init__(self, args: Annotate):
+        self._model, self._processor, self._device = local_models.load(
+            args.detector,
             "AutoModelForZeroShotObjectDetection",
             half=False,  # a box needs more than bfloat16's 8 bits
         )
         kind = self._model.config.model_type
         if kind != "owlv2":
-            raise checkpoint.CheckpointError(
-                f"{given.detector}: a detector of the kind {kind!r}, expected owlv2"
-            )
-        self._threshold = given.threshold
-        self._batches = checkpoint.Batches(given.batch_size)
+            raise local_models.ModelError(f"{args.detector}: got {kind!r}, expected an owlv2")
+        self._threshold, self._batch_size = args.threshold, args.batch_size
 
     def detect(
         self, images: Sequence[PIL.Image.Image], descriptions: Sequence[Sequence[str]]
@@ -52,28 +48,22 @@ class Detector:
 
         Args:
           images: of any size and mode.
-          descriptions: those of each image; an image without any has no region and is not run.
+          descriptions: at least one per image.
 
         Returns:
-          For each image its boxes above the threshold, each with the one description that it fits
-          best, in pixels of the image as it is passed (its EXIF orientation is applied before), clipped
-          to it, duplicates merged; or why there are none: "out of memory", "model error".
+          Per image its boxes above the threshold, each with the one description that it fits best. Boxes are in
+          pixels of the image as it is passed, clipped to it, duplicates merged. Or why there are none: "out of
+          memory", "model error".
         """
-        wanted = {
-            index: (image, tuple(dict.fromkeys(texts)))
-            for index, (image, texts) in enumerate(zip(images, descriptions, strict=True))
-            if texts
-        }
-        found = dict(zip(wanted, self._batches.run(self._ground, list(wanted.values()))))
-        return [found.get(index, []) for index in range(len(images))]
+        pairs = list(zip(images, descriptions, strict=True))
+        return local_models.in_batches(self._ground, pairs, self._batch_size)
 
     def _ground(
-        self, batch: Sequence[tuple[PIL.Image.Image, tuple[str, ...]]]
+        self, batch: Sequence[tuple[PIL.Image.Image, Sequence[str]]]
     ) -> list[list[annotations.Region]]:
-        shown = [_plain(image) for image, _ in batch]
         # The text tower has 16 positions and fails on a longer text. Shorter lists are filled up with " ".
         inputs = self._processor(
-            images=shown,
+            images=[_plain(image) for image, _ in batch],
             text=[list(descriptions) for _, descriptions in batch],
             padding="max_length",
             truncation=True,
@@ -84,22 +74,16 @@ class Detector:
         with torch.inference_mode():
             outputs = self._model(**inputs)
         regions = []
-        for index, (image, descriptions) in enumerate(batch):
+        for (image, descriptions), logits, boxes in zip(batch, outputs.logits, outputs.pred_boxes):
             # Without the fill: the model takes it for a description, which could win a box.
-            logits = outputs.logits[index : index + 1, :, : len(descriptions)]
-            found = self._processor.image_processor.post_process_object_detection(
-                # [1, boxes, descriptions]; [1, boxes, 4] cxcywh, in the model's own share of an image.
-                types.SimpleNamespace(
-                    logits=logits, pred_boxes=outputs.pred_boxes[index : index + 1]
-                ),
-                threshold=self._threshold,
-                target_sizes=[(shown[index].height, shown[index].width)],
-            )[0]
-            scale = np.array([p / s for p, s in zip(image.size, shown[index].size)] * 2)
-            boxes_xyxy = found["boxes"].cpu().numpy() * scale
-            labels = [descriptions[label] for label in found["labels"].tolist()]
-            scored = zip(found["scores"].tolist(), boxes_xyxy.tolist(), labels)
-            regions.append(kept(scored, image.size))
+            scores, labels = logits[:, : len(descriptions)].sigmoid().max(dim=-1)
+            shown = scores > self._threshold
+            # Centre, then width and height, as shares of the padded square.
+            centre, sides = boxes[shown].split(2, dim=-1)
+            corners = torch.cat([centre - 0.5 * sides, centre + 0.5 * sides], dim=-1)
+            boxes_xyxy = (corners * max(image.size)).tolist()
+            names = [descriptions[label] for label in labels[shown].tolist()]
+            regions.append(merged(zip(scores[shown].tolist(), boxes_xyxy, names), *image.size))
         return regions
 
 
@@ -110,37 +94,29 @@ def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
     return plain
 
 
-def kept(
-    scored: Iterable[tuple[float, Sequence[float], str]], size: tuple[int, int]
+def merged(
+    scored: Iterable[tuple[float, Sequence[float], str]], width: int, height: int
 ) -> list[annotations.Region]:
-    """Clips boxes to an image of (width, height) pixels; of each description's, overlapping ones merge.
+    """Clips boxes to their image; of the boxes of a description that overlap, the best stays.
 
     Args:
       scored: score, box_xyxy in pixels, description.
-      size: of the image.
+      width, height: of the image.
 
     Returns: the regions, best first.
     """
     regions: list[annotations.Region] = []
-    for score, box, description in sorted(scored, key=lambda entry: -entry[0]):
-        if _least_side(box) <= 0:
+    for score, (x1, y1, x2, y2), description in sorted(scored, key=lambda entry: -entry[0]):
+        if min(x2 - x1, y2 - y1) <= 0:
             continue
-        x1, y1, x2, y2 = box
-        clipped = annotations.clip_box((x1, y1, x2, y2), *size).box_xyxy
+        box = annotations.clip_box((x1, y1, x2, y2), width, height).box_xyxy
         # None: most of it lies beside the image, in the padding.
-        if clipped is None or _least_side(clipped) < MIN_SIDE:
+        if box is None or min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
             continue
-        region = annotations.Region(clipped, description, score)
-        if not any(
-            better.description == description and _iou(better.box_xyxy, region.box_xyxy) > MERGE_IOU
-            for better in regions
-        ):
-            regions.append(region)
+        better = [region.box_xyxy for region in regions if region.description == description]
+        if all(_iou(other, box) <= MERGE_IOU for other in better):
+            regions.append(annotations.Region(box, description, score))
     return regions
-
-
-def _least_side(box_xyxy: Sequence[float]) -> float:
-    return min(box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1])
 
 
 def _iou(a: annotations.Box, b: annotations.Box) -> float:

@@ -1,285 +1,260 @@
-"""The passes over a shard's images: caption, describe, ground, negatives. No Beam in here.
+"""The passes over the images of a shard: caption, describe, ground, negatives. No Beam in here.
 
-An image whose pass fails keeps its other results: it stays in the annotations while these have a text or a region,
-and failed.jsonl names what is missing and why.
+If a pass fails for an image, the image keeps its other results. It stays in the annotations if these have a text or a
+region, and failed.jsonl names what is missing and why. Files of a shard:
+
+OUTPUT/annotations/SHARD.jsonl  lines of A.jsonl
+OUTPUT/failed/SHARD.jsonl       faults with their causes
+OUTPUT/counts/SHARD.json        numbers of images, results and faults
+OUTPUT/results/SHARD.jsonl      per image the results and the faults of the passes, for later passes
+OUTPUT/passes/PASS/SHARD.done   empty; marks the shard as done
 """
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import errno
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL.Image
 
-from grain_jax.core import errors
-from grain_jax.data import negatives, source_lines, sources
+from grain_jax.core import errors, images
+from grain_jax.data import job, negatives, source_lines, sources
 from grain_jax.data.annotate import (
+    PASSES,
     answers,
-    checks,
+    chat,
     detector,
     endpoint_chat,
-    local_chat,
-    outputs,
+    local_models,
 )
-from grain_jax.data.annotate.arguments import PASSES, Annotate
-from grain_jax.data.annotate.chat import Answer, Failure
-from grain_jax.data.annotate.prompt import Prompt
+from grain_jax.data.annotate.arguments import Annotate
 
-# Of a batch: 400 MB as RGB; two batches are held. 64 photographs of 24 MP would be 4.6 GB.
-BATCH_PIXELS = 1 << 27
-# Requests that wait for each one that an endpoint answers at a time: none waits for a slow one.
-BATCHES_AHEAD = 4
-# What the name of an image can be the reason of: a part of it is too long, or another image's file.
+BATCH_PIXELS = 1 << 27  # 400 MB as RGB; 64 photographs of 24 MP would be 4.6 GB
+# Images per request that an endpoint answers at a time, so that none waits long for a slow one.
+IMAGES_PER_REQUEST = 4
+# The name of an image can be the reason of these: a part of it is too long, or is another image's file.
 _NO_NAME = (NotADirectoryError, IsADirectoryError, FileExistsError)
+FAULT = "fault: "  # begins the counter of a cause
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the job ends
 # A pass -> the one whose results it takes. Negatives are of regions of the source, too, and come after the others.
 NEEDS = {"describe": "caption", "ground": "describe"}
 
 
 class ModelDown(errors.UserError):
-    """A model or its server has failed for many images in a row; the message is one line."""
+    """A model or its server failed for many images in a row; the message is one line."""
 
 
-class Job(NamedTuple):
-    """All that a worker needs to know; plain values that can be pickled."""
-
-    given: Annotate  # the arguments of the command
-    prompts: dict[str, Prompt]  # by pass
-
-    @property
-    def output(self) -> outputs.Output:
-        """The files of the job."""
-        return outputs.Output(self.given.output)
+def marks(args: Annotate) -> list[str]:
+    """The folders whose files mark a shard as done."""
+    return [f"passes/{name}" for name in args.passes or ("none",)]
 
 
 @dataclasses.dataclass
-class _Work:
+class Work:
     """An image on its way through the passes."""
 
     item: sources.Image | sources.Fault
     image: PIL.Image.Image | None = None
-    results: dict[str, dict] = dataclasses.field(default_factory=dict)
-    letters: list[dict] = dataclasses.field(default_factory=list)
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)  # by pass
+    faults: dict[str, list] = dataclasses.field(default_factory=dict)  # stage -> [cause, detail]
 
-    def fail(self, stage: str, cause: str, detail: str) -> None:
-        self.letters.append(
-            {"image": self.item.image, "stage": stage, "cause": cause, "detail": detail}
-        )
+    def regions(self) -> list[dict[str, Any]]:
+        """The regions of the source and of the pass ground, with negatives."""
+        texts = self.results.get("negatives", {})
+        regions = [*map(source_lines.region, self.item.regions), *self.results.get("ground", [])]
+        return [
+            region | {"negatives": texts[region["description"]]}
+            if "negatives" not in region and texts.get(region["description"])
+            else region
+            for region in regions
+        ]
 
 
 class Passes:
-    """The passes of a job with their models, which are loaded once per worker process.
+    """The passes of a job with their models, which a worker process loads once.
 
     Attributes:
-      job: whose prompts are asked, and whose number of negatives is made (by rules, without a model).
-      chat, detector: None where no pass needs it.
+      args: of the command.
+      chat, detector: None if no pass needs it.
 
     Raises:
       UserError: a model cannot be loaded, or an endpoint not be used.
     """
 
-    def __init__(self, job: Job):
-        given, self.job, self.chat, self.detector = job.given, job, None, None
-        self._batch_size, self._failures = given.batch_size, 0  # the failures in a row, up to now
-        if job.prompts.keys() & set(given.passes):
-            self.chat = (endpoint_chat.EndpointChat if given.endpoint else local_chat.LocalChat)(
-                given
-            )
-            if given.endpoint:
-                self._batch_size = max(given.batch_size, BATCHES_AHEAD * given.concurrency)
-        if "ground" in given.passes:
-            self.detector = detector.Detector(given)
-        # A worker may have several threads, and a GPU one memory.
-        local = isinstance(self.chat, local_chat.LocalChat) or self.detector
-        self._turn = threading.Lock() if local else contextlib.nullcontext()
+    def __init__(self, args: Annotate):
+        self.args, self.chat, self.detector = args, None, None
+        self.output = job.Output(args.output)
+        self._batch_size, self._failures = args.batch_size, 0  # failures in a row, up to now
+        if {"caption", "describe"} & set(args.passes):
+            if args.endpoint:
+                self.chat = endpoint_chat.EndpointChat(args)
+                self._batch_size = max(args.batch_size, IMAGES_PER_REQUEST * args.concurrency)
+            else:
+                self.chat = local_models.LocalChat(args)
+        if "ground" in args.passes:
+            self.detector = detector.Detector(args)
+        self._turn = threading.Lock()  # a worker may have several threads, and a GPU one memory
 
     def annotate(self, shard: sources.SourceShard) -> None:
-        """Runs the passes over a shard and writes its files; results of earlier jobs are kept."""
-        output, passes = self.job.output, self.job.given.passes
-        known = {
-            name: {line["image"]: line for line in output.read(f"passes/{name}", shard.name)}
-            for name in PASSES
-        }
-        old_letters = collections.defaultdict(list)
-        for letter in output.read("failed", shard.name):
-            del letter["kept"]
-            old_letters[letter["image"]].append(letter)
-        tallies = {name: collections.Counter() for name in passes}
-        lines, letters, faulty, works = [], [], 0, 0
-        found = {name: [] for name in passes}
-        for batch in _batches(_read(shard, self.job, known, old_letters), self._batch_size):
-            for name in passes:
-                self._run(name, batch, tallies[name])
+        """Runs the passes over a shard and writes its files; results of earlier runs are kept."""
+        output, args, file = self.output, self.args, f"{shard.name}.jsonl"
+        known = {line["image"]: line for line in output.read_lines("results", file)}
+        lines, failed, results, count = [], [], [], collections.Counter()
+        works = (_work(item, known.get(item.image, {}), args) for item in sources.read(shard))
+        for batch in batches(works, self._batch_size):
+            for name in args.passes:
+                self._run(name, batch)
             for work in batch:
-                line = _finish(work, self.job)
+                image, line = {"image": work.item.image}, self._line(work)
                 lines += [] if line is None else [line]
-                letters += [letter | {"kept": line is not None} for letter in work.letters]
-                faulty += any(letter["stage"] != "region" for letter in work.letters)
-                for name in found.keys() & work.results.keys():
-                    found[name].append(work.results[name])
-            works += len(batch)
-        before = output.tally(shard.name)
-        tally = {
-            "shards": 1,
-            "pictures": works,
-            "annotated": len(lines),
-            "faulty": faulty,
-            "regions": sum(len(line["regions"]) for line in lines),
-            "failures": collections.Counter(f"{x['stage']}: {x['cause']}" for x in letters),
-            "results": before.get("results", {}) | {name: len(found[name]) for name in found},
-            "passes": outputs.add(before.get("passes", {}), tallies),
-        }
-        # The order matters: the passes' files say that the shard is done.
-        output.write("failed", shard.name, letters)
-        output.put_tally(shard.name, tally)
-        output.write("annotations", shard.name, lines)
-        for name in passes:
-            output.write(f"passes/{name}", shard.name, found[name])
+                for stage, cause, detail in _faults(work):
+                    fault = {"stage": stage, "cause": cause, "detail": detail}
+                    failed.append(image | fault | {"kept": line is not None})
+                results.append(image | {"results": work.results, "faults": work.faults})
+                count.update(work.results.keys())
+                count["faulty"] += bool(work.faults)
+        count.update(f"{FAULT}{fault['stage']}: {fault['cause']}" for fault in failed)
+        regions = sum(len(line["regions"]) for line in lines)
+        count.update(images=len(results), annotated=len(lines), regions=regions)
+        output.put_lines(results, "results", file)
+        output.put_lines(failed, "failed", file)
+        output.put_json(count, "counts", f"{shard.name}.json")
+        output.put_lines(lines, "annotations", file)
+        for mark in marks(args):
+            output.put("", mark, f"{shard.name}.done")
 
-    def _run(self, name: str, batch: list[_Work], tally: collections.Counter) -> None:
-        """Runs a pass over the images of a batch that have its inputs and lack its results.
-
-        The method of its name yields a dict, or a Failure or Refused, for each of them.
-        """
-        before = NEEDS.get(name)
+    def _run(self, name: str, batch: list[Work]) -> None:
+        """Runs a pass over the images of a batch that have its inputs and lack its results."""
+        needed = NEEDS.get(name)
         todo = [
             work
             for work in batch
             if work.image is not None
             and name not in work.results
-            and (before is None or before in work.results)
+            and (needed is None or needed in work.results)
         ]
         if not todo:
             return
         with self._turn:
-            start = time.monotonic()
-            for work, found in zip(todo, getattr(self, f"_{name}")(todo, tally), strict=True):
-                if isinstance(found, dict):
-                    work.results[name] = {"image": work.item.image} | found
+            for work, result in zip(todo, getattr(self, f"_{name}")(todo), strict=True):
+                work.faults.pop(name, None)  # of an earlier run
+                failed = isinstance(result, chat.Failure)
+                if failed or isinstance(result, answers.Refused):
+                    work.faults[name] = list(result)
                 else:
-                    work.fail(name, found.cause, found.detail)
-                self._failures = self._failures + 1 if isinstance(found, Failure) else 0
+                    work.results[name] = result
+                self._failures = self._failures + 1 if failed else 0
                 if self._failures >= FAILURES_IN_A_ROW:
                     raise ModelDown(
                         f"pass {name}: {self._failures} images in a row failed, the last by"
-                        f" {found.cause} ({found.detail}); fix it, then give the same command again"
+                        f" {result.cause} ({result.detail}); fix it, then give the same command again"
                     )
-            tally["seconds"] += time.monotonic() - start
-        tally["pictures"] += len(todo)
 
-    def _ask(
-        self,
-        works: list[_Work],
-        texts: list[str],
-        parse: Callable[..., Any],
-        tally: collections.Counter,
-    ) -> Iterator:
-        """The parsed answers about the images; a Failure or Refused where there is none."""
+    def _ask(self, works: list[Work], texts: list[str], parse: Callable[..., Any]) -> Iterator:
+        """The parsed answers about the images; a Failure or Refused if there is none."""
         for answer in self.chat.answer([work.image for work in works], texts):
-            if isinstance(answer, Answer):
-                tally["prompt tokens"] += answer.prompt_tokens
-                tally["answer tokens"] += answer.answer_tokens
-                answer = parse(answer.text, cut_off=answer.cut_off)
-            yield answer
+            is_answer = isinstance(answer, chat.Answer)
+            yield parse(answer.text, cut_off=answer.cut_off) if is_answer else answer
 
-    def _caption(self, works: list[_Work], tally: collections.Counter) -> Iterator:
-        texts = [self.job.prompts["caption"].text] * len(works)
-        for found in self._ask(works, texts, answers.parse_caption, tally):
-            if isinstance(found, dict):
-                found["synthetic_caption"] = found.pop("caption")
-            yield found
+    def _caption(self, works: list[Work]) -> Iterator:
+        return self._ask(works, [chat.prompt("caption")] * len(works), answers.parse_caption)
 
-    def _describe(self, works: list[_Work], tally: collections.Counter) -> Iterator:
-        ask = self.job.prompts["describe"]
-        texts = [ask.about(work.results["caption"]["subject"]) for work in works]
-        for found in self._ask(works, texts, answers.parse_descriptions, tally):
-            if not isinstance(found, Failure | answers.Refused):
-                descriptions, dropped = found
-                tally["descriptions"] += len(descriptions)
-                tally.update(f"line left out: {line.cause}" for line in dropped)
-                found = {"descriptions": descriptions}
-            yield found
+    def _describe(self, works: list[Work]) -> Iterator:
+        prompt = chat.prompt("describe")
+        # Not str.format: the prompt may have other braces.
+        texts = [prompt.replace(chat.SUBJECT, work.results["caption"]["subject"]) for work in works]
+        return self._ask(works, texts, answers.parse_descriptions)
 
-    def _ground(self, works: list[_Work], tally: collections.Counter) -> Iterator:
-        texts = [work.results["describe"]["descriptions"] for work in works]
-        for found in self.detector.detect([work.image for work in works], texts):
-            if not isinstance(found, Failure):
-                tally["regions"] += len(found)
-                found = {"regions": list(map(source_lines.region, found))}
-            yield found
+    def _ground(self, works: list[Work]) -> Iterator:
+        texts = [work.results["describe"] for work in works]
+        for result in self.detector.detect([work.image for work in works], texts):
+            is_list = isinstance(result, list)
+            yield list(map(source_lines.region, result)) if is_list else result
 
-    def _negatives(self, works: list[_Work], tally: collections.Counter) -> Iterator:
+    def _negatives(self, works: list[Work]) -> Iterator:
         for work in works:
-            descriptions = dict.fromkeys(region["description"] for region in _regions(work))
-            made = {
-                text: negatives.make(text, self.job.given.negatives, others=descriptions)
-                for text in descriptions
-            }
-            tally["negatives"] += sum(map(len, made.values()))
-            tally["descriptions without a word of the rules"] += sum(not x for x in made.values())
-            yield {"negatives": made}
+            descriptions = dict.fromkeys(region["description"] for region in work.regions())
+            most = self.args.negatives
+            yield {x: negatives.make(x, most, others=descriptions) for x in descriptions}
+
+    def _line(self, work: Work) -> dict[str, Any] | None:
+        """The image's line of A.jsonl; None if it has neither a text nor a region, or cannot be read or stored."""
+        if "image" in work.faults:
+            return None
+        item = work.item
+        synthetic = work.results.get("caption", {}).get("caption", item.synthetic_caption)
+        line = source_lines.line(item._replace(synthetic_caption=synthetic))
+        line |= {"regions": work.regions()}
+        if not (item.captions or synthetic or line["regions"]):
+            if not work.faults and not item.left_out:
+                detail = "got neither caption nor regions, expected one of them"
+                work.faults["image"] = ["no caption", detail]
+            return None
+        names = ("images", item.image)
+        try:
+            path = self.output.path(*names)
+            if self.args.keep_images and (path.is_dir() or not path.exists()):
+                self.output.put(item.encoded, *names)
+        except OSError as error:
+            if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
+                raise
+            detail = f"{error.strerror}: cannot be written as a file below {path.parent}"
+            work.faults["image"] = ["bad annotation", detail]
+            return None
+        return line
 
 
-def _regions(work: _Work) -> list[dict[str, Any]]:
-    """The regions of the source and those of the pass ground, with negatives."""
-    found = work.results.get("ground", {}).get("regions", [])
-    of_source = map(source_lines.region, work.item.regions)
-    made = work.results.get("negatives", {}).get("negatives", {})
-    regions = []
-    for region in (*of_source, *found):
-        texts = made.get(region["description"])
-        add = texts and "negatives" not in region
-        regions.append(region | {"negatives": texts} if add else region)
-    return regions
+def check(item: sources.Image, args: Annotate) -> PIL.Image.Image | sources.Fault:
+    """The image as RGB, or its fault: "empty file", "unreadable", "damaged", "too small", "too large"."""
+    cause = "unreadable" if item.encoded else "empty file"
+    try:
+        width, height = images.open_image(item.encoded).size
+        if args.min_side <= min(width, height) and max(width, height) <= args.max_side:
+            cause = "damaged"
+            return images.to_rgb(images.decode_image(item.encoded))
+        cause = "too small" if min(width, height) < args.min_side else "too large"
+        bounds = f"sides from {args.min_side} to {args.max_side}"
+        detail = f"got {width} x {height} pixels, expected {bounds}"
+    except images.ImageError as error:
+        cause, detail = (
+            "too large" if isinstance(error, images.TooLargeError) else cause,
+            str(error),
+        )
+    return sources.Fault(item.image, cause, detail)
 
 
-def _line(work: _Work) -> dict[str, Any] | None:
-    """The line of A.jsonl for the image; None if it has neither a text nor a region."""
-    item = work.item
-    synthetic = work.results.get("caption", {}).get("synthetic_caption", item.synthetic_caption)
-    out = source_lines.line(item._replace(synthetic_caption=synthetic)) | {
-        "regions": _regions(work)
-    }
-    return out if item.captions or synthetic or out["regions"] else None
+def _work(item: sources.Image | sources.Fault, known: dict[str, Any], args: Annotate) -> Work:
+    """An image, decoded and with what earlier runs noted of it."""
+    faults = {name: fault for name, fault in known.get("faults", {}).items() if name in PASSES}
+    work = Work(item, None, known.get("results", {}), faults)
+    checked = check(item, args) if isinstance(item, sources.Image) else item
+    if isinstance(checked, sources.Fault):
+        work.faults["image"] = [checked.cause, checked.detail]
+    else:
+        work.image = checked
+    return work
 
 
-def _read(shard: sources.SourceShard, job: Job, known: dict, letters: dict) -> Iterator[_Work]:
-    """The shard's images, decoded and with what earlier jobs found."""
-    passes = job.given.passes
-    before = NEEDS.get(passes[0]) if passes else None
-    for item in sources.read(shard):
-        results = {name: known[name][item.image] for name in known if item.image in known[name]}
-        work = _Work(item, results=results, letters=letters.get(item.image, []))
-        if before and before not in results:  # an earlier job has dealt with it
-            yield work
-            continue
-        earlier = set(PASSES) - set(passes)
-        work.letters = [letter for letter in work.letters if letter["stage"] in earlier]
-        found = item
-        if isinstance(item, sources.Image):
-            for region_fault in item.left_out:
-                work.fail("region", region_fault.cause, region_fault.detail)
-            found = checks.check(item, job.given)
-        if isinstance(found, sources.Fault):
-            work.fail("picture", found.cause, found.detail)
-        else:
-            work.image = found
-        yield work
+def _faults(work: Work) -> Iterator[tuple[str, str, str]]:
+    """(stage, cause, detail) of each fault of an image and its regions."""
+    for fault in getattr(work.item, "left_out", ()):
+        yield "region", fault.cause, fault.detail
+    for stage in ("image", *PASSES):
+        if stage in work.faults:
+            yield stage, *work.faults[stage]
 
 
-def _batches(items: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
-    """Lists of `size` items, fewer of large images; one is read ahead by a thread while the models run."""
-    items = iter(items)
+def batches(works: Iterable[Work], size: int) -> Iterator[list[Work]]:
+    """Lists of `size` images, fewer of large ones; a thread reads the next list while the models run."""
+    works = iter(works)
 
-    def take() -> list[_Work]:
+    def take() -> list[Work]:
         batch, pixels = [], 0
         while len(batch) < size and pixels < BATCH_PIXELS:
-            work = next(items, None)
+            work = next(works, None)
             if work is None:
                 break
             batch.append(work)
@@ -293,23 +268,9 @@ def _batches(items: Iterable[_Work], size: int) -> Iterator[list[_Work]]:
             yield batch
 
 
-def _finish(work: _Work, job: Job) -> dict[str, Any] | None:
-    """The line of the image, or None; also writes the file of the image where the source has none."""
-    if any(letter["stage"] == "picture" for letter in work.letters):
-        return None
-    line = _line(work)
-    if line is None and not work.letters:
-        work.fail("picture", "no caption", "got neither caption nor regions, expected one of them")
-    if line is not None and job.given.keep_images:
-        path = job.output.path("images", work.item.image)
-        try:
-            if path.is_dir() or not path.exists():
-                job.output.put(work.item.encoded, "images", work.item.image)
-        except OSError as error:
-            if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
-                raise
-            reason = error.strerror or "a folder has the name"
-            detail = f"{reason}: cannot be written as a file below {job.output.path('images')}"
-            work.fail("picture", "bad annotation", detail)
-            return None
-    return line
+def counts(output: job.Output, shards: Iterable[str]) -> collections.Counter[str]:
+    """The numbers of shards, added."""
+    total = collections.Counter()
+    for shard in shards:
+        total.update(output.read_json("counts", f"{shard}.json"))
+    return total

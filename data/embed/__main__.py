@@ -8,112 +8,137 @@ DIR is a folder that all of them see.
 
 import collections
 import contextlib
+import hashlib
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
-import jax
+from etils import epath
 
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
-from grain_jax.checkpoint.pretrained import NAMES
-from grain_jax.core import atomic, errors, printable
-from grain_jax.data.embed import arguments, output, parts, pipeline
-from grain_jax.data.sources import arrow_files
-from grain_jax.runtime import compiled, distributed, processes
+from grain_jax.core import errors, regular_file
+from grain_jax.data import job, sources
+from grain_jax.data.embed import arguments, output, pipeline
+from grain_jax.data.sources import arrow_files, tfds
+from grain_jax.runtime import distributed, processes
+
+FAULTS = "faults.jsonl"
 
 
 def embed(args: arguments.Embed) -> str:
     """Embeds the source; returns a line about what was done. Every process calls it. Raises UserError."""
-    began = time.monotonic()
-    arrow_files.pyarrow()  # where it is missing, before the model is read
-    folder = parts.absolute(args.output)
+    arrow_files.pyarrow()  # before the model is read: it may be missing
+    folder = job.Output(str(absolute(args.output)))
     processes.run_together(lambda: saved_model.find(args.checkpoint))
-    source = processes.of_first(lambda: _list(args, folder))
-    predictor = processes.run_together(lambda: _load(args))
-    settings = _settings(args, source, predictor)
-    processes.of_first(lambda: output.agree(folder, settings))
-    job = output.Output(folder, settings, source["parts"], source["images"])
-    done = processes.of_first(lambda: list(job.finished()))
-    todo = [index for index in range(len(job.parts)) if index not in done]
-    smaller = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"
-    with errors.out_of_memory_in_a_line("grain-jax embed", lambda: smaller):
-        count = pipeline.run(
-            job,
-            [todo[i] for i in processes.share(len(todo))],
-            pipeline.encoder(predictor, args.boxes),
-            size=predictor.model.image.image_size,
-            threads=args.threads or max(2, os.cpu_count() or 1),
-            label=args.source,
-            known=source["total"] is not None,
-        )
-    count = sum(processes.agree(None, count))
-    return processes.of_first(lambda: _end(args, job, count, time.monotonic() - began))
+    with contextlib.ExitStack() as stack:
+        processes.of_first(lambda: stack.enter_context(folder.locked(FAULTS)))
+        return _embed(args, folder)
 
 
-def _list(args: arguments.Embed, folder: Any) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return parts.find(
-        args.source,
-        images=args.images,
-        split=args.split,
-        shard_size=args.shard_size,
-        scratch=folder,
-        boxes=args.boxes == "given",
-    )
-
-
-def _load(args: arguments.Embed) -> inference.Predictor:
-    predictor = inference.load(args.checkpoint, args.dtype)
-    if args.boxes == "given":
-        predictor.encode_boxes([], [])  # refuses a model without a box head
-    return predictor
-
-
-def _settings(
-    args: arguments.Embed, source: dict[str, Any], predictor: inference.Predictor
-) -> dict[str, Any]:
-    """What the embeddings depend on."""
-    named = args.checkpoint in NAMES or "://" in args.checkpoint
-    return {
-        # Of a workdir, the checkpoint that was its newest.
-        "checkpoint": args.checkpoint if named else str(parts.absolute(predictor.folder)),
+def _embed(args: arguments.Embed, folder: job.Output) -> str:
+    """Embeds the source by a run that has the folder for itself."""
+    began = time.monotonic()
+    source, images, values = processes.of_first(lambda: find(args, folder))
+    shards = [sources.SourceShard(*each) for each in values]
+    predictor = processes.run_together(lambda: inference.load(args.checkpoint, args.dtype))
+    settings = {
         "model": predictor.digests,
         "embed_dim": predictor.model.embed_dim,
-        "regions": args.boxes if args.boxes == "given" or predictor.has_regions else "",
+        "regions": predictor.has_regions,
         "image_size": predictor.model.image.image_size,
         "dtype": args.dtype,
         "shard_size": args.shard_size,
-        "source": source["source"] | {"images": source["images"], "split": args.split},
+        "source": source,
     }
+    processes.of_first(lambda: folder.agree(settings))
+    result = output.Embeddings(folder, settings, shards, images)
+    done = processes.of_first(lambda: list(result.done()))
+    todo = [index for index in range(len(shards)) if index not in done]
+    smaller = f"give --dtype bfloat16, or {errors.MORE_MEMORY}"
+    with errors.out_of_memory_in_a_line("grain-jax embed", lambda: smaller):
+        count = pipeline.run(
+            result,
+            [todo[i] for i in processes.share(len(todo))],
+            pipeline.encoder(predictor),
+            size=predictor.model.image.image_size,
+            threads=args.threads or max(2, os.cpu_count() or 1),
+        )
+    count = sum(processes.agree(None, count))
+    return processes.of_first(lambda: _finish(args, result, count, time.monotonic() - began))
 
 
-def _end(args: arguments.Embed, job: output.Output, count: int, seconds: float) -> str:
-    """Writes the faults and the card, when all parts are there; returns the line. Raises EmbedError."""
-    finished = job.finished()
-    missing = [index for index in range(len(job.parts)) if index not in finished]
+def find(
+    args: arguments.Embed, folder: job.Output
+) -> tuple[dict[str, str], str, list[sources.SourceShard]]:
+    """Lists the source; `folder` gets the lists of a folder's images, which all processes read.
+
+    Returns: settings of the source, the folder that paths of images start from or "", the shards.
+
+    Raises:
+      sources.SourceError: there is no such source, or it holds no image.
+    """
+    path = absolute(args.source)
+    kind = _kind(path)
+    images = absolute(args.images or path.parent) if kind == "annotations" else path
+    scratch = str(folder.path("lists"))
+    options = sources.Options(str(images), (str(path),), args.split, scratch, args.shard_size)
+    shards = sources.shards(kind, options)
+    names = hashlib.sha256(json.dumps([shard.name for shard in shards]).encode()).hexdigest()[:16]
+    settings = {"kind": kind, "path": str(path), "images": str(images), "split": args.split}
+    in_files = kind in ("folder", "annotations")
+    return settings | {"image_list": names}, str(images) if in_files else "", shards
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` from the root, ~ expanded and links followed; a URL stays."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else epath.Path(os.path.realpath(path.expanduser()))
+
+
+def _kind(path: epath.Path) -> str:
+    """The data source of what lies at a path. Raises SourceError if nothing does."""
+    if regular_file.is_one(path):
+        return "webdataset" if path.suffix == ".tar" else "annotations"
+    if not path.is_dir():
+        expected = "a folder of images, a .tar or a folder of them, a record set, or an A.jsonl"
+        raise sources.SourceError(f"{path}: no such file or folder, expected {expected}")
+    if any(path.glob("*.tar")):
+        return "webdataset"
+    try:
+        tfds.directory(path)
+    except sources.SourceError:
+        return "folder"
+    return "tfds"
+
+
+def _finish(args: arguments.Embed, result: output.Embeddings, count: int, seconds: float) -> str:
+    """Writes the faults if all parts are there; returns a line. Raises JobError."""
+    done = result.done()
+    missing = [index for index in range(len(result.parts)) if index not in done]
     if missing:
-        raise output.EmbedError(
-            f"--output {args.output}: {job.path('metadata', missing[0])} is missing, of {len(missing)} files; give"
-            " the same command again"
+        raise job.JobError(
+            f"--output {args.output}: {result.path('metadata', missing[0])} is missing, one of"
+            f" {len(missing)} files; give the same command again"
         )
-    done = [finished[index] for index in sorted(finished)]
-    job.write_faults(done)
-    atomic.write_text(job.folder / output.CARD, output.card(job.settings, done))
-    causes = collections.Counter(fault["cause"] for part in done for fault in part.faults)
-    for cause, times in sorted(causes.items()):
-        line = f"{job.folder / output.FAULTS}: {times} {printable.plain(cause, 80)}"
-        print(line, file=sys.stderr)
-    rows, faults = sum(part.rows for part in done), sum(len(part.faults) for part in done)
-    if not rows or faults > args.max_faults * (rows + faults):
-        raise output.EmbedError(
-            f"--output {args.output}: {faults} of {rows + faults} images have a fault, more than --max-faults"
-            f" {args.max_faults:g} allows; {output.FAULTS} names them; put them right and delete the files"
-            " that it names, or take them out of the source"
-        )
-    left_out = f" ({faults} left out: {output.FAULTS})" if faults else ""
+    faults = [
+        fault | {"file": result.path("metadata", index).name}
+        for index, part in sorted(done.items())
+        for fault in part.faults
+    ]
+    result.folder.put_lines(faults, FAULTS)
+    rows = sum(part.rows for part in done.values())
+    job.check_faults(
+        result.folder.path(FAULTS),
+        collections.Counter(fault["cause"] for fault in faults),
+        images=rows + len(faults),
+        faulty=len(faults),
+        left=rows,
+        most=args.max_faults,
+    )
+    left_out = f" ({len(faults)} left out: {FAULTS})" if faults else ""
     return (
         f"{args.output}: {rows:,} images{left_out} in {len(done):,} files; {count:,} of them now, in"
         f" {seconds:.1f} s, {count / seconds:.3g} images/s"
@@ -126,14 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         args = arguments.Embed.parse(argv)
-        compiled.use()
+        distributed.keep_compiled_programs()
         distributed.initialize(
             args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
         )
-        together = contextlib.nullcontext()
-        if jax.distributed.is_initialized():
-            together = distributed.ending_together(args.heartbeat_seconds)
-        with together:
+        with distributed.ending_together(args.heartbeat_seconds):
             try:
                 said = embed(args)
             except OSError as error:

@@ -1,74 +1,53 @@
-"""Images to embeddings: threads read and decode while the device works.
+"""Images to embeddings: threads decode while the device works.
 
 Memory holds a few batches of images and the embeddings of a part, whatever the number of images. A batch may hold
 images of several parts, so that small tars leave the device no batch that is not full.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from grain_jax.core import images, progress
 from grain_jax.data import sources
-from grain_jax.data.embed import output, parts
-from grain_jax.inference import predictor as predictor_lib
+from grain_jax.data.embed import output
+from grain_jax.inference import encoder as encoder_lib
 from grain_jax.inference import stream
 from grain_jax.runtime import processes
 
 _AT_DEVICE = 2  # batches on their way to a device: while one is computed, the next is sent
 _BATCHES_READ = 2  # beside those, in threads
 
-
-class Ready(NamedTuple):
-    """An image as the model takes it."""
-
-    path: str
-    caption: str
-    id: str
-    width: int
-    height: int
-    boxes_xyxy: np.ndarray  # float32 [R, 4] in [0, 1], those that the source has
-    pixels: np.ndarray  # uint8 [S, S, 3]
+Encode = Callable[[list[output.Row]], list[output.Row]]
 
 
-Encode = Callable[[list[Ready]], list[output.EmbeddedImage]]
+def encoder(predictor: Any) -> Encode:
+    """The function that embeds the images of a batch and the regions that the model finds, if it has regions."""
 
-
-def encoder(predictor: Any, boxes: str = "queries") -> Encode:
-    """The function that embeds the images of a batch and their regions.
-
-    Args:
-      predictor: the model.
-      boxes: whose regions: "queries" of the model, where it has them, or the boxes "given" by the source.
-    """
-
-    def encode(batch: list[Ready]) -> list[output.EmbeddedImage]:
-        pixels = np.stack([ready.pixels for ready in batch])
-        embeds: Sequence[Any] = [None] * len(batch)  # of the regions of each image
-        corners: Sequence[Any] = embeds
-        if boxes == "given":
-            corners = [ready.boxes_xyxy for ready in batch]
-            image, embeds = predictor.encode_image_and_boxes(pixels, corners)
-        elif predictor.has_regions:
-            image, (corners, embeds) = predictor.encode_image_and_regions(pixels)
+    def encode(batch: list[output.Row]) -> list[output.Row]:
+        pixels = np.stack([row.pixels for row in batch])
+        regions = [(None, None)] * len(batch)
+        if predictor.has_regions:
+            embeds, (boxes_xyxy, region_embeds) = predictor.encode_image_and_regions(pixels)
+            stream.check_finite(region_embeds)
+            regions = zip(boxes_xyxy, region_embeds)
         else:
-            image = predictor.encode_image(pixels)
-        stream.check_finite(image, *(each for each in embeds if each is not None))
+            embeds = predictor.encode_image(pixels)
+        stream.check_finite(embeds)
         return [
-            output.EmbeddedImage(*ready[:5], *rest)
-            for ready, *rest in zip(batch, image, embeds, corners)
+            row._replace(pixels=None, image_embed=embed, boxes_xyxy=boxes, region_embed=region)
+            for row, embed, (boxes, region) in zip(batch, embeds, regions)
         ]
 
     return encode
 
 
-def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Ready | sources.Fault:
-    """Reads an image, decodes it and resizes it to a square."""
-    item = read()
+def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sources.Fault:
+    """Decodes an image and resizes it to a square."""
     if isinstance(item, sources.Fault):
         return item
     try:
@@ -77,58 +56,46 @@ def prepare(read: Callable[[], sources.Image | sources.Fault], size: int) -> Rea
     except images.ImageError as error:
         too_large = isinstance(error, images.TooLargeError)
         return sources.Fault(item.image, "too large" if too_large else "unreadable", str(error))
-    boxes = np.array([region.box_xyxy for region in item.regions], np.float32).reshape(-1, 4)
-    boxes = np.clip(boxes / np.array([*image.size, *image.size], np.float32), 0, 1)
     caption = next(iter(item.captions), "")
-    return Ready(item.image, caption, item.id or item.image, *image.size, boxes, pixels)
+    return output.Row(item.image, caption, item.id or item.image, *image.size, pixels)
 
 
 def run(
-    job: output.Output,
-    mine: Sequence[int],
-    encode: Encode,
-    *,
-    size: int,
-    threads: int,
-    label: str,
-    known: bool,
+    job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: int, threads: int
 ) -> int:
-    """Embeds parts and writes their files, in order.
+    """Embeds the parts with the numbers `mine` and writes their files, in order; returns the number of images.
 
     Args:
       job: the output.
       mine: numbers of the parts.
-      encode: the model.
-      size: pixels of a side that the model gets.
-      threads: that read and decode.
-      label: of the line of progress.
-      known: whether the parts say how many images they have.
-
-    Returns: number of images, without those that were left out.
+      encode: the model, which gets images of `size` x `size` pixels.
+      size: see `encode`.
+      threads: that decode.
 
     Raises:
       inference.InputError: the model gives numbers that are not finite.
     """
-    batch_size = predictor_lib.MAX_BATCH * jax.local_device_count()
+    batch_size = encoder_lib.MAX_BATCH * jax.local_device_count()
     count, rows, faults = 0, [], []
-    total, (first, times) = sum(job.parts[i]["size"] for i in mine), processes.process_info()
-    of_all = times * total if known else None
-    counter = progress.Counter(label, of_all, "images", silent=first > 0, times=times)
+    first, times = processes.process_info()
+    counter = progress.Counter("embed", None, "images", silent=first > 0, times=times)
     readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(_AT_DEVICE)
+    # Each image with the number of its part, and a None at the end of each part.
+    items = (
+        (i, item) for i in mine for item in itertools.chain(sources.read(job.parts[i]), [None])
+    )
+
+    def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        ready = [entry for _, entry in batch if isinstance(entry, output.Row)]
+        embedded = iter(encode(ready) if ready else ())
+        return [(i, next(embedded) if isinstance(x, output.Row) else x) for i, x in batch]
+
+    def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
+        return task[0], task[1] and prepare(task[1], size)
+
     try:
-
-        def prepared(task: tuple[int, Any]) -> tuple[int, Any]:
-            index, read = task
-            return index, read and prepare(read, size)
-
-        def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
-            ready = [entry for _, entry in batch if isinstance(entry, Ready)]
-            embedded = iter(encode(ready) if ready else ())
-            is_ready = lambda entry: isinstance(entry, Ready)
-            return [(i, next(embedded) if is_ready(entry) else entry) for i, entry in batch]
-
-        entries = stream.ahead(prepared, _tasks(job, mine), readers, _BATCHES_READ * batch_size)
-        batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], Ready))
+        entries = stream.ahead(prepared, items, readers, _BATCHES_READ * batch_size)
+        batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
         # The first one alone: it compiles the program that the others use.
         alone = map(encoded, itertools.islice(batches, 1))
         others = stream.ahead(encoded, batches, device, _AT_DEVICE)
@@ -137,8 +104,8 @@ def run(
                 job.write(index, rows, faults)
                 count, rows, faults = count + len(rows), [], []
                 continue
-            counter.add()
-            if isinstance(entry, output.EmbeddedImage):
+            counter.add(share=mine.index(index) / len(mine))
+            if isinstance(entry, output.Row):
                 rows.append(entry)
             else:
                 fault = {"path": entry.image, "cause": entry.cause, "detail": entry.detail}
@@ -148,11 +115,3 @@ def run(
             pool.shutdown(wait=True, cancel_futures=True)
         counter.close()
     return count
-
-
-def _tasks(job: output.Output, mine: Sequence[int]) -> Iterator[tuple[int, Any]]:
-    """(number of the part, function that reads an image), and a None at the end of each part."""
-    for index in mine:
-        for read in parts.images(job.parts[index]):
-            yield index, read
-        yield index, None

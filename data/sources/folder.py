@@ -25,6 +25,7 @@ def _entries(folder: epath.Path, below: str, seen: set[str]) -> Iterator[Annotat
     if not folder.is_dir():
         raise base.SourceError(f"--images {folder}: no such folder, expected images")
     paths = sorted(folder.iterdir(), key=lambda path: path.name)
+    paths = [path for path in paths if not path.name.startswith(".")]  # such as ._x.jpg of macOS
     texts = {path.name for path in paths if path.suffix == ".txt"}
     for path in paths:
         image = below + path.name

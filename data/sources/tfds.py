@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 from etils import epath, epy
 
+from grain_jax.core import regular_file
 from grain_jax.data.sources import base, join
 
 with epy.lazy_imports():  # slow to start
+    import tensorflow as tf
     import tensorflow_datasets as tfds
-
-    from grain_jax.input_pipeline import record_files
 
 
 class Tfds:
@@ -33,7 +33,9 @@ class Tfds:
         if not ("image" in known and isinstance(known["image"], tfds.features.Image)):
             got = ", ".join(known) or type(features).__name__
             raise base.SourceError(f"{options.images}: has {got}, expected a feature image")
-        record_files.shards(epath.Path(builder.data_dir), builder.info.splits[split])
+        for path in map(epath.Path, builder.info.splits[split].filepaths):
+            if not path.exists():
+                raise base.SourceError(f"{path}: the shard is gone; expected all shards of the set")
         total, size = builder.info.splits[split].num_examples, options.shard_size
         shared = {"directory": str(builder.data_dir), "split": split}
         return [
@@ -70,7 +72,11 @@ class Tfds:
                     yield base.Fault(image, "bad annotation", f"{type(error).__name__}: {error}")
                 else:
                     yield join.join(annotation)
-        except record_files.DAMAGE as error:
+        except (
+            tf.errors.DataLossError,
+            tf.errors.InvalidArgumentError,
+            tf.errors.NotFoundError,
+        ) as error:
             reason = error.message.splitlines()[0][:200]
             detail = f"{reason}; what follows it in this part is lost"
             yield base.Fault(f"{split}/{index:09d}", "damaged shard", detail)
@@ -100,8 +106,32 @@ def all_shards(folder: epath.PathLike) -> list[base.SourceShard]:
 
 
 def _builder(folder: epath.PathLike) -> Any:
-    record_files.read_info(directory(folder))  # damage in a line
-    return tfds.builder_from_directory(directory(folder))
+    """TFDS's builder of a set. Raises SourceError: damaged, or other classes than TFDS's, whose modules it imports."""
+    where = directory(folder)
+    for path in (where / "dataset_info.json", where / "features.json"):
+        content = regular_file.read_json(path, dict[str, Any], "a description of a TFDS set")
+        for name in _values(content, "pythonClassName"):
+            if not str(name).startswith("tensorflow_datasets."):
+                raise base.SourceError(f"{path}: names the class {name!r:.60}, expected TFDS's own")
+    try:
+        builder = tfds.builder_from_directory(where)
+        _ = [split.filepaths for split in builder.info.splits.values()]  # TFDS checks them now
+        return builder
+    except Exception as error:  # wrong types in either file raise errors of all kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise base.SourceError(
+            f"{where}: dataset_info.json or features.json is damaged ({reason})"
+        ) from None
+
+
+def _values(content: Any, key: str) -> Iterator[Any]:
+    """Every value of the key, at any depth."""
+    if isinstance(content, dict):
+        yield from (value for name, value in content.items() if name == key)
+        content = list(content.values())
+    if isinstance(content, list):
+        for value in content:
+            yield from _values(value, key)
 
 
 def _annotation(image: str, example: dict[str, Any]) -> base.Annotation:

@@ -1,10 +1,10 @@
 """The comments that explain the fields of a class, as a section of its text in the reference."""
 
+import io
 import pathlib
+import tokenize
 
 import griffe
-
-from grain_jax.config.listing import comment_at
 
 NOTHING = "<!-- -->"  # Google's style wants words after a name
 
@@ -30,3 +30,15 @@ class FieldComments(griffe.Extension):
             for field in fields
         ]
         cls.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
+
+
+def comment_at(source: str, first: int, last: int) -> str:
+    """The comments above and beside the statement of these lines, in one line."""
+    comments = {
+        token.start[0]: (token.string.lstrip("# "), not token.line[: token.start[1]].strip())
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    while comments.get(first - 1, ("", False))[1]:
+        first -= 1
+    return " ".join(comments[line][0] for line in range(first, last + 1) if line in comments)

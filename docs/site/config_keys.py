@@ -2,40 +2,39 @@
 
 from collections.abc import Iterable
 
-from grain_jax.config import evals, fields, listing
+from grain_jax.config.fields import Config
+from grain_jax.config.keys import Item, listed
+from grain_jax.evaluate import base, kinds
 
 COMMON = ("kind", "missing", "get")  # keys of every evaluator
 
 
 def markdown() -> str:
     """Sections of the page: a heading per group, a heading per key."""
+    groups: dict[str, list[Item]] = {}
+    for item in listed(Config):
+        groups.setdefault(item.name.rpartition(".")[0], []).append(item)
     parts = []
-    for group, keys in _by_group(listing.keys()).items():
-        parts += [f"## `{group}`" if group else "## The run", *map(_key, keys)]
-    parts.append("## Every evaluator")
-    common = listing.keys(evals.Evaluator, "evals.NAME")
-    parts += [_key(key, anchor=f"every.{key.name}") for key in common]
-    for kind in evals.NAMED:
-        parts.append(f"## Evaluator of kind `{kind}`")
-        for key in listing.keys(evals.find(kind), "evals.NAME"):
-            if key.name.rpartition(".")[2] not in COMMON:
-                parts.append(_key(key, anchor=f"{kind}.{key.name}"))
-    parts.append("## A suite")
-    parts += [_key(key, anchor=f"suite.{key.name}") for key in listing.keys(fields.Suite)]
+    for group, items in groups.items():
+        parts += [f"## `{group}`" if group else "## The run", *map(_key, items)]
+    parts += _section("Every evaluator", listed(base.Evaluator, "evals.NAME"), "every")
+    for kind in kinds.KINDS:
+        items = listed(kinds.find(kind), "evals.NAME")
+        options = [item for item in items if item.key.name not in COMMON]
+        parts += _section(f"Evaluator of kind `{kind}`", options, kind)
+    parts += _section("A suite", listed(kinds.SuiteConfig), "suite")
     return "\n\n".join(parts)
 
 
-def _by_group(keys: Iterable[listing.Key]) -> dict[str, list[listing.Key]]:
-    found: dict[str, list[listing.Key]] = {}
-    for key in keys:
-        found.setdefault(key.name.rpartition(".")[0], []).append(key)
-    return found
+def _section(title: str, items: Iterable[Item], anchor: str) -> list[str]:
+    return [f"## {title}", *(_key(item, f"{anchor}.{item.name}") for item in items)]
 
 
-def _key(key: listing.Key, anchor: str = "") -> str:
-    facts = [f"`{key.type}`", f"default `{key.default}`" if key.default else "must be given"]
-    facts += [key.values] if key.values else []
-    facts += [f"role *{key.role}*"] if key.role else []
-    anchor = (anchor or key.name).replace("[]", "")
-    comment = key.comment[0].upper() + key.comment[1:]
-    return f"#### `{key.name}` {{ #{anchor} }}\n\n{comment}\n\n{' · '.join(facts)}\n{{ .facts }}"
+def _key(item: Item, anchor: str = "") -> str:
+    key = item.key
+    default = f"default `{key.default_words}`" if key.default_words else "must be given"
+    facts = [f"`{key.type_words}`", default, key.values_words]
+    facts += [f"role *{item.role}*"] if item.role else []
+    anchor = (anchor or item.name).replace("[]", "")
+    text = f"#### `{item.name}` {{ #{anchor} }}\n\n{key.declared['help']}"
+    return f"{text}\n\n{' · '.join(filter(None, facts))}\n{{ .facts }}"

@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BESIDE = ("configs", "data", "launch")
 # File of the repository -> its page, without the ending.
 _PAGES = {
+    "README.md": "index",
     "data/SCHEMA.md": "schema",
     "grain_jax/checkpoint/pretrained/aviary-tiny/README.md": "aviary_tiny",
     "CONTRIBUTING.md": "contributing",
@@ -85,6 +86,7 @@ def on_page_markdown(markdown, *, page, config, files):
         if mark in markdown:
             markdown = markdown.replace(mark, made())
     markdown = with_links_of_site(markdown, SOURCES.get(here, f"docs/{here}"), here)
+    markdown = markdown.replace('src="docs/', 'src="')
     return IMAGE.sub(r"[\1](\2)", markdown)  # a click shows it whole
 
 

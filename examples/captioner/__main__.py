@@ -2,9 +2,9 @@
 
     python -m examples.captioner --workdir runs/captioner
 
-It draws the aviary and a tokenizer of its words, trains (the same command again goes on), prints the results of
-`evaluator.Written`, and writes WORKDIR/captions.png: each image with its caption, and the box of one phrase (dashed:
-the annotated one). Some 20 minutes on two CPU cores.
+It draws the aviary, makes a tokenizer of its words, and trains; the same command again resumes. Then it prints the results
+of `evaluator.Written` and writes WORKDIR/captions.png: each image with its caption and the box of one phrase (dashed:
+the annotated box). This takes some 20 minutes on two CPU cores.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def make_tokenizer(texts: Iterable[str]) -> tokenizers.Tokenizer:
     """A tokenizer of the words and signs of these texts, each text between [START] and [END]."""
     split = pre_tokenizers.Whitespace()
     cleaned = set(text_cleaning.clean_all(list(texts)))
-    words = {word for text in cleaned for word, _ in split.pre_tokenize_str(text)}
-    ids = {word: i for i, word in enumerate([*config.SPECIALS, *sorted(words)])}
+    known = {word for text in cleaned for word, _ in split.pre_tokenize_str(text)}
+    ids = {word: i for i, word in enumerate([*config.SPECIALS, *sorted(known)])}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="[UNKNOWN]"))
     tokenizer.pre_tokenizer = split
     tokenizer.add_special_tokens(list(config.SPECIALS))

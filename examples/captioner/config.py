@@ -22,7 +22,7 @@ def get_config(folder: str = "runs/captioner/aviary"):
     c.input.prepare = None
     c.input.data_dir, c.input.name = f"{folder}/records", "aviary"
     c.evals = ConfigDict()
-    # Its ids are the words of the data, some 300: those of CLIP would make most of a small decoder a table.
+    # Its ids are the words of the data, some 300. CLIP's 49,408 ids would make most of a small decoder a table.
     tokenizer = pathlib.Path(folder) / TOKENIZER
     c.model.text.tokenizer = str(tokenizer)
     c.model.text.vocab_size = len(json.loads(tokenizer.read_text())["model"]["vocab"])

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grain_jax.models import layers, placement
+from grain_jax.models import attention, layers, placement
 
 xavier = nn.initializers.xavier_uniform()
 BOX = 4  # tokens of a box
 
 
 class Vocabulary(NamedTuple):
-    """The ids of the decoder: those of the tokenizer, two tasks, the parts of a side."""
+    """The ids of the decoder: token ids, two tasks, the parts of a side."""
 
     words: int
     bins: int
@@ -71,7 +71,7 @@ class Block(nn.Module):
         """x [B, S, T, E], S sequences for each image [B, N, E*] -> [B, S, T, E]."""
         b, s, t, width = x.shape
         norm = lambda name, x: layers.LayerNorm(1e-6, name=name)(x)
-        attend = lambda name: layers.Attention(
+        attend = lambda name: attention.Attention(
             self.width, self.heads, self.dtype, xavier, xavier, name=name
         )
         y = norm("norm_1", x).reshape(b * s, t, width)

@@ -1,7 +1,7 @@
 """An evaluator of the decoder: the boxes of phrases, and whether captions name what is there.
 
     c = ConfigDict()
-    c.evals = dict(words=recipe.evaluator("examples.captioner.evaluator:Written", "IMAGES", annotations="A.jsonl"))
+    c.evals = dict(words=kinds.evaluator("examples.captioner.evaluator:Written", "IMAGES", annotations="A.jsonl"))
 
 is a suite for `grain-jax evaluate suite --checkpoint RUN --config FILE --output OUT.json`; RUN is the run's folder.
 """
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from examples.captioner.writer import Writer
-from grain_jax.config.evals import STANDALONE
 from grain_jax.core import images
 from grain_jax.evaluate import evaluators
+from grain_jax.evaluate.base import STANDALONE
 from grain_jax.losses import boxes as boxes_lib
 
 
@@ -28,8 +28,8 @@ class Written(evaluators.AnnotatedImages):
         """Writes for each image.
 
         Returns:
-          `phrase_iou`, `phrase_acc50`: of the box of a description against that of its region. `chance_*`: against the
-          box of the same description asked of the next image. `parts_named`: descriptions of the file that a caption
+          `phrase_iou`, `phrase_acc50`: how the box of a description fits its region. `chance_*`: the same with the box
+          of that description in the next image. `parts_named`: descriptions of the file that a caption
           has, for each image; `parts_right`: the share of them that the image has.
         """
         writer = Writer(predictor)

@@ -34,17 +34,17 @@ class Writer:
     """
 
     def __init__(self, predictor: Any):
-        state = epath.Path(predictor.folder or "") / "state"
-        if not state.exists():
+        step = epath.Path(predictor.folder or "")
+        if not (step / "state").exists():
             raise errors.UserError(f"{predictor!r}: expected the model of a training run")
-        run = state.parent.parent.parent  # RUN/checkpoints/STEP/state
+        run = step.parent.parent  # RUN/checkpoints/STEP
         config = config_lib.from_dict(json.loads((run / "config.json").read_text()))
         entries = total.local_entries(config.loss)
         name = next((name for name, entry in entries.items() if entry.cls is term.Words), None)
         if name is None:
             raise errors.UserError(f"{predictor.folder}: has no loss term {term.__name__}:Words")
-        which = "ema_params" if files.metadata_of(state).get("ema_params") else "params"
-        stored = files.read_arrays(state, only=which)[which]
+        which = "ema_params" if files.metadata_of(step).get("ema_params") else "params"
+        stored = files.read_arrays(step, only=which)[which]
         self.predictor = predictor
         self.options: Any = entries[name].options
         self.decoder = term.make_decoder(self.options, config.model)

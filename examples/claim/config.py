@@ -6,13 +6,14 @@ keeps its own.
 
 import importlib
 
-from grain_jax.config.recipe import ConfigDict, evaluator
+from grain_jax.config.recipe import ConfigDict
+from grain_jax.evaluate.kinds import evaluator
 
 STEPS = 500
 ALPHAS = (1.0, 0.5)
 SPLITS = ("validation", "test")
-# How the global embedding is asked for a class: by the mean of its descriptions, by that mean with unit length, as in
-# CLIP, and by one sentence of all of them.
+# How the text of a class is embedded: as the mean of its descriptions, as that mean with unit length (as in CLIP), or as
+# one sentence with all of them.
 WAYS = ("unseen", "unit", "sentence")
 SETTINGS = {
     "optim.warmup_steps": 60,

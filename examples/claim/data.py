@@ -2,7 +2,8 @@
 
     python -m examples.claim.data --output runs/claim/data [--poses | --source DIR]
 
-DIR, on this machine, is a folder with
+DIR, a folder on this machine, has these files.
+
     A.jsonl                           training annotations (data/SCHEMA.md), images below DIR
     seen/CLASS/*, unseen/CLASS/*      images of classes that captions name, and of held-out classes
     unseen.json                       {"class": ["description", ...]} of the held-out classes
@@ -22,7 +23,7 @@ from grain_jax.data.aviary import __main__ as aviary
 
 PARTS = ("A.jsonl", "seen", "unseen", "unseen.json", "test/A.jsonl", "test/unseen.jsonl")
 NAME = "claim"  # of the record set
-# Eased poses, and those of the demo.
+# Easier poses, and the demo's.
 AVIARY: Mapping[str, Any] = dict(
     seed=23, scale_from=0.95, turn=3.0, shift=0.02, mirrored=0.0, misses=0.1, least_parts=8
 ) | dict(most_parts=8, caption_parts=4, seen_per_species=10, held_out_genera=20)
@@ -68,16 +69,16 @@ def divide(source: pathlib.Path, output: pathlib.Path) -> None:
             split = ("validation", "test")[number % 2]
             link(image, output / f"seen_{split}" / folder.name / image.name)
     link(source / "test", output / "test")
-    sentences = {name: [", ".join(words)] for name, words in described.items()}
+    sentences = {name: [", ".join(descriptions)] for name, descriptions in described.items()}
     for file, content in (("unseen.json", described), ("sentences.json", sentences)):
         (output / file).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def link(target: pathlib.Path, place: pathlib.Path) -> None:
+def link(target: pathlib.Path, path: pathlib.Path) -> None:
     """Makes a symbolic link, and the folders above it, unless there is one."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.is_symlink():
-        place.symlink_to(target.resolve())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_symlink():
+        path.symlink_to(target.resolve())
 
 
 def main() -> int:

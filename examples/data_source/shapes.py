@@ -55,11 +55,11 @@ class Shapes(sources.LaneSource):
         return assemble.of_examples(examples, config, _tokenizer(config.model.text))
 
     def text_lengths(self, config: Config) -> list[text_lengths.TextLengths]:
-        """Of some hundred images, so that `text.pack_rows` can be derived."""
+        """The lengths in some hundred images, so that `text.pack_rows` can be derived."""
         drawn = [_draw(config, np.random.default_rng(i)) for i in range(256)]
         return [
             text_lengths.of_texts(
-                [((example.caption,), "", example.descriptions) for example in drawn],
+                [text_lengths.ImageTexts([x.caption], "", x.descriptions) for x in drawn],
                 _tokenizer(config.model.text),
                 name="rectangles",
                 tokenizer=config.model.text.tokenizer,

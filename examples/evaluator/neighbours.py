@@ -3,11 +3,11 @@
 Each test image gets the class of most of its k nearest training images, by the cosine of the image embeddings. The
 entry of a training config, whose numbers are eval/neighbours/top1 and so on:
 
-  c.evals.neighbours = recipe.evaluator(
+  c.evals.neighbours = kinds.evaluator(
       "examples.evaluator.neighbours:Neighbours", "TEST_FOLDERS", train="TRAIN_FOLDERS", k=5
   )
 
-In a suite, a config file with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=recipe.evaluator(...))`.
+In a suite, a config file with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=kinds.evaluator(...))`.
 From the folder that holds `examples`:
 
   grain-jax evaluate suite --checkpoint DIR --config FILE --config.evals.neighbours.k=3 --output OUT.json
@@ -17,29 +17,29 @@ import dataclasses
 
 import numpy as np
 
-from grain_jax.config.evals import STANDALONE
 from grain_jax.core import errors
 from grain_jax.evaluate import encode, evaluators, rates, test_sets
+from grain_jax.evaluate.base import STANDALONE
 from grain_jax.inference import scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Neighbours(evaluators.LabelledImages):
-    """Its options: those of LabelledImages (`images`, `tfds`, `split`, ...), and these."""
+    """Its options: the fields of LabelledImages (`images`, `tfds`, `split`, ...), and these."""
 
     train: str = ""  # class folders of the training images, with the same classes
     k: int = 5
 
     def faults(self):
         """Checked when a config is parsed, without a look at files."""
-        found = super().faults()
+        faults = super().faults()
         if self.k < 1:
-            found.append(f"k: got {self.k}, expected at least 1")
-        return found
+            faults.append(f"k: got {self.k}, expected at least 1")
+        return faults
 
     @property
     def data(self):
-        """What has to be there: with `missing="skip"` the entry is skipped where it is not."""
+        """What has to be there: with `missing="skip"` the entry is skipped if it is not."""
         return self.images, self.train
 
     def open_train(self):
@@ -62,13 +62,7 @@ class Neighbours(evaluators.LabelledImages):
 
     def evaluate(self, predictor, context=STANDALONE):
         """With the model: the processes share the images, and all return the same result."""
-        unreadable = {}
-        read = dict(
-            label="neighbours",
-            unreadable=unreadable,
-            regions=False,
-            batch_size=context.batch_size,
-        )
+        read = dict(label="neighbours", batch_size=context.batch_size)
         test_set = self.open()
         test = encode.gather_images(predictor, test_set, **read)
         train = encode.gather_images(predictor, self.open_train(), **read)
@@ -81,7 +75,7 @@ class Neighbours(evaluators.LabelledImages):
         return {
             "pictures": len(test.labels),
             "train_pictures": len(train.labels),
-            **encode.report_unreadable(unreadable),
+            **encode.report_unreadable(test.unreadable | train.unreadable),
             "chance": 1 / votes.shape[1],
             **rates.of_classes(top1, top5, test.labels, test_set.classes),
         }

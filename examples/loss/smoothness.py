@@ -1,8 +1,7 @@
 """A local loss term of a user: patches beside each other are alike, unless an edge of the image lies between them.
 
 It sees the tokens and the pixels of the images of a micro-batch, which a term of the global batch (uniformity.py) does
-not. The weight of an edge is that of depth estimation (Godard et al. 2017, exp(-|colour difference|)). Switch it on in a
-config file,
+not. An edge weighs exp(-|colour difference|), as in depth estimation (Godard et al. 2017). Switch it on in a config file,
 
     c.loss.terms.smooth = {"term": "examples.loss.smoothness:Smoothness", "weight": 0.05, "edge": 10.0}
 

@@ -1,8 +1,8 @@
 """A loss term with a teacher: crops of an image learn what an averaged teacher says of the whole image.
 
-The loss is that of DINO (Caron et al. 2021, arXiv 2104.14294) and SILC (Naeem et al. 2023, arXiv 2310.13355). The
-teacher is the state of the term: averages over steps of the image tower and of the term's own head, a running centre
-against a collapse, and the mean distribution.
+The loss comes from DINO (Caron et al. 2021, arXiv 2104.14294) and SILC (Naeem et al. 2023, arXiv 2310.13355). The
+teacher is the state of the term. It has averages over steps of the image tower and of the term's own head, a running
+centre against a collapse, and the mean distribution.
 
     c.loss.terms.distillation = {"term": "examples.self_distillation.term:SelfDistillation", "weight": 1.0}
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grain_jax.config import fields
+from grain_jax.config import keys
 from grain_jax.losses.local import LocalOutput, LocalTerm, Parameters, PerImage, Seen
 from grain_jax.models import grain, layers, placement
 
@@ -29,21 +29,17 @@ TOWER = "image"  # the image tower among the parameters of the model
 class Options:
     """The keys of the term."""
 
-    crops: int = fields.count(4, low=1, high=64)  # of an image
-    crop_size: int = fields.size(
-        32
-    )  # pixels of a side, after resizing; a multiple of the patch size
-    least_area: float = fields.key(0.1, low=0.001, high=1)  # of a crop, as a share of the image
-    most_area: float = fields.key(0.4, low=0.001, high=1)  # of a crop, as a share of the image
-    hidden: int = fields.size(256)  # units in the head
-    bottleneck: int = fields.size(64)  # numbers that the prototypes are compared with
-    prototypes: int = fields.count(256, low=2, high=2**20)  # classes of the distributions
-    temperature: float = fields.key(0.1, low=0.01)  # of the crops
-    teacher_temperature: float = fields.key(0.04, low=0.01)  # of the teacher
-    decay: float = fields.key(0.99, low=0, high=1)  # of the averages that are the teacher
-    centre_decay: float = fields.key(
-        0.9, low=0, high=1
-    )  # of the centre and of the mean distribution
+    crops: int = keys.count(4, low=1, high=64)  # of an image
+    crop_size: int = keys.size(32)  # pixels of a side, after resizing; a multiple of the patch size
+    least_area: float = keys.key(0.1, low=0.001, high=1)  # of a crop, as a share of the image
+    most_area: float = keys.key(0.4, low=0.001, high=1)  # of a crop, as a share of the image
+    hidden: int = keys.size(256)  # units in the head
+    bottleneck: int = keys.size(64)  # numbers that the prototypes are compared with
+    prototypes: int = keys.count(256, low=2, high=2**20)  # classes of the distributions
+    temperature: float = keys.key(0.1, low=0.01)  # of the crops
+    teacher_temperature: float = keys.key(0.04, low=0.01)  # of the teacher
+    decay: float = keys.key(0.99, low=0, high=1)  # of the averages that are the teacher
+    centre_decay: float = keys.key(0.9, low=0, high=1)  # of the centre and of the mean distribution
 
 
 class Head(nn.Module):
@@ -69,7 +65,7 @@ class Head(nn.Module):
 
 
 class SelfDistillation(LocalTerm):
-    """The cross-entropy of each crop's distribution over the prototypes with that of the teacher."""
+    """The cross-entropy of each crop's distribution over the prototypes with the teacher's."""
 
     Options: ClassVar[type] = Options
 
@@ -88,7 +84,7 @@ class SelfDistillation(LocalTerm):
         return faults
 
     def setup(self):
-        """The trained head; that of the teacher lies in the state."""
+        """The trained head; the state has the teacher's."""
         self.head = Head(self.options, np.dtype(self.dtype))
 
     def __call__(self, seen: Seen) -> LocalOutput:
@@ -153,7 +149,7 @@ def random_crops(options: Options, image: jax.Array, key: jax.Array) -> jax.Arra
     size, n = image.shape[0], options.crops
     keys = jax.random.split(key)
     area = jax.random.uniform(keys[0], (n,), minval=options.least_area, maxval=options.most_area)
-    side = jnp.sqrt(area)  # as a share of that of the image
+    side = jnp.sqrt(area)  # as a share of the image's side
     corner = jax.random.uniform(keys[1], (n, 2)) * (1 - side[:, None]) * size
 
     def crop(corner, side):

@@ -6,9 +6,9 @@
 Rows of one image stand together; a row without a phrase has a caption alone. From the folder that holds `examples`:
 
   grain-jax annotate --source examples.source.csv_boxes:CsvBoxes --annotations boxes.csv --images DIR \
-    --option unit=share --passes none --output OUT --name my_set
+    --option unit=share --passes none --output OUT
 
-reads the file, writes OUT/A.jsonl and builds OUT/records/my_set/1.0.0, which training reads.
+reads the file and writes OUT/A.jsonl. `grain-jax build` takes the same options and makes records.
 """
 
 import csv

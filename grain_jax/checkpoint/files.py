@@ -1,15 +1,14 @@
 """Reads the files of a checkpoint, each process by itself: one that fails leaves no other at a barrier."""
 
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 from grain_jax.checkpoint import digests
 from grain_jax.core import errors
@@ -39,74 +38,68 @@ def finished_steps(workdir: epath.PathLike) -> list[int]:
     )
 
 
-def read_json(folder: epath.PathLike, item: str) -> dict[str, Any]:
-    """The item `config`, `digests` or `data` of the checkpoint `folder`."""
-    with open_reader(ocp.JsonCheckpointHandler) as reader:
-        return reader.restore(absolute(folder) / item)
-
-
 class Items(NamedTuple):
-    """What a checkpoint has beside its state."""
+    """What a checkpoint has beside its state: the custom metadata of Orbax."""
 
-    digests: dict[str, Any]  # "config", "data" and "state" -> of each
-    config: dict[str, Any]  # as it is stored
+    digests: dict[str, Any]  # "items", of the others of this tuple, and "state"
+    config: dict[str, Any]  # the resolved config, as JSON
     data: list[dict[str, Any]]  # the identities of the record sets
+    best: float | None  # the value of checkpoint_best_metric
 
 
 def read_items(folder: epath.PathLike) -> Items:
-    """The items of the checkpoint `folder`, compared with its digests.
+    """The items of the checkpoint `folder`, compared with their digests.
 
     Raises:
-      ValueError: an item is damaged; so does any error of a reader say.
+      ValueError: an item is damaged. A reader may raise any other error.
     """
-    stored, config, data = (read_json(folder, item) for item in ("digests", "config", "data"))
-    found = {"config": digests.of_json(config), "data": digests.of_json(data)}
-    if wrong := [item for item in found if stored[item] != found[item]]:
-        raise ValueError(f"it was read, but is not what was saved: {', '.join(wrong)}")
-    return Items(stored, config, data["sets"])
+    with this_process():
+        content: Any = ocp.metadata(absolute(folder)).custom_metadata
+    items = Items(*(content[name] for name in Items._fields))
+    if digests.of_json(items[1:]) != items.digests["items"]:
+        raise ValueError("it was read, but is not what was saved: its config, data or best value")
+    return items
 
 
-def read_data(folder: epath.PathLike) -> list[dict[str, Any]]:
-    """The identities of the record sets in the checkpoint `folder`."""
-    return read_json(folder, "data")["sets"]
+def this_process(*, partial: bool = False) -> ocp.Context:
+    """A context of Orbax in which a read waits for no other process.
+
+    Args:
+      partial: whether a read may name some arrays only.
+    """
+    context, process = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
+    context.multiprocessing.barrier_sync_key_prefix = f"process_{process}"
+    context.pytree.loading.partial_load = partial
+    return context
 
 
-def open_reader(handler: Callable[..., ocp.CheckpointHandler]) -> ocp.Checkpointer:
-    """A reader that waits for no other process."""
-    this = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
-    )
-    return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
+def metadata_of(folder: epath.PathLike) -> Any:
+    """Shapes and types of the arrays in a checkpoint, or in a folder of arrays alone."""
+    with this_process():
+        return ocp.metadata(absolute(folder)).metadata
 
 
-def metadata_of(folder: epath.Path) -> Any:
-    """Shapes and types of the arrays in `folder`, as Orbax stored them."""
-    # Orbax warns that an item has no metadata of its own; they lie beside the items.
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    with open_reader(ocp.PyTreeCheckpointHandler) as reader:
-        metadata = reader.metadata(folder)
-    metadata = getattr(metadata, "item_metadata", metadata)
-    return getattr(metadata, "tree", metadata)
+def read_arrays(folder: epath.PathLike, only: str | None = None) -> Any:
+    """The arrays in a checkpoint, or in a folder of arrays alone.
 
+    Args:
+      folder: what is read.
+      only: the part of the tree that is read; None: all.
 
-def read_arrays(folder: epath.Path, only: str | None = None) -> Any:
-    """The tree of arrays in `folder`, or its part `only`, as numpy arrays, however it was sharded."""
+    Returns:
+      Nested dict of numpy arrays, however they were sharded.
+    """
     tree = metadata_of(folder)
     if only is not None:
         tree = {only: tree[only]}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    with open_reader(ocp.PyTreeCheckpointHandler) as reader:
-        return reader.restore(
-            folder,
-            args=ocp.args.PyTreeRestore(
-                item=tree, restore_args=as_numpy, partial_restore=only is not None
-            ),
-        )
+    with this_process(partial=only is not None):
+        return ocp.load(absolute(folder), jax.tree.map(lambda _: np.ndarray, tree))
 
 
 def attempt(
-    read: Callable[[], Any], folder: epath.Path, passes: type[BaseException]
+    read: Callable[[], Any], folder: epath.Path, passes: type[BaseException] | tuple[()] = ()
 ) -> tuple[Any, str | None]:
     """(what `read` finds in the folder, None), or (None, the fault). Raises errors of the type `passes`."""
     fault = None

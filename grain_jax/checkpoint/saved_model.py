@@ -1,6 +1,6 @@
 """A model alone on disk: a folder with `params/` and `config.json`, as conversions write it.
 
-`load_model` also reads the model of the checkpoint of a run and a folder of `convert to-hf`, by path or by name.
+`load_model` also reads the model of the checkpoint of a run, by path or by name.
 """
 
 import dataclasses
@@ -16,12 +16,8 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import digests, files, pretrained
 from grain_jax.checkpoint.files import CheckpointError
-from grain_jax.core import low_rank, named, regular_file
+from grain_jax.core import low_rank, regular_file
 from grain_jax.runtime import distributed
-
-# Read the folders of `convert to-hf` and weights of others; strings, since conversions stand above this package.
-_TRANSFORMERS = "grain_jax.convert.huggingface:read"
-_OTHERS = "grain_jax.convert.open_clip.command:describe"
 
 
 class _Converted(TypedDict):
@@ -38,8 +34,7 @@ def save_model(folder: epath.PathLike, model: config_lib.Model, params: Any, **n
     params = jax.tree.map(np.asarray, params)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "params", params, force=True)
-    found = model_digests(model, params)
-    content = {"model": dataclasses.asdict(model), **notes, "digests": found}
+    content = {"model": dataclasses.asdict(model), **notes, "digests": model_digests(model, params)}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -80,15 +75,6 @@ def read_model(path: epath.PathLike) -> config_lib.Model:
     return config_lib.from_dict(items.config).model
 
 
-def describe_others(path: epath.PathLike) -> tuple[dict[str, Any], bool]:
-    """The keys of the model in weights of transformers or open_clip, and whether it reads texts.
-
-    Raises:
-      errors.UserError: there is none, or it is not supported.
-    """
-    return named.find("reader", _OTHERS, {})(path)
-
-
 class Stored(NamedTuple):
     """A model as it is stored, factors of LoRA beside their matrices."""
 
@@ -116,34 +102,30 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
 
 
 def load_stored(path: epath.PathLike) -> Stored:
-    """The model in a training workdir (newest checkpoint), a checkpoint, a converted folder or a folder of to-hf.
+    """The model in a training workdir (newest checkpoint), a checkpoint or a converted folder.
 
     The model must have the digests that were stored with it. In a workdir a damaged checkpoint is passed over with
-    a warning. Of a run with an average of the parameters (`ema_decay`), the average is returned.
+    a warning. A run with an average of the parameters (`ema_decay`) gives the average.
 
     Args:
       path: the folder; or a name, of the package or of the Hugging Face Hub (`pretrained.folder_of`).
 
     Raises:
-      CheckpointError: no such folder, none of the four kinds, or it is damaged.
-      errors.UserError: a model of the Hub cannot be downloaded, or a folder of to-hf cannot be read.
+      CheckpointError: no such folder, none of the three kinds, or it is damaged.
+      errors.UserError: a model of the Hub cannot be downloaded or converted.
     """
     distributed.answer_libtpu()
     path = find(path)
     if (path / "config.json").exists() and (path / "params").is_dir():
-        found, fault = files.attempt(lambda: _read_converted(path), path, MemoryError)
+        stored, fault = files.attempt(lambda: _read_converted(path), path, MemoryError)
         if fault:
             raise CheckpointError(f"{path}: damaged: {fault}; convert again, or put back a copy")
-        if factors := next(low_rank.maps_in(found.params), None):
+        if factors := next(low_rank.maps_in(stored.params), None):
             raise CheckpointError(
                 f"{path}: {factors} has factors of LoRA, whose scale a converted folder does not hold; expected the run, or"
                 " what `grain-jax convert merge` makes of it"
             )
-        return found
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    if (path / "config.json").exists() and any((path / x).exists() for x in weights):
-        model, params = named.find("reader", _TRANSFORMERS, {})(path)[:2]
-        return Stored(model, params, str(path))
+        return stored
     folders = [path]
     if (path / "checkpoints").is_dir():
         steps = files.finished_steps(path)
@@ -154,13 +136,13 @@ def load_stored(path: epath.PathLike) -> Stored:
         if command := pretrained.conversion(path):
             raise CheckpointError(f"{path}: weights of another package; {command}")
         raise CheckpointError(
-            f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model"
-            " (params/ and config.json), nor a folder of to-hf (model.safetensors and config.json)"
+            f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model (params/ and"
+            " config.json)"
         )
     for folder in folders:
-        found, fault = files.attempt(lambda x=folder: _read_checkpoint(x), folder, MemoryError)
+        stored, fault = files.attempt(lambda x=folder: _read_checkpoint(x), folder, MemoryError)
         if not fault:
-            return found
+            return stored
         if folder != folders[-1]:
             logging.warning("%s is damaged, reading the checkpoint before it (%s)", folder, fault)
     others = "" if len(folders) == 1 else ", and those before it are damaged too"
@@ -173,9 +155,9 @@ def _read_converted(folder: epath.Path) -> Stored:
     model = config_lib.model_from_dict(content["model"])
     params = files.read_arrays(folder / "params")
     if "digests" in content:
-        found = model_digests(model, params)
-        for part in {**found, **content["digests"]}:  # a part may be missing
-            if content["digests"].get(part) != found.get(part):
+        actual = model_digests(model, params)
+        for part in {**actual, **content["digests"]}:  # a part may be missing
+            if content["digests"].get(part) != actual.get(part):
                 raise CheckpointError(f"{part}: not what config.json has the digest of")
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     return Stored(model, params, str(folder))
@@ -185,8 +167,8 @@ def _read_checkpoint(folder: epath.Path) -> Stored:
     """The model of a checkpoint, compared with its digests."""
     items = files.read_items(folder)
     config = config_lib.from_dict(items.config)
-    which = "ema_params" if files.metadata_of(folder / "state").get("ema_params") else "params"
-    params = files.read_arrays(folder / "state", only=which)[which]
+    which = "ema_params" if files.metadata_of(folder).get("ema_params") else "params"
+    params = files.read_arrays(folder, only=which)[which]
     if digests.of_arrays(params) != items.digests["state"][which]:
         raise CheckpointError(f"{which}: not what was saved")
     params.pop("terms", None)  # of local loss terms: no part of the model

@@ -1,27 +1,20 @@
 """The checkpoints of a run, by Orbax: its states under `WORKDIR/checkpoints/STEP`.
 
-A checkpoint has the items `state` (the TrainState; its step is the position in the data), `config` (the resolved
-config), `data` (the identities of its record sets) and `digests` (of these three).
+A checkpoint holds the TrainState, whose step is the position in the data, and the `files.Items`: the resolved config,
+the identities of its record sets, and digests of all three.
 """
 
 import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import (
-    AnyPreservationPolicy,
-    BestN,
-    EveryNSteps,
-    LatestN,
-    PreservationPolicy,
-)
+from orbax.checkpoint import v1 as ocp
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import digests
@@ -32,28 +25,14 @@ from grain_jax.checkpoint.files import (
     attempt,
     finished_steps,
     metadata_of,
-    open_reader,
     read_items,
+    this_process,
 )
 from grain_jax.core import errors
 
+policies = ocp.training.preservation_policies
+
 _DIFFERENCES = 30  # lines of a message
-
-
-class Manager(ocp.CheckpointManager):
-    """An Orbax CheckpointManager with two overrides."""
-
-    def reached_preemption(self, step: int) -> bool:
-        """Never: the preemption handler asks JAX itself, by another count of calls (ending.py)."""
-        del step
-        return False
-
-    def metrics(self, step: int) -> Any:
-        """The metrics of a checkpoint; None where it has none or they are damaged, for its state may be whole."""
-        try:
-            return super().metrics(step)
-        except ValueError:
-            return None
 
 
 def newest_config(workdir: epath.PathLike) -> tuple[config_lib.Config | None, str]:
@@ -67,123 +46,149 @@ def newest_config(workdir: epath.PathLike) -> tuple[config_lib.Config | None, st
     return None, ""
 
 
-def manager(workdir: epath.PathLike, config: config_lib.Config) -> Manager:
-    """The checkpoint manager of a run, asynchronous. It removes what an unfinished save has left.
+class Checkpoints:
+    """The checkpoints of a run, saved in the background. All processes have one and call the same methods.
 
-    It keeps the last `checkpoint_keep`, those of every `checkpoint_keep_every` steps, and the best by
-    `checkpoint_best_metric`.
+    It keeps the last `checkpoint_keep`, one at every `checkpoint_keep_every` steps, and the best by
+    `checkpoint_best_metric`. It removes what an unfinished save has left.
     """
-    kept: list[PreservationPolicy] = [LatestN(config.checkpoint_keep)]
-    if config.checkpoint_keep_every:
-        kept.append(EveryNSteps(config.checkpoint_keep_every))
-    best_fn = None
-    if config.checkpoint_best_metric:
-        best_fn = lambda metrics: metrics[config.checkpoint_best_metric]
-        kept.append(
-            BestN(
-                get_metric_fn=best_fn,
-                reverse=config.checkpoint_best_mode == "min",
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
-    return Manager(
-        absolute(workdir) / "checkpoints",
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(kept),
-            best_fn=best_fn,  # so that the metric is stored
-            best_mode=config.checkpoint_best_mode,
-            enable_async_checkpointing=True,
+
+    def __init__(self, workdir: epath.PathLike, config: config_lib.Config):
+        self._config = config
+        self.directory = absolute(workdir) / "checkpoints"
+        kept: list[Any] = [policies.LatestN(config.checkpoint_keep)]
+        if config.checkpoint_keep_every:
+            kept.append(policies.EveryNSteps(config.checkpoint_keep_every))
+        self._best = _Best(config.checkpoint_best_mode)
+        if config.checkpoint_best_metric:
+            self._best.read(self.directory, finished_steps(workdir))
+            kept.append(self._best)
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=cast(Any, policies.AnyPreservationPolicy(kept)),
             cleanup_tmp_directories=True,
-        ),
-        item_handlers={
-            "state": ocp.StandardCheckpointHandler(),
-            "config": ocp.JsonCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-            "digests": ocp.JsonCheckpointHandler(),
-        },
-    )
-
-
-def save(
-    checkpoints: Manager,
-    state: Any,
-    config: config_lib.Config,
-    metrics: Mapping[str, float] | None = None,
-    data: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Starts to write `state` under its step, and does not wait for it. All processes must call it.
-
-    Args:
-      checkpoints: of the run.
-      state: the TrainState.
-      config: of the run.
-      metrics: those of this step, of which `checkpoint_best_metric` is stored; the same on all processes.
-      data: the identities of the run's record sets (input_pipeline/records.py).
-    """
-    step, name = int(state.step), config.checkpoint_best_metric
-    content, sets = dataclasses.asdict(config), {"sets": list(data)}
-    of_items = {"config": digests.of_json(content), "data": digests.of_json(sets)}
-    checkpoints.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()),
-            config=ocp.args.JsonSave(content),
-            data=ocp.args.JsonSave(sets),
-            digests=ocp.args.JsonSave({**of_items, "state": digests.of_state(state)}),
-        ),
-        metrics={name: metrics[name]} if metrics and name in metrics else None,
-    )
-
-
-def restore_newest(
-    checkpoints: Manager,
-    config: config_lib.Config,
-    abstract_state: Any,
-    say: Callable[[str], None],
-    data: Sequence[Mapping[str, Any]] = (),
-) -> Any | None:
-    """The state of the newest undamaged checkpoint, or None where there is no checkpoint.
-
-    A checkpoint is damaged where it cannot be read or its digests are others; only a whole one is
-    compared with the config. Damaged ones are
-    moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that the storage works. All
-    processes call this, and get the same checkpoint.
-
-    Args:
-      checkpoints, config: of the run.
-      abstract_state: ShapeDtypeStructs with shardings.
-      say: gets a line for each damaged checkpoint, one where the data cannot be compared, and one that names the keys
-        that change what a step computes.
-      data: the identities of the run's record sets (input_pipeline/records.py).
-
-    Raises:
-      CheckpointError: the newest one is of another run, other data or another model, or none can be read.
-    """
-    damaged: dict[int, str] = {}
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        folder = checkpoints.directory / str(step)
-        read = functools.partial(_read_saved, folder, config, abstract_state)
-        found, fault = attempt(read, folder, errors.UserError)
-        state, stored = found or (None, None)
-        if jax.process_count() > 1 and multihost_utils.process_allgather(fault is not None).any():
-            fault = fault or "another process cannot read it"
-        if stored and fault is None and digests.of_state(state) != stored.digests["state"]:
-            fault = "it was read, but is not what was saved: state"
-        if stored and fault is None:
-            check_same_data(step, stored.data, data, say)
-            if changed := _other_numbers(stored.config, config):
-                say(f"goes on with other values than checkpoint {step}: {', '.join(changed)}")
-            _move_aside(checkpoints, list(damaged))
-            return state
-        say(f"checkpoint {step} is damaged, trying the one before ({fault})")
-        damaged[step] = str(fault)
-    if damaged:
-        raise CheckpointError(
-            f"{checkpoints.directory}: none of the checkpoints {', '.join(map(str, damaged))} can be read"
-            f" ({next(iter(damaged.values()))}); put back a copy, or start with another --workdir"
         )
-    return None
+
+    def save(
+        self,
+        state: Any,
+        metrics: Mapping[str, float] | None = None,
+        data: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Starts to write `state` under its step, and does not wait for it.
+
+        Args:
+          state: the TrainState.
+          metrics: of this step; `checkpoint_best_metric` is taken from it. The same on all processes.
+          data: the identities of the run's record sets (input_pipeline/records.py).
+        """
+        step, best = int(state.step), (metrics or {}).get(self._config.checkpoint_best_metric)
+        self._best.values[step] = best
+        items = Items({}, dataclasses.asdict(self._config), list(map(dict, data)), best)
+        items.digests.update(items=digests.of_json(items[1:]), state=digests.of_state(state))
+        self._checkpointer.save_async(
+            step, state._asdict(), force=True, custom_metadata=items._asdict()
+        )
+
+    def wait(self) -> None:
+        """Waits for the save under way, and raises its error."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits for the save under way, and ends the threads."""
+        self._checkpointer.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def restore_newest(
+        self,
+        abstract_state: Any,
+        say: Callable[[str], None],
+        data: Sequence[Mapping[str, Any]] = (),
+    ) -> Any | None:
+        """The state of the newest undamaged checkpoint, or None if there is no checkpoint.
+
+        A checkpoint is damaged if it cannot be read or its digests differ; only a whole one is compared with the
+        config. Damaged ones are moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that
+        the storage works. All processes get the same checkpoint.
+
+        Args:
+          abstract_state: ShapeDtypeStructs with shardings.
+          say: gets a line for each damaged checkpoint, one if the data cannot be compared, and one that names the
+            keys that change what a step computes.
+          data: the identities of the run's record sets.
+
+        Raises:
+          CheckpointError: the newest one is of another run, other data or another model, or none can be read.
+        """
+        damaged: dict[int, str] = {}
+        for checkpoint in reversed(self._checkpointer.checkpoints):
+            step, folder = checkpoint.step, self.directory / str(checkpoint.step)
+            read = functools.partial(_read_saved, folder, self._config, abstract_state)
+            result, fault = attempt(read, folder, errors.UserError)
+            state, items = result or (None, None)
+            if jax.process_count() > 1:
+                faulty = multihost_utils.process_allgather(fault is not None).any()
+                fault = fault or ("another process cannot read it" if faulty else None)
+            if items and fault is None and digests.of_state(state) != items.digests["state"]:
+                fault = "it was read, but is not what was saved: state"
+            if items and fault is None:
+                check_same_data(step, items.data, data)
+                if changed := _other_numbers(items.config, self._config):
+                    say(f"goes on with other values than checkpoint {step}: {', '.join(changed)}")
+                self._move_aside(list(damaged))
+                return state
+            say(f"checkpoint {step} is damaged, trying the one before ({fault})")
+            damaged[step] = str(fault)
+        if damaged:
+            raise CheckpointError(
+                f"{self.directory}: none of the checkpoints {', '.join(map(str, damaged))} can be read"
+                f" ({next(iter(damaged.values()))}); put back a copy, or start with another --workdir"
+            )
+        return None
+
+    def _move_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            aside = self.directory.parent / "damaged_checkpoints"
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                if (aside / str(step)).exists():
+                    (aside / str(step)).rmtree()
+                (self.directory / str(step)).rename(aside / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints moved")
+        self._checkpointer.reload()
+
+
+class _Best:
+    """A preservation policy of Orbax: it keeps the checkpoint with the best value.
+
+    Orbax's own reads the values when a run starts, and a damaged one would end the run.
+    """
+
+    def __init__(self, mode: str):
+        self._sign = -1 if mode == "min" else 1
+        self.values: dict[int, float | None] = {}  # of each step
+
+    def read(self, directory: epath.Path, steps: Sequence[int]) -> None:
+        """Reads the values of existing checkpoints; a damaged checkpoint has none."""
+        for step in steps:
+            items, fault = attempt(functools.partial(read_items, directory / str(step)), directory)
+            self.values[step] = None if fault else items.best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint, whether it is the best."""
+        del context
+        values = {c.step: self.values.get(c.step) for c in checkpoints}
+        known = {step: self._sign * value for step, value in values.items() if value is not None}
+        best = max(known, key=lambda step: (known[step], step), default=None)
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 def _read_saved(
@@ -193,21 +198,6 @@ def _read_saved(
     items = read_items(folder)
     check_same_run(items.config, config)
     return restore(folder, abstract_state), items
-
-
-def _move_aside(checkpoints: Manager, steps: list[int]) -> None:
-    if not steps:
-        return
-    if jax.process_index() == 0:
-        aside = checkpoints.directory.parent / "damaged_checkpoints"
-        aside.mkdir(exist_ok=True)
-        for step in steps:
-            if (aside / str(step)).exists():
-                (aside / str(step)).rmtree()
-            (checkpoints.directory / str(step)).rename(aside / str(step))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("damaged checkpoints moved")
-    checkpoints.reload()
 
 
 def _without_evals(content: dict[str, Any]) -> config_lib.Config:
@@ -260,7 +250,6 @@ def check_same_data(
     step: int,
     stored: Sequence[Mapping[str, Any]],
     data: Sequence[Mapping[str, Any]],
-    say: Callable[[str], None],
 ) -> None:
     """Raises CheckpointError, a line a set, where `data` is not the data of the checkpoint.
 
@@ -268,7 +257,6 @@ def check_same_data(
       step: of the checkpoint.
       stored: the identities in it, as `read_data` gives them.
       data: the identities of the sets of the config.
-      say: gets a line where the contents have digests of two kinds, which cannot be compared.
     """
     faults = []
     for then, now in zip(stored, data, strict=True):  # the config names the same sets
@@ -279,19 +267,13 @@ def check_same_data(
                 changes.append(f"{what} {before} -> {here}")
         if not changes and then["shard_lengths"] != now["shard_lengths"]:
             changes.append("records a shard")
-        comparable = then["digest_of"] == now["digest_of"]
-        if comparable and then["digest"] != now["digest"]:
+        if not changes and then["digest"] != now["digest"]:
             changes.append("content")
         name = f"{now['name']} ({now['split']})"
         if changes:
             faults.append(
                 f"{name}: not the set that checkpoint {step} was trained on: {', '.join(changes)}. Put that one"
                 " back (input.data_dir) to go on, or start anew with another --workdir"
-            )
-        elif not comparable:
-            say(
-                f"{name}: as many shards and records as checkpoint {step} was trained on; the content cannot be"
-                f" compared, a digest of {then['digest_of']} with one of {now['digest_of']}"
             )
     if faults:
         raise CheckpointError("\n".join(faults))
@@ -316,9 +298,9 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
       Exception: another error of a reader, about a damaged checkpoint.
     """
     folder, expected = absolute(folder), abstract_state._asdict()
-    stored = metadata_of(folder / "state")
+    stored = metadata_of(folder)
     if not jax.tree.leaves(stored):  # what Orbax makes of metadata that it cannot read
-        raise OSError(f"{folder / 'state'}: its metadata is gone")
+        raise OSError(f"{folder}: the metadata of its state is gone")
     faults = _differences(stored, expected)
     if faults:
         more = len(faults) - _DIFFERENCES
@@ -328,8 +310,8 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
             + "\n".join(faults[:_DIFFERENCES])
             + (f"\n  and {more} more" if more > 0 else "")
         )
-    with open_reader(ocp.StandardCheckpointHandler) as reader:
-        restored = reader.restore(folder / "state", args=ocp.args.StandardRestore(expected))
+    with this_process():
+        restored = ocp.load(folder, expected)
     return type(abstract_state)(**restored)
 
 

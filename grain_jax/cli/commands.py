@@ -1,14 +1,13 @@
-"""The commands of `grain-jax`: where the declaration and the main function of each are.
+"""Runs a command of a table (`grain_jax.__main__.COMMANDS`), and gives the parsers of all its commands.
 
-`parsers` gives the parser of every command, for the documentation and the tests; `main` is the command itself. A
-command's arguments are parsed before its module is imported: help and wrong usage need nothing heavy.
+The arguments are parsed before the module of the command is imported: help and wrong usage need nothing heavy.
 """
 
 import contextlib
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grain_jax import __version__
@@ -16,85 +15,58 @@ from grain_jax.cli import process
 from grain_jax.cli.parser import Command, Parser
 from grain_jax.core import nearest
 
-# Name -> (the class that declares it, its main function: (arguments) -> exit status, or None for 0).
-COMMANDS = {
-    "train": ("grain_jax.train.arguments:Train", "grain_jax.train.run:console"),
-    "evaluate": ("grain_jax.evaluate.arguments:Evaluate", "grain_jax.evaluate.__main__:main"),
-    "embed": ("grain_jax.data.embed.arguments:Embed", "grain_jax.data.embed.__main__:main"),
-    "build": ("grain_jax.data.arguments:Build", "grain_jax.data.build:main"),
-    "annotate": (
-        "grain_jax.data.annotate.arguments:Annotate",
-        "grain_jax.data.annotate.__main__:main",
-    ),
-    "inspect": ("grain_jax.data.inspect.arguments:Inspect", "grain_jax.data.inspect.__main__:main"),
-    "convert": ("grain_jax.convert.arguments:Convert", "grain_jax.convert.__main__:main"),
-    "export": ("grain_jax.convert.arguments:Export", "grain_jax.convert.export:main"),
-    "report": (
-        "grain_jax.evaluate.report.arguments:Report",
-        "grain_jax.evaluate.report.__main__:main",
-    ),
-    "demo": ("grain_jax.demo.arguments:Demo", "grain_jax.demo.__main__:main"),
-    "plan": ("grain_jax.launch.arguments:Plan", "grain_jax.launch.plan:main"),
-    "sweep": ("grain_jax.launch.arguments:Sweep", "grain_jax.launch.sweep:main"),
-    "local": ("grain_jax.launch.arguments:Local", "grain_jax.launch.local:main"),
-    "launch-files": ("grain_jax.launch.arguments:LaunchFiles", "grain_jax.launch.files:main"),
-    "aviary": ("grain_jax.data.aviary.arguments:Aviary", "grain_jax.data.aviary.__main__:main"),
-}
+# Name -> (the class that declares the command, its main function), both as `module:Name` below grain_jax.
+Table = Mapping[str, tuple[str, str]]
 
 
-def declared(name: str) -> type[Command]:
+def declared(table: Table, name: str) -> type[Command]:
     """The class that declares a command."""
-    return _at(COMMANDS[name][0])
+    return _import(table[name][0])
 
 
-def parsers() -> dict[str, Parser]:
-    """The parser of each command, and of each kind of a command: "train", ..., "evaluate", "evaluate zeroshot", ...
-
-    `Parser.about`, `more`, `example` and `groups` are what a page about a command needs. Imports neither JAX, numpy,
-    TensorFlow nor PyTorch.
-    """
-    found: dict[str, Parser] = {}
-    for name in COMMANDS:
-        found[name] = Parser(declared(name))
-        found |= {f"{name} {kind}": parser for kind, parser in found[name].kinds.items()}
-    return found
+def parsers(table: Table) -> dict[str, Parser]:
+    """The parser of each command, and of each kind of a command: "train", ..., "evaluate", "evaluate zeroshot", ..."""
+    by_name: dict[str, Parser] = {}
+    for name in table:
+        by_name[name] = Parser(declared(table, name))
+        by_name |= {f"{name} {kind}": parser for kind, parser in by_name[name].kinds.items()}
+    return by_name
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`grain-jax SUB ...`; exits with the command's status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if "" not in sys.path:  # the folder that it is started in
+def run(table: Table, arguments: Sequence[str] | None = None) -> None:
+    """Runs `grain-jax COMMAND ...`; exits with the status of the command."""
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    if "" not in sys.path:  # the folder that the command is started in
         sys.path.append("")  # last: `module:Name` of a user is found, and hides nothing
-    process.run(lambda given: _main(given or []), words)
+    process.run(lambda line: _run(table, line or []), line)
 
 
-def _main(words: Sequence[str]) -> int | None:
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return 0 if words else process.USAGE_ERROR
-    if words[0] in ("--version", "-V", "version"):
+def _run(table: Table, line: Sequence[str]) -> int | None:
+    if not line or line[0] in ("-h", "--help", "help"):
+        print(help_text(table))
+        return 0 if line else process.USAGE_ERROR
+    if line[0] in ("--version", "-V", "version"):
         print(version())
         return 0
-    name, *rest = words
-    if name not in COMMANDS:
-        known = [*COMMANDS, "--help", "--version"]
+    name, *rest = line
+    if name not in table:
+        known = [*table, "--help", "--version"]
         process.fail(f"grain-jax {name}: no such command; {nearest.did_you_mean(name, known)}")
-    declared(name).parse(rest)
-    process.check_limits()
-    return _at(COMMANDS[name][1])(rest)
+    declared(table, name).parse(rest)
+    return _import(table[name][1])(rest)
 
 
-def help_text() -> str:
+def help_text(table: Table) -> str:
     """What `grain-jax --help` prints."""
-    lines = "\n".join(f"  {name:14}{declared(name).about()}" for name in COMMANDS)
+    lines = "\n".join(f"  {name:14}{declared(table, name).about()}" for name in table)
     return f"""usage: grain-jax COMMAND [--flags]
 
-GRAIN: vision-language pretraining that grounds descriptions in images, in JAX.
+GRAIN in JAX: CLIP-style pretraining that also aligns image regions with descriptions.
 
 {lines}
 
-  grain-jax COMMAND --help   the command's flags, with an example
-  grain-jax --version        this package, Python, JAX and what else runs
+  grain-jax COMMAND --help   the flags of the command, with an example
+  grain-jax --version        the versions of this package, Python, JAX and other packages
 
 Example:
   grain-jax train --config demo --workdir runs/demo"""
@@ -111,6 +83,6 @@ def version() -> str:
     return "\n".join(lines)
 
 
-def _at(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+def _import(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(f"grain_jax.{module}"), name)

@@ -12,13 +12,13 @@ def flag(default: Any = dataclasses.MISSING, **options: Any) -> Any:
     """A field with options; without a default its flag must be given.
 
     Args:
-      default: the value where the flag is not given.
+      default: the value without the flag.
       options: any of
-        low, high: least and largest number; a whole number is at least 1 where nothing else is said.
+        low, high: least and largest number; a whole number is at least 1 by default.
         parse: text -> value; raises ValueError with what was got and expected.
         choices: the values that it may have.
         union: the values, which are tuples, of a flag that is given several times are joined, each once.
-        name: of the flag, where it is not the field's.
+        name: of the flag, by default the field's.
         also: another name of the flag, which no help shows.
         unless: a switch; without it the flag must be given.
     """
@@ -48,9 +48,9 @@ def number(
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
+            expected = "a whole number" if kind is int else "a number"
             bounds = f"in {low}..{high}" if high < math.inf else f"of at least {low:g}"
-            raise ValueError(f"got {text[:40]!r}, expected {what} {bounds}")
+            raise ValueError(f"got {text[:40]!r}, expected {expected} {bounds}")
         return value
 
     return parse

@@ -24,7 +24,7 @@ class Flag(NamedTuple):
     many: bool = False  # takes words up to the next flag
 
 
-def of(
+def render(
     prog: str,
     about: str,
     more: str,
@@ -35,9 +35,9 @@ def of(
     """Everything about a command; arguments as the attributes of parser.Parser, `kinds` with a line about each."""
     width = min(shutil.get_terminal_size().columns, WIDEST) - 2
     needed = [_invocation(f) for flags in groups.values() for f in flags if f.required]
-    words = [*(["KIND"] if kinds else []), *needed, "[--flags]"]
-    words = ["usage:", prog, *sorted(words, key=lambda word: word.startswith("-- "))]
-    whole = " ".join(word.replace(" ", "\0") for word in words)  # no break within one
+    parts = [*(["KIND"] if kinds else []), *needed, "[--flags]"]
+    parts = ["usage:", prog, *sorted(parts, key=lambda word: word.startswith("-- "))]
+    whole = " ".join(word.replace(" ", "\0") for word in parts)  # no break within one
     usage = textwrap.fill(whole, width, subsequent_indent=" " * 7, **_WHOLE_WORDS)
     lines = [usage.replace("\0", " ")]
     paragraphs = [f"{about}."]
@@ -76,7 +76,7 @@ def _invocation(flag: Flag) -> str:
 
 
 def _note(flag: Flag) -> str:
-    """The default, where the explanation does not have it."""
+    """The default, if the explanation does not have it."""
     default: Any = flag.default
     if flag.required and flag.name.startswith("--"):
         return " (required)"

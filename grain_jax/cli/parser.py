@@ -53,8 +53,8 @@ class Command(argparse.Namespace):
 
     prog: ClassVar[str] = ""
     command: ClassVar[str] = ""  # the last word of `prog`
-    last: ClassVar[bool] = False  # a base whose flags stand behind those of what derives from it
-    # Of `grain-jax evaluate KIND`: the declaration of a kind, or a function that makes it when it is asked for.
+    last: ClassVar[bool] = False  # whether the flags of this base come after its subclass's flags
+    # Kind of `grain-jax evaluate KIND` -> its declaration, or a function that makes it on demand.
     kinds: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, name: str = "", kinds: Mapping[str, Any] | None = None):
@@ -69,18 +69,18 @@ class Command(argparse.Namespace):
         return inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].rstrip(".")
 
     @classmethod
-    def parse(cls, words: Sequence[str] | None = None) -> Self:
-        """The arguments (by default those of the process). Raises UserError: a line, status 2."""
-        return Parser(cls).parse_args(words)
+    def parse(cls, arguments: Sequence[str] | None = None) -> Self:
+        """Parses the arguments, by default the process's. Raises UserError: a line, status 2."""
+        return Parser(cls).parse_args(arguments)
 
 
 class Configured(Command):
     """Base of the commands that take a config.
 
     the config:
-      --config FILE|NAME[:ARG]  a Python file with get_config, or a config of the package, such as demo; ARG goes to
-        get_config
-      --config.KEY VALUE        changes a key; --help-config lists the keys
+      --config FILE|NAME[:ARG]  Python file with get_config, or a config of the package, such as demo; get_config
+        receives ARG
+      --config.KEY VALUE        change a key; --help-config lists the keys
     """
 
     config: str
@@ -91,10 +91,10 @@ class Processes(Command):
     """Base of the commands that may run as several processes.
 
     several processes (TPU slices, SLURM and grain-jax local set these):
-      --coordinator HOST:PORT   address of the first of several processes
-      --processes P             how many processes there are
-      --process-id N            which of them this is, from 0
-      --heartbeat-seconds S     seconds of silence after which a process counts as dead and the run ends
+      --coordinator HOST:PORT   address of the first process
+      --processes P             number of processes
+      --process-id N            number of this process, from 0
+      --heartbeat-seconds S     seconds without an answer after which a process counts as dead and the run ends
     """
 
     last = True
@@ -107,9 +107,8 @@ class Processes(Command):
 class Parser:
     """The parser of a declared command.
 
-    Flags are spelled with hyphens; underscores are accepted, and one hyphen before a word. `--flag VALUE` and
-    `--flag=VALUE` are the same. Nothing is abbreviated. Wrong usage raises UserError, in one line, with the nearest
-    flag or value where one is near.
+    Flags are spelled with hyphens; underscores are accepted. `--flag VALUE` and `--flag=VALUE` are the same. Nothing is
+    abbreviated. Wrong usage raises UserError, in one line, with the nearest flag or value if one is near.
 
     Attributes:
       about: one line about the command.
@@ -126,7 +125,7 @@ class Parser:
         self._declared = declared
         # By each spelling that the help shows; None for those that ask for help.
         self._flags: dict[str, Flag | None] = {"--help": None}
-        self._also = {"--h": "--help"}
+        self._also: dict[str, str] = {}
         # The fields for keys of a config, for flags of none of the others, and for the command behind "--".
         self._overrides = self._unknown = self._command = ""
         fields = {_name_of(field): field for field in _fields(declared)}
@@ -145,12 +144,11 @@ class Parser:
 
     @functools.cached_property
     def kinds(self) -> dict[str, "Parser"]:
-        """Of a command that has kinds (`evaluate zeroshot`), the parser of each."""
-        return {name: self._kind(name) for name in self._declared.kinds}
-
-    def _kind(self, name: str) -> "Parser":
-        kind = self._declared.kinds[name]
-        return Parser(kind if isinstance(kind, type) else kind())
+        """The parser of each kind of a command (`evaluate zeroshot`)."""
+        return {
+            name: Parser(kind if isinstance(kind, type) else kind())
+            for name, kind in self._declared.kinds.items()
+        }
 
     def _add(self, field: dataclasses.Field, entry: str, about: str) -> Flag:
         """Takes in a field with its line of the docstring."""
@@ -186,90 +184,91 @@ class Parser:
     def format_help(self) -> str:
         """Everything about the command."""
         kinds = {name: kind.about for name, kind in self.kinds.items()}
-        return help_text.of(self.prog, self.about, self.more, kinds, self.groups, self.example)
+        return help_text.render(self.prog, self.about, self.more, kinds, self.groups, self.example)
 
     # Parsing.
 
-    def parse_args(self, words: Sequence[str] | None = None) -> Any:
-        """The arguments, as the declared dataclass; of a command with kinds that of the kind. Raises UserError."""
-        rest = list(sys.argv[1:] if words is None else map(str, words))
+    def parse_args(self, arguments: Sequence[str] | None = None) -> Any:
+        """The arguments as the dataclass of the command, or of its kind. Raises UserError."""
+        rest = list(sys.argv[1:] if arguments is None else map(str, arguments))
         if self._declared.kinds:
             return self._parse_kind(rest)
-        given: dict[str, Any] = {self._overrides: [], self._unknown: []}
+        parsed: dict[str, Any] = {self._overrides: [], self._unknown: []}
         loose: list[str] = []
         while rest:
             word = rest.pop(0)
-            key = re.sub(r"^--noconfig(\..*)", r"--config\1=false", f"--{word.lstrip('-')}")
             if self._command and (word == "--" or not word.startswith("-")):
-                given[self._command] = rest[:] if word == "--" else [word, *rest]
+                parsed[self._command] = rest[:] if word == "--" else [word, *rest]
                 break
             if word == "--":
-                (given[self._unknown] if self._unknown else loose).extend(rest)
+                (parsed[self._unknown] if self._unknown else loose).extend(rest)
                 break
-            if not re.match(r"--?[A-Za-z]", word):
-                (given[self._unknown] if self._unknown else loose).append(word)
-            elif self._overrides and key.startswith("--config."):
-                if "=" not in key and rest and not rest[0].startswith("--"):
-                    key += f"={rest.pop(0)}"
-                given[self._overrides].append(key)
+            if word in ("-h", "--help"):
+                self._help()
+            if not word.startswith("--"):
+                (parsed[self._unknown] if self._unknown else loose).append(word)
+            elif self._overrides and word.startswith("--config."):
+                if "=" not in word and rest and not rest[0].startswith("--"):
+                    word += f"={rest.pop(0)}"
+                parsed[self._overrides].append(word)
             else:
-                self._take(word, rest, given)
-        if "help_config" in given:
-            from grain_jax.config import key_help  # reads source code: not for every command
+                self._take(word, rest, parsed)
+        if "help_config" in parsed:
+            from grain_jax.config import key_help  # ml_collections
 
-            keys = given["help_config"], given.get("config"), given[self._overrides]
-            print(key_help.show(*keys), end="")
+            print(
+                key_help.show(parsed["help_config"], parsed.get("config"), parsed[self._overrides]),
+                end="",
+            )
             sys.exit(0)
-        self._take_loose(loose, given)
-        self._check_needed(given)
+        self._take_loose(loose, parsed)
+        self._check_needed(parsed)
         try:
-            return _filled(self._declared, given)
+            return _filled(self._declared, parsed)
         except ValueError as error:
             self._error(str(error))
 
-    def _parse_kind(self, words: list[str]) -> Any:
+    def _parse_kind(self, arguments: list[str]) -> Any:
         kinds = self._declared.kinds
-        place = self._place_of_kind(words)
-        if place is None:
-            if {"-h", "--help"} & set(words):
+        index = self._place_of_kind(arguments)
+        if index is None:
+            if {"-h", "--help"} & set(arguments):
                 self._help()
             self._error(f"expected a kind first: {', '.join(kinds)}")
-        name = words.pop(place)
+        name = arguments.pop(index)
         if name not in kinds:
             self._error(f"{name}: no such kind; {nearest.did_you_mean(name, kinds)}")
-        return self._kind(name).parse_args(words)
+        return self.kinds[name].parse_args(arguments)
 
-    def _place_of_kind(self, words: Sequence[str]) -> int | None:
+    def _place_of_kind(self, arguments: Sequence[str]) -> int | None:
         """The index of the first word that is neither a flag nor a value of one."""
         index = 0
-        while index < len(words) and words[index].startswith("-"):
-            word, index = words[index], index + 1
+        while index < len(arguments) and arguments[index].startswith("-"):
+            word, index = arguments[index], index + 1
             flags = [
                 parser._flags[name]
                 for parser in self.kinds.values()
                 if (name := parser._declared_as(word)) in parser._flags
             ]
             if any(flag and flag.many for flag in flags):
-                while index < len(words) and not words[index].startswith("-"):
+                while index < len(arguments) and not arguments[index].startswith("-"):
                     index += 1
             elif "=" not in word and not (flags and all(map(_is_switch, flags))):
                 index += 1
-        return index if index < len(words) else None
+        return index if index < len(arguments) else None
 
     def _help(self) -> NoReturn:
         print(self.format_help(), end="")
         sys.exit(0)
 
-    def _take(self, word: str, rest: list[str], given: dict[str, Any]) -> None:
+    def _take(self, word: str, rest: list[str], parsed: dict[str, Any]) -> None:
         """Takes a flag with its values, which stand in the word or in `rest`, into the fields that are `given`."""
         spelled, equals, value = word.partition("=")
         flag = self._declared_as(spelled)
-        if flag == "--help":
-            self._help()
         if flag not in self._flags:
             near = self._near(flag)
             if self._unknown and (near is None or nearest.likeness(flag, near) < 0.8):
-                given[self._unknown].append(word)
+                parsed[self._unknown].append(word)
                 return
             hint = f"did you mean {near}?" if near else f"{self.prog} --help lists them"
             self._error(f"{spelled}: no such flag; {hint}")
@@ -278,90 +277,81 @@ class Parser:
             truth = _TRUTH.get(value.lower()) if equals else True
             if truth is None:
                 self._error(f"{flag}: got {value!r}, expected true or false, or {flag} alone")
-            given[shown.field.name] = truth != flag.startswith("--no-")
+            parsed[shown.field.name] = truth != flag.startswith("--no-")
             return
         values = [value] if equals else []
         several = shown is not None and shown.many
-        while rest and not equals and (several or not values) and not self._is_flag(rest[0]):
+        while rest and not equals and (several or not values) and not rest[0].startswith("--"):
             values.append(rest.pop(0))
         if shown is None:
-            given["help_config"] = "".join(values)
+            parsed["help_config"] = "".join(values)
             return
         if not values:
-            after = f", but the flag --{rest[0].lstrip('-')} after it" if rest else ""
-            expected = f"{flag} {shown.metavar}, or {flag}=VALUE where that begins with --"
+            after = f", but the flag {rest[0]} after it" if rest else ""
+            expected = f"{flag} {shown.metavar}, or {flag}=VALUE if it begins with --"
             self._error(f"{flag}: has no value{after}; expected {expected}")
-        self._set(shown, values, given)
+        self._set(shown, values, parsed)
 
-    def _set(self, shown: Flag, texts: Sequence[str], given: dict[str, Any]) -> None:
+    def _set(self, shown: Flag, texts: Sequence[str], parsed: dict[str, Any]) -> None:
         field = shown.field
         try:
             values = [_value(shown, text) for text in texts]
         except ValueError as error:
             self._error(f"{shown.name}: {error}")
-        before = given.get(field.name, ())
+        before = parsed.get(field.name, ())
         if typing.get_origin(field.type) is list:
-            given[field.name] = [*before, *values]
+            parsed[field.name] = [*before, *values]
         elif field.metadata.get("union"):
-            given[field.name] = tuple(dict.fromkeys((*before, *values[0])))
+            parsed[field.name] = tuple(dict.fromkeys((*before, *values[0])))
         else:
-            (given[field.name],) = values
+            (parsed[field.name],) = values
 
-    def _take_loose(self, words: list[str], given: dict[str, Any]) -> None:
+    def _take_loose(self, arguments: list[str], parsed: dict[str, Any]) -> None:
         """Takes the words of positional arguments."""
         for shown in self._listed():
-            if not shown.name.startswith("--") and words:
-                taken = len(words) if shown.many else 1
-                self._set(shown, words[:taken], given)
-                words = words[taken:]
-        if words:
-            self._error(f"{words[0]}: expected a flag; {self.prog} --help lists them")
+            if not shown.name.startswith("--") and arguments:
+                taken = len(arguments) if shown.many else 1
+                self._set(shown, arguments[:taken], parsed)
+                arguments = arguments[taken:]
+        if arguments:
+            self._error(f"{arguments[0]}: expected a flag; {self.prog} --help lists them")
 
     def _listed(self) -> list[Flag]:
         return [flag for flags in self.groups.values() for flag in flags if flag.field]
 
-    def _check_needed(self, given: Mapping[str, Any]) -> None:
+    def _check_needed(self, parsed: Mapping[str, Any]) -> None:
         missing = []
         for shown in self._listed():
             unless = self._flags.get(shown.field.metadata.get("unless", ""))
-            if not shown.required or (unless and given.get(unless.field.name)):
+            if not shown.required or (unless and parsed.get(unless.field.name)):
                 continue
-            if given.get(shown.field.name, []) == []:
+            if parsed.get(shown.field.name, []) == []:
                 missing.append(shown)
-            elif given[shown.field.name] == "" and shown.metavar:
+            elif parsed[shown.field.name] == "" and shown.metavar:
                 self._error(f"{shown.name}: got an empty text, expected {shown.metavar}")
         if missing:
-            names = ", ".join(f"{one.name} {one.metavar}".strip() for one in missing)
+            names = ", ".join(f"{flag.name} {flag.metavar}".strip() for flag in missing)
             all_of = f"{self.prog} --help says what they are"
             self._error(f"{names}: missing; {missing[0].help if len(missing) == 1 else all_of}")
 
-    def _declared_as(self, given: str) -> str:
+    def _declared_as(self, spelled: str) -> str:
         """The flag as it is declared; one that is not, with hyphens."""
-        flag = "--" + given.lstrip("-").replace("_", "-")
-        flag = self._also.get(flag, flag)
-        without = "--no-" + flag.removeprefix("--no")
-        return without if flag not in self._flags and without in self._flags else flag
-
-    def _is_flag(self, word: str) -> bool:
-        """Whether a word is a flag, or the end of them."""
-        if word.startswith("--") or (self._overrides and word.startswith("-config.")):
-            return True
-        declared = self._declared_as(word.split("=")[0])
-        return word.startswith("-") and len(word) > 2 and declared in self._flags
+        flag = spelled.replace("_", "-")
+        return self._also.get(flag, flag)
 
     def _near(self, flag: str) -> str | None:
         head, dot, key = flag.partition(".")
-        if dot and self._overrides and nearest.of(head, ["--config"]):
+        if dot and self._overrides and nearest.find(head, ["--config"]):
             return f"--config.{key}"
-        return nearest.of(flag, self.flags())
+        return nearest.find(flag, self.flags())
 
     def _error(self, message: str) -> NoReturn:
         raise errors.UserError(f"{self.prog}: {message}")
 
 
 def _sections(declared: type) -> tuple[str, dict[str, str]]:
-    """The text of a docstring, and title -> lines of its sections, those of bases and groups of fields included."""
-    text, found = "", {}
+    """The text of a docstring, and title -> lines of its sections, with the sections of bases and groups of fields."""
+    text, sections = "", {}
     bases = [base for base in declared.__mro__ if dataclasses.is_dataclass(base)]
     for base in sorted(reversed(bases), key=lambda base: bool(vars(base).get("last"))):
         parts = inspect.cleandoc(base.__doc__ or "").split("\n\n")
@@ -371,15 +361,15 @@ def _sections(declared: type) -> tuple[str, dict[str, str]]:
         for part in parts:
             if part not in paragraphs:
                 title, _, lines = part.partition(":\n")
-                found[title] = "\n".join(filter(None, [found.get(title), lines]))
+                sections[title] = "\n".join(filter(None, [sections.get(title), lines]))
         for field in dataclasses.fields(base) if base is declared else ():
             if _is_group(field):
-                found |= _sections(_kind_of(field))[1]
-    return text, found
+                sections |= _sections(_kind_of(field))[1]
+    return text, sections
 
 
 def _fields(declared: type) -> Iterator[dataclasses.Field]:
-    """The fields that declare flags, those of groups included."""
+    """The fields that declare flags, with the fields of groups."""
     for field in dataclasses.fields(declared):
         yield from _fields(_kind_of(field)) if _is_group(field) else [field]
 
@@ -398,7 +388,7 @@ def _name_of(field: dataclasses.Field) -> str:
 
 
 def _kind_of(field: dataclasses.Field) -> Any:
-    """The type of a value of the field: of optional ones and of lists that of what is in them."""
+    """The type of a value of the field: T of `T | None` and of a list of T."""
     kind: Any = field.type
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
@@ -420,11 +410,11 @@ def _value(shown: Flag, text: str) -> Any:
 
 
 def _filled(declared: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass with those of the values that its flags gave."""
-    given = {}
+    """The dataclass with the values of its flags."""
+    parsed = {}
     for field in dataclasses.fields(declared):
         if _is_group(field):
-            given[field.name] = _filled(_kind_of(field), values)
+            parsed[field.name] = _filled(_kind_of(field), values)
         elif field.name in values:
-            given[field.name] = values[field.name]
-    return declared(**given)
+            parsed[field.name] = values[field.name]
+    return declared(**parsed)

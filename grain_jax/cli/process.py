@@ -5,21 +5,19 @@ import io
 import logging
 import os
 import re
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from grain_jax.core import errors, printable
 
-LEAST_MEMORY = 4 << 30  # bytes of address space; with less, JAX and TensorFlow abort without a word
 USAGE_ERROR = errors.UserError.status
 _NO_READER = 141  # as a shell says it: 128 + SIGPIPE
 # What lines of progress begin and end with; everything else that moves the terminal becomes an escape.
 _PROGRESS = re.compile(r"(\r?(?:\x1b\[2?K)?)(.*?)((?:\x1b\[K)?\r?)", re.DOTALL)
 
 
-class _Plain:
+class _PlainStream:
     """A stream of text to which file names, URLs and texts of users are printed as `printable.plain`."""
 
     def __init__(self, stream: Any):
@@ -51,15 +49,6 @@ def fail(message: object, status: int = USAGE_ERROR) -> NoReturn:
     sys.exit(status)
 
 
-def check_limits() -> None:
-    """Raises UserError where the shell's limit of memory is too small to import JAX and TensorFlow."""
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most != resource.RLIM_INFINITY and most < LEAST_MEMORY:
-        raise errors.UserError(
-            f"ulimit -v: got {most >> 10} KiB, expected unlimited, or at least {LEAST_MEMORY >> 10}"
-        )
-
-
 def run(
     main: Callable[[Sequence[str] | None], int | None], arguments: Sequence[str] | None = None
 ) -> NoReturn:
@@ -67,15 +56,15 @@ def run(
 
     Args:
       main: takes the arguments and returns the status, None for 0.
-      arguments: without the program's name; those of this process by default.
+      arguments: without the program's name; by default the arguments of this process.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
-    for stream in (sys.stdout, sys.stderr):  # what an encoding has not got becomes an escape
+    for stream in (sys.stdout, sys.stderr):  # characters that the encoding lacks become escapes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with (
-        contextlib.redirect_stdout(_Plain(sys.stdout)),
-        contextlib.redirect_stderr(_Plain(sys.stderr)),
+        contextlib.redirect_stdout(_PlainStream(sys.stdout)),
+        contextlib.redirect_stderr(_PlainStream(sys.stderr)),
     ):
         try:
             with errors.out_of_memory_in_a_line("this command"):
@@ -98,7 +87,7 @@ def run(
 
 
 def _flush() -> None:
-    """Ends the process without a word where the reader of stdout is gone, as `| head` is."""
+    """Ends the process silently if the reader of stdout is gone, as with `| head`."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

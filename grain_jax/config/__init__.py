@@ -1,86 +1,44 @@
-"""The configuration of a run as frozen dataclasses: what keys there are (`fields`), `from_dict` (`parse`), and what
-contradicts itself (`checks`).
+"""The configuration of a run as frozen dataclasses: its keys (`fields`), `from_dict` (`parse`), and what contradicts
+itself (`checks`).
 
-Needs neither JAX nor ml_collections, so that a config can be checked anywhere.
+It needs neither JAX nor ml_collections, so that a config can be checked anywhere.
 """
 
 from grain_jax.config.checks import divisors, flags_of
-from grain_jax.config.evals import Evaluator
 from grain_jax.config.fields import (
-    ACTIVATIONS,
     DTYPES,
     EITHER_OR,
     LAYER_MAPS,
     REMAT_POLICIES,
-    BoxHead,
     Config,
     Dataset,
-    ImageTower,
     Init,
     Input,
     Lora,
     Loss,
     Mesh,
-    Model,
-    NoOptions,
     Optim,
-    RegionDecoder,
-    Suite,
     Text,
-    TextTower,
     Wandb,
+)
+from grain_jax.config.keys import NoOptions, OpenGroup, flatten, select, without_defaults
+from grain_jax.config.model_fields import (
+    ACTIVATIONS,
+    BoxHead,
+    ImageTower,
+    Model,
+    RegionDecoder,
+    TextTower,
     shares_rows,
 )
 from grain_jax.config.parse import (
     ConfigError,
     LocalEntry,
-    evaluator_from_dict,
+    build,
     from_dict,
     loss_term,
     model_from_dict,
-    suite_from_dict,
+    raise_faults,
     to_json,
     unknown_key,
 )
-from grain_jax.config.values import flatten, select, without_defaults
-
-__all__ = [
-    "ACTIVATIONS",
-    "BoxHead",
-    "DTYPES",
-    "EITHER_OR",
-    "REMAT_POLICIES",
-    "Config",
-    "ConfigError",
-    "Dataset",
-    "Evaluator",
-    "ImageTower",
-    "Init",
-    "Input",
-    "LAYER_MAPS",
-    "LocalEntry",
-    "Lora",
-    "Loss",
-    "Mesh",
-    "Model",
-    "NoOptions",
-    "Optim",
-    "RegionDecoder",
-    "Suite",
-    "Text",
-    "TextTower",
-    "Wandb",
-    "shares_rows",
-    "divisors",
-    "evaluator_from_dict",
-    "flags_of",
-    "flatten",
-    "from_dict",
-    "loss_term",
-    "model_from_dict",
-    "select",
-    "suite_from_dict",
-    "to_json",
-    "unknown_key",
-    "without_defaults",
-]

@@ -1,7 +1,6 @@
 """From a dict to the classes of `fields`, and back.
 
-Every key is consumed: a misspelt or left-over one is an error that names the nearest key. One that is not given has its
-default.
+Every key is consumed: an unknown one is an error that names the nearest key. A key that is not set has its default.
 """
 
 import dataclasses
@@ -9,166 +8,166 @@ import functools
 import inspect
 import json
 import math
-import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grain_jax.config import checks, evals, fields
-from grain_jax.config.evals import Evaluator
-from grain_jax.config.fields import Config, Model, Suite
+import msgspec
+
+from grain_jax.config import checks, keys
+from grain_jax.config.fields import Config, Model
+from grain_jax.config.keys import Key, NoOptions, OpenGroup
 from grain_jax.core import errors, named, nearest
 
 T = typing.TypeVar("T")
 
 
 class ConfigError(errors.UserError):
-    """The configuration cannot be used; the message has one line a fault."""
+    """The configuration cannot be used; the message has one line for each fault."""
 
 
 def from_dict(value: Mapping[str, Any]) -> Config:
-    """A plain dict, or ml_collections' ConfigDict, as a checked Config. Raises ConfigError, a line a fault."""
-    config = _checked(Config, value, "")
-    faults: list[str] = []
+    """A plain dict, or a ConfigDict of ml_collections, as a checked Config. Raises ConfigError."""
+    config = build(Config, value)
+    faults = checks.faults_of(config)
     for name, entry in config.loss.terms.items():
-        if named.is_external(entry["term"]) and named.may_import(entry["term"]):
+        term = entry.get("term")
+        if isinstance(term, str) and named.is_external(term) and named.may_import(term):
             try:
                 loss_term(f"loss.terms.{name}", entry, {})
             except errors.UserError as error:
                 faults.append(str(error))
-    _end(faults)
+    raise_faults(faults)
     return config
 
 
 def model_from_dict(value: Mapping[str, Any]) -> Model:
-    """The `model` part alone, as converted checkpoints carry it. Raises ConfigError, a line a fault."""
-    return _checked(Model, value, "model")
+    """The `model` part alone, as finished models carry it. Raises ConfigError."""
+    model = build(Model, value, "model")
+    raise_faults(checks.faults_of(model))
+    return model
 
 
-def suite_from_dict(value: Mapping[str, Any]) -> Suite:
-    """The config of a suite, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
-    return _checked(Suite, value, "")
+def build(cls: type[T], value: Any, path: str = "") -> T:
+    """An instance of a group of keys (`keys.key`).
 
+    Args:
+      cls: the class of the group.
+      value: a mapping from the names of its keys to their values.
+      path: the key of the group, for error messages; "" for a whole config.
 
-def evaluator_from_dict(value: Any) -> Evaluator:
-    """An entry of `evals`, a plain dict or a ConfigDict, checked. Raises ConfigError, a line a fault."""
-    return _checked(Evaluator, value, "evaluator")
-
-
-def _checked(kind: Any, value: Any, path: str) -> Any:
-    """The value as an instance of that class, without a fault. Raises ConfigError."""
-    built = _built(kind, value.to_dict() if hasattr(value, "to_dict") else value, path)
-    _end(checks.faults_of(built, path))
-    return built
-
-
-def _built(kind: Any, value: Any, path: str) -> Any:
+    Raises:
+      ConfigError: a key is unknown, missing, of another type or out of bounds; a line for each fault.
+    """
     faults: list[str] = []
-    built = _convert(kind, value, path, faults)
-    _end(faults)
+    built = _group(cls, value.to_dict() if hasattr(value, "to_dict") else value, path, faults)
+    raise_faults(faults)
+    assert built is not None
     return built
 
 
-def _end(faults: list[str]) -> None:
+def raise_faults(faults: list[str]) -> None:
+    """Raises ConfigError if there is a fault."""
     if faults:
         raise ConfigError("\n".join(faults))
 
 
-def _evaluator(value: Any, path: str, faults: list[str]) -> Evaluator | None:
-    """An entry of `evals` as an instance of the class that its `kind` names."""
-    kind = value.get("kind") if isinstance(value, Mapping) else None
-    if not isinstance(kind, str):
-        got = repr(value) if kind is None else f"kind={kind!r}"
-        known = ", ".join(evals.NAMED)
-        faults.append(
-            f"{path}: got {got}, expected a group with kind: one of {known}, or module:Class"
-        )
-        return None
-    if not named.may_import(kind):
-        return evals.NotImported(kind=kind, entry=value)
-    try:
-        cls = evals.find(kind)
-    except errors.UserError as error:
-        faults.append(f"{path}.kind: {error}")
-        return None
-    return build(cls, value, path, faults)
-
-
-def build(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
-    """An instance of a dataclass whose fields are declared with `fields.key`.
-
-    Args:
-      cls: the dataclass.
-      value: a mapping from the names of its fields to their values.
-      path: its key, for the faults; "" for a whole config.
-      faults: gets a line for each key that is unknown, of another type, or missing without a default.
-
-    Returns:
-      The instance, or None where a key is missing. Only without faults may it be used.
-    """
+def _group(cls: type[T], value: Any, path: str, faults: list[str]) -> T | None:
+    """The instance; None after a fault."""
     if not isinstance(value, Mapping):
         faults.append(f"{path}: got {value!r}, expected a group of keys")
         return None
-    known = types_of(cls)
-    places = {key: _at(path, key) for key in known}
-    for place in (_at(path, key) for key in value if key not in known):
-        faults.append(f"{place}: {unknown_key(place, list(places.values()))}")
-    given, missing = {}, False
-    for key, (field, kind) in known.items():
-        if field.metadata.get("options_of"):
-            given[key] = _options_of(field.metadata["options_of"], field, value, path, faults)
-        elif key in value:
-            given[key] = _convert(kind, value[key], places[key], faults)
-        elif fields.default_of(field) is dataclasses.MISSING:
-            faults.append(f"{places[key]}: missing; it has no default")
-            missing = True
+    known, values, before = keys.keys_of(cls), {}, len(faults)
+    full = {name: f"{path}.{name}" if path else str(name) for name in [*known, *value]}
+    for name in value:
+        if name not in known:
+            hint = unknown_key(full[name], [full[key] for key in known])
+            faults.append(f"{full[name]}: {hint}")
+    for name, key in known.items():
+        if key.declared.get("options_of"):
+            values[name] = _options(key, value, path, faults)
+        elif name in value:
+            values[name] = _convert(key, value[name], full[name], faults)
+        elif key.default is dataclasses.MISSING:
+            faults.append(f"{full[name]}: missing; it has no default")
     try:
-        return None if missing else cls(**given)
-    except ValueError as error:  # of a class's own check of its options
+        return cls(**values) if len(faults) == before else None
+    except ValueError as error:  # from the class's own check of its options
         faults.append(f"{path}: {error}")
         return None
 
 
-def _at(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
+def _convert(key: Key, value: Any, path: str, faults: list[str]) -> Any:
+    """The value with the type of the key; None after a fault."""
+    inner, is_list = key.group
+    if is_list and inner is not None and isinstance(value, list | tuple):
+        return tuple(_group(inner, part, f"{path}[{i}]", faults) for i, part in enumerate(value))
+    if inner is not None and not is_list:
+        optional = inner is not key.kind
+        return None if value is None and optional else _group(inner, value, path, faults)
+    if key.is_entries:
+        return _entries(value, path, faults)
+    try:
+        converted = msgspec.convert(_plain(value), key.checked_kind)
+    except msgspec.ValidationError:
+        converted = None
+        finite = not isinstance(value, float) or math.isfinite(value)
+        expected = _expected(key) if finite else "a finite number"
+        faults.append(f"{path}: got {value!r}, expected {expected}")
+    built_in = key.declared.get("built_in")
+    if built_in and converted and converted not in built_in and not named.is_external(converted):
+        faults.append(f"{path}: got {value!r}, expected {_expected(key)}")
+    return converted
 
 
-def _options_of(
-    owner: str, field: dataclasses.Field, group: Mapping[str, Any], path: str, faults: list[str]
-) -> Any:
-    """The options of the class that `group[owner]` names, in the field of that group.
+def _plain(value: Any) -> Any:
+    """The value with Python's own numbers for numpy's, as configs that compute have."""
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return float(value) if isinstance(value, float) else value
 
-    Where the class may not be imported (grain_jax/core/named.py), they stay as they are.
+
+def _expected(key: Key) -> str:
+    is_named = key.declared.get("choices") or key.declared.get("built_in")
+    return ", ".join(filter(None, ["" if is_named else key.type_words, key.values_words]))
+
+
+def _entries(value: Any, path: str, faults: list[str]) -> dict[str, OpenGroup]:
+    entries = value if isinstance(value, Mapping) else {}
+    for name, entry in {
+        "": value,
+        **{f".{name}": entry for name, entry in entries.items()},
+    }.items():
+        if not isinstance(entry, Mapping):
+            faults.append(f"{path}{name}: got {entry!r}, expected a group of keys")
+    return {
+        name: OpenGroup({k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+        for name, entry in entries.items()
+        if isinstance(entry, Mapping)
+    }
+
+
+def _options(key: Key, group: Mapping[str, Any], path: str, faults: list[str]) -> Any:
+    """The options of the class that a key of the group names.
+
+    They stay as they are if the class may not be imported (grain_jax/core/named.py).
     """
-    name, value = group.get(owner, ""), group.get(field.name)
-    cls = fields.NoOptions
+    names_class = key.declared["options_of"]
+    name, value = group.get(names_class, ""), group.get(key.name)
+    cls, prefix = NoOptions, f"{path}." if path else ""
     if isinstance(name, str) and named.is_external(name):
         if not named.may_import(name):
             return value or {}
         try:
-            cls = getattr(named.find(_at(path, owner), name, {}), "Options", None) or cls
+            cls = getattr(named.find(prefix + names_class, name, {}), "Options", None) or cls
         except errors.UserError as error:
             faults.append(str(error))
             return value
-    if cls is not fields.NoOptions:
-        return build(cls, value or {}, _at(path, field.name), faults)
-    if value:
-        given = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
+    if cls is NoOptions and value:
         faults.append(
-            f"{_at(path, field.name)}: got {given}, but {_at(path, owner)}={name} has no options"
+            f"{prefix}{key.name}: got {value}, but {prefix}{names_class}={name} has no options"
         )
-    return cls()
-
-
-def _term_entry(value: Any, path: str, faults: list[str]) -> fields.TermEntry:
-    if not isinstance(value, Mapping):
-        faults.append(f"{path}: got {value!r}, expected a group of keys")
-        return fields.TermEntry()
-    weight = value.get("weight")
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) < 1e300:
-        faults.append(f"{path}.weight: got {weight!r}, expected a finite number")
-    entry = {key: _convert(Any, inner, path, faults) for key, inner in value.items()}
-    return fields.TermEntry(entry)
+    return _group(cls, value or {}, prefix + key.name, faults) if cls is not NoOptions else cls()
 
 
 class LocalEntry(typing.NamedTuple):
@@ -179,110 +178,51 @@ class LocalEntry(typing.NamedTuple):
 
 
 def loss_term(path: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
-    """The function of an entry of `loss.terms`, with its options; of a local term its class, a LocalEntry.
+    """The function of an entry of `loss.terms` with its options, or the LocalEntry of a local term.
 
     Args:
-      path: its key, for errors.
+      path: its key, for error messages.
       entry: `term`, `weight` and the options. The term is a function `term(shard, *, option: float = 1.0)`, a frozen
         dataclass with the options as fields and `__call__(self, shard)`, or a class that derives from
         losses.local.LocalTerm.
       table: terms by name, which `term` may name instead of `module:Name`.
 
     Raises:
-      UserError: the term cannot be found, or an option is unknown, missing, of another type, or of a local term out of
-        its bounds.
+      UserError: the term cannot be found, or an option is unknown, missing, of another type or out of bounds.
     """
     target = named.find(f"{path}.term: loss term", entry["term"], table)
     options = {key: value for key, value in entry.items() if key not in ("term", "weight")}
     if isinstance(target, type) and hasattr(target, "Options"):
-        given = _built(target.Options, options, path)
-        _end(list(checks.of_values(given, path)))
-        return LocalEntry(target, given)
-    if dataclasses.is_dataclass(target):
-        return _built(target, options, path)
+        return LocalEntry(target, build(target.Options, options, path))
+    if isinstance(target, type) and dataclasses.is_dataclass(target):
+        return build(target, options, path)
     if isinstance(target, type) or not callable(target):
         raise errors.UserError(
             f"{path}.term: {entry['term']!r} is {target!r}, expected a function of a losses.Shard, a frozen"
             " dataclass with __call__(self, shard), or a class that derives from losses.local.LocalTerm"
         )
-    options = vars(_built(_parameters_of(target, path), options, path))
-    return functools.partial(target, **options) if options else target
+    values = vars(build(_parameters_of(target, path), options, path))
+    return functools.partial(target, **values) if values else target
 
 
 def _parameters_of(function: Callable, path: str) -> type:
     """A dataclass with the keyword parameters of a loss term as fields."""
-    hints = typing.get_type_hints(function)
-    found = []
+    hints, fields = typing.get_type_hints(function), []
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name not in hints:
             raise errors.UserError(
                 f"{path}.term: it has the parameter {parameter}, expected (shard, *, option: type = default, ...)"
             )
         default = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
-        found.append((parameter.name, hints[parameter.name], dataclasses.field(default=default)))
-    return dataclasses.make_dataclass("Options", found, frozen=True, kw_only=True)
-
-
-@functools.cache
-def types_of(cls: type) -> dict[str, tuple[dataclasses.Field, Any]]:
-    """The fields of a dataclass by name, each with its resolved type."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls)}
-
-
-def _convert(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
-    """`value` as an instance of the annotated type `kind`; what does not fit is added to `faults`."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:  # JSON has lists for tuples
-        return tuple(value) if isinstance(value, list) else value
-    if kind is Evaluator:
-        return _evaluator(value, path, faults)
-    if kind is fields.TermEntry:
-        return _term_entry(value, path, faults)
-    if dataclasses.is_dataclass(kind):
-        return build(typing.cast(type, kind), value, path, faults)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            faults.append(f"{path}: got {value!r}, expected a group of keys")
-            return {}
-        return {k: _convert(args[1], v, f"{path}.{k}", faults) for k, v in value.items()}
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(inner_of(kind), value, path, faults)
-    if origin is tuple:
-        inner = args[:1] * len(value) if args[-1] is Ellipsis and _is_list(value) else args
-        if not _is_list(value) or len(inner) != len(value):
-            faults.append(f"{path}: got {value!r}, expected a list")
-            return ()
-        numbered = dataclasses.is_dataclass(args[0])
-        paths = [f"{path}[{i}]" if numbered else path for i in range(len(value))]
-        return tuple(_convert(*part, faults) for part in zip(inner, value, paths))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 1e300 else math.inf
-    if kind is float and isinstance(value, float) and not math.isfinite(value):
-        faults.append(f"{path}: got {value}, expected a finite number")
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        faults.append(f"{path}: got {value!r}, expected {kind.__name__}")
-    return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def inner_of(kind: Any) -> Any:
-    """T of the type `T | None`; another type as it is."""
-    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
-        return kind
-    return next(arg for arg in typing.get_args(kind) if arg is not type(None))
+        fields.append((parameter.name, hints[parameter.name], dataclasses.field(default=default)))
+    return dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
 
 
 def unknown_key(path: str, known: list[str]) -> str:
-    """The words for a key that does not exist, with the nearest one of `known`, or those of its group."""
+    """The words for a key that does not exist, with the nearest one of `known`, or the keys of its group."""
     return f"no such key; {nearest.did_you_mean(path, known)}"
 
 
 def to_json(config: Any) -> str:
-    """A Config (or a part of one) as indented JSON that `from_dict` reads back."""
+    """A Config, or a part of one, as indented JSON that `from_dict` reads back."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

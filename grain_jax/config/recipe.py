@@ -10,12 +10,12 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from grain_jax.config import evals, fields, parse
-from grain_jax.core import named
+from grain_jax.config import fields, model_fields
+from grain_jax.config.keys import keys_of
 
 Keys = Any  # a ConfigDict, whose keys are attributes that type checkers do not know
 
-# Where a size differs from B/16. S/16, B/16 and L/14 are those of the reference (clip/custom_models.py): S/16 has
+# What differs from B/16. S/16, B/16 and L/14 are the reference's sizes (clip/custom_models.py): S/16 has
 # 12 heads of 32, not timm's 6 of 64; L/14 keeps the text tower of width 512. H/14 and g/14 have the towers and the
 # joint space of OpenCLIP's ViT-H-14 and ViT-g-14 (open_clip/model_configs), with heads of 80 and 88.
 _LARGE_TEXT = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
@@ -43,21 +43,18 @@ SIZES = {
 
 
 def defaults(cls: type) -> Keys:
-    """The keys of a dataclass with their defaults; those without one are left out.
+    """The keys of a group with their defaults; those without a default are left out.
 
     A key whose default is None is a placeholder, so that the command line can set it.
     """
     c = ConfigDict()
-    for name, (field, kind) in parse.types_of(cls).items():
-        default = fields.default_of(field)
-        if default is None:
-            c[name] = placeholder(parse.inner_of(kind))
-        elif dataclasses.is_dataclass(default):
-            c[name] = defaults(type(default))
-        elif default == {}:
-            c[name] = ConfigDict()
-        elif default is not dataclasses.MISSING:
-            c[name] = default
+    for name, key in keys_of(cls).items():
+        if key.default is None:
+            c[name] = placeholder(key.required_kind)
+        elif dataclasses.is_dataclass(key.default):
+            c[name] = defaults(type(key.default))
+        elif key.default is not dataclasses.MISSING:
+            c[name] = ConfigDict() if key.is_entries else key.default
     return c
 
 
@@ -65,7 +62,7 @@ def model(size: str = "B/16") -> Keys:
     """The model of that size: one of tiny, S/16, B/16, L/14, H/14, g/14."""
     if size not in SIZES:
         raise ValueError(f"model size: got {size!r}, expected one of {', '.join(SIZES)}")
-    c = defaults(fields.Model)
+    c = defaults(model_fields.Model)
     c.update(SIZES[size])
     return c
 
@@ -79,126 +76,10 @@ def on_hardware(c: Keys, table: dict[str, dict], name: str | None) -> Keys:
     return c
 
 
-def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:
-    """An entry of `evals` with all options of its kind, so that the command line can set them (docs/evaluate.md).
-
-    Args:
-      kind: of config.evals.NAMED, or `module:Class`.
-      images: class folders, or the folder that the paths of the annotations start from.
-      **options: the other fields of that class; None leaves the default.
-
-    Raises:
-      errors.UserError: there is no such kind.
-    """
-    with named.importing():  # a config file is code of the user already
-        cls = evals.find(kind)
-    entry = dict(defaults(cls).items(preserve_field_references=True))
-    given = {name: value for name, value in options.items() if value is not None}
-    return entry | dict(kind=kind, images=images) | given
-
-
 def base(size: str = "B/16") -> Keys:
-    """The recipe of the paper (docs/method.md, Training recipe), without a data set and a length."""
+    """The recipe of the paper (docs/method.md, Training recipe), without a dataset and a length."""
     c = defaults(fields.Config)
     c.model = model(size)
-    return c
-
-
-def own_images(size: str = "B/16") -> Keys:
-    """What configs/own.py and configs/finetune.py share: a user's images on one machine."""
-    c = base(size)
-    c.log_every = 10
-    c.checkpoint_every = 0
-    c.checkpoint_every_minutes = 10.0
-    c.pictures = 12
-    c.input.flip_rate = 0.5
-    c.input.crop_min_area = 0.5
-    # As docs/claim.md measures: as many queries as an image has described regions (set both), and a box loss
-    # with a weight that leaves the captions room.
-    c.model.decoder.queries = 8
-    c.input.max_regions = 8
-    c.loss.box = 0.2
-    c.loss.deep_supervision = True
-    c.optim.clip_norm = 1.0
-    # Measured after the last step where their images are named.
-    for kind in ("zeroshot", "retrieval", "grounding"):
-        how = f"--config.evals.{kind}.images=FOLDER"
-        if kind != "zeroshot":
-            how += f" --config.evals.{kind}.annotations=A.jsonl"
-        c.evals[kind] = evaluator(kind, missing="skip", get=how)
-    return c
-
-
-# Third-party towers, where they differ from the defaults beyond their sizes: "clip" is OpenAI's (most open_clip
-# models differ from it in activation="gelu"); "siglip" is big_vision's, with the text tower of SigLIP B; "dinov3" is an
-# image tower (S+, H+ and 7B also have mlp="gated", activation="silu").
-FAMILIES = {
-    "clip": dict(
-        image=dict(
-            qk_norm=False,
-            norm_eps=1e-5,
-            patch_bias=False,
-            pre_norm=True,
-            activation="quick_gelu",
-            pixel_mean=(0.48145466, 0.4578275, 0.40821073),
-            pixel_std=(0.26862954, 0.26130258, 0.27577711),
-        ),
-        text={},
-    ),
-    "siglip": dict(
-        image=dict(
-            qk_norm=False,
-            class_token=False,
-            activation="gelu_tanh",
-            pixel_mean=(0.5, 0.5, 0.5),
-            pixel_std=(0.5, 0.5, 0.5),
-        ),
-        text=dict(
-            vocab_size=32000,
-            context_length=64,
-            width=768,
-            heads=12,
-            mlp_dim=3072,
-            norm_eps=1e-6,
-            causal=False,
-            activation="gelu_tanh",
-            pool="last",
-            projection="affine",
-            tokenizer="siglip.model",
-            cleaning="canonical",
-            pad_id=1,
-        ),
-    ),
-    "dinov3": dict(
-        image=dict(
-            qk_norm=False,
-            norm_eps=1e-5,
-            positions=False,
-            rope="centres",
-            registers=4,
-            layer_scale=True,
-            key_bias=False,
-        ),
-    ),
-}
-FAMILIES["siglip2"] = dict(
-    image=FAMILIES["siglip"]["image"],
-    text=FAMILIES["siglip"]["text"]
-    | dict(vocab_size=256000, tokenizer="tokenizer.json", cleaning="lower", pad_id=0),
-)
-
-
-def towers_of(c: Keys, family: str, towers: tuple[str, ...] = ("image", "text")) -> Keys:
-    """`c` with towers of another family, a key of `FAMILIES`, which `init.image` and `init.text` may then load."""
-    if family not in FAMILIES:
-        raise ValueError(f"family of towers: got {family!r}, expected one of {', '.join(FAMILIES)}")
-    for tower in towers:
-        if tower not in FAMILIES[family]:
-            raise ValueError(
-                f"family of towers: got {family!r}, which has no {tower} tower; expected towers=('image',)"
-            )
-        c.model[tower].update(FAMILIES[family][tower])
-    c.text.packing = c.text.packing and fields.shares_rows(c.model.text)
     return c
 
 

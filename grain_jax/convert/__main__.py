@@ -8,15 +8,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.convert import huggingface, parity, towers
+from grain_jax.convert import huggingface, parity
 from grain_jax.convert.arguments import Convert
 from grain_jax.convert.average import average
-from grain_jax.convert.big_vision.command import from_big_vision
+from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.convert.exits.big_vision import to_big_vision
 from grain_jax.convert.exits.onnx_files import to_onnx
 from grain_jax.convert.exits.open_clip import to_open_clip
+from grain_jax.convert.from_hugging_face import from_hf
+from grain_jax.convert.from_open_clip import from_open_clip
 from grain_jax.convert.merge import merge
-from grain_jax.convert.open_clip.command import from_open_clip
 from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.names import TOWERS
@@ -24,21 +25,20 @@ from grain_jax.core import errors
 from grain_jax.runtime import ending
 
 
-def _settings(args: argparse.Namespace) -> towers.Settings:
-    of = lambda what: {x: getattr(args, f"{x}_{what}", None) for x in TOWERS}
-    return towers.Settings(heads=of("heads"), activation=of("activation"))
+def _heads(args: argparse.Namespace) -> dict[str, int | None]:
+    return {tower: getattr(args, f"{tower}_heads") for tower in TOWERS}
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
-    "from-torch": lambda args: reference.from_torch(args.input, args.output, _settings(args).heads),
+    "from-torch": lambda args: reference.from_torch(args.input, args.output, _heads(args)),
     "to-torch": lambda args: reference.to_torch(args.input, args.output),
     "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push),
     "to-open-clip": lambda args: to_open_clip(args.input, args.output),
     "to-big-vision": lambda args: to_big_vision(args.input, args.output),
     "to-onnx": lambda args: to_onnx(args.input, args.output),
-    "from-hf": lambda args: huggingface.from_hf(args.input, args.output, _settings(args)),
-    "from-open-clip": lambda args: from_open_clip(args.input, args.output, _settings(args)),
-    "from-big-vision": lambda args: from_big_vision(args.input, args.output, _settings(args)),
+    "from-hf": lambda args: from_hf(args.input, args.output),
+    "from-open-clip": lambda args: from_open_clip(args.input, args.output, args.model),
+    "from-big-vision": lambda args: from_big_vision(args.input, args.output),
     "pack": lambda args: pack(args.input, args.output),
     "merge": lambda args: merge(args.input, args.output),
     "average": lambda args: average(args.model, args.weights, args.output),
@@ -46,7 +46,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one conversion and returns the exit status; prints faults on stderr, a line each."""
+    """Runs one conversion and returns the exit status; prints faults on stderr, one line each."""
     try:
         args = Convert.parse(arguments)
         if getattr(args, "private", False) and not args.push:

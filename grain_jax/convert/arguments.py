@@ -4,22 +4,22 @@ import math
 
 from grain_jax.cli.flags import flag, many
 from grain_jax.cli.parser import Command
-from grain_jax.config import ACTIVATIONS, DTYPES
+from grain_jax.config import DTYPES
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     """ "0.5,0.5" -> (0.5, 0.5). Raises ValueError: got, expected."""
     try:
-        found = tuple(map(float, text.split(",")))
+        numbers = tuple(map(float, text.split(",")))
     except ValueError:
-        found = ()
-    if not found or not all(map(math.isfinite, found)):
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError(f"got {text[:40]!r}, expected numbers with commas between, as 0.5,0.5")
-    return found
+    return numbers
 
 
 class _OfCheckpoint(Command):
-    """Kinds that read a model of ours.
+    """Kinds that read one of our models.
 
     what is converted:
       --checkpoint DIR  workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
@@ -34,28 +34,12 @@ class _OfFile(Command):
     """Kinds that read what others wrote.
 
     what is converted:
-      --input PATH   file or folder of theirs (.pth.tar, .safetensors, FILE.npz:sub-tree, hf://ORG/NAME)
+      --input PATH   file or folder (.pth.tar, .safetensors, FILE.npz:sub-tree), or hf://ORG/NAME
       --output PATH  folder to write; an older conversion is replaced
     """
 
     input: str = flag(also="checkpoint")
     output: str
-
-
-class _Towers(_OfFile):
-    """Kinds whose files may not state all of the two towers.
-
-    where the checkpoint does not state it:
-      --image-heads N          attention heads of the image tower
-      --text-heads N           attention heads of the text tower
-      --image-activation NAME  of the image tower: gelu, gelu_tanh, quick_gelu, relu or silu
-      --text-activation NAME   of the text tower: gelu, gelu_tanh, quick_gelu, relu or silu
-    """
-
-    image_heads: int | None = None
-    text_heads: int | None = None
-    image_activation: str | None = flag(None, choices=ACTIVATIONS)
-    text_activation: str | None = flag(None, choices=ACTIVATIONS)
 
 
 class FromTorch(_OfFile, name="convert from-torch"):
@@ -122,7 +106,7 @@ class ToOnnx(_OfCheckpoint, name="convert to-onnx"):
     """
 
 
-class FromHf(_Towers, name="convert from-hf"):
+class FromHf(_OfFile, name="convert from-hf"):
     """Weights of transformers (a folder, a file or hf://ORG/NAME) -> a folder for grain_jax.load.
 
     CLIP, MetaCLIP, SigLIP, SigLIP 2, folders of to-hf, and DINOv3, which embeds images alone.
@@ -132,15 +116,20 @@ class FromHf(_Towers, name="convert from-hf"):
     """
 
 
-class FromOpenClip(_Towers, name="convert from-open-clip"):
+class FromOpenClip(_OfFile, name="convert from-open-clip"):
     """CLIP or SigLIP weights of OpenAI or open_clip -> a two-tower model for grain_jax.load.
 
     Example:
-      grain-jax convert from-open-clip --input ViT-B-32.safetensors --output towers
+      grain-jax convert from-open-clip --input laion2b.safetensors --model ViT-B-32 --output towers
+
+    where no open_clip_config.json lies beside the weights:
+      --model NAME  of the model in open_clip, such as ViT-B-32; files of OpenAI need none
     """
 
+    model: str | None = None
 
-class FromBigVision(_Towers, name="convert from-big-vision"):
+
+class FromBigVision(_OfFile, name="convert from-big-vision"):
     """A two_towers .npz of big_vision (FILE.npz:sub-tree) -> a two-tower model for grain_jax.load.
 
     Example:
@@ -174,7 +163,7 @@ class Average(Command, name="convert average"):
 
     what is averaged:
       MODEL ...      workdirs, checkpoints or converted folders
-      --weights W,W  one a model, with the sum 1; equal ones where it is not given
+      --weights W,W  a factor per model, with the sum 1; equal factors by default
       --output DIR   folder to write; an older conversion is replaced
     """
 

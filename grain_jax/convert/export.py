@@ -18,7 +18,6 @@ from etils import epath
 from jax import export as jax_export
 
 from grain_jax import __version__, inference
-from grain_jax import config as config_lib
 from grain_jax.convert import output as files
 from grain_jax.convert import parity, tables
 from grain_jax.convert.arguments import Export
@@ -29,7 +28,7 @@ from grain_jax.models import box_head, grain
 
 DESCRIPTION = "model.json"  # marks the folder
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Of max|b|, against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
+# Largest max|a-b| / max|b| against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
 TOLERANCE = {"float32": parity.TOLERANCE, "bfloat16": 2e-2}
 _IMAGES = 3  # of the check; the Predictor pads them to another number
 
@@ -39,12 +38,12 @@ def export_model(
 ) -> list[parity.Comparison]:
     """Writes the `.stablehlo` of `image`, `text`, `regions`, `boxes` and `maps`, `params.npz`, `model.json`.
 
-    A tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head no
-    `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`.
+    The tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head
+    no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`.
     What was written is read back and runs on this machine.
 
     Args:
-      predictor: the model; its `dtype` is that of the functions' activations.
+      predictor: the model; the functions' activations have its `dtype`.
       output: folder; an older export in it is replaced.
       platforms: what the functions are lowered for, all in one file.
 
@@ -59,29 +58,26 @@ def export_model(
         name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
     }
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
-    functions = {}
+    exported = {}
     for name, (function, inputs) in _functions(predictor).items():
-        exported = jax_export.export(jax.jit(function), platforms=platforms)
-        functions[name] = exported(shapes, *inputs.values()), tuple(inputs)
+        program = jax_export.export(jax.jit(function), platforms=platforms)
+        exported[name] = program(shapes, *inputs.values()), tuple(inputs)
     with files.replacing(target, DESCRIPTION) as new:
         with (new / "params.npz").open("wb") as file:
             np.savez(file, **params)
-        for name, (exported, _) in functions.items():
-            (new / f"{name}.stablehlo").write_bytes(exported.serialize())
-        description = _description(predictor, functions)
+        for name, (program, _) in exported.items():
+            (new / f"{name}.stablehlo").write_bytes(program.serialize())
         _copy_tokenizer(predictor, new)
+        description = _description(predictor, exported)
         (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        return _compare(predictor, new, functions)
+        return _compare(predictor, new, exported)
 
 
-def _functions(
-    predictor: inference.Predictor,
-) -> dict[str, tuple[Callable, dict[str, Any]]]:
+def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict[str, Any]]]:
     """Each function of (flat params, *inputs), and its inputs' names, shapes and types."""
-    model, dtype = predictor.model, predictor.dtype
+    model, dtype, nested = predictor.model, predictor.dtype, tables.nested
     encode_images = jitted.image_program(model, dtype)
     encode_texts = jitted.text_program(model, dtype)
-    nested = tables.nested
 
     def regions(params, image):
         names = ("image_embed", "region_embed", "boxes_xyxy")
@@ -106,22 +102,22 @@ def _functions(
     images = {"image": spec((b, size, size, 3), np.uint8)}
     texts = {"tokens": spec((rows, length), np.int32), "end": spec((rows,), np.int32)}
     functions = {"image": (image, images), "text": (text, texts)}
-    if model.decoder is not None and model.decoder.queries:
+    if predictor.has_regions:
         functions["regions"] = (regions, images)
     if model.boxes.kind != "none":
         functions["boxes"] = (boxes, images | {"boxes_xyxy": spec((b, r, 4), np.float32)})
     if maps := _maps(predictor):
-        asked = {"text_embed": spec((n, model.embed_dim), np.float32)}
-        functions["maps"] = (maps, images | asked)
+        embeds = {"text_embed": spec((n, model.embed_dim), np.float32)}
+        functions["maps"] = (maps, images | embeds)
     return functions
 
 
 def _maps(predictor: inference.Predictor) -> Callable | None:
-    """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]); None: the model has none."""
+    """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]); None if the model has none."""
     model, dtype = predictor.model, predictor.dtype
     has_head = model.boxes.kind != "none"
-    of_patches = has_head or model.decoder is None
-    if not (of_patches or predictor.has_regions):
+    has_patches = has_head or model.decoder is None
+    if not (has_patches or predictor.has_regions):
         return None
     try:
         grid = predictor.grid
@@ -129,93 +125,83 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
         return None
 
     def maps(params, image, text_embed):
-        found, params = [], tables.nested(params)
+        all_maps, params = [], tables.nested(params)
         with jax.default_matmul_precision("highest"):  # of cosines
-            if of_patches:
-                rest = ()
+            if has_patches:
+                method, boxes = "encode_patches", ()
                 if has_head:
                     cells = box_head.token_boxes(grid * grid, 0)
-                    rest = (jnp.broadcast_to(cells, (image.shape[0], *cells.shape)),)
-                encode = jitted.program(
-                    model, dtype, "encode_boxes" if has_head else "encode_patches"
-                )
-                patches = encode(params, image, *rest).astype(np.float32)
-                cosines = jnp.einsum("nd,bpd->bnp", text_embed, patches)
-                found.append(cosines.reshape(*cosines.shape[:2], grid, grid))
+                    method = "encode_boxes"
+                    boxes = (jnp.broadcast_to(cells, (image.shape[0], *cells.shape)),)
+                patches = jitted.program(model, dtype, method)(params, image, *boxes)
+                cosines = jnp.einsum("nd,bpd->bnp", text_embed, patches.astype(np.float32))
+                all_maps.append(cosines.reshape(*cosines.shape[:2], grid, grid))
             if predictor.has_regions:
                 _, embed, corners = jitted.image_program(model, dtype)(params, image)
                 cosines = jnp.einsum("nd,bqd->bnq", text_embed, embed.astype(np.float32))
-                of_image = lambda values, boxes: scores.region_map(values, boxes, grid, jnp)
-                found.append(jax.vmap(of_image)(cosines, corners))
-        return {"similarity_map": sum(found) / len(found)}
+                region_map = lambda values, boxes: scores.region_map(values, boxes, grid, jnp)
+                all_maps.append(jax.vmap(region_map)(cosines, corners))
+        return {"similarity_map": sum(all_maps) / len(all_maps)}
 
     return maps
 
 
-def _description(predictor: inference.Predictor, functions: Mapping[str, Any]) -> dict[str, Any]:
+def _description(predictor: inference.Predictor, exported: Mapping[str, Any]) -> dict[str, Any]:
     """What `model.json` says."""
 
-    def of(aval):  # sizes may be symbols
+    def type_of(aval):  # sizes may be symbols
         return f"{aval.dtype}[{', '.join(map(str, aval.shape))}]"
 
-    def signature(exported, inputs):
-        avals = exported.in_avals[-len(inputs) :]  # the parameters come first
-        outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    def signature(program, inputs):
+        avals = program.in_avals[-len(inputs) :]  # the parameters come first
+        outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
         return {
             "inputs": {"params": "dict of all arrays in params.npz"}
-            | {name: of(aval) for name, aval in zip(inputs, avals)},
-            "outputs": {name: of(x) for name, x in outputs.items()},
+            | {name: type_of(aval) for name, aval in zip(inputs, avals)},
+            "outputs": {name: type_of(x) for name, x in outputs.items()},
         }
 
-    any_function = functions["image"][0]
+    program, tower = exported["image"][0], predictor.model.text
+    end = "not looked at: zeros will do"
+    if tower.seeks_end:
+        last = f"the id {tower.end_id}"
+        which = "; for CLIP's ids tokens.argmax(1)" if tower.end_id is None else f", {last}"
+        end = f"position of each text's last token{which}"
     image, text, learnt = describe(predictor)
     return {
         "grain_jax": __version__,
         "jax": jax.__version__,
-        "calling_convention_version": any_function.calling_convention_version,
-        "platforms": list(any_function.platforms),
+        "calling_convention_version": program.calling_convention_version,
+        "platforms": list(program.platforms),
         "activations": predictor.dtype,
-        "functions": {name: signature(*made) for name, made in functions.items()},
+        "functions": {name: signature(*pair) for name, pair in exported.items()},
         "image": image | {"normalised_by": "the function: give it the uint8 values"},
-        "text": text | {"end": _end(predictor.model.text)},
+        "text": text | {"end": end},
         **learnt,
     }
 
 
-def _end(text: config_lib.TextTower) -> str:
-    """What `model.json` says of the input `end`."""
-    if not text.seeks_end:
-        return "not looked at: zeros will do"
-    which = (
-        "; for CLIP's ids tokens.argmax(1)" if text.end_id is None else f", the id {text.end_id}"
-    )
-    return f"position of each text's last token{which}"
-
-
 def describe(predictor: inference.Predictor) -> tuple[dict[str, Any], ...]:
     """What a user of exported files must know of the images, of the texts, and of the scores, as values of JSON."""
-    model = predictor.model
-    image: dict[str, Any] = {
-        "size": model.image.image_size,
+    image, text = predictor.model.image, predictor.model.text
+    is_clip = text.tokenizer == "clip"
+    about_images = {
+        "size": image.image_size,
         "prepare": "turned by the EXIF orientation, RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
+        "pixel_mean": list(image.pixel_mean),
+        "pixel_std": list(image.pixel_std),
     }
-    image |= {
-        "pixel_mean": list(model.image.pixel_mean),
-        "pixel_std": list(model.image.pixel_std),
-    }
-    text = {
-        "context_length": model.text.context_length,
-        "vocab_size": model.text.vocab_size,
-        "tokenizer": "CLIP's byte pairs"
-        if model.text.tokenizer == "clip"
-        else epath.Path(model.text.tokenizer).name,
-        "cleaning": model.text.cleaning,
-        "pad_id": model.text.pad_id,
+    about_texts = {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "tokenizer": "CLIP's byte pairs" if is_clip else epath.Path(text.tokenizer).name,
+        "cleaning": text.cleaning,
+        "pad_id": text.pad_id,
     }
     learnt = {"logit_scale": float(np.exp(predictor.params["logit_scale"]))}
-    if model.logit_bias_init is not None:
-        learnt["logit_bias"] = float(predictor.params["logit_bias"])
-    return image, text, learnt
+    if predictor.logit_bias is not None:
+        learnt["logit_bias"] = float(predictor.logit_bias)
+    return about_images, about_texts, learnt
 
 
 def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
@@ -234,37 +220,34 @@ def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
 
 
 def _compare(
-    predictor: inference.Predictor, output: epath.Path, functions: Mapping[str, Any]
+    predictor: inference.Predictor, output: epath.Path, exported: Mapping[str, Any]
 ) -> list[parity.Comparison]:
     """The functions, as they were written, against the predictor, on random images and texts."""
     image, text = predictor.model.image, predictor.model.text
     sizes = image.image_size, text.vocab_size, text.context_length
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
-    given = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
-    pixels = np.random.default_rng(0).integers(0, 256, given.images.shape, np.uint8)
-    given = given._replace(images=pixels)
-    expected = parity.outputs_of(predictor, given)
-    inputs = {"image": pixels, "tokens": given.token_ids}
-    inputs["end"] = text.ends(given.token_ids).astype(np.int32)
-    if "maps" in functions:
-        inputs["text_embed"] = expected["text_embed"]
-        texts = [expected["text_embed"]] * _IMAGES
-        expected["similarity_map"] = np.stack(predictor.similarity_maps(given.images, texts))
+    batch = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
+    pixels = np.random.default_rng(0).integers(0, 256, batch.images.shape, np.uint8)
+    expected = parity.outputs_of(predictor, batch._replace(images=pixels))
+    inputs = {"image": pixels, "tokens": batch.token_ids, "text_embed": expected["text_embed"]}
+    inputs["end"] = text.ends(batch.token_ids).astype(np.int32)
     inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
-    found = []
-    for name, (_, names) in functions.items():
+    if "maps" in exported:
+        texts = [expected["text_embed"]] * _IMAGES
+        expected["similarity_map"] = np.stack(predictor.similarity_maps(pixels, texts))
+    comparisons = []
+    for name, (_, names) in exported.items():
         function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))
         got: Any = function.call(params, *(inputs[each] for each in names))
-        compared = parity.compare(
-            got, {key: expected[key] for key in got}, tolerance=TOLERANCE[predictor.dtype]
-        )
-        found += [c._replace(name=f"{name}: {c.name}") for c in compared]
-    return found
+        wanted = {key: expected[key] for key in got}
+        compared = parity.compare(got, wanted, tolerance=TOLERANCE[predictor.dtype])
+        comparisons += [c._replace(name=f"{name}: {c.name}") for c in compared]
+    return comparisons
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exports a checkpoint; returns 0, 1 where the functions give other outputs, 2 for wrong input."""
+    """Exports a checkpoint; returns 0, 1 if the functions give other outputs, 2 for wrong input."""
     try:
         args = Export.parse(arguments)
         with errors.out_of_memory_in_a_line("export"):
@@ -275,10 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     written = sorted(epath.Path(args.output).iterdir(), key=lambda path: path.name)
     print(*(f"{path.stat().length:12,} bytes  {path}" for path in written), sep="\n")
-    print(f"{'against grain_jax.load':22} {'max|a-b|/max|b|':>15} {'tolerance':>10}")
-    for c in compared:
-        print(f"{c.name:22} {c.error:15.2e} {c.tolerance:10.1e}{'' if c.ok else '  FAILED'}")
-    return 0 if all(c.ok for c in compared) else 1
+    report = parity.report(compared, "the predictor")
+    print(report.text)
+    return 0 if report.ok else 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def prefixed(where: str) -> Iterator[None]:
 
 
 def raise_any(faults: Sequence[str]) -> None:
-    """Raises ConvertError with a line for each fault; does nothing where there are none."""
+    """Raises ConvertError with one line per fault, if there are any."""
     if faults:
         raise ConvertError("\n".join(faults))
 

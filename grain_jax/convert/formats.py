@@ -169,7 +169,7 @@ def timm_image(prefix: str, parts: LayerNames = _TIMM) -> list[NamePair]:
 def own_image(prefix: str, *, key_bias: bool) -> list[NamePair]:
     """Our vision transformer with all of its options, by timm's names: the modeling file's.
 
-    Without biases of the keys those of queries and values have entries of their own.
+    Without key biases, the biases of queries and values have separate entries.
     """
     rows, layer = timm_image(prefix, _OURS), prefix + "blocks.{}."
     if not key_bias:
@@ -197,11 +197,11 @@ def timm_image_in_open_clip() -> list[NamePair]:
 
 def hf_dinov3(layers: str = "") -> list[NamePair]:
     """DINOv3 in transformers; `layers`: the first part of the names of its layers in memory, which files leave out."""
-    at = "embeddings."
+    embeddings = "embeddings."
     return [
-        *linear("image/patch_embed", at + "patch_embeddings", tables.PATCHES),
-        NamePair("image/class_token", at + "cls_token", tables.TOKEN),
-        NamePair("image/registers", at + "register_tokens", tables.BATCHED),
+        *linear("image/patch_embed", embeddings + "patch_embeddings", tables.PATCHES),
+        NamePair("image/class_token", embeddings + "cls_token", tables.TOKEN),
+        NamePair("image/registers", embeddings + "register_tokens", tables.BATCHED),
         *_blocks("image/blocks", layers + "layer.{}.", _DINOV3),
         *norm("image/norm", "norm"),
     ]
@@ -209,12 +209,12 @@ def hf_dinov3(layers: str = "") -> list[NamePair]:
 
 def hf_image() -> list[NamePair]:
     """The image tower of CLIP and SigLIP in transformers."""
-    at, head = "vision_model.embeddings.", "vision_model.head."
+    embeddings, head = "vision_model.embeddings.", "vision_model.head."
     qkv = ("attention.in_proj_{kind}",)
     return [
-        *linear("image/patch_embed", at + "patch_embedding", tables.PATCHES),
-        NamePair("image/class_token", at + "class_embedding"),
-        NamePair("image/position_embed", at + "position_embedding.weight"),
+        *linear("image/patch_embed", embeddings + "patch_embedding", tables.PATCHES),
+        NamePair("image/class_token", embeddings + "class_embedding"),
+        NamePair("image/position_embed", embeddings + "position_embedding.weight"),
         *norm("image/pre_norm", "vision_model.pre_layrnorm"),
         *_blocks("image/blocks", "vision_model.encoder.layers.{}.", _HF),
         *norm("image/norm", "vision_model.post_layernorm"),
@@ -225,10 +225,10 @@ def hf_image() -> list[NamePair]:
 
 def hf_text(projection: str) -> list[NamePair]:
     """The text tower of CLIP ("text_projection") and SigLIP ("text_model.head") in transformers."""
-    at = "text_model.embeddings."
+    embeddings = "text_model.embeddings."
     return [
-        NamePair("text/token_embed/embedding", at + "token_embedding.weight"),
-        NamePair("text/position_embed", at + "position_embedding.weight"),
+        NamePair("text/token_embed/embedding", embeddings + "token_embedding.weight"),
+        NamePair("text/position_embed", embeddings + "position_embedding.weight"),
         *_blocks("text/blocks", "text_model.encoder.layers.{}.", _HF),
         *norm("text_norm", "text_model.final_layer_norm"),
         *linear("text_projection", projection),

@@ -1,4 +1,4 @@
-"""The commands to-hf and from-hf: models as folders that transformers loads, and back.
+"""The command to-hf: models as folders that transformers loads.
 
 A folder holds safetensors, config.json, the files of `hf_files/` (loaded with trust_remote_code, without
 JAX), tokenizer and processor files, and a model card. Parameters have the PyTorch reference's names. Writing
@@ -12,25 +12,19 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.checkpoint import pretrained
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.convert import archives, model_card, output, parity, towers
+from grain_jax.convert import model_card, output, parity
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.exits import hugging_face, needs, tokenizers
-from grain_jax.convert.faults import ConvertError, prefixed, raise_any
-from grain_jax.convert.open_clip.command import from_transformers
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.core import regular_file
-from grain_jax.input_pipeline import tokenizer
 
 WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"  # where transformers splits the weights into several files
 _MODELING = "modeling_grain.py"  # marks a folder of to-hf
 # Patterns of the names of all files of such a folder.
 _FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
 CODE = epath.Path(__file__).parent / "hf_files"
-# Of the tokenizer; the first two are those that `grain_jax.load` reads, too.
+# Tokenizer files; `grain_jax.load` reads the first two.
 _TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 # The recipe of the paper (docs/method.md, Losses), for models without a run's config.
 LOSSES = dict(
@@ -68,20 +62,20 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
     """
     if repo is not None:
         hub.check_push(repo)
-    found, unknown = tokenizers.with_end(exits.read(source))
+    stored_model, unknown = tokenizers.with_end(exits.read(source))
     lines = []
-    if found.model.decoder is None:
-        kind, faults = needs.of_hugging_face(found.model)
+    if stored_model.model.decoder is None:
+        kind, faults = needs.of_hugging_face(stored_model.model)
         if not faults:
-            return hugging_face.write_towers(found, folder, kind, repo, unknown)
+            return hugging_face.write_towers(stored_model, folder, kind, repo, unknown)
         keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
         lines = [f"for AutoModel with trust_remote_code: {kind.name} cannot hold {', '.join(keys)}"]
-    names.refuse(found.model, "to-hf")
-    return _write(found, output.check_free(folder, _MODELING), repo, lines, unknown)
+    names.refuse(stored_model.model, "to-hf")
+    return _write(stored_model, output.check_free(folder, _MODELING), repo, lines, unknown)
 
 
 def _write(
-    source: exits.Source, folder: epath.Path, repo: str | None, lines: list[str], unknown: str
+    source: exits.SourceModel, folder: epath.Path, repo: str | None, lines: list[str], unknown: str
 ) -> parity.Report:
     """A model with our modeling file; `lines` stand in the report, and what the parity cannot tell is `unknown`."""
     model = source.model
@@ -94,13 +88,13 @@ def _write(
     lacking = [name for name in _NO_LOSSES if stored.get(name)] + [*stored.get("terms", ())]
     if lacking:
         lines = [*lines, f"training in torch lacks of the run's losses: {', '.join(lacking)}"]
-    words, missing, told = tokenizers.of_transformers(model.text, source.folder)
+    token_files, missing, notes = tokenizers.of_transformers(model.text, source.folder)
     name = epath.Path(model.text.tokenizer).name
     if name != "clip":
-        name = next((x for x in _TOKENIZER if x in words), name)
+        name = next((x for x in _TOKENIZER if x in token_files), name)
     text = dataclasses.replace(model.text, tokenizer=name)
     code = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
-    files = code | _files(dataclasses.replace(model, text=text), losses) | words
+    files = code | _files(dataclasses.replace(model, text=text), losses) | token_files
     weights = {
         f"{module}.{name}": np.asarray(array, np.float32)
         for module, state in names.state_dicts(source.params).items()
@@ -108,7 +102,7 @@ def _write(
     }
     with output.replacing(folder, _MODELING) as new:
         exits.write_files(new, WEIGHTS, weights, files)
-        proof = _prove_folder(new, source, has_tokenizer=bool(words)).but(unknown)
+        proof = _prove_folder(new, source, has_tokenizer=bool(token_files)).but(unknown)
         card = model_card.write(model, run, proof, _use(model), missing, losses=losses, repo=repo)
         (new / "README.md").write_text(card)
     size = sum(array.size for array in weights.values())
@@ -116,7 +110,7 @@ def _write(
         f"to-hf: {source.folder} -> {folder}",
         f"{WEIGHTS}: {size:,} values, float32",
         *lines,
-        *told,
+        *notes,
     )
 
 
@@ -148,79 +142,6 @@ def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
     """Publishes a folder of to-hf, its model card included, as ORG/NAME; returns the address. Raises hub.HubError."""
     with output.on_disk(epath.Path(folder)) as path:
         return hub.push(path, repo, _FILES, private)
-
-
-def from_hf(
-    source: epath.PathLike, folder: epath.PathLike, settings: towers.Settings | None = None
-) -> parity.Report:
-    """from-hf: a folder of to-hf, also one that transformers trained further, or CLIP, SigLIP or DINOv3 of transformers.
-
-    Args:
-      source: a folder, a file of weights, or hf://ORG/NAME.
-      folder: for `grain_jax.load`.
-      settings: of towers whose checkpoint does not state them.
-
-    Raises:
-      ConvertError: entries or files that are missing, damaged, unknown or of another shape; a line each.
-      TokenizerError: the file of the tokenizer is none.
-      config.ConfigError: sizes that are no model's, such as heads that do not divide the width.
-    """
-    if not is_grain(pretrained.folder_of(source)):
-        return from_transformers(source, folder, settings or towers.Settings())
-    if any(value is not None for of_tower in settings or () for value in of_tower.values()):
-        raise ConvertError(
-            f"{source}: its config.json states heads and activations; give no flag for them"
-        )
-    source, folder = pretrained.folder_of(source), output.check_free(folder)
-    model, params, states = _read(source)
-    words, lines = {}, []
-    if (name := model.text.tokenizer) != "clip":
-        if path := tokenizer.own_file(model.text, source):
-            tokenizer.of_tower(model.text, source)  # raises where the file is none
-            words[name] = tokenizer.content_of(path)
-        else:
-            lines = [f"tokenizer NOT FOUND; copy the tower's to {folder / name}"]
-    # Its code is untrusted: the other side is our own torch module with the arrays of the folder.
-    proof = torch_module.prove(model, params, states)
-    output.save(folder, model, params, source, proof, files=words)
-    return proof.after(f"from-hf: {source} -> {folder}", *lines)
-
-
-def is_grain(folder: epath.Path) -> bool:
-    """Whether a folder has a config.json of to-hf's own model class."""
-    path = folder / "config.json"
-    if not regular_file.is_one(path):
-        return False
-    content = regular_file.read_json(path, dict[str, Any], "a JSON object")
-    return content.get("model_type") == "grain" or "towers" in content
-
-
-def read(folder: epath.Path) -> tuple[config_lib.Model, Any]:
-    """The model in a folder of to-hf, and its parameters; raises as `from_hf`."""
-    return _read(folder)[:2]
-
-
-def _read(folder: epath.Path) -> tuple[config_lib.Model, Any, dict[str, dict[str, np.ndarray]]]:
-    """(`read`, the same under the names of the modeling file); runs no code of the folder."""
-    model = _read_config(folder / "config.json")
-    weights, index = folder / WEIGHTS, folder / _INDEX
-    files = [weights]
-    if not regular_file.is_one(weights) and regular_file.is_one(index):
-        weights, files = index, archives.files_of_index(index)
-    states: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
-    faults = []
-    for file in files:
-        if not regular_file.is_one(file):
-            raise ConvertError(f"{file}: no such file; expected a folder written by to-hf")
-        for name, array in archives.read_safetensors(file).items():
-            module, _, rest = name.partition(".")
-            if module in states:
-                states[module][rest] = array
-            else:
-                faults.append(f"{file}: {name}: unknown key, shape {array.shape}")
-    raise_any(faults)
-    with prefixed(f"{weights}: "):
-        return model, names.to_params(states["backbone"], states["decoder"], model), states
 
 
 def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
@@ -259,38 +180,21 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_config(path: epath.Path) -> config_lib.Model:
-    """The model in the config.json of a folder of to-hf; raises as `from_hf`."""
-    expected = "to-hf's config.json"
-    sizes = regular_file.read_json(path, dict[str, Any], expected).get("towers")
-    if not isinstance(sizes, dict):
-        hint = f"; {command}" if (command := pretrained.conversion(path.parent)) else ""
-        raise ConvertError(f"{path}: got no sizes under towers, expected {expected}{hint}")
-    with prefixed(f"{path}: "):
-        model = config_lib.model_from_dict(sizes)
-    names.refuse(model, "to-hf")
-    # from_hf writes the file under this name, beside a config.json of ours.
-    name = model.text.tokenizer
-    if name != epath.Path(name).name or name == "config.json":
-        raise ConvertError(
-            f"{path}: model.text.tokenizer: got {name!r}, expected clip or the name of a tokenizer's file beside it"
-        )
-    return model
-
-
 @exits.needing_packages
-def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool) -> parity.Report:
+def _prove_folder(
+    folder: epath.Path, source: exits.SourceModel, has_tokenizer: bool
+) -> parity.Report:
     """Our model against transformers on a folder of to-hf, starting from raw images and texts."""
     import torch
     import transformers
 
     model = source.model
-    given = parity.inputs_of(model)
-    ours = torch_module.outputs(model, source.params, given)
+    batch = parity.inputs_of(model)
+    ours = torch_module.outputs(model, source.params, batch)
     ours["pixels"] = exits.our_pixels(model.image)
     load = lambda auto: auto.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     module = load(transformers.AutoModel).eval()
-    theirs = torch_module.run_module(module, given)
+    theirs = torch_module.run_module(module, batch)
     prepared = load(transformers.AutoImageProcessor)(exits.raw_images())
     theirs["pixels"] = prepared["pixel_values"].permute(0, 2, 3, 1).numpy()
     if has_tokenizer:
@@ -302,4 +206,4 @@ def _prove_folder(folder: epath.Path, source: exits.Source, has_tokenizer: bool)
         with torch.no_grad():
             embeds = module.get_text_features(ids(tokenizers.TEXTS))
         theirs["encode_text"] = torch.nn.functional.normalize(embeds, dim=-1).numpy()
-    return parity.report(parity.compare(ours, theirs), torch_module.torch_versions(), given)
+    return parity.report(parity.compare(ours, theirs), torch_module.torch_versions(), batch)

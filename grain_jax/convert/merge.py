@@ -12,14 +12,12 @@ from grain_jax.models import lora
 def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     """merge: a run with LoRA -> a model without factors, for `grain_jax.load`.
 
-    The host holds the parameters once, and the matrices that have factors twice; the comparison adds a copy of the model.
-
     Args:
       source: a workdir or a checkpoint of a run with `optim.lora`.
       folder: new, or an older conversion.
 
     Returns:
-      The comparison of the outputs with those of the factors beside their matrices.
+      The comparison of the outputs with the outputs of the factors beside their matrices.
 
     Raises:
       ConvertError: there are no factors; the folder holds something else, or cannot be written.
@@ -29,15 +27,15 @@ def merge(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     stored = saved_model.load_stored(source)
     if not stored.lora.rank:
         raise ConvertError(
-            f"{source}: has no factors of LoRA (optim.lora.rank is 0), so there is nothing to merge; expected a run that"
-            " has, every other command takes this one as it is"
+            f"{source}: got optim.lora.rank 0, expected a run with factors to merge; every other command takes this one"
         )
-    merged = stored.merged()
-    given = parity.inputs_of(stored.model)
+    merged, inputs = stored.merged(), parity.inputs_of(stored.model)
     with lora.beside(stored.lora):
-        apart = parity.outputs(stored.model, stored.params, given)
-    found = parity.compare(parity.outputs(stored.model, merged, given), apart)
-    proof = parity.report(found, f"{stored.folder} with its factors beside the matrices", given)
+        apart = parity.outputs(stored.model, stored.params, inputs)
+    comparisons = parity.compare(parity.outputs(stored.model, merged, inputs), apart)
+    proof = parity.report(
+        comparisons, f"{stored.folder} with its factors beside the matrices", inputs
+    )
     output.save(folder, stored.model, merged, source, proof, stored.folder)
     count = len(list(low_rank.maps_in(stored.params)))
     return proof.after(

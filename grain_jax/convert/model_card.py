@@ -1,6 +1,6 @@
 """The model card (README.md) of a converted model, from the files of its run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -13,7 +13,7 @@ from grain_jax.runtime import metrics_file
 
 
 class TrainedRun(NamedTuple):
-    """The known origin of a model; empty where there is none."""
+    """The known origin of a model; empty if nothing is known."""
 
     config: dict[str, Any]
     step: int | None  # of the checkpoint
@@ -38,7 +38,7 @@ def read_run(folder: epath.PathLike) -> TrainedRun:
         here = {key: value for key, value in metrics_file.numbers(line) if key.startswith("eval/")}
         if here and step is not None and line.step <= step:
             metrics, measured_at = here, line.step
-    return TrainedRun(files.read_json(folder, "config"), step, metrics, measured_at, "")
+    return TrainedRun(files.read_items(folder).config, step, metrics, measured_at, "")
 
 
 def write(
@@ -52,7 +52,7 @@ def write(
     losses: Mapping[str, Any] | None = None,
     repo: str | None = None,
 ) -> str:
-    """The text of the card: Markdown with the front matter of the Hugging Face hub.
+    """The text of the card: Markdown with the front matter of the Hugging Face Hub.
 
     Args:
       model: the sizes.
@@ -61,58 +61,39 @@ def write(
       use: code that loads FOLDER.
       missing: why the folder has no tokenizer, or "".
       library: that loads the folder, as the Hub names it.
-      losses: those of the modeling file.
+      losses: weights and options of the losses in the modeling file.
       repo: ORG/NAME on the Hub, in place of FOLDER.
     """
-    title = "Image and text towers" if model.decoder is None else "GRAIN"
-    use = use.strip().replace("FOLDER", repo or "FOLDER")
-    lines = [_HEAD.format(title=title, library=library, use=use)]
-    if repo:
-        lines += ["", f'In JAX: `grain_jax.load("hf://{repo}")`.']
+    notes = ["```", *([f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else [])]
     if missing:
-        lines.append(
-            f"The folder has {missing}. A tokenizer that a library takes instead is another."
-        )
-    lines += ["", "## Model", "", "```", *towers.describe(model, {}), "```"]
-    if losses is not None and model.boxes.kind != "none":
-        lines.append(
-            f"A box head, {model.boxes.kind}: `get_boxes(pixels, boxes)` embeds given boxes, `similarity_maps(pixels, texts)`"
-            " shows where texts lie."
-        )
-    lines += ["", "## Data and training", ""]
+        notes.append(f"The folder has {missing}. Another tokenizer would give other token ids.")
+    training = "Not recorded: the model came without the config of its run."
     if "optim" in run.config:
-        lines += _table(("", ""), _training(run, losses or {}))
+        training = _table(_training(run, losses or {}))
     elif run.source:
-        lines.append(f"Converted from {run.source}, which does not record the training.")
-    else:
-        lines.append("Not recorded: the model came without the config of its run.")
-    lines += ["", "## Evaluation", ""]
+        training = f"Converted from {run.source}, which does not record the training."
+    evaluation = "The run evaluated nothing. Evaluate the model before you rely on it."
     if run.metrics:
-        lines += [f"During training, at step {run.measured_at}:", ""]
-        measured = [(name, f"{value:.4g}") for name, value in sorted(run.metrics.items())]
-        lines += _table(("metric", "value"), measured)
-    else:
-        lines.append("The run evaluated nothing. Evaluate the model before you rely on it.")
-    report = proof.text
-    if proof.verdict == parity.NOT_PROVEN:
-        report = report.splitlines()[-1]
-    lines += ["", "Parity of the conversion:", "", "```", report, "```", "", "## Limits", ""]
+        measured = _table((name, f"{value:.4g}") for name, value in sorted(run.metrics.items()))
+        evaluation = f"During training, at step {run.measured_at}:\n\n{measured}"
+    regions = ""
     if model.decoder is not None:
-        lines.append(
-            f"- The model predicts {model.decoder.queries} regions for every image, also where there is no object."
-        )
-    lines += [
-        "- Images are resized to a square without keeping the aspect ratio; small objects may disappear.",
-        f"- Texts are cut to {model.text.context_length} tokens. Scores are cosine similarities, not probabilities.",
-        "- Captions and descriptions of such training sets come from the web and from other models. Their errors,"
-        " gaps and biases are in this model. Do not use it for decisions about people.",
-        "",
-        _LICENCE,
-    ]
-    return "\n".join(lines)
+        regions = f"- The model predicts {model.decoder.queries} regions for every image, even if it shows no object.\n"
+    is_proven = proof.verdict != parity.NOT_PROVEN
+    return _CARD.format(
+        library=library,
+        title="Image and text towers" if model.decoder is None else "GRAIN",
+        use="\n".join([use.strip().replace("FOLDER", repo or "FOLDER"), *notes]),
+        model="\n".join(towers.describe(model, {})),
+        training=training,
+        evaluation=evaluation,
+        parity=proof.text if is_proven else proof.text.splitlines()[-1],
+        regions=regions,
+        context=model.text.context_length,
+    )
 
 
-_HEAD = """---
+_CARD = """---
 library_name: {library}
 pipeline_tag: zero-shot-image-classification
 tags: [grain, clip]
@@ -127,29 +108,55 @@ Zero-Shot Visual Recognition" (WACV 2026, arXiv 2412.04429). `grain-jax convert`
 
 ```python
 {use}
-```"""
-_LICENCE = """## Licence
+
+## Model
+
+```
+{model}
+```
+
+## Data and training
+
+{training}
+
+## Evaluation
+
+{evaluation}
+
+Parity of the conversion:
+
+```
+{parity}
+```
+
+## Limits
+
+{regions}- Images are resized to a square without keeping the aspect ratio; small objects may disappear.
+- Texts are cut to {context} tokens. Scores are cosine similarities, not probabilities.
+- Captions and descriptions of such training sets come from the web and from other models. Their errors, gaps and biases
+  are in this model. Do not use it for decisions about people.
+
+## Licence
 
 Code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the training data and of the model's
 author apply. State a licence before you publish the weights.
 """
 
 
-def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
-    rule = "|---|---|"
-    return [f"| {' | '.join(header)} |", rule, *(f"| {key} | {value} |" for key, value in rows)]
+def _table(rows: Iterable[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
-def _training(run: TrainedRun, losses: Mapping[str, Any]) -> list[tuple[str, str]]:
-    config = run.config
-    decay, optim, steps = config["ema_decay"], config["optim"], config.get("total_steps")
-    length = f"{steps} steps" if steps is not None else f"{config['total_epochs']:g} epochs"
+def _training(run: TrainedRun, losses: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    config, decay, optim = run.config, run.config["ema_decay"], run.config["optim"]
+    steps = config.get("total_steps")
+    length = f"{config['total_epochs']:g} epochs" if steps is None else f"{steps} steps"
     return [
-        ("data set", config["input"]["name"] or config["input"]["source"]),
+        ("dataset", config["input"]["name"] or config["input"]["source"]),
         ("length", f"{length}; these weights are of step {run.step}"),
-        ("batch size", str(config["batch_size"])),
+        ("batch size", config["batch_size"]),
         ("learning rate, weight decay", f"{optim['learning_rate']:g}, {optim['weight_decay']:g}"),
         ("moving average", f"these weights, with decay {decay:g}" if decay else "none"),
         ("activation dtype", config["dtype"]),
-        *((f"loss: {key}", str(value)) for key, value in losses.items()),
+        *((f"loss: {key}", value) for key, value in losses.items()),
     ]

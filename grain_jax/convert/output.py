@@ -18,7 +18,7 @@ from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
 from grain_jax.input_pipeline import tokenizer
 
-# What conversions and exports write. Of an older one these go, and whatever else lies there stays.
+# Files that conversions and exports write. Those of an older conversion go; whatever else lies there stays.
 _WRITTEN = re.compile(
     r"params|README\.md|\w+_grain\.py|\w+\.stablehlo|.+\.(json|model|npz|safetensors|onnx|onnx\.data)"
 )
@@ -45,7 +45,7 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[None]:
-    """A fault of the system inside is a ConvertError of one line, also where TensorStore wraps it in a ValueError."""
+    """Turns a fault of the system inside into a ConvertError of one line, even if TensorStore wraps it in a ValueError."""
     try:
         yield
     except errors.UserError:
@@ -61,12 +61,12 @@ def writing(path: epath.PathLike) -> Iterator[None]:
 def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
     """Gives an empty local folder, which takes the place of `folder` after the block.
 
-    An error, a kill or a full disk leaves the old folder whole. Between the two renames neither stands there: then the next
-    call puts the old one back. Object stores cannot rename: there a kill leaves a part of the new one.
+    An error, a kill or a full disk leaves the old folder whole. Between the two renames neither folder is in place; the
+    next call then puts the old one back. Object stores cannot rename: there a kill leaves part of the new folder.
 
     Args:
       folder: as `check_free` returned it.
-      mark: as of `check_free`.
+      mark: the mark given to `check_free`; an object store gets it first, so that the command can run again.
 
     Raises:
       ConvertError: it cannot be written, or another process writes it.
@@ -74,35 +74,38 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
     if "://" in str(folder):
         with writing(folder), tempfile.TemporaryDirectory() as scratch:
             yield epath.Path(scratch)
-            _upload(epath.Path(scratch), folder, mark)
+            if folder.exists():
+                folder.rmtree()
+            folder.mkdir(parents=True)
+            for path in sorted(epath.Path(scratch).iterdir(), key=lambda path: path.name != mark):
+                _copy(path, folder / path.name)
         return
-    place = epath.Path(os.path.realpath(folder))
-    work = place.with_name(f"{place.name}.incomplete")
-    old, new = work / "old" / place.name, work / "new" / place.name
+    target = epath.Path(os.path.realpath(folder))
+    work = target.with_name(f"{target.name}.incomplete")
+    # transformers caches the code of a folder under the folder's name, so the new one needs the same name.
+    old, new = work / "old" / target.name, work / "new" / target.name
     with writing(folder), _locked(work):
-        _recover(old, place)
-        for left_over in (old.parent, new.parent):
-            left_over.rmtree(missing_ok=True)
-            left_over.mkdir()
-        new.mkdir()
         try:
+            _clear(old, new, target)
+            old.parent.mkdir()
+            new.mkdir(parents=True)
             yield new
-            for path in place.iterdir() if place.exists() else ():
+            for path in target.iterdir() if target.exists() else ():
                 if not _WRITTEN.fullmatch(path.name) and not (new / path.name).exists():
                     _copy(path, new / path.name)
-            if place.exists():
-                place.rename(old)
-            new.rename(place)
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
         finally:
-            _recover(old, place)
-            for left_over in (old.parent, new.parent):
-                left_over.rmtree()
+            _clear(old, new, target)
 
 
-def _recover(old: epath.Path, place: epath.Path) -> None:
-    """Undoes an exchange that was interrupted between its two renames."""
-    if old.exists() and not place.exists():
-        old.rename(place)
+def _clear(old: epath.Path, new: epath.Path, target: epath.Path) -> None:
+    """Undoes an exchange that was interrupted between its two renames, and removes what it left."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for folder in (old.parent, new.parent):
+        folder.rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -111,15 +114,15 @@ def _locked(work: epath.Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         is_ours = False
         while not is_ours:
-            # Whoever had it before may remove it between any two lines.
+            # The process that had the lock before may remove it between any two lines.
             with contextlib.suppress(FileNotFoundError):
                 work.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context((work / "lock").open("a"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    place = work.with_suffix("")
-                    raise ConvertError(f"{place}: another process writes it; wait for it") from None
+                    busy = work.with_suffix("")
+                    raise ConvertError(f"{busy}: another process writes it; wait for it") from None
                 is_ours = os.stat(work / "lock").st_ino == os.stat(file.fileno()).st_ino
         try:
             yield
@@ -129,28 +132,19 @@ def _locked(work: epath.Path) -> Iterator[None]:
                 work.rmdir()
 
 
-def _copy(path: epath.Path, to: epath.Path) -> None:
+def _copy(path: epath.Path, target: epath.Path) -> None:
     """Copies a file, or a folder with all that is below."""
     if not path.is_dir():
-        path.copy(to)
+        path.copy(target)
         return
-    to.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     for each in path.iterdir():
-        _copy(each, to / each.name)
-
-
-def _upload(made: epath.Path, folder: epath.Path, mark: str) -> None:
-    """Copies a folder to an object store, the mark first: with it the same command may write there again."""
-    if folder.exists():
-        folder.rmtree()
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(made.iterdir(), key=lambda path: path.name != mark):
-        _copy(path, folder / path.name)
+        _copy(each, target / each.name)
 
 
 @contextlib.contextmanager
 def on_disk(folder: epath.Path) -> Iterator[str]:
-    """The path of the folder; of a URL, which other packages cannot open, a local copy."""
+    """The path of a local folder, or of a local copy of a remote one, which other packages cannot open."""
     if "://" not in str(folder):
         yield str(folder)
         return
@@ -170,28 +164,26 @@ def save(
     files: Mapping[str, bytes] = {},
     has_texts: bool = True,
 ) -> None:
-    """Writes a model for `grain_jax.load`, with its source and the verdict of the parity.
+    """Writes a model for `grain_jax.load`.
 
     Args:
-      folder: to write.
+      folder: where to write.
       model: what is written.
       params: its parameters.
-      source: what the model was made of, for its config.json.
-      proof: the parity.
-      model_folder: folder of a model of ours, whose tokenizer's file is copied, where it lies there.
+      source: where the model comes from; config.json names it.
+      proof: the parity report, whose verdict config.json keeps.
+      model_folder: folder of a model of ours; the tokenizer's file is copied from it.
       files: contents of other files by name.
-      has_texts: False: the text tower is a placeholder, for config.json.
+      has_texts: False if the text tower is a placeholder; config.json says so.
 
     Raises:
       ConvertError: the folder cannot be written.
     """
-    path = None
     if model_folder is not None and model.text.tokenizer != "clip":
-        path = tokenizer.own_file(model.text, model_folder)
-    if path is not None:
-        text = dataclasses.replace(model.text, tokenizer=path.name)
-        model = dataclasses.replace(model, text=text)
-        files = {**files, path.name: tokenizer.content_of(path)}
+        if path := tokenizer.own_file(model.text, model_folder):
+            text = dataclasses.replace(model.text, tokenizer=path.name)
+            model = dataclasses.replace(model, text=text)
+            files = {**files, path.name: tokenizer.content_of(path)}
     with replacing(folder) as new:
         notes: dict[str, Any] = dict(source=str(source), parity=proof.verdict)
         notes |= {} if has_texts else {"has_texts": False}

@@ -4,7 +4,7 @@ The other side is an independent implementation: transformers, open_clip, big_vi
 its package the report says NOT PROVEN; a round trip through our own code would prove nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,20 +110,20 @@ def inputs_of(model: config_lib.Model) -> Inputs:
     return inputs(*sizes, end_id=text.end_id)
 
 
-def outputs(model: config_lib.Model, params: Any, given: Inputs) -> dict[str, np.ndarray]:
+def outputs(model: config_lib.Model, params: Any, batch: Inputs) -> dict[str, np.ndarray]:
     """`outputs_of` a model with its parameters, in float32."""
-    return outputs_of(inference.Predictor(model, params), given)
+    return outputs_of(inference.Predictor(model, params), batch)
 
 
-def outputs_of(predictor: inference.Predictor, given: Inputs) -> dict[str, np.ndarray]:
+def outputs_of(predictor: inference.Predictor, batch: Inputs) -> dict[str, np.ndarray]:
     """The outputs of our model: image_embed, text_embed; region_embed, boxes_xyxy and box_embed where it has them."""
-    out = {"text_embed": predictor.encode_text(given.token_ids)}
+    out = {"text_embed": predictor.encode_text(batch.token_ids)}
     if predictor.model.boxes.kind != "none":
-        boxes = np.repeat(BOXES[None], len(given.images), axis=0)
-        out["box_embed"] = np.stack(predictor.encode_boxes(given.images, boxes))
+        boxes = np.repeat(BOXES[None], len(batch.images), axis=0)
+        out["box_embed"] = np.stack(predictor.encode_boxes(batch.images, boxes))
     if not predictor.has_regions:
-        return out | {"image_embed": predictor.encode_image(given.images)}
-    image_embed, regions = predictor.encode_image_and_regions(given.images)
+        return out | {"image_embed": predictor.encode_image(batch.images)}
+    image_embed, regions = predictor.encode_image_and_regions(batch.images)
     of_regions = dict(region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy)
     return out | of_regions | {"image_embed": image_embed}
 
@@ -137,12 +137,12 @@ def compare(
     """Compares the outputs of the two sides by name; integers, such as token ids, must be equal.
 
     Raises:
-      ParityError: a name that only one side has, or two shapes; a line each.
+      ParityError: a name that only one side has, or two shapes; one line per fault.
     """
     faults = [
         f"parity: {name}: only one side gives it" for name in sorted(ours.keys() ^ theirs.keys())
     ]
-    found = []
+    comparisons = []
     for name in sorted(ours.keys() & theirs.keys()):
         a, b = (np.asarray(side[name]) for side in (ours, theirs))
         exact = a.dtype.kind in "iu"
@@ -157,23 +157,44 @@ def compare(
         with np.errstate(invalid="ignore"):  # a value that is not finite fails by its error
             cosine = (a * b).sum(-1) / np.where(lengths == 0, 1, lengths)
         cosine = float(cosine.min(initial=1))
-        found.append(Comparison(name, float(error), cosine, 0.0 if exact else tolerance))
+        comparisons.append(Comparison(name, float(error), cosine, 0.0 if exact else tolerance))
     if faults:
         raise ParityError("\n".join(faults))
-    return found
+    return comparisons
 
 
-def report(comparisons: list[Comparison], other_side: str, given: Inputs | None = None) -> Report:
+def prove(
+    model: config_lib.Model,
+    params: Any,
+    other_side: str,
+    outputs_of_other: Callable[[Inputs], Mapping[str, np.ndarray]],
+) -> Report:
+    """Compares our model with another side, of which `outputs_of_other` gives all outputs that it has."""
+    batch = inputs_of(model)
+    theirs = outputs_of_other(batch)
+    ours = {name: x for name, x in outputs(model, params, batch).items() if name in theirs}
+    return report(compare(ours, theirs), other_side, batch)
+
+
+def for_torch(batch: Inputs) -> tuple[Any, Any]:
+    """The images [N, 3, S, S] and the token ids as tensors."""
+    import torch
+
+    images = torch.from_numpy(batch.images.transpose(0, 3, 1, 2).copy())
+    return images, torch.from_numpy(batch.token_ids).long()
+
+
+def report(comparisons: list[Comparison], other_side: str, batch: Inputs | None = None) -> Report:
     """The table of the comparisons, and the verdict as its last line.
 
     Args:
       comparisons: at least one.
       other_side: its name, such as "transformers 5.24.0".
-      given: the inputs, where they come from `inputs`.
+      batch: the inputs, where they come from `inputs`.
     """
-    of = f", {len(given.images)} images and {len(given.token_ids)} texts" if given else ""
+    counts = f", {len(batch.images)} images and {len(batch.token_ids)} texts" if batch else ""
     lines = [
-        f"parity: our outputs against {other_side}{of}",
+        f"parity: our outputs against {other_side}{counts}",
         f"{'output':20} {'max|a-b|/max|b|':>15} {'cosine':>12} {'tolerance':>10}",
     ]
     for c in comparisons:
@@ -192,7 +213,7 @@ def not_proven(params: Any, why: str) -> Report:
 
 
 def table(params: Any) -> list[str]:
-    """Names, shapes and norms of a nested dict of arrays, a line each."""
+    """Names, shapes and norms of a nested dict of arrays, one line each."""
     lines = [f"{'parameter':55} {'shape':24} {'norm':>12}"]
     for path, leaf in tree_util.tree_flatten_with_path(params)[0]:
         name = tree_util.keystr(path, simple=True, separator="/")

@@ -1,4 +1,4 @@
-"""Tables of names: the entry of a checkpoint of others, and its layout, for each parameter of ours.
+"""Tables of names: for each of our parameters, the array of another library's checkpoint and its layout.
 
 A table is a sequence of rows; `read` makes our parameters of the entries, `write` the entries of our parameters. `formats`
 has the tables of PyTorch's packages.
@@ -23,7 +23,7 @@ class ArrayLayout(NamedTuple):
     """How an entry holds a parameter: with its axes in another order, and ours maybe merged."""
 
     shape: Callable[[Shape], Shape]  # of the entry, from ours
-    axes: Shape = ()  # the entry's axes in the order of ours; (): they are
+    axes: Shape = ()  # the entry's axes in our order; (): unchanged
 
 
 def _side(shape: Shape) -> int:
@@ -44,7 +44,7 @@ PATCHES_LAST = ArrayLayout(lambda s: (_side(s), _side(s), 3, s[1]))  # [p, p, 3,
 
 
 class NamePair(NamedTuple):
-    """A parameter of ours and the entry, or part of an entry, that holds it."""
+    """One of our parameters, and the entry (or part of an entry) that holds it."""
 
     ours: str
     theirs: str  # "{}" is the layer; ours are stacked over layers on the first axis
@@ -52,7 +52,7 @@ class NamePair(NamedTuple):
     part: tuple[int, int] = (0, 1)  # (index, number of parts that the entry stacks on its axis 0)
 
     def entries(self, shape: Shape) -> list[str]:
-        """The names of the entries of a parameter of `shape`, one a layer."""
+        """The names of the entries of a parameter of `shape`, one per layer."""
         return [self.theirs.format(i) for i in range(shape[0])] if self.layered else [self.theirs]
 
     @property
@@ -70,7 +70,7 @@ def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str
       shapes: our name -> shape, as `grain.parameter_shapes` gives for a model.
 
     Raises:
-      ConvertError: entries that are missing, not finite or of another shape, parameters without a row; a line each.
+      ConvertError: entries that are missing, not finite or of another shape, parameters without a row; one line per fault.
     """
     out: Arrays = {}
     rows = [row for row in rows if row.ours in shapes]
@@ -86,7 +86,7 @@ def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str
         index, count = row.part
         expected = row.layout.shape(of_layer)
         whole = (count * expected[0], *expected[1:]) if count > 1 else expected
-        found = []
+        parts = []
         for name in row.entries(shape):
             array = state.get(name)
             if array is None:
@@ -98,16 +98,16 @@ def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str
             else:
                 part = np.split(array, count)[index] if count > 1 else np.asarray(array)
                 part = part.transpose(row.layout.axes or range(part.ndim)).reshape(of_layer)
-                found.append(np.asarray(part, np.float32, order="C"))
+                parts.append(np.asarray(part, np.float32, order="C"))
         if not faults:
-            out[row.ours] = np.stack(found) if row.layered else found[0]
+            out[row.ours] = np.stack(parts) if row.layered else parts[0]
     faults += [f"{name}: missing" for name in sorted(shapes.keys() - {row.ours for row in rows})]
     raise_any(list(dict.fromkeys(faults)))
     return out
 
 
 def write(rows: Iterable[NamePair], params: Mapping[str, Any]) -> Arrays:
-    """The entries of those of our parameters (or their gradients) that have a row; the inverse of `read`."""
+    """The entries that hold our parameters (or their gradients), where they have a row; the inverse of `read`."""
     out: dict[str, list[np.ndarray]] = {}
     for row in rows:
         if row.ours not in params:
@@ -166,7 +166,7 @@ class Entries:
         """The number of layers; one after a gap counts, too. Raises ConvertError where there is none."""
         before, after = self._rows[ours].theirs.split("{}")
         layer = re.compile(re.escape(before) + r"(\d{1,9})" + re.escape(after[0]))
-        found = [int(match[1]) for match in map(layer.match, self._state) if match]
-        if not found or max(found) > MAX_LAYERS:
+        layers = [int(match[1]) for match in map(layer.match, self._state) if match]
+        if not layers or max(layers) > MAX_LAYERS:
             raise_any([f"{before}0: no such layer"])
-        return 1 + max(found)
+        return 1 + max(layers)

@@ -8,12 +8,12 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from grain_jax.convert import archives
 from grain_jax.convert.faults import ConvertError
 
 _DTYPES = {
@@ -36,9 +36,9 @@ class _Module:
 
 
 class _Unpickler(pickle._Unpickler):  # in Python; the C one takes gigabytes for a large memo index
-    def __init__(self, archive: zipfile.ZipFile, root: str, budget: archives.Budget):
+    def __init__(self, archive: zipfile.ZipFile, root: str, spend: Callable[[int], None]):
         super().__init__(archive.open(f"{root}data.pkl"))
-        self._archive, self._root, self._budget = archive, root, budget
+        self._archive, self._root, self._spend = archive, root, spend
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -56,11 +56,11 @@ class _Unpickler(pickle._Unpickler):  # in Python; the C one takes gigabytes for
     def persistent_load(self, pid: Any) -> np.ndarray:
         _, dtype, key, _, _ = pid
         member = self._archive.getinfo(f"{self._root}data/{key}")
-        self._budget.spend(4 * member.file_size // dtype.itemsize)  # once for each reference to it
+        self._spend(4 * member.file_size // dtype.itemsize)  # once for each reference to it
         return np.frombuffer(self._archive.read(member), dtype)
 
     def _rebuild(self, storage: np.ndarray, offset: int, size: tuple, *rest: Any) -> np.ndarray:
-        self._budget.spend(4 * math.prod(size))  # many tensors may share a storage
+        self._spend(4 * math.prod(size))  # many tensors may share a storage
         return _tensor(storage, offset, size, *rest)
 
 
@@ -75,28 +75,28 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) ->
 
 def is_archive(file: IO[bytes]) -> bool:
     """Whether an open file is a TorchScript archive; its position is reset to the start."""
-    found = zipfile.is_zipfile(file)
-    if found:
+    is_program = zipfile.is_zipfile(file)
+    if is_program:
         with zipfile.ZipFile(file) as archive:
-            found = any(name.endswith("/constants.pkl") for name in archive.namelist())
+            is_program = any(name.endswith("/constants.pkl") for name in archive.namelist())
     file.seek(0)
-    return found
+    return is_program
 
 
-def read(file: IO[bytes]) -> dict[str, np.ndarray]:
-    """Every tensor of the archive under its dotted name, as in the state_dict of the module.
+def read(file: IO[bytes], spend: Callable[[int], None]) -> dict[str, np.ndarray]:
+    """Every tensor of the archive under its dotted name, as in the state_dict of the module, as float32.
+
+    Args:
+      file: the archive.
+      spend: called with the bytes of each tensor as float32; it may raise.
 
     Raises:
-      ConvertError: it unpacks to more than weights would, or its modules are not a tree.
+      ConvertError: its modules are not a tree.
       Exception: of several kinds, where the archive is damaged or names anything else.
     """
-    budget = archives.Budget(file)
     with zipfile.ZipFile(file) as archive:
-        budget.check(archive)
-        root = next(x for x in archive.namelist() if x.endswith("/data.pkl")).removesuffix(
-            "data.pkl"
-        )
-        top = _Unpickler(archive, root, budget).load()
+        data = next(x for x in archive.namelist() if x.endswith("/data.pkl"))
+        top = _Unpickler(archive, data.removesuffix("data.pkl"), spend).load()
     out: dict[str, np.ndarray] = {}
     # The modules around the one that is read, each with what of it is left: names may be long and many.
     waiting, entered = [("", iter(top.attributes.items()))], 1
@@ -110,7 +110,7 @@ def read(file: IO[bytes]) -> dict[str, np.ndarray]:
                 waiting.append((f"{prefix}{name}.", iter(value.attributes.items())))
                 break
             if isinstance(value, np.ndarray):
-                out[f"{prefix}{name}"] = value
+                out[f"{prefix}{name}"] = value.astype(np.float32)
         else:
             waiting.pop()
     return out

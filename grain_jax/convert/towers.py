@@ -1,345 +1,256 @@
-"""Third-party towers: what the importers of open_clip's, big_vision's and the reference's checkpoints share.
+"""What imports of other libraries' checkpoints share: towers and arrays become one of our models, in a folder.
 
-An importer finds the table of a tower and what its package states; the sizes are read off the entries here. Two towers
-become a model, `initialise` takes one. Every array of the checkpoint is accounted for.
+Each import states the configuration of its two towers and the table of its names. Every array of the checkpoint is
+accounted for.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import tables
+from grain_jax.convert import output, parity, tables
 from grain_jax.convert.faults import ConvertError, raise_any
 from grain_jax.convert.tables import Entries, NamePair
+from grain_jax.core import regular_file
 from grain_jax.models import grain
 
 TOWERS = ("image", "text")
-T = TypeVar("T")
-# Config fields that change neither parameters nor what they compute: initialisation, training, speed.
+# Keys of a tower that change neither its parameters nor what they compute.
 OF_TRAINING = (
     *("position_init", "position_period", "block_init", "qkv_init_gain"),
     *("dropout", "unroll", "keep"),
 )
-# Config fields that may differ from the checkpoint's: those, sizes that are resized, tokenizer.
-_NOT_COMPARED = {
-    *OF_TRAINING,
-    *("image_size", "context_length", "tokenizer", "cleaning", "pad_id", "end_id", "mask_padding"),
-}
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-# Of SigLIP's So400m and g-opt, of DINOv3's 7B; all others have heads of 64.
-_HEAD_SIZES = {1152: 72, 1536: 96, 4096: 128}
-_FREE_GRID = 14  # patches a side of a tower whose arrays do not depend on it
-# Names of transformers.
-OUR_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+SCALARS = (NamePair("logit_scale", "logit_scale"), NamePair("logit_bias", "logit_bias"))
+_CLIP_VOCABULARY, _GEMMA_VOCABULARY = 49408, 256000  # the second is SigLIP 2's
+_TOKENIZERS = ("tokenizer.json", "spiece.model")
+# Stands in for the text tower of a model that embeds images alone: the smallest tower there is.
+_NO_TEXTS: dict[str, Any] = dict(
+    vocab_size=8, context_length=8, width=1, depth=1, heads=1, mlp_dim=1
+)
 
 
-class Tower(NamedTuple):
-    """A tower of a checkpoint."""
+class Towers(NamedTuple):
+    """What a format says of a checkpoint."""
 
-    config: Any  # config.ImageTower or config.TextTower
-    rows: Sequence[NamePair]  # its table, the pooling head and the projection included
-    prefix: str  # of the checkpoint's names; names with it belong to this tower
-    assumed: Sequence[str] = ()  # assumptions where the checkpoint is silent, for the report
-
-
-class Settings(NamedTuple):
-    """Values that a checkpoint may not hold, by tower; None: read or assumed."""
-
-    heads: Mapping[str, int | None] = {}
-    activation: Mapping[str, str | None] = {}
+    embed_dim: int
+    image: config_lib.ImageTower
+    text: config_lib.TextTower | None  # None: an image tower alone
+    rows: Sequence[NamePair]  # the names of all parameters
 
 
-class Stated(NamedTuple):
-    """What a package, or a config beside the weights, says of a tower."""
+class Imported(NamedTuple):
+    """One of our models, made of a checkpoint."""
 
-    norm_eps: float
-    fallback: str  # activation where neither config nor flag states it
-    activation: str | None = None
-    heads: int | None = None
-    pool: str = "none"  # without a pooling head
-    fields: Mapping[str, Any] = {}  # others of its config: of an image tower the pixels' mean and
-    # standard deviation; of a text tower causal, tokenizer, cleaning, pad_id, and what else its family has
+    model: config_lib.Model
+    params: dict  # nested, float32
+    has_texts: bool
 
 
-def settled(what: str, given: T | None, stated: T | None) -> T | None:
-    """The one of two values that is not None. Raises ConvertError where both are given and differ."""
-    if given is not None and stated is not None and given != stated:
-        raise ConvertError(f"{what}: got {given}, but the checkpoint says {stated}")
-    return stated if given is None else given
-
-
-def settle_heads(
-    which: str,
-    width: int,
-    stated: int | None,
-    settings: Settings,
-    assumed: list[str],
-    usual: int | None,
-) -> int:
-    """The number of heads of a tower; adds a line to `assumed` where the checkpoint does not state it.
+def model_of(towers: Towers, scale: Any = 0.0, bias: Any = None) -> config_lib.Model:
+    """The model of two towers, or of one; `scale` (a logarithm) and `bias` of its logits may be arrays of one value.
 
     Raises:
-      ConvertError: flag and checkpoint differ, nothing tells them, or they do not divide the width.
+      config.ConfigError: sizes that no model has.
     """
-    heads = settled(f"{which} heads", settings.heads.get(which), stated)
-    if heads is None:
-        if usual is None:
-            raise ConvertError(
-                f"--{which}-heads: must be given; a width of {width} does not tell the number of heads"
-            )
-        heads = usual
-        assumed.append(f"{heads} heads; --{which}-heads says otherwise")
-    elif stated is None and heads != usual is not None:  # any divisor fits the arrays
-        assumed.append(f"{heads} heads, as told; towers of width {width} have {usual} as a rule")
-    if heads < 1 or width % heads:
-        raise ConvertError(f"{which} heads: got {heads}, expected a divisor of the width {width}")
-    return heads
-
-
-def _settle(
-    which: str, width: int, stated: Stated, settings: Settings, assumed: list[str]
-) -> dict[str, Any]:
-    """Heads, activation and norm epsilon of a tower; adds lines to `assumed`."""
-    usual = max(width // _HEAD_SIZES.get(width, 64), 1)
-    heads = settle_heads(which, width, stated.heads, settings, assumed, usual)
-    given = settings.activation.get(which)
-    activation = settled(f"{which} activation", given, stated.activation)
-    if activation is None:
-        activation = stated.fallback
-        assumed.append(f"activation {activation}; --{which}-activation says otherwise")
-    elif stated.activation is None and activation != stated.fallback:
-        rule = f"such towers have {stated.fallback} as a rule"
-        assumed.append(f"activation {activation}, as told; {rule}")
-    if activation not in config_lib.ACTIVATIONS:
-        raise ConvertError(
-            f"{which} activation: got {activation!r}, expected one of"
-            f" {', '.join(config_lib.ACTIVATIONS)}"
-        )
-    return dict(heads=heads, activation=activation, norm_eps=stated.norm_eps)
-
-
-def _projection(there: Entries, name: str) -> str:
-    if f"{name}/kernel" not in there:
-        return "none"
-    return "affine" if f"{name}/bias" in there else "matrix"
-
-
-def image_sizes(there: Entries) -> dict[str, Any]:
-    """The fields of `config.ImageTower` that the shapes of a checkpoint tell.
-
-    Raises:
-      ConvertError: an entry that gives a size is missing or has another number of axes.
-    """
-    (width,) = there.shape("image/norm/scale", 1)
-    patch = math.isqrt(math.prod(there.shape("image/patch_embed/kernel", 2, 4)) // 3 // width)
-    class_token = "image/class_token" in there
-    grid = _grid(there, class_token)
-    return dict(
-        image_size=grid * patch,
-        patch_size=patch,
-        width=width,
-        depth=there.depth("image/blocks/norm_1/scale"),
-        mlp_dim=there.shape("image/blocks/mlp/in/bias", 1)[0],
-        qk_norm="image/blocks/attention/query_norm/scale" in there,
-        class_token=class_token,
-        patch_bias="image/patch_embed/bias" in there,
-        pre_norm="image/pre_norm/scale" in there,
-        positions=bool(there.name("image/position_embed")),
-        registers=there.shape("image/registers", 3)[1] if "image/registers" in there else 0,
-        layer_scale="image/blocks/layer_scale_1" in there,
-        mlp="gated" if "image/blocks/mlp/gate/kernel" in there else "plain",
-        projection=_projection(there, "image_projection"),
-        unroll=1,
+    model = config_lib.Model(
+        embed_dim=towers.embed_dim,
+        logit_scale_init=float(np.clip(np.exp(np.minimum(scale, 88)), 1, 100)),
+        logit_bias_init=None if bias is None else float(bias),
+        image=towers.image,
+        text=towers.text or config_lib.TextTower(**_NO_TEXTS),
+        decoder=None,
     )
+    return config_lib.model_from_dict(dataclasses.asdict(model))
 
 
-def _grid(there: Entries, class_token: bool) -> int:
-    """Patches a side, by the learned positions. Raises ConvertError: they are no square, or missing."""
-    if not there.name("image/position_embed"):
-        return _FREE_GRID
-    positions = there.shape("image/position_embed", 2, 3)[-2]
+def check_size(path: epath.Path, model: config_lib.Model) -> None:
+    """Raises ConvertError where a model has more values than the folder of its weights has bytes."""
+    values = sum(math.prod(shape) for shape in grain.parameter_shapes(model).values())
+    length = sum(regular_file.length(x) or 0 for x in path.iterdir())
+    if values > length:
+        raise ConvertError(
+            f"{path}: its config describes {values:,} values, its files have {length:,} bytes"
+        )
+
+
+def build(towers: Towers, state: Mapping[str, np.ndarray]) -> Imported:
+    """The model of a checkpoint.
+
+    Args:
+      towers: what its format says.
+      state: all of its arrays. Logit scale (a logarithm) and bias may have one axis.
+
+    Raises:
+      ConvertError: arrays that are missing, unknown, not finite or of another shape; one line per fault.
+      config.ConfigError: sizes that no model has.
+    """
+    names = {row.ours: row.theirs for row in towers.rows}
+    state = dict(state)
+    for name in (names["logit_scale"], names["logit_bias"]) if towers.text else ():
+        if name in state and state[name].size == 1:
+            state[name] = state[name].reshape(())
+    scale, bias = (state.get(names.get(x, "")) for x in ("logit_scale", "logit_bias"))
+    finite = lambda x: x is not None and x.shape == () and np.isfinite(x)
+    bias = None if bias is None else bias if finite(bias) else 0.0
+    model = model_of(towers, scale if finite(scale) else 0.0, bias)
+    shapes = grain.parameter_shapes(model)
+    read = {name: x for name, x in shapes.items() if towers.text or name.startswith("image/")}
+    params = tables.read(towers.rows, _with_class_position(state, names, towers.image), read)
+    unknown = sorted(state.keys() - tables.used(towers.rows, read))
+    raise_any([f"{name}: unknown key" for name in unknown])
+    rest = {name: np.zeros(x, np.float32) for name, x in shapes.items() if name not in read}
+    return Imported(model, tables.nested(params | rest), towers.text is not None)
+
+
+def _with_class_position(
+    state: dict[str, np.ndarray], names: Mapping[str, str], image: config_lib.ImageTower
+) -> dict[str, np.ndarray]:
+    """Gives a class token without a position the position 0, as in big_vision and some models of timm."""
+    name = names.get("image/position_embed", "")
+    if image.class_token and name in state:
+        positions = state[name]
+        if positions.shape[-2:-1] == ((image.image_size // image.patch_size) ** 2,):
+            state = {**state, name: np.concatenate([0 * positions[..., :1, :], positions], axis=-2)}
+    return state
+
+
+def text_fields(
+    folder: epath.Path, vocab_size: int, *, siglip: bool = False, end_id: int | None = None
+) -> dict[str, Any]:
+    """The keys of a text tower about its tokenizer: `tokenizer`, `cleaning`, `pad_id` and `end_id`.
+
+    SigLIP 2 at a fixed size calls itself siglip: its tokenizer differs, or else the size of its vocabulary.
+
+    Args:
+      folder: of the checkpoint.
+      vocab_size: of the tower.
+      siglip: whether the tower is SigLIP's or SigLIP 2's.
+      end_id: the id that ends a text, where it is not the highest.
+    """
+    config = folder / "tokenizer_config.json"
+    name = ""
+    if regular_file.is_one(config):
+        content = regular_file.read_json(config, dict[str, Any], "a JSON object")
+        name = str(content.get("tokenizer_class") or "")
+    first = name.startswith("SiglipTokenizer") if name else vocab_size != _GEMMA_VOCABULARY
+    first = siglip and first
+    fields = dict(tokenizer="clip", cleaning="lower", pad_id=0, end_id=end_id)
+    if first:
+        fields |= dict(cleaning="canonical", pad_id=1)
+    if end_id is not None:  # MetaCLIP 2
+        fields |= dict(cleaning="none", pad_id=1)
+    if siglip or vocab_size != _CLIP_VOCABULARY:
+        suffix = ".model" if first else ".json"  # the file that the model was trained with
+        files = [x for x in _TOKENIZERS if regular_file.is_one(folder / x)]
+        fields["tokenizer"] = min(
+            files, key=lambda x: not x.endswith(suffix), default=_TOKENIZERS[0]
+        )
+    return fields
+
+
+def write(
+    command: str,
+    source: epath.Path,
+    folder: epath.Path,
+    imported: Imported,
+    proof: parity.Report,
+    *lines: str,
+) -> parity.Report:
+    """Writes a model, with the file of its tokenizer where it lies beside the weights; returns the whole report.
+
+    Args:
+      command: that imported it.
+      source: the file or folder of the weights.
+      folder: to write.
+      imported: the model.
+      proof: the parity.
+      lines: more for the report.
+    """
+    model, params = imported.model, imported.params
+    name, files = model.text.tokenizer, {}
+    lines = (*describe(model), *lines)
+    if not imported.has_texts:
+        lines += ("no text tower: the model embeds images alone; finetune and init.image read it",)
+    elif name != "clip":
+        file = (source if source.is_dir() else source.parent) / name
+        if regular_file.is_one(file):
+            files[name] = file.read_bytes()
+            lines += (f"tokenizer {file}, copied",)
+        else:
+            lines += (f"tokenizer NOT FOUND; copy it to {folder / name}",)
+    if (scale := np.exp(params["logit_scale"])) > 100.5:  # CLIP stops near 100
+        lines += (
+            f"logit scale {scale:.4g}; training clips it at 100 unless it is in optim.frozen",
+        )
+    output.save(folder, model, params, source, proof, files=files, has_texts=imported.has_texts)
+    return proof.after(f"{command}: {source} -> {folder}", *lines)
+
+
+def image_sizes(entries: Entries) -> dict[str, Any]:
+    """The keys of an image tower that the shapes of a checkpoint without a config tell.
+
+    Raises:
+      ConvertError: an array that gives a size is missing or has another number of axes.
+    """
+    (width,) = entries.shape("image/norm/scale", 1)
+    kernel = entries.shape("image/patch_embed/kernel", 4)
+    patch = math.isqrt(math.prod(kernel) // 3 // width)
+    positions = entries.shape("image/position_embed", 2, 3)[-2]
+    class_token = "image/class_token" in entries
     grid = math.isqrt(positions)
     if class_token and grid * grid != positions:
         grid = math.isqrt(positions - 1)
     if positions - grid * grid not in (0, int(class_token)):
-        name = there.name("image/position_embed")
-        raise ConvertError(f"{name}: got {positions} positions, expected a square")
-    return grid
-
-
-def text_sizes(there: Entries) -> dict[str, Any]:
-    """The fields of `config.TextTower` that the shapes of a checkpoint tell; raises as `image_sizes`."""
-    vocab, width = there.shape("text/token_embed/embedding", 2)
+        name = entries.name("image/position_embed")
+        raise_any([f"{name}: got {positions} positions, expected a square"])
     return dict(
-        context_length=there.shape("text/position_embed", 2, 3)[-2],
-        vocab_size=vocab,
+        image_size=grid * patch,
+        patch_size=patch,
         width=width,
-        depth=there.depth("text/blocks/norm_1/scale"),
-        mlp_dim=there.shape("text/blocks/mlp/in/bias", 1)[0],
-        projection=_projection(there, "text_projection"),
+        depth=entries.depth("image/blocks/norm_1/scale"),
+        mlp_dim=entries.shape("image/blocks/mlp/in/bias", 1)[0],
+        qk_norm="image/blocks/attention/query_norm/scale" in entries,
+        class_token=class_token,
+        projection=_projection(entries, "image_projection"),
         unroll=1,
     )
 
 
-def settle(
-    which: str,
-    state: Mapping[str, np.ndarray],
-    rows: Sequence[NamePair],
-    prefix: str,
-    stated: Stated,
-    settings: Settings,
-    assumed: list[str],
-) -> Tower:
-    """A tower of a checkpoint.
-
-    Args:
-      which: "image" or "text".
-      state: the arrays.
-      rows: the table of the tower.
-      prefix: of its names.
-      stated: what its package says.
-      settings: what the command line says.
-      assumed: assumptions so far, for the report.
-
-    Raises:
-      ConvertError: entries that are missing, or contradict what is stated or given.
-    """
-    there = Entries(state, rows)
-    if which == "image":
-        kind, sizes = config_lib.ImageTower, image_sizes(there)
-    else:
-        kind, sizes = config_lib.TextTower, text_sizes(there)
-    settled_fields = _settle(which, sizes["width"], stated, settings, assumed)
-    pool = "map" if f"{which}_pool/probe" in there else stated.pool
-    fields = {**sizes, **settled_fields, "pool": pool, **stated.fields}
-    return Tower(kind(**fields), rows, prefix, assumed)
-
-
-def two_tower_model(
-    state: Mapping[str, np.ndarray],
-    image: Tower,
-    text: Tower,
-    scalars: Mapping[str, str],
-) -> tuple[config_lib.Model, dict]:
-    """The model of the two towers of a checkpoint, and its parameters as a nested dict.
-
-    Args:
-      state: all arrays of the checkpoint.
-      image: its image tower.
-      text: its text tower.
-      scalars: "logit_scale" (in log space) and "logit_bias" -> their names in the checkpoint; the second may be missing.
-
-    Raises:
-      ConvertError: arrays that are missing, not part of the model, not finite, or of another shape; a line each.
-      config.ConfigError: sizes that are no model's.
-    """
-    width = {
-        Entries(state, tower.rows).width(f"{which}_projection/kernel")
-        if tower.config.projection != "none"
-        else tower.config.width
-        for which, tower in zip(TOWERS, (image, text))
-    }
-    if len(width) > 1:
-        raise ConvertError(f"the towers' embeddings have different widths, {sorted(width)}")
-    numbers = _numbers(state, scalars)
-    model = config_lib.Model(
-        embed_dim=width.pop(),
-        logit_scale_init=float(np.clip(np.exp(min(numbers["logit_scale"], 88)), 1, 100)),
-        logit_bias_init=numbers.get("logit_bias"),
-        image=image.config,
-        text=text.config,
-        decoder=None,
+def text_sizes(entries: Entries) -> dict[str, Any]:
+    """The keys of a text tower that the shapes of a checkpoint without a config tell; raises as `image_sizes`."""
+    vocab_size, width = entries.shape("text/token_embed/embedding", 2)
+    return dict(
+        context_length=entries.shape("text/position_embed", 2, 3)[-2],
+        vocab_size=vocab_size,
+        width=width,
+        depth=entries.depth("text/blocks/norm_1/scale"),
+        mlp_dim=entries.shape("text/blocks/mlp/in/bias", 1)[0],
+        projection=_projection(entries, "text_projection"),
+        unroll=1,
     )
-    model = config_lib.model_from_dict(dataclasses.asdict(model))
-    shapes = grain.parameter_shapes(model)
-    rows = [*image.rows, *text.rows, *(NamePair(ours, name) for ours, name in scalars.items())]
-    state = {**state, **{scalars[x]: np.array(value, np.float32) for x, value in numbers.items()}}
-    params = tables.read(rows, completed(state, image), shapes)
-    refuse_unknown(state, rows, shapes)
-    return model, tables.nested(params)
 
 
-def refuse_unknown(
-    state: Mapping[str, np.ndarray], rows: Sequence[NamePair], shapes: Mapping[str, tables.Shape]
-) -> None:
-    """Raises ConvertError with a line for each array that is no part of the model."""
-    unknown = sorted(state.keys() - tables.used(rows, shapes))
-    raise_any([f"{name}: unknown key" for name in unknown])
+def _projection(entries: Entries, name: str) -> str:
+    if f"{name}/kernel" not in entries:
+        return "none"
+    return "affine" if f"{name}/bias" in entries else "matrix"
 
 
-def completed(state: Mapping[str, np.ndarray], tower: Tower) -> Mapping[str, np.ndarray]:
-    """`state` with a position of 0 for a class token that has none, as in big_vision and some models of timm."""
-    name = Entries(state, tower.rows).name("image/position_embed")
-    if not tower.config.class_token or name not in state:
-        return state
-    positions = state[name]
-    if math.isqrt(positions.shape[-2]) ** 2 != positions.shape[-2]:
-        return state
-    return {**state, name: np.concatenate([0 * positions[..., :1, :], positions], axis=-2)}
-
-
-def _numbers(state: Mapping[str, np.ndarray], scalars: Mapping[str, str]) -> dict[str, float]:
-    out, faults = {}, []
-    for ours, name in scalars.items():
-        if name in state:
-            value = np.asarray(state[name], np.float32)
-            if value.size != 1 or not np.isfinite(value).all():
-                faults.append(f"{name}: got {value.tolist()}, expected one finite number ({ours})")
-            else:
-                out[ours] = float(value.reshape(()))
-        elif ours == "logit_scale":
-            faults.append(f"{name}: missing; expected a model of two towers, with its {ours}")
-    raise_any(faults)
-    return out
-
-
-def differences(part: str, got: Any, wanted: Any, *ignored: str) -> list[str]:
-    """A line for each field in which a checkpoint's tower or decoder differs from the config."""
-    noun = "tower" if part in TOWERS else part
-    return [
-        f"model.{part}.{field.name}: got {getattr(wanted, field.name)!r}, but the checkpoint's {noun} has"
-        f" {getattr(got, field.name)!r}"
-        for field in dataclasses.fields(got)
-        if field.name not in {*_NOT_COMPARED, *ignored}
-        and getattr(got, field.name) != getattr(wanted, field.name)
-    ]
-
-
-def _options(image: config_lib.ImageTower) -> str:
-    """What an image tower has beyond CLIP's and SigLIP's, for the report."""
-    said = {
-        f"rotary positions, theta {image.rope_theta:g}": image.rope != "none",
-        "no learned positions": not image.positions,
-        f"registers {image.registers}": image.registers,
-        "layer scale": image.layer_scale,
-        "gated MLP": image.mlp == "gated",
-        "no bias of keys": not image.key_bias,
-    }
-    return "".join(f", {words}" for words, there in said.items() if there)
-
-
-def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]]) -> list[str]:
-    """The lines of the report about the parts of a model and the assumptions in them, by part."""
-    i, t, d = model.image, model.text, model.decoder
-    decoder = "no region decoder"
-    if d is not None:
-        pool = "the sum of all queries" if d.image_pool == "all" else "the image query"
-        decoder = (
-            f"of an image: {pool}; decoder {d.queries} + 1 queries, width {d.width}, depth {d.depth}, heads {d.heads},"
-            f" MLP {d.mlp_dim}"
-        )
-    return [
-        f"image    {i.image_size} px, patch {i.patch_size}, width {i.width}, depth {i.depth}, heads"
-        f" {i.heads}, MLP {i.mlp_dim} {i.activation}, pool {i.pool}, pre-norm {'yes' if i.pre_norm else 'no'},"
-        f" qk-norm {'yes' if i.qk_norm else 'no'}, norm epsilon {i.norm_eps:g}{_options(i)}",
-        f"text     vocabulary {t.vocab_size}, context {t.context_length}, width {t.width}, depth {t.depth},"
-        f" heads {t.heads}, MLP {t.mlp_dim} {t.activation}, {'causal' if t.causal else 'bidirectional'},"
-        f" pool {t.pool}, norm epsilon {t.norm_eps:g}{'' if t.end_id is None else f', ended by the id {t.end_id}'}",
-        f"embedding {model.embed_dim}; {decoder}",
-        *(f"ASSUMED  {part}: {words}" for part, lines in assumed.items() for words in lines),
-    ]
+def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]] = {}) -> list[str]:
+    """The lines of a report about a model: the keys of its parts, and what was assumed of them."""
+    # Reports and cards are published: no path of this machine stands in them.
+    text = dataclasses.replace(model.text, tokenizer=epath.Path(model.text.tokenizer).name)
+    model, lines = dataclasses.replace(model, text=text), [f"embedding {model.embed_dim}"]
+    for part in ("image", "text", "decoder", "boxes"):
+        config = getattr(model, part)
+        keys = {} if config is None else dataclasses.asdict(config)
+        shown = [f"{key} {x}" for key, x in keys.items() if key not in (*OF_TRAINING, "options")]
+        lines.append(f"{part:8} {', '.join(shown) or 'none'}")
+    return lines + [f"ASSUMED  {part}: {x}" for part, lines_of in assumed.items() for x in lines_of]

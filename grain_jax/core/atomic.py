@@ -42,7 +42,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _named(path: epath.Path) -> Iterator[None]:
-    """Errors inside name the file: those of `write` name none."""
+    """Errors inside name the file, which `write` does not."""
     try:
         yield
     except OSError as error:

@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 class MissingData(UserError):
-    """A data set does not exist; the message is one line and names the command that makes it."""
+    """A dataset does not exist; the message is one line and names the command that makes it."""
 
 
 class OutOfMemory(UserError):
@@ -42,12 +42,12 @@ MORE_MEMORY = "end what else uses the memory, or take a device or a machine with
 
 @contextlib.contextmanager
 def out_of_memory_in_a_line(
-    what: str, tell: Callable[[], str] = lambda: MORE_MEMORY
+    activity: str, tell: Callable[[], str] = lambda: MORE_MEMORY
 ) -> Iterator[None]:
     """Inside, a failed allocation (of an allocator or a compiler) is raised as OutOfMemory.
 
     Args:
-      what: the activity, such as "training".
+      activity: such as "training".
       tell: gives the advice what to set.
     """
     try:
@@ -64,7 +64,7 @@ def out_of_memory_in_a_line(
             if not is_out_of_memory(second):
                 raise
             advice = MORE_MEMORY
-        raise OutOfMemory(f"out of memory in {what}{said}; {advice}") from None
+        raise OutOfMemory(f"out of memory in {activity}{said}; {advice}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -95,7 +95,7 @@ def is_full_disk(error: BaseException | None) -> bool:
     )
 
 
-_STORAGE = {  # what to do where a file system refuses to write
+_STORAGE = {  # what to do if a file system refuses to write
     errno.ENOSPC: "make room, or name another disk",
     errno.EDQUOT: "make room in the quota, or name another disk",
     errno.EFBIG: "raise the largest size of a file (ulimit -f)",
@@ -109,11 +109,8 @@ def of_system(error: BaseException | None) -> UserError | None:
     for cause in causes(error):
         text, path = str(cause), getattr(cause, "filename", None)
         where = "" if path is None else f"{path}: "
-        for (
-            code,
-            advice,
-        ) in _STORAGE.items():  # TensorFlow and TensorStore raise errors of their own
-            said = os.strerror(code)
+        for code, advice in _STORAGE.items():
+            said = os.strerror(code)  # TensorFlow and TensorStore raise errors of their own
             if getattr(cause, "errno", None) == code or said in text:
                 return StorageFault(f"{where}{said}; {advice}")
         if "Error executing an HTTP request" in text:  # TensorFlow's, of gs://

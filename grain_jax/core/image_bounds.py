@@ -61,87 +61,89 @@ def pixels_fault(size: tuple[int, int]) -> str | None:
 
 
 def _jpeg_fault(encoded: bytes) -> str | None:
-    at, parts, exif = 2, 0, []
-    while at + 4 <= len(encoded):
+    offset, parts, exif = 2, 0, []
+    while offset + 4 <= len(encoded):
         parts += 1
         if parts > MAX_PARTS:
             return f"got over {MAX_PARTS:,} JPEG segments, expected fewer"
-        marker = encoded[at + 1]
-        if encoded[at] != 0xFF or marker in (0x00, 0xFF) or 0xD0 <= marker <= 0xD8:
-            at += 1  # filling, or a marker without content: its second byte is no 0xff
+        marker = encoded[offset + 1]
+        if encoded[offset] != 0xFF or marker in (0x00, 0xFF) or 0xD0 <= marker <= 0xD8:
+            offset += 1  # filling, or a marker without content: its second byte is no 0xff
             continue
         if marker == 0xDA:
             break
-        length = int.from_bytes(encoded[at + 2 : at + 4])
-        content = encoded[at + 4 : at + 2 + length]
+        length = int.from_bytes(encoded[offset + 2 : offset + 4])
+        content = encoded[offset + 4 : offset + 2 + length]
         if marker == 0xE1 and content.startswith(b"Exif\0\0"):
             exif.append(content[6:])
         if marker == 0xE2 and content.startswith(b"MPF\0"):
-            if found := _tags_fault(content[4:], "JPEG's MPF"):
-                return found
-        at += 2 + max(length, 2)
-    if exif and (found := _tags_fault(b"".join(exif), "JPEG's Exif")):
-        return found
-    if encoded.count(b"\xff\xda") > MAX_SCANS and _scans(encoded, at) > MAX_SCANS:
+            if too_much := _tags_fault(content[4:], "JPEG's MPF"):
+                return too_much
+        offset += 2 + max(length, 2)
+    if exif and (too_much := _tags_fault(b"".join(exif), "JPEG's Exif")):
+        return too_much
+    if encoded.count(b"\xff\xda") > MAX_SCANS and _scans(encoded, offset) > MAX_SCANS:
         return f"got over {MAX_SCANS} scans of a progressive JPEG, expected about ten"
     return None
 
 
-def _scans(encoded: bytes, at: int) -> int:
-    """Scans from `at` to the end of the image (a phone may append a film), or a number above MAX_SCANS."""
+def _scans(encoded: bytes, offset: int) -> int:
+    """Scans from `offset` to the end of the image (a phone may append a film), or a number above MAX_SCANS."""
     scans = parts = 0
-    while scans <= MAX_SCANS and (found := _MARKER.search(encoded, at)):
+    while scans <= MAX_SCANS and (marker := _MARKER.search(encoded, offset)):
         parts += 1
         if parts > MAX_PARTS:
             return MAX_SCANS + 1
-        if found[0] == b"\xff\xd9":
+        if marker[0] == b"\xff\xd9":
             break
-        scans += found[0] == b"\xff\xda"
-        at = found.start() + 2 + int.from_bytes(encoded[found.end() : found.end() + 2])
+        scans += marker[0] == b"\xff\xda"
+        offset = marker.start() + 2 + int.from_bytes(encoded[marker.end() : marker.end() + 2])
     return scans
 
 
 def _png_fault(encoded: bytes) -> str | None:
-    at, parts = 8, 0
-    while at + 8 <= len(encoded):
+    offset, parts = 8, 0
+    while offset + 8 <= len(encoded):
         parts += 1
         if parts > MAX_PARTS:
             return f"got over {MAX_PARTS:,} PNG chunks, expected fewer"
-        at += 12 + int.from_bytes(encoded[at : at + 4])
+        offset += 12 + int.from_bytes(encoded[offset : offset + 4])
     return None
 
 
 def _gif_fault(encoded: bytes) -> str | None:
     """Checks the first two frames: Pillow looks for the second to know whether there are several."""
-    at = 6
+    offset = 6
     for frame in range(2):
-        packed = at + (4 if frame == 0 else 9)  # of the screen, of a frame: has it a palette?
+        packed = offset + (4 if frame == 0 else 9)  # of the screen, of a frame: has it a palette?
         flags = encoded[packed] if packed < len(encoded) else 0
-        at = packed + (3 if frame == 0 else 2) + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+        offset = packed + (3 if frame == 0 else 2) + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
         if frame:  # its pixels
-            at, blocks = _skip_blocks(encoded, at, len(encoded))
+            offset, blocks = _skip_blocks(encoded, offset, len(encoded))
             if blocks > MAX_BYTES >> 8:
                 return "got a GIF of short blocks, expected blocks of 255 bytes"
-        start, end = at, min(len(encoded), at + MAX_GIF_PREAMBLE)
-        while at < end and encoded[at] not in b",;":
-            at = _skip_blocks(encoded, at + 2, end)[0] if encoded[at] == 0x21 else at + 1
-        if at - start >= MAX_GIF_PREAMBLE:
+        start, end = offset, min(len(encoded), offset + MAX_GIF_PREAMBLE)
+        while offset < end and encoded[offset] not in b",;":
+            offset = (
+                _skip_blocks(encoded, offset + 2, end)[0] if encoded[offset] == 0x21 else offset + 1
+            )
+        if offset - start >= MAX_GIF_PREAMBLE:
             return f"got over {MAX_GIF_PREAMBLE:,} bytes of a GIF ahead of a frame, expected fewer"
-        if encoded[at : at + 1] != b",":
+        if encoded[offset : offset + 1] != b",":
             return None
     return None
 
 
-def _skip_blocks(encoded: bytes, at: int, end: int) -> tuple[int, int]:
+def _skip_blocks(encoded: bytes, offset: int, end: int) -> tuple[int, int]:
     """The position after the blocks of a GIF, which end with an empty one, and their number."""
     blocks = 0
-    while at < end and encoded[at]:
-        at += 1 + encoded[at]
+    while offset < end and encoded[offset]:
+        offset += 1 + encoded[offset]
         blocks += 1
-    return at + 1, blocks
+    return offset + 1, blocks
 
 
-def _tags_fault(encoded: bytes, what: str) -> str | None:
+def _tags_fault(encoded: bytes, name: str) -> str | None:
     """Checks the first directory of a TIFF; Exif and MPF have the same format.
 
     Pillow copies the values of each tag, and several tags may name the same bytes: 1 MB named by every tag
@@ -151,28 +153,28 @@ def _tags_fault(encoded: bytes, what: str) -> str | None:
     if order is None or len(encoded) < 16:
         return None
     big = b"+" in encoded[:4]
-    (at,) = struct.unpack_from(order + ("Q" if big else "L"), encoded, 8 if big else 4)
+    (offset,) = struct.unpack_from(order + ("Q" if big else "L"), encoded, 8 if big else 4)
     head, entry = order + ("Q" if big else "H"), order + ("HHQ8s" if big else "HHL4s")
-    if at + struct.calcsize(head) > len(encoded):
+    if offset + struct.calcsize(head) > len(encoded):
         return None
-    (count,) = struct.unpack_from(head, encoded, at)
-    at += struct.calcsize(head)
+    (count,) = struct.unpack_from(head, encoded, offset)
+    offset += struct.calcsize(head)
     size = struct.calcsize(entry)
     if count > MAX_PARTS:
-        return f"got {count:,} tags in the {what}, expected at most {MAX_PARTS:,}"
+        return f"got {count:,} tags in the {name}, expected at most {MAX_PARTS:,}"
     total, tile = 0, {}
-    for place in range(at, min(at + count * size, len(encoded) - size + 1), size):
-        tag, kind, values, content = struct.unpack_from(entry, encoded, place)
+    for entry_offset in range(offset, min(offset + count * size, len(encoded) - size + 1), size):
+        tag, kind, values, content = struct.unpack_from(entry, encoded, entry_offset)
         unit = _UNIT_BYTES[kind] if kind < len(_UNIT_BYTES) else 0
         length = values * unit
         # The decoder finds a length beyond the file; it may copy what there is.
         total += min(length, len(encoded)) if length > len(content) else 0
         if values > MAX_TAG_VALUES and kind not in _BYTE_TYPES and length <= len(encoded):
-            return f"got {values:,} numbers under tag {tag} of the {what}, expected at most {MAX_TAG_VALUES:,}"
+            return f"got {values:,} numbers under tag {tag} of the {name}, expected at most {MAX_TAG_VALUES:,}"
         if tag in (_TILE_WIDTH, _TILE_LENGTH) and kind in (3, 4, 16) and values == 1:
             tile[tag] = int.from_bytes(content[:unit], "little" if order == "<" else "big")
     if total > len(encoded):
-        return f"got {total:,} bytes of tags in the {what}, expected at most its {len(encoded):,}"
-    if len(tile) == 2 and (found := pixels_fault((tile[_TILE_WIDTH], tile[_TILE_LENGTH]))):
-        return f"{found} in a tile"
+        return f"got {total:,} bytes of tags in the {name}, expected at most its {len(encoded):,}"
+    if len(tile) == 2 and (too_much := pixels_fault((tile[_TILE_WIDTH], tile[_TILE_LENGTH]))):
+        return f"{too_much} in a tile"
     return None

@@ -1,16 +1,18 @@
 """Images read and resized as in the reference: by PIL, to a square, with its antialiased bicubic filter.
 
-Used where records are built and where a model is served; needs neither TensorFlow nor JAX. The resize of the
-training input (input_pipeline/transforms.py) is measured against this one.
+Builds and served models read images with this; it needs neither TensorFlow nor JAX. The resize of the training input
+(input_pipeline/transforms.py) is measured against this one.
 
 A camera that is held upright stores a photograph on its side, and an EXIF tag says how to turn it. `orientation` says
-which pixels are meant: "exif", those that a viewer shows; or "file", those that PIL gives, as in the reference and in
-records. A TIFF is turned in both, since PIL turns it. Of XMP nothing is read.
+which pixels are meant: "exif" for what a viewer shows, or "file" for what PIL gives, as in the reference and in
+records. A TIFF is turned in both, since PIL turns it. XMP is not read.
 """
 
+import contextlib
 import io
 import struct
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,26 +60,25 @@ class Header(NamedTuple):
     turned: bool  # whether the file has an orientation other than upright
 
 
-def header(encoded: bytes, name: str = "picture", orientation: str = "exif") -> Header:
+def header(encoded: bytes, name: str = "image", orientation: str = "exif") -> Header:
     """The format and the size of the image in `encoded`; arguments and errors as of `decode_image`."""
     image: Any = open_image(encoded, name)  # PIL's type has no tag_v2
     size = image.size
     if image.format == "TIFF":
-        try:
+        with _reading(name):
             number, *stored = (image.tag_v2.get(tag, 1) for tag in (_ORIENTATION, 256, 257))
-        except Exception as error:
-            raise _damaged(name, error) from None
         swap = size == tuple(stored)  # newer versions of Pillow have done it already
     else:
         if image.format == "PNG" and "exif" not in image.info and b"eXIf" in encoded:
-            _load(image, name)  # it stands behind the pixels
+            with _reading(name):
+                image.load()  # it stands behind the pixels
         number, swap = _orientation(image), orientation == "exif"
     if swap and number in (5, 6, 7, 8):
         size = size[1], size[0]
     return Header(image.format or "", size, number in _TURNS)
 
 
-def open_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
+def open_image(encoded: bytes, name: str = "image") -> PIL.Image.Image:
     """The image in `encoded` with its mode and format, and its size in the file; the pixels are not decoded yet.
 
     Args:
@@ -89,18 +90,15 @@ def open_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
     """
     if fault := image_bounds.fault(encoded):
         raise TooLargeError(f"{name}: {fault}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata; the pixels alone count
+    with _reading(name):
+        try:
             image = PIL.Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except PIL.UnidentifiedImageError:
-        raise UnknownFormatError(
-            f"{name}: {len(encoded)} bytes that are no known image format, expected {_READABLE}"
-        ) from None
-    except PIL.Image.DecompressionBombError as error:
-        raise TooLargeError(f"{name}: {error}") from None
-    except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error and more
-        raise _damaged(name, error) from None
+        except PIL.UnidentifiedImageError:
+            raise UnknownFormatError(
+                f"{name}: {len(encoded)} bytes that are no known image format, expected {_READABLE}"
+            ) from None
+        except PIL.Image.DecompressionBombError as error:
+            raise TooLargeError(f"{name}: {error}") from None
     if fault := image_bounds.pixels_fault(image.size):
         raise TooLargeError(f"{name}: {fault}")
     for key in ("xmp", "XML:com.adobe.xmp"):  # Pillow would turn a TIFF by it
@@ -108,9 +106,7 @@ def open_image(encoded: bytes, name: str = "picture") -> PIL.Image.Image:
     return image
 
 
-def decode_image(
-    encoded: bytes, name: str = "picture", orientation: str = "exif"
-) -> PIL.Image.Image:
+def decode_image(encoded: bytes, name: str = "image", orientation: str = "exif") -> PIL.Image.Image:
     """The image in `encoded` (one of FORMATS), decoded, in its own mode; without EXIF and XMP.
 
     Args:
@@ -121,7 +117,8 @@ def decode_image(
       ImageError: as `open_image`; also truncated, or of floats, which have no fixed range.
     """
     image = open_image(encoded, name)
-    _load(image, name)
+    with _reading(name):
+        image.load()
     if image.mode == "F":
         raise ImageError(f"{name}: {_NO_RANGE}")
     if orientation == "exif":
@@ -135,7 +132,7 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image as a viewer shows it: turned as its EXIF says, which the result does not have then.
 
     PIL keeps the EXIF of an image that is cropped, resized or converted; one made of an array has none. Raises what PIL
-    raises where the pixels cannot be read.
+    raises if the pixels cannot be read.
     """
     image.load()  # may turn it, or find EXIF behind the pixels
     turn = _TURNS.get(_orientation(image))
@@ -147,7 +144,7 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """The EXIF orientation, from 1 (upright) to 8; 1 where there is none, or its block is damaged."""
+    """The EXIF orientation, from 1 (upright) to 8; 1 if there is none, or its block is damaged."""
     exif = image.info.get("exif")
     if not isinstance(exif, bytes):
         return 1
@@ -156,25 +153,15 @@ def _orientation(image: PIL.Image.Image) -> int:
     if order is None:
         return 1
     try:
-        (at,) = struct.unpack_from(order + "L", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, at)
-        for place in range(at + 2, at + 2 + 12 * count, 12):
-            tag, kind, values, value = struct.unpack_from(order + "HHLH", exif, place)
+        (start,) = struct.unpack_from(order + "L", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for offset in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, values, value = struct.unpack_from(order + "HHLH", exif, offset)
             if tag == _ORIENTATION:
                 return value if (kind, values) == (3, 1) else 1  # one short number
     except struct.error:  # cut off
         pass
     return 1
-
-
-def _load(image: PIL.Image.Image, name: str) -> None:
-    """Decodes the pixels. Raises ImageError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-    except Exception as error:
-        raise _damaged(name, error) from None
 
 
 def encode_png(image: PIL.Image.Image) -> bytes:
@@ -184,7 +171,20 @@ def encode_png(image: PIL.Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _damaged(name: str, error: Exception) -> ImageError:
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Inside, what PIL's readers raise (OSError, SyntaxError, struct.error and more) is an ImageError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata; the pixels alone count
+            yield
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _damaged(name, error) from None
+
+
+def _damaged(name: str, error: Exception | str) -> ImageError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ImageError(f"{name}: {reason}, expected a readable image")
 
@@ -196,14 +196,13 @@ def read_file(path: epath.PathLike, name: str | None = None) -> bytes:
       OSError: there is none, or it cannot be read.
       ImageError: not a regular file (a link to one is), or too long. Neither is opened.
     """
-    path = epath.Path(path)
+    path, name = epath.Path(path), name or str(path)
     length = regular_file.length(path)
     if length is None:
-        raise ImageError(f"{name or path}: got a folder, pipe or device, expected an image file")
+        raise ImageError(f"{name}: got a folder, pipe or device, expected an image file")
     if length > image_bounds.MAX_BYTES:
-        raise TooLargeError(
-            f"{name or path}: got {length:,} bytes, expected at most {image_bounds.MAX_BYTES:,}"
-        )
+        most = f"{image_bounds.MAX_BYTES:,}"
+        raise TooLargeError(f"{name}: got {length:,} bytes, expected at most {most}")
     with path.open("rb") as file:
         return file.read(length)
 
@@ -215,8 +214,7 @@ def load_image(path: epath.PathLike, orientation: str = "exif") -> PIL.Image.Ima
     except ImageError:
         raise
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"{path}: {reason}, expected a readable image") from None
+        raise _damaged(str(path), getattr(error, "strerror", None) or error) from None
     return decode_image(encoded, str(path), orientation)
 
 
@@ -233,18 +231,6 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode == "P":  # PIL warns where a palette with transparency becomes RGB at once
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def of_array(image: PIL.Image.Image | np.ndarray) -> PIL.Image.Image:
-    """A PIL image as it is, and uint8 [H, W, 3] or [H, W] as one. Raises ImageError: another array."""
-    if isinstance(image, PIL.Image.Image):
-        return image
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-        raise ImageError(
-            f"got an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]"
-        )
-    return PIL.Image.fromarray(image)
 
 
 def resize(
@@ -264,8 +250,16 @@ def resize(
       size: pixels of an edge of the square, S.
 
     Returns: uint8 [S, S, 3].
+
+    Raises:
+      ImageError: another array, or as `to_rgb`.
     """
-    image = of_array(image)
+    if not isinstance(image, PIL.Image.Image):
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            got = f"{image.dtype} {list(image.shape)}"
+            raise ImageError(f"got an array {got}, expected uint8 [H, W, 3]")
+        image = PIL.Image.fromarray(image)
     if convert_first:
         image = to_rgb(image)
     if image.size != (size, size):

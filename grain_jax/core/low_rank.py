@@ -25,7 +25,7 @@ def fold(kernel: Any, a: Any, b: Any, scale: float) -> Any:
 
 
 def merged(params: Any, scale: float, fold: Callable[..., Any] = fold) -> Any:
-    """A tree of parameters with its factors folded into the matrices; all other arrays are those of `params`.
+    """A tree of parameters with its factors folded into the matrices; all other arrays stay as they are.
 
     Args:
       params: nested dict of arrays.

@@ -1,11 +1,11 @@
-"""Finds an extension: by its name in a table of the package's own, or as `module:Name` in any module that Python finds.
+"""Finds an extension by its name: one in the package's own table, or `module:Name` in any module that Python finds.
 
 Loss terms, evaluators, towers and data sources are chosen this way. Imports nothing heavy.
 
-A stored config (of a checkpoint, a workdir) may come from anyone, so a name in it imports no code: its module must
-be the user's own and imported already, or be listed in the environment variable GRAIN_JAX_IMPORT, separated by commas.
-Modules of Python and of installed packages are not the user's own: a stored `os:abort` finds nothing. For the config
-that a user passes to a command, the command switches imports on (`importing`).
+A stored config (of a checkpoint, a workdir) may come from anyone, so a name in it imports no code. Its module must be
+the user's own and imported already, or the environment variable GRAIN_JAX_IMPORT must list it (separated by commas).
+Modules of Python and of installed packages are not the user's own: a stored `os:abort` finds nothing. Commands switch
+imports on (`importing`) for the config that their user passes.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ def may_import(name: str) -> bool:
     """Whether `find` may look into the module of `module:Name`; True of a built-in name."""
     module_name = name.partition(":")[0]
     listed = [module.strip() for module in os.environ.get(VARIABLE, "").split(",")]
-    own = not is_external(name) or _is_of_package(module_name)
-    return own or _importing.get() or module_name in listed or _is_users_own(module_name)
+    ours = not is_external(name) or _is_of_package(module_name)
+    return ours or _importing.get() or module_name in listed or _is_users_own(module_name)
 
 
 def _is_of_package(module_name: str) -> bool:
@@ -83,7 +83,7 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
         return table[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        near = nearest.of(name, table)
+        near = nearest.find(name, table)
         meant = f"did you mean {near}? " if near else ""
         known = ", ".join(sorted(table))
         raise errors.UserError(
@@ -111,13 +111,14 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """The error in a line; where it is not of the import itself, with its type and place."""
+    """The error in a line; with its type and its line of code if it is not an error of the import itself."""
     text = " ".join(str(error).split())
     if isinstance(error, (ImportError, ValueError, SyntaxError)):
         return text
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "<frozen" not in f.filename and "-packages/" not in f.filename]
-    frame = own[-1]
+    frame = [f for f in frames if "<frozen" not in f.filename and "-packages/" not in f.filename][
+        -1
+    ]
     return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text}"
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-PLAIN_SECONDS = 15.0  # between two lines where there is no terminal
+PLAIN_SECONDS = 15.0  # between two lines without a terminal
 _TERMINAL_SECONDS = 0.2  # between two of a terminal
 COMPILING_SECONDS = 2.0  # that compiling takes before a line says so
 _ERASE = "\r\x1b[2K"
@@ -26,12 +26,12 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-class Line:
+class ProgressLine:
     """A line of progress, which changes, below lines that stay.
 
     Args:
       prefix: of every line.
-      every: seconds between two lines where there is no terminal.
+      every: seconds between two lines without a terminal.
       silent: nothing is printed: of several processes, the first one speaks.
     """
 
@@ -42,7 +42,7 @@ class Line:
         self._shown_at, self._shown = time.monotonic(), ""
 
     def show(self, text: str, *, now: bool = False) -> None:
-        """Shows the progress where it has changed; without `now` not so soon after the last time."""
+        """Shows the progress if it has changed; without `now` not so soon after the last time."""
         waited = time.monotonic() - self._shown_at
         if self._silent or text == self._shown or not (now or waited >= self._every):
             return
@@ -69,24 +69,18 @@ class Counter:
     """Shows how many went by, how fast, and the time left.
 
     Args:
-      what: begins the line.
-      total: how many there are; None where it is not known.
+      label: begins the line.
+      total: how many there are; None if unknown.
       unit: of what is counted.
       silent: nothing is printed.
       times: how many stand for each that is counted: of several processes, the first counts for all.
     """
 
     def __init__(
-        self,
-        what: str,
-        total: float | None,
-        unit: str = "",
-        *,
-        silent: bool = False,
-        times: float = 1,
+        self, label: str, total: float | None, unit: str = "", *, silent=False, times: float = 1
     ):
-        self._what, self._total, self._unit, self._times = what, total, unit, times
-        self._line, self._start, self.done = Line(silent=silent), time.monotonic(), 0.0
+        self._label, self._total, self._unit, self._times = label, total, unit, times
+        self._line, self._start, self.done = ProgressLine(silent=silent), time.monotonic(), 0.0
 
     def add(self, count: int = 1, share: float | None = None) -> None:
         """Counts, and shows it; `share` of the work is done, by default as many as were counted of the total."""
@@ -97,12 +91,10 @@ class Counter:
         """The line after so many seconds."""
         if share is None and self._total:
             share = self.done / self._total
-        of = f"/{self._total:.0f}" if self._total is not None else ""
+        count = f"{self.done:.0f}" + (f"/{self._total:.0f}" if self._total is not None else "")
         left = f", ETA {duration(seconds / share - seconds)}" if share else ""
         rate = self.done / max(seconds, 1e-9)
-        return (
-            f"{self._what}: {self.done:.0f}{of}{self._unit and ' '}{self._unit}, {rate:.3g}/s{left}"
-        )
+        return f"{self._label}: {count}{self._unit and ' '}{self._unit}, {rate:.3g}/s{left}"
 
     def close(self, *, stays: bool = False) -> None:
         """Clears the line of a terminal, or shows the last one and leaves it."""
@@ -123,22 +115,22 @@ def over(items: Iterable[Item], *, total: float | None, what: str) -> Iterator[I
 
 
 @contextlib.contextmanager
-def while_compiling(what: str, usually: str, *, silent: bool = False) -> Iterator[None]:
-    """Says on stderr what is compiled where that takes long, and then every PLAIN_SECONDS that it goes on.
+def while_compiling(program: str, usually: str, *, silent: bool = False) -> Iterator[None]:
+    """Says on stderr what is compiled if that takes long, and then every PLAIN_SECONDS that it goes on.
 
     Args:
-      what: is compiled.
+      program: what is compiled.
       usually: how long that takes, "usually up to 2 minutes".
       silent: nothing is printed: of several processes, the first one speaks.
     """
-    line, finished, start = Line(silent=silent), threading.Event(), time.monotonic()
+    line, finished, start = ProgressLine(silent=silent), threading.Event(), time.monotonic()
 
     def report() -> None:
         if finished.wait(COMPILING_SECONDS):
             return
-        line.say(f"compiling {what}, {usually}")
+        line.say(f"compiling {program}, {usually}")
         while not finished.wait(PLAIN_SECONDS):
-            line.say(f"still compiling {what}: {duration(time.monotonic() - start)} so far")
+            line.say(f"still compiling {program}: {duration(time.monotonic() - start)} so far")
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()

@@ -4,9 +4,9 @@ Axis letters, used in every shape comment of the project:
 
     B  images of the batch          H W  image height and width     P  image patches
     N  image tokens (P + 1)         L    text positions of a row      G  packing groups (B / pack_group)
-    C  captions an image            R    target regions an image      Q  region queries
+    C  captions per image           R    target regions per image     Q  region queries
     D  joint embedding              E    tower width                  K  attention heads
-    T  decoder layers               H    hard negatives a region
+    T  decoder layers               H    hard negatives per region
 
 Boxes are normalised to [0, 1] everywhere inside `grain_jax` and carry their format in the name
 (`*_cxcywh`, `*_xyxy`). Masks are positive: True means real. This module imports numpy only.
@@ -23,8 +23,8 @@ Array = Any  # a numpy or a jax array
 class Field(NamedTuple):
     """How a field of `Batch` or `Outputs` lies over images, and who reads it."""
 
-    image_axis: int | None = 0  # that the batch is cut along; None: the same for all images
-    for_losses: bool = True  # False: the model or the trainer alone reads it
+    image_axis: int | None = 0  # the axis of the images; None: the same for all images
+    for_losses: bool = True  # False: only the model or the trainer reads it
 
 
 Images = Annotated[Array, Field()]
@@ -40,20 +40,21 @@ IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 class Batch(NamedTuple):
-    """One batch, of a process (numpy) or the global one (jax, leading axis sharded over the data axes).
+    """A process's part of a batch (numpy), or the global batch (jax, leading axis sharded over the data axes).
 
-    Texts are packed: `pack_group` consecutive images share `rows` rows of L positions. A text is found by its row
-    within the group and the position of its end token. Without packing a group is one image and a row one text.
+    Texts are packed: `pack_group` consecutive images share `rows` rows of L positions. The row
+    within the group and the position of the end token locate a text. Without packing a group is one image, and a row
+    is one text.
     """
 
     image: ModelInput  # uint8 [B, H, W, 3]
     text_tokens: ModelInput  # int32 [G, rows, L], 0 = padding
     text_positions: ModelInput  # int32 [G, rows, L], restart at 0 for each text
     text_segments: ModelInput  # int32 [G, rows, L], 1.. within a row, 0 = padding
-    caption_at: ModelInput  # int32 [B, C, 2] (row, end token), zeros where masked
+    caption_at: ModelInput  # int32 [B, C, 2] (row, end token), zeros if masked
     caption_id: Images  # int32 [B, C], same text same id
-    caption_mask: Images  # bool [B, C]; False of an image without a caption
-    description_at: ModelInput  # int32 [B, R, 2] (row, end token), zeros where masked
+    caption_mask: Images  # bool [B, C]; False if the image has no such caption
+    description_at: ModelInput  # int32 [B, R, 2] (row, end token), zeros if masked
     description_id: Images  # int32 [B, R], same text same id
     region_boxes_cxcywh: Images  # float32 [B, R, 4]
     region_mask: Images  # bool [B, R]
@@ -62,8 +63,8 @@ class Batch(NamedTuple):
     # int32 [G, 2], captions, descriptions and negatives; those that the tokenizer cut to L. None: not counted.
     text_counts: ModelInput = None
     # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
-    negative_at: ModelInput = None  # int32 [B, R, H, 2] (row, end token), zeros where masked
-    negative_mask: Images = None  # bool [B, R, H]; False where the region is not real
+    negative_at: ModelInput = None  # int32 [B, R, H, 2] (row, end token), zeros if masked
+    negative_mask: Images = None  # bool [B, R, H]; False if the region is not real
 
 
 class Outputs(NamedTuple):
@@ -79,7 +80,7 @@ class Outputs(NamedTuple):
     logit_bias: Shared  # float32 [], of contrastive loss type sigmoid; 0 in a model without
     # float32 [B, R, D], the annotated boxes by the box head; None in a model without.
     box_embed: Images = None
-    # float32 [B, R, H, D], the negatives of the descriptions; None where the batch has none.
+    # float32 [B, R, H, D], the negatives of the descriptions; None if the batch has none.
     negative_text_embed: Images = None
     # Name -> losses.local.LocalOutput, of the local loss terms; None in a run without.
     local: OfTerms = None
@@ -92,9 +93,9 @@ class Features(NamedTuple):
     text: Array  # [G, rows, L, E], every position of the rows, before the last norm; [G, rows, E] of a pooled tower
 
 
-def fields(of: type[Batch] | type[Outputs]) -> dict[str, Field]:
+def fields(kind: type[Batch] | type[Outputs]) -> dict[str, Field]:
     """The declaration of each field, by name."""
-    hints = typing.get_type_hints(of, include_extras=True)
+    hints = typing.get_type_hints(kind, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
 

@@ -19,9 +19,9 @@ from grain_jax.demo.arguments import Demo
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff".split())
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Serves the page until it is stopped."""
-    arguments = Demo.parse(words)
+    arguments = Demo.parse(argv)
     if importlib.util.find_spec("gradio") is None:
         raise errors.UserError('demo: needs gradio: pip install "grain_jax[demo]"')
     check_address(arguments.host, arguments.port)
@@ -34,9 +34,9 @@ def main(words: Sequence[str] | None = None) -> None:
 def _serve(arguments: Demo, folder: epath.Path) -> None:
     from grain_jax import inference  # with JAX; as Gradio, it takes seconds to import
     from grain_jax.demo import page
-    from grain_jax.runtime import compiled
+    from grain_jax.runtime import distributed
 
-    compiled.use()
+    distributed.keep_compiled_programs()
     folder.mkdir()
     classes = class_lists.read(arguments.classes) if arguments.classes else {}
     examples = copies(arguments.examples, folder) if arguments.examples else []

@@ -45,8 +45,8 @@ def read(path: epath.PathLike) -> Classes:
 
 def of_run(folder: epath.PathLike) -> tuple[Classes, str | None]:
     """The first classes (a .json) and folder of images on this machine that the run of a checkpoint is evaluated on."""
-    config = epath.Path(folder) / "config"
-    evals = files.read_json(folder, "config").get("evals") if config.is_dir() else None
+    of_run = (epath.Path(folder) / "state").is_dir()
+    evals = files.read_items(folder).config.get("evals") if of_run else None
     classes, images = {}, None
     for entry in (evals or {}).values():
         described, pictures = (entry.get(key) or "://" for key in ("descriptions", "images"))

@@ -1,4 +1,4 @@
-"""The flags of `grain-jax evaluate KIND`; those of an evaluator are the options that its class declares."""
+"""The flags of `grain-jax evaluate KIND`: the options that the class of the evaluator declares."""
 
 import dataclasses
 import functools
@@ -7,23 +7,23 @@ from typing import Any
 
 from grain_jax.cli.flags import flag, many
 from grain_jax.cli.parser import Command, Processes
-from grain_jax.config import evals, listing
+from grain_jax.evaluate import base, kinds
 
 
 class _Kind(Processes):
-    """What all kinds have.
+    """The flags of all kinds.
 
     what is measured:
       --checkpoint DIR   workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
 
     how:
-      --output OUT.json  file to write; the result is printed as a table, too
-      --batch-size N     images at a time
+      --output OUT.json  file for the result, which is also printed as a table
+      --batch-size N     images per batch
     """
 
     checkpoint: str
     output: str
-    batch_size: int = evals.STANDALONE.batch_size
+    batch_size: int = base.STANDALONE.batch_size
 
 
 class Suite(_Kind, name="evaluate suite"):
@@ -34,11 +34,10 @@ class Suite(_Kind, name="evaluate suite"):
           --output suite.json
 
     the suite:
-      --config FILE|NAME[:ARG]  a Python file with get_config, or a config of the package, such as eval; ARG goes to
-        get_config
-      --config.KEY VALUE        changes a key; the file has the keys
-      --only NAMES              names of entries, with commas between
-      --[no-]again              measure what OUT.json has already, too
+      --config FILE|NAME[:ARG]  a file with get_config(ARG), or a config of the package
+      --config.KEY VALUE        changes a key of the config
+      --only NAMES              names of entries, with commas between them
+      --[no-]again              also measure entries that OUT.json has already
     """
 
     config: str
@@ -48,40 +47,38 @@ class Suite(_Kind, name="evaluate suite"):
 
 
 def _of_evaluator(name: str) -> type[Command]:
-    """The declaration of a kind, of the options of its evaluator and their comments."""
-    cls, command = evals.find(name), name.replace("_", "-")
-    said, kinds = listing.comments(cls), typing.get_type_hints(cls)
-    lines, declared = [], {}
+    """The declaration of a kind: the options of its evaluator, with their help."""
+    cls, command = kinds.find(name), name.replace("_", "-")
+    types, lines = typing.get_type_hints(cls), []
+    declared: dict[str, Any] = {}
     annotations: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        options = dict(field.metadata)
-        if "metavar" not in options:
+        options = {key: x for key, x in field.metadata.items() if x not in (None, (), "")}
+        if "metavar" not in field.metadata:
             continue
-        metavar = options["metavar"] or "|".join(options.get("choices", ()))
-        shown = options.pop("name", field.name).replace("_", "-")
-        is_switch = kinds[field.name] is bool
-        lines.append(f"--[no-]{shown}" if is_switch else f"--{shown} {metavar}")
-        lines[-1] += f"  {said[field.name]}"
-        annotations[field.name] = kinds[field.name]
-        options |= {"name": shown} | ({"union": True} if "parse" in options else {})
+        metavar = options.get("metavar") or "|".join(options.get("choices", ()))
+        flag_name = options.pop("name", field.name).replace("_", "-")
+        shown = f"[no-]{flag_name}" if types[field.name] is bool else f"{flag_name} {metavar}"
+        about = options["help"].removesuffix(".")
+        about = about[0].lower() + about[1:] if about[1].islower() or about[1] == " " else about
+        lines.append(f"--{shown}  {about}")
+        annotations[field.name] = types[field.name]
+        options |= {"name": flag_name} | ({"union": True} if "parse" in options else {})
         default = None if "parse" in options else field.default
-        declared[field.name] = flag(
-            dataclasses.MISSING if options.get("required") else default, **options
-        )
+        default = dataclasses.MISSING if options.get("required") else default
+        declared[field.name] = flag(default, **options)
     if cls.writes_predictions:
-        lines.append("--predictions FILE  file to write: a line of JSON an image")
+        lines.append("--predictions FILE  file to write: one line of JSON per image")
         annotations["predictions"], declared["predictions"] = str | None, None
     about = (cls.__doc__ or name).splitlines()[0]
     example = f"grain-jax evaluate {command} --checkpoint runs/demo {cls.example} \\\n    --output {command}.json"
-    told = f"{about}\n\nExample:\n{example}\n\nwhat is measured:\n" + "\n".join(lines)
-    declared |= {
-        "__doc__": told.replace("\n", "\n  ").replace("\n  \n  ", "\n\n"),
-        "__annotations__": annotations,
-    }
+    text = f"{about}\n\nExample:\n{example}\n\nwhat is measured:\n" + "\n".join(lines)
+    declared["__doc__"] = text.replace("\n", "\n  ").replace("\n  \n  ", "\n\n")
+    declared["__annotations__"] = annotations
     return type(cls.__name__, (_Kind,), declared, name=f"evaluate {command}")
 
 
-_KINDS = {n.replace("_", "-"): functools.partial(_of_evaluator, n) for n in evals.NAMED}
+_KINDS = {n.replace("_", "-"): functools.partial(_of_evaluator, n) for n in kinds.KINDS}
 
 
 class Evaluate(Command, name="evaluate", kinds={**_KINDS, "suite": Suite}):

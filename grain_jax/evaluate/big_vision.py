@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors
 from grain_jax.core import images as image_files
+from grain_jax.inference import jitted
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 
@@ -38,11 +39,7 @@ class BigVisionError(errors.UserError):
 
 
 def register() -> None:
-    """Registers the model and the two preprocessing ops with big_vision.
-
-    Raises:
-      BigVisionError: big_vision is not on the path.
-    """
+    """Registers the model and the two preprocessing ops with big_vision. Raises BigVisionError if it is missing."""
     try:
         # Not a dependency of this package.
         from big_vision.pp import registry  # pyright: ignore[reportMissingImports]
@@ -59,34 +56,28 @@ def register() -> None:
         registry.Registry.register(f"preprocess_ops.{name}", replace=True)(op)
 
 
-class Model(nn.Module):
-    """The interface of two_towers.Model of big_vision, with the parameters of `grain.GRAIN`.
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """`init` and `apply` as two_towers.Model of big_vision has them, with the parameters of `grain.GRAIN`."""
 
-    Attributes:
-      checkpoint: workdir, checkpoint or converted folder with the configuration of the model.
-      dtype: of activations, "float32" (at full precision on every device) or "bfloat16".
-    """
+    checkpoint: str  # workdir, checkpoint or converted folder
+    dtype: str = "float32"  # of activations, "float32" (at full precision) or "bfloat16"
 
-    checkpoint: str
-    dtype: str = "float32"
+    def init(self, key: jax.Array, *_: Any, **__: Any) -> dict[str, Any]:
+        """{"params": new parameters}; the images and texts that big_vision passes do not matter."""
+        return {"params": nn.unbox(grain.init(grain.GRAIN(_stored(self.checkpoint)[0]), key))}
 
-    def setup(self):
-        self.grain = grain.GRAIN(_sizes(self.checkpoint).model, self.dtype)
-        nn.share_scope(self, self.grain)  # parameters are named as in the checkpoint
-
-    @nn.nowrap
-    def init(self, *args, **kwargs):
-        """As `init` of flax, but with plain arrays, because big_vision does not know logical axes."""
-        return nn.unbox(super().init(*args, **kwargs))
-
-    def __call__(self, image, text=None, train: bool = False):
+    def apply(
+        self, variables: Mapping[str, Any], image=None, text=None, train: bool = False, **_: Any
+    ) -> tuple[jax.Array | None, jax.Array | None, dict[str, Any]]:
         """Embeds images, texts or both; either may be None.
 
         Args:
+          variables: {"params": the parameters}.
           image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
           text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids, padded
-            by the op of big_vision; or other token ids, padded with -1. A text with another id than those
-            of the embedding table gets NaN.
+            by the op of big_vision; or other token ids, padded with -1. A text with an id that the embedding table
+            does not have gets NaN.
           train: has to be False.
 
         Returns:
@@ -99,23 +90,20 @@ class Model(nn.Module):
         """
         if train:
             raise BigVisionError("train: this adapter evaluates; train with `grain-jax train`")
-        zimg = ztxt = None
-        out = {}
-        with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
-            if image is not None:
-                zimg = self.grain.encode_image(jnp.asarray(image))[0]
-                out["img/normalized"] = zimg
-            if text is not None:
-                ztxt = self._encode_text(jnp.asarray(text))
-                out["txt/normalized"] = ztxt
-        out["t/parameter"] = jnp.asarray(self.grain.logit_scale)[None]
-        out["t"] = jnp.exp(out["t/parameter"])
-        if self.grain.config.logit_bias_init is not None:
-            out["b"] = jnp.asarray(self.grain.logit_bias)[None]
+        (model, _), params = _stored(self.checkpoint), variables["params"]
+        scale = jnp.asarray(params["logit_scale"])[None]
+        zimg, ztxt, out = None, None, {"t/parameter": scale, "t": jnp.exp(scale)}
+        if "logit_bias" in params:
+            out["b"] = jnp.asarray(params["logit_bias"])[None]
+        if image is not None:
+            encode = jitted.program(model, self.dtype, "encode_image")
+            out["img/normalized"] = zimg = encode(params, jnp.asarray(image))[0]
+        if text is not None:
+            out["txt/normalized"] = ztxt = self._encode_text(model, params, jnp.asarray(text))
         return zimg, ztxt, out
 
-    def _encode_text(self, tokens):
-        tower = self.grain.config.text
+    def _encode_text(self, model: config_lib.Model, params: Any, tokens: jax.Array) -> jax.Array:
+        tower = model.text
         if not tower.packable:  # the tower sees the padding
             missing = tower.context_length - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, missing)), constant_values=_PADDING)
@@ -125,14 +113,9 @@ class Model(nn.Module):
         ends = tokens.argmax(1) if tower.tokenizer == "clip" else real.sum(1) - 1
         if tower.mask_padding and tower.end_id is not None:
             ends = tower.ends(tokens)
-        tokens = jnp.where(real, tokens, tower.pad_id)[:, None]  # one group per text
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
-        at = jnp.stack([jnp.zeros_like(ends), ends], axis=1)
-        segments = jnp.ones_like(positions)
-        if tower.mask_padding:
-            segments = (positions <= ends[:, None, None]).astype(jnp.int32)
-        (embed,) = self.grain.encode_text(tokens, positions, segments, at)
-        known = ((tokens >= 0) & (tokens < tower.vocab_size)).all(axis=(1, 2))
+        tokens = jnp.where(real, tokens, tower.pad_id)
+        embed = jitted.text_program(model, self.dtype)(params, tokens, ends)
+        known = ((tokens >= 0) & (tokens < tower.vocab_size)).all(axis=1)
         return jnp.where(known[:, None], embed, jnp.nan)
 
 
@@ -140,7 +123,7 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
     """Loads the parameters of a checkpoint; the trainers of big_vision call this for `config.model_init`.
 
     Args:
-      init_params: the result of `Model.init`; unused, since the checkpoint has every parameter.
+      init_params: unused, since the checkpoint has every parameter.
       init_file: workdir, checkpoint or converted folder.
       model_cfg: the arguments of `Model`; its `checkpoint` may differ from `init_file` if the model is the same.
 
@@ -150,13 +133,13 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
     """
     del init_params
     if not isinstance(init_file, str):
-        raise BigVisionError(
-            f"model_init: got {init_file!r}, expected the path of one checkpoint of grain_jax"
-        )
-    ours, theirs = (
-        _without_keep(_sizes(path).model) for path in (init_file, model_cfg["checkpoint"])
-    )
-    if ours != theirs:
+        raise BigVisionError(f"model_init: got {init_file!r}, expected the path of one checkpoint")
+    models = []
+    for path in (init_file, model_cfg["checkpoint"]):
+        model, _ = _stored(path)
+        image = dataclasses.replace(model.image, keep=1.0)  # of the training alone
+        models.append(dataclasses.replace(model, image=image))
+    if models[0] != models[1]:
         raise BigVisionError(
             f"model_init: {init_file} has another model than model.checkpoint,"
             f" {model_cfg['checkpoint']}; expected the same towers"
@@ -164,25 +147,14 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
     return saved_model.load_model(init_file)[1]
 
 
-def _without_keep(model: config_lib.Model) -> config_lib.Model:
-    """The model with the default of the key that says how many patches training sees."""
-    image = dataclasses.replace(model.image, keep=config_lib.ImageTower().keep)
-    return dataclasses.replace(model, image=image)
-
-
 def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
     """The function that the evaluators of big_vision call: ({"params": ...}, {"image" or "labels": ...}) -> `Model`."""
-
-    def predict(train_state, batch):
-        variables = {"params": train_state["params"]}
-        return model.apply(variables, batch.get("image"), batch.get("labels"))
-
-    return predict
+    return lambda state, batch: model.apply(state, batch.get("image"), batch.get("labels"))
 
 
 def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
     """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`."""
-    size = _sizes(checkpoint).model.image.image_size
+    size = _stored(checkpoint)[0].image.image_size
 
     def resize(image):
         if isinstance(image, bytes):
@@ -194,7 +166,7 @@ def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
 
 def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") -> Callable:
     """Preprocessing op: a string -> int32 [context length] by the tokenizer of the text tower, padded with -1."""
-    model, folder = _sizes(checkpoint)
+    model, folder = _stored(checkpoint)
     library, context = tokenizer.of_tower(model.text, folder), model.text.context_length
 
     def tokenize(text):
@@ -215,13 +187,8 @@ def _op(function: Callable, inkey: str, outkey: str, dtype: str, shape: tuple) -
     return op
 
 
-class _Sizes(NamedTuple):
-    model: config_lib.Model
-    folder: str
-
-
 @functools.lru_cache(maxsize=8)
-def _sizes(path: str) -> _Sizes:
+def _stored(path: str) -> tuple[config_lib.Model, Any]:
     """The model in a checkpoint without its parameters, and the folder of the checkpoint."""
     stored = saved_model.load_stored(path)
-    return _Sizes(stored.model, stored.folder)
+    return stored.model, stored.folder

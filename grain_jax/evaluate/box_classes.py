@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow, option
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
 from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, Faults
 
 with epy.lazy_imports():
@@ -23,7 +23,7 @@ with epy.lazy_imports():
     from grain_jax.inference import prompts, scores
     from grain_jax.losses import boxes
 
-_BOXES, _FOUND = ("boxes", "boxes"), ("found_boxes/boxes", "boxes")  # of the rows of the table
+_BOXES, _FOUND = ("boxes", "boxes"), ("found_boxes/boxes", "boxes")  # count and unit of table rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,22 +42,25 @@ class Boxes(AnnotatedRegions):
         TableRow("image/top5", "class of a box by its image, top-5", "chance_top5", *_BOXES),
     )
     kind: str = "boxes"
-    # file of class names, or the name of one of the package (grain_jax/evaluate/classes); default: the distinct
-    # descriptions
-    classes: str | None = option(None, "FILE")
-    # prompts, one a line, with {} for the name; default: inference/templates.txt
-    templates: str | None = option(None, "FILE")
+    classes: str | None = option(
+        None, "File of class names, or lvis; default: the distinct descriptions.", "FILE"
+    )
+    templates: str | None = option(
+        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
+    )
 
     @property
     def files(self) -> tuple[str | None, ...]:
         return self.annotations, self.templates, self.classes
 
-    def check(self, attempt: Faults | None = None) -> int:
-        attempt = attempt or Faults()
+    def check(self) -> int:
+        attempt = Faults()
         attempt(prompts.load_templates, self.templates)
         if self.classes is not None:
             attempt(class_names.read, self.classes)
-        return super().check(attempt)
+        count = attempt(super().check)
+        attempt.done()
+        return count or 0
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Classifies every box by the box head and by the query that overlaps it most, as the model has them.
@@ -65,49 +68,47 @@ class Boxes(AnnotatedRegions):
         A description stands for the class with that label or name; boxes with other descriptions are left out and
         counted.
 
-        Returns: counts; `chance` (of top-1), `chance_top5`; under `box_head` (by the embedding of the box), `region` (by
-          that of the query that overlaps the box most) and `image` (by the image embedding): `top1`, `top5`,
-          `mean_per_class` (of top-1, over classes with a box) and `per_class`; the same under `groups` for each group of
-          the class file. With region queries also `best_iou`, the mean IoU of the box and the box of that query;
-          `found`, the share of boxes where the IoU is boxes.FOUND_IOU or more; and the same numbers under `found_boxes`
-          for these boxes alone. Shares have 95% intervals (`_low`, `_high`); ties count as if broken at random.
+        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by three embeddings: `box_head`
+          (of the box), `region` (of the query that overlaps the box most) and `image`. `groups` has the same for each
+          group of the class file. Region queries add three results. `best_iou` is the mean IoU of the box and that
+          query's box, `found` the share of boxes with an IoU of at least boxes.FOUND_IOU. `found_boxes` has the rates
+          for these boxes.
         """
-        filled = prompts.load_templates(self.templates)
-        listed = None if self.classes is None else class_names.read(self.classes)
+        templates = prompts.load_templates(self.templates)
+        lines = None if self.classes is None else class_names.read(self.classes)
         seen = encode_boxes(self, predictor, context)
         described = seen.described
-        listed = listed or [class_names.Line(None, text) for text in described.texts]
-        names = [line.name for line in listed]
-        class_of = _classes(described.texts, listed)
-        target = class_of[described.text]
+        lines = lines or [class_names.Line(None, text) for text in described.texts]
+        names = [line.name for line in lines]
+        target = _classes(described.texts, lines)[described.text]
         use = target >= 0
         if not use.any():
             raise errors.UserError(
                 f"{self.annotations}: got no box that is of one of {len(names)} classes and lies in its image,"
                 " expected descriptions that are class names"
             )
-        target, found = target[use], seen.found
-        texts = [prompts.class_texts(name, filled) for name in names]
+        target = target[use]
+        texts = [prompts.class_texts(name, templates) for name in names]
         features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
         hits = {
-            key: rates.nearest_hits(scores.unit(embed[use]), features, target)
-            for key, embed in seen.embeds.items()
+            way: rates.nearest_hits(scores.unit(embed[use]), features, target)
+            for way, embed in seen.embeds.items()
         }
-        accuracies = lambda which: {
-            "boxes": int(which.sum()),
-            **{
-                key: rates.of_classes(top1[which], top5[which], target[which], names)
-                for key, (top1, top5) in hits.items()
-            },
-        }
+
+        def accuracies(which: np.ndarray) -> dict[str, Any]:
+            of_ways = {
+                way: rates.of_classes(top1[which], top5[which], target[which], names)
+                for way, (top1, top5) in hits.items()
+            }
+            return {"boxes": int(which.sum()), **of_ways}
+
         of_queries: dict[str, Any] = {}
-        if found is not None:
-            iou = found.iou[use]
-            well = iou >= boxes.FOUND_IOU
-            of_queries = {"best_iou": float(iou.mean()), **rates.rate("found", well)}
-            of_queries |= {"found_boxes": accuracies(well)} if well.any() else {}
-        group = np.array([line.group for line in listed])[target]
-        parts = {name: group == name for name in dict.fromkeys(line.group for line in listed)}
+        if seen.nearest is not None:
+            iou = seen.nearest.iou[use]
+            is_found = iou >= boxes.FOUND_IOU
+            of_queries = {"best_iou": float(iou.mean()), **rates.rate("found", is_found)}
+            of_queries |= {"found_boxes": accuracies(is_found)} if is_found.any() else {}
+        group = np.array([line.group for line in lines])[target]
         return {
             **seen.counts,
             "boxes_outside": described.outside,
@@ -118,26 +119,25 @@ class Boxes(AnnotatedRegions):
             **of_queries,
             **accuracies(np.full(len(target), True)),
             "groups": {
-                name: accuracies(which) for name, which in parts.items() if name and which.any()
+                name: accuracies(group == name)
+                for name in dict.fromkeys(line.group for line in lines)
+                if name and (group == name).any()
             },
         }
 
 
-def _classes(texts: Sequence[str], listed: Sequence[class_names.Line]) -> np.ndarray:
+def _classes(texts: Sequence[str], lines: Sequence[class_names.Line]) -> np.ndarray:
     """The class of each distinct description, int [len(texts)], -1 for none."""
-    place: dict[str, int] = {}
+    normal = lambda text: encode.as_read(text).replace("_", " ")
+    position: dict[str, int] = {}
     for column in ("label", "name"):
-        for i, line in enumerate(listed):
+        for i, line in enumerate(lines):
             if getattr(line, column) is not None:
-                place.setdefault(_key(getattr(line, column)), i)
-    return np.array([place.get(_key(text), -1) for text in texts], int)
+                position.setdefault(normal(getattr(line, column)), i)
+    return np.array([position.get(normal(text), -1) for text in texts], int)
 
 
-def _key(text: str) -> str:
-    return encode.as_read(text).replace("_", " ")
-
-
-class Found(NamedTuple):
+class Nearest(NamedTuple):
     """For each annotated box the query that overlaps it most."""
 
     query: np.ndarray  # int [M]
@@ -152,14 +152,11 @@ class GivenBoxes(NamedTuple):
     described: grounding.Described  # M boxes
     # float32 [M, D]: "box_head" and "region", as the model has them, and "image"
     embeds: dict[str, np.ndarray]
-    found: Found | None  # None: a model without region queries
+    nearest: Nearest | None  # None: a model without region queries
 
 
 def encode_boxes(entry: AnnotatedImages, predictor: Any, context: Context) -> GivenBoxes:
-    """The boxes of the annotations that lie in their images, embedded; arguments and errors as of `entry.gather`."""
-    model = getattr(predictor, "model", None)  # a config.Model; test doubles may have none
-    has_regions = model is None or bool(model.decoder and model.decoder.queries)
-    has_head = model is not None and model.boxes.kind != "none"
+    """The boxes of the annotations that lie in their images, embedded; arguments and errors as in `entry.gather`."""
 
     def boxes_of(record: Any, size: tuple[int, int]) -> np.ndarray:
         return grounding.described_boxes([record], [size]).boxes_xyxy
@@ -167,21 +164,21 @@ def encode_boxes(entry: AnnotatedImages, predictor: Any, context: Context) -> Gi
     records, seen, counts = entry.gather(
         predictor,
         context,
-        regions=has_regions,
-        boxes_of=boxes_of if has_head else None,
+        regions=predictor.has_regions,
+        boxes_of=boxes_of if predictor.has_box_head else None,
     )
     described = grounding.described_boxes(records, seen.sizes)
-    embeds, found = {}, None
-    if seen.box_embed is not None:
+    embeds, nearest = {}, None
+    if predictor.has_box_head:
         embeds["box_head"] = seen.box_embed
-    if seen.regions is not None:
-        found = best_query(seen.regions.boxes_xyxy[described.image], described.boxes_xyxy)
-        embeds["region"] = seen.regions.embed[described.image, found.query]
+    if predictor.has_regions:
+        nearest = best_query(seen.regions.boxes_xyxy[described.image], described.boxes_xyxy)
+        embeds["region"] = seen.regions.embed[described.image, nearest.query]
     embeds["image"] = seen.image_embed[described.image]
-    return GivenBoxes(records, counts, described, embeds, found)
+    return GivenBoxes(records, counts, described, embeds, nearest)
 
 
-def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
+def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Nearest:
     """The query with the largest IoU; of equal ones (such as 0, without overlap) the one with the largest GIoU.
 
     Args:
@@ -194,4 +191,4 @@ def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Found:
         most = overlap == overlap.max(axis=1, keepdims=True)
         return np.where(most, boxes.giou(*two), -np.inf).argmax(axis=1), overlap.max(axis=1)
 
-    return Found(*scores.in_parts(best, pred_boxes_xyxy, boxes_xyxy[:, None]))
+    return Nearest(*scores.in_parts(best, pred_boxes_xyxy, boxes_xyxy[:, None]))

@@ -1,4 +1,4 @@
-"""The class names of a data set for prompts, read from a class file or made from the labels of the data set.
+"""The class names of a dataset for prompts, read from a class file or made from the labels of the dataset.
 
 A class file has one class per line: `name`, `label<TAB>name`, or `label<TAB>name<TAB>group` (box_classes then
 reports accuracies per group). Blank lines and `#` lines are skipped. Each file in `classes/` is named after the
@@ -32,29 +32,29 @@ _WNID = re.compile(r"n\d{8}")
 
 
 class ClassNameError(errors.UserError):
-    """A data set has no class names, or a class file does not fit it; the message is one line."""
+    """A dataset has no class names, or a class file does not fit it; the message is one line."""
 
 
 class Line(NamedTuple):
     """One line of a class file."""
 
-    label: str | None  # the label in the data set; None where the file has only names
+    label: str | None  # the label in the dataset; None where the file has only names
     name: str  # the name in prompts
     group: str = ""  # e.g. rare, common, frequent (LVIS); "": none
 
 
 def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) -> list[str]:
-    """The class names for prompts, in the order of the labels of the data set.
+    """The class names for prompts, in the order of the labels of the dataset.
 
     Args:
-      labels: the label names of the data set; None where it has none. Numbers (0, 1, ...) count as none.
-      count: the number of classes of the data set.
+      labels: the label names of the dataset; None where it has none. Numbers (0, 1, ...) count as none.
+      count: the number of classes of the dataset.
       classes: a class file: its path, the name of a file in `classes/`, or OPEN_CLIP; None: names made from
-        the labels. If the data set and the file both have labels, each label is looked up in the file, which
-        may have further labels; otherwise the file must have the classes in the order of the data set.
+        the labels. If the dataset and the file both have labels, each label is looked up in the file, which
+        may have more labels. Otherwise the file must have the classes in the order of the dataset.
 
     Raises:
-      ClassNameError: no names, no such file, or the names of another data set.
+      ClassNameError: no names, no such file, or the names of another dataset.
     """
     labels = _texts(labels)
     if classes is None:
@@ -64,20 +64,20 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
         names = {line.label: line.name for line in lines}
         if missing := [label for label in labels if label not in names]:
             raise ClassNameError(
-                f"classes {classes}: got no name for {len(missing)} of the data set's {count} labels,"
-                f" the first: {missing[0]!r}; expected a file of this data set"
+                f"classes {classes}: got no name for {len(missing)} of the dataset's {count} labels,"
+                f" the first: {missing[0]!r}; expected a file of this dataset"
             )
         return [names[label] for label in labels]
     if len(lines) != count:
         raise ClassNameError(
-            f"classes {classes}: got {len(lines)} classes, expected the data set's {count}"
+            f"classes {classes}: got {len(lines)} classes, expected the dataset's {count}"
         )
-    place = {readable(label).lower(): i for i, label in enumerate(labels or ())}
+    position = {readable(label).lower(): i for i, label in enumerate(labels or ())}
     for i, line in enumerate(lines):
-        if labels is not None and place.get(readable(line.name).lower(), i) != i:
+        if labels is not None and position.get(readable(line.name).lower(), i) != i:
             raise ClassNameError(
-                f"classes {classes}: got {line.name!r} as class {i}, where the data set has {labels[i]!r};"
-                " expected the data set's order, or label<TAB>name"
+                f"classes {classes}: got {line.name!r} as class {i}, where the dataset has {labels[i]!r};"
+                " expected the dataset's order, or label<TAB>name"
             )
     return [line.name for line in lines]
 
@@ -110,8 +110,8 @@ def read(classes: str) -> list[Line]:
             " label<TAB>name<TAB>group"
         )
     lines = [Line(None, *row) if len(row) == 1 else Line(*row) for row in rows]
-    if twice := _twice([line.label for line in lines if line.label]):
-        raise ClassNameError(f"classes {path}: got the label {twice!r} twice, expected it once")
+    if repeated := twice([line.label for line in lines if line.label]):
+        raise ClassNameError(f"classes {path}: got the label {repeated!r} twice, expected it once")
     return lines
 
 
@@ -132,19 +132,19 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
     A class with the label `apartment_building/outdoor` is found there by it, whatever its name in prompts is. For
     a WordNet id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes have that one.
 
-    Arguments as of `for_labels`, which has accepted them. Returns None where neither data set nor file has labels.
+    Arguments as of `for_labels`, which has accepted them. Returns None where neither dataset nor file has labels.
     """
-    found = _texts(labels)
-    if found is None and classes is not None:
-        found = [line.label for line in read(classes) if line.label is not None]
-    if not found:
+    known = _texts(labels)
+    if known is None and classes is not None:
+        known = [line.label for line in read(classes) if line.label is not None]
+    if not known:
         return None
-    if not _WNID.fullmatch(found[0]):
-        return [_stem(label) for label in found]
+    if not _WNID.fullmatch(known[0]):
+        return [_stem(label) for label in known]
     second = {str(line.label): line.name for line in read(_IMAGENET)}
     if classes == _IMAGENET:
         second |= OPEN_CLIP_NAMES
-    return [second.get(label, _stem(label)) for label in found]
+    return [second.get(label, _stem(label)) for label in known]
 
 
 def readable(label: str) -> str:
@@ -177,14 +177,14 @@ def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
             f"classes: got {got}, expected a file of class names: a path, or one of {shipped()}"
         )
     names = [readable(label) for label in labels]
-    if twice := _twice(names):
+    if repeated := twice(names):
         raise ClassNameError(
-            f"classes: got two labels that read {twice!r}, expected a file of label<TAB>name"
+            f"classes: got two labels that read {repeated!r}, expected a file of label<TAB>name"
         )
     return names
 
 
-def _twice(names: Sequence[str]) -> str:
+def twice(names: Sequence[str]) -> str:
     """The first name that is there twice; "": none."""
     return next((name for name in names if names.count(name) > 1), "")
 

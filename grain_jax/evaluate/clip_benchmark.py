@@ -26,11 +26,7 @@ class ClipBenchmarkError(errors.UserError):
 
 
 def register() -> None:
-    """Registers the model type with clip-benchmark, even if its command line is already imported.
-
-    Raises:
-      ClipBenchmarkError: clip-benchmark is not installed.
-    """
+    """Registers the model type with clip-benchmark. Raises ClipBenchmarkError if it is not installed."""
     try:
         models = importlib.import_module("clip_benchmark.models")
     except ModuleNotFoundError as error:
@@ -41,16 +37,12 @@ def register() -> None:
             " environment of its own with numpy below 2.4"
         ) from None
     models.TYPE2FUNC[NAME] = load
-    if NAME not in models.MODEL_TYPES:
+    if NAME not in models.MODEL_TYPES:  # the command line may have this list already
         models.MODEL_TYPES.append(NAME)
 
 
 class Model(torch.nn.Module):
-    """A Predictor behind the two methods that clip-benchmark calls.
-
-    Args:
-      predictor: the model; it holds the parameters, as JAX arrays, so this module has none of its own.
-    """
+    """A Predictor behind the two methods that clip-benchmark calls; its parameters are JAX arrays."""
 
     def __init__(self, predictor: inference.Predictor):
         super().__init__()
@@ -68,14 +60,12 @@ class Model(torch.nn.Module):
 
 
 def load(
-    model_name: str = "", pretrained: str = "", cache_dir: str | None = None, device: str = "cpu"
+    model_name: str = "", pretrained: str = "", **_: object
 ) -> tuple[Model, Callable[[PIL.Image.Image], torch.Tensor], Callable[..., torch.Tensor]]:
     """The loader that `load_clip` of clip-benchmark calls: (model, transform, tokenizer).
 
-    Args:
-      model_name: unused; clip-benchmark names its results with it.
-      pretrained: a training workdir, a checkpoint or a converted folder.
-      cache_dir, device: unused; nothing is downloaded, and JAX chooses the device.
+    `pretrained` is a training workdir, a checkpoint or a converted folder. The other arguments do not matter: nothing
+    is downloaded, and JAX chooses the device.
 
     Raises:
       ClipBenchmarkError: the end of a text cannot be found from its token ids.
@@ -94,11 +84,8 @@ def load(
         texts = [texts] if isinstance(texts, str) else list(texts)
         return torch.from_numpy(np.asarray(library(texts, tower.context_length), np.int32))
 
-    def resize(image: PIL.Image.Image) -> torch.Tensor:
-        # As `grain_jax.evaluate`: uint8 [S, S, 3].
-        return torch.from_numpy(predictor.resized(image).copy())
-
-    return Model(predictor), resize, ids
+    # Resized as in `grain_jax.evaluate`, uint8 [S, S, 3].
+    return Model(predictor), lambda image: torch.from_numpy(predictor.resized(image).copy()), ids
 
 
 def main() -> int:

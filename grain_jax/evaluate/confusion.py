@@ -1,9 +1,9 @@
 """How many pixels of each class were taken for which class, and the numbers of segmentation that follow from it.
 
-The counts are integers and sums over images: they do not depend on the order of the images or on who has which, and
-they take the same memory for any number of images. So does the interval, a Poisson bootstrap (Chamandy et al. 2012,
-"Estimating uncertainty for massive data streams"): in each of DRAWS replicates an image counts as often as a Poisson
-number of mean 1 says, a function of its position in the set.
+The counts are integers and sums over images, so they depend neither on the order of the images nor on the number of
+processes. They take the same memory for any number of images, and so does the interval. It is a Poisson bootstrap
+(Chamandy et al. 2012, "Estimating uncertainty for massive data streams"). In each of DRAWS replicates an image counts as
+often as a Poisson number of mean 1 says. That number depends on the position of the image.
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ _SEED = 18
 
 
 def counts(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """The confusion matrix of an image, int64 [C, C], rows by the true class.
-
-    Args:
-      truth: int, positions of classes; negative numbers do not count.
-      predicted: int of that shape, positions of classes.
-      classes: C.
-    """
+    """The confusion matrix of an image, int64 [C, C], rows by the true class; negative classes do not count."""
     known = truth >= 0
     pairs = truth[known].astype(np.int64) * classes + predicted[known]
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
@@ -38,25 +32,27 @@ def parts(matrix: np.ndarray) -> np.ndarray:
     return np.stack([right, matrix.sum(-1), matrix.sum(-2)], axis=-2)
 
 
-def miou(found: np.ndarray) -> np.ndarray:
-    """The mean IoU over the classes whose union is not empty, of `parts` [..., 3, C]; NaN where all are."""
-    right, true, predicted = np.moveaxis(np.asarray(found, np.float64), -2, 0)
-    union = true + predicted - right
-    there = union > 0
-    total = (right / np.maximum(union, 1)).sum(-1, where=there)
-    return _ratio(total, there.sum(-1))
+def miou(pixels: np.ndarray) -> np.ndarray:
+    """`parts` [..., 3, C] -> the mean IoU over the classes whose union is not empty; NaN if all are empty."""
+    right, true, predicted = np.moveaxis(np.asarray(pixels, np.float64), -2, 0)
+    return _mean_share(right, true + predicted - right)
 
 
-def accuracy(found: np.ndarray) -> np.ndarray:
-    """The share of right pixels, of `parts` [..., 3, C]; NaN where there is none."""
-    return _ratio(found[..., 0, :].sum(-1), found[..., 1, :].sum(-1))
+def accuracy(pixels: np.ndarray) -> np.ndarray:
+    """`parts` [..., 3, C] -> the share of right pixels; NaN if there is no pixel."""
+    return _ratio(pixels[..., 0, :].sum(-1), pixels[..., 1, :].sum(-1))
 
 
-def class_accuracy(found: np.ndarray) -> np.ndarray:
-    """The mean over the true classes of their shares of right pixels, of `parts` [..., 3, C]."""
-    right, true, _ = np.moveaxis(np.asarray(found, np.float64), -2, 0)
-    there = true > 0
-    return _ratio((right / np.maximum(true, 1)).sum(-1, where=there), there.sum(-1))
+def class_accuracy(pixels: np.ndarray) -> np.ndarray:
+    """`parts` [..., 3, C] -> the mean over the true classes of their shares of right pixels."""
+    right, true, _ = np.moveaxis(np.asarray(pixels, np.float64), -2, 0)
+    return _mean_share(right, true)
+
+
+def _mean_share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """The mean over the classes [..., C] with pixels."""
+    exists = whole > 0
+    return _ratio((part / np.maximum(whole, 1)).sum(-1, where=exists), exists.sum(-1))
 
 
 def _ratio(a: Any, b: Any) -> np.ndarray:
@@ -65,14 +61,9 @@ def _ratio(a: Any, b: Any) -> np.ndarray:
 
 
 class Confusion:
-    """The confusion matrix of a set, image by image.
+    """The confusion matrix int64 [C, C] of a set, image by image, rows by the true class.
 
-    Args:
-      classes: their number C.
-
-    Attributes:
-      matrix: int64 [C, C], rows by the true class.
-      images: how many were added that have a pixel that counts.
+    `images` is the number of images that have a pixel that counts.
     """
 
     def __init__(self, classes: int):
@@ -97,29 +88,26 @@ class Confusion:
         return out
 
     def measures(self, without: int | None = None) -> dict[str, float]:
-        """`miou`, `pixel_accuracy`, `mean_class_accuracy`, and those of a guess that is uniform.
+        """`miou`, `pixel_accuracy` and `mean_class_accuracy`, and their values for a uniform guess.
 
-        The first three have 95% intervals if there are LEAST_IMAGES or more: of one image all draws are alike.
-
-        Args:
-          without: a class that no pixel gets, so that nobody guesses it; None: none.
+        The first three have 95% intervals if there are LEAST_IMAGES or more. Nobody guesses the class `without`.
         """
-        own, out = parts(self.matrix), {}
+        pixels, out = parts(self.matrix), {}
         ways = dict(miou=miou, pixel_accuracy=accuracy, mean_class_accuracy=class_accuracy)
         for name, measure in ways.items():
-            out[name] = value = float(measure(own))
+            out[name] = value = float(measure(pixels))
             if self.images >= LEAST_IMAGES:
                 low, high = np.nanpercentile(measure(self._drawn), (2.5, 97.5))
                 out |= {f"{name}_low": min(low, value), f"{name}_high": max(high, value)}
-        true = own[1].astype(np.float64)
-        guess = np.ones(len(true))  # the chance of each class to be guessed
+        true = pixels[1].astype(np.float64)
+        guess = np.ones(len(true))  # the chance of each class
         if without is not None:
             guess[without] = 0
         guess /= guess.sum()
         union = true * (1 - guess) + true.sum() * guess
-        there = union > 0
+        exists = union > 0
         return out | {
-            "chance_miou": float((true * guess)[there] @ (1 / union[there]) / there.sum()),
+            "chance_miou": float((true * guess)[exists] @ (1 / union[exists]) / exists.sum()),
             "chance_pixel_accuracy": float(true @ guess / true.sum()),
         }
 

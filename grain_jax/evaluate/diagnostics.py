@@ -2,7 +2,7 @@
 
 DETR-like decoders learn slowly while the matching of queries to regions flips between evaluations
 (DN-DETR, Li et al. 2022, section 3.1); `matching_stability` is the share of regions that keep their query. Boxes,
-texts and the matching are those of `grounding`.
+texts and the matching come from `grounding`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
 with epy.lazy_imports():
@@ -55,26 +55,25 @@ class Diagnostics(AnnotatedRegions):
 
         Returns: counts, and (95% intervals of shares: `_low`, `_high`)
           `matched_iou`, `matched_iou50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
-          `region_to_description_r1`, `_r5`: share of matched regions whose own text is among the 1 or 5 nearest of
-            all distinct descriptions; `chance_region_to_description_r1`, `_r5`;
+          `region_to_description_r1`, `_r5`: share of matched regions whose text is among the 1 or 5 nearest of all
+            distinct descriptions; `chance_region_to_description_r1`, `_r5`;
           `query_usage_entropy`: entropy of the shares of matched regions per query, divided by ln Q; 1: equal shares;
           `description_entropy`: entropy of the descriptions of the matched regions, in nats;
-          `matching_stability`: share of regions matched to the same query as at the previous evaluation, at step
-            `stability_since_step`; left out without a file, or if it has no earlier evaluation of the same regions.
-            `chance_matching_stability`: the share if both evaluations assigned their queries in a random order;
-          `query`: number of the query -> `share` of the matched regions and, where that is not 0, mean predicted
-            box `cx`, `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy`
-            of its regions in nats, and `descriptions`: its most frequent ones with their counts.
+          `matching_stability`: share of regions matched to the same query as at step `stability_since_step`, the
+            previous evaluation of the same regions; left out without one. `chance_matching_stability`: the share if
+            both evaluations assigned their queries in a random order;
+          `query`: number of the query -> `share` of the matched regions, and for a share above 0 the mean box `cx`,
+            `cy`, `w`, `h` in [0, 1] with standard deviations `cx_spread` ..., `description_entropy` and `descriptions`,
+            the most frequent ones with their counts.
         """
-        kept, seen, counts = self.gather(predictor, context)
-        described = grounding.described_boxes(kept, seen.sizes)
-        grounding.check_some_box(self.annotations, described)
-        pred_boxes_xyxy, region_embed = seen.with_regions
+        records, seen, counts = self.gather(predictor, context, regions=True)
+        described = grounding.some_described_boxes(self.annotations, records, seen.sizes)
+        pred_boxes_xyxy, region_embed = seen.regions
         text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
 
         matched, text = grounding.match(pred_boxes_xyxy, described)
-        at = matched.image, matched.query
-        embed = scores.unit(region_embed[at])
+        pairs = matched.image, matched.query
+        embed = scores.unit(region_embed[pairs])
         queries = pred_boxes_xyxy.shape[1]
         uses = np.bincount(matched.query, minlength=queries)
         result = {
@@ -90,12 +89,12 @@ class Diagnostics(AnnotatedRegions):
         for k, right in zip((1, 5), rates.nearest_hits(embed, text_embed, text)):
             result |= rates.rate(f"region_to_description_r{k}", right)
             result[f"chance_region_to_description_r{k}"] = min(1.0, k / len(described.texts))
-        pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[at]))
+        pred_boxes_cxcywh = np.asarray(boxes.xyxy_to_cxcywh(pred_boxes_xyxy[pairs]))
         path, step = context.state_path and epath.Path(context.state_path), context.step or 0
         # All that decides which regions are matched, and in which order.
         lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in described[:-1]]
-        said = json.dumps([[record.image for record in kept], lists, queries])
-        regions = hashlib.sha256(said.encode()).hexdigest()
+        content = json.dumps([[record.image for record in records], lists, queries])
+        regions = hashlib.sha256(content.encode()).hexdigest()
         before = _evaluations(path, regions, step) if path else []
         if before:
             then = np.array(before[-1]["query"])
@@ -110,8 +109,8 @@ class Diagnostics(AnnotatedRegions):
         if path and processes.process_info()[0] == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             evaluations = [*before, {"step": step, "query": matched.query.tolist()}][-KEPT:]
-            content = {"result": result, "regions": regions, "evaluations": evaluations}
-            atomic.write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
+            state = {"result": result, "regions": regions, "evaluations": evaluations}
+            atomic.write_text(path, json.dumps(state, ensure_ascii=False) + "\n")
         return result
 
 

@@ -1,15 +1,15 @@
 """Evaluation of regions: box IoU, Acc@0.5, region-to-description R@1, phrase grounding.
 
 Queries are matched to the described boxes of an image by the matching cost of training (`matching`). Its weights are
-always those of the paper, 5 (L1) and 2 (GIoU), so that runs with other weights can be compared. If an image has more
+always the paper's, 5 (L1) and 2 (GIoU), so that runs with other weights can be compared. If an image has more
 boxes than the model has queries, the boxes with the highest scores are used, as in training.
 
-Every entry of `phrases` in A.jsonl is one phrase with its own boxes (without that key, each described box is one
-phrase), so equal phrases of one image are not merged. A phrase is found if the IoU of the best-scoring query and the
-box of the phrase is at least 0.5 (`boxes.FOUND_IOU`). This is the protocol of RefCOCO, where every sentence has the
-box of its object (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the
-two protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py): "any box" takes the largest IoU with
-one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
+Every entry of `phrases` in A.jsonl is one phrase with its own boxes; equal phrases of one image are not merged. Without
+that key, each described box is one phrase. A phrase is found if the IoU of the best-scoring query and the box of the
+phrase is at least 0.5 (`boxes.FOUND_IOU`). This is the protocol of RefCOCO, whose sentences have the box of
+one object (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the two
+protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py). "Any box" takes the largest IoU with one of
+the boxes, "merged boxes" the IoU with the smallest box around all of them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
 with epy.lazy_imports():
@@ -71,17 +71,15 @@ class Grounding(AnnotatedRegions):
           `region_to_description_r1`: share of matched regions whose own description is the nearest of all distinct
             descriptions of the file; `chance_region_to_description_r1`;
           `phrases`: number of phrases; if it is 0, the keys below are left out;
-          `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the phrase (of
-            several boxes, the one with the largest IoU), and the share with IoU >= 0.5;
+          `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the phrase, and the
+            share with IoU >= 0.5; with several boxes, the largest IoU;
           `chance_phrase_iou`, `chance_phrase_acc50`: the same for a query chosen at random;
-          if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases; `phrase_acc50_any_box`,
-            equal to `phrase_acc50`; `phrase_iou_merged_box` and `phrase_acc50_merged_box`, against the smallest box
-            around all boxes of the phrase; and the `chance_` of these three rates.
+          if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases, and the rates
+            `phrase_acc50_any_box`, `phrase_iou_merged_box` and `phrase_acc50_merged_box` with their `chance_`.
         """
-        kept, seen, counts = self.gather(predictor, context)
-        pred_boxes_xyxy, region_embed = seen.with_regions
-        described = described_boxes(kept, seen.sizes)
-        check_some_box(self.annotations, described)
+        records, seen, counts = self.gather(predictor, context, regions=True)
+        pred_boxes_xyxy, region_embed = seen.regions
+        described = some_described_boxes(self.annotations, records, seen.sizes)
         text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
 
         matched, text = match(pred_boxes_xyxy, described)
@@ -108,21 +106,40 @@ def _of_phrases(
     seen: encode.Encoded, described: Described, text_embed: np.ndarray
 ) -> dict[str, Any]:
     """The part of the result about phrases; text_embed [T, D]."""
-    phrases = _phrases(described)
-    if phrases is None:
+    if not described.phrases:
         return {"phrases": 0}
-    pred_boxes_xyxy, region_embed = seen.with_regions
-    similarity = np.einsum(
-        "pqd,pd->pq", scores.unit(region_embed)[phrases.image], text_embed[phrases.text]
-    )
+    counts = np.array(list(map(len, described.phrases)))  # [P]
+    members = np.concatenate(described.phrases)  # [K], the boxes of one phrase after another
+    first = np.cumsum(counts) - counts
+    image, text = described.image[members[first]], described.text[members[first]]
+    answers_xyxy, region_embed = seen.regions.boxes_xyxy[image], seen.regions.embed[image]
+    similarity = np.einsum("pqd,pd->pq", scores.unit(region_embed), text_embed[text])
     best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
     share = best / best.sum(axis=1, keepdims=True)  # of several best ones, one at random
-    return phrase_rates(
-        described.boxes_xyxy[phrases.boxes],
-        phrases.counts,
-        pred_boxes_xyxy[phrases.image],
-        share,
-    )
+    true_xyxy = described.boxes_xyxy[members]
+    each = _iou(np.repeat(answers_xyxy, counts, axis=0), true_xyxy[:, None])  # [K, Q]
+    any_box = np.maximum.reduceat(each, first, axis=0)  # [P, Q]
+    out = {"phrases": len(counts)} | _of_protocol("", any_box, share)
+    if counts.max() > 1:
+        low = np.minimum.reduceat(true_xyxy[:, :2], first, axis=0)
+        high = np.maximum.reduceat(true_xyxy[:, 2:], first, axis=0)
+        merged_xyxy = np.concatenate([low, high], axis=1)[:, None]  # [P, 1, 4]
+        merged = _of_protocol("_merged_box", _iou(answers_xyxy, merged_xyxy), share)
+        same = {name: value for name, value in out.items() if "phrase_acc50" in name}
+        out["phrases_of_several_boxes"] = int((counts > 1).sum())
+        out |= {k.replace("acc50", "acc50_any_box"): v for k, v in same.items()} | merged
+    return out
+
+
+def _of_protocol(name: str, overlap: np.ndarray, share: np.ndarray) -> dict[str, float]:
+    """Rates of `overlap` [P, Q], the IoU of query and right box; `share` [P, Q] is the chance of each query."""
+    hits = overlap >= boxes.FOUND_IOU
+    return {
+        f"phrase_iou{name}": float((share * overlap).sum(axis=1).mean()),
+        f"chance_phrase_iou{name}": float(overlap.mean()),
+        **rates.rate(f"phrase_acc50{name}", (share * hits).sum(axis=1)),
+        f"chance_phrase_acc50{name}": float(hits.mean()),
+    }
 
 
 class Matched(NamedTuple):
@@ -142,71 +159,9 @@ class Described(NamedTuple):
     region: np.ndarray  # int [M], position in the regions of its record
     text: np.ndarray  # int [M], position in `texts`
     texts: list[str]  # distinct after the tokenizer's cleaning and lower-casing
-    outside: int  # number of boxes left out: less than half of the box lies in the image
-    # Of each phrase, but those whose boxes are all left out, its boxes: positions among the M.
+    outside: int  # boxes left out, since less than half of them lies in the image
+    # Per phrase the positions of its boxes among the M.
     phrases: Sequence[Sequence[int]] = ()
-
-
-def check_some_box(path: str | None, described: Described) -> None:
-    """Raises errors.UserError if none of the boxes of the annotations `path` lies in its image."""
-    if not len(described.image):
-        raise errors.UserError(f"{path}: every box lies outside its image")
-
-
-class _Phrases(NamedTuple):
-    """The phrases of `Described`, P of them."""
-
-    boxes: np.ndarray  # int [K], of one phrase after another: positions among the M
-    counts: np.ndarray  # int [P], boxes of each
-    image: np.ndarray  # int [P]
-    text: np.ndarray  # int [P]
-
-
-def _phrases(described: Described) -> _Phrases | None:
-    """None where there is no phrase."""
-    if not described.phrases:
-        return None
-    counts = np.array(list(map(len, described.phrases)))  # [P]
-    boxes, first = np.concatenate(described.phrases), np.cumsum(counts) - counts
-    image, text = described.image[boxes[first]], described.text[boxes[first]]
-    return _Phrases(boxes, counts, image, text)
-
-
-def phrase_rates(
-    true_boxes_xyxy: np.ndarray, counts: np.ndarray, answers_xyxy: np.ndarray, share: np.ndarray
-) -> dict[str, Any]:
-    """The part of the result about phrases.
-
-    Args:
-      true_boxes_xyxy: float32 [K, 4], the boxes of one phrase after another.
-      counts: int [P], boxes of each.
-      answers_xyxy: [P, Q, 4], the boxes to choose from.
-      share: [P, Q], the chance of each to be chosen.
-    """
-    first = np.cumsum(counts) - counts
-    each = _iou(np.repeat(answers_xyxy, counts, axis=0), true_boxes_xyxy[:, None])  # [K, Q]
-    any_box = np.maximum.reduceat(each, first, axis=0)  # [P, Q]
-    out = {"phrases": len(counts)} | _of_protocol("", any_box, share)
-    if counts.max() > 1:
-        low = np.minimum.reduceat(true_boxes_xyxy[:, :2], first, axis=0)
-        high = np.maximum.reduceat(true_boxes_xyxy[:, 2:], first, axis=0)
-        merged_xyxy = np.concatenate([low, high], axis=1)[:, None]  # [P, 1, 4]
-        merged = _of_protocol("_merged_box", _iou(answers_xyxy, merged_xyxy), share)
-        same = {key: value for key, value in out.items() if "phrase_acc50" in key}
-        out["phrases_of_several_boxes"] = int((counts > 1).sum())
-        out |= {k.replace("acc50", "acc50_any_box"): v for k, v in same.items()} | merged
-    return out
-
-
-def _of_protocol(name: str, overlap: np.ndarray, share: np.ndarray) -> dict[str, float]:
-    """Rates of `overlap` [P, Q], the IoU of query and right box; `share` [P, Q] is the chance of each query."""
-    found = overlap >= boxes.FOUND_IOU
-    return {
-        f"phrase_iou{name}": float((share * overlap).sum(axis=1).mean()),
-        f"chance_phrase_iou{name}": float(overlap.mean()),
-        **rates.rate(f"phrase_acc50{name}", (share * found).sum(axis=1)),
-        f"chance_phrase_acc50{name}": float(found.mean()),
-    }
 
 
 def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, np.ndarray]:
@@ -216,8 +171,12 @@ def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, n
     text = np.zeros((count, queries), int)
     mask = np.zeros((count, queries), bool)
     use = described.rank < queries
-    at = described.image[use], described.rank[use]
-    true_boxes_xyxy[at], text[at], mask[at] = described.boxes_xyxy[use], described.text[use], True
+    cell = described.image[use], described.rank[use]
+    true_boxes_xyxy[cell], text[cell], mask[cell] = (
+        described.boxes_xyxy[use],
+        described.text[use],
+        True,
+    )
 
     def matches(predicted: np.ndarray, true: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray]:
         two = (boxes.xyxy_to_cxcywh(jnp.asarray(x)) for x in (predicted, true))
@@ -242,8 +201,7 @@ def described_boxes(
     rows, phrases, outside = [], [], 0
     for i, (record, size) in enumerate(zip(records, np.asarray(sizes).tolist())):
         box_of: dict[int, int] = {}  # position of a region in the record -> position of its box
-        ranked = sorted(enumerate(record.regions), key=lambda found: -found[1].score)
-        for position, region in ranked:
+        for position, region in sorted(enumerate(record.regions), key=lambda pair: -pair[1].score):
             box_xyxy = annotations_lib.clip_box(region.box_xyxy, *size).box_xyxy
             if box_xyxy is None:
                 outside += 1
@@ -251,15 +209,23 @@ def described_boxes(
             scaled = [x / edge for x, edge in zip(box_xyxy, (*size, *size))]
             rows.append((i, len(box_of), scaled, position, region.description))
             box_of[position] = len(rows) - 1
-        own = [(x,) for x in range(len(record.regions))]
-        for phrase in own if record.phrases is None else record.phrases:
+        alone = [(x,) for x in range(len(record.regions))]
+        for phrase in alone if record.phrases is None else record.phrases:
             if kept := [box_of[x] for x in phrase if x in box_of]:
                 phrases.append(kept)
-    image, rank, boxes_xyxy, region, said = zip(*rows) if rows else [()] * 5
-    texts, text = prompts.distinct(said, encode.as_read)
+    image, rank, boxes_xyxy, region, descriptions = zip(*rows) if rows else [()] * 5
+    texts, text = prompts.distinct(descriptions, encode.as_read)
     image, rank, region = (np.array(x, int) for x in (image, rank, region))
     boxes_xyxy = np.array(boxes_xyxy, np.float32).reshape(-1, 4)
     return Described(image, rank, boxes_xyxy, region, text, texts, outside, phrases)
+
+
+def some_described_boxes(path: str | None, *images: Any) -> Described:
+    """`described_boxes`; raises errors.UserError if none of the boxes of the annotations `path` lies in its image."""
+    described = described_boxes(*images)
+    if not len(described.image):
+        raise errors.UserError(f"{path}: every box lies outside its image")
+    return described
 
 
 def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray:
@@ -269,11 +235,11 @@ def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray
     first = np.searchsorted(described.image, np.arange(count + 1))
     out = np.empty(shape, np.float32)
     for i in range(count):
-        own = first[i + 1] - first[i]
-        others = len(described.image) - own
+        count_here = first[i + 1] - first[i]
+        others = len(described.image) - count_here
         if others:
             drawn = random.integers(others, size=queries)
-            out[i] = described.boxes_xyxy[drawn + own * (drawn >= first[i])]
+            out[i] = described.boxes_xyxy[drawn + count_here * (drawn >= first[i])]
         else:  # no other image has boxes: random corners
             corners = np.sort(random.random((queries, 2, 2), np.float32), axis=1)
             out[i] = corners.reshape(queries, 4)

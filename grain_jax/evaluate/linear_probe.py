@@ -1,13 +1,13 @@
 """Linear probe: how well a logistic regression on image embeddings classifies.
 
-The protocol is that of CLIP (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
-Supervision", appendix A.3): scikit-learn's L-BFGS logistic regression of at most 1000 iterations; the strength of
-the L2 penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of two decades, then
-around the best value with a step that is halved four times (8 steps per decade); the final fit uses the validation
-part too.
+The protocol is CLIP's (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
+appendix A.3). It is scikit-learn's L-BFGS logistic regression with at most 1000 iterations. The strength of the L2
+penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of two decades. Then it is
+searched around the best value with a step that is halved four times (8 steps per decade). The final fit uses the
+validation part too.
 
-The features are image embeddings after the projection, with unit length, as in the example in the README of
-openai/CLIP. The tables of the CLIP paper use the features before the projection.
+The features are image embeddings after the projection, with unit length, as in the README of openai/CLIP. The tables of
+the CLIP paper use the features before the projection.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow, option, same_place
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option, same_place
 from grain_jax.evaluate.evaluators import LabelledImages
 
 with epy.lazy_imports():
@@ -52,8 +52,11 @@ class LinearProbe(LabelledImages):
         TableRow("mean_per_class", "mean per class", "chance", "pictures", "pictures"),
     )
     kind: str = "linear_probe"
-    # class folders to train on, or a split of the TFDS set; default: a share of each class of the images, or "train"
-    train: str | None = option(None, "DIR")
+    train: str | None = option(
+        None,
+        "Class folders to train on, or a TFDS split; default: a share of each class, or train.",
+        "DIR",
+    )
 
     @property
     def data(self) -> tuple[str | None, ...]:
@@ -61,25 +64,20 @@ class LinearProbe(LabelledImages):
 
     def open_train(self) -> test_sets.TestSet | None:
         """The training images; None if `images` is to be split."""
-        if self.tfds is not None:
-            split = self.train or "train"
-            if split == self.split:
-                raise errors.UserError(
-                    f"train: got the split {split!r}, which is the test's, expected another"
-                )
-            return self.open_other("", split)
-        if self.train is None:
+        if self.tfds is None and self.train is None:
             return None
-        if same_place(self.train, self.images):
+        train, test = self.train or "train", self.images if self.tfds is None else self.split
+        if (train == test) if self.tfds is not None else same_place(train, test):
             raise errors.UserError(
-                f"train: got {self.train}, which are the test's images, expected others, or none to split them"
+                f"train: got {train}, which are the test's images, expected others, or none to split them"
             )
-        return self.open_other(self.train, self.split)
+        return self.open_other(train, train)
 
     def check(self) -> int:
         if importlib.util.find_spec("sklearn") is None:
-            words = "needs scikit-learn: pip install 'grain_jax[probe]'"
-            raise errors.UserError(f"linear_probe: {words}")
+            raise errors.UserError(
+                "linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'"
+            )
         test, train = self.open(), self.open_train()
         if train is not None and list(train.classes) != list(test.classes):
             a, b = set(train.classes), set(test.classes)
@@ -88,7 +86,7 @@ class LinearProbe(LabelledImages):
                 "train: got other classes than the test's, expected the same; only in train:"
                 f" {only}; only in the test: {others}"
             )
-        # A TFDS set knows the sizes of its classes only once it is read.
+        # The sizes of the classes of a TFDS dataset are known only once it is read.
         if (labels := getattr(train or test, "labels", None)) is not None:
             counts = np.bincount(labels, minlength=len(test.classes))
             _check_counts(counts if train else np.array([_part(n, TRAIN_SHARE) for n in counts]))
@@ -100,30 +98,26 @@ class LinearProbe(LabelledImages):
         Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed) for training
         and the rest for the test.
 
-        Returns: counts, `chance` (of top-1), `chance_top5`; `top1`, `top5`, `mean_per_class` (of top-1), each with a 95%
-          interval `_low`, `_high` as of `rates.of_classes`; `per_class`; `C` and its `validation_top1`; and
-          `converged`, False where the final fit stopped at MAX_ITERATIONS.
+        Returns: counts, `chance`, `chance_top5` and the rates of `rates.of_classes`; `C` and its `validation_top1`; and
+          `converged`, False if the final fit stopped at MAX_ITERATIONS.
         """
         unreadable: dict[str, str] = {}
-        test, train = self.open(), self.open_train()
 
         def encoded(images: test_sets.TestSet) -> Data:
             seen = encode.gather_images(
-                predictor,
-                images,
-                label="linear probe",
-                unreadable=unreadable,
-                regions=False,
-                batch_size=context.batch_size,
+                predictor, images, label="linear probe", batch_size=context.batch_size
             )
+            unreadable.update(seen.unreadable)
             if seen.labels.min() < 0:
                 raise errors.UserError("the set has images without a label, expected another split")
             return Data(seen.image_embed.astype(np.float64), seen.labels)
 
+        test, train = self.open(), self.open_train()
         classes, tested = list(test.classes), encoded(test)
-        learnt = None if train is None else encoded(train)
-        if learnt is None:
+        if train is None:
             learnt, tested = _split(tested, classes)
+        else:
+            learnt = encoded(train)
         _check_counts(np.bincount(learnt.label, minlength=len(classes)))
         result = {
             "kind": "linear_probe",
@@ -149,8 +143,8 @@ class Data(NamedTuple):
     embed: np.ndarray  # float64 [N, D]
     label: np.ndarray  # int [N]
 
-    def of(self, which: np.ndarray) -> Data:
-        """Those at some positions, or where it is True."""
+    def select(self, which: np.ndarray) -> Data:
+        """The images for which `which` [N] is True."""
         return Data(self.embed[which], self.label[which])
 
 
@@ -167,8 +161,8 @@ def fit(learnt: Data, validation: Data, final: Data) -> tuple[Any, float]:
         if exponent not in tried:
             model = _regression(learnt, 10.0**exponent)
             scores = _scores(model, validation.embed, int(validation.label.max()) + 1)
-            own = scores[np.arange(len(scores)), validation.label]  # -inf: no training images
-            loss = float((special.logsumexp(scores, axis=1) - own).mean())
+            right = scores[np.arange(len(scores)), validation.label]  # -inf: no training images
+            loss = float((special.logsumexp(scores, axis=1) - right).mean())
             hits = _hits(scores, validation.label, 1)
             tried[exponent] = (float(hits.mean()), -loss, -exponent)
         return tried[exponent]
@@ -183,11 +177,11 @@ def fit(learnt: Data, validation: Data, final: Data) -> tuple[Any, float]:
 
 def hold_out(label: np.ndarray, share: float) -> np.ndarray:
     """A share of the images of each class, one at least and never all of them; bool [N]."""
-    held = np.zeros(len(label), bool)
+    chosen = np.zeros(len(label), bool)
     for c in np.unique(label):  # in a random order that no other class influences
         images = np.random.default_rng([_SEED, int(c)]).permutation(np.flatnonzero(label == c))
-        held[images[: _part(len(images), share)]] = True
-    return held
+        chosen[images[: _part(len(images), share)]] = True
+    return chosen
 
 
 def _part(count: int, share: float) -> int:
@@ -198,33 +192,28 @@ def _part(count: int, share: float) -> int:
 def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
     """The training and the test images of one set. Raises errors.UserError where a class has a single image."""
     counts = np.bincount(data.label, minlength=len(classes))
-    single = [name for name, n in zip(classes, counts) if n < 2]
-    if single:
+    if single := [name for name, n in zip(classes, counts) if n < 2]:
         raise errors.UserError(
-            "train: got none, so that the images are split, expected two or more of each class that can be read;"
-            f" too few are of {test_sets.listed(single)}"
+            "train: got none, so that the images are split; expected two or more readable images per class; too few:"
+            f" {test_sets.listed(single)}"
         )
     train = hold_out(data.label, TRAIN_SHARE)
-    return data.of(train), data.of(~train)
+    return data.select(train), data.select(~train)
 
 
 def _probe(learnt: Data, tested: Data, classes: list[str]) -> dict[str, Any]:
     """The part of the result about the regression."""
-    held = hold_out(learnt.label, VALIDATION_SHARE)
-    model, validation_top1 = fit(learnt.of(~held), learnt.of(held), learnt)
+    validation = hold_out(learnt.label, VALIDATION_SHARE)
+    parts = learnt.select(~validation), learnt.select(validation)
+    model, validation_top1 = fit(*parts, learnt)
+    scores = _scores(model, tested.embed, len(classes))
+    top1, top5 = (_hits(scores, tested.label, k) for k in (1, 5))
     return {
-        **_rates(model, tested, classes),
+        **rates.of_classes(top1, top5, tested.label, classes),
         "C": model.C,
         "validation_top1": validation_top1,
         "converged": bool(model.n_iter_.max() < MAX_ITERATIONS),
     }
-
-
-def _rates(model: Any, tested: Data, classes: list[str]) -> dict[str, Any]:
-    """The rates of a regression on the test images, over all and for each class that has some."""
-    scores = _scores(model, tested.embed, len(classes))
-    top1, top5 = (_hits(scores, tested.label, k) for k in (1, 5))
-    return rates.of_classes(top1, top5, tested.label, classes)
 
 
 def _hits(scores: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:
@@ -248,9 +237,9 @@ def _regression(data: Data, c: float) -> Any:
 
 def _scores(model: Any, embed: np.ndarray, classes: int) -> np.ndarray:
     """Logits float64 [N, C]; minus infinity for classes without training images."""
-    found = model.decision_function(embed)
-    if found.ndim == 1:  # of two classes: one logit, of the second against the first
-        found = np.stack([np.zeros_like(found), found], axis=1)
+    logits = model.decision_function(embed)
+    if logits.ndim == 1:  # two classes have one logit, the second against the first
+        logits = np.stack([np.zeros_like(logits), logits], axis=1)
     scores = np.full((len(embed), max(classes, int(model.classes_.max()) + 1)), -np.inf)
-    scores[:, model.classes_] = found
+    scores[:, model.classes_] = logits
     return scores

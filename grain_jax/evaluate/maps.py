@@ -1,11 +1,11 @@
 """Evaluation of similarity maps: does the map of a phrase lie where its boxes are?
 
-Two measures, for any kind of map (`Predictor.similarity_maps`):
+There are two measures for any kind of map (`Predictor.similarity_maps`):
 
-- the pointing game (Zhang et al. 2016, "Top-down Neural Attention by Excitation Backprop"): the highest cell of the map
-  lies in a box of the phrase, without a margin around the box;
-- the IoU of the boxes and the part of the image where the map, scaled to [0, 1] and resized, is above a threshold. All
-  phrases share the threshold, the one that is best for their mean.
+- The pointing game (Zhang et al. 2016, "Top-down Neural Attention by Excitation Backprop"): the highest cell of the map
+  lies in a box of the phrase, without a margin around the box.
+- The IoU of the boxes and the part of the image where the map, scaled to [0, 1] and resized, is above a threshold. All
+  phrases share the threshold that is best for their mean.
 
 As in `grounding`, every entry of `phrases` in A.jsonl is one phrase with its boxes.
 """
@@ -13,13 +13,13 @@ As in `grounding`, every entry of `phrases` in A.jsonl is one phrase with its bo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow
 from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -27,17 +27,11 @@ with epy.lazy_imports():
 
     from grain_jax.evaluate import encode, grounding, rates
     from grain_jax.inference import prompts, scores
-    from grain_jax.runtime import processes
 
 _SIDE = 64  # pixels that maps are resized to, for the IoU
 
 
-def thresholds() -> np.ndarray:
-    """Those that are tried, of the map in [0, 1]."""
-    return np.arange(0.05, 1, 0.05)
-
-
-_PHRASES = "phrases", "phrases"  # of the rows of the table
+_PHRASES = "phrases", "phrases"  # count and unit of table rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,61 +47,59 @@ class Maps(AnnotatedImages):
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Compares the similarity map of each phrase with its boxes.
 
-        Returns: counts; `pointing`, the share of phrases whose highest cell has its centre in a box of theirs, with a 95%
-          interval (`_low`, `_high`), of several equally high cells the share of these; `chance_pointing`, the same of any
-          cell; `map_iou` and `map_iou_threshold`, the mean IoU with the boxes at the best threshold; `chance_map_iou`,
-          that of the whole image.
+        Returns: counts; `pointing`, the share of phrases whose highest cell has its centre in one of their boxes, with a
+          95% interval (`_low`, `_high`). `chance_pointing` is the same for any cell. `map_iou` is the mean IoU with the
+          boxes at the best threshold, `map_iou_threshold`. `chance_map_iou` is the IoU of the whole image.
         """
         annotated = self.read()
         regions = [region for record in annotated.records for region in record.regions]
         texts, _ = prompts.distinct([region.description for region in regions])
         text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [T, D]
-        place = {text: i for i, text in enumerate(texts)}
-        unreadable: dict[str, str] = {}
-        counts = {"pictures": 0, "outside": 0}
+        position = {text: i for i, text in enumerate(texts)}
 
-        def measures() -> Iterator[dict[str, np.ndarray]]:
-            for batch in encode.encode_images(
-                predictor,
-                annotated.images,
-                label="maps",
-                unreadable=unreadable,
-                embed=False,
-                batch_size=context.batch_size,
-            ):
-                records = [annotated.records[i] for i in batch.index]
-                described = grounding.described_boxes(records, batch.sizes)
-                counts["pictures"] += len(records)
-                counts["outside"] += described.outside
-                own: list[list[tuple[int, np.ndarray]]] = [[] for _ in records]  # text and boxes
-                for boxes in described.phrases:
-                    text = place[described.texts[described.text[boxes[0]]]]
-                    own[described.image[boxes[0]]].append((text, described.boxes_xyxy[boxes]))
-                embeds = [text_embed[[text for text, _ in each]] for each in own]
-                maps = predictor.similarity_maps(batch.pixels, embeds)
-                pairs = [
-                    (one, boxes)
-                    for of_image, each in zip(maps, own)
-                    for one, (_, boxes) in zip(of_image, each)
-                ]
-                yield _measured(pairs)
+        def measures(batch: encode.Batch) -> dict[str, np.ndarray]:
+            records = [annotated.records[i] for i in batch.index]
+            described = grounding.described_boxes(records, batch.sizes)
+            phrases: list[list[tuple[int, np.ndarray]]] = [[] for _ in records]  # text and boxes
+            for boxes in described.phrases:
+                text = position[described.texts[described.text[boxes[0]]]]
+                phrases[described.image[boxes[0]]].append((text, described.boxes_xyxy[boxes]))
+            embeds = [text_embed[[text for text, _ in each]] for each in phrases]
+            maps = predictor.similarity_maps(batch.pixels, embeds)
+            pairs = [
+                (map_, boxes)
+                for of_image, each in zip(maps, phrases)
+                for map_, (_, boxes) in zip(of_image, each)
+            ]
+            counts = dict(index=batch.index, outside=np.array([described.outside]))
+            return counts | _measured(pairs)
 
-        found = processes.allgather(measures())
-        of_processes = processes.allgather_values(counts)
-        if not len(found["hit"]):
+        arrays, unreadable = encode.over_images(
+            annotated.paths,
+            encode.resizing(predictor),
+            measures,
+            label="maps",
+            batch_size=context.batch_size,
+        )
+        if not len(arrays["hit"]):
             raise errors.UserError(f"{self.annotations}: every box lies outside its image")
-        iou = found["iou"].mean(axis=0)
+        iou = arrays["iou"].mean(axis=0)
         best = int(iou.argmax())
         return {
-            **self.counts(annotated, sum(each["pictures"] for each in of_processes), unreadable),
-            "regions_outside": sum(each["outside"] for each in of_processes),
-            "phrases": len(found["hit"]),
-            **rates.rate("pointing", found["hit"]),
-            "chance_pointing": float(found["chance"].mean()),
+            **self.counts(annotated, len(arrays["index"]), unreadable),
+            "regions_outside": int(arrays["outside"].sum()),
+            "phrases": len(arrays["hit"]),
+            **rates.rate("pointing", arrays["hit"]),
+            "chance_pointing": float(arrays["chance"].mean()),
             "map_iou": float(iou[best]),
             "map_iou_threshold": float(thresholds()[best]),
-            "chance_map_iou": float(found["area"].mean()),
+            "chance_map_iou": float(arrays["area"].mean()),
         }
+
+
+def thresholds() -> np.ndarray:
+    """The thresholds of a map in [0, 1] that are tried."""
+    return np.arange(0.05, 1, 0.05)
 
 
 def _measured(phrases: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -115,13 +107,13 @@ def _measured(phrases: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.
     levels = thresholds()
     out: dict[str, np.ndarray] = {key: np.zeros(len(phrases)) for key in ("hit", "chance", "area")}
     out |= {"iou": np.zeros((len(phrases), len(levels)))}
-    for i, (one, boxes_xyxy) in enumerate(phrases):
-        right = _covered(boxes_xyxy, *one.shape)
-        out["hit"][i] = right[one >= one.max() - rates.TIE].mean()
+    for i, (map_, boxes_xyxy) in enumerate(phrases):
+        right = _covered(boxes_xyxy, *map_.shape)
+        out["hit"][i] = right[map_ >= map_.max() - rates.TIE].mean()
         out["chance"][i] = right.mean()
         inside = _covered(boxes_xyxy, _SIDE, _SIDE)
         out["area"][i] = inside.mean()
-        large = scores.resize_map(one[None], _SIDE, _SIDE)[0]
+        large = scores.resize_map(map_[None], _SIDE, _SIDE)[0]
         large = (large - large.min()) / max(np.ptp(large), rates.TIE)
         marked = large >= levels[:, None, None]
         both = (marked & inside).sum((1, 2))

@@ -19,10 +19,9 @@ def topk_hits(
 
     So a model that gives every class the same score has the accuracy of chance, in any order of the classes.
 
-    Equal scores differ by rounding, by the place of the candidate and the size of the batch: BLAS sums each product in
-    an order of its own. Cosines in float32, and their means, as all scores here but the linear probe's, differ by up to
-    2.4e-7 (two units in the last place of 1); TIE is what training counts as equal. A score ties with the best right
-    one or does not, whatever lies between them, so that no chain of small steps makes far scores equal.
+    Equal scores differ by rounding, because BLAS sums each product in another order. Cosines in float32 and their means
+    differ by up to 2.4e-7 (two units in the last place of 1); training counts differences up to TIE as equal. Each score
+    is compared with the best right one alone, so that no chain of small steps makes far scores equal.
 
     Args:
       scores: [N, C].
@@ -90,10 +89,9 @@ def mean_rate(name: str, shares: np.ndarray, counts: np.ndarray) -> dict[str, fl
     """The mean over the classes of their shares of right answers under `name`, with a 95% interval.
 
     The shares are independent, so the variance of the mean is the sum of p (1 - p) / n over the classes,
-    divided by C^2. With one p for all classes that is the variance of a share among C^2 / sum of 1/n
-    answers, and the result is the Wilson interval of that share; if
-    every n is equal, it is a share of all answers. If p differs between classes, the interval is wider than
-    needed, and never too narrow for equal n.
+    divided by C^2. With one p for all classes that is the variance of a share among C^2 / (sum of 1/n) answers, whose
+    Wilson interval is returned. If p differs between classes, the interval is wider than needed, and never too narrow
+    for equal n.
 
     Args:
       name: key of the number.

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -53,21 +53,21 @@ class Retrieval(AnnotatedImages):
           the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count as if
           broken at random.
         """
-        kept, seen, counts = self.gather(predictor, context, regions=False)
+        records, seen, counts = self.gather(predictor, context, regions=False)
         image_embed = scores.unit(seen.image_embed)  # [N, D]
-        captions = [record.captions or (record.synthetic_caption,) for record in kept]
-        owner = np.repeat(np.arange(len(kept)), list(map(len, captions)))
+        captions = [record.captions or (record.synthetic_caption,) for record in records]
+        owner = np.repeat(np.arange(len(records)), list(map(len, captions)))
         every: list[str] = [text for texts in captions for text in texts]
         texts, text_of = prompts.distinct(every, encode.as_read)
         text_embed = scores.unit(encode.encode_distinct(predictor, texts))  # [M, D]
-        right = np.zeros((len(kept), len(texts)), bool)
+        right = np.zeros((len(records), len(texts)), bool)
         right[owner, text_of] = True
         return {
             **counts,
             "captions": len(owner),
             "distinct_captions": len(texts),
-            "synthetic_captions": sum(not r.captions for r in kept),
-            "image_to_text": _recalls(image_embed, text_embed, right, np.arange(len(kept))),
+            "synthetic_captions": sum(not r.captions for r in records),
+            "image_to_text": _recalls(image_embed, text_embed, right, np.arange(len(records))),
             "text_to_image": _recalls(text_embed, image_embed, right.T, text_of),
         }
 

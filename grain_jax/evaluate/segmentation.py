@@ -1,6 +1,6 @@
 """Open-vocabulary semantic segmentation: the class of every pixel by the names of classes (inference/segmentation.py).
 
-A pixel has the class of the largest cosine; docs/evaluate.md has the numbers and the formats of the public sets.
+A pixel has the class of the largest cosine; docs/evaluate.md has the numbers and the formats of the public datasets.
 """
 
 from __future__ import annotations
@@ -8,40 +8,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epy
 
-from grain_jax import config
-from grain_jax.config.evals import (
-    STANDALONE,
-    Context,
-    TableRow,
-    exists,
-    expanduser,
-    option,
-)
-from grain_jax.core import errors, named
-from grain_jax.evaluate.evaluators import Faults
+from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, TableRow, expanduser, option
+from grain_jax.evaluate.evaluators import Faults, without_missing_descriptions
 
 with epy.lazy_imports():
     import numpy as np
+    import PIL.Image
 
+    from grain_jax.core import images as image_files
     from grain_jax.evaluate import confusion, encode, segmentation_sets, zeroshot
     from grain_jax.inference import prompts, scores, stream
     from grain_jax.inference import segmentation as segmenting
 
 # Known here, too, because a config may not import the modules above.
 FORMATS = ("folder", "ade20k", "voc", "context59", "context60", "cityscapes", "coco_stuff")
-LISTED = ("voc", "context59", "context60")  # those whose split is a list of names
+LISTED = ("voc", "context59", "context60")  # formats whose split is a list of names
 WAYS = ("auto", "patches", "regions", "both")
 PATCHES = ("auto", "values", "tokens")
 _AT_ONCE = 16  # images whose windows and masks are in memory, at most
-_THREADS = 2  # that make maps as large as images, where they take at most segmenting.MAX_NUMBERS
+_THREADS = 2  # that make maps as large as images, if they take at most segmenting.MAX_NUMBERS
 
-_PIXELS = "pictures", "pictures"  # of the rows of the table
+_PIXELS = "pictures", "pictures"  # count and unit of table rows
 
 
 def _parse_sides(text: str) -> tuple[int, ...]:
@@ -52,7 +47,7 @@ def _parse_sides(text: str) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Segmentation(config.Evaluator):
+class Segmentation(Evaluator):
     """Classes of pixels by the classes' names: mIoU and pixel accuracy."""
 
     example = "--format ade20k \\\n    --images ADEChallengeData2016"
@@ -62,38 +57,56 @@ class Segmentation(config.Evaluator):
         TableRow("mean_class_accuracy", "mean class accuracy", "chance_pixel_accuracy", *_PIXELS),
     )
     kind: str = "segmentation"
-    # root of the set; with --masks the folder of the images
-    images: str = option("", "DIR", required=True)
-    # folder of the masks, PNGs of one channel; default: where the format has them, of folder DIR/masks
-    masks: str | None = option(None, "DIR")
-    # layout of the set; folder: images/ and masks/ of the same names, and classes.txt
-    format: str = option(FORMATS[0], choices=FORMATS)
-    # of the set; default: its validation split
-    split: str | None = option(None, "NAME")
-    # file of class names in the order of the ids, commas between names of one class; default: those of the format
-    classes: str | None = option(None, "FILE")
-    # id of the pixels that do not count, of the format folder; default: 255, where it is no class
-    ignore: int | None = option(None, "ID", low=0, high=65535)
-    # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
-    descriptions: str | None = option(None, "D.json")
-    # prompts, one a line, with {} for the name; default: inference/templates.txt
-    templates: str | None = option(None, "FILE")
-    # class features have unit length; without, they are the mean of their prompts
-    unit_features: bool = option(True)
-    # maps of patches, of the queries' regions, or both; auto: what the model has
-    by: str = option(WAYS[0], choices=WAYS)
-    # values: the last layer attends to the patch alone (MaskCLIP); tokens; auto: tokens with a box head, else values
-    patch_features: str = option(PATCHES[0], choices=PATCHES)
-    # of a model with a box head: a patch is the mean of the boxes around it that are so many patches wide
-    patch_sides: tuple[int, ...] = option((1, 2, 3), "N,N", parse=_parse_sides)
-    # share of the patches in both
-    patch_weight: float = option(0.5, "W", low=0, high=1)
-    # pixels of the shorter side after resizing; 0: the model's image size
-    short_side: int = option(0, "PIXELS", low=0)
-    # pixels between windows of the model's size; 0: half of it
-    stride: int = option(0, "PIXELS", low=0)
-    # background is where the best other class has a smaller share of the softmax; default: it is a name as others
-    background_threshold: float | None = option(None, "P", low=0, high=1)
+    images: str = option(
+        "", "Root of the dataset; with masks, the folder of the images.", "DIR", required=True
+    )
+    masks: str | None = option(
+        None, "Folder of masks, PNGs of one channel; default: the format's, or DIR/masks.", "DIR"
+    )
+    format: str = option(
+        FORMATS[0], "Layout of the dataset; folder: images/, masks/, classes.txt.", choices=FORMATS
+    )
+    split: str | None = option(None, "Split of the dataset; default: the validation split.", "NAME")
+    classes: str | None = option(
+        None, "File of class names by id, commas between names of a class.", "FILE"
+    )
+    ignore: int | None = option(
+        None,
+        "Id of pixels that do not count, for the format folder; default: 255 if it is no class.",
+        "ID",
+        low=0,
+        high=65535,
+    )
+    descriptions: str | None = option(
+        None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
+    )
+    templates: str | None = option(
+        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
+    )
+    unit_features: bool = option(
+        True, "Whether class features have unit length; else they are means of their prompts."
+    )
+    by: str = option(
+        WAYS[0], "Maps of patches, regions, or both; auto: what the model has.", choices=WAYS
+    )
+    patch_features: str = option(
+        PATCHES[0], "Values (MaskCLIP) or tokens; auto: tokens with a box head.", choices=PATCHES
+    )
+    patch_sides: tuple[int, ...] = option(
+        (1, 2, 3), "Widths of the boxes whose mean is a patch.", "N,N", parse=_parse_sides
+    )
+    patch_weight: float = option(0.5, "Share of the patches with --by both.", "W", low=0, high=1)
+    short_side: int = option(
+        0, "Pixels of the shorter side after resizing; 0: the model's size.", "PIXELS", low=0
+    )
+    stride: int = option(0, "Pixels between windows; 0: half a window.", "PIXELS", low=0)
+    background_threshold: float | None = option(
+        None,
+        "A pixel is background if no other class has this share; default: a name like others.",
+        "P",
+        low=0,
+        high=1,
+    )
 
     def faults(self) -> list[str]:
         if self.format == FORMATS[0] and self.split is not None:
@@ -107,29 +120,11 @@ class Segmentation(config.Evaluator):
         return []
 
     def misses(self, model: Any) -> list[str]:
-        size, decoder, by, found = model.image.image_size, model.decoder, self.by, []
-        has_patches = not decoder or model.boxes.kind != "none"
-        if by == "auto":  # as Predictor.maps_by
-            by = "both" if has_patches else "regions" if decoder.queries else "patches"
-        if self.short_side and self.short_side < size:
-            found.append(
-                f"short_side: got {self.short_side}, expected 0 or at least {size}, model.image.image_size"
-            )
-        if self.stride > size:
-            found.append(
-                f"stride: got {self.stride}, expected at most {size}, model.image.image_size"
-            )
-        if by != "regions" and not has_patches:
-            found.append(
-                f"by: got {self.by!r}, which asks patches, with model.decoder alone, expected a box head"
-                " (model.boxes.kind), or by='regions' with region queries"
-            )
-        external = named.is_external(model.image.tower)
-        if by != "regions" and external and self.patch_features == "values":
-            found.append(
-                f"patch_features: got 'values' with the tower {model.image.tower}, expected 'tokens'"
-            )
-        return found
+        attempt = Faults()
+        attempt(segmenting.check_stride, model.image.image_size, self.short_side, self.stride)
+        if not self.needs_regions or model.decoder is not None:  # else the config says it
+            attempt(segmenting.maps_by, model, self.by, self.patch_features)
+        return [str(fault) for fault in attempt.faults]
 
     @property
     def needs_regions(self) -> bool:
@@ -146,23 +141,17 @@ class Segmentation(config.Evaluator):
             classes = segmentation_sets.classes_beside(expanduser(self.images), self.masks)
         return classes, self.descriptions, self.templates
 
-    def available(self) -> tuple[Segmentation, str]:
+    def available(self) -> tuple[typing.Self, str]:
         super().available()
-        if self.missing != "skip" or self.descriptions is None:
-            return self, ""
-        path = expanduser(self.descriptions)
-        if exists(path):
-            return self, ""
-        line = f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
-        return dataclasses.replace(self, descriptions=None), line
+        return without_missing_descriptions(self)
 
     def open(self) -> segmentation_sets.Segmented:
         """The images, masks and classes; raises as segmentation_sets.open_set."""
-        if lines := self.faults():  # of flags, which are no config
+        if lines := self.faults():  # flags are not checked as a config
             raise errors.UserError("\n".join(lines))
         if not self.images:
             raise errors.MissingData("images: got nothing, expected a folder of images and masks")
-        found = segmentation_sets.open_set(
+        opened = segmentation_sets.open_set(
             expanduser(self.images),
             self.masks,
             layout=self.format,
@@ -171,75 +160,79 @@ class Segmentation(config.Evaluator):
             ignore=self.ignore,
             get=self.get,
         )
-        if self.background_threshold is not None and found.background is None:
+        if self.background_threshold is not None and opened.background is None:
             raise errors.UserError(
                 f"background_threshold: got {self.background_threshold:g}, expected a set with the class"
-                f" {segmentation_sets.BACKGROUND!r}; its classes begin with {', '.join(found.labels[:3])}"
+                f" {segmentation_sets.BACKGROUND!r}; its classes begin with {', '.join(opened.labels[:3])}"
             )
-        return found
+        return opened
 
     def check(self) -> int:
         attempt = Faults()
-        found = attempt(self.open)
-        if found and self.descriptions is not None:
-            attempt(self._described, found)
+        opened = attempt(self.open)
+        if opened and self.descriptions is not None:
+            attempt(self._described, opened)
         attempt(prompts.load_templates, self.templates)
         attempt.done()
-        return len(found.pairs) if found else 0
+        return len(opened.pairs) if opened else 0
 
-    def _described(self, found: segmentation_sets.Segmented) -> list[list[str]] | None:
+    def _described(self, opened: segmentation_sets.Segmented) -> list[list[str]] | None:
         if self.descriptions is None:
             return None
-        return zeroshot.read_descriptions(self.descriptions, found.labels, found.names)
+        return zeroshot.read_descriptions(self.descriptions, opened.labels, opened.names)
 
-    def segmenter(self, predictor: Any, found: segmentation_sets.Segmented) -> Segmenter:
-        """Embeds the classes of a set. Raises errors.UserError where the model cannot use the options."""
+    def embed_classes(self, predictor: Any, opened: segmentation_sets.Segmented) -> Any:
+        """inference.segmentation.Classes of a set. Raises errors.UserError if the model cannot use the options."""
         size = predictor.model.image.image_size
         segmenting.check_stride(size, self.short_side, self.stride)
         predictor.maps_by(self.by, self.patch_features)
-        classes = segmenting.embed_classes(
+        return segmenting.embed_classes(
             functools.partial(encode.encode_distinct, predictor),
-            found.names,
+            opened.names,
             prompts.load_templates(self.templates),
-            self._described(found),
+            self._described(opened),
             self.unit_features,
         )
-        skip = found.background if self.background_threshold is not None else None
-        return Segmenter(self, predictor, classes, skip)
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Gives every pixel a class and compares it with its mask.
 
         An image whose mask is missing, damaged, of another size or has an id that is no class is left out.
 
-        Returns: counts; `miou`, the mean IoU over the `classes_seen`, those with a true or a predicted pixel;
-          `pixel_accuracy`; `mean_class_accuracy`, over the classes with a true pixel; each with a 95% interval (`_low`,
-          `_high`) over the images if there are five or more; `chance_miou` and `chance_pixel_accuracy`, of a class drawn for each pixel; and
-          `per_class`, name -> `iou`, `accuracy`, `pixels`. Pixels of the ignored id count nowhere.
+        Returns: counts; `miou`, the mean IoU over the `classes_seen`, which have a true or a predicted pixel;
+          `pixel_accuracy`; `mean_class_accuracy`, over the classes with a true pixel. Each has a 95% interval (`_low`,
+          `_high`) if there are five or more images. `chance_miou` and `chance_pixel_accuracy` are the values if a class
+          is drawn for each pixel; `per_class` is name -> `iou`, `accuracy`, `pixels`. Ignored pixels count nowhere.
         """
-        found, unreadable = self.open(), {}
-        segmenter = self.segmenter(predictor, found)
-        size, classes = predictor.model.image.image_size, len(found.names)
-        table = confusion.Confusion(classes)
+        opened = self.open()
+        classes = self.embed_classes(predictor, opened)
+        table = confusion.Confusion(len(opened.names))
+        options = (self.short_side, self.stride, len(opened.names))
 
-        def count(batch: encode.Encoded) -> None:
+        def prepare(position: int, image: PIL.Image.Image) -> tuple[Any, np.ndarray]:
+            pair = opened.pairs[position]
+            mask = segmentation_sets.read_mask(pair, image.size)
+            try:
+                return segmenting.cut(image, predictor.model.image.image_size, *options), mask
+            except image_files.ImageError as error:
+                raise image_files.ImageError(f"{pair.image}: {error}") from None
+
+        def count(batch: encode.Batch) -> dict[str, np.ndarray]:
             windows, masks = zip(*batch.pixels)
-            predicted = segmenter.labels(windows)
-            for position, mask, own in zip(batch.index, masks, predicted, strict=True):
-                table.add(int(position), confusion.counts(mask, own, classes))
+            predicted = self.labels(predictor, windows, classes, opened.background)
+            for position, mask, labels in zip(batch.index, masks, predicted, strict=True):
+                table.add(int(position), confusion.counts(mask, labels, len(opened.names)))
+            return {"index": batch.index}
 
-        for _ in encode.encode_images(
-            predictor,
-            # The masks of the public sets are of the pixels as they are stored.
-            found.images("exif" if self.format == FORMATS[0] else "file"),
+        # The masks of the public datasets are of the pixels as they are stored.
+        orientation = "exif" if self.format == FORMATS[0] else "file"
+        arrays, unreadable = encode.over_images(
+            opened.images(orientation),
+            prepare,
+            count,
             label="segmentation",
-            unreadable=unreadable,
-            embed=False,
-            prepare=segmentation_sets.prepare(found.pairs, segmenter.cutter(size)),
-            consume=count,
             batch_size=min(context.batch_size, _AT_ONCE),
-        ):
-            pass
+        )
         table = table.gathered()
         if not table.matrix.sum():
             raise errors.UserError(f"{self.images}: every pixel has the ignored id")
@@ -247,60 +240,45 @@ class Segmentation(config.Evaluator):
         return {
             "kind": self.kind,
             "format": self.format,
-            "pictures": len(found.pairs) - len(unreadable),
+            "pictures": len(arrays["index"]),
             **encode.report_unreadable(unreadable),
-            "classes": classes,
+            "classes": len(opened.names),
             "classes_seen": int((true + guessed - right > 0).sum()),
             "pixels": int(true.sum()),
-            **table.measures(segmenter.skip if self.background_threshold == 0 else None),
-            "per_class": table.per_class(found.labels),
+            **table.measures(opened.background if self.background_threshold == 0 else None),
+            "per_class": table.per_class(opened.labels),
         }
 
-
-class Segmenter(NamedTuple):
-    """A model with the options of an evaluation and its classes."""
-
-    entry: Segmentation
-    predictor: Any
-    classes: Any  # inference.segmentation.Classes
-    skip: int | None  # the class that the threshold gives
-
-    def cutter(self, size: int) -> Any:
-        """A PIL image -> its windows of `size` pixels."""
-        sides = dict(short_side=self.entry.short_side, stride=self.entry.stride)
-        return functools.partial(
-            segmenting.cut, size=size, classes=len(self.classes.names), **sides
-        )
-
-    def labels(self, windows: Any) -> Iterator[np.ndarray]:
+    def labels(
+        self, predictor: Any, windows: Any, classes: Any, background: int | None
+    ) -> Iterator[np.ndarray]:
         """For each image, given by its windows, the class of each pixel, int32 [H, W]."""
-        entry = self.entry
         maps_of = functools.partial(
-            self.predictor.class_maps,
-            classes=self.classes,
-            by=entry.by,
-            patch_features=entry.patch_features,
-            patch_weight=entry.patch_weight,
-            patch_sides=entry.patch_sides,
+            predictor.class_maps,
+            classes=classes,
+            by=self.by,
+            patch_features=self.patch_features,
+            patch_weight=self.patch_weight,
+            patch_sides=self.patch_sides,
         )
         pixels = np.concatenate([each.pixels for each in windows])
         (maps,) = scores.in_parts(lambda part: (maps_of(part),), pixels)
         stream.check_finite(maps)
         maps = np.split(maps, np.cumsum([len(each.pixels) for each in windows])[:-1])
-        pairs = zip(maps, windows, strict=True)
+        skip = background if self.background_threshold is not None else None
 
         def labels_of(pair: tuple[np.ndarray, Any]) -> np.ndarray:
-            found = segmenting.labels(
+            labels = segmenting.labels(
                 *pair,
-                background=entry.background_threshold,
-                scale=self.predictor.logit_scale,
-                skip=self.skip,
+                background=self.background_threshold,
+                scale=predictor.logit_scale,
+                skip=skip,
             )
-            if self.skip is not None:
-                found[found == segmenting.BACKGROUND] = self.skip
-            return found
+            if skip is not None:
+                labels[labels == segmenting.BACKGROUND] = skip
+            return labels
 
-        largest = max(math.prod(each.canvas) for each in windows) * len(self.classes.names)
+        largest = max(math.prod(each.canvas) for each in windows) * len(classes.names)
         threads = max(1, min(_THREADS, segmenting.MAX_NUMBERS // largest))
         with ThreadPoolExecutor(threads) as pool:
-            yield from stream.ahead(labels_of, pairs, pool, threads)
+            yield from stream.ahead(labels_of, zip(maps, windows, strict=True), pool, threads)

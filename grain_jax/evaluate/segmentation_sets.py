@@ -1,4 +1,4 @@
-"""Images with label masks: the public sets in their own folders, and folders of one's own.
+"""Images with label masks: the public datasets in their own folders, and folders of images and masks.
 
 A mask is a PNG of one channel, grey or with a palette, of 1 to 16 bits, as large as its image. Its numbers are ids: a
 `Layout` says which of them are classes, and which do not count.
@@ -7,94 +7,90 @@ A mask is a PNG of one channel, grey or with a palette, of 1 to 16 bits, as larg
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 from etils import epath
 
-from grain_jax.config.evals import how_to_get
 from grain_jax.core import errors, regular_file
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import class_names, test_sets
+from grain_jax.evaluate.base import how_to_get
 from grain_jax.inference import segmentation
 from grain_jax.inference.inputs import InputError
 
 # What an id that is no class becomes: it does not count, or it is a fault.
 IGNORED, OUTSIDE = -1, -2
-_IGNORED_ID = 255  # of a folder, where it is no class
+_IGNORED_ID = 255  # for a folder, if it is no class
 _FILE_NAME = r"\w[\w.-]*"
 BACKGROUND = "background"  # the name of the class that a threshold gives
-MAX_PIXELS = 1 << 25  # of an image with a mask: several lie in memory at one time
+MAX_PIXELS = 1 << 25  # of an image with a mask: several are in memory at one time
 _IDS = 1 << 16
 _IMAGES = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff".split())
-_NAMED = 5  # ids and files that a message lists
+_NAMED = 5  # ids that a message lists
 
 
 class Layout(NamedTuple):
-    """Where a set keeps its images and masks, and what its ids mean. SPLIT stands for the split."""
+    """Where a dataset keeps its images and masks, and what its ids mean. SPLIT stands for the split."""
 
     images: str  # folder below the root
     masks: str
-    # Names of a mask, the first that is there; NAME is that of the image without `image_end`.
-    mask_names: tuple[str, ...]
+    # Names of a mask, of which the first one that exists counts; NAME is the image's without `image_end`.
+    mask_names: tuple[str, ...] = ("NAME.png",)
     # For each name of a mask id -> position of the class.
-    ids: tuple[Mapping[int, int], ...]
-    ignored: tuple[int, ...]
-    classes: str  # a file of grain_jax/evaluate/classes
+    ids: tuple[Mapping[int, int], ...] = ()
+    ignored: tuple[int, ...] = ()
+    classes: str = ""  # a file of grain_jax/evaluate/classes
     split: str = "val"
     listed: str = ""  # file of the names of the split; "": all images of the folder
     image_end: str = ""  # after NAME in the names of images, without the suffix
-    background: bool = False  # whether the class file is preceded by `background`
+    background: bool = False  # whether `background` precedes the classes of the file
 
 
 def _in_order(first: int, count: int) -> dict[int, int]:
     return {first + i: i for i in range(count)}
 
 
-_TRAIN_IDS = _in_order(0, 19)
+def _numbered(ids: Sequence[int]) -> dict[int, int]:
+    return {identity: i for i, identity in enumerate(ids)}
+
+
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
 # Ids of COCO's things that no image of COCO-Stuff has; in the files an id is one less.
 _UNUSED_COCO = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 _COCO_IDS = [i - 1 for i in range(1, 183) if i not in _UNUSED_COCO]
-_VOC: dict[str, Any] = dict(images="JPEGImages", mask_names=("NAME.png",))
-_CONTEXT: dict[str, Any] = _VOC | dict(
-    masks="SegmentationClassContext", listed="ImageSets/SegmentationContext/SPLIT.txt"
+_CONTEXT: dict[str, Any] = dict(
+    images="JPEGImages",
+    masks="SegmentationClassContext",
+    listed="ImageSets/SegmentationContext/SPLIT.txt",
+    classes="pascal_context",
 )
 LAYOUTS = {
+    "folder": Layout(images="images", masks="masks"),  # the class file gives the ids
     "ade20k": Layout(
         images="images/SPLIT",
         masks="annotations/SPLIT",
-        mask_names=("NAME.png",),
         ids=(_in_order(1, 150),),
         ignored=(0,),
         classes="ade20k",
         split="validation",
     ),
     "voc": Layout(
-        **_VOC,
+        images="JPEGImages",
         masks="SegmentationClass",
         listed="ImageSets/Segmentation/SPLIT.txt",
         ids=(_in_order(0, 21),),
         ignored=(255,),
         classes="pascal_voc",
     ),
-    "context59": Layout(
-        **_CONTEXT, ids=(_in_order(1, 59),), ignored=(0, 255), classes="pascal_context"
-    ),
-    "context60": Layout(
-        **_CONTEXT,
-        ids=(_in_order(0, 60),),
-        ignored=(255,),
-        classes="pascal_context",
-        background=True,
-    ),
+    "context59": Layout(**_CONTEXT, ids=(_in_order(1, 59),), ignored=(0, 255)),
+    "context60": Layout(**_CONTEXT, ids=(_in_order(0, 60),), ignored=(255,), background=True),
     "cityscapes": Layout(
         images="leftImg8bit/SPLIT",
         masks="gtFine/SPLIT",
         mask_names=("NAME_gtFine_labelTrainIds.png", "NAME_gtFine_labelIds.png"),
-        ids=(_TRAIN_IDS, {identity: i for i, identity in enumerate(_CITYSCAPES_IDS)}),
+        ids=(_in_order(0, 19), _numbered(_CITYSCAPES_IDS)),
         ignored=(*range(34), 255),
         classes="cityscapes",
         image_end="_leftImg8bit",
@@ -103,14 +99,13 @@ LAYOUTS = {
         images="images/SPLIT",
         masks="annotations/SPLIT",
         mask_names=("NAME_labelTrainIds.png", "NAME.png"),
-        ids=(_in_order(0, 171), {identity: i for i, identity in enumerate(_COCO_IDS)}),
+        ids=(_in_order(0, 171), _numbered(_COCO_IDS)),
         ignored=(255,),
         classes="coco_stuff",
         split="val2017",
     ),
 }
 FOLDER = "folder"  # images/ and masks/ of the same names, classes.txt
-FORMATS = (FOLDER, *LAYOUTS)
 
 
 class Masked(NamedTuple):
@@ -125,8 +120,8 @@ class Segmented(NamedTuple):
     """Images with masks, and the classes."""
 
     pairs: list[Masked]
-    names: list[str]  # of the classes, in order; commas divide alternatives
-    labels: list[str]  # of the classes, one name each
+    names: list[str]  # for each class, in order; commas divide alternatives
+    labels: list[str]  # the first name of each class
     background: int | None  # the position of the class `background`
 
     def images(self, orientation: str) -> list[test_sets.Image]:
@@ -144,15 +139,15 @@ def open_set(
     ignore: int | None = None,
     get: str | None = None,
 ) -> Segmented:
-    """Finds the images, masks and classes of a set; no image is read.
+    """Finds the images, masks and classes of a dataset; no image is read.
 
     Args:
-      images: the root of the set; with `masks` the folder of the images.
-      masks: the folder of the masks, of a layout without a list of its split.
-      layout: one of FORMATS.
-      split: of the set; None: that of the layout.
-      classes: class file (class_names.read); None: that of the layout, of a folder classes.txt.
-      ignore: the id that does not count, of a folder; None: 255, where it is no class.
+      images: the root of the dataset; with `masks` the folder of the images.
+      masks: the folder of the masks, for a layout without a list of its split.
+      layout: a name in LAYOUTS.
+      split: None: the default of the layout.
+      classes: class file (class_names.read); None: the layout's, for a folder classes.txt.
+      ignore: the id that does not count in a folder; None: 255, if it is no class.
       get: how to get the data, for errors.MissingData.
 
     Raises:
@@ -161,111 +156,95 @@ def open_set(
         names that do not fit.
       class_names.ClassNameError: the class file cannot be used.
     """
-    root = epath.Path(images).expanduser()
-    if layout == FOLDER:
-        return _folder(root, masks, classes, ignore, get)
-    found = LAYOUTS[layout]
-    split = split or found.split
+    root, spec = epath.Path(images), LAYOUTS[layout]
+    split = split or spec.split
     if not re.fullmatch(_FILE_NAME, split):
-        raise InputError(f"split: got {split[:60]!r}, expected one such as {found.split}")
+        raise InputError(f"split: got {split[:60]!r}, expected one such as {spec.split}")
     fill = lambda text: text.replace("SPLIT", split)
-    of_images = root if masks else root / fill(found.images)
-    of_masks = epath.Path(masks).expanduser() if masks else root / fill(found.masks)
+    of_images = root if masks else root / fill(spec.images)
+    of_masks = epath.Path(masks).expanduser() if masks else root / fill(spec.masks)
     for folder in (of_images, of_masks):
-        _need_folder(folder, layout, get)
-    if found.listed:
-        paths = _listed(root / fill(found.listed), of_images, get)
+        if not folder.is_dir():
+            raise errors.MissingData(
+                f"{folder}: no such folder, expected images or masks of the format {layout}{how_to_get(get)}"
+            )
+    file = classes or spec.classes or classes_beside(root, masks)
+    names, labels = _classes(file, spec.background)
+    if spec.ids:
+        tables = [_table(ids, spec.ignored) for ids in spec.ids]
+        if len(names) != (expected := len({*spec.ids[0].values()})):
+            raise InputError(
+                f"classes {file}: got {len(names)} classes, expected the {expected} of {layout}"
+            )
     else:
-        paths = _below(of_images, found.image_end)
-    names, labels = _classes(classes or found.classes, found.background)
-    wanted = len({*found.ids[0].values()})
-    if len(names) != wanted:
-        raise InputError(
-            f"classes {classes}: got {len(names)} classes, expected the {wanted} of {layout}"
-        )
-    tables = [_table(ids, found.ignored) for ids in found.ids]
+        tables = [_table(_in_order(0, len(names)), ())]
+        if ignore is not None or len(names) <= _IGNORED_ID:
+            # The user's id does not count, even if it is the id of a class.
+            tables[0][_IGNORED_ID if ignore is None else ignore] = IGNORED
+    if spec.listed:
+        paths = _listed(root / fill(spec.listed), of_images, get)
+    else:
+        paths = _below(of_images, spec.image_end)
 
     @functools.cache
     def names_in(folder: epath.Path) -> set[str]:  # one question, not one for each image
         return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
     def pair(path: epath.Path) -> Masked:
-        name = path.name.removesuffix(path.suffix).removesuffix(found.image_end)
+        name = path.name.removesuffix(path.suffix).removesuffix(spec.image_end)
         folder = of_masks / path.parent.relative_to(of_images)
-        masks = [mask.replace("NAME", name) for mask in found.mask_names]
+        masks = [mask.replace("NAME", name) for mask in spec.mask_names]
         last = len(masks) - 1
-        at = next((i for i in range(last) if masks[i] in names_in(folder)), last)
-        return Masked(path, folder / masks[at], tables[at])
+        number = next((i for i in range(last) if masks[i] in names_in(folder)), last)
+        return Masked(path, folder / masks[number], tables[number])
 
-    return _checked(list(map(pair, paths)), names, labels, of_images)
-
-
-def _folder(
-    root: epath.Path, masks: str | None, classes: str | None, ignore: int | None, get: str | None
-) -> Segmented:
-    of_images = root if masks else root / "images"
-    of_masks = epath.Path(masks).expanduser() if masks else root / "masks"
-    for folder in (of_images, of_masks):
-        _need_folder(folder, FOLDER, get)
-    names, labels = _classes(classes or classes_beside(root, masks))
-    table = _table(_in_order(0, len(names)), ())
-    if ignore is not None or len(names) <= _IGNORED_ID:
-        # One that was given does not count, even where it is the id of a class.
-        table[_IGNORED_ID if ignore is None else ignore] = IGNORED
-    pairs = [
-        Masked(path, of_masks / path.parent.relative_to(of_images) / f"{_stem(path)}.png", table)
-        for path in _below(of_images)
-    ]
-    return _checked(pairs, names, labels, of_images)
+    pairs = list(map(pair, paths))
+    if not pairs:
+        raise InputError(f"{of_images}: got no image, expected images with masks")
+    if not any(each.mask.exists() for each in pairs):  # usually the first exists
+        raise InputError(
+            f"{of_images}: none of its {len(pairs)} images has a mask; the first: {pairs[0].mask}"
+        )
+    background = labels.index(BACKGROUND) if BACKGROUND in labels else None
+    return Segmented(pairs, names, labels, background)
 
 
 def classes_beside(images: epath.PathLike, masks: str | None) -> str:
-    """The class file of a folder; arguments as of `open_set`."""
+    """The class file of a folder; arguments as for `open_set`."""
     root = epath.Path(images)
     return str((root.parent if masks else root) / "classes.txt")
 
 
-def _stem(path: epath.Path) -> str:
-    return path.name.removesuffix(path.suffix)
-
-
-def _need_folder(folder: epath.Path, layout: str, get: str | None) -> None:
-    if not folder.is_dir():
-        raise errors.MissingData(
-            f"{folder}: no such folder, expected images or masks of the format {layout}{how_to_get(get)}"
-        )
-
-
-def _below(folder: epath.Path, end: str = "") -> list[epath.Path]:
+def _below(folder: epath.Path, end: str) -> list[epath.Path]:
     """The images in a folder and its sub-folders, by name; hidden ones do not count. A folder counts once."""
-    found, places, seen = [], [folder], set[str]()
-    while places:
-        place = places.pop()
-        real = str(place) if "://" in str(place) else os.path.realpath(place)
+    images, folders, seen = [], [folder], set[str]()
+    while folders:
+        folder = folders.pop()
+        real = str(folder) if "://" in str(folder) else os.path.realpath(folder)
         if real in seen:  # a link has led here
             continue
         seen.add(real)
         try:
-            paths = sorted(place.iterdir(), key=str, reverse=True)
+            paths = sorted(folder.iterdir(), key=str, reverse=True)
         except OSError as error:
             reason = error.strerror or error
-            raise InputError(f"{place}: {reason}, expected a folder that can be read") from None
+            raise InputError(f"{folder}: {reason}, expected a folder that can be read") from None
         for path in paths:
             if path.name.startswith("."):
                 continue
             if path.suffix.lower() in _IMAGES:
-                if _stem(path).endswith(end):
-                    found.append(path)
+                if path.name.removesuffix(path.suffix).endswith(end):
+                    images.append(path)
             elif path.is_dir():
-                places.append(path)
-    return sorted(found, key=str)
+                folders.append(path)
+    return sorted(images, key=str)
 
 
 def _listed(path: epath.Path, folder: epath.Path, get: str | None) -> list[epath.Path]:
-    """The images that a file of names lists, one a line."""
+    """The images that a file of names lists, one per line."""
     if not path.exists():
         raise errors.MissingData(f"{path}: not there, expected names of images{how_to_get(get)}")
-    lines = regular_file.read_text(path, "names of images, one a line").split("\n")
+    lines = regular_file.read_text(path, "names of images, one per line").split("\n")
     names = [line.strip() for line in lines if line.strip()]
     for number, name in enumerate(names, 1):
         if not re.fullmatch(_FILE_NAME, name):
@@ -275,17 +254,14 @@ def _listed(path: epath.Path, folder: epath.Path, get: str | None) -> list[epath
     return [folder / f"{name}.jpg" for name in names]
 
 
-def _classes(classes: str, background: bool = False) -> tuple[list[str], list[str]]:
+def _classes(classes: str, background: bool) -> tuple[list[str], list[str]]:
     """The names of classes for prompts, and one name of each."""
-    names = [line.name for line in class_names.read(classes)]
-    if background:
-        names = [BACKGROUND, *names]
+    names = [BACKGROUND] * background + [line.name for line in class_names.read(classes)]
     labels = [segmentation.alternatives(name)[0] if name.strip(", ") else "" for name in names]
     if "" in labels:
         raise InputError(f"classes {classes}: got {names[labels.index('')]!r}, expected a name")
     labels = [n if labels.count(label) > 1 else label for n, label in zip(names, labels)]
-    if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
+    if twice := class_names.twice(labels):
         raise InputError(f"classes {classes}: got {twice!r} twice, expected it once")
     return names, labels
 
@@ -293,59 +269,48 @@ def _classes(classes: str, background: bool = False) -> tuple[list[str], list[st
 def _table(ids: Mapping[int, int], ignored: Sequence[int]) -> np.ndarray:
     table = np.full(_IDS, OUTSIDE, np.int16)
     table[list(ignored)] = IGNORED
-    for identity, position in ids.items():
-        table[identity] = position
+    table[list(ids)] = list(ids.values())
     return table
-
-
-def _checked(
-    pairs: list[Masked], names: list[str], labels: list[str], folder: epath.Path
-) -> Segmented:
-    if not pairs:
-        raise InputError(f"{folder}: got no image, expected images with masks")
-    if not any(pair.mask.exists() for pair in pairs):  # usually the first exists
-        raise InputError(
-            f"{folder}: none of its {len(pairs)} images has a mask; the first: {pairs[0].mask}"
-        )
-    place = labels.index(BACKGROUND) if BACKGROUND in labels else None
-    return Segmented(pairs, names, labels, place)
 
 
 def read_mask(pair: Masked, size: tuple[int, int]) -> np.ndarray:
     """The class of each pixel, int16 [H, W]: its position, or IGNORED.
 
     Args:
-      pair: of the set.
+      pair: an image with its mask.
       size: width and height of the image.
 
     Raises:
-      ImageError: no such file, not a PNG of one channel, another size than the image's, or an id that is no class.
+      ImageError: the image is too large; the mask is missing, not a PNG of one channel, of another size than the image,
+        or has an id that is no class.
     """
     name = str(pair.mask)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise image_files.TooLargeError(
+            f"{pair.image}: got {size[0]} x {size[1]} pixels, expected at most {MAX_PIXELS:,} in all"
+        )
     try:
         encoded = image_files.read_file(pair.mask)
-    except (OSError, ValueError) as error:
-        if isinstance(error, errors.UserError):
-            raise
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise image_files.ImageError(
             f"{name}: {reason}, expected the mask of {pair.image}"
         ) from None
     ids = decode_mask(encoded, name, size)
     classes = pair.class_of[ids]
-    outside = ids[classes == OUTSIDE]
+    outside = np.unique(ids[classes == OUTSIDE])
     if len(outside):
-        values = np.unique(outside)
-        more = ", ..." if len(values) > _NAMED else ""
+        more = ", ..." if len(outside) > _NAMED else ""
         raise image_files.ImageError(
-            f"{name}: got the ids {', '.join(map(str, values[:_NAMED]))}{more} at {len(outside):,} pixels, expected"
-            f" those of the {pair.class_of.max() + 1} classes or ignored ones"
+            f"{name}: got the ids {', '.join(map(str, outside[:_NAMED]))}{more} at"
+            f" {(classes == OUTSIDE).sum():,} pixels, expected those of the {pair.class_of.max() + 1} classes or"
+            " ignored ones"
         )
     return classes
 
 
 def decode_mask(encoded: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
-    """The ids in a mask, uint8 or uint16 [H, W]; arguments and errors as of `read_mask`."""
+    """The ids in a mask, uint8 or uint16 [H, W]; raises as `read_mask`."""
     image = image_files.open_image(encoded, name)
     if image.size != size:
         width, height = image.size
@@ -363,23 +328,3 @@ def decode_mask(encoded: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
     if colour == 0 and depth in (2, 4):  # Pillow spreads them over 0 to 255
         ids = ids // (255 // (2**depth - 1))
     return ids.astype(np.uint16 if depth == 16 else np.uint8)
-
-
-def prepare(
-    pairs: Sequence[Masked], cut: Callable[[PIL.Image.Image], segmentation.Windows]
-) -> Callable[[int, PIL.Image.Image], tuple[segmentation.Windows, np.ndarray]]:
-    """What an evaluation keeps of an image: its windows, and the classes of its mask; raises ImageError."""
-
-    def both(position: int, image: PIL.Image.Image) -> tuple[segmentation.Windows, np.ndarray]:
-        pair = pairs[position]
-        if image.width * image.height > MAX_PIXELS:
-            raise image_files.TooLargeError(
-                f"{pair.image}: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,} in all"
-            )
-        mask = read_mask(pair, image.size)
-        try:
-            return cut(image), mask
-        except image_files.ImageError as error:
-            raise image_files.ImageError(f"{pair.image}: {error}") from None
-
-    return both

@@ -1,7 +1,8 @@
 """The evaluators of a run that have their data (`present`), and a suite of them on one checkpoint (`run`).
 
-In a suite, one that fails stops no other. Results are written after every entry. The same command, run again, measures only the entries without a result.
-An entry whose data is missing is skipped where its `missing` is "skip", else it fails.
+In a suite, one that fails stops no other. Results are written after every entry. The same command, run again, measures
+only the entries without a result. If the data of an entry is missing and its `missing` is "skip", the entry is skipped,
+else it fails.
 """
 
 import contextlib
@@ -17,13 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.config.evals import Context
 from grain_jax.core import atomic, errors, regular_file
-from grain_jax.evaluate import encode, tables
+from grain_jax.evaluate import encode, kinds, tables
+from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
@@ -32,7 +32,7 @@ FAILED, NOTHING = 1, 2  # exit statuses
 
 
 def run(
-    suite: config_lib.Suite,
+    suite: Mapping[str, Evaluator],
     output: epath.Path,
     *,
     checkpoint: str,
@@ -52,10 +52,10 @@ def run(
       InputError: `only` has an unknown name, or `output` holds something else or the results of another checkpoint.
     """
     for name in only or ():
-        if name not in suite.evals:
-            words = config_lib.unknown_key(name, list(suite.evals))
-            raise InputError(f"--only: {name}: {words.replace('key', 'entry')}")
-    entries = {n: entry for n, entry in suite.evals.items() if only is None or n in only}
+        if name not in suite:
+            message = config_lib.unknown_key(name, list(suite))
+            raise InputError(f"--only: {name}: {message.replace('key', 'entry')}")
+    entries = {n: entry for n, entry in suite.items() if only is None or n in only}
     before = processes.run_together(lambda: _read(output, again))
     results: dict[str, Any] = {"ran": {}, "skipped": {}, "failed": {}, "notes": {}}
     tasks = _tasks(entries, results)
@@ -65,22 +65,22 @@ def run(
 
     predictor = processes.run_together(load)
     results = _identity(checkpoint, predictor) | results
-    if before:
-        if before.get("digest") == results["digest"]:
-            results["ran"] = {
-                name: result
-                for name, result in before["ran"].items()
-                if name not in entries or (name in tasks and _same(result, *tasks[name], again))
-            }
-        elif not again:
-            raise InputError(
-                f"--output: {output}: holds the results of another checkpoint ({before.get('folder')}, now"
-                f" {results['folder']}); expected another file, or --again to start over"
-            )
+    if before and before.get("digest") == results["digest"]:
+        results["ran"] = {
+            name: result
+            for name, result in before["ran"].items()
+            if name not in entries
+            or (name in tasks and not again and _is_same(result, *tasks[name]))
+        }
+    elif before and not again:
+        raise InputError(
+            f"--output: {output}: holds the results of another checkpoint ({before.get('folder')}, now"
+            f" {results['folder']}); expected another file, or --again to start over"
+        )
     for number, (name, (entry, inputs)) in enumerate(tasks.items(), 1):
-        of = f"{name} ({number} of {len(tasks)})"
+        title = f"{name} ({number} of {len(tasks)})"
         if name in results["ran"]:
-            _say(f"{of}: is in {output} already")
+            _say(f"{title}: is in {output} already")
             continue
         began = time.monotonic()
         try:
@@ -91,70 +91,69 @@ def run(
             _failed(name, error, results)
         else:
             seconds = round(time.monotonic() - began, 1)
-            about = {"entry": dataclasses.asdict(entry), "inputs": inputs}
-            about |= {"seconds": seconds}
+            about = {"entry": dataclasses.asdict(entry), "inputs": inputs, "seconds": seconds}
             results["ran"][name] = about | result | {"kind": entry.kind}
-            _say(f"{of}: {inputs['pictures']} images in {seconds:.0f} s")
-        _write(output, results, suite)
-    saved = _write(output, results, suite)
+            _say(f"{title}: {inputs['pictures']} images in {seconds:.0f} s")
+        _write(output, results, list(suite))
+    saved = _write(output, results, list(suite))
     if processes.process_info()[0] == 0:
         _show(results)
     return FAILED if results["failed"] or not saved else 0
 
 
-def present(entries: Mapping[str, config_lib.Evaluator]) -> dict[str, config_lib.Evaluator]:
+def present(entries: Mapping[str, Evaluator]) -> dict[str, Evaluator]:
     """The entries whose data is there, checked; the same on every process. A skipped one is a line on stderr.
 
     Raises:
       errors.UserError: an entry cannot be used, or its data is not there and may not be missing; each line names it.
     """
-    out = {}
+    ready = {}
     for name, entry in entries.items():
-        try:
-            out[name], line, _ = _ready(entry)
-        except errors.UserError as error:
-            if not _may_miss(entry, error):
-                lines = str(error).split("\n")
-                raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
-            line = f"skipped: {error}"
+        ready[name], line, _, error = _ready(entry)
+        if isinstance(error, errors.UserError):
+            lines = str(error).split("\n")
+            raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
+        if error is not None:
+            raise error
         if line:
             _say(f"evals.{name}: {line}")
-    return out
+    return {name: entry for name, entry in ready.items() if entry is not None}
 
 
-def _ready(entry: config_lib.Evaluator) -> tuple[config_lib.Evaluator, str, int]:
-    """The entry as far as its data is there, checked; what it does without; and its number of images."""
-    found, note = processes.run_together(entry.available)
-    return found, note, processes.run_together(found.check)
+def _ready(entry: Evaluator) -> tuple[Evaluator | None, str, int, Exception | None]:
+    """The entry as far as its data is there, checked; a line if it lacks something; its number of images; or an error.
 
-
-def _may_miss(entry: config_lib.Evaluator, error: Exception) -> bool:
-    return isinstance(error, errors.MissingData) and entry.missing == "skip"
+    Without an entry and an error it is skipped.
+    """
+    try:
+        ready, line = processes.run_together(entry.available)
+        return ready, line, processes.run_together(ready.check), None
+    except Exception as error:
+        if isinstance(error, errors.MissingData) and entry.missing == "skip":
+            return None, f"skipped: {_words(error)}", 0, None
+        return None, "", 0, error
 
 
 def _tasks(
-    entries: Mapping[str, config_lib.Evaluator], results: dict[str, Any]
-) -> dict[str, tuple[config_lib.Evaluator, dict[str, Any]]]:
+    entries: Mapping[str, Evaluator], results: dict[str, Any]
+) -> dict[str, tuple[Evaluator, dict[str, Any]]]:
     """The entries that can be run, as far as their data is there, and the inputs that their results depend on.
 
     `results` gets a line for each of the others.
     """
     tasks = {}
     for name, entry in entries.items():
-        try:
-            entry, note, images = _ready(entry)
-        except Exception as error:
-            if _may_miss(entry, error):
-                results["skipped"][name] = _words(error)
-                _say(f"{name}: skipped: {_words(error)}")
-            else:
-                _failed(name, error, results)
+        ready, line, images, error = _ready(entry)
+        if error is not None:
+            _failed(name, error, results)
             continue
-        if note:
-            results["notes"][name] = note
-            _say(f"{name}: {note}")
-        inputs = {path: _digest_of_file(path) for path in entry.files if path is not None}
-        tasks[name] = entry, {"pictures": images, **inputs}
+        if line:
+            which = "notes" if ready is not None else "skipped"
+            results[which][name] = line.removeprefix("skipped: ")
+            _say(f"{name}: {line}")
+        if ready is not None:
+            inputs = {path: _digest_of_file(path) for path in ready.files if path is not None}
+            tasks[name] = ready, {"pictures": images, **inputs}
     return tasks
 
 
@@ -171,21 +170,10 @@ def _digest_of_file(path: str) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if regular_file.is_one(file) else None
 
 
-def _digest_of(params: Any) -> str:
-    """A digest of a tree of arrays: their names, shapes, types and bytes; 40 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        value = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape};".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()[:40]
-
-
 def _identity(path: str, predictor: Any) -> dict[str, Any]:
     """The checkpoint, the package versions and the devices of the results."""
-    folder = str(getattr(predictor, "folder", None) or path)
+    folder = str(predictor.folder or path)
     step = re.fullmatch(r"\d+", epath.Path(folder).name)
-    params = getattr(predictor, "params", None)  # test doubles have none
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -194,7 +182,7 @@ def _identity(path: str, predictor: Any) -> dict[str, Any]:
         "checkpoint": path,
         "folder": folder,
         "step": int(step.group()) if step else None,
-        "digest": None if params is None else _digest_of(params),
+        "digest": predictor.digests,
         "versions": versions,
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "processes": processes.process_info()[1],
@@ -203,14 +191,12 @@ def _identity(path: str, predictor: Any) -> dict[str, Any]:
 
 def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
     """The results of an earlier run; None if there are none."""
-    if not regular_file.is_one(output):  # there is none, or it is a device, which is written to
+    if not regular_file.is_one(output):
         return None
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         value = json.loads(output.read_text())
         if isinstance(value["ran"], dict) and "digest" in value:
             return value
-    except (ValueError, KeyError, TypeError):
-        pass
     if again:
         return None
     raise InputError(
@@ -219,31 +205,32 @@ def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
     )
 
 
-def _same(
-    result: Mapping[str, Any], entry: config_lib.Evaluator, inputs: dict[str, Any], again: bool
-) -> bool:
+def _is_same(result: Mapping[str, Any], entry: Evaluator, inputs: dict[str, Any]) -> bool:
     """Whether an earlier result has the options and the inputs."""
-    if again or result.get("inputs") != json.loads(json.dumps(inputs)):
+    if result.get("inputs") != json.loads(json.dumps(inputs)):
         return False
     try:  # an option that the stored entry lacks has its default
-        return config_lib.evaluator_from_dict(result.get("entry")) == entry
-    except config_lib.ConfigError:
+        return kinds.from_entry(result.get("entry")) == entry
+    except errors.UserError:
         return False
 
 
-def _write(output: epath.Path, results: dict[str, Any], suite: config_lib.Suite) -> bool:
-    """Whether the file could be written; the first process writes it."""
+def _write(output: epath.Path, results: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether the file could be written; the first process writes it, with the results in the order of `names`."""
     if processes.process_info()[0]:
         return True
-    # In the order of the suite, in whatever order they were measured.
-    order = [name for name in suite.evals if name in results["ran"]]
+    order = [name for name in names if name in results["ran"]]
     results["ran"] = {name: results["ran"].pop(name) for name in order} | results["ran"]
     seconds = sum(result["seconds"] for result in results["ran"].values())
     results |= {"seconds": round(seconds, 1), "averages": tables.averages(results["ran"])}
+    return save(output, json.dumps(results, indent=1, ensure_ascii=False))
+
+
+def save(output: epath.Path, text: str) -> bool:
+    """Writes the results, or says on stderr that they could not be saved; they are still printed."""
     try:
-        text = json.dumps(results, indent=1, ensure_ascii=False)
         atomic.write_text(output, text + "\n")
-    except OSError as error:  # the results are still printed
+    except OSError as error:
         _say(f"--output: {output}: {error.strerror or error}; nothing was saved")
         return False
     return True

@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grain_jax.config import evals
-from grain_jax.config.evals import TableRow
 from grain_jax.core import printable
+from grain_jax.evaluate import kinds
+from grain_jax.evaluate.base import TableRow
 
 _OF_CLASSES = ("per_class", "pictures_per_class")  # a number per class: too many for a table
 _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; the rest is cut off
 HEADER = ("measured", "value", _INTERVAL, "chance", "of")
+_RATES = ("top1", "top5", "mean_per_class")
 
 
 def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -38,7 +39,7 @@ def describe(results: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
     """The table of several results.
 
     Args:
-      results: name -> the kind of its evaluator, and its numbers as of `scalars`, {"alpha_0.5/top1": 0.78}.
+      results: name -> the kind of its evaluator, and its numbers as `scalars` returns them, {"alpha_0.5/top1": 0.78}.
     """
     rows: list[tuple[str, ...]] = []
     for name, (kind, numbers) in results.items():
@@ -47,8 +48,8 @@ def describe(results: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
 
 
 def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
-    """The rows that an evaluator of the package declares for its numbers; of any other kind one row per number."""
-    known = evals.find(kind).rows(numbers) if kind in evals.NAMED else ()
+    """The rows that an evaluator of the package declares for its numbers; for any other kind one row per number."""
+    known = kinds.find(kind).rows(numbers) if kind in kinds.KINDS else ()
     rows = [row for row in known if row.key in numbers]
     return rows or [TableRow(key, key, None, "", "", False) for key in numbers]
 
@@ -73,11 +74,10 @@ def averages(ran: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for result in ran.values():
         for way, rates in _ways(result).items() if result["kind"] == "zeroshot" else ():
             of_way.setdefault(way, []).append(rates)
-    mean = lambda rates, key: float(sum(each[key] for each in rates) / len(rates))
     return {
-        way: {"sets": len(rates)}
-        | {key: mean(rates, key) for key in ("top1", "top5", "mean_per_class")}
-        for way, rates in of_way.items()
+        way: {"sets": len(sets)}
+        | {rate: float(sum(each[rate] for each in sets) / len(sets)) for rate in _RATES}
+        for way, sets in of_way.items()
     }
 
 
@@ -85,41 +85,27 @@ def suite(ran: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[s
     """The table of the zero-shot sets of a suite that `ran`: one row per set, then the averages."""
     described = [way for way in averages if way != "names"]
     about = "Shares of images whose class is the best one; by class names"
-    header = ["set", "by name", _INTERVAL, "top-5", "mean per class", _INTERVAL]
     if described:
         about += ", and by names with descriptions at each alpha"
-        header += [*map(_alpha, described), "best alpha", _INTERVAL]
+    alphas = [f"alpha {float(way.rpartition('_')[2]):g}" for way in described]
+    header = ["set", "by name", _INTERVAL, "top-5", "mean per class", _INTERVAL, *alphas]
+
+    def row(name: str, ways: Mapping[str, Mapping[str, float]]) -> list[str]:
+        share = lambda way, rate: f"{ways[way][rate]:.1%}" if way in ways else ""
+        interval = lambda rate: _interval(ways.get("names", {}), rate)
+        out = [name, share("names", "top1"), interval("top1"), share("names", "top5")]
+        out += [share("names", "mean_per_class"), interval("mean_per_class")]
+        return out + [share(way, "top1") for way in described]
+
     rows = [
-        [*_suite_row(name, _ways(one), described), f"{one['chance']:.1%}", str(one["pictures"])]
-        for name, one in ran.items()
-        if one["kind"] == "zeroshot"
+        [*row(name, _ways(result)), f"{result['chance']:.1%}", str(result["pictures"])]
+        for name, result in ran.items()
+        if result["kind"] == "zeroshot"
     ]
     if len(rows) > 1:
         counts = sorted({average["sets"] for average in averages.values()})
-        row = _suite_row("average", averages, described)
-        rows.append([*row, "", f"{' or '.join(map(str, counts))} sets"])
+        rows.append([*row("average", averages), "", f"{' or '.join(map(str, counts))} sets"])
     return f"{about}\n{table([*header, 'chance', 'pictures'], rows)}"
-
-
-def _suite_row(
-    name: str, ways: Mapping[str, Mapping[str, float]], described: Sequence[str]
-) -> list[str]:
-    share = lambda way, key: f"{ways[way][key]:.1%}" if way in ways else ""
-    interval = lambda way, key: _interval(ways.get(way, {}), key)
-    row = [name, share("names", "top1"), interval("names", "top1"), share("names", "top5")]
-    row += [share("names", "mean_per_class"), interval("names", "mean_per_class")]
-    if described:
-        there = [way for way in described if way in ways]
-        best = max(there, key=lambda way: ways[way]["top1"], default=None)
-        row += [share(way, "top1") for way in described]
-        row += (
-            [f"{_alpha(best)}: {share(best, 'top1')}", interval(best, "top1")] if best else ["", ""]
-        )
-    return row
-
-
-def _alpha(way: str) -> str:
-    return f"alpha {float(way.rpartition('_')[2]):g}"
 
 
 def _interval(numbers: Mapping[str, float], key: str) -> str:

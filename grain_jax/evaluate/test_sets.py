@@ -4,7 +4,6 @@ Images of both are decoded and resized by the same code. Nothing is ever downloa
 errors.MissingData says how to get it.
 """
 
-import collections
 import functools
 import os
 import re
@@ -15,10 +14,10 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from grain_jax.config.evals import how_to_get
 from grain_jax.core import errors
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import class_names
+from grain_jax.evaluate.base import how_to_get
 from grain_jax.inference.inputs import InputError
 
 _SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
@@ -58,8 +57,8 @@ class ClassFolders:
       get: how to get the data, for errors.MissingData.
 
     Attributes:
-      classes, stems: as of TestSet, in the order of the folders' names.
-      paths: of the images.
+      classes, stems: as in TestSet, in the order of the folders' names.
+      paths: the images.
       labels: their classes, int [N].
 
     Raises:
@@ -69,12 +68,7 @@ class ClassFolders:
       class_names.ClassNameError: `classes` does not fit the folders.
     """
 
-    def __init__(
-        self,
-        folder: epath.PathLike,
-        classes: str | None = None,
-        get: str | None = None,
-    ):
+    def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
         if not str(folder):
             raise errors.MissingData(
                 f"images: got nothing, expected class folders{how_to_get(get)}"
@@ -82,34 +76,36 @@ class ClassFolders:
         folder = epath.Path(folder).expanduser()
         if not folder.is_dir():
             raise errors.MissingData(
-                f"{folder}: no such folder; expected one with a sub-folder a class{how_to_get(get)}"
+                f"{folder}: no such folder; expected one with a sub-folder per class{how_to_get(get)}"
             )
-        seen = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
-        names = sorted((p.name for p in seen), key=class_names.composed)
+        folders = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        folders.sort(key=lambda path: class_names.composed(path.name))
+        names = [path.name for path in folders]
         if len(names) < 2:
             raise InputError(
-                f"{folder}: got {len(names)} sub-folders, expected at least 2, one a class"
+                f"{folder}: got {len(names)} sub-folders, expected at least 2, one per class"
             )
         self.classes, faults = [of_folder(name) for name in names], []
-        for one, count in collections.Counter(self.classes).items():
-            if count > 1:
-                same = [ascii(x) for x, of_it in zip(names, self.classes) if of_it == one]
-                faults.append(
-                    f"{folder}: got the class folders {listed(same)}, all of them the class {one!r}"
-                    " (_ = space, Unicode NFC), expected one folder a class"
-                )
-        self.paths: list[epath.Path] = []
-        counts = []
-        for name in names:
-            files = (p for p in (folder / name).iterdir() if p.suffix.lower() in _SUFFIXES)
-            found = sorted(p for p in files if not p.name.startswith("."))
-            self.paths += found
-            counts.append(len(found))
-        if empty := [name for name, count in zip(names, counts) if not count]:
+        for repeated in dict.fromkeys(x for x in self.classes if self.classes.count(x) > 1):
+            same = [ascii(name) for name in names if of_folder(name) == repeated]
+            faults.append(
+                f"{folder}: got the class folders {listed(same)}, all of them the class {repeated!r}"
+                " (_ = space, Unicode NFC), expected one folder per class"
+            )
+        images = [
+            sorted(
+                path
+                for path in class_folder.iterdir()
+                if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+            )
+            for class_folder in folders
+        ]
+        if empty := [name for name, paths in zip(names, images) if not paths]:
             faults.append(f"{folder}: no images in the class folders {listed(empty)}")
         if faults:
             raise InputError("\n".join(faults))
-        self.labels = np.repeat(np.arange(len(names)), counts)
+        self.paths = [path for paths in images for path in paths]
+        self.labels = np.repeat(np.arange(len(names)), list(map(len, images)))
         self.stems = class_names.stems(names, classes)
         if classes is not None:
             self.classes = class_names.for_labels(names, len(names), classes)
@@ -125,7 +121,7 @@ class ClassFolders:
 
 
 class TfdsSet:
-    """A split of a set that TensorFlow Datasets has prepared (TFRecord or ArrayRecord files).
+    """A split of a dataset that TensorFlow Datasets has prepared (TFRecord or ArrayRecord files).
 
     It needs the prepared files, but not the TFDS code that prepares them. Images are read as they are stored.
 
@@ -161,10 +157,8 @@ class TfdsSet:
                 f"{folder}: split: got {split!r}, expected one of {', '.join(info.splits)}, or a part"
                 " of it such as test[:1000]"
             ) from None
-        start, stop, _ = slice(part.from_, part.to).indices(
-            info.splits[part.splitname].num_examples
-        )
-        self._split, self._range = part.splitname, range(start, stop)
+        self._split = part.splitname
+        self._range = range(info.splits[part.splitname].num_examples)[part.from_ : part.to]
         features = dict(info.features)
         labels: Any = features.get("label")
         if "image" not in features or not isinstance(labels, tfds.features.ClassLabel):
@@ -181,11 +175,11 @@ class TfdsSet:
         return f"{self._name} {self._split} {self._range[position]}"
 
     def images(self, positions: range) -> Iterable[Image]:
-        places = self._range[positions.start : positions.stop]
-        if not places:
+        rows = self._range[positions.start : positions.stop]
+        if not rows:
             return
         try:
-            for position, example in zip(positions, self._examples(places), strict=True):
+            for position, example in zip(positions, self._examples(rows), strict=True):
                 name = self.name(position)
                 load = functools.partial(image_files.decode_image, example["image"], name, "file")
                 yield Image(name, load, int(example["label"]))
@@ -194,15 +188,15 @@ class TfdsSet:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self._name} {self._split}: cannot be read: {reason}") from None
 
-    def _examples(self, places: range) -> Iterable[dict]:
+    def _examples(self, rows: range) -> Iterable[dict]:
         tfds = _tensorflow_datasets(self._name)
         encoded = {"image": tfds.decode.SkipDecoding()}
         if self._builder.info.file_format.value == "array_record":
             source = self._builder.as_data_source(self._split, decoders=encoded)
-            return (source[place] for place in places)
+            return (source[row] for row in rows)
         return self._builder.as_dataset(
             split=tfds.core.ReadInstruction(
-                self._split, from_=places.start, to=places.stop, unit="abs"
+                self._split, from_=rows.start, to=rows.stop, unit="abs"
             ),
             decoders=tfds.decode.PartialDecoding({"image": True, "label": True}, encoded),
             shuffle_files=False,
@@ -232,17 +226,16 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
     configs = [base / path]
     if "/" not in path and configs[0].is_dir():
         configs += sorted(sub for sub in configs[0].iterdir() if sub.is_dir())
-    found = {config.name: _newest(config, version) for config in configs}
-    found = {config: folder for config, folder in found.items() if folder is not None}
-    if not found:
+    folders = {config: folder for config in configs if (folder := _newest(config, version))}
+    if not folders:
         raise errors.MissingData(
             f"no TFDS set {name} (looked for {base / path}/{version or 'VERSION'}/dataset_info.json);"
             f" to get it: {get}"
         )
-    if len(found) > 1:
-        names = ", ".join(f"{path}/{config}" for config in found)
+    if len(folders) > 1:
+        names = ", ".join(f"{path}/{config.name}" for config in folders)
         raise InputError(f"{name}: has several configs, expected one of {names}")
-    return next(iter(found.values()))
+    return next(iter(folders.values()))
 
 
 def _newest(folder: epath.Path, version: str) -> epath.Path | None:

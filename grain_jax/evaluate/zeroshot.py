@@ -1,8 +1,8 @@
 """Zero-shot classification of a test set (docs/method.md, Zero-shot evaluation).
 
 One pass over the images gives both protocols of the paper: class names in prompts, and class names with
-descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or prompt:
-for class names that mean nothing to the model, or descriptions that are whole sentences.
+descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or prompt.
+That is for class names that mean nothing to the model, and for descriptions that are whole sentences.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
 
-from grain_jax.config.evals import STANDALONE, Context, TableRow, exists, expanduser, option
 from grain_jax.core import errors
-from grain_jax.evaluate.evaluators import Faults, LabelledImages
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
+from grain_jax.evaluate.evaluators import Faults, LabelledImages, without_missing_descriptions
 
 with epy.lazy_imports():
     import numpy as np
@@ -30,12 +30,7 @@ with epy.lazy_imports():
     from grain_jax.inference import prompts, scores
     from grain_jax.runtime import processes
 
-# How the similarities of regions and descriptions [Q, n_c] become the region score of a class.
-REGION_ORDERS = (
-    "queries",  # the paper: each query takes its best description, then the mean over queries
-    "descriptions",  # each description takes its best query, then the mean over descriptions
-)
-BY_NAME = "by_name"  # key of the results by names alone, where there are descriptions too
+BY_NAME = "by_name"  # key of the results by names alone, if there are descriptions too
 BEST = 5  # classes that the prediction of an image lists
 
 
@@ -50,52 +45,59 @@ def _parse_alphas(text: str) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroShot(LabelledImages):
-    """Classifies a folder with one sub-folder a class."""
+    """Classifies a folder with one sub-folder per class."""
 
     example = "--images runs/aviary/unseen \\\n    --descriptions runs/aviary/unseen.json"
     writes_predictions = True
     kind: str = "zeroshot"
-    # {class name: [description, ...]}: classes by descriptions too; default: by their names alone
-    descriptions: str | None = option(None, "D.json")
-    # share of the global score, 0 to 1, also several (0.5,1); default 1, with descriptions 1,0.5
-    alphas: tuple[float, ...] = option((1.0, 0.5), "A", name="alpha", parse=_parse_alphas)
-    # use the classes' names; without, a class is its descriptions alone (for names that mean nothing)
-    names: bool = option(True)
-    # what the region score is averaged over; queries is the paper's
-    region_order: str = option(REGION_ORDERS[0], choices=REGION_ORDERS)
-    # class features have unit length, as in CLIP; without, they are the mean, as in the paper's code
-    unit_features: bool = option(False)
-    # prompts, one a line, with {} for the name; default: inference/templates.txt
-    templates: str | None = option(None, "FILE")
+    descriptions: str | None = option(
+        None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
+    )
+    alphas: tuple[float, ...] = option(
+        (1.0, 0.5),
+        "Shares of the global score, such as 0.5,1; default: 1, with descriptions 1,0.5.",
+        "A",
+        name="alpha",
+        parse=_parse_alphas,
+    )
+    names: bool = option(
+        True, "Whether class names are used; else a class is its descriptions alone."
+    )
+    unit_features: bool = option(
+        False, "Whether class features have unit length, as in CLIP; else they are means."
+    )
+    templates: str | None = option(
+        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
+    )
 
     @classmethod
     def of_flags(cls, **given: Any) -> typing.Self:
         entry, least = cls(**given), min(given.get("alphas", (1,)))
-        if entry.descriptions is None and 0 <= least < 1:  # asked for, where a config has it anyway
+        if entry.descriptions is None and 0 <= least < 1:  # the user asked for it
             raise entry.needs_descriptions(f"alpha {least:g}")
         return entry
 
     @classmethod
     def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        found = []
+        rows = []
         for key in numbers:  # in the order of `alphas`
-            at, _, rate = key.rpartition("/")
-            way, _, alpha = at.rpartition("/")
-            if way in ("", BY_NAME) and alpha.startswith("alpha_") and rate == "top1":
-                alpha, of = (
-                    f"alpha {float(alpha.removeprefix('alpha_')):g}",
-                    ("pictures", "pictures"),
-                )
-                alpha += ", by name" if way else ""
-                found.append(TableRow(key, f"top-1, {alpha}", "chance", *of))
-                found.append(TableRow(f"{at}/top5", f"top-5, {alpha}", "chance_top5", *of))
-        return found
+            match = re.fullmatch(rf"({BY_NAME}/)?alpha_([^/]+)/top1", key)
+            if match:
+                label = f"alpha {float(match[2]):g}" + (", by name" if match[1] else "")
+                unit = ("pictures", "pictures")
+                top5 = key.removesuffix("1") + "5"
+                rows.append(TableRow(key, f"top-1, {label}", "chance", *unit))
+                rows.append(TableRow(top5, f"top-5, {label}", "chance_top5", *unit))
+        return rows
 
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """The numbers of the first alpha."""
         alpha = self.checked_alphas()[0]
-        found = {"alpha": alpha, **result[f"alpha_{alpha}"]}
-        return found | {"descriptions_file": self.descriptions}
+        return {
+            "alpha": alpha,
+            **result[f"alpha_{alpha}"],
+            "descriptions_file": self.descriptions,
+        }
 
     @property
     def needs_regions(self) -> bool:
@@ -117,21 +119,18 @@ class ZeroShot(LabelledImages):
             raise self.needs_descriptions("a test without class names")
         return [1.0]
 
-    def needs_descriptions(self, what: str) -> errors.UserError:
-        """The error where `what` has no descriptions."""
-        return errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {what}")
+    def needs_descriptions(self, purpose: str) -> errors.UserError:
+        """The error if there are no descriptions."""
+        return errors.UserError(
+            f"descriptions: got nothing, expected a file (D.json) for {purpose}"
+        )
 
     def available(self) -> tuple[typing.Self, str]:
-        found, _ = super().available()
-        if self.missing != "skip" or self.descriptions is None:
-            return found, ""
-        path = expanduser(self.descriptions)
-        if exists(path):
-            return found, ""
-        line = f"{path}: not there, expected descriptions of the classes"
-        if not self.names:
+        super().available()
+        entry, line = without_missing_descriptions(self)
+        if line and not self.names:
             raise errors.MissingData(line)
-        return dataclasses.replace(self, descriptions=None), f"{line}; evaluated by names alone"
+        return entry, line
 
     def check(self) -> int:
         attempt = Faults()
@@ -151,47 +150,46 @@ class ZeroShot(LabelledImages):
         With `context.predictions`, the first process writes there one JSON object per image: its name, its right class,
         the five best classes.
 
-        Returns: counts, `chance` (of top-1), `chance_top5`, and for each alpha, under `alpha_A`: `top1`, `top5`,
-          `mean_per_class` (of top-1), each with a 95% interval `_low`, `_high`, and `per_class`. If there are names and
-          descriptions, the global score uses both together; `by_name` has the same keys for names alone in the global
-          score, at alpha 1 and at each other alpha. Ties count as if broken at random.
+        Returns: counts, `chance`, `chance_top5`, and for each alpha, under `alpha_A`, the rates of `rates.of_classes`.
+          With names and descriptions the global score uses both together. `by_name` has the same keys with names alone
+          in the global score, at alpha 1 and at each other alpha.
         """
-        test_set, unreadable = self.open(), {}
+        test_set = self.open()
         scorer = self.scorer(predictor, test_set)
-        parts = []
-        for batch in encode.encode_images(
-            predictor,
-            test_set,
-            label="zero-shot",
-            unreadable=unreadable,
-            regions=scorer.with_regions,
-            batch_size=context.batch_size,
-        ):
+
+        def answers(batch: encode.Batch) -> dict[str, np.ndarray]:
             part = {"index": batch.index, "target": batch.labels}
-            for way, scored in scorer.of_batch(batch).items():
-                part |= {f"{way} {key}": x for key, x in _answers(scored, batch.labels).items()}
-            parts.append(part)
-        found = processes.allgather(parts)
-        classes, target = list(test_set.classes), found["target"]
+            arrays = encode.embed(predictor, batch, regions=scorer.with_regions)
+            for way, cosines in scorer.of_images(arrays["image_embed"], arrays["embed"]).items():
+                part |= {f"{way} {key}": x for key, x in _answers(cosines, batch.labels).items()}
+            return part
+
+        arrays, unreadable = encode.over_images(
+            test_set,
+            encode.resizing(predictor),
+            answers,
+            label="zero-shot",
+            batch_size=context.batch_size,
+        )
+        classes, target = list(test_set.classes), arrays["target"]
         if target.min() < 0:
             raise errors.UserError(
                 "the test set has images without a label, expected another split"
             )
         if context.predictions is not None and processes.process_info()[0] == 0:
-            _write(epath.Path(context.predictions), test_set, found)
+            _write(epath.Path(context.predictions), test_set, arrays)
         result = {
             "kind": "zeroshot",
             **rates.counts_of_classes(target, classes),
             **encode.report_unreadable(unreadable),
             "names": self.names,
             "descriptions": scorer.descriptions,
-            "region_order": self.region_order,
             "unit_features": self.unit_features,
         }
-        for way in [key.removesuffix(" top1") for key in found if key.endswith(" top1")]:
-            at, _, alpha = way.rpartition("/")
-            part = result.setdefault(at, {}) if at else result
-            hits = found[f"{way} top1"], found[f"{way} top5"]
+        for way in scorer.features:
+            group, _, alpha = way.rpartition("/")
+            part = result.setdefault(group, {}) if group else result
+            hits = arrays[f"{way} top1"], arrays[f"{way} top5"]
             part[alpha] = rates.of_classes(*hits, target, classes)
         return result
 
@@ -202,91 +200,74 @@ class ZeroShot(LabelledImages):
         embeds: list[np.ndarray] = []  # of the descriptions of each class
         if self.descriptions is not None:
             described = read_descriptions(self.descriptions, classes, test_set.stems, self.names)
-            texts = [found or [name] for name, found in zip(classes, described)]
+            texts = [descriptions or [name] for name, descriptions in zip(classes, described)]
             embeds = encode.encode_texts(predictor, texts)
 
         def features(described: Sequence[Sequence[str]] | None) -> np.ndarray:
             if not self.names:
                 return scores.class_features(embeds, self.unit_features)
-            filled = prompts.load_templates(self.templates)
+            templates = prompts.load_templates(self.templates)
             texts = [
-                prompts.class_texts(name, filled, described[i] or None if described else None)
+                prompts.class_texts(name, templates, described[i] or None if described else None)
                 for i, name in enumerate(classes)
             ]
             return scores.class_features(encode.encode_texts(predictor, texts), self.unit_features)
 
         ways = dict.fromkeys((f"alpha_{alpha}" for alpha in alphas), features(described))
         if described is not None and self.names:
-            alone = features(None)
+            of_names = features(None)
             for alpha in dict.fromkeys([1.0, *alphas]):
-                ways[f"{BY_NAME}/alpha_{alpha}"] = alone
-        order = {"queries": scores.region_scores, "descriptions": description_scores}
-
-        def of_batch(seen: encode.Encoded) -> dict[str, np.ndarray]:
-            regions = None
-            if min(alphas) < 1:
-                regions = order[self.region_order](seen.with_regions.embed, embeds)
-            return {
-                way: scores.combine(
-                    scores.global_scores(seen.image_embed, of_classes),
-                    regions,
-                    float(way.rpartition("_")[2]),
-                )
-                for way, of_classes in ways.items()
-            }
-
-        return Scorer(of_batch, min(alphas) < 1, sum(map(len, described or ())))
+                ways[f"{BY_NAME}/alpha_{alpha}"] = of_names
+        return Scorer(ways, embeds, min(alphas) < 1, sum(map(len, described or ())))
 
 
 class Scorer(NamedTuple):
     """Scores of the classes of a test set."""
 
-    # Encoded images -> the scores [B, C] of each way: "alpha_0.5", "by_name/alpha_1.0".
-    of_batch: Callable[[encode.Encoded], dict[str, np.ndarray]]
+    features: dict[str, np.ndarray]  # way, "alpha_0.5" or "by_name/alpha_1.0" -> [C, D]
+    description_embeds: list[np.ndarray]  # for each class [n_c, D]
     with_regions: bool  # whether it needs the regions of the images
     descriptions: int  # how many all classes have together
 
+    def of_images(self, image_embed: np.ndarray, region_embed: np.ndarray) -> dict[str, np.ndarray]:
+        """Embeddings [B, D] and [B, Q, D] -> for each way the scores [B, C]."""
+        regions = None
+        if self.with_regions:
+            regions = scores.region_scores(region_embed, self.description_embeds)
+        return {
+            way: scores.combine(
+                scores.global_scores(image_embed, features), regions, float(way.rpartition("_")[2])
+            )
+            for way, features in self.features.items()
+        }
 
-def _answers(scored: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
-    """Of scores [B, C] and the right classes [B] the hits, and the best classes with their scores, best first."""
-    best = np.argpartition(-scored, min(BEST, scored.shape[1]) - 1, axis=1)[:, :BEST]
-    order = np.argsort(-np.take_along_axis(scored, best, axis=1), axis=1, kind="stable")
+
+def _answers(cosines: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores [B, C] and right classes [B] -> the hits, and the best classes with their scores, best first."""
+    best = np.argpartition(-cosines, min(BEST, cosines.shape[1]) - 1, axis=1)[:, :BEST]
+    order = np.argsort(-np.take_along_axis(cosines, best, axis=1), axis=1, kind="stable")
     best = np.take_along_axis(best, order, axis=1)
     right = np.maximum(target, 0)  # no label: any class will do, since `evaluate` raises UserError
     return {
-        "top1": rates.topk_hits(scored, right, 1),
-        "top5": rates.topk_hits(scored, right, 5),
+        "top1": rates.topk_hits(cosines, right, 1),
+        "top5": rates.topk_hits(cosines, right, 5),
         "best": best.astype(np.int32),
-        "best_scores": np.take_along_axis(scored, best, axis=1),
+        "best_scores": np.take_along_axis(cosines, best, axis=1),
     }
 
 
-def _write(path: epath.Path, test_set: test_sets.TestSet, found: Mapping[str, np.ndarray]) -> None:
+def _write(path: epath.Path, test_set: test_sets.TestSet, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes one line per image: {"picture", "class", "alpha_1.0": [[class, score], ...], ...}."""
     classes = test_set.classes
     lines = []
-    for row, (index, target) in enumerate(zip(found["index"], found["target"])):
+    for row, (index, target) in enumerate(zip(arrays["index"], arrays["target"])):
         line = {"picture": test_set.name(index), "class": classes[target]}
-        for key in found:
+        for key in arrays:
             if key.endswith(" best"):
-                pairs = zip(found[key][row].tolist(), found[f"{key}_scores"][row].tolist())
+                pairs = zip(arrays[key][row].tolist(), arrays[f"{key}_scores"][row].tolist())
                 line[key.removesuffix(" best")] = [[classes[i], score] for i, score in pairs]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     atomic.write_text(path, "".join(lines))
-
-
-def description_scores(
-    region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]
-) -> np.ndarray:
-    """Region scores of the order "descriptions": the best query for each description, mean over descriptions.
-
-    Shapes as of `scores.region_scores`. docs/claim.md compares it with the order of the paper.
-    """
-    counts = np.array([len(embeds) for embeds in description_embeds])
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    descriptions = scores.unit(np.concatenate(list(description_embeds)))  # [sum of n_c, D]
-    best = (scores.unit(region_embed) @ descriptions.T).max(axis=1)  # [B, sum of n_c]
-    return np.add.reduceat(best, starts, axis=-1) / counts.astype(np.float32)
 
 
 def read_descriptions(
@@ -297,9 +278,10 @@ def read_descriptions(
 ) -> list[list[str]]:
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
-    In names `_` stands for a space. If a file does not have a name as it is spelt, letters and digits are compared
-    without case ("Black-footed albatross" matches "black_footed Albatross"), first those of the name, then those of
-    the stem; of two classes with the same name, first those of the stem. Published files have empty lists for a few classes, which are then described by their name alone.
+    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name, then by the
+    letters and digits of its stem. "Black-footed albatross" matches "black_footed Albatross". If two
+    classes have the same name, the stem comes first. Published files have empty lists for a few classes, which are then
+    described by their name alone.
 
     `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
 
@@ -308,10 +290,10 @@ def read_descriptions(
     """
     path = epath.Path(path).expanduser()
     expected = 'descriptions of the classes, {"class name": ["description", ...]}'
-    value = regular_file.read_json(path, dict[str, Any], expected)
+    value = regular_file.read_json(path, dict[str, list[str]], expected)
     for name, texts in value.items():
-        if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise errors.UserError(f"{path}: {name!r}: expected a list of texts that are not empty")
+        if not all(text.strip() for text in texts):
+            raise errors.UserError(f"{path}: {name!r}: got an empty text, expected descriptions")
     spelt: dict[str, str] = {}
     for name in value:
         if (other := spelt.setdefault(test_sets.of_folder(name), name)) != name:
@@ -321,16 +303,16 @@ def read_descriptions(
             )
     known: dict[Any, list[str]] = {_letters(name): texts for name, texts in value.items()}
     known |= {name: value[key] for name, key in spelt.items()}
-    found, often = [], collections.Counter(classes)
+    described, often = [], collections.Counter(classes)
     for name, stem in zip(classes, stems or classes):
         keys = [name, _letters(name), _letters(stem)]
         if often[name] > 1:
             keys.reverse()
-        found.append(next((known[key] for key in keys if key in known), None))
-    missing = [n for n, texts in zip(classes, found) if texts is None or not (texts or names)]
+        described.append(next((known[key] for key in keys if key in known), None))
+    missing = [n for n, texts in zip(classes, described) if texts is None or not (texts or names)]
     if missing:
         raise errors.UserError(f"{path}: no description of the classes {test_sets.listed(missing)}")
-    return [texts for texts in found if texts is not None]
+    return [texts for texts in described if texts is not None]
 
 
 def _letters(name: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Images, boxes and classes that a Predictor is given: what it takes, and one line for what it cannot take."""
+"""What a Predictor takes: images, boxes, texts and classes, checked; each fault is one line."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,16 +12,19 @@ from grain_jax.core import errors
 from grain_jax.core import images as image_files
 from grain_jax.input_pipeline import tokenizer
 
-_FAR = 4.0  # of a corner in [0, 1]; one farther away is in pixels
+_FAR = 4.0  # a corner in [0, 1] may lie this far outside; one farther away is in pixels
 
-# PIL images, uint8 [H, W, 3] or float32 [S, S, 3] to iterate over; uint8 [B, H, W, 3]; or float32 [B, S, S, 3]. PIL
-# images are turned by their EXIF orientation, as a viewer shows them; arrays are taken as they are.
+# Images to iterate over (PIL, uint8 [H, W, 3] or float32 [S, S, 3]), or an array [B, H, W, 3]; see `Predictor`.
 Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
 OneOrMany: TypeAlias = Images | PIL.Image.Image  # an array of three axes is one image
+Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]
+ClassTexts: TypeAlias = (
+    Iterable[str] | Mapping[str, Sequence[str]]
+)  # names, or {name: descriptions}
 
 
 class Tokens(NamedTuple):
-    """What the image tower gives for images, computed once for any number of boxes."""
+    """The tokens of images, computed once for any number of boxes."""
 
     values: np.ndarray  # [B, N, E], in the dtype of the Predictor
 
@@ -61,74 +64,76 @@ def one_image(image: Any) -> Images:
     return image[None] if image.dtype.kind == "f" else [image]
 
 
-def checked_boxes(index: int, boxes: Any) -> np.ndarray:
-    """The boxes of an image as float32 [n, 4]. Raises InputError, which names the image by `index`."""
-    try:
-        found: Any = np.asarray(boxes, np.float32)
-        fault = "" if np.isfinite(found).all() else f"got {found.tolist()}"
-        if found.size == 0:
-            found = found.reshape(0, 4)
-        if found.ndim != 2 or found.shape[1] != 4:
-            fault = f"got {list(found.shape)}"
-    except (TypeError, ValueError):
-        fault = f"got {boxes!r}"
-    if fault:
-        raise InputError(
-            f"boxes_xyxy[{index}]: {fault}, expected finite numbers [n, 4], the corners x1, y1, x2, y2"
-        )
-    wrong = (found[:, :2] > found[:, 2:]).any(axis=1) | (np.abs(found) > _FAR).any(axis=1)
-    if wrong.any():
-        raise InputError(
-            f"boxes_xyxy[{index}]: got {found[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2 in [0, 1] of the"
-            " image; divide pixels by its width and height"
-        )
-    return found
-
-
-def boxes_of_images(boxes_xyxy: Any) -> list[np.ndarray]:
+def checked_boxes(boxes_xyxy: Any) -> list[np.ndarray]:
     """The boxes of each image as float32 [n, 4]. Raises InputError."""
     if isinstance(boxes_xyxy, (str, bytes)) or not isinstance(boxes_xyxy, Iterable):
         raise InputError(f"boxes_xyxy: got {boxes_xyxy!r}, expected boxes [n, 4] for each image")
-    return [checked_boxes(i, x) for i, x in enumerate(boxes_xyxy)]
+    return [_boxes_of_image(f"boxes_xyxy[{i}]", boxes) for i, boxes in enumerate(boxes_xyxy)]
+
+
+def _boxes_of_image(name: str, boxes: Any) -> np.ndarray:
+    try:
+        corners = np.asarray(boxes, np.float32)
+    except (TypeError, ValueError):
+        corners = None
+    if corners is not None and corners.size == 0:
+        corners = corners.reshape(0, 4)
+    if corners is None or corners.shape[1:] != (4,) or not np.isfinite(corners).all():
+        got = " ".join(repr(boxes).split())
+        raise InputError(
+            f"{name}: got {got:.200}, expected finite numbers [n, 4], the corners x1, y1, x2, y2"
+        )
+    wrong = (corners[:, :2] > corners[:, 2:]).any(axis=1) | (np.abs(corners) > _FAR).any(axis=1)
+    if wrong.any():
+        raise InputError(
+            f"{name}: got {corners[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2, as shares of the"
+            " image; divide pixels by its width and height"
+        )
+    return corners
 
 
 def resize(index: int, image: Any, size: int) -> np.ndarray:
-    """The image resized to uint8 [size, size, 3]; float32 [size, size, 3], normalised, as it is.
+    """The image resized to uint8 [size, size, 3]; normalised float32 [size, size, 3] stays as it is.
 
     Raises InputError, which names the image by `index`.
     """
+    name = f"images[{index}]"
     if isinstance(image, PIL.Image.Image):
         try:
             image = image_files.to_rgb(image_files.upright(image))
         # PIL reads the pixels of a file only here, and raises many types of error.
         except Exception as error:
-            raise InputError(
-                f"images[{index}]: {' '.join(str(error).split())}, expected a readable image"
-            ) from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"{name}: {reason}, expected a readable image") from None
     elif getattr(image, "dtype", None) != np.uint8:
-        dtype, shape = getattr(image, "dtype", None), getattr(image, "shape", ())
-        if dtype == np.float32 and shape == (size, size, 3):
+        if getattr(image, "dtype", None) == np.float32 and image.shape == (size, size, 3):
             return np.asarray(image)
-        got = f"{dtype} {list(shape)}" if dtype else type(image).__name__
         raise InputError(
-            f"images[{index}]: got {got}, expected a PIL image, uint8 [H, W, 3], or float32 [{size}, {size}, 3]"
+            f"{name}: got {kind_of(image)}, expected a PIL image, uint8 [H, W, 3], or float32 [{size}, {size}, 3]"
             " already normalised"
         )
     try:
         return image_files.resize(image, size)
     except image_files.ImageError as error:
-        raise InputError(f"images[{index}]: {error}") from None
+        raise InputError(f"{name}: {error}") from None
+
+
+def kind_of(value: Any) -> str:
+    """What an argument is, for messages: its type, or its dtype and shape."""
+    if hasattr(value, "dtype"):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
 
 
 def together(images: list[np.ndarray], tower: config_lib.ImageTower) -> np.ndarray:
-    """Prepared images as a batch; normalised where some are."""
+    """Prepared images as a batch: all are normalised if one of them is."""
     if len({x.dtype for x in images}) > 1:
         images = [normalised(x, tower) for x in images]
     return np.stack(images)
 
 
 def normalised(image: np.ndarray, tower: config_lib.ImageTower) -> np.ndarray:
-    """uint8 [S, S, 3] as float32, as the model normalises it; float32 as it is."""
+    """uint8 [S, S, 3] as float32, normalised as in the model; float32 as it is."""
     if image.dtype != np.uint8:
         return image
     mean, std = (np.array(x, np.float32) for x in (tower.pixel_mean, tower.pixel_std))
@@ -136,41 +141,26 @@ def normalised(image: np.ndarray, tower: config_lib.ImageTower) -> np.ndarray:
 
 
 def checked_images(images: Any, size: int) -> Images:
-    """The images, if their type and shape are right; an array of floats as float32. Raises InputError.
-
-    Args:
-      images: any.
-      size: of the squares that the model takes.
-    """
-    if isinstance(images, PIL.Image.Image):
-        raise InputError("images: got one PIL image, expected a list of them")
+    """A batch of images for a model of `size` pixels, if its type is right; floats as float32. Raises InputError."""
     if not hasattr(images, "dtype"):
-        if not isinstance(images, Iterable) or isinstance(images, (str, bytes)):
-            raise InputError(
-                f"images: got {type(images).__name__}, expected images to iterate over"
-            )
+        no_batch = isinstance(images, (PIL.Image.Image, str, bytes))
+        if no_batch or not isinstance(images, Iterable):
+            raise InputError(f"images: got {kind_of(images)}, expected images to iterate over")
         return images
     images = np.asarray(images)
-    if images.ndim != 4 or images.shape[3] != 3:
-        raise InputError(
-            f"images: got shape {list(images.shape)}, expected [B, H, W, 3] or [H, W, 3]"
-        )
-    if images.dtype == np.uint8:
+    is_float = images.dtype.kind == "f"
+    if images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8:
         return images
-    if images.dtype.kind != "f":
-        raise InputError(f"images: got {images.dtype}, expected uint8, or float32 normalised")
-    if images.shape[1:3] != (size, size):
-        raise InputError(
-            f"images: got float32 of {images.shape[1]} x {images.shape[2]} pixels, expected"
-            f" {size} x {size}; give uint8 or PIL images to have them resized"
-        )
-    return images.astype(np.float32)
+    if is_float and images.shape[1:] == (size, size, 3):
+        return images.astype(np.float32)
+    raise InputError(
+        f"images: got {kind_of(images)}, expected uint8 [B, H, W, 3], which is resized, or float32"
+        f" [B, {size}, {size}, 3] already normalised"
+    )
 
 
-def class_pairs(
-    classes: Iterable[str] | Mapping[str, Sequence[str]],
-) -> list[tuple[str, Sequence[str] | None]]:
-    """Classes, as `Predictor.class_features` takes them -> names with their descriptions, or None. Raises InputError."""
+def class_pairs(classes: ClassTexts) -> list[tuple[str, Sequence[str] | None]]:
+    """Classes -> names with their descriptions, or None. Raises InputError."""
     pairs: list[tuple[str, Sequence[str] | None]]
     if isinstance(classes, Mapping):
         pairs = [*classes.items()]
@@ -178,9 +168,9 @@ def class_pairs(
         pairs = [] if isinstance(classes, str) else [(name, None) for name in classes]
     if not pairs:
         raise InputError(f"classes: got {classes!r}, expected names or {{name: descriptions}}")
-    for name, own in pairs:
-        if not isinstance(name, str) or isinstance(own, str):
+    for name, descriptions in pairs:
+        if not isinstance(name, str) or isinstance(descriptions, str):
             raise InputError(f"classes: at {name!r}, expected a name or name: [description, ...]")
-        if own is not None and not len(own):
+        if descriptions is not None and not len(descriptions):
             raise InputError(f"classes: {name!r} has no description")
     return pairs

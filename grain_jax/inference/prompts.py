@@ -12,7 +12,7 @@ DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 
 # Beginning of the clause -> first words of descriptions that take it; other words take "which has".
 _CLAUSE = {"which is": ("a", "an", "used"), "which": ("has", "often", "typically", "may", "can")}
-_BEGINNING = {word: clause for clause, words in _CLAUSE.items() for word in words}
+_BEGINNING = {word: clause for clause, firsts in _CLAUSE.items() for word in firsts}
 _PARENT = re.compile(r"(?<=\w\w)/(?=\w\w)")  # between PARENT and CLASS
 
 
@@ -55,11 +55,11 @@ def descriptor_clause(description: str) -> str:
 
     The rule of Menon & Vondrick, applied to whole words and without case: "antlers" does not begin with "a".
     """
-    words = re.sub(r"\s+", " ", description).strip(" .,;")
-    first, _, rest = words.partition(" ")
+    text = re.sub(r"\s+", " ", description).strip(" .,;")
+    first, _, rest = text.partition(" ")
     if first.lower() in _BEGINNING:
         return " ".join(filter(None, (_BEGINNING[first.lower()], first.lower(), rest)))
-    return f"which has {words}"
+    return f"which has {text}"
 
 
 def class_texts(
@@ -67,7 +67,7 @@ def class_texts(
 ) -> list[str]:
     """The texts of one class: every template, or every template with every description (templates in the inner loop).
 
-    A name "dog/poodle" is PARENT/CLASS: "a photo of a poodle, a kind of dog". Of several parents the last
+    A name "dog/poodle" is PARENT/CLASS: "a photo of a poodle, a kind of dog". The last of several parents
     is used. A `/` between single letters or beside a space ("C/V", "jacket / coat") is part of the name.
 
     DIFFERS: the reference says "a poodle, of a dog", and fails where the parent is one letter (quirk 19).
@@ -93,14 +93,14 @@ def class_texts(
 def distinct(texts: Sequence[str], key: Callable[[str], str] = str) -> tuple[list[str], np.ndarray]:
     """The first of each set of texts whose `key` is equal, and for each text the position of its set, int [N]."""
     first: dict[str, tuple[int, str]] = {}
-    at = [first.setdefault(key(text), (len(first), text))[0] for text in texts]
-    return [text for _, text in first.values()], np.array(at, int)
+    position = [first.setdefault(key(text), (len(first), text))[0] for text in texts]
+    return [text for _, text in first.values()], np.array(position, int)
 
 
 def encode_lists(
     encode: Callable[[list[str]], np.ndarray], lists: Sequence[Sequence[str]]
 ) -> list[np.ndarray]:
     """For each list of texts the embeddings [n, D], by `encode`: texts -> [N, D]; a text in several goes there once."""
-    texts, at = distinct([text for each in lists for text in each])
+    texts, position = distinct([text for each in lists for text in each])
     ends = np.cumsum([len(each) for each in lists])
-    return np.split(encode(texts)[at], ends[:-1])
+    return np.split(encode(texts)[position], ends[:-1])

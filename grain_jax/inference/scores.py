@@ -1,6 +1,6 @@
 """Zero-shot scores from embeddings, in numpy (docs/method.md, Zero-shot evaluation).
 
-Letters in shapes are those of `schema`, with C classes and n_c texts of class c. Embeddings may have any length: every
+Shapes use the letters of `schema`, C for classes, and n_c for the texts of class c. Embeddings may have any length: every
 function normalises them, and scores are cosines.
 """
 
@@ -56,13 +56,8 @@ def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndar
 
     Returns:
       float32 [B, C].
-
-    Raises:
-      ValueError: a class has no description.
     """
     counts = [len(embeds) for embeds in description_embeds]
-    if 0 in counts:
-        raise ValueError(f"class {counts.index(0)}: has no description to compare regions with")
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     descriptions = unit(np.concatenate(list(description_embeds)))  # [sum of n_c, D]
 
@@ -74,11 +69,10 @@ def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndar
 
 
 def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.ndarray:
-    """alpha * global + (1 - alpha) * region, float32 [B, C]. ValueError if `region` is None and alpha is not 1."""
+    """alpha * global + (1 - alpha) * region, float32 [B, C]; `region` may be None if alpha is 1."""
     if alpha == 1.0:
         return global_
-    if region is None:
-        raise ValueError(f"region: got None with alpha {alpha}, expected float32 [B, C]")
+    assert region is not None
     return np.float32(alpha) * global_ + np.float32(1.0 - alpha) * region
 
 
@@ -136,13 +130,14 @@ def similarity_map(
     return np.asarray(np.mean(maps, axis=0), np.float32)
 
 
+def bilinear(size: int, cells: int) -> np.ndarray:
+    """The bilinear weights of `cells` at `size` pixels, [size, cells], centres on centres, the edge held."""
+    positions = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
+    return np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(cells)))
+
+
 def resize_map(maps: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Maps [N, h, w] -> float32 [N, height, width], bilinear, cell centres on cell centres, the edge held."""
-
-    def weights(size, cells):
-        places = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
-        return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(cells)))
-
+    """Maps [N, h, w] -> float32 [N, height, width], `bilinear`."""
     maps = np.asarray(maps, np.float32)
-    rows, columns = weights(height, maps.shape[1]), weights(width, maps.shape[2])
+    rows, columns = bilinear(height, maps.shape[1]), bilinear(width, maps.shape[2])
     return np.einsum("yh,nhw,xw->nyx", rows, maps, columns).astype(np.float32)

@@ -1,9 +1,9 @@
 """Open-vocabulary segmentation: the class of every pixel, from the cosines of patches or regions and class names.
 
-    image -> short side to `short_side` pixels -> windows of the model's size, every `stride` pixels
-          -> of each window a map of every class -> mean where windows overlap -> the size of the image -> argmax
+The image is resized and cut into windows of the model's size. Each window gets a map per class; where windows overlap
+the maps are averaged. The maps are resized to the image, and each pixel gets the class with the largest cosine.
 
-Maps of patches are those of MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on cell
+Maps of patches follow MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on cell
 centres, the edge held.
 """
 
@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
+from grain_jax import config as config_lib
 from grain_jax.core import images as image_files
+from grain_jax.core import named
 from grain_jax.inference import prompts, scores
-from grain_jax.inference.inputs import InputError
+from grain_jax.inference.inputs import InputError, kind_of
 
 # Where the maps come from: what the model has, its patches, the boxes of its region queries, or a weighted sum.
 WAYS = ("auto", "patches", "regions", "both")
@@ -25,9 +27,8 @@ PATCHES = ("auto", "values", "tokens")
 BACKGROUND = -1  # the label of pixels below the threshold
 MAX_CANVAS = 1 << 22  # pixels of a resized image
 MAX_NUMBERS = 1 << 29  # float32 numbers, one for each class, of these pixels: 2 GiB
-_BAND = (
-    1 << 18
-)  # numbers of the maps that are as large as the image at one time: what a cache holds
+# Numbers of the maps that are as large as the image at one time: what a cache holds.
+_BAND = 1 << 18
 
 
 class Classes(NamedTuple):
@@ -39,10 +40,10 @@ class Classes(NamedTuple):
 
     def cosines(self, embed: np.ndarray) -> np.ndarray:
         """Embeddings [..., D] -> float32 [..., C]; where features are shorter than 1, so are the cosines."""
-        found = scores.unit(embed) @ self.features.T
+        cosines = scores.unit(embed) @ self.features.T
         if len(self.features) == len(self.first):
-            return found
-        return np.maximum.reduceat(found, self.first, axis=-1)
+            return cosines
+        return np.maximum.reduceat(cosines, self.first, axis=-1)
 
 
 def alternatives(name: str) -> list[str]:
@@ -57,22 +58,20 @@ def embed_classes(
     descriptions: Sequence[Sequence[str]] | None = None,
     unit_length: bool = True,
 ) -> Classes:
-    """Embeds the names of classes in prompts, each alternative of its own.
+    """Embeds the names of classes in prompts; each alternative has its own embedding.
 
     Args:
       encode: texts -> [N, D].
-      names: of the classes; commas divide alternatives.
+      names: the classes; commas divide alternatives.
       templates: prompts with `{}`.
-      descriptions: of each class; a class with none is described by its names alone. None: no descriptions.
-      unit_length: as of `scores.class_features`.
+      descriptions: for each class; a class with none is described by its names alone. None: no descriptions.
+      unit_length: see `scores.class_features`.
     """
     texts, first = [], []
-    for i, name in enumerate(names):
-        own = (descriptions[i] or None) if descriptions is not None else None
+    for name, described in zip(names, descriptions or [()] * len(names), strict=True):
         first.append(len(texts))
-        texts += [
-            prompts.class_texts(each, templates, own) for each in alternatives(name) or [name]
-        ]
+        for alternative in alternatives(name) or [name]:
+            texts.append(prompts.class_texts(alternative, templates, described or None))
     features = scores.class_features(prompts.encode_lists(encode, texts), unit_length)
     return Classes(tuple(names), features, np.array(first))
 
@@ -89,14 +88,14 @@ class Windows(NamedTuple):
 def cut(
     image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0, classes: int = 1
 ) -> Windows:
-    """The windows of an image, so many pixels apart; the last ones end at its edges.
+    """The windows of an image; the last ones end at its edges.
 
     Args:
       image: of any mode and size.
-      size: S, of a window.
+      size: pixels S along a window's side.
       short_side: pixels that the shorter side is resized to; 0: S.
       stride: pixels between windows; 0: half of S, rounded up.
-      classes: of the maps.
+      classes: how many maps each window will have.
 
     Raises:
       ImageError: the resized image would have more than MAX_CANVAS pixels, or MAX_NUMBERS for all classes.
@@ -124,20 +123,16 @@ def cut(
 
 
 def windows_of(index: int, image: Any, *options: int) -> Windows:
-    """The windows of an image, PIL or uint8 [H, W, 3]. Raises InputError, which names the image by `index`.
-
-    Args:
-      index, image: the image.
-      *options: the other arguments of `cut`.
-    """
+    """`cut` of an image, PIL or uint8 [H, W, 3]. Raises InputError, which names the image by `index`."""
     try:
         if isinstance(image, PIL.Image.Image):
             image = image_files.upright(image)
         elif getattr(image, "dtype", None) == np.uint8 and np.shape(image)[2:] == (3,):
             image = PIL.Image.fromarray(np.asarray(image))
         else:
-            got = f"{image.dtype} {list(image.shape)}" if hasattr(image, "dtype") else type(image)
-            raise image_files.ImageError(f"got {got}, expected a PIL image or uint8 [H, W, 3]")
+            raise image_files.ImageError(
+                f"got {kind_of(image)}, expected a PIL image or uint8 [H, W, 3]"
+            )
         return cut(image, *options)
     except Exception as error:  # PIL reads the pixels here, and raises many types of error
         raise InputError(f"images[{index}]: {' '.join(str(error).split())}") from None
@@ -145,7 +140,7 @@ def windows_of(index: int, image: Any, *options: int) -> Windows:
 
 def _starts(length: int, size: int, step: int) -> list[int]:
     """Where windows begin along a side."""
-    return sorted({min(at, length - size) for at in range(0, length - size + step, step)})
+    return sorted({min(x, length - size) for x in range(0, length - size + step, step)})
 
 
 def labels(
@@ -184,11 +179,11 @@ def labels(
 def _overlapped(maps: np.ndarray, windows: Windows) -> np.ndarray:
     """Maps [n, C, h, w] -> float32 [rows, columns, C] of the resized image, means where windows overlap."""
     size = windows.pixels.shape[1]
-    down, across = (_weights(size, cells) for cells in maps.shape[2:])
+    down, across = (scores.bilinear(size, cells).astype(np.float32) for cells in maps.shape[2:])
     canvas = np.zeros((*windows.canvas, maps.shape[1]), np.float32)
     count = np.zeros((*windows.canvas, 1), np.float32)
-    for one, (y, x) in zip(maps, windows.corners, strict=True):
-        cells = np.moveaxis(np.asarray(one, np.float32), 0, -1)  # [h, w, C]
+    for map_, (y, x) in zip(maps, windows.corners, strict=True):
+        cells = np.moveaxis(np.asarray(map_, np.float32), 0, -1)  # [h, w, C]
         rows = (down @ cells.reshape(len(cells), -1)).reshape(size, *cells.shape[1:])
         canvas[y : y + size, x : x + size] += across @ rows  # [S, S, C]
         count[y : y + size, x : x + size] += 1
@@ -196,27 +191,10 @@ def _overlapped(maps: np.ndarray, windows: Windows) -> np.ndarray:
     return canvas
 
 
-def _places(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `size` places the cell before it, int, and how far it is to the next one, float32 in [0, 1]."""
-    places = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
-    before = np.minimum(places.astype(int), max(cells - 2, 0))
-    return before, (places - before).astype(np.float32)
-
-
-def _weights(size: int, cells: int) -> np.ndarray:
-    """The bilinear weights of `cells` at `size` places, float32 [size, cells]."""
-    before, share = _places(size, cells)
-    out = np.zeros((size, cells), np.float32)
-    out[np.arange(size), before] = 1 - share
-    if cells > 1:
-        out[np.arange(size), before + 1] = share
-    return out
-
-
 def _resized(canvas: np.ndarray, width: int, height: int) -> Iterator[np.ndarray]:
     """The canvas [rows, columns, C] resized to [height, width, C], in bands of rows."""
     rows, columns, classes = canvas.shape
-    (above, down), (left, right) = _places(height, rows), _places(width, columns)
+    (above, down), (left, right) = _neighbours(height, rows), _neighbours(width, columns)
     most = max(1, _BAND // (width * classes))
     for first in range(0, height, most):
         part = slice(first, first + most)
@@ -226,8 +204,15 @@ def _resized(canvas: np.ndarray, width: int, height: int) -> Iterator[np.ndarray
         yield band if columns == width else _between(band, left, right[None, :, None], 1)
 
 
+def _neighbours(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `size` pixels the cell before it, int, and its distance from that cell, float32 in [0, 1]."""
+    positions = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
+    before = np.minimum(positions.astype(int), max(cells - 2, 0))
+    return before, (positions - before).astype(np.float32)
+
+
 def _between(x: np.ndarray, before: np.ndarray, share: np.ndarray, axis: int) -> np.ndarray:
-    """`x` between its places `before` and the next ones along an axis."""
+    """`x` between the cells `before` and the next ones along an axis."""
     out = x.take(before, axis)
     other = x.take(np.minimum(before + 1, x.shape[axis] - 1), axis)
     other -= out
@@ -236,13 +221,43 @@ def _between(x: np.ndarray, before: np.ndarray, share: np.ndarray, axis: int) ->
     return out
 
 
+def maps_by(model: config_lib.Model, by: str, patch_features: str) -> tuple[str, str]:
+    """The options `by` and `patch_features` of `Predictor.class_maps` without "auto".
+
+    Raises InputError, which begins with the option, if the model cannot use them.
+    """
+    options = (("by", by, WAYS), ("patch_features", patch_features, PATCHES))
+    for name, value, known in options:
+        if value not in known:
+            raise InputError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
+    has_head, external = model.boxes.kind != "none", named.is_external(model.image.tower)
+    has_patches = has_head or model.decoder is None
+    has_regions = model.decoder is not None and model.decoder.queries > 0
+    if by == "auto":
+        by = "patches" if not has_regions else "both" if has_patches else "regions"
+    if by != "patches" and not has_regions:
+        raise InputError(f"by: got {by!r} and a model without region queries, expected 'patches'")
+    if by != "regions" and not has_patches:
+        raise InputError(
+            f"by: got {by!r} and a model with a decoder and no box head, expected a box head"
+            " (model.boxes.kind), or 'regions' with region queries"
+        )
+    if patch_features == "auto":
+        patch_features = "tokens" if has_head or external else "values"
+    if by != "regions" and patch_features == "values" and external:
+        raise InputError(
+            f"patch_features: got 'values' with the tower {model.image.tower}, expected 'tokens'"
+        )
+    return by, patch_features
+
+
 def check_stride(size: int, short_side: int, stride: int) -> None:
-    """Raises InputError where a model of `size` pixels cannot use the options of `cut`."""
+    """Raises InputError if a model of `size` pixels cannot use these options of `cut`."""
     if short_side and short_side < size:
         raise InputError(
-            f"short_side: got {short_side} pixels, expected 0 or at least {size}, the model's image size"
+            f"short_side: got {short_side}, expected 0 or at least {size}, the model's image size"
         )
     if not 0 <= stride <= size:
         raise InputError(
-            f"stride: got {stride} pixels, expected 1 to {size}, the model's image size, or 0 for half of it"
+            f"stride: got {stride}, expected 1 to {size}, the model's image size, or 0 for half of it"
         )

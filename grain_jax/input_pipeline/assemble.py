@@ -1,4 +1,4 @@
-"""Images, texts and boxes -> Batch: tokenises all texts at once and lays them out in rows.
+"""Images, texts and boxes -> Batch: lays out the tokens of all texts in rows.
 
 Every data source makes its batches with this; numpy only.
 """
@@ -11,16 +11,10 @@ import numpy as np
 from grain_jax.config import Config
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import packing, tokenizer
-from grain_jax.input_pipeline.text_cleaning import Texts
+from grain_jax.input_pipeline.tokenizer import TokenizedTexts
 
-_NO_TEXTS = Texts(*(np.zeros(0, np.int32) for _ in Texts._fields))
-
-
-def tokenize(
-    texts: Sequence[str | bytes], text_tokenizer: tokenizer.Tokenizer, context_length: int
-) -> Texts:
-    """Tokenises all texts in one call."""
-    return text_tokenizer.encode(texts, context_length) if len(texts) else _NO_TEXTS
+# The kinds of texts, and the mask of each that says which texts exist.
+MASKS = {"captions": "caption_mask", "descriptions": "region_mask", "negatives": "negative_mask"}
 
 
 class Example(NamedTuple):
@@ -30,7 +24,7 @@ class Example(NamedTuple):
     caption: str | Sequence[str]  # or several, at most `input.captions_per_image`; () for none
     descriptions: Sequence[str] = ()  # of its regions, at most `input.max_regions`, the best first
     boxes_cxcywh: Sequence[Sequence[float]] = ()  # a box for each, in [0, 1]
-    # Of each description, at most `input.negatives_per_region`; () where no description has any.
+    # For each description, at most `input.negatives_per_region`; () if no description has any.
     negatives: Sequence[Sequence[str]] = ()
 
 
@@ -47,74 +41,88 @@ def of_examples(
     Raises:
       ValueError: an image of another shape or type, other numbers of boxes than descriptions, or too many texts.
     """
-    size, most = config.model.image.image_size, config.input.max_regions
-    most_captions = config.input.captions_per_image
-    captions: list[str] = []
-    caption_mask = np.zeros((len(examples), most_captions), bool)
-    boxes = np.zeros((len(examples), most, 4), np.float32)
-    mask = np.zeros((len(examples), most), bool)
-    most_negatives = config.input.negatives_per_region
-    negatives: list[str] = []
-    negative_mask = np.zeros((len(examples), most, most_negatives), bool)
+    batch, regions = len(examples), config.input.max_regions
+    shapes = {
+        "captions": (batch, config.input.captions_per_image),
+        "descriptions": (batch, regions),
+        "negatives": (batch, regions, config.input.negatives_per_region),
+    }
+    columns: dict[str, Any] = {name: np.zeros(shape, object) for name, shape in shapes.items()}
+    columns |= {MASKS[name]: np.zeros(shape, bool) for name, shape in shapes.items()}
+    boxes = np.zeros((batch, regions, 4), np.float32)
+
+    def put(name: str, texts: Sequence[str], *place: int) -> None:
+        columns[name][place][: len(texts)] = texts
+        columns[MASKS[name]][place][: len(texts)] = True
+
     for i, example in enumerate(examples):
-        count = len(example.descriptions)
-        shape = example.image.shape
-        if shape != (size, size, 3) or example.image.dtype != np.uint8:
-            got = f"{example.image.dtype} {list(shape)}"
-            raise ValueError(f"example {i}: image is {got}, expected uint8 [{size}, {size}, 3]")
-        if count != len(example.boxes_cxcywh) or count > most:
-            raise ValueError(
-                f"example {i}: got {count} descriptions and {len(example.boxes_cxcywh)} boxes, expected as"
-                f" many of both, at most input.max_regions = {most}"
-            )
-        of_image = [example.caption] if isinstance(example.caption, str) else example.caption
-        if len(of_image) > most_captions:
-            raise ValueError(
-                f"example {i}: got {len(of_image)} captions, expected at most input.captions_per_image = {most_captions}"
-            )
-        if example.negatives and (
-            len(example.negatives) != count or max(map(len, example.negatives)) > most_negatives
-        ):
-            raise ValueError(
-                f"example {i}: got {list(map(len, example.negatives))} negatives of {count} descriptions, expected a"
-                f" list for each, of at most input.negatives_per_region = {most_negatives}"
-            )
+        captions = [example.caption] if isinstance(example.caption, str) else example.caption
+        _check(i, example, captions, config)
+        put("captions", captions, i)
+        put("descriptions", example.descriptions, i)
         for j, texts in enumerate(example.negatives):
-            negatives += texts
-            negative_mask[i, j, : len(texts)] = True
-        captions += of_image
-        caption_mask[i, : len(of_image)] = True
-        mask[i, :count] = True
+            put("negatives", texts, i, j)
+        count = len(example.descriptions)
         boxes[i, :count] = np.reshape(example.boxes_cxcywh, (count, 4))
-    text_length = config.text_length
-    descriptions = [text for example in examples for text in example.descriptions]
-    return assemble(
+    return of_columns(
+        columns,
+        text_tokenizer,
         image=np.stack([example.image for example in examples]),
-        captions=tokenize(captions, text_tokenizer, text_length),
-        caption_mask=caption_mask,
-        descriptions=tokenize(descriptions, text_tokenizer, text_length),
         region_boxes_cxcywh=boxes,
-        region_mask=mask,
         # The last ones are dropped first.
-        region_scores=np.broadcast_to(-np.arange(most, dtype=np.float32), mask.shape),
-        negatives=tokenize(negatives, text_tokenizer, text_length),
-        negative_mask=negative_mask,
+        region_scores=np.broadcast_to(-np.arange(regions, dtype=np.float32), (batch, regions)),
         config=config,
     )
+
+
+def _check(number: int, example: Example, captions: Sequence[str], config: Config) -> None:
+    size, count = config.model.image.image_size, len(example.descriptions)
+    if example.image.shape != (size, size, 3) or example.image.dtype != np.uint8:
+        got = f"{example.image.dtype} {list(example.image.shape)}"
+        raise ValueError(f"example {number}: image is {got}, expected uint8 [{size}, {size}, 3]")
+    for kind, got, key in (
+        ("captions", len(captions), "captions_per_image"),
+        ("descriptions", count, "max_regions"),
+        ("negatives", max(map(len, example.negatives), default=0), "negatives_per_region"),
+    ):
+        most = getattr(config.input, key)
+        if got > most:
+            raise ValueError(
+                f"example {number}: got {got} {kind}, expected at most input.{key} = {most}"
+            )
+    if len(example.boxes_cxcywh) != count or len(example.negatives) not in (0, count):
+        raise ValueError(
+            f"example {number}: got {count} descriptions, {len(example.boxes_cxcywh)} boxes and"
+            f" {len(example.negatives)} lists of negatives, expected a box and a list for each description"
+        )
+
+
+def of_columns(
+    columns: dict[str, Any],
+    text_tokenizer: tokenizer.Tokenizer,
+    *,
+    config: Config,
+    **arguments: Any,
+) -> Batch:
+    """`assemble` of columns whose texts, in the shapes of their masks, are not tokenised yet."""
+    for name, mask in MASKS.items():
+        texts = columns[name][columns[mask]]
+        arguments[name] = text_tokenizer.encode(texts, config.text_length)
+    return assemble(**columns | arguments, config=config)
 
 
 def assemble(
     *,
     image: np.ndarray,
-    captions: Texts,
+    captions: TokenizedTexts,
     caption_mask: np.ndarray,
-    descriptions: Texts,
+    descriptions: TokenizedTexts,
     region_boxes_cxcywh: np.ndarray,
     region_mask: np.ndarray,
     region_scores: np.ndarray,
+    negatives: TokenizedTexts,
+    negative_mask: np.ndarray,
     config: Config,
-    negatives: Texts | None = None,
-    negative_mask: np.ndarray | None = None,
 ) -> Batch:
     """Lays out the texts of consecutive images, packed or one per row as `config.text` says.
 
@@ -123,86 +131,68 @@ def assemble(
       captions: a text for each real caption, in the order of `caption_mask`, row by row.
       caption_mask: bool [B, C], C = `input.captions_per_image`.
       descriptions: a text for each real region, in the order of `region_mask`, row by row.
-      region_boxes_cxcywh: float32 [B, R, 4]; ignored where masked.
+      region_boxes_cxcywh: float32 [B, R, 4]; ignored if masked.
       region_mask: bool [B, R].
-      region_scores: float32 [B, R]; where a packing group overflows, low scores are dropped first.
+      region_scores: float32 [B, R]; if a packing group overflows, low scores are dropped first.
+      negatives: a text for each real negative, in the order of `negative_mask`, row by row. One that the tokenizer
+        takes for the description itself is left out.
+      negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False if the region is not real.
       config: `text` and `row_length` are used.
-      negatives: a text for each real negative, in the order of `negative_mask`, row by row; None: there are none. One
-        that the tokenizer takes for the description itself is left out.
-      negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False where the region is not real.
     """
-    description_id = _at(region_mask, descriptions.text_ids)
-    if negatives is None or negative_mask is None:
-        negatives = _NO_TEXTS
-        negative_mask = np.zeros((*region_mask.shape, config.input.negatives_per_region), bool)
+    description_id = _scatter(region_mask, descriptions.text_ids)
     negatives, negative_mask = _without_descriptions(negatives, negative_mask, description_id)
-    kinds = ((captions, caption_mask), (descriptions, region_mask), (negatives, negative_mask))
-    lengths = [_at(mask, texts.lengths) for texts, mask in kinds]
-    given: dict[str, Any] = dict(
-        caption_lengths=lengths[0],
-        description_lengths=lengths[1],
-        negative_lengths=lengths[2],
-        region_mask=region_mask,
-        row_length=config.row_length,
-    )
+    texts = (captions, descriptions, negatives)
+    masks = packing.TextArrays(caption_mask, region_mask, negative_mask)
+    lengths = packing.TextArrays(*(_scatter(m, t.lengths) for m, t in zip(masks, texts)))
     if config.text.packing:
         group, rows = config.text_layout
-        places = packing.pack(**given, region_scores=region_scores, pack_group=group, rows=rows)
-    else:
-        places = packing.one_text_per_row(**given)
-    ids = np.concatenate([texts.ids for texts, _ in kinds])
-    tokens, positions, segments = packing.fill(places, ids, lengths)
-    left = places.caption_lengths, places.description_lengths, places.negative_lengths
-    too_long = [_at(mask, texts.too_long) for texts, mask in kinds]
-    counts = [
-        _in_groups(len(tokens), parts)
-        for parts in (
-            [now < before for now, before in zip(left, lengths)],
-            [mask for _, mask in kinds],
-            too_long,
+        layout = packing.pack(
+            lengths, region_scores, pack_group=group, rows=rows, row_length=config.row_length
         )
-    ]
-    kept = places.region_mask
+    else:
+        layout = packing.one_text_per_row(lengths, row_length=config.row_length)
+    tokens, positions, segments = packing.fill(
+        layout, np.concatenate([t.ids for t in texts]), lengths
+    )
+    too_long = packing.TextArrays(*(_scatter(m, t.too_long) for m, t in zip(masks, texts)))
+    misfits, texts_there, cut = (
+        x.slots().reshape(len(tokens), -1).sum(axis=1, dtype=np.int32)
+        for x in (layout.misfits, masks, too_long)
+    )
+    kept = layout.lengths.descriptions > 0
     has_negatives = config.input.negatives_per_region > 0
     return Batch(
         image=image,
         text_tokens=tokens,
         text_positions=positions,
         text_segments=segments,
-        caption_at=places.caption_at,
-        caption_id=_at(caption_mask, captions.text_ids),
+        caption_at=layout.ends.captions,
+        caption_id=_scatter(caption_mask, captions.text_ids),
         caption_mask=caption_mask,
-        description_at=places.description_at,
+        description_at=layout.ends.descriptions,
         description_id=np.where(kept, description_id, 0),
         region_boxes_cxcywh=np.where(kept[..., None], region_boxes_cxcywh, np.float32(0)),
         region_mask=kept,
-        texts_dropped=counts[0],
-        text_counts=np.stack(counts[1:], axis=1),
-        negative_at=places.negative_at if has_negatives else None,
-        negative_mask=places.negative_mask if has_negatives else None,
+        texts_dropped=misfits,
+        text_counts=np.stack([texts_there, cut], axis=1),
+        negative_at=layout.ends.negatives if has_negatives else None,
+        negative_mask=layout.lengths.negatives > 0 if has_negatives else None,
     )
 
 
-def _in_groups(groups: int, masks: Sequence[np.ndarray]) -> np.ndarray:
-    """How many are True in all masks [B, ...] together, int32 [groups]."""
-    counts = [mask.reshape(groups, -1).sum(axis=1) for mask in masks]
-    return np.sum(counts, axis=0).astype(np.int32)
-
-
 def _without_descriptions(
-    texts: Texts, mask: np.ndarray, description_id: np.ndarray
-) -> tuple[Texts, np.ndarray]:
-    """The negatives whose text is not that of their own description, and their mask [B, R, H]."""
-    other = _at(mask, texts.text_ids) != description_id[..., None]
-    if (other | ~mask).all():
+    texts: TokenizedTexts, mask: np.ndarray, description_id: np.ndarray
+) -> tuple[TokenizedTexts, np.ndarray]:
+    """The negatives that differ from their own description, and their mask [B, R, H]."""
+    kept = (_scatter(mask, texts.text_ids) != description_id[..., None])[mask]
+    if kept.all():
         return texts, mask
-    kept = other[mask]
     ids = texts.ids[np.repeat(kept, texts.lengths)]
-    return Texts(ids, *(of[kept] for of in texts[1:])), mask & other
+    return TokenizedTexts(ids, *(x[kept] for x in texts[1:])), _scatter(mask, kept)
 
 
-def _at(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The values in the places of the mask, row by row; 0 elsewhere."""
+def _scatter(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values in the layout of the mask, row by row; 0 elsewhere."""
     out = np.zeros(mask.shape, values.dtype)
     out[mask] = values
     return out

@@ -3,6 +3,7 @@
 The only file of the input pipeline that needs JAX.
 """
 
+import contextlib
 import functools
 import queue
 import threading
@@ -13,10 +14,9 @@ import jax
 
 from grain_jax.core.schema import Batch
 
-_END = object()
 # Batches ahead: with 2 the demo's steps wait for 2% of their time, with 4 for 0.1%; reading comes in bursts.
 DEPTH = 4
-# A step counts as waiting for input where it waits longer than both; a batch that is ready takes microseconds.
+# A step counts as waiting for input if it waits longer than both; a batch that is ready takes microseconds.
 WAIT_SECONDS = 1e-3
 WAIT_SHARE = 0.01  # of the time since the previous batch
 CLOSE_SECONDS = 5.0  # for the read under way
@@ -26,7 +26,7 @@ class Prefetch:
     """An iterator over `batches` as global arrays, up to `depth` of them ready on the devices.
 
     Args:
-      batches: those of this process, numpy.
+      batches: of this process, numpy.
       sharding: of the leading axis.
       depth: batches ahead; each holds device memory.
 
@@ -40,8 +40,7 @@ class Prefetch:
     ):
         self.wait_seconds, self.wait_steps = 0.0, 0
         self._last = time.monotonic()  # when the consumer got the previous batch
-        self._batches = batches
-        self._sharding = sharding
+        self._batches, self._sharding = batches, sharding
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
@@ -63,28 +62,22 @@ class Prefetch:
         if isinstance(item, Batch):
             return item
         self.close()
-        if item is _END:
-            raise StopIteration
         raise item
 
     def close(self) -> None:
         """Stops the thread and drops the batches that are ready; after CLOSE_SECONDS a thread that hangs is left."""
         self._closed.set()
         deadline = time.monotonic() + CLOSE_SECONDS
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            self._drain()  # the thread may wait for room in the queue
-            self._thread.join(timeout=0.05)
-        self._drain()
-
-    def _drain(self) -> None:
         while True:
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
+            with contextlib.suppress(queue.Empty):
+                while True:  # the thread may wait for room in the queue
+                    self._queue.get_nowait()
+            if not self._thread.is_alive() or time.monotonic() >= deadline:
                 return
+            self._thread.join(timeout=0.05)
 
     def _fill(self) -> None:
-        last = _END
+        last: BaseException = StopIteration()
         try:
             for batch in self._batches:
                 if self._closed.is_set():
@@ -93,8 +86,7 @@ class Prefetch:
         except BaseException as error:  # of any kind: the consumer raises it
             last = error
         finally:
-            close = getattr(self._batches, "close", None)
-            if close is not None:
+            if close := getattr(self._batches, "close", None):
                 close()  # a generator holds the threads of tf.data
         self._queue.put(last)
 
@@ -107,5 +99,5 @@ def shard_batch(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
         order of the global batch (`sharding.lanes_of_process`).
       sharding: of the leading axis, e.g. NamedSharding(mesh, P(("data", "fsdp"))).
     """
-    place = functools.partial(jax.make_array_from_process_local_data, sharding)
-    return jax.tree.map(place, batch)  # a field of None stays
+    to_global = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(to_global, batch)  # a field of None stays

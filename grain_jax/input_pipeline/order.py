@@ -1,11 +1,12 @@
 """A deterministic shuffle: the order of the training records is a function of (seed, lanes, step).
 
 The shuffle has `input.lanes` independent streams, the lanes. Lane i has the shards i, i + lanes, i + 2 lanes, ...,
-in blocks of `input.shards_per_block` shards that are read whole. In each epoch the blocks of a lane are permuted by
-(seed, epoch, lane), and the records of a block by (seed, epoch, lane, block); the next epoch follows at once. A
-position in the stream gives the block to open, and a step gives the position: a checkpoint needs the step alone.
+in blocks of `input.shards_per_block` shards that are read whole. In each epoch (seed, epoch, lane) permutes the blocks
+of a lane, and (seed, epoch, lane, block) permutes the records of a block. The next epoch follows at once. A step gives
+the position in the stream, and the position gives the block to open. So a checkpoint needs the step alone.
 
-For a mixture of sets a lane has a stream of each set, and takes records from them by weight (`MixedLane`).
+`Lane.block` is this rule for one dataset; `_lane_stream` in records.py reads the blocks. In a mixture a lane has a
+stream for each dataset and takes records from them by weight (`MixedLane`).
 
 Random numbers come from the integer hash below, so the order does not change with the versions of numpy and
 TensorFlow.
@@ -21,7 +22,7 @@ from grain_jax.core import errors
 
 
 class OrderError(errors.UserError):
-    """The shards cannot be divided into the lanes of the config; the message is one line."""
+    """A dataset has fewer shards than the config has lanes; the message is one line."""
 
 
 class ShardFile(NamedTuple):
@@ -29,15 +30,14 @@ class ShardFile(NamedTuple):
 
     path: str
     num_records: int
+    digest: str = ""  # of its records (record_files.digest_of)
 
 
 class ShardBlock(NamedTuple):
     """A block of a lane in one epoch."""
 
     shards: tuple[ShardFile, ...]
-    permutation: (
-        np.ndarray
-    )  # int64 [n]: the record (counted over the shards) at each place of the block
+    permutation: np.ndarray  # int64 [n]: the record (counted over the shards) at each position
     first_position: int  # of the block in the stream of the lane
 
 
@@ -46,7 +46,7 @@ class Lane:
 
     Args:
       index: of the lane, from 0.
-      shards: those of the lane.
+      shards: the lane's.
       shards_per_block: shards per block; the last block may have fewer.
       seed: of the run.
     """
@@ -71,22 +71,12 @@ class Lane:
 
     def block(self, ordinal: int) -> ShardBlock:
         """The block of the number, counted over all epochs."""
-        epoch, place = divmod(ordinal, len(self.blocks))
+        epoch, number = divmod(ordinal, len(self.blocks))
         order = self._block_order(epoch)
-        index = int(order[place])
-        first = epoch * self.num_records + int(self._lengths[order[:place]].sum())
+        index = int(order[number])
+        first = epoch * self.num_records + int(self._lengths[order[:number]].sum())
         key = hash_key(self.seed, epoch, self.index, index)
         return ShardBlock(self.blocks[index], permutation(key, int(self._lengths[index])), first)
-
-    def locate(self, position: int) -> tuple[str, int]:
-        """(path of the shard, number of the record in it) at the position, for messages."""
-        block = self.block(self.ordinal(position))
-        record = int(block.permutation[position - block.first_position])
-        for shard in block.shards:
-            if record < shard.num_records:
-                break
-            record -= shard.num_records
-        return shard.path, record
 
     def _block_order(self, epoch: int) -> np.ndarray:
         return permutation(hash_key(self.seed, epoch, self.index), len(self.blocks))
@@ -95,10 +85,10 @@ class Lane:
 class MixedLane:
     """The endless stream of a lane over several sets, each in its own order, mixed by weight.
 
-    Of the first p records, floor(share * p + offset) are of the heaviest set. The next heaviest divides the rest in
+    Among the first p records, floor(share * p + offset) are of the heaviest set. The next heaviest divides the rest in
     the same way, and so on, so the position in each set at p takes one division per set. Among n consecutive
-    records a set has share * n, with an error below 1 record for two sets, below 2 for three, below
-    1 + (1 + 1/2 + ... + 1/(k - 2)) for k. The offsets of a set are spread evenly over the lanes, each set starting
+    records a set has share * n. The error is below 1 record for two sets, below 2 for three sets, and below
+    1 + (1 + 1/2 + ... + 1/(k - 2)) for k sets. The offsets of a set are spread evenly over the lanes, each set starting
     at another lane, so that most of these errors cancel in a global batch.
 
     Args:
@@ -127,13 +117,13 @@ class MixedLane:
 
     def positions(self, position: int) -> list[int]:
         """The position in the stream of each set at the position of the lane."""
-        at = [0] * len(self.streams)
+        positions = [0] * len(self.streams)
         left = position
         for i, above, offset, below in self._splits:
-            at[i] = (above * left + offset) // below
-            left -= at[i]
-        at[self._last] = left
-        return at
+            positions[i] = (above * left + offset) // below
+            left -= positions[i]
+        positions[self._last] = left
+        return positions
 
     def choices(self, first: int, last: int) -> np.ndarray:
         """int64 [last - first]: the set of each record from `first` to `last`, `last` not included."""
@@ -152,17 +142,10 @@ def make_lanes(
             f" {name!r}; set input.lanes={len(shards)} or fewer, or rebuild with grain-jax build --num-shards"
             f" {lanes}"
         )
-    if shards_per_block < 1:
-        raise OrderError(f"input.shards_per_block: got {shards_per_block}, expected at least 1")
     return [
         Lane(i, shards[i::lanes], shards_per_block=shards_per_block, seed=seed)
         for i in range(lanes)
     ]
-
-
-def seed_of_set(seed: int, index: int) -> int:
-    """The seed of a set of a mixture. That of the first is the seed of the run, as of a set alone."""
-    return int(hash_key(seed, index)[0]) if index else seed
 
 
 def mix(
@@ -170,10 +153,13 @@ def mix(
 ) -> list[MixedLane]:
     """All lanes of a mixture, from the lanes of each of its sets, equally many."""
     lanes = len(lanes_of_sets[0])
-    return [
-        MixedLane(streams, weights, lanes=lanes, seed=seed)
-        for streams in zip(*lanes_of_sets, strict=True)
-    ]
+    by_lane = zip(*lanes_of_sets, strict=True)
+    return [MixedLane(streams, weights, lanes=lanes, seed=seed) for streams in by_lane]
+
+
+def seed_of_set(seed: int, index: int) -> int:
+    """The seed of a set of a mixture. The first has the seed of the run, as a set alone has."""
+    return int(hash_key(seed, index)[0]) if index else seed
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:

@@ -1,99 +1,92 @@
-"""Packs captions, region descriptions and their negatives into rows of text, for each group of images.
+"""Packs captions, region descriptions and their hard negatives into rows of text, for each group of images.
 
 A caption has 10-20 tokens and a row 77: with one text per row, most of the work of the text tower is padding.
-`pack` computes the place of every text; `fill` writes the tokens there. Padded texts have places, too
-(`one_text_per_row`), so the model has one form of input.
-Letters: B images, C captions and R regions an image, H negatives a region, G = B / pack_group groups, L = row_length.
+`pack` computes where every text goes; `fill` writes the tokens there. `one_text_per_row` gives the layout of padded
+texts, so the model has one form of input.
+
+The letters B, C, R, H, G and L stand in core/schema.py. S is the number of slots per image: C + R + R H.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 MIN_TEXT_LENGTH = 2  # start and end token
+_CAPTION, _DESCRIPTION, _NEGATIVE = range(3)
 
 
-class TextPlaces(NamedTuple):
-    """The places of the texts of a batch, and the texts that did not fit.
+class TextArrays(NamedTuple):
+    """An array for each kind of text. An image's slots are its captions, then descriptions, then negatives."""
 
-    A place is (row within the group of the image, position of the end token), (0, 0) of a text that is not there or was
-    dropped; its length is 0.
+    captions: np.ndarray  # [B, C, ...]
+    descriptions: np.ndarray  # [B, R, ...]
+    negatives: np.ndarray  # [B, R, H, ...]
+
+    def slots(self) -> np.ndarray:
+        """[B, S], of arrays without further axes."""
+        batch = len(self.captions)
+        return np.concatenate([x.reshape(batch, -1) for x in self], axis=1, dtype=np.int32)
+
+    def like_this(self, slots: np.ndarray) -> "TextArrays":
+        """The kinds in an array [B, S, ...]."""
+        captions, regions = self.captions.shape[1], self.negatives.shape[1]
+        parts = np.split(slots, [captions, captions + regions], axis=1)
+        parts[2] = parts[2].reshape(*self.negatives.shape, *slots.shape[2:])
+        return TextArrays(*parts)
+
+
+class TextLayout(NamedTuple):
+    """Where the texts of a batch stand.
 
     Attributes:
-      caption_at: i32[B, C, 2].
-      description_at: i32[B, R, 2].
-      negative_at: i32[B, R, H, 2].
-      caption_lengths: i32[B, C], after a cut.
-      description_lengths: i32[B, R].
-      negative_lengths: i32[B, R, H].
-      texts_dropped: negatives, and descriptions (with their regions), dropped because a group overflowed.
-      captions_cut: captions shortened because the captions of a group alone overflowed.
+      ends: i32[..., 2], (row within the group of the image, position of the end token); (0, 0) for a text that does
+        not exist or was dropped.
+      lengths: i32, after drops and cuts; zero if a text does not exist or was dropped.
+      misfits: bool, texts dropped because their group overflowed (a description goes with its region), and captions
+        cut because the captions of a group alone overflowed.
       pack_group: images per group.
       rows: rows per group.
       row_length: tokens per row, L.
     """
 
-    caption_at: np.ndarray
-    description_at: np.ndarray
-    negative_at: np.ndarray
-    caption_lengths: np.ndarray
-    description_lengths: np.ndarray
-    negative_lengths: np.ndarray
-    texts_dropped: int
-    captions_cut: int
+    ends: TextArrays
+    lengths: TextArrays
+    misfits: TextArrays
     pack_group: int
     rows: int
     row_length: int
 
-    @property
-    def region_mask(self) -> np.ndarray:
-        """bool[B, R], regions that are real and were not dropped."""
-        return self.description_lengths > 0
-
-    @property
-    def negative_mask(self) -> np.ndarray:
-        """bool[B, R, H], negatives that are real and were not dropped."""
-        return self.negative_lengths > 0
-
 
 def pack(
-    *,
-    caption_lengths: np.ndarray,
-    description_lengths: np.ndarray,
-    region_mask: np.ndarray,
+    lengths: TextArrays,
     region_scores: np.ndarray,
+    *,
     pack_group: int,
     rows: int,
     row_length: int,
-    negative_lengths: np.ndarray | None = None,
-) -> TextPlaces:
+) -> TextLayout:
     """Packs the texts of `pack_group` consecutive images into `rows` rows, first-fit decreasing.
 
     The layout of a group depends on that group alone. While a group overflows, a text is dropped and the group is
     packed again. Negatives go first: every region loses its last one, the lowest scores first, before any loses the
-    one before. Then the region of the lowest score goes; the best region of an image is dropped only where every image
+    one before. Then the region of the lowest score goes; the best region of an image is dropped only if every image
     of the group has one region left. Among equal scores each image loses its last such region before any image loses a
     second. If the captions alone overflow, the longest are cut to the largest common length that fits.
 
     Args:
-      caption_lengths: i32[B, C], tokens with specials, 2..row_length; 0 where there is no caption.
-      description_lengths: i32[B, R], the same; ignored where masked.
-      region_mask: bool[B, R], True where a region is real.
-      region_scores: f32[B, R], finite; ignored where masked.
+      lengths: i32, tokens with start and end, 2..row_length; zero if a text does not exist. A region without a
+        description has no negatives.
+      region_scores: f32[B, R], finite.
       pack_group: images per group; divides B.
       rows: rows per group; at least enough for two tokens of every caption.
       row_length: tokens per row.
-      negative_lengths: i32[B, R, H], 0 where there is none and where the region is masked; None: H = 0.
 
     Raises:
       ValueError: an argument is outside these bounds.
     """
-    lengths, per_image = _checked(
-        caption_lengths, description_lengths, region_mask, negative_lengths, row_length
-    )
-    captions, regions, negatives = per_image
-    batch, slots = lengths.shape
+    by_image = lengths.slots()
+    batch, captions = lengths.captions.shape
+    regions, negatives = lengths.negatives.shape[1:]
     if pack_group < 1 or batch % pack_group:
         raise ValueError(
             f"pack_group {pack_group} does not divide the batch of {batch} images; "
@@ -104,182 +97,105 @@ def pack(
             f"{rows} rows of {row_length} tokens cannot hold {pack_group * captions} captions of "
             f"{MIN_TEXT_LENGTH} tokens (pack_group {pack_group}); give a group more rows"
         )
-    of_regions = np.where(region_mask, region_scores, 0).astype(np.float32)
-    if not np.isfinite(of_regions).all():
-        image, region = np.argwhere(~np.isfinite(of_regions))[0]
+    wrong = (by_image != 0) & ((by_image < MIN_TEXT_LENGTH) | (by_image > row_length))
+    if wrong.any():
+        image, slot = np.argwhere(wrong)[0]
         raise ValueError(
-            f"the score of region {region} of image {image} is {of_regions[image, region]}, expected a "
-            "finite number; rebuild the records"
+            f"text {slot} of image {image} has {by_image[image, slot]} tokens, expected {MIN_TEXT_LENGTH}..{row_length}"
         )
-    of_captions = np.zeros((batch, captions), np.float32)
-    scores = np.concatenate(
-        [of_captions, of_regions, np.repeat(of_regions, negatives, axis=1)], axis=1
+    slots = _Slots(
+        kind=np.repeat(np.arange(3), (captions, regions, regions * negatives)),
+        number=np.append(np.zeros(captions + regions, int), np.tile(np.arange(negatives), regions)),
     )
-    in_groups = (batch // pack_group, pack_group * slots)  # [G, slots of a group]
-    left, scores = lengths.reshape(in_groups).copy(), scores.reshape(in_groups)
+    scores = np.zeros(by_image.shape, np.float32)
+    scores[:, captions:] = np.append(
+        region_scores, np.repeat(region_scores, negatives, axis=1), axis=1
+    )
+    in_groups = (batch // pack_group, -1)
+    left, scores = by_image.reshape(in_groups).copy(), scores.reshape(in_groups)
     row, start, fits = _first_fit(left, rows, row_length)
     failing = np.flatnonzero(~fits)
     if failing.size:
         left[failing], row[failing], start[failing] = _shrink(
-            left[failing], scores[failing], per_image, rows, row_length
+            left[failing], scores[failing], slots, rows, row_length
         )
-    return _places(row, start, left, lengths, per_image, pack_group, rows, row_length)
+    return _layout(lengths, row, start, left, pack_group, rows, row_length)
 
 
-def one_text_per_row(
-    *,
-    caption_lengths: np.ndarray,
-    description_lengths: np.ndarray,
-    region_mask: np.ndarray,
-    row_length: int,
-    negative_lengths: np.ndarray | None = None,
-) -> TextPlaces:
-    """The places of padded texts: groups of one image, caption c in row c, description r in row C + r.
-
-    Negative h of region r is in row C + R + r H + h. Rows of texts that are not there stay padding. Arguments and
-    errors as in `pack`.
-    """
-    lengths, per_image = _checked(
-        caption_lengths, description_lengths, region_mask, negative_lengths, row_length
-    )
-    row = np.broadcast_to(np.arange(lengths.shape[1]), lengths.shape)
-    start = np.zeros_like(lengths)
-    return _places(row, start, lengths, lengths, per_image, 1, lengths.shape[1], row_length)
+def one_text_per_row(lengths: TextArrays, *, row_length: int) -> TextLayout:
+    """The layout of padded texts: groups of one image, and a row per slot. Rows without a text stay padding."""
+    by_image = lengths.slots()
+    slots = by_image.shape[1]
+    row = np.broadcast_to(np.arange(slots), by_image.shape)
+    return _layout(lengths, row, np.zeros_like(row), by_image, 1, slots, row_length)
 
 
-class _PerImage(NamedTuple):
-    """Texts of an image, at most; their slots are in this order."""
-
-    captions: int  # C
-    regions: int  # R, descriptions
-    negatives: int  # H, of each region
-
-    @property
-    def slots(self) -> int:
-        return self.captions + self.regions * (1 + self.negatives)
+def _layout(lengths: TextArrays, row, start, left, *sizes: int) -> TextLayout:
+    """The texts at these rows and starts; `left` are their lengths there."""
+    by_image = lengths.slots()
+    row, start, left = (x.reshape(by_image.shape) for x in (row, start, left))
+    ends = np.stack([row, start + left - 1], axis=-1)
+    ends = np.where(left[..., None] > 0, ends, 0).astype(np.int32)
+    ends, left, misfits = map(lengths.like_this, (ends, left, left < by_image))
+    return TextLayout(ends, left, misfits, *sizes)
 
 
-def _places(row, start, left, lengths, per_image, pack_group, rows, row_length) -> TextPlaces:
-    """The texts at these rows and starts: `left` are the lengths in the rows, of texts of i32[B, slots] `lengths`."""
-    captions, regions, negatives = per_image
-    row, start, left = (x.reshape(lengths.shape) for x in (row, start, left))
-    at = np.stack([row, start + left - 1], axis=-1)
-    at = np.where(left[..., None] > 0, at, 0).astype(np.int32)
-    last = captions + regions
-    shape = (len(lengths), regions, negatives)
-    return TextPlaces(
-        caption_at=at[:, :captions],
-        description_at=at[:, captions:last],
-        negative_at=at[:, last:].reshape(*shape, 2),
-        caption_lengths=left[:, :captions].copy(),
-        description_lengths=left[:, captions:last].copy(),
-        negative_lengths=left[:, last:].reshape(shape).copy(),
-        texts_dropped=int((left < lengths)[:, captions:].sum()),
-        captions_cut=int((left < lengths)[:, :captions].sum()),
-        pack_group=pack_group,
-        rows=rows,
-        row_length=row_length,
-    )
-
-
-def fill(
-    places: TextPlaces, ids: np.ndarray, lengths: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Writes the tokens of a batch to their places; a cut caption keeps its end token.
+def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
+    """Writes the tokens of a batch into rows; a cut caption keeps its end token.
 
     Args:
-      places: from `pack` or `one_text_per_row`.
+      layout: from `pack` or `one_text_per_row`.
       ids: i32[sum of all lengths], text after text: all captions, all descriptions, all negatives, each image by image,
-        those included that were dropped.
-      lengths: those of captions i32[B, C], descriptions i32[B, R] and negatives i32[B, R, H] before drops and cuts, 0
-        where there is none.
+        dropped ones included.
+      lengths: before drops and cuts, zero if a text does not exist.
 
     Returns:
-      i32[G, rows, L] each: tokens, 0 in the padding; positions within the text, 0 at its start token and in the
+      i32[3, G, rows, L]: tokens, 0 in the padding; positions within the text, 0 at its start token and in the
       padding; segments, 1, 2, ... for the texts of a row from left to right, 0 for padding.
 
     Raises:
-      ValueError: shapes of lengths, ids and places contradict each other.
+      ValueError: the numbers of ids and of tokens differ.
     """
-    at = places.caption_at, places.description_at, places.negative_at
-    left = places.caption_lengths, places.description_lengths, places.negative_lengths
-    for name, got, expected in (
-        ("lengths have shapes", [x.shape for x in lengths], [x.shape for x in left]),
-        ("ids have shape", ids.shape, (sum(int(x.sum()) for x in lengths),)),
-    ):
-        if got != expected:
-            raise ValueError(f"{name} {got}, expected {expected} by the places and lengths")
-    # An entry for each text, in the order of `ids`; those that were dropped go.
-    real = [of > 0 for of in lengths]
-    image, length, source_length, end = (
+    # An entry per text, in the order of `ids`.
+    image, length, source_length, row, end = (
         np.concatenate(parts)
-        for parts in (
-            [np.nonzero(mask)[0] for mask in real],
-            [of[mask] for of, mask in zip(left, real)],
-            [of[mask] for of, mask in zip(lengths, real)],
-            [of[mask] for of, mask in zip(at, real)],
+        for parts in zip(
+            *(
+                (np.nonzero(before)[0], left[before > 0], before[before > 0], *ends[before > 0].T)
+                for ends, left, before in zip(layout.ends, layout.lengths, lengths)
+            )
         )
     )
+    if len(ids) != source_length.sum():
+        raise ValueError(f"got {len(ids)} ids, expected {source_length.sum()} by the lengths")
     source_start = np.cumsum(source_length) - source_length
     kept = length > 0
-    image, length, source_length, source_start, end = (
-        x[kept] for x in (image, length, source_length, source_start, end)
+    image, length, source_length, source_start, row, end = (
+        x[kept] for x in (image, length, source_length, source_start, row, end)
     )
-    first_row = image // places.pack_group * places.rows  # of the group of the image
-    end = (first_row + end[:, 0]) * places.row_length + end[:, 1]  # over all rows of all groups
+    row += image // layout.pack_group * layout.rows  # over all groups
+    end += row * layout.row_length  # over all rows
     start = end - length + 1
 
-    groups = len(places.caption_at) // places.pack_group
-    shape = (groups, places.rows, places.row_length)
+    groups = len(lengths.captions) // layout.pack_group
+    shape = (groups, layout.rows, layout.row_length)
     tokens, positions, segments, starts = (np.zeros(np.prod(shape), np.int32) for _ in range(4))
-    # An entry for each token.
+    # An entry per token.
     position = _counts_up(length)
     into = np.repeat(start, length) + position
     tokens[into] = ids[np.repeat(source_start, length) + position]
-    tokens[end] = ids[source_start + source_length - 1]  # another token where a caption was cut
+    tokens[end] = ids[source_start + source_length - 1]  # differs if a caption was cut
     positions[into] = position
     starts[start] = 1
     segments[into] = np.cumsum(starts.reshape(shape), axis=-1).reshape(-1)[into]
-    return tokens.reshape(shape), positions.reshape(shape), segments.reshape(shape)
+    return np.stack([tokens, positions, segments]).reshape(3, *shape)
 
 
-def _checked(
-    caption_lengths, description_lengths, region_mask, negative_lengths, row_length
-) -> tuple[np.ndarray, _PerImage]:
-    """Captions, descriptions and negatives as i32[B, slots], 0 where there is none, or a ValueError."""
-    captions, regions = np.asarray(caption_lengths), np.asarray(region_mask, bool)
-    if negative_lengths is None:
-        negative_lengths = np.zeros((*regions.shape, 0), np.int32)
-    negatives = np.asarray(negative_lengths)
-    shapes = [np.shape(x) for x in (captions, description_lengths, regions, negatives)]
-    expected = (len(captions), *regions.shape[1:])
-    if [len(x) for x in shapes] != [2, 2, 2, 3] or not (
-        shapes[1] == shapes[2] == shapes[3][:2] == expected
-    ):
-        raise ValueError(
-            "shapes do not agree: caption_lengths {}, description_lengths {}, region_mask {}, negative_lengths {};"
-            " expected [B, C], [B, R], [B, R], [B, R, H]".format(*shapes)
-        )
-    has_negatives = (negatives != 0).any(axis=2)
-    if (has_negatives & ~regions).any():
-        image, region = np.argwhere(has_negatives & ~regions)[0]
-        raise ValueError(f"region {region} of image {image} has negatives, but is masked")
-    parts = {
-        "caption": captions,
-        "description": np.where(regions, description_lengths, 0),
-        "negative": negatives.reshape(len(captions), -1),
-    }
-    for name, lengths in parts.items():
-        real = regions if name == "description" else lengths != 0
-        wrong = real & ((lengths < MIN_TEXT_LENGTH) | (lengths > row_length))
-        if wrong.any():
-            image, number = np.argwhere(wrong)[0]
-            raise ValueError(
-                f"{name} {number} of image {image} has {lengths[image, number]} tokens, expected "
-                f"{MIN_TEXT_LENGTH}..{row_length}; tokenize with context_length <= {row_length}"
-            )
-    per_image = _PerImage(captions.shape[1], regions.shape[1], negatives.shape[2])
-    return np.concatenate([*parts.values()], axis=1).astype(np.int32), per_image
+class _Slots(NamedTuple):
+    """The slots of an image, [S]."""
+
+    kind: np.ndarray
+    number: np.ndarray  # which negative of its region it is; else 0
 
 
 def _first_fit(
@@ -287,10 +203,10 @@ def _first_fit(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First-fit decreasing for all groups at once; equal lengths are placed in the order of the slots.
 
-    Texts of one length fill a row before they take the next, so all texts of a length are placed by counting: the
+    Texts of one length fill a row before they take the next, so counting places all texts of a length at once. The
     loop is over lengths, not over texts or groups.
 
-    Returns: row [G, N], start in the row [G, N] (0 where the length is 0, undefined where the group does not
+    Returns: row [G, N], start in the row [G, N] (0 if the length is 0, undefined if the group does not
       fit) and fits bool[G].
     """
     groups, slots = lengths.shape
@@ -321,66 +237,47 @@ def _first_fit(
     return row.reshape(lengths.shape), start.reshape(lengths.shape), fits
 
 
-def _order_of_dropping(
-    is_region: np.ndarray, is_negative: np.ndarray, scores: np.ndarray, per_image: _PerImage
-) -> np.ndarray:
+def _order_of_dropping(lengths: np.ndarray, scores: np.ndarray, slots: _Slots) -> np.ndarray:
     """The slots [F, N] of each group in the order in which their texts are dropped; those that stay are last.
 
-    Args: is_region and is_negative bool[F, N], scores f32[F, N].
+    Args: lengths i32[F, N], scores f32[F, N].
     """
-    slots = per_image.slots
-    of_image = (len(scores), -1, slots)
+    groups, texts = lengths.shape
+    images = texts // len(slots.kind)
+    kind, number = np.tile(slots.kind, images), np.tile(slots.number, images)
+    is_region = (kind == _DESCRIPTION) & (lengths > 0)
     # The rank of a region in its image, 0 for the best; of equal scores the earlier region is better.
-    better_first = np.where(is_region, -scores, np.inf).reshape(of_image).argsort(-1, kind="stable")
-    place = np.empty_like(better_first)
-    np.put_along_axis(place, better_first, np.arange(slots)[None, None], axis=-1)
-    place = place.reshape(scores.shape)
-    when = np.where(is_region, np.where(place > 0, 0, 1), 2)
-    when[is_negative] = -1
-    # Which negative of its region it is, and 0 of other texts.
-    number = np.zeros(slots, int)
-    number[per_image.captions + per_image.regions :] = np.tile(
-        np.arange(per_image.negatives), per_image.regions
-    )
-    number = np.broadcast_to(np.tile(number, scores.shape[1] // slots), scores.shape)
+    by_image = np.where(is_region, -scores, np.inf).reshape(groups, images, -1)
+    rank = by_image.argsort(-1, kind="stable").argsort(-1).reshape(lengths.shape)
+    when = np.where(is_region, np.where(rank > 0, 0, 1), 2)
+    when[(kind == _NEGATIVE) & (lengths > 0)] = -1
     # Multiples of 2^32 / golden ratio: neighbours in this order are far apart in the group.
-    turn = np.arange(scores.shape[1]) // slots * 2654435761 % 2**32
-    return np.lexsort((np.broadcast_to(turn, scores.shape), -place, scores, -number, when))
+    turn = np.arange(texts) // len(slots.kind) * 2654435761 % 2**32
+    return np.lexsort(np.broadcast_arrays(turn, -rank, scores, -number, when))
 
 
 def _shrink(
-    lengths: np.ndarray,
-    scores: np.ndarray,
-    per_image: _PerImage,
-    rows: int,
-    row_length: int,
+    lengths: np.ndarray, scores: np.ndarray, slots: _Slots, rows: int, row_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drops negatives, then regions, then cuts captions, of groups that do not fit, until each fits.
 
     Args: lengths and scores [F, N] of the failing groups.
-    Returns: lengths (0 where dropped), row, start, each [F, N].
+    Returns: lengths (0 if dropped), row, start, each [F, N].
     """
-    groups, texts = lengths.shape
-    slot = np.arange(texts) % per_image.slots
-    is_caption = slot < per_image.captions
+    is_caption = np.tile(slots.kind == _CAPTION, lengths.shape[1] // len(slots.kind))
     can_go = ~is_caption & (lengths > 0)
-    is_negative = can_go & (slot >= per_image.captions + per_image.regions)
-    dropping = _order_of_dropping(can_go & ~is_negative, is_negative, scores, per_image)
-    drop_rank = np.empty_like(dropping)
-    np.put_along_axis(drop_rank, dropping, np.arange(texts)[None], axis=1)
+    dropping = _order_of_dropping(lengths, scores, slots)
+    drop_rank = dropping.argsort(axis=1)
     most = can_go.sum(axis=1)
     # More tokens than room never fit: so many texts are dropped at once.
-    left = lengths.sum(axis=1, keepdims=True) - np.cumsum(
-        np.take_along_axis(np.where(can_go, lengths, 0), dropping, axis=1), axis=1
-    )
+    in_order = np.take_along_axis(np.where(can_go, lengths, 0), dropping, axis=1)
+    left = lengths.sum(axis=1, keepdims=True) - np.cumsum(in_order, axis=1)
     dropped = np.minimum(1 + (left > rows * row_length).sum(axis=1), most)
-    longest = np.where(is_caption, lengths, 0).max(
-        axis=1
-    )  # [F], the length that captions are cut to
+    longest = np.where(is_caption, lengths, 0).max(axis=1)  # [F], what captions are cut to
 
     result = lengths.copy()
     row, start = np.zeros_like(lengths), np.zeros_like(lengths)
-    todo = np.arange(groups)
+    todo = np.arange(len(lengths))
     while todo.size:
         kept = ~can_go[todo] | (drop_rank[todo] >= dropped[todo, None])
         tried = np.where(kept, lengths[todo], 0)

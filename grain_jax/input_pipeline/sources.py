@@ -1,7 +1,10 @@
-"""Data sources: where the batches of a run come from, chosen by `input.source`.
+"""Data sources: where the batches of a run come from. `input.source` chooses one:
 
-A source is "records" (TFDS-format TFRecords), "synthetic" (random), or a class of a user, `module:Class`, that
-follows `DataSource`; `LaneSource` is the short way to write one. examples/data_source has one.
+    "records"       the TFRecords that grain-jax build writes (records.py)
+    "synthetic"     random batches (synthetic.py)
+    "module:Class"  your own class with the methods of `DataSource`; start from `LaneSource`
+
+examples/data_source has a complete source of its own. A run uses it like this:
 
     source = sources.open_source(config)
     for batch in source.batches(config, lanes=(0, 1), start_step=1000): ...
@@ -9,36 +12,32 @@ follows `DataSource`; `LaneSource` is the short way to write one. examples/data_
 
 import abc
 import importlib
-import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict, cast
+from typing import Protocol, TypedDict, cast
 
 import numpy as np
-from etils import epath
 
 from grain_jax.config import Config
 from grain_jax.core import errors, named
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline.text_lengths import TextLengths
 
-# Name -> the module, or class in one, that is the source; imported when it is chosen (records need TensorFlow).
-BUILT_IN = {
+# Name -> its module, or a class in one. Imported when chosen: records need TensorFlow, which is slow to import.
+_BUILT_IN = {
     "records": "grain_jax.input_pipeline.records",
     "synthetic": "grain_jax.input_pipeline.synthetic:Synthetic",
 }
-
 _METHODS = ("check", "num_examples", "identities", "num_shards", "text_lengths", "batches")
 
 
 class Identity(TypedDict):
-    """What tells a data set from others; a checkpoint holds it as JSON, and a resumed run compares."""
+    """What tells a dataset from others. A checkpoint holds it as JSON, and a resumed run compares."""
 
     name: str
     split: str
     shard_lengths: list[int]  # records of each shard
     digest: str | None  # of the content
-    digest_of: str  # what of the content, in a word; digests of different things are not compared
 
 
 class DataSource(Protocol):
@@ -46,15 +45,15 @@ class DataSource(Protocol):
 
     A source keeps no position: each batch is a function of (config, lane, step). So a checkpoint needs the step
     alone, and a resumed run sees the batches that an uninterrupted one would. The global batch consists of
-    `input.lanes` equal parts, one after the other; each process asks for the lanes whose images its devices
-    hold, whatever their number, so the batches do not depend on how many processes there are.
+    `input.lanes` equal parts, one after the other. Each process asks for the lanes whose images its devices
+    hold, so the batches do not depend on the number of processes.
     """
 
     def check(self, config: Config) -> None:
         """Called first, before anything is compiled.
 
         Raises:
-          MissingData: the data is not there; `input.prepare`, where it is set, is run then.
+          MissingData: the data is not there. The trainer then runs `input.prepare` if it is set.
           UserError: the data cannot be used.
         """
 
@@ -63,15 +62,15 @@ class DataSource(Protocol):
         ...
 
     def identities(self, config: Config) -> list[Identity]:
-        """That of each data set. []: the data is a function of the config."""
+        """The identity of each dataset. []: the data is a function of the config."""
         return []
 
     def num_shards(self, config: Config) -> Mapping[str, int]:
-        """Data set -> shards, which `input.lanes` cannot exceed. {}: any number of lanes will do."""
+        """Dataset -> shards, which `input.lanes` cannot exceed. {}: any number of lanes will do."""
         return {}
 
     def text_lengths(self, config: Config) -> list[TextLengths]:
-        """Lengths of a sample of the texts, of each data set; `text.pack_rows` is derived from them.
+        """For each dataset, the lengths of a sample of its texts; `text.pack_rows` is derived from them.
 
         Raises:
           UserError: no rows can be derived.
@@ -84,23 +83,20 @@ class DataSource(Protocol):
     def batches(
         self, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
     ) -> Iterator[Batch]:
-        """The part of each global batch that comes from `lanes` (None: all of it), from `start_step` on, endless.
+        """The part of each global batch that comes from `lanes`, from `start_step` on, endless.
 
         Args:
           config: `input.lanes`, `text.pack_group` and `text.pack_rows` are numbers here.
-          lanes: ascending; the rows of a batch are in their order.
+          lanes: ascending; the rows of a batch are in their order. None: all lanes.
           start_step: 0 for the first batch of the run.
-
-        A method that takes `notes`, too, gets a folder of the run (None outside of one), where it may keep what it
-        found, to compare when the run is resumed; the records do.
         """
         ...
 
 
 class LaneSource(DataSource):
-    """A DataSource that makes the part of a batch of one lane at a time: implement `num_examples` and `lane_batch`.
+    """A DataSource that makes one lane's part of a batch at a time: implement `num_examples` and `lane_batch`.
 
-    Its data is a function of the config, of any number of lanes, unless its other methods say otherwise.
+    Unless you override other methods, the data is a function of the config, with any number of lanes.
     """
 
     @abc.abstractmethod
@@ -111,86 +107,46 @@ class LaneSource(DataSource):
     def lane_batch(self, config: Config, lane: int, step: int) -> Batch:
         """The `batch_size / input.lanes` images of that lane in the batch of that step, as numpy arrays.
 
-        A function of the arguments alone; `order.hash_key(config.seed, lane, step)` seeds random choices, and
-        `assemble.of_examples` lays out images, texts and boxes as a Batch.
+        The result depends on the arguments alone. `order.hash_key(config.seed, lane, step)` seeds random choices,
+        and `assemble.of_examples` lays out images, texts and boxes as a Batch.
         """
 
     def batches(
         self, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
     ) -> Iterator[Batch]:
-        """As DataSource.batches, each put together of the lanes' parts."""
-        served = range(num_lanes(config)) if lanes is None else lanes
+        """As DataSource.batches; joins the parts of the lanes."""
+        lanes = range(num_lanes(config)) if lanes is None else lanes
         for step in itertools.count(start_step):
-            parts = [self.lane_batch(config, lane, step) for lane in served]
-            yield Batch(*map(_joined, zip(*parts, strict=True)))
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """A field of a batch from its lanes' parts: arrays, or None in each part."""
-    return None if parts[0] is None else np.concatenate(parts)
+            parts = [self.lane_batch(config, lane, step) for lane in lanes]
+            fields = zip(*parts, strict=True)
+            yield Batch(*(None if x[0] is None else np.concatenate(x) for x in fields))
 
 
 def batches_of_run(
-    source: DataSource, config: Config, *, notes: epath.Path, **arguments: Any
+    source: DataSource, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
 ) -> Iterator[Batch]:
-    """`source.batches` with the `arguments`, and with `notes` where it takes them.
+    """`source.batches`, with a check of the images' shape.
 
-    Raises, where a batch of a source of one's own is asked for:
-      UserError: its images have not the shape that the config says.
+    Raises:
+      UserError: the images of a batch do not have the shape that the config says.
     """
-    if "notes" in inspect.signature(source.batches).parameters:
-        arguments["notes"] = notes
-    batches = source.batches(config, **arguments)
-    if config.input.source in BUILT_IN:
-        return batches
-    return _in_shape(batches, config, arguments.get("start_step", 0))
-
-
-def _in_shape(batches: Iterator[Batch], config: Config, start_step: int) -> Iterator[Batch]:
-    """The batches from `start_step` on; one whose images have another shape than the config says ends it in a line."""
     size = config.model.image.image_size
+    batches = source.batches(config, lanes=lanes, start_step=start_step)
     for step, batch in enumerate(batches, start_step):
-        got, expected = batch.image.shape[1:], (size, size, 3)
-        if got != expected:
+        if batch.image.shape[1:] != (size, size, 3):
+            shape = ", ".join(map(str, batch.image.shape[1:]))
             raise errors.UserError(
-                f"input.source: {config.input.source}: got images [B, {', '.join(map(str, got))}] in step {step}, expected"
+                f"input.source: {config.input.source}: got images [B, {shape}] in step {step}, expected"
                 f" [B, {size}, {size}, 3] by model.image.image_size; assemble.of_examples makes such batches"
             )
         yield batch
 
 
 def num_lanes(config: Config) -> int:
-    """`input.lanes` where it is a number, as `derived.resolve` makes it."""
+    """`input.lanes` as a number; derived.resolve has set it."""
     if config.input.lanes is None:
         raise ValueError("input.lanes is None; derived.resolve gives the number")
     return config.input.lanes
-
-
-def of(config: Config) -> DataSource:
-    """The source that `input.source` names; its data is not looked at.
-
-    Raises:
-      UserError: there is no such source, or what it needs is not installed.
-    """
-    name = config.input.source
-    found = named.find("input.source", name, BUILT_IN)
-    if name not in BUILT_IN:
-        missing = [method for method in _METHODS if not callable(getattr(found, method, None))]
-        if not isinstance(found, type) or missing:
-            raise errors.UserError(
-                f"input.source: got {name!r}, expected a class with the methods of DataSource"
-                f" (grain_jax/input_pipeline/sources.py); it lacks {', '.join(missing) or 'a class'}"
-            )
-        return found()
-    try:  # TensorFlow: not on every machine, and slow to import
-        module, _, cls = found.partition(":")
-        source = importlib.import_module(module)
-        return getattr(source, cls)() if cls else cast(DataSource, source)
-    except ModuleNotFoundError as error:
-        raise errors.UserError(
-            f"input.source={name} needs {error.name}: pip install 'grain_jax[data]', or take"
-            " --config.input.source=synthetic"
-        ) from None
 
 
 def open_source(config: Config) -> DataSource:
@@ -198,8 +154,31 @@ def open_source(config: Config) -> DataSource:
 
     Raises:
       MissingData: its data is not there.
-      UserError: it cannot be used.
+      UserError: there is no such source, or it cannot be used.
     """
-    source = of(config)
+    name = config.input.source
+    source = named.find("input.source", name, _BUILT_IN)
+    if name in _BUILT_IN:
+        source = _built_in(source)
+    else:
+        missing = [method for method in _METHODS if not callable(getattr(source, method, None))]
+        if not isinstance(source, type) or missing:
+            raise errors.UserError(
+                f"input.source: got {name!r}, expected a class with the methods of DataSource"
+                f" (grain_jax/input_pipeline/sources.py); it lacks {', '.join(missing) or 'a class'}"
+            )
+        source = source()
     source.check(config)
     return source
+
+
+def _built_in(name: str) -> DataSource:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise errors.UserError(
+            f"input.source=records needs {error.name}: pip install 'grain_jax[data]', or take"
+            " --config.input.source=synthetic"
+        ) from None
+    return getattr(module, attribute)() if attribute else cast(DataSource, module)

@@ -1,6 +1,6 @@
 """The data source "synthetic": random batches, for benchmarks and for machines without TensorFlow or data.
 
-Text lengths are those of web captions and region descriptions.
+Texts are as long as web captions and region descriptions.
 """
 
 import numpy as np
@@ -8,8 +8,8 @@ import numpy as np
 from grain_jax.config import Config
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, sources
-from grain_jax.input_pipeline.text_cleaning import Texts
 from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
+from grain_jax.input_pipeline.tokenizer import TokenizedTexts
 
 NUM_EXAMPLES = 1 << 20  # per epoch
 CAPTION_TOKENS = (10, 20)  # lowest and highest number, start and end tokens included
@@ -27,7 +27,29 @@ class Synthetic(sources.LaneSource):
 
     def text_lengths(self, config: Config) -> list[TextLengths]:
         """Lengths with the distribution of the batches."""
-        return [text_lengths(config)]
+        rng = np.random.default_rng(0)
+        images, regions = IMAGES, min(MAX_REGIONS, config.input.max_regions)
+        real = np.arange(regions) < rng.integers(0, regions, size=(images, 1), endpoint=True)
+        descriptions = rng.integers(*DESCRIPTION_TOKENS, size=real.shape, endpoint=True)
+        low, high = CAPTION_TOKENS
+        captions = rng.integers(low, high, size=(images, 1), endpoint=True, dtype=np.int32)
+        synthetic = np.zeros(images, np.int32)
+        if config.input.captions_per_image > 1:
+            synthetic = rng.integers(low, high, size=images, endpoint=True, dtype=np.int32)
+        name = f"captions of {low}-{high} tokens"
+        if regions:
+            name += ", 0-{} descriptions of {}-{}".format(regions, *DESCRIPTION_TOKENS)
+        return [
+            TextLengths(
+                name=name,
+                tokenizer=config.model.text.tokenizer,
+                records=NUM_EXAMPLES,
+                captions=captions,
+                synthetic=synthetic,
+                descriptions=np.where(real, descriptions, 0).astype(np.int32),
+                negatives=_negative_lengths(rng, real, config),
+            )
+        ]
 
     def lane_batch(self, config: Config, lane: int, step: int) -> Batch:
         """As LaneSource.lane_batch."""
@@ -46,11 +68,8 @@ class Synthetic(sources.LaneSource):
         lengths = rng.integers(*DESCRIPTION_TOKENS, size=int(mask.sum()), endpoint=True)
         descriptions = _texts(rng, lengths, config)
         scores = rng.uniform(0.3, 1.0, mask.shape).astype(np.float32)
-        negatives = negative_mask = None
-        of_negatives = _negative_lengths(rng, mask, config)
-        if of_negatives is not None:
-            negative_mask = of_negatives > 0
-            negatives = _texts(rng, of_negatives[negative_mask], config)
+        negative_lengths = _negative_lengths(rng, mask, config)
+        negative_mask = negative_lengths > 0
         return assemble.assemble(
             image=pixels.reshape(images, size, size, 3),
             captions=captions,
@@ -59,7 +78,7 @@ class Synthetic(sources.LaneSource):
             region_boxes_cxcywh=np.concatenate([centre, wide], axis=-1).astype(np.float32),
             region_mask=mask,
             region_scores=scores,
-            negatives=negatives,
+            negatives=_texts(rng, negative_lengths[negative_mask], config),
             negative_mask=negative_mask,
             config=config,
         )
@@ -68,38 +87,13 @@ class Synthetic(sources.LaneSource):
 batches = Synthetic().batches
 
 
-def text_lengths(config: Config) -> TextLengths:
-    """Lengths with the distribution of the batches."""
-    rng = np.random.default_rng(0)
-    images, regions = IMAGES, min(MAX_REGIONS, config.input.max_regions)
-    real = np.arange(regions) < rng.integers(0, regions, size=(images, 1), endpoint=True)
-    of_regions = rng.integers(*DESCRIPTION_TOKENS, size=real.shape, endpoint=True)
-    low, high = CAPTION_TOKENS
-    captions = rng.integers(low, high, size=(images, 1), endpoint=True, dtype=np.int32)
-    synthetic = np.zeros(images, np.int32)
-    if config.input.captions_per_image > 1:
-        synthetic = rng.integers(low, high, size=images, endpoint=True, dtype=np.int32)
-    name = f"captions of {low}-{high} tokens"
-    if regions:
-        name += ", 0-{} descriptions of {}-{}".format(regions, *DESCRIPTION_TOKENS)
-    return TextLengths(
-        name=name,
-        tokenizer=config.model.text.tokenizer,
-        records=NUM_EXAMPLES,
-        captions=captions,
-        synthetic=synthetic,
-        descriptions=np.where(real, of_regions, 0).astype(np.int32),
-        negatives=_negative_lengths(rng, real, config),
-    )
-
-
 def _negative_lengths(
     rng: np.random.Generator, region_mask: np.ndarray, config: Config
-) -> np.ndarray | None:
-    """Tokens of the negatives of each region, int32 [B, R, H]: 0 to H of them, 0 behind them. None where H is 0."""
+) -> np.ndarray:
+    """Tokens of the negatives of each region, int32 [B, R, H]: 0 to H of them, 0 behind them."""
     most = config.input.negatives_per_region
-    if not most:
-        return None
+    if not most:  # draws nothing
+        return np.zeros((*region_mask.shape, 0), np.int32)
     count = np.where(region_mask, rng.integers(0, most, region_mask.shape, endpoint=True), 0)
     lengths = rng.integers(*DESCRIPTION_TOKENS, size=(*region_mask.shape, most), endpoint=True)
     return np.where(np.arange(most) < count[..., None], lengths, 0).astype(np.int32)
@@ -108,7 +102,7 @@ def _negative_lengths(
 def _caption_lengths(
     rng: np.random.Generator, region_mask: np.ndarray, config: Config
 ) -> np.ndarray:
-    """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 of an image without any."""
+    """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 if the image has none."""
     images, number = len(region_mask), config.input.captions_per_image
     lengths = rng.integers(*CAPTION_TOKENS, size=(images, min(number, 2)), endpoint=True)
     if number < 3:
@@ -120,7 +114,7 @@ def _caption_lengths(
     return np.column_stack([lengths, np.where(joined, 1 + joined, 0)])
 
 
-def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> Texts:
+def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> TokenizedTexts:
     """Random texts of so many tokens; the last two ids of the vocabulary are start and end."""
     text = config.model.text
     lengths = lengths.clip(max=config.text_length)
@@ -129,4 +123,4 @@ def _texts(rng: np.random.Generator, lengths: np.ndarray, config: Config) -> Tex
     ids[ends] = text.vocab_size - 1
     ids[ends - lengths + 1] = text.vocab_size - 2
     text_ids = rng.integers(1, 2**31 - 1, size=len(lengths), dtype=np.int32)
-    return Texts(ids, lengths.astype(np.int32), np.zeros(len(lengths), bool), text_ids)
+    return TokenizedTexts(ids, lengths.astype(np.int32), np.zeros(len(lengths), bool), text_ids)

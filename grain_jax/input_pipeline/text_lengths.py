@@ -1,15 +1,15 @@
-"""Lengths of the texts of a data set, in tokens, of a sample of its images: `text.pack_rows` is derived from them.
+"""Numbers of tokens of a sample of a dataset's texts: `text.pack_rows` is derived from them.
 
 `grain-jax build` writes them beside the records (`FILE`; data/SCHEMA.md). Reading it needs neither TensorFlow nor JAX.
 """
 
 import hashlib
 import heapq
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 from etils import epath
 
@@ -25,17 +25,26 @@ _CHUNK = 2048  # texts per call of the tokenizer
 Value = TypeVar("Value")
 
 
+class ImageTexts(NamedTuple):
+    """The texts of an image, or the number of tokens of each."""
+
+    captions: Sequence[Any]  # from the web
+    synthetic_caption: Any  # "" or 0: none
+    descriptions: Sequence[Any]  # of its regions, the highest score first
+    negatives: Sequence[Sequence[Any]] = ()  # of each description; (): none
+
+
 class TextLengths(NamedTuple):
-    """Numbers of tokens of the texts of N images, start and end included, before any cut.
+    """Numbers of tokens of the texts of N images, start and end included, before any cut; 0 for no text.
 
     Attributes:
-      name: of the data set, for messages.
+      name: of the dataset, for messages.
       tokenizer: `model.text.tokenizer`.
       records: images of the set; N or more.
-      captions: int32 [N, C], the web captions of an image, 0 behind them.
-      synthetic: int32 [N], the synthetic caption; 0 where there is none.
-      descriptions: int32 [N, M], those of its regions, the highest score first, 0 behind them.
-      negatives: int32 [N, M, K], those of each description, 0 behind them; None: no region has any.
+      captions: int32 [N, C], the web captions.
+      synthetic: int32 [N], the synthetic caption.
+      descriptions: int32 [N, M], of the regions, the highest score first.
+      negatives: int32 [N, M, K], hard negatives of each description.
     """
 
     name: str
@@ -44,33 +53,34 @@ class TextLengths(NamedTuple):
     captions: np.ndarray
     synthetic: np.ndarray
     descriptions: np.ndarray
-    negatives: np.ndarray | None = None
+    negatives: np.ndarray
+
+
+class _LengthsFile(msgspec.Struct):
+    """The content of FILE."""
+
+    tokenizer: str
+    records: int
+    images: list[ImageTexts]
 
 
 def of_texts(
-    images: Sequence[tuple],
-    text_tokenizer: Any,
-    *,
-    name: str,
-    tokenizer: str,
-    records: int,
+    images: Sequence[ImageTexts], text_tokenizer: Any, *, name: str, tokenizer: str, records: int
 ) -> TextLengths:
-    """The lengths of the texts of a data set.
+    """The lengths of the texts of a dataset.
 
     Args:
-      images: (web captions, synthetic caption or "", descriptions in the order of scores) of each and, where the set
-        has negatives, a list of those of each description.
+      images: a sample.
       text_tokenizer: makes the tokens.
-      name: of the data set.
+      name: of the dataset.
       tokenizer: `model.text.tokenizer`.
       records: images of the set.
     """
-    rows = _measured(images, text_tokenizer)
-    return _table(rows, name=name, tokenizer=tokenizer, records=records)
+    return _table(_count(images, text_tokenizer), name, tokenizer, records)
 
 
-def _measured(images: Sequence[tuple], text_tokenizer: Any) -> list[list]:
-    """Numbers of tokens in place of the texts, which stand in lists in lists; 0 for ""."""
+def _count(images: Sequence[ImageTexts], text_tokenizer: Any) -> list[ImageTexts]:
+    """Numbers of tokens in place of the texts; 0 for ""."""
 
     def each(part: Any) -> Any:
         is_text = isinstance(part, str | bytes)
@@ -82,30 +92,25 @@ def _measured(images: Sequence[tuple], text_tokenizer: Any) -> list[list]:
     for first in range(0, len(flat), _CHUNK):
         part = flat[first : first + _CHUNK]
         lengths |= zip(part, text_tokenizer.encode(part, LONGEST).lengths.tolist(), strict=True)
-    return each(images)
+    return [ImageTexts(*each(image)) for image in images]
 
 
-def _table(rows: Sequence[Sequence], **about: Any) -> TextLengths:
-    captions, synthetic, descriptions, *negatives = zip(*rows, strict=True)
-    if negatives:
-        most = max((len(of) for of_image in negatives[0] for of in of_image), default=0)
-        shape = len(rows), max(map(len, descriptions)), most
-        about["negatives"] = np.zeros(shape, np.int32)
-        for i, of_image in enumerate(negatives[0]):
-            for j, of_region in enumerate(of_image):
-                about["negatives"][i, j, : len(of_region)] = of_region
-    return TextLengths(
-        captions=_padded(captions),
-        synthetic=np.array(synthetic, np.int32),
-        descriptions=_padded(descriptions),
-        **about,
-    )
+def _table(images: Sequence[ImageTexts], name: str, tokenizer: str, records: int) -> TextLengths:
+    captions, synthetic, descriptions, negatives = zip(*images, strict=True)
+    captions, descriptions = _padded(captions), _padded(descriptions)
+    most = max((len(texts) for regions in negatives for texts in regions), default=0)
+    of_negatives = np.zeros((*descriptions.shape, most), np.int32)
+    for i, regions in enumerate(negatives):
+        for j, texts in enumerate(regions):
+            of_negatives[i, j, : len(texts)] = texts
+    synthetic = np.array(synthetic, np.int32)
+    return TextLengths(name, tokenizer, records, captions, synthetic, descriptions, of_negatives)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     out = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
+    for padded, row in zip(out, rows, strict=True):
+        padded[: len(row)] = row
     return out
 
 
@@ -114,20 +119,16 @@ def best_first(values: Sequence[Value], scores: Sequence[float]) -> list[Value]:
     return [values[int(i)] for i in np.argsort(-np.asarray(scores), kind="stable")]
 
 
-class Sample:
+class TextSample:
     """Chooses the images of a sample while a set is written: those whose ids have the lowest hashes.
 
     So the sample does not depend on the order or the number of the workers.
-
-    Args:
-      negatives: whether the lengths of the negatives are kept, too.
     """
 
-    def __init__(self, negatives: bool = False):
+    def __init__(self):
         self.records = 0
-        self._negatives = negatives
         # (minus the hash, id, texts): the highest hash comes first.
-        self._heap: list[tuple[int, str, tuple]] = []
+        self._heap: list[tuple[int, str, ImageTexts]] = []
 
     def watch(self, examples: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         """Yields the examples (of `data.example.encode`) and keeps the texts of the sample."""
@@ -136,31 +137,25 @@ class Sample:
             key = -int.from_bytes(hashlib.sha256(item["id"].encode()).digest()[:8], "big")
             if len(self._heap) < IMAGES or key > self._heap[0][0]:
                 regions = best_first(item["regions"], [r["score"] for r in item["regions"]])
-                of = [region["description"] for region in regions]
-                texts = (item["captions"], item["synthetic_caption"], of)
-                if self._negatives:
-                    texts += ([region["negatives"] for region in regions],)
-                heapq.heappush(self._heap, (key, item["id"], texts))
-                if len(self._heap) > IMAGES:
-                    heapq.heappop(self._heap)
+                texts = ImageTexts(
+                    [text for text in item["captions"] if text],
+                    item["synthetic_caption"],
+                    [region["description"] for region in regions],
+                    [region.get("negatives", ()) for region in regions],
+                )
+                put = heapq.heappush if len(self._heap) < IMAGES else heapq.heappushpop
+                put(self._heap, (key, item["id"], texts))
             yield item
 
     def encode(self, text_tokenizer: Any) -> bytes:
-        """The content of `FILE`, in CLIP's tokens: `images` has [web captions, synthetic caption, descriptions] of each.
-
-        Where the set has negatives, a list of those of each description comes last.
-        """
-        chosen = [texts for _, _, texts in sorted(self._heap, reverse=True)]
-        images = [
-            [[n for n in web if n], synthetic, *of_regions]
-            for web, synthetic, *of_regions in _measured(chosen, text_tokenizer)
-        ]
-        content = {"tokenizer": "clip", "records": self.records, "images": images}
-        return (json.dumps(content, separators=(",", ":")) + "\n").encode()
+        """The content of `FILE`, in CLIP's tokens."""
+        texts = [texts for _, _, texts in sorted(self._heap, reverse=True)]
+        content = _LengthsFile("clip", self.records, _count(texts, text_tokenizer))
+        return msgspec.json.encode(content) + b"\n"
 
 
 def newest_version(source: Dataset) -> epath.Path | None:
-    """The folder of the newest version of the set, or None where there is none."""
+    """The folder of the newest version of the set, or None if there is none."""
     folder = epath.Path(source.data_dir) / source.name
     if not source.name or not folder.is_dir():
         return None
@@ -173,19 +168,15 @@ def newest_version(source: Dataset) -> epath.Path | None:
 
 
 def read(source: Dataset, tokenizer: str) -> TextLengths | None:
-    """The lengths in the file beside the records of the set; None: no file, or one of another tokenizer or split."""
+    """The lengths in the file beside the records of the set; None: no file, or one of another tokenizer or split.
+
+    Raises:
+      regular_file.FileError: the file is damaged.
+    """
     folder = newest_version(source)
     if folder is None or source.split != "train" or not (folder / FILE).exists():
         return None
-    try:
-        found = regular_file.read_json(folder / FILE, dict[str, Any], "lengths of texts", 4 << 30)
-        if found["tokenizer"] != tokenizer:
-            return None
-        return _table(
-            found["images"],
-            name=repr(source.name),
-            tokenizer=tokenizer,
-            records=int(found["records"]),
-        )
-    except (ValueError, LookupError, TypeError, OverflowError):  # damaged: the records are read
+    content = regular_file.read_json(folder / FILE, _LengthsFile, "lengths of texts", 4 << 30)
+    if content.tokenizer != tokenizer:
         return None
+    return _table(content.images, repr(source.name), tokenizer, content.records)

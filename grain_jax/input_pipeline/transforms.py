@@ -1,7 +1,7 @@
 """The transform of a record in tf.data: choose its texts and regions, decode, crop, resize, mirror.
 
-Every random choice reads one of the `draws` of the record (uniform in [0, 1), see order.py), so the result
-depends on the record and its position in the stream alone. Images stay uint8: the device normalises them.
+Every random choice reads one of the `draws` of the record (uniform in [0, 1), see order.py). So the result depends
+only on the record and its position in the stream. Images stay uint8: the device normalises them.
 """
 
 from typing import Any
@@ -18,32 +18,34 @@ _MAX_ASPECT_CHANGE = 4 / 3  # of a random crop against the image
 _SIDE = r"(?is).*\b(left|right)(most|wards?|hand|side)?\b.*"
 _MIN_INSIDE = 0.5  # of a box's area, below which a crop drops the region
 
+
+def _sequence(kind: tf.DType, *shape: int) -> tf.io.FixedLenSequenceFeature:
+    return tf.io.FixedLenSequenceFeature(shape, kind, allow_missing=True)
+
+
 FEATURES = {
     "image": tf.io.FixedLenFeature([], tf.string),
-    "captions": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True),
+    "captions": _sequence(tf.string),
     "synthetic_caption": tf.io.FixedLenFeature([], tf.string, default_value=""),
-    "regions/bbox": tf.io.FixedLenSequenceFeature([4], tf.float32, allow_missing=True),
-    "regions/description": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True),
-    "regions/score": tf.io.FixedLenSequenceFeature([], tf.float32, allow_missing=True),
+    "regions/bbox": _sequence(tf.float32, 4),
+    "regions/description": _sequence(tf.string),
+    "regions/score": _sequence(tf.float32),
 }
-
-# TFDS's names of a list of texts a region: all texts, and how many each region has.
+# TFDS's names for the hard negatives: all texts, and how many each region has.
 NEGATIVES = {
-    "regions/negatives/ragged_flat_values": tf.io.FixedLenSequenceFeature(
-        [], tf.string, allow_missing=True
-    ),
-    "regions/negatives/ragged_row_lengths_0": tf.io.FixedLenSequenceFeature(
-        [], tf.int64, allow_missing=True
-    ),
+    "regions/negatives/ragged_flat_values": _sequence(tf.string),
+    "regions/negatives/ragged_row_lengths_0": _sequence(tf.int64),
 }
 
 
 class Transform:
-    """A serialized record and its draws -> what a batch is made of, by name. Texts are UTF-8 bytes.
+    """A serialized record and its draws -> the columns of a batch, by name. Texts are UTF-8 bytes.
 
-    image uint8 [S, S, 3]; captions string [C] and caption_mask bool [C]; descriptions string [R], region_boxes_cxcywh
-    float32 [R, 4], region_mask bool [R] and region_scores float32 [R], highest first; negatives string [R, H] and
-    negative_mask bool [R, H].
+    image: uint8 [S, S, 3].
+    captions: string [C]; caption_mask: bool [C].
+    descriptions: string [R], the highest score first; region_mask: bool [R].
+    region_boxes_cxcywh: float32 [R, 4]; region_scores: float32 [R].
+    negatives: string [R, H]; negative_mask: bool [R, H].
     """
 
     def __init__(self, config: Config):
@@ -54,8 +56,7 @@ class Transform:
         features = FEATURES | (NEGATIVES if self.input.negatives_per_region else {})
         fields = tf.io.parse_single_example(record, features)
         boxes_xyxy = tf.gather(fields["regions/bbox"], [1, 0, 3, 2], axis=1)
-        scores = fields["regions/score"]
-        kept = tf.ones_like(scores, tf.bool)
+        kept = tf.ones_like(fields["regions/score"], tf.bool)
         if self.input.crop_min_area < 1:
             image, window_xyxy = decode_cropped(fields["image"], draws, self.input.crop_min_area)
             boxes_xyxy, kept = crop_boxes(boxes_xyxy, window_xyxy)
@@ -66,25 +67,24 @@ class Transform:
             may_flip = tf.logical_not(mentions_side(fields))
             flipped = tf.logical_and(draws[_FLIP] < self.input.flip_rate, may_flip)
             image = tf.cond(flipped, lambda: tf.reverse(image, [1]), lambda: image)
-            boxes_xyxy = tf.where(flipped, mirror_boxes(boxes_xyxy), boxes_xyxy)
-        descriptions = fields["regions/description"]
-        captions, caption_mask = self._captions(fields, draws, kept)
+            x1, y1, x2, y2 = tf.unstack(boxes_xyxy, axis=1)
+            mirrored = tf.stack([1 - x2, y1, 1 - x1, y2], axis=1)
+            boxes_xyxy = tf.where(flipped, mirrored, boxes_xyxy)
+        captions = self._captions(fields, draws, kept)
         negatives, negative_mask = self._negatives(fields, draws, kept)
-        regions = top_regions(descriptions, boxes_xyxy, scores, kept, self.input.max_regions)
-        names = ("descriptions", "region_boxes_cxcywh", "region_mask", "region_scores")
         return dict(
             image=image,
             captions=captions,
-            caption_mask=caption_mask,
-            **dict(zip(names, regions)),
+            caption_mask=tf.strings.length(captions) > 0,
+            **top_regions(fields, boxes_xyxy, kept, self.input.max_regions),
             negatives=negatives,
             negative_mask=negative_mask,
         )
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
-        """Those of the kept regions, string [R, H], and which of them the record has, bool [R, H].
+        """The hard negatives of the kept regions, string [R, H], and which of them the record has, bool [R, H].
 
-        Of more than H in the record, H that follow each other from a drawn one on, the first after the last.
+        If the record has more than H, they are H in a row from a drawn one on; the first follows the last.
         """
         shape = regions, most = self.input.max_regions, self.input.negatives_per_region
         if 0 in shape:
@@ -99,13 +99,13 @@ class Transform:
         column = tf.range(most)[None]
         mask = column < count
         start = tf.cast(draws[_NEGATIVE] * tf.cast(count, tf.float32), tf.int32)
-        place = first + tf.math.floormod(start + column, tf.maximum(count, 1))
-        none = tf.size(texts)  # the place of a text behind the last
-        found = tf.gather(tf.concat([texts, [""]], 0), tf.where(mask, place, none))
-        return _padded(found, regions), _padded(mask, regions)
+        index = first + tf.math.floormod(start + column, tf.maximum(count, 1))
+        none = tf.size(texts)  # the index of the empty text behind the last one
+        drawn = tf.gather(tf.concat([texts, [""]], 0), tf.where(mask, index, none))
+        return _padded(drawn, regions), _padded(mask, regions)
 
-    def _captions(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
-        """The captions, string [C], and which of them the record has, bool [C]; `kept` [M]: regions in the crop."""
+    def _captions(self, fields, draws, kept) -> tf.Tensor:
+        """The captions, string [C], "" for one that the record does not have; `kept` [M]: regions in the crop."""
 
         def joined(texts, number: int):
             best = best_regions(fields["regions/score"], kept, number)
@@ -116,18 +116,15 @@ class Transform:
         if self.input.captions_per_image == 1:
             caption = choose_caption(fields, draws, self.input.synthetic_caption_rate)
             if number:
-                caption = joined(
-                    tf.boolean_mask([caption], tf.strings.length([caption]) > 0), number
-                )
-            captions = tf.stack([caption])
-            return captions, tf.strings.length(captions) > 0
+                there = tf.boolean_mask([caption], tf.strings.length([caption]) > 0)
+                caption = joined(there, number)
+            return tf.stack([caption])
         # The draw of the one web caption is the same as above.
         web = choose_caption(fields | {"synthetic_caption": ""}, draws, 0.0)
         captions = [web, fields["synthetic_caption"]]
         if self.input.captions_per_image == 3:
             captions.append(joined(tf.zeros([0], tf.string), number or _NO_LIMIT))
-        captions = tf.stack(captions)
-        return captions, tf.strings.length(captions) > 0
+        return tf.stack(captions)
 
 
 def mentions_side(fields: dict[str, tf.Tensor]) -> tf.Tensor:
@@ -138,7 +135,7 @@ def mentions_side(fields: dict[str, tf.Tensor]) -> tf.Tensor:
 
 
 def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) -> tf.Tensor:
-    """One of the web captions, or with probability `rate` the synthetic one; the other kind where one is missing."""
+    """One of the web captions, or with probability `rate` the synthetic one; the other kind if one is missing."""
     synthetic = fields["synthetic_caption"]
     web = tf.boolean_mask(fields["captions"], tf.strings.length(fields["captions"]) > 0)
     has_synthetic = tf.strings.length(synthetic) > 0
@@ -159,23 +156,19 @@ def best_regions(scores: tf.Tensor, kept: tf.Tensor, number: int) -> tf.Tensor:
 
 
 def top_regions(
-    descriptions: tf.Tensor, boxes_xyxy: tf.Tensor, scores: tf.Tensor, kept: tf.Tensor, number: int
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The `best_regions`, padded to `number`.
-
-    Returns: descriptions [R], boxes_cxcywh [R, 4], mask [R], scores [R].
-    """
-    chosen = best_regions(scores, kept, number)
+    fields: dict[str, tf.Tensor], boxes_xyxy: tf.Tensor, kept: tf.Tensor, number: int
+) -> dict[str, tf.Tensor]:
+    """The `best_regions` of a record, padded to `number`: the columns of a batch."""
+    chosen = best_regions(fields["regions/score"], kept, number)
     boxes = tf.gather(boxes_xyxy, chosen)
     low, high = boxes[:, :2], boxes[:, 2:]
-    centre_and_size = tf.concat([(low + high) / 2, high - low], 1)
-    mask = tf.ones_like(chosen, tf.bool)
-    return (
-        _padded(tf.gather(descriptions, chosen), number),
-        _padded(centre_and_size, number),
-        _padded(mask, number),
-        _padded(tf.gather(scores, chosen), number),
+    columns = dict(
+        descriptions=tf.gather(fields["regions/description"], chosen),
+        region_boxes_cxcywh=tf.concat([(low + high) / 2, high - low], 1),
+        region_mask=tf.ones_like(chosen, tf.bool),
+        region_scores=tf.gather(fields["regions/score"], chosen),
     )
+    return {name: _padded(rows, number) for name, rows in columns.items()}
 
 
 def _padded(rows: tf.Tensor, number: int) -> tf.Tensor:
@@ -204,18 +197,16 @@ def decode_cropped(
     """
 
     def jpeg():
-        window = crop_window(tf.io.extract_jpeg_shape(encoded), draws, min_area)
+        window, shares = crop_window(tf.io.extract_jpeg_shape(encoded), draws, min_area)
         image = tf.io.decode_and_crop_jpeg(
-            encoded, window[0], channels=3, dct_method="INTEGER_ACCURATE"
+            encoded, window, channels=3, dct_method="INTEGER_ACCURATE"
         )
-        return image, window[1]
+        return image, shares
 
     def png():
         whole = tf.io.decode_png(encoded, channels=3)
-        (top, left, height, width), shares = (
-            tf.unstack(part) if i == 0 else part
-            for i, part in enumerate(crop_window(tf.shape(whole), draws, min_area))
-        )
+        window, shares = crop_window(tf.shape(whole), draws, min_area)
+        top, left, height, width = tf.unstack(window)
         return whole[top : top + height, left : left + width], shares
 
     image, window_xyxy = tf.cond(tf.io.is_jpeg(encoded), jpeg, png)
@@ -245,40 +236,23 @@ def crop_boxes(boxes_xyxy: tf.Tensor, window_xyxy: tf.Tensor) -> tuple[tf.Tensor
     return clipped, left >= _MIN_INSIDE * area
 
 
-def mirror_boxes(boxes_xyxy: tf.Tensor) -> tf.Tensor:
-    """Boxes of the image that was mirrored left to right."""
-    x1, y1, x2, y2 = tf.unstack(boxes_xyxy, axis=1)
-    return tf.stack([1 - x2, y1, 1 - x1, y2], axis=1)
-
-
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; an image of that size is returned as it is."""
-    image = resize_to(image, size, size, "bicubic")
-    image.set_shape([size, size, 3])
-    return image
+    """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; an image of that size is returned as it is.
 
-
-def resize_to(
-    image: tf.Tensor, height: tf.Tensor | int, width: tf.Tensor | int, method: str
-) -> tf.Tensor:
-    """uint8 [H, W, 3] -> uint8 [height, width, 3], antialiased; an image of that size is returned as it is.
-
-    The bits are those of one `tf.image.resize`, whose second pass goes pixel by pixel, three numbers at a time.
-    Here each pass goes over whole lines, in about half of the time (docs/input.md).
+    Gives the bits of one `tf.image.resize`, whose second pass goes pixel by pixel, three numbers at a time. Here
+    each pass goes over whole lines, in about half of the time.
     """
 
-    def resize_rows(image, rows):
-        """[H, W, 3] -> [rows, W, 3]: an image of one pixel a line, which has 3 W channels."""
+    def resize_rows(image):
+        """[H, W, 3] -> [S, W, 3]: an image of one pixel per line, which has 3 W channels."""
         height, width, _ = tf.unstack(tf.shape(image))
         lines = tf.reshape(image, [height, 1, 3 * width])
-        lines = tf.image.resize(lines, (rows, 1), method, antialias=True)
-        return tf.reshape(lines, [rows, width, 3])
+        lines = tf.image.resize(lines, (size, 1), "bicubic", antialias=True)
+        return tf.reshape(lines, [size, width, 3])
 
-    def resize():
-        turned = resize_rows(tf.transpose(resize_rows(image, height), [1, 0, 2]), width)
+    def resized():
+        turned = resize_rows(tf.transpose(resize_rows(image), [1, 0, 2]))
         return tf.transpose(tf.saturate_cast(tf.round(turned), tf.uint8), [1, 0, 2])
 
-    fits = tf.reduce_all(tf.equal(tf.shape(image)[:2], tf.stack([height, width])))
-    image = tf.cond(fits, lambda: image, resize)
-    image.set_shape([None, None, 3])
-    return image
+    fits = tf.reduce_all(tf.equal(tf.shape(image)[:2], size))
+    return tf.ensure_shape(tf.cond(fits, lambda: image, resized), [size, size, 3])

@@ -1,10 +1,10 @@
 """The losses: `total` has the table of their terms and the sum, `contrastive` and `box_loss` the terms.
 
-`shard` says what a term gets and gives; `matching` assigns queries to regions, `streaming` compares rows with the
-columns of all devices, which `ring` takes round them, `boxes` is box arithmetic.
+`shard` defines the input and the output of a term. `matching` assigns queries to regions. `streaming` compares rows with
+the columns of all devices, and `ring` carries the columns there. `boxes` is box arithmetic.
 """
 
-from grain_jax.losses.layout import Layout, make_layout
+from grain_jax.losses.layout import GroupLayout, make_layout
 from grain_jax.losses.shard import GroupMean, Mean, Shard, Targets, Term, TermOutput
 from grain_jax.losses.total import (
     TERMS,
@@ -18,7 +18,7 @@ from grain_jax.losses.total import (
 __all__ = [
     "TERMS",
     "GroupMean",
-    "Layout",
+    "GroupLayout",
     "LossTerm",
     "Losses",
     "Mean",

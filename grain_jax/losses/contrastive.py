@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from grain_jax.losses import streaming
 from grain_jax.losses.ring import Ring
 from grain_jax.losses.shard import GroupMean, Mean, Shard, TermOutput
-from grain_jax.losses.streaming import Columns
+from grain_jax.losses.streaming import Vectors
 
 TIE = 1e-5  # cosines nearer than this are equal but for rounding
 
@@ -22,20 +22,13 @@ def image_caption(shard: Shard) -> TermOutput:
     """L_ic: each image and its caption, against all captions and images of the batch.
 
     The mean of both directions for "softmax" (CLIP). "sigmoid" is symmetric, so one direction suffices. Several
-    captions an image are all its positives, as the descriptions of `image_description`; the mean is over captions.
-    An image without a caption is a negative of the others' captions, and nothing else.
-    Measures `image_caption_accuracy`, the share of images nearest to their own caption; of several captions an
-    image, the share of captions whose nearest image has them.
+    captions per image are all its positives; the mean is then over captions. An image without a caption is a negative
+    of the others' captions, and nothing else.
+    Measures `image_caption_accuracy`: the share of images nearest to their own caption, or with several captions the
+    share of captions whose nearest image has them.
     """
-    outputs, caption_id, name = shard.outputs, shard.targets.caption_id, "image_caption_accuracy"
-    real = shard.batch.caption_mask
-    if caption_id.shape[1] > 1:
-        loss, right = _images_and_their_texts(shard, outputs.text_embed, caption_id, real)
-        return _mean_over_texts(name, loss, right, real)
-    texts = outputs.text_embed[:, 0], caption_id[:, 0], real[:, 0]
-    loss, right = _images_and_one_text_each(shard, *texts)
-    found = _mean_over_texts(name, loss, right, real[:, 0])
-    return found._replace(loss=Mean(loss.sum(), found.loss.count))
+    texts, ids = shard.outputs.text_embed, shard.targets.caption_id
+    return _images_and_texts("image_caption_accuracy", shard, texts, ids, shard.batch.caption_mask)
 
 
 def image_description(shard: Shard) -> TermOutput:
@@ -46,71 +39,64 @@ def image_description(shard: Shard) -> TermOutput:
     texts, real = shard.outputs.region_text_embed, shard.batch.region_mask
     if real.shape[1] == 0:
         return TermOutput(Mean(jnp.zeros(()), jnp.zeros(())), {})
-    loss, right = _images_and_their_texts(shard, texts, shard.targets.description_id, real)
-    return _mean_over_texts("image_description_accuracy", loss, right, real)
+    ids, name = shard.targets.description_id, "image_description_accuracy"
+    return _images_and_texts(name, shard, texts, ids, real)
 
 
-def _images_and_one_text_each(shard: Shard, text, text_id, real):
-    """(loss of each image and its text, whether the text is the image's nearest), [b] each.
+def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutput:
+    """The mean loss of all texts, and under that name how many are right.
 
-    An image without a text has, for "sigmoid", the loss of its pairs with the texts of others; for "softmax" 0.
-
-    Args: text [b, D], its id [b], and where the image has one, bool [b].
-    """
-    outputs = shard.outputs
-    image, scale, bias = outputs.image_embed, outputs.logit_scale, outputs.logit_bias
-    own = scale * jnp.sum(image * text, axis=-1) + bias
-    # Without a text the loss is then 0 for a softmax, and that of the negatives for a sigmoid.
-    own = jnp.where(real, own, -streaming.MASKED)
-    text_id = jnp.where(real, text_id, -1)  # which no text has
-    images = Columns(image, text_id, jnp.ones_like(real))
-    texts = Columns(text, text_id, real)
-    loss, right = _both_ways(shard, shard.layout.everywhere, images, texts, own[:, None])
-    return loss[:, 0], right[:, 0]
-
-
-def _images_and_their_texts(shard: Shard, texts, ids, real):
-    """(loss of each text, whether its nearest image has it), [b, S] each, of any value where a text is not real.
-
-    A text is compared with the images that do not have it, an image with the texts that it has not; the mean of both
-    for "softmax". For "sigmoid", where each pair stands alone, the first has every pair. The idea of many texts as
-    positives of one image is DreamLIP's (Zheng et al. 2024); here equal texts of two images are positives of both.
+    A text is compared with the images that do not have it, an image with the texts that it does not have; the mean of
+    both for "softmax". The idea of many texts as positives of one image is DreamLIP's (Zheng et al. 2024); here equal
+    texts of two images are positives of both.
 
     Args: texts [b, S, D], their ids [b, S], and where they are real, bool [b, S].
     """
     outputs = shard.outputs
-    image = outputs.image_embed
-    own = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
-    images = Columns(image, streaming.IdSet(ids, real), jnp.ones(len(image), bool))
-    rows = Columns(*map(_flat, (texts, ids, real)))
-    return _both_ways(shard, shard.layout.everywhere, rows, images, own)
+    image, one_each = outputs.image_embed, texts.shape[1] == 1
+    own_logits = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
+    rows = Vectors(image, jnp.where(real, ids, streaming.NO_ID), jnp.ones(len(image), bool))
+    columns = _flat(texts, ids, real)
+    if one_each:
+        # An image without a text then has no loss for "softmax", and the loss of its negatives for "sigmoid".
+        own_logits = jnp.where(real, own_logits, -streaming.MASKED)
+    else:
+        rows, columns = columns, rows
+    loss, right = _both_ways(shard, shard.layout.everywhere, rows, columns, own_logits)
+    output = _mean_over_texts(accuracy, loss, right, real)
+    if one_each:
+        output = output._replace(loss=Mean(loss.sum(), output.loss.count))
+    return output
 
 
-def _flat(x):
-    """[b, S, ...] -> [b S, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+def _flat(embed, ids, real) -> Vectors:
+    """Embeddings [b, S, D], their ids and where they are real, [b, S] -> b S vectors."""
+    return Vectors(embed.reshape(-1, embed.shape[-1]), ids.reshape(-1, 1), real.reshape(-1))
 
 
-def _both_ways(shard: Shard, ring: Ring, rows: Columns, columns: Columns, own):
+def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_logits):
     """(loss of each pair, whether its row is nearest to its column), of the form of the pairs' logits `own` [b, S].
 
     There is a row for each pair, and a column for each pair or for each of the b images. The mean of both directions for
     "softmax"; "sigmoid" is symmetric, so one direction suffices.
     """
-    config, scale, bias = shard.config, shard.outputs.logit_scale, shard.outputs.logit_bias
-    of_rows: streaming.Negatives
-    if config.contrast == "softmax":
-        both: Any = streaming.negatives_of_both(config.tile, ring, rows, columns, scale, bias)
-        of_rows, of_columns = both
-        loss = streaming.loss_of_rows("softmax", own, of_rows.cost.reshape(own.shape))
-        back = streaming.loss_of_rows("softmax", own, of_columns.cost.reshape(len(own), -1))
-        loss = (loss + back) / 2
-    else:
-        of_rows = streaming.negatives(
-            config.contrast, config.tile, ring, rows.embed, rows.id, columns, scale, bias
+    contrast, scale, bias = (
+        shard.config.contrast,
+        shard.outputs.logit_scale,
+        shard.outputs.logit_bias,
+    )
+    both = contrast == "softmax"
+    costs: Any = streaming.negatives(
+        contrast, both, shard.config.tile, ring, rows, columns, scale, bias
+    )
+    of_rows, of_columns = costs
+    loss = streaming.loss_of_rows(contrast, own_logits, of_rows.cost.reshape(own_logits.shape))
+    if both:
+        back = streaming.loss_of_rows(
+            contrast, own_logits, of_columns.cost.reshape(len(own_logits), -1)
         )
-        loss = streaming.loss_of_rows(config.contrast, own, of_rows.cost.reshape(own.shape))
-    return loss, _is_nearest(own, of_rows.highest.reshape(own.shape), scale)
+        loss = (loss + back) / 2
+    return loss, _is_nearest(own_logits, of_rows.highest.reshape(own_logits.shape), scale)
 
 
 def _of_groups(shard: Shard, function: Callable, *arrays):
@@ -160,28 +146,24 @@ def _region_description_of_group(
     config, scale, bias = shard.config, shard.outputs.logit_scale, shard.outputs.logit_bias
     pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
-    own = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
+    own_logits = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
     label_id = jnp.take_along_axis(id_, label_slot, axis=1)
-    negative: streaming.Negatives = streaming.negatives(
-        config.contrast,
-        config.tile,
-        shard.layout.in_group,
-        _flat(pred),
-        _flat(label_id),
-        Columns(*map(_flat, (region_text_embed, id_, mask))),
-        scale,
-        bias,
+    rows = _flat(pred, label_id, jnp.ones_like(mask))
+    columns = _flat(region_text_embed, id_, mask)
+    costs: Any = streaming.negatives(
+        config.contrast, False, config.tile, shard.layout.in_group, rows, columns, scale, bias
     )
+    negative = costs[0]
     cost, highest = (x.reshape(id_.shape) for x in negative)
-    loss = streaming.loss_of_rows(config.contrast, own, cost)
-    return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own, highest, scale)
+    loss = streaming.loss_of_rows(config.contrast, own_logits, cost)
+    return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own_logits, highest, scale)
 
 
 def box_description(shard: Shard) -> TermOutput:
-    """L_bd: each annotated box and its description, against those of its group; a mean over the group's boxes.
+    """L_bd: each annotated box and its description, against the others of its group; a mean over the group's boxes.
 
-    The embeddings are those of the box head, so no query need have found the box. One that has none (`Shard.embedded`) is
-    left out, its description stays a negative of the others. The mean of both directions for "softmax". "sigmoid" is
+    The box head embeds the boxes, so no query need have found one. A box without an embedding (`Shard.embedded`) is left
+    out; its description stays a negative of the others. The mean of both directions for "softmax". "sigmoid" is
     symmetric, so one direction suffices.
     Measures `box_description_accuracy`, the share of boxes nearest to their own description.
     """
@@ -189,14 +171,13 @@ def box_description(shard: Shard) -> TermOutput:
     scale, bias = outputs.logit_scale, outputs.logit_bias
 
     def of_group(boxes, texts, id_, real, described):
-        own = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
-        rows = Columns(*map(_flat, (boxes, id_, real)))
-        columns = Columns(*map(_flat, (texts, id_, described)))
-        loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own)
+        own_logits = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
+        rows, columns = _flat(boxes, id_, real), _flat(texts, id_, described)
+        loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own_logits)
         return jnp.where(real, loss, 0), real & right
 
-    given = outputs.box_embed, outputs.region_text_embed, targets.description_id
-    loss, right = _of_groups(shard, of_group, *given, shard.embedded, targets.box_mask)
+    arrays = outputs.box_embed, outputs.region_text_embed, targets.description_id
+    loss, right = _of_groups(shard, of_group, *arrays, shard.embedded, targets.box_mask)
     real = shard.layout.per_group(shard.embedded).sum((1, 2)).astype(jnp.float32)
     accuracy = Mean(right.sum().astype(jnp.float32), real.sum())
     return TermOutput(GroupMean(loss.sum((1, 2)), real), {"box_description_accuracy": accuracy})
@@ -228,8 +209,8 @@ def hard_negative(shard: Shard) -> TermOutput:
     for name, (embed, valid) in embeds.items():
         loss, right = _among_own_negatives(shard, embed, text, negatives, negative_mask)
         real = valid & negative_mask.any(-1)
-        found, accuracy = _mean_over_texts(name, loss, right, real)
-        total = Mean(total.sum + found.sum, total.count + found.count)
+        mean, accuracy = _mean_over_texts(name, loss, right, real)
+        total = Mean(total.sum + mean.sum, total.count + mean.count)
         measures |= accuracy
     return TermOutput(total, measures)
 
@@ -246,15 +227,15 @@ def _among_own_negatives(shard: Shard, embed, text, negatives, negative_mask):
     """
     outputs, contrast = shard.outputs, shard.config.contrast
     scale, bias = outputs.logit_scale, outputs.logit_bias
-    # Sums of products, not matrix products: those of a text and of the same text as a negative round alike.
-    own = scale * jnp.sum(embed * text, axis=-1) + bias
+    # Sums of products, not matrix products: a text and the same text as a negative then round alike.
+    own_logits = scale * jnp.sum(embed * text, axis=-1) + bias
     logits = scale * jnp.sum(embed[:, :, None] * negatives, axis=-1) + bias
     logits = jnp.where(negative_mask, logits, streaming.MASKED)  # [b, R, H]
     cost = jax.nn.softplus(logits).sum(-1)
     if contrast == "softmax":
         cost = jax.nn.logsumexp(logits, axis=-1)
-    loss = streaming.loss_of_rows(contrast, own, cost)
-    return loss, _is_nearest(own, logits.max(-1), scale)
+    loss = streaming.loss_of_rows(contrast, own_logits, cost)
+    return loss, _is_nearest(own_logits, logits.max(-1), scale)
 
 
 def _is_nearest(own_logit, highest_negative, logit_scale):

@@ -11,36 +11,33 @@ from grain_jax.losses import hops
 from grain_jax.losses.ring import Ring
 
 
-class Layout(NamedTuple):
+class GroupLayout(NamedTuple):
     """Where the images of a batch and of each group are."""
 
     sizes: tuple[int, int, int]  # of the losses' mesh axes "group", "ring" and "gather"
     everywhere: Ring  # the ring over all images
     in_group: Ring  # the ring over the images of a group
-    groups_per_shard: int  # more than 1 where a device holds whole groups
-    shards_per_group: int  # more than 1 where a group spans devices
+    groups_per_shard: int  # 1 or more; above 1 devices hold whole groups
+    shards_per_group: int  # 1 or more; above 1 a group spans devices
 
-    def on(self, devices: np.ndarray, precision: str) -> "Layout":
-        """The layout for these devices: rings follow the links of their network, products have the precision.
+    def on(self, devices: np.ndarray, precision: str) -> "GroupLayout":
+        """The layout with rings that follow the links of these devices, and with the precision of their products.
 
         Args:
           devices: [group, ring, gather, rest].
-          precision: `loss.precision`. It is that of TPUs: "high" would cut float32 to TF32 on a GPU, and a CPU
-            multiplies float32.
+          precision: `loss.precision`; for TPUs alone: "high" would cut float32 to TF32 on a GPU.
         """
-        # Rings of a group lie side by side in the rest of the axes; of all images, in gather and rest alone.
-        of_group = np.moveaxis(devices, 1, -1).reshape(-1, devices.shape[1])
-        of_all = np.moveaxis(devices.reshape(-1, *devices.shape[2:]), 0, -1)
-        passes = jax.lax.Precision.HIGHEST
-        if devices.flat[0].platform == "tpu":
-            passes = jax.lax.Precision(precision)
-
-        def placed(ring: Ring, rings: np.ndarray) -> Ring:
-            return ring._replace(loops=hops.along_links(rings), precision=passes)
-
+        # Rings of a group lie side by side along all other axes, rings of all images along gather and rest alone.
+        in_group = np.moveaxis(devices, 1, -1).reshape(-1, devices.shape[1])
+        everywhere = devices.reshape(-1, *devices.shape[2:])
+        everywhere = np.moveaxis(everywhere, 0, -1).reshape(-1, len(everywhere))
+        on_tpu = devices.flat[0].platform == "tpu"
+        products = jax.lax.Precision(precision if on_tpu else "highest")
+        placed = lambda ring, rings: ring._replace(
+            loops=hops.along_links(rings), precision=products
+        )
         return self._replace(
-            everywhere=placed(self.everywhere, of_all.reshape(-1, of_all.shape[-1])),
-            in_group=placed(self.in_group, of_group),
+            everywhere=placed(self.everywhere, everywhere), in_group=placed(self.in_group, in_group)
         )
 
     def per_group(self, x):
@@ -49,7 +46,7 @@ class Layout(NamedTuple):
         return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
 
 
-def make_layout(images: int, config: config_lib.Loss, shards: int) -> Layout:
+def make_layout(images: int, config: config_lib.Loss, shards: int) -> GroupLayout:
     """The layout of `images` on so many shards. A group spans shards, or a shard holds whole groups.
 
     Raises:
@@ -77,7 +74,7 @@ def make_layout(images: int, config: config_lib.Loss, shards: int) -> Layout:
     gather = "gather" if config.gather > 1 else None
     ring = max(1, per_group // config.gather)
     sizes = shards // (ring * config.gather), ring, config.gather
-    return Layout(
+    return GroupLayout(
         sizes,
         everywhere=Ring(("group", "ring"), sizes[0] * ring, gather) if shards > 1 else Ring(),
         in_group=Ring(("ring",), ring, gather) if per_group > 1 else Ring(),

@@ -1,18 +1,16 @@
-"""Local loss terms: those that see tokens and pixels of the images of a micro-batch.
+"""Local loss terms, which see tokens and pixels of the images of a micro-batch.
 
 A loss term of the table (total.py) sees embeddings of the global batch. A local term sees what is too large for that:
 the tokens of the images and the features of every text token. It may own parameters, carry a state from step to step,
 and apply the model to other pixels. Its loss is a sum over images that needs no other image's tokens. So it runs inside
-the forward pass of a micro-batch (train/forward.py), and its sums travel with the embeddings:
+the forward pass of a micro-batch (train/forward.py), and its sums and counts travel with the embeddings. The loss is
+weight * sum / count over the global batch, and the backward pass of each part gets the cotangents of its sums.
 
-    forward pass of each part  ->  sums and counts of each image  ->  weight * sum / count over the global batch
-    backward pass of each part <-  cotangents of the sums         <-
-
-The result is that of the full batch on every mesh. Tokens are computed again in the backward pass, never stored.
+The result is the same as for the full batch, on every mesh. The backward pass computes tokens again; nothing stores them.
 
     c.loss.terms.NAME = {"term": "module:Class", "weight": 0.1, "option": 2.0}
 
-names a term, a class of a user; examples/loss has one, and one of the other kind.
+names a term, a class of a user; examples/loss has one of each kind.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,9 +57,9 @@ class Seen(NamedTuple):
     outputs: schema.Outputs  # the embeddings, of unit length
     leading: int  # tokens that stand for no place in the image
     keys: Array  # PRNG keys [B] of the images for this term and step, the same on every mesh
-    # apply("image_tokens", image) calls that method of models.grain.GRAIN with the parameters of the step, and
-    # apply("image_tokens", image, params=tree) with others, such as an average in the state of the term; the parts of the
-    # model that the method reads are enough.
+    # apply("image_tokens", image) calls that method of models.grain.GRAIN with the parameters of the step.
+    # With params=tree it takes others, such as an average in the state of the term. The tree needs only the parts that
+    # the method reads.
     apply: Callable[..., Any]
     state: Any  # of the term, from `LocalTerm.initial_state` and `update`
 
@@ -69,7 +67,7 @@ class Seen(NamedTuple):
 class LocalTerm(nn.Module):
     """A local loss term; its parameters lie below `terms/NAME`, and no export has them.
 
-    They name their logical axes as those of a tower do (models/towers.py).
+    Parameters name their logical axes, as in a tower (models/towers.py).
 
     Attributes:
       options: an instance of `Options`.
@@ -98,8 +96,8 @@ class LocalTerm(nn.Module):
         """A tree of arrays that the term carries from step to step without a gradient, such as an average.
 
         Args:
-          params: of step 0. What is copied of them keeps the box with its logical axes, and is sharded as they are; an
-            array without a box becomes float32 and lies whole on every device.
+          params: of step 0. A copy of them keeps its box with logical axes, and is sharded like them. An array without
+            a box becomes float32 and lies whole on every device.
         """
         del params
         return {}
@@ -108,7 +106,7 @@ class LocalTerm(nn.Module):
         """The state after a step.
 
         Args:
-          state: that of before.
+          state: the state before the step.
           statistics: summed over the global batch.
           params: after the step.
         """
@@ -118,8 +116,8 @@ class LocalTerm(nn.Module):
 
 def of_shard(name: str, shard: Shard) -> TermOutput:
     """A local term as a term of the table (losses/total.py): its sums."""
-    found: LocalOutput = shard.outputs.local[name]
-    return TermOutput(_mean(found.loss), {k: _mean(value) for k, value in found.measures.items()})
+    output: LocalOutput = shard.outputs.local[name]
+    return TermOutput(_mean(output.loss), {k: _mean(value) for k, value in output.measures.items()})
 
 
 def _mean(value: PerImage) -> Mean:

@@ -1,7 +1,7 @@
 """Hungarian matching of region queries to real regions, inside the compiled step (docs/method.md, Losses).
 
-Small problems (at most 6 queries and 6 regions; those of GRAIN have 5 and 5) are solved exactly by the minimum over
-all injections, without a loop. Larger ones use `optax.assignment`; call it inside `jax.shard_map`, as the losses do:
+Small problems (at most 6 queries and 6 regions; GRAIN has 5 and 5) are solved exactly, by the minimum over all
+injections, without a loop. Larger ones use `optax.assignment`; call it inside `jax.shard_map`, as the losses do:
 under plain jit all chips would synchronise the condition of its while loop at every turn.
 """
 
@@ -96,11 +96,11 @@ def _hungarian(cost, mask):
     cost = jnp.where(unusable, penalty, cost)
     cost = jnp.where(mask[:, None, :], cost, 0.0 if queries >= regions else padding)
 
-    def one(c):
+    def assignment(c):
         row, column = optax.assignment.hungarian_algorithm(c)
         return jnp.full(regions, queries, jnp.int32).at[column].set(row.astype(jnp.int32))
 
-    return jax.vmap(one)(cost)
+    return jax.vmap(assignment)(cost)
 
 
 def match(cost: Float[Array, "B Q R"], mask: Bool[Array, "B R"]) -> Match:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grain_jax.config import Loss
 from grain_jax.core import schema
 from grain_jax.losses import matching, streaming
-from grain_jax.losses.layout import Layout
+from grain_jax.losses.layout import GroupLayout
 from grain_jax.losses.ring import Ring
 
 
@@ -63,7 +63,7 @@ class Shard(NamedTuple):
     batch: schema.Batch  # ids, boxes and masks; images, tokens and where texts lie are None
     targets: Targets
     match: matching.Match  # of the queries of the last decoder layer and the regions
-    layout: Layout
+    layout: GroupLayout
     config: Loss
     reference: bool = False  # `config.reference` of the run
 
@@ -84,7 +84,7 @@ def make_shard(
     batch: schema.Batch,
     *,
     config: Loss,
-    layout: Layout,
+    layout: GroupLayout,
     reference: bool = False,
 ) -> Shard:
     """The images of this device with their targets, matched."""
@@ -122,7 +122,7 @@ def match_regions(
         return matching.match(cost, targets.box_mask)
 
 
-def _targets(batch: schema.Batch, config: Loss, layout: Layout, reference: bool) -> Targets:
+def _targets(batch: schema.Batch, config: Loss, layout: GroupLayout, reference: bool) -> Targets:
     target = batch.region_boxes_cxcywh
     # A box without area (after clipping) is no target.
     box_mask = batch.region_mask & (target[..., 2:] > 0).all(-1)

@@ -1,53 +1,40 @@
 """Contrastive loss of rows against the columns of all devices, in memory that does not grow with their number.
 
-Columns travel round the ring of devices a block at a time. Each device keeps running sums over the blocks,
-which it cuts into tiles. The sums give the loss of each row and, as in FlashAttention (Dao et al. 2022), its
-gradient. In the backward pass the rows travel, and each device sums the gradient of its own columns: tiles are
-computed again (a custom VJP), and no gradient travels. All of this runs inside `jax.shard_map`.
-
-With k rows and columns of D values on each of n devices, a device holds about 4 k D + a few tile^2 numbers. It
-sends n k D numbers in the forward pass and as many in the backward pass.
-
-Where both sides have a loss (`negatives_of_both`), one of them travels, with what the devices found out about it: the
-running sums of its softmax in the forward pass, its gradient in the backward pass. With m rows and k columns on each
-of n devices that is 3 n k D numbers instead of 2 n (m + k) D, and half of the products of two rings.
+Blocks of columns visit all devices (ring.py), and each device keeps running sums over their tiles, as FlashAttention
+does (Dao et al. 2022). The backward pass computes the tiles again (a custom VJP). If rows and columns both have a loss,
+columns travel in both passes, and their sums or gradients travel back to them. If rows alone have one, the forward
+pass sums their gradients, too, and in the backward pass the rows visit the columns: no gradient travels.
 """
 
 import functools
 import itertools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grain_jax.losses.ring import Ring, TravellingBlock, stream, stream_and_return
+from grain_jax.losses.ring import Block, Ring, exchange
 
 MASKED = -1e30  # stands for -inf where a difference of two must not be NaN
+NO_ID = -1
 
 
-class IdSet(NamedTuple):
-    """Several ids of each row, or of each column."""
-
-    id: Int[Array, "m S"]
-    listed: Bool[Array, "m S"]  # False: padding
-
-
-class Columns(NamedTuple):
-    """What rows are compared with."""
+class Vectors(NamedTuple):
+    """Rows or columns of the matrix of similarities."""
 
     embed: Float[Array, "k D"]
-    id: Int[Array, "k"] | IdSet  # a column is no negative of the rows with which it shares an id
-    real: Bool[Array, "k"]  # False: padding, a negative of no row
+    ids: Int[Array, "k S"]  # NO_ID: none; vectors that share an id are no negatives
+    real: Bool[Array, "k"]  # False: padding, a negative of nothing
 
 
 class Negatives(NamedTuple):
-    """Per-row results of `negatives`."""
+    """What `negatives` returns for each row, or for each column."""
 
-    cost: Float[Array, "m"]  # the negative term of the loss
-    highest: Float[Array, "m"]  # logit of a negative, MASKED where there is none; no gradient
+    cost: Float[Array, "m"]  # the negative part of the loss
+    highest: Float[Array, "m"]  # logit of a negative, MASKED if there is none; no gradient
 
 
 def similarity(a: Float[Array, "*n D"], b: Float[Array, "*m D"]) -> Array:
@@ -55,41 +42,40 @@ def similarity(a: Float[Array, "*n D"], b: Float[Array, "*m D"]) -> Array:
 
     At HIGHEST precision: on TPU the default would cut float32 operands to bfloat16.
     """
-    return product("...nd,...md->...nm", a, b, jax.lax.Precision.HIGHEST)
+    return _product("...nd,...md->...nm", a, b, jax.lax.Precision.HIGHEST)
 
 
-def product(equation, a, b, precision):
-    """`jnp.einsum` of two arrays in float32, at that precision of its products."""
+def _product(equation, a, b, precision):
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def negatives(
     contrast: str,
+    both: bool,
     tile: int,
     ring: Ring,
-    rows: Float[Array, "m D"],
-    row_id: Int[Array, "m"] | IdSet,
-    columns: Columns,
+    rows: Vectors,
+    columns: Vectors,
     scale: Float[Array, ""],
     bias: Float[Array, ""],
-) -> Negatives:
-    """Per-row negative term of the loss: over the real columns of the ring that share no id with the row.
+) -> tuple[Negatives, Negatives | None]:
+    """The negative part of the loss of the rows over the columns, and of the columns over the rows (`both`).
 
-    With logits z = scale * row . column + bias the cost is log(sum(exp(z))) for "softmax", -inf where a
-    row has no negative, and sum(log(1 + exp(z))) for "sigmoid". See `loss_of_rows`.
+    With logits z = scale * row . column + bias the cost is log(sum(exp(z))) for "softmax", -inf without a negative,
+    and sum(log(1 + exp(z))) for "sigmoid". See `loss_of_rows`.
 
     Args:
       contrast: "softmax" or "sigmoid".
+      both: whether the columns have a cost, too; for "softmax". Let the columns be the smaller side: they travel.
       tile: largest number of rows, and of columns, whose similarities are in memory at once.
-      ring: the devices with the other columns; outside of `jax.shard_map`, the default.
-      rows: those on this device.
-      row_id: columns with this id, or one of these, are no negatives of the row.
-      columns: those on this device.
+      ring: the devices with the other rows and columns; outside `jax.shard_map`, the default.
+      rows, columns: those on this device.
       scale: factor of the similarities.
       bias: added to the scaled similarities.
     """
-    return _forward(contrast, tile, ring, rows, row_id, columns, scale, bias)[0]
+    results: Any = _forward(contrast, both, tile, ring, rows, columns, scale, bias)[0]
+    return results
 
 
 def loss_of_rows(
@@ -105,319 +91,180 @@ def loss_of_rows(
     return jax.nn.softplus(-own_logit) + cost
 
 
-def _forward(contrast, tile, ring, rows, row_id, columns, scale, bias):
-    row_tiles = cut((rows, row_id), tile)
-    logits_of = functools.partial(_logits, scale=scale, bias=bias, precision=ring.precision)
+def _forward(contrast, both, tile, ring, rows, columns, scale, bias):
+    def pair(rows, of_rows, columns, _, column_sums):
+        sums, weight, vectors = of_rows
+        logits = _logits(rows, columns, scale, bias, ring.precision)
+        if both:
+            column_sums = _add(contrast, column_sums, logits.T)[0]
+            return column_sums, (_add(contrast, sums, logits)[0], None, None)
+        sums, share, fade = _add(contrast, sums, logits)
+        weight = weight * fade + share.sum(1)
+        pulled = _product("nm,md->nd", share, columns.embed, ring.precision)
+        return None, (sums, weight, vectors * fade[:, None] + pulled)
 
-    def update(sums, block):
-        tiles, _ = _read_columns(block, columns.id, tile)
-
-        def one_tile(sums, columns):
-            def one_row_tile(part):
-                (x, x_id), state = part
-                logits, allowed = logits_of(x, x_id, columns)
-                return _accumulate(contrast, state, logits, allowed, columns, ring.precision)
-
-            return jax.lax.map(one_row_tile, (row_tiles, sums)), None
-
-        return jax.lax.scan(one_tile, sums, tiles)[0]
-
-    shape = row_tiles[0].shape[:2]
-    nothing = _Sums(
-        jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(shape), jnp.zeros_like(row_tiles[0])
+    row_tiles = cut(rows, tile)
+    nothing = lambda x: _no_sums(x.real) if both else None
+    weight = None if both else jnp.zeros(row_tiles.real.shape)
+    vectors = None if both else jnp.zeros_like(row_tiles.embed)
+    of_rows, column_sums = exchange(
+        ring,
+        _block(columns),
+        _visit(pair, row_tiles, columns, tile, nothing),
+        _add_sums,
+        (_no_sums(row_tiles.real), weight, vectors),
+        nothing(columns),
     )
-    labels = jnp.concatenate([label_rows(columns.id), columns.real[None].astype(jnp.int32)])
-    sums = stream(ring, TravellingBlock(columns.embed, labels), update, nothing)
-    sums = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(rows)], sums)
-    out, weight, mean = sums.total, sums.weight, sums.vectors
-    if contrast == "softmax":
-        out = sums.highest + jnp.log(sums.total)
-        some = jnp.maximum(sums.total, jnp.finfo(jnp.float32).tiny)
-        weight, mean = sums.total / some, sums.vectors / some[:, None]
-    residuals = rows, row_id, columns, scale, bias, out, weight, mean
-    return Negatives(out, sums.highest), residuals
+    sums, weight, vectors = _joined(of_rows, len(rows.real))
+    if contrast == "softmax" and not both:
+        total = jnp.maximum(sums[:, 1], jnp.finfo(jnp.float32).tiny)
+        weight, vectors = sums[:, 1] / total, vectors / total[:, None]
+    results = tuple(x if x is None else _costs(contrast, x) for x in (sums, column_sums))
+    costs = [None if x is None else x.cost for x in results]
+    return results, (rows, columns, scale, bias, costs, weight, vectors)
 
 
-def _backward(contrast, tile, ring, residuals, cotangents):
-    rows, row_id, columns, scale, bias, out, weight, mean = residuals
-    cotangent = cotangents.cost
-    column_tiles = Columns(*cut(tuple(columns), tile))
-    logits_of = functools.partial(_logits, scale=scale, bias=bias, precision=ring.precision)
+def _backward(contrast, both, tile, ring, residuals, cotangents):
+    """The gradients; those that are summed here are without the scale."""
+    rows, columns, scale, bias, costs, weight, vectors = residuals
+    of_rows, of_columns = (
+        (cost, None if cotangent is None else cotangent.cost)
+        for cost, cotangent in zip(costs, cotangents)
+    )
+    here, there = (rows, columns) if both else (columns, rows)  # `there` travels
 
-    def update(column_gradients, block):
-        """Adds the gradients that the rows of a block give to this device's columns, without the scale."""
-        row_tiles = cut((block.vectors, block.labels.T), tile)
+    def pair(here, sums, there, of_there, back):
+        (here, of_here), (gradient, weight) = here, sums
+        logits = _logits(here, there, scale, bias, ring.precision)  # [here, there]
+        share = _share(contrast, logits, *of_there)
+        if both:
+            share = _share(contrast, logits, *(x[:, None] for x in of_here)) + share
+        share = jnp.where(logits > MASKED, share, 0)
+        gradient += _product("nm,md->nd", share, there.embed, ring.precision)
+        if both:
+            back += _product("nm,nd->md", share, here.embed, ring.precision)
+            weight += share.sum(1)
+        return back, (gradient, weight)
 
-        def one_tile(column_gradients, rows):
-            x, labels = rows
-            x_id, numbers = read_ids(labels, row_id)
-            x_out, x_cotangent = jax.lax.bitcast_convert_type(numbers, jnp.float32).T
-
-            def one_column_tile(part):
-                columns, gradients = part
-                logits, allowed = logits_of(x, x_id, columns)
-                if contrast == "softmax":
-                    share = jnp.exp(logits - x_out[:, None])
-                else:
-                    share = jax.nn.sigmoid(logits)
-                share = jnp.where(allowed, share * x_cotangent[:, None], 0)  # [rows, columns]
-                return gradients + product("nm,nd->md", share, x, ring.precision)
-
-            return jax.lax.map(one_column_tile, (column_tiles, column_gradients)), None
-
-        return jax.lax.scan(one_tile, column_gradients, row_tiles)[0]
-
-    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
-    numbers = jnp.stack([as_int(out), as_int(cotangent)])
-    block = TravellingBlock(rows, jnp.concatenate([label_rows(row_id), numbers]))
-    column_gradients = stream(ring, block, update, jnp.zeros_like(column_tiles.embed))
-    column_gradients = column_gradients.reshape(-1, rows.shape[-1])[: len(columns.embed)]
-    row_gradients = cotangent[:, None] * mean
+    numbers: Any = of_columns if both else of_rows
+    here_tiles = cut((here, of_rows if both else None), tile)
+    nothing = lambda x: jnp.zeros_like(x.embed) if both else None
+    (gradient, of_bias), back = exchange(
+        ring,
+        _block(there, *numbers),
+        _visit(pair, here_tiles, there, tile, nothing),
+        operator.add,
+        (
+            jnp.zeros_like(here_tiles[0].embed),
+            jnp.zeros(here_tiles[0].real.shape) if both else None,
+        ),
+        nothing(there),
+    )
+    gradient = _joined(gradient, len(here.real))
+    of_rows, of_columns = gradient, back
+    if not both:
+        cotangent = cotangents[0].cost
+        of_rows, of_columns, of_bias = cotangent[:, None] * vectors, gradient, cotangent * weight
     return (
-        scale * row_gradients,
-        None,
-        Columns._make((scale * column_gradients, None, None)),
-        jnp.sum(rows * row_gradients),
-        jnp.sum(cotangent * weight),
+        Vectors._make((scale * of_rows, None, None)),
+        Vectors._make((scale * of_columns, None, None)),
+        jnp.sum(rows.embed * of_rows),
+        jnp.sum(of_bias),
     )
 
 
 negatives.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def negatives_of_both(
-    tile: int,
-    ring: Ring,
-    rows: Columns,
-    columns: Columns,
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-) -> tuple[Negatives, Negatives]:
-    """The softmax costs of the rows over the columns and of the columns over the rows, in one pass of the ring.
+def _visit(pair, here_tiles, there: Vectors, tile: int, nothing):
+    """The `visit` of `exchange`, by `back, state = pair(here, state, there, numbers, back)` for each pair of tiles."""
 
-    As `negatives(rows, columns)` and `negatives(columns, rows)` for "softmax". The columns travel: let them be the
-    smaller side.
+    def visit(state, block):
+        def one_tile(state, part):
+            one_pair = lambda back, of_here: pair(*of_here, *part, back)
+            back, state = jax.lax.scan(one_pair, nothing(part[0]), (here_tiles, state))
+            return state, back
 
-    Args:
-      tile: largest number of rows, and of columns, whose similarities are in memory at once.
-      ring: the devices with the other columns and rows; outside of `jax.shard_map`, the default.
-      rows: those on this device; one that is not real is no negative of the columns, and has none.
-      columns: those on this device, likewise.
-      scale: factor of the similarities.
-      bias: added to the scaled similarities.
+        state, back = jax.lax.scan(one_tile, state, _tiles(block, there, tile))
+        return state, _joined(back, len(block.vectors))
 
-    Returns:
-      Of the rows, and of the columns.
-    """
-    return _forward_of_both(tile, ring, rows, columns, scale, bias)[0]
+    return visit
 
 
-def _forward_of_both(tile, ring, rows, columns, scale, bias):
-    row_tiles = cut(rows, tile)
-    logits_of = functools.partial(_logits_of_both, scale=scale, bias=bias, precision=ring.precision)
-
-    def visit(row_sums, block):
-        """Adds a block to the sums of the rows; the sums of its columns over these rows, [k, 2]."""
-        column_tiles, _ = _read_columns(block, columns.id, tile)
-
-        def one_tile(row_sums, columns):
-            def one_row_tile(column_sum, part):
-                rows, row_sum = part
-                logits = logits_of(rows, columns)
-                return _add_logits(column_sum, logits.T), _add_logits(row_sum, logits)
-
-            nothing = _no_logits(columns.embed.shape[:1])
-            column_sum, row_sums = jax.lax.scan(one_row_tile, nothing, (row_tiles, row_sums))
-            return row_sums, column_sum
-
-        row_sums, found = jax.lax.scan(one_tile, row_sums, column_tiles)
-        return row_sums, found.reshape(-1, 2)[: len(block.vectors)]
-
-    labels = jnp.concatenate([label_rows(columns.id), columns.real[None].astype(jnp.int32)])
-    row_sums, column_sums = stream_and_return(
-        ring,
-        TravellingBlock(columns.embed, labels),
-        visit,
-        _add_sums,
-        _no_logits(row_tiles.real.shape),
-        _no_logits(columns.real.shape),
-    )
-    if ring.gather is not None:
-        highest = jax.lax.pmax(column_sums[:, 0], ring.gather)
-        totals = column_sums[:, 1] * jnp.exp(column_sums[:, 0] - highest)
-        column_sums = jnp.stack([highest, jax.lax.psum(totals, ring.gather)], axis=-1)
-        start = jax.lax.axis_index(ring.gather) * len(columns.real)
-        column_sums = jax.lax.dynamic_slice_in_dim(column_sums, start, len(columns.real))
-    row_sums = row_sums.reshape(-1, 2)[: len(rows.real)]
-    read = lambda sums: Negatives(sums[:, 0] + jnp.log(sums[:, 1]), sums[:, 0])
-    of_rows, of_columns = read(row_sums), read(column_sums)
-    return (of_rows, of_columns), (rows, columns, scale, bias, of_rows.cost, of_columns.cost)
-
-
-def _backward_of_both(tile, ring, residuals, cotangents):
-    rows, columns, scale, bias, row_cost, column_cost = residuals
-    row_tiles, row_costs, row_cotangents = cut((rows, row_cost, cotangents[0].cost), tile)
-    logits_of = functools.partial(_logits_of_both, scale=scale, bias=bias, precision=ring.precision)
-
-    def visit(of_rows, block):
-        """Adds the gradients from a block to those of the rows; those of its columns, [k, D]; without the scale."""
-        column_tiles, numbers = _read_columns(block, columns.id, tile)
-        costs, cotangents = jnp.moveaxis(jax.lax.bitcast_convert_type(numbers, jnp.float32), -1, 0)
-
-        def one_tile(of_rows, part):
-            columns, cost, cotangent = part
-
-            def one_row_tile(column_gradient, part):
-                rows, row_cost, row_cotangent, (row_gradient, weight) = part
-                logits = logits_of(rows, columns)
-                share = row_cotangent[:, None] * jnp.exp(logits - row_cost[:, None])
-                share += cotangent * jnp.exp(logits - cost)
-                share = jnp.where(logits > MASKED, share, 0)  # [rows, columns]
-                row_gradient += product("nm,md->nd", share, columns.embed, ring.precision)
-                column_gradient += product("nm,nd->md", share, rows.embed, ring.precision)
-                return column_gradient, (row_gradient, weight + share.sum(1))
-
-            turns = row_tiles, row_costs, row_cotangents, of_rows
-            column_gradient, of_rows = jax.lax.scan(
-                one_row_tile, jnp.zeros_like(columns.embed), turns
-            )
-            return of_rows, column_gradient
-
-        of_rows, found = jax.lax.scan(one_tile, of_rows, (column_tiles, costs, cotangents))
-        return of_rows, found.reshape(-1, found.shape[-1])[: len(block.vectors)]
-
-    as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)[None]
-    real = columns.real[None].astype(jnp.int32)
-    numbers = as_int(column_cost), as_int(cotangents[1].cost)
-    labels = jnp.concatenate([label_rows(columns.id), real, *numbers])
-    (row_gradients, weights), column_gradients = stream_and_return(
-        ring,
-        TravellingBlock(columns.embed, labels),
-        visit,
-        operator.add,
-        (jnp.zeros_like(row_tiles.embed), jnp.zeros_like(row_costs)),
-        jnp.zeros_like(columns.embed),
-    )
-    if ring.gather is not None:
-        column_gradients = jax.lax.psum_scatter(column_gradients, ring.gather, tiled=True)
-    row_gradients = row_gradients.reshape(-1, rows.embed.shape[-1])[: len(rows.real)]
-    return (
-        Columns._make((scale * row_gradients, None, None)),
-        Columns._make((scale * column_gradients, None, None)),
-        jnp.sum(rows.embed * row_gradients),
-        jnp.sum(weights),
-    )
-
-
-negatives_of_both.defvjp(_forward_of_both, _backward_of_both)
-
-
-class _Sums(NamedTuple):
-    """Running sums of each row over its negatives; those of a softmax are divided by exp(highest)."""
-
-    highest: Array  # [m] largest logit
-    total: Array  # [m] sum of exp(z), or of log(1 + exp(z))
-    weight: Array  # [m] sum of the derivatives of `total` by z
-    vectors: Array  # [m, D] sum of the columns times these derivatives
-
-
-def _logits(rows, row_id, columns, *, scale, bias, precision):
-    allowed = columns.real & ~share_an_id(row_id, columns.id)
-    return scale * product("nd,md->nm", rows, columns.embed, precision) + bias, allowed
-
-
-def _logits_of_both(rows: Columns, columns: Columns, *, scale, bias, precision):
-    """[m, k], MASKED where a row and a column are not each other's negatives."""
-    logits, allowed = _logits(
-        rows.embed, rows.id, columns, scale=scale, bias=bias, precision=precision
-    )
+def _logits(rows: Vectors, columns: Vectors, scale, bias, precision) -> Float[Array, "m k"]:
+    """MASKED where a row and a column are not each other's negatives."""
+    pairs = itertools.product(rows.ids.T, columns.ids.T)
+    same = ((x[:, None] == y) & (y != NO_ID) for x, y in pairs)
+    allowed = columns.real & ~functools.reduce(operator.or_, same)
+    logits = scale * _product("nd,md->nm", rows.embed, columns.embed, precision) + bias
     return jnp.where(allowed & rows.real[:, None], logits, MASKED)
 
 
-def _no_logits(shape):
-    """Running sums of no logits: [..., 2], the largest, and the sum of exp(z - largest)."""
-    return jnp.stack([jnp.full(shape, MASKED), jnp.zeros(shape)], axis=-1)
+def _share(contrast: str, logits, cost, cotangent):
+    """The cotangent of each logit, from the cost of its row or column and the cotangent of that cost."""
+    if contrast == "softmax":
+        return cotangent * jnp.exp(logits - cost)
+    return cotangent * jax.nn.sigmoid(logits)
 
 
-def _add_logits(sums, logits):
-    """Running sums [m, 2] with logits [m, k] added."""
-    highest = logits.max(1)
-    share = jnp.where(logits > MASKED, jnp.exp(logits - highest[:, None]), 0)
-    return _add_sums(sums, jnp.stack([highest, share.sum(1)], axis=-1))
+def _no_sums(like):
+    """Running sums of no logits: [..., 2], the largest, and the sum of exp(z - largest) or of log(1 + exp(z))."""
+    return jnp.stack([jnp.full(like.shape, MASKED), jnp.zeros(like.shape)], axis=-1)
+
+
+def _add(contrast: str, sums, logits):
+    """(running sums [m, 2] with logits [m, k] added, derivative of the sum by each, factor of former derivatives)."""
+    real = logits > MASKED
+    highest = jnp.maximum(sums[:, 0], logits.max(1))
+    if contrast == "sigmoid":
+        share, fade = jax.nn.sigmoid(logits), jnp.ones_like(highest)
+        added = jnp.where(real, jax.nn.softplus(logits), 0)
+    else:
+        share = added = jnp.exp(logits - highest[:, None])
+        fade = jnp.exp(sums[:, 0] - highest)
+    share, added = (jnp.where(real, x, 0) for x in (share, added))
+    return jnp.stack([highest, sums[:, 1] * fade + added.sum(1)], axis=-1), share, fade
 
 
 def _add_sums(a, b):
-    """Running sums [m, 2] of both."""
+    """Running sums [m, 2] of both, for "softmax"."""
     highest = jnp.maximum(a[:, 0], b[:, 0])
-    totals = (x[:, 1] * jnp.exp(x[:, 0] - highest) for x in (a, b))
-    return jnp.stack([highest, functools.reduce(operator.add, totals)], axis=-1)
+    total = a[:, 1] * jnp.exp(a[:, 0] - highest) + b[:, 1] * jnp.exp(b[:, 0] - highest)
+    return jnp.stack([highest, total], axis=-1)
 
 
-def _read_columns(block: TravellingBlock, form, tile: int):
-    """(tiles of the columns of a block, with ids in the form of others; their further labels, [tiles, k, n])."""
-    embed, labels = cut((block.vectors, block.labels.T), tile)
-    ids, numbers = read_ids(labels, form)
-    return Columns(embed, ids, numbers[..., 0] > 0), numbers[..., 1:]  # padding is not real
+def _costs(contrast: str, sums) -> Negatives:
+    highest, total = sums.T
+    return Negatives(total if contrast == "sigmoid" else highest + jnp.log(total), highest)
 
 
-def share_an_id(a, b):
-    """[m], [k], or sets of either, to [m, k]."""
-
-    def members(ids):
-        """(ids, where they count) of each place of the sets."""
-        if isinstance(ids, IdSet):
-            return [(ids.id[:, n], ids.listed[:, n]) for n in range(ids.id.shape[1])]
-        return [(ids, None)]
-
-    found = []
-    for (x, of_x), (y, of_y) in itertools.product(members(a), members(b)):
-        same = x[:, None] == y
-        same = same if of_x is None else same & of_x[:, None]
-        found.append(same if of_y is None else same & of_y)
-    return functools.reduce(operator.or_, found)
+def _block(vectors: Vectors, *numbers: Float[Array, "k"]) -> Block:
+    """What travels: the vectors, and float32 numbers beside them."""
+    as_ints = (jax.lax.bitcast_convert_type(x, jnp.int32)[:, None] for x in numbers)
+    labels = vectors.ids, vectors.real[:, None].astype(jnp.int32), *as_ints
+    return Block(vectors.embed, jnp.concatenate(labels, axis=1))
 
 
-def label_rows(ids):
-    """What of a block's labels says its ids: int32 [n, k]."""
-    if isinstance(ids, IdSet):
-        return jnp.concatenate([ids.id.T, ids.listed.T.astype(jnp.int32)])
-    return ids[None]
-
-
-def read_ids(labels, form):
-    """(the ids, in the form of others, and what follows them) of labels [..., n]."""
-    if isinstance(form, IdSet):
-        size = form.id.shape[-1]
-        ids = IdSet(labels[..., :size], labels[..., size : 2 * size] > 0)
-        return ids, labels[..., 2 * size :]
-    return labels[..., 0], labels[..., 1:]
-
-
-def _accumulate(contrast, state: _Sums, logits, allowed, columns: Columns, precision) -> _Sums:
-    """The sums with a tile of columns added."""
-    highest, total, weight, vectors = state
-    higher = jnp.maximum(highest, jnp.where(allowed, logits, MASKED).max(1))
-    if contrast == "sigmoid":
-        share = jnp.where(allowed, jax.nn.sigmoid(logits), 0)
-        total += jnp.where(allowed, jax.nn.softplus(logits), 0).sum(1)
-    else:
-        share = jnp.where(allowed, jnp.exp(logits - higher[:, None]), 0)
-        fade = jnp.exp(highest - higher)
-        total = total * fade + share.sum(1)
-        weight, vectors = weight * fade, vectors * fade[:, None]
-    weight += share.sum(1)
-    vectors += product("nm,md->nd", share, columns.embed, precision)
-    return _Sums(higher, total, weight, vectors)
+def _tiles(block: Block, like: Vectors, tile: int) -> tuple[Vectors, tuple[Array, ...]]:
+    """Tiles of a block, whose vectors have as many ids as `like`, and of the numbers beside them."""
+    embed, labels = cut(tuple(block), tile)
+    ids, real, numbers = jnp.split(labels, [n := like.ids.shape[1], n + 1], axis=-1)
+    numbers = jax.lax.bitcast_convert_type(jnp.moveaxis(numbers, -1, 0), jnp.float32)
+    return Vectors(embed, ids, real[..., 0] > 0), tuple(numbers)
 
 
 def cut(tree, tile: int):
     """[m, ...] -> [tiles, at most `tile`, ...], padded with zeros to equal tiles."""
 
-    def one(x):
+    def cut_array(x):
         tiles = max(1, math.ceil(len(x) / tile))
         size = max(1, math.ceil(len(x) / tiles))
         x = jnp.pad(x, ((0, tiles * size - len(x)), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(tiles, size, *x.shape[1:])
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(cut_array, tree)
+
+
+def _joined(tree, count: int):
+    """The inverse of `cut`, of `count` vectors."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], tree)

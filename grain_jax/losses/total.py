@@ -24,8 +24,16 @@ from jaxtyping import Array, Float
 from grain_jax import config as config_lib
 from grain_jax.config import Loss
 from grain_jax.core import errors, schema
-from grain_jax.losses import box_loss, contrastive, local
-from grain_jax.losses.layout import Layout, make_layout
+from grain_jax.losses import local
+from grain_jax.losses.box_loss import box
+from grain_jax.losses.contrastive import (
+    box_description,
+    hard_negative,
+    image_caption,
+    image_description,
+    region_description,
+)
+from grain_jax.losses.layout import GroupLayout, make_layout
 from grain_jax.losses.shard import GroupMean, Mean, Term, TermOutput, make_shard
 
 
@@ -38,7 +46,6 @@ class LossTerm:
     label: str  # in the charts
     short: str  # in the progress line
     prefix: str = ""  # of the names of its measures
-    optional: bool = False  # a run where its weight is 0 does without it
 
     @property
     def metric(self) -> str:
@@ -46,39 +53,16 @@ class LossTerm:
         return f"loss_{self.name}"
 
 
-TERMS = {
-    term.name: term
-    for term in (
-        LossTerm("image_caption", contrastive.image_caption, "image to caption", "caption"),
-        LossTerm("box", box_loss.box, "boxes", "box"),
-        LossTerm(
-            "region_description",
-            contrastive.region_description,
-            "region to description",
-            "region",
-        ),
-        LossTerm(
-            "image_description",
-            contrastive.image_description,
-            "image to description",
-            "description",
-            optional=True,
-        ),
-        LossTerm(
-            "box_description",
-            contrastive.box_description,
-            "box to description",
-            "given box",
-            optional=True,
-        ),
-        LossTerm(
-            "hard_negative", contrastive.hard_negative, "hard negatives", "hard", optional=True
-        ),
-    )
-}
-
-
-_FUNCTIONS = {name: term.function for name, term in TERMS.items()}
+_TERMS = (
+    LossTerm("image_caption", image_caption, "image to caption", "caption"),
+    LossTerm("box", box, "boxes", "box"),
+    LossTerm("region_description", region_description, "region to description", "region"),
+    LossTerm("image_description", image_description, "image to description", "description"),
+    LossTerm("box_description", box_description, "box to description", "given box"),
+    LossTerm("hard_negative", hard_negative, "hard negatives", "hard"),
+)
+TERMS = {term.name: term for term in _TERMS}
+ALWAYS_MEASURED = ("image_caption", "box", "region_description")
 
 
 def labels_of(metrics: Iterable[str]) -> dict[str, str]:
@@ -98,38 +82,36 @@ class Losses(NamedTuple):
     statistics: Mapping[str, Any] = {}  # of local terms, by name: sums over the global batch
 
 
+def _function(name: str, entry: Any) -> Term | config_lib.LocalEntry:
+    """What an entry of `loss.terms` names. Raises UserError: it cannot be found, or has options that it does not take."""
+    functions = {term.name: term.function for term in TERMS.values()}
+    return config_lib.loss_term(f"loss.terms.{name}", entry, functions)
+
+
 def local_entries(config: Loss) -> dict[str, config_lib.LocalEntry]:
     """The local terms of `loss.terms` by name. Raises UserError: as `terms_of`."""
-    found = {
-        name: config_lib.loss_term(f"loss.terms.{name}", entry, _FUNCTIONS)
-        for name, entry in config.terms.items()
-    }
-    return {name: x for name, x in found.items() if isinstance(x, config_lib.LocalEntry)}
+    functions = {name: _function(name, entry) for name, entry in config.terms.items()}
+    return {name: x for name, x in functions.items() if isinstance(x, config_lib.LocalEntry)}
 
 
 def terms_of(config: Loss) -> list[tuple[LossTerm, float]]:
-    """The loss terms of a run and their weights: those of `TERMS`, then those of `loss.terms`.
+    """The loss terms of a run and their weights: first `TERMS`, then `loss.terms`.
 
-    A term is there where its weight is not 0. Beside other terms that have a weight, image to caption,
-    boxes and region to description are there with a weight of 0, too, to be measured; where all of `TERMS` have 0, the
-    run trains `loss.terms` alone and computes none of them.
+    A run has each term whose weight is not 0. It also measures `ALWAYS_MEASURED` with a weight of 0, unless it trains
+    `loss.terms` alone.
 
     Raises:
-      UserError: an entry of `loss.terms` cannot be found, or has options that its term has not got.
+      UserError: an entry of `loss.terms` cannot be found, or has options that its term does not take.
     """
     weights = {name: getattr(config, name) for name in TERMS}
-    measured = any(weights.values()) or not config.terms
-    found = [
-        (term, weights[name])
-        for name, term in TERMS.items()
-        if weights[name] or (measured and not term.optional)
-    ]
+    always = ALWAYS_MEASURED if any(weights.values()) or not config.terms else ()
+    terms = [(TERMS[name], w) for name, w in weights.items() if w or name in always]
     for name, entry in config.terms.items():
-        function = config_lib.loss_term(f"loss.terms.{name}", entry, _FUNCTIONS)
+        function = _function(name, entry)
         if isinstance(function, config_lib.LocalEntry):
             function = functools.partial(local.of_shard, name)
-        found.append((LossTerm(name, function, name, name, f"{name}/"), entry["weight"]))
-    return found
+        terms.append((LossTerm(name, function, name, name, f"{name}/"), entry["weight"]))
+    return terms
 
 
 def total_loss(
@@ -165,100 +147,77 @@ def total_loss(
         statistics = {name: output.statistics for name, output in outputs.local.items()}
         of_terms = {name: output._replace(statistics={}) for name, output in outputs.local.items()}
         outputs = outputs._replace(local=of_terms)
-    loss_mesh = None
-    axes = ("group", "ring", "gather")
+
+    def of_shard(outputs: schema.Outputs, batch: schema.Batch) -> dict[str, TermOutput]:
+        """What each term gives on the images of one device, with a leading axis that `shard_map` joins."""
+        shard = make_shard(outputs, batch, config=config, layout=layout, reference=reference)
+        results = {}
+        for term, _ in terms:
+            with jax.named_scope(term.name):
+                results[term.name] = _joinable(term.name, term.function(shard), layout)
+        return results
+
+    run = of_shard
     if mesh is not None:
+        axes = ("group", "ring", "gather")
         devices = mesh.devices.reshape(*layout.sizes, -1)
         loss_mesh = Mesh(devices, (*axes, "rest"))
         layout = layout.on(devices, config.precision)
-    of_shard = functools.partial(
-        _outputs_of_shard,
-        terms=[term for term, _ in terms],
-        **dict(config=config, layout=layout, reference=reference),
-    )
-    if loss_mesh is None:
-        found = of_shard(outputs, batch)
-    else:
-        specs = jax.tree.map(
-            lambda axis: (
-                PartitionSpec() if axis == local.SHARED else PartitionSpec(*[None] * axis, axes)
-            ),
-            local.axes_of(outputs),
+        spec = lambda axis: (
+            PartitionSpec() if axis == local.SHARED else PartitionSpec(*[None] * axis, axes)
         )
         if devices.flat[0].platform == "gpu":
             # JAX takes cuDNN's attention only into programs that name their devices in one mesh alone.
             loss_mesh = loss_mesh.abstract_mesh
-        found = jax.shard_map(
+        run = jax.shard_map(
             of_shard,
             mesh=loss_mesh,
-            in_specs=(specs, PartitionSpec(axes)),
+            in_specs=(jax.tree.map(spec, local.axes_of(outputs)), PartitionSpec(axes)),
             out_specs=PartitionSpec(axes),
             check_vma=False,
-        )(outputs, batch)
-
-    values = {term.name: _average(found[term.name].loss, layout) for term, _ in terms}
+        )
+    results = run(outputs, batch)
+    values = {term.name: _average(results[term.name].loss, layout) for term, _ in terms}
     measures = {
         term.prefix + name: _average(mean, layout)
         for term, _ in terms
-        for name, mean in found[term.name].measures.items()
+        for name, mean in results[term.name].measures.items()
     }
     total = functools.reduce(operator.add, (weight * values[term.name] for term, weight in terms))
     return Losses(total, values, measures, statistics)
 
 
-def _outputs_of_shard(
-    outputs: schema.Outputs,
-    batch: schema.Batch,
-    *,
-    terms: list[LossTerm],
-    layout: Layout,
-    **of_run: Any,
-) -> dict[str, TermOutput]:
-    """What each term gives on the images of one device, with a leading axis that `shard_map` joins."""
-    shard = make_shard(outputs, batch, layout=layout, **of_run)
-    found = {}
-    for term in terms:
-        with jax.named_scope(term.name):
-            found[term.name] = _in_float32(_checked(term.name, term.function(shard), layout))
-    return found
-
-
-def _checked(name: str, output: Mean | GroupMean | TermOutput, layout: Layout) -> TermOutput:
-    """What a term returned, as a TermOutput.
+def _joinable(name: str, output: Mean | GroupMean | TermOutput, layout: GroupLayout) -> TermOutput:
+    """What a term returned, as float32 with a leading axis for the devices.
 
     Raises:
       UserError: it is something else, or its sums and counts have other shapes.
     """
     if not isinstance(output, TermOutput):
         output = TermOutput(output, {})
-    for what, mean in {"loss": output.loss, **output.measures}.items():
-        groups = layout.groups_per_shard
-        shape = {Mean: (), GroupMean: (groups,)}.get(type(mean))
+
+    def checked(key, mean):
+        shape = {Mean: (), GroupMean: (layout.groups_per_shard,)}.get(type(mean))
         if shape is None:
             raise errors.UserError(
-                f"loss term {name!r}: its {what} is a {type(mean).__name__}, expected losses.Mean(sum, count)"
+                f"loss term {name!r}: its {key} is a {type(mean).__name__}, expected losses.Mean(sum, count)"
                 " or losses.GroupMean(sum, count)"
             )
-        got = jnp.shape(mean.sum), jnp.shape(mean.count)
-        if got[1] != shape or (what == "loss" and got[0] != shape):
+        shapes = jnp.shape(mean.sum), jnp.shape(mean.count)
+        if shapes[1] != shape or (key == "loss" and shapes[0] != shape):
             raise errors.UserError(
-                f"loss term {name!r}: the sum and count of its {what} have shapes {got[0]} and {got[1]}, expected"
+                f"loss term {name!r}: the sum and count of its {key} have shapes {shapes[0]} and {shapes[1]}, expected"
                 f" {shape} for both: a {type(mean).__name__}"
-                + (f" of {groups} groups a device" if shape else "")
+                + (f" of {shape[0]} groups per device" if shape else "")
             )
-    return output
-
-
-def _in_float32(output: TermOutput) -> TermOutput:
-    def joinable(mean):
         mean = type(mean)(*(jnp.asarray(x, jnp.float32) for x in mean))
-        return mean if isinstance(mean, GroupMean) else Mean(mean.sum[None], mean.count[None])
+        return mean if shape else Mean(mean.sum[None], mean.count[None])
 
-    measures = {name: joinable(mean) for name, mean in output.measures.items()}
-    return TermOutput(joinable(output.loss), measures)
+    measures = {key: checked(key, mean) for key, mean in output.measures.items()}
+    return TermOutput(checked("loss", output.loss), measures)
 
 
-def _average(value: Mean | GroupMean, layout: Layout) -> Float[Array, "*n"]:
+def _average(value: Mean | GroupMean, layout: GroupLayout) -> Float[Array, "*n"]:
     """The mean of the sums and counts of all devices."""
     total, count = value
     if isinstance(value, GroupMean):

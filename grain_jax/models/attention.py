@@ -1,23 +1,25 @@
 """Which program computes softmax(q k^T) v, by `model.attention`; the numbers are the same up to rounding.
 
-`xla`     products and softmax as XLA fuses them: everywhere, with any mask and dropout
-`pallas`  a TPU kernel that keeps the scores on the core (attention_kernel.py); elsewhere in its interpreter, for tests
-`cudnn`   the fused attention of cuDNN, on CUDA, in bfloat16
-`auto`    in training, `pallas` on TPUs and `cudnn` on CUDA in bfloat16; `xla` on other platforms, without a mesh
-          (inference), and where a kernel does not serve
+* `xla`: products and softmax as XLA fuses them; everywhere, with any mask and dropout.
+* `pallas`: a TPU kernel that keeps the scores on the core (attention_kernel.py); elsewhere its interpreter, for tests.
+* `cudnn`: the fused attention of cuDNN, on CUDA, in bfloat16.
+* `auto`: in training, `pallas` on TPUs and `cudnn` on CUDA in bfloat16. Otherwise `xla`, and in inference.
 
 Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
 """
 
 from typing import NamedTuple, TypeAlias
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax.models import placement
+from grain_jax.models import placement, programs, rotary
+from grain_jax.models.layers import Affine, Init, LayerNorm, dense, example_dropout, softmax, zeros
 
 
 class Within(NamedTuple):
@@ -74,6 +76,138 @@ def of_towers(model: config_lib.Model, dtype: str) -> str:
     return ", ".join(f"{program} ({tower} tower)" for tower, program in chosen.items())
 
 
+class Attention(nn.Module):
+    """Multi-head attention, optionally with LayerNorm and then rotary positions on the queries and keys of each head."""
+
+    width: int
+    heads: int
+    dtype: np.dtype
+    kernel_init: Init
+    out_init: Init
+    bias_init: Init = zeros
+    qk_norm_eps: float | None = None
+    dropout: float = 0.0
+    program: str = "xla"  # "pallas" and "cudnn" serve self-attention without dropout
+    key_bias: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        query,
+        key,
+        value,
+        mask=None,
+        dropout_keys=None,
+        site: int = 0,
+        rotation: rotary.Rotation | None = None,
+    ):
+        """Attention of `query` to `key` and `value`.
+
+        Args:
+          query: [B, Lq, E].
+          key: [B, Lk, E*].
+          value: as `key`.
+          mask: bool broadcastable to [B, K, Lq, Lk], or a `Mask` if `program` is not "xla".
+          dropout_keys: see `example_dropout`.
+          site: see `example_dropout`.
+          rotation: rotary positions, for self-attention.
+
+        Returns:
+          [B, Lq, E].
+        """
+        head_dim = self.width // self.heads
+        if self.program == "pallas":
+            return self._heads_side_by_side(query, mask, rotation)
+        project = lambda name, x: dense(
+            (self.heads, head_dim),
+            ("width",),
+            ("heads", "head_dim"),
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            use_bias=name != "key" or self.key_bias,
+            name=name,
+        )(x)
+        q = project("query", query)  # [B, Lq, K, head_dim]
+        k = project("key", key)
+        v = project("value", value)
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+        q, k = self._normed_and_rotated(rotation, q, k)
+        if self.program == "cudnn":
+            out = with_cudnn(q, k, v, mask)
+        else:
+            logits = jnp.einsum(
+                "bqkh,bskh->bkqs", q * head_dim**-0.5, k, preferred_element_type=jnp.float32
+            )
+            if mask is not None:
+                logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+            weights = softmax(logits, self.dtype)  # [B, K, Lq, Lk]
+            weights = example_dropout(weights, dropout_keys, site, self.dropout)
+            out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
+        return dense(
+            self.width,
+            ("heads", "head_dim"),
+            ("width",),
+            dtype=self.dtype,
+            kernel_init=self.out_init,
+            bias_init=self.bias_init,
+            name="out",
+        )(out)
+
+    @nn.nowrap
+    def _normed_and_rotated(self, rotation, *queries_and_keys: jax.Array) -> list[jax.Array]:
+        """Queries and keys [B, L, K, head_dim] as their product takes them."""
+        out = []
+        for name, x in zip(("query_norm", "key_norm"), queries_and_keys, strict=True):
+            if self.qk_norm_eps is not None:
+                x = LayerNorm(self.qk_norm_eps, name=name)(x)
+            out.append(x if rotation is None else rotary.rotate(x, rotation))
+        return out
+
+    def _heads_side_by_side(self, x: jax.Array, mask: "Mask | None", rotation) -> jax.Array:
+        """Self-attention by the kernel: the same parameters, activations [B, L, E] with the heads side by side.
+
+        A head has fewer than the 128 lanes of a TPU register: as an axis of its own it would be padded to them.
+        """
+        from grain_jax.models import attention_kernel  # a fifth of a second to import
+
+        heads, head_dim = self.heads, self.width // self.heads
+        width, split = ((self.width,), ("width",)), ((heads, head_dim), ("heads", "head_dim"))
+
+        def affine(name, ins, outs, init, use_bias=True):
+            shape, axes = (ins[0], outs[0]), (ins[1], outs[1])
+            return Affine(*shape, *axes, self.dtype, init, self.bias_init, use_bias, name=name)
+
+        maps = [
+            affine(name, width, split, self.kernel_init, use_bias)
+            for name, use_bias in (("query", True), ("key", self.key_bias), ("value", True))
+        ]
+        together = attention_kernel.arranges(heads, head_dim) and not programs.are_apart()
+        if together:  # one product reads x once
+            kernel, bias = (
+                attention_kernel.arranged(q, k, v, heads)
+                for q, k, v in zip(*(layer.parameters() for layer in maps))
+            )
+            qkv = [maps[0].product(x, kernel, bias)]
+        else:
+            qkv = [layer(x) for layer in maps]
+        qkv = [checkpoint_name(y, "qkv") for y in qkv]
+        norms, eps = None, self.qk_norm_eps
+        if rotation is not None:  # it follows the norm, which is inside the kernel without it
+            q, k, v = attention_kernel.apart(qkv[0], heads) if together else qkv
+            q, k = (y.reshape(*x.shape[:2], heads, head_dim) for y in (q, k))
+            q, k = (y.reshape(x.shape) for y in self._normed_and_rotated(rotation, q, k))
+            qkv, eps = [q, k, v], None
+        elif eps is not None:
+            norms = tuple(
+                part
+                for name in ("query_norm", "key_norm")
+                for part in LayerNorm(eps, name=name).parameters(head_dim)
+            )
+        out = with_pallas(*qkv, heads=heads, norms=norms, eps=eps, within=mask)
+        return affine("out", split, width, self.out_init)(out)
+
+
 def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) -> jax.Array:
     """Attention by cuDNN.
 
@@ -103,13 +237,12 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) ->
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
 
     of_mask = () if within is None else tuple(within)
-    mesh = placement.mesh()
-    if mesh is not None:  # JAX does not make sure that a mask is cut as the queries are
-        batch, tensor = placement.batch_axes(), mesh.shape.get("tensor", 1)
-        both = PartitionSpec(batch, None, "tensor" if tensor > 1 and heads % tensor == 0 else None)
-        specs = (both, both, both, *[PartitionSpec(batch)] * len(of_mask))
-        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=both, check_vma=False)
-    return attend(q, k, v, *of_mask)[:, :length]
+    # JAX does not make sure that a mask is cut as the queries are.
+    mesh, batch = placement.mesh(), placement.batch_axes()
+    tensor = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    both = PartitionSpec(batch, None, "tensor" if tensor > 1 and heads % tensor == 0 else None)
+    specs = (both, both, both, *[PartitionSpec(batch)] * len(of_mask))
+    return placement.on_each_device(attend, mesh, specs, both)(q, k, v, *of_mask)[:, :length]
 
 
 def with_pallas(*given: jax.Array, within: Mask | None, **options) -> jax.Array:

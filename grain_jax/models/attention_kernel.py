@@ -1,10 +1,10 @@
 """Self-attention as a Pallas TPU kernel, forward and backward: the scores of a head stay in VMEM.
 
-Queries, keys and values are [B, L, heads * width] with the heads side by side, so that no head is padded to the 128
-lanes of a register; or one array, the result of one product (`arranged`). A program has a few heads (a multiple of 128
-lanes where the widths allow it) of a few rows of the batch. It works on tiles of 128 lanes: a head that shares a tile
-with others reads it through a mask, which costs no extra pass of the matrix unit, since that has 128 lanes as well.
-LayerNorm of queries and keys is inside. The backward pass keeps the inputs alone and computes norms and weights again
+Queries, keys and values are [B, L, heads * width], with the heads side by side: no head is padded to the 128 lanes of a
+register. Or they are one array, the result of one product (`arranged`). A program has a few heads of a few rows of the
+batch, a multiple of 128 lanes if the widths allow it. It works on tiles of 128 lanes. A head that shares a tile reads it
+through a mask. This costs no extra pass of the matrix unit, which has 128 lanes as well. LayerNorm of queries and keys
+is inside. The backward pass keeps the inputs alone and computes norms and weights again
 (as FlashAttention does, Dao et al. 2022; whole rows of scores fit into VMEM here, so no softmax is pieced together).
 
 On other platforms the kernel runs in Pallas' interpreter, for tests.
@@ -13,7 +13,6 @@ On other platforms the kernel runs in Pallas' interpreter, for tests.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +109,9 @@ def _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row):
     q, k = ([ref[row, :, tile] for tile in heads.tiles] for ref in (q_ref, k_ref))
     if eps is None:
         return q, k, None, None
-    of = lambda i: [norm_ref[i : i + 1, tile] for tile in heads.tiles]
-    q, *q_kept = _normed(heads, q, of(0), of(1), eps)
-    k, *k_kept = _normed(heads, k, of(2), of(3), eps)
+    rows_of_norm = lambda i: [norm_ref[i : i + 1, tile] for tile in heads.tiles]
+    q, *q_kept = _normed(heads, q, rows_of_norm(0), rows_of_norm(1), eps)
+    k, *k_kept = _normed(heads, k, rows_of_norm(2), rows_of_norm(3), eps)
     return q, k, q_kept, k_kept
 
 
@@ -136,8 +135,8 @@ def _allowed(masks, row, causal):
     if not causal:
         return column == line
     size = line.shape[1]
-    at = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
-    return (column == line) & (at(0) >= at(1))
+    numbers_along = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
+    return (column == line) & (numbers_along(0) >= numbers_along(1))
 
 
 def _for_each_row(ref, run) -> None:
@@ -215,22 +214,22 @@ def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref
                 dk[i] += _dot(d_scores, _only(mask, q[i]), ((0,), (0,)))
         dq, dk = ([x * heads.width**-0.5 for x in d] for d in (dq, dk))
         if eps is not None:
-            of = lambda i: [norm_ref[i : i + 1, tile] for tile in tiles]
-            dq, *d_query_norm = _norm_backward(heads, dq, q_kept, of(0))
-            dk, *d_key_norm = _norm_backward(heads, dk, k_kept, of(2))
+            rows_of_norm = lambda i: [norm_ref[i : i + 1, tile] for tile in tiles]
+            dq, *d_query_norm = _norm_backward(heads, dq, q_kept, rows_of_norm(0))
+            dk, *d_key_norm = _norm_backward(heads, dk, k_kept, rows_of_norm(2))
             for i, parts in enumerate([*d_query_norm, *d_key_norm]):
                 for tile, part in zip(tiles, parts):
                     dnorm_ref[0, i : i + 1, tile] += part
         for i, d in enumerate((dq, dk, dv)):
-            at = i * heads.lanes if together else 0
-            places = [slice(at + tile.start, at + tile.stop) for tile in tiles]
-            _write(d_refs[0 if together else i], row, places, d)
+            start = i * heads.lanes if together else 0
+            lanes = [slice(start + tile.start, start + tile.stop) for tile in tiles]
+            _write(d_refs[0 if together else i], row, lanes, d)
 
     _for_each_row(q_ref, one_row)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _AttentionCall:
     """What a call is compiled for."""
 
     heads: int  # of one device
@@ -242,17 +241,17 @@ class _Call:
     causal: bool  # with ids: no position sees later ones
     together: bool  # queries, keys and values are one array (`arranged`)
 
-    def _layout(self, given, masks):
-        batch, length, lanes = given[0].shape
+    def _layout(self, qkv, masks):
+        batch, length, lanes = qkv[0].shape
         heads = _heads_of_a_program(self.heads, lanes // (3 if self.together else 1) // self.heads)
-        rows = _rows_of_a_program(batch, length, heads.lanes, given[0].dtype.itemsize)
+        rows = _rows_of_a_program(batch, length, heads.lanes, qkv[0].dtype.itemsize)
         grid = (self.heads // heads.count, batch // rows)
-        of = lambda lanes, at: pl.BlockSpec((rows, length, lanes), at)
-        block = of(heads.lanes, lambda h, b: (b, 0, h))
+        spec = lambda lanes, at: pl.BlockSpec((rows, length, lanes), at)
+        block = spec(heads.lanes, lambda h, b: (b, 0, h))
         parts = gradients = [block] * 3
         if self.together:
-            parts = [of(heads.lanes, lambda h, b, i=i: (b, 0, 3 * h + i)) for i in range(3)]
-            gradients = [of(3 * heads.lanes, lambda h, b: (b, 0, h))]
+            parts = [spec(heads.lanes, lambda h, b, i=i: (b, 0, 3 * h + i)) for i in range(3)]
+            gradients = [spec(3 * heads.lanes, lambda h, b: (b, 0, h))]
         norm = pl.BlockSpec((8, heads.lanes), lambda h, b: (0, 0))
         of_ids = [
             pl.BlockSpec((rows, length, 1), lambda h, b: (b, 0, 0)),
@@ -275,17 +274,17 @@ class _Call:
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         )
 
-    def _like(self, given):
-        """Of the queries alone, and of the result."""
-        *shape, lanes = given[0].shape
+    def _like(self, qkv):
+        """Shape and dtype of the queries alone, and of the result."""
+        *shape, lanes = qkv[0].shape
         lanes = lanes // 3 if self.together else lanes
-        return jax.ShapeDtypeStruct((*shape, lanes), given[0].dtype)
+        return jax.ShapeDtypeStruct((*shape, lanes), qkv[0].dtype)
 
     def forward(self, *arrays):
-        """Of one device: [B, L, lanes] each or one, norm float32 [8, lanes of a program], masks -> [B, L, lanes]."""
-        given, norm, masks = self._split(arrays)
-        heads, grid, block, parts, _, of_norm, of_masks = self._layout(given, masks)
-        like = self._like(given)
+        """Attention on one device: [B, L, lanes] each or one, norm float32 [8, lanes of a program], masks -> [B, L, lanes]."""
+        qkv, norm, masks = self._split(arrays)
+        heads, grid, block, parts, _, of_norm, of_masks = self._layout(qkv, masks)
+        like = self._like(qkv)
         return pl.pallas_call(
             functools.partial(_forward_kernel, heads, self.eps, self.causal),
             grid=grid,
@@ -296,49 +295,37 @@ class _Call:
             cost_estimate=self._cost(like, products=2, arrays=4),
             interpret=self.interpret,
             name="attention_forward",
-        )(*(given * 3 if self.together else given), norm, *masks)
+        )(*(qkv * 3 if self.together else qkv), norm, *masks)
 
     def backward(self, do, *arrays):
         """The gradient of the result, then as of `forward` -> gradients of what is given, and of the norms, [1, 8, lanes]."""
-        given, norm, masks = self._split(arrays)
-        heads, grid, block, parts, gradients, of_norm, of_masks = self._layout(given, masks)
-        like = self._like(given)
+        qkv, norm, masks = self._split(arrays)
+        heads, grid, block, parts, gradients, of_norm, of_masks = self._layout(qkv, masks)
+        like = self._like(qkv)
         return pl.pallas_call(
             functools.partial(_backward_kernel, heads, self.eps, self.causal, self.together),
             grid=grid,
             in_specs=[*parts, of_norm, block, *of_masks],
             out_specs=[*gradients, pl.BlockSpec((1, 8, heads.lanes), lambda h, b: (0, 0, h))],
             out_shape=[
-                *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given),
+                *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv),
                 jax.ShapeDtypeStruct((1, 8, like.shape[-1]), jnp.float32),
             ],
             compiler_params=self._params(),
             cost_estimate=self._cost(like, products=5, arrays=7),
             interpret=self.interpret,
             name="attention_backward",
-        )(*(given * 3 if self.together else given), norm, do, *masks)
+        )(*(qkv * 3 if self.together else qkv), norm, do, *masks)
 
     def _split(self, arrays):
         count = 1 if self.together else 3
         return arrays[:count], arrays[count], arrays[count + 1 :]
 
-    def on_each_device(self, function, cut: Sequence[str], results: Sequence[str]):
-        """`function` on the shard of each device.
-
-        `cut` and `results` say how arrays are cut: "both" (batch first, heads last), "batch" or "" (whole).
-        """
-        if self.mesh is None:
-            return function
-        specs = {
-            "both": PartitionSpec(self.batch, None, self.cut_heads),
-            "batch": PartitionSpec(self.batch),
-            "": PartitionSpec(),
-        }
-        of = lambda names: tuple(specs[name] for name in names)
-        out_specs = of(results) if len(results) > 1 else of(results)[0]
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=of(cut), out_specs=out_specs, check_vma=False
-        )
+    def specs(self, qkv, masks):
+        """How arrays with the heads last are cut, and what `forward` takes."""
+        both = PartitionSpec(self.batch, None, self.cut_heads)
+        of_masks = [PartitionSpec(self.batch)] * len(masks)
+        return both, (*[both] * len(qkv), PartitionSpec(), *of_masks)
 
 
 def _local_heads(heads: int) -> tuple[int, str | None]:
@@ -386,7 +373,7 @@ def attend(
       heads: their number.
       norms: scale and bias of the queries' LayerNorm, then of the keys', float32 [width] each; None: no norms.
       eps: of the norms.
-      ids: int32 [B, L]: a position sees those of its id; None: all of its row.
+      ids: int32 [B, L]: a position sees the positions with its id; None: its whole row.
       causal: with ids: of these itself and earlier ones.
 
     Returns:
@@ -396,7 +383,7 @@ def attend(
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     local, cut_heads = _local_heads(heads)
     eps = None if norms is None else eps
-    call = _Call(
+    call = _AttentionCall(
         local, eps, platform != "tpu", mesh, placement.batch_axes(), cut_heads, causal, together
     )
     width = given[0].shape[-1] // (3 if together else 1) // heads
@@ -410,21 +397,22 @@ def attend(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, given, norm, masks):
-    return _attend_forward(call, given, norm, masks)[0]
+def _attend(call: _AttentionCall, qkv, norm, masks):
+    return _attend_forward(call, qkv, norm, masks)[0]
 
 
-def _attend_forward(call, given, norm, masks):
-    cut = ["both"] * len(given) + [""] + ["batch"] * len(masks)
-    out = call.on_each_device(call.forward, cut, ["both"])(*given, norm, *masks)
-    return out, (given, norm, masks)
+def _attend_forward(call, qkv, norm, masks):
+    both, specs = call.specs(qkv, masks)
+    forward = placement.on_each_device(call.forward, call.mesh, specs, both)
+    return forward(*qkv, norm, *masks), (qkv, norm, masks)
 
 
 def _attend_backward(call, kept, do):
-    given, norm, masks = kept
-    cut = ["both"] * (1 + len(given)) + [""] + ["batch"] * len(masks)
-    backward = call.on_each_device(call.backward, cut, ["both"] * (len(given) + 1))
-    *d_given, dnorm = backward(do, *given, norm, *masks)
+    qkv, norm, masks = kept
+    both, specs = call.specs(qkv, masks)
+    results = (both,) * (len(qkv) + 1)
+    backward = placement.on_each_device(call.backward, call.mesh, (both, *specs), results)
+    *d_given, dnorm = backward(do, *qkv, norm, *masks)
     # [devices of the batch axes, 8, lanes] -> of the program that all heads share.
     dnorm = dnorm.sum(0).reshape(8, -1, norm.shape[1]).sum(1)
     return tuple(d_given), dnorm, tuple(None for _ in masks)

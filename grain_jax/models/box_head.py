@@ -16,8 +16,8 @@ from grain_jax.core import errors
 def roi_align(features: jax.Array, boxes_xyxy: jax.Array, *, bins: int, samples: int) -> jax.Array:
     """RoIAlign (He et al. 2017): the mean of bilinear samples in each of `bins` x `bins` parts of each box.
 
-    Equal to torchvision.ops.roi_align with `aligned=True` and `sampling_ratio=samples`: the centre of cell i is at
-    (i + 1/2) / cells; a sample farther than half a cell outside of the image counts as 0, one less far as the edge.
+    Equal to torchvision.ops.roi_align with `aligned=True` and `sampling_ratio=samples`. The centre of cell i is at
+    (i + 1/2) / cells. A sample more than half a cell outside the image counts as 0, a nearer one as the edge.
     A bilinear sample on a grid is a product of two hat functions, so the whole is two matrix products.
 
     Args:
@@ -50,8 +50,8 @@ def _bin_weights(start, end, cells: int, bins: int, samples: int):
     Returns:
       float32 [B, R, bins, cells].
     """
-    places = (np.arange(bins * samples) + 0.5) / (bins * samples)
-    points = start[..., None] + (end - start)[..., None] * places
+    offsets = (np.arange(bins * samples) + 0.5) / (bins * samples)
+    points = start[..., None] + (end - start)[..., None] * offsets
     points = points * cells - 0.5  # 0 is the centre of the first cell
     inside = (points >= -1) & (points <= cells)
     points = jnp.clip(points, 0, cells - 1)
@@ -79,14 +79,14 @@ def of_kept(
     x = jnp.einsum("bpn,bne->bpe", is_at.astype(jnp.float32), x, precision=precision)
     x = x.reshape(len(x), grid, grid, -1)
     sizes = dict(bins=bins, samples=samples)
-    found = roi_align(x, boxes_xyxy, **sizes)
-    found, share = found[..., :-1], found[..., -1:]
+    means = roi_align(x, boxes_xyxy, **sizes)
+    means, share = means[..., :-1], means[..., -1:]
     of_all = roi_align(jnp.ones((*x.shape[:3], 1)), boxes_xyxy, **sizes)
-    return jnp.where(share > 0, found * of_all / jnp.where(share > 0, share, 1), 0)
+    return jnp.where(share > 0, means * of_all / jnp.where(share > 0, share, 1), 0)
 
 
 def token_boxes(tokens: int, leading: int) -> np.ndarray:
-    """The box of each of so many tokens, float32 xyxy [N, 4]: that of its patch; of the `leading` ones the image."""
+    """The box of each token, float32 xyxy [N, 4]: its patch, or the whole image for the `leading` ones."""
     grid = grid_size(tokens, leading)
     y, x = np.divmod(np.arange(grid * grid), grid)
     patches = np.stack([x, y, x + 1, y + 1], axis=1) / grid
@@ -135,10 +135,10 @@ class RoIAlign(nn.Module):
         patches = tokens[:, leading:]
         if kept is not None:
             grid = self.image.image_size // self.image.patch_size
-            found = of_kept(patches, kept, boxes_xyxy, grid=grid, **sizes)
+            means = of_kept(patches, kept, boxes_xyxy, grid=grid, **sizes)
         else:
             batch, count, width = patches.shape
             grid = grid_size(count, 0)
-            found = roi_align(patches.reshape(batch, grid, grid, width), boxes_xyxy, **sizes)
-        found = found.astype(self.dtype)
-        return found.reshape(*found.shape[:2], self.head.bins**2 * tokens.shape[2])
+            means = roi_align(patches.reshape(batch, grid, grid, width), boxes_xyxy, **sizes)
+        means = means.astype(self.dtype)
+        return means.reshape(*means.shape[:2], self.head.bins**2 * tokens.shape[2])

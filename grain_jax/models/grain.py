@@ -15,7 +15,7 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors, schema
-from grain_jax.models import box_head, layers, region_decoder, text, towers
+from grain_jax.models import box_head, layers, region_decoder, text, tower_layer, towers
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -41,7 +41,7 @@ class GRAIN(nn.Module):
         self.text = towers.text_tower(c.text)(c.text, dtype, self.remat, c.attention, c.mlp)
         self.text_norm = layers.LayerNorm(c.text.norm_eps)
         if c.text.pool == "map":
-            self.text_pool = layers.AttentionPool(c.text, dtype)
+            self.text_pool = tower_layer.AttentionPool(c.text, dtype)
         project = lambda width, kind: layers.dense(
             c.embed_dim,
             ("width",),
@@ -59,7 +59,7 @@ class GRAIN(nn.Module):
             self.region_projection = project(c.decoder.width, "matrix")
         else:
             if c.image.pool == "map":
-                self.image_pool = layers.AttentionPool(c.image, dtype)
+                self.image_pool = tower_layer.AttentionPool(c.image, dtype)
             if c.image.projection != "none":
                 self.image_projection = project(c.image.width, c.image.projection)
         if c.boxes.kind != "none":
@@ -95,7 +95,7 @@ class GRAIN(nn.Module):
         return self.image(image, kept=kept)  # type: ignore[call-arg]
 
     def image_values(self, image: jax.Array) -> jax.Array:
-        """As `image_tokens`; in the last layer each token attends to itself alone (vit.py). Of the built-in tower."""
+        """As `image_tokens`; in the last layer each token attends to itself alone. Needs the built-in tower (vit.py)."""
         tower: Any = self.image
         return tower(self._normalised(image), values=True)
 
@@ -114,19 +114,6 @@ class GRAIN(nn.Module):
             )
         return image
 
-    def image_features(self, image: jax.Array, dropout_keys: jax.Array | None = None):
-        """Images to the features of the decoder.
-
-        Args:
-          image: as of `image_tokens`.
-          dropout_keys: PRNG keys [B] (training), or None.
-
-        Returns:
-          (tokens [B, N, E_image], hidden [T, B, Q+1, E]); the last query is that of the image.
-        """
-        tokens = self.image_tokens(image)
-        return tokens, self.decoder(tokens, dropout_keys)
-
     def encode_image(self, image: jax.Array, dropout_keys: jax.Array | None = None):
         """Images -> (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [T, B, Q, 4]).
 
@@ -136,20 +123,11 @@ class GRAIN(nn.Module):
 
     def embeddings(self, tokens: jax.Array, dropout_keys: jax.Array | None = None):
         """As `encode_image`, from the tokens of the images."""
-        if self.config.decoder is None:
-            embed = self._pooled_image(tokens)
-            batch = tokens.shape[0]
-            return (
-                normalize(embed),
-                jnp.zeros((batch, 0, self.config.embed_dim)),
-                jnp.zeros((1, batch, 0, 4)),
-            )
-        return self._of_queries(self.decoder(tokens, dropout_keys))
-
-    def _of_queries(self, hidden: jax.Array):
-        """Queries [T, B, Q+1, E] -> the results of `encode_image`."""
-        decoder = self.config.decoder
-        assert decoder is not None
+        decoder, batch = self.config.decoder, tokens.shape[0]
+        if decoder is None:
+            no_regions = jnp.zeros((batch, 0, self.config.embed_dim)), jnp.zeros((1, batch, 0, 4))
+            return normalize(self._pooled_image(tokens)), *no_regions
+        hidden = self.decoder(tokens, dropout_keys)
         image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
         region_embed = normalize(self.region_projection(hidden[-1, :, :-1]))
         if decoder.image_pool == "all":
@@ -203,60 +181,38 @@ class GRAIN(nn.Module):
 
     def text_features(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
         """Rows [G, rows, L] -> for each `at` ([B, ..., 2]) the projected features of its texts."""
-        return self._read_texts(self.text(tokens, positions, segments), segments, *at)
+        features = self.text(tokens, positions, segments)
+        return tuple(self._read_texts(features, segments, a) for a in at)
 
-    def _read_texts(self, features, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
-        """As `text_features`, from the features of every position."""
-        config, tower = self.config.text, self.text
-        pools = not tower.pooled and config.pool in ("map", "mean")
-        project = lambda x: x if config.projection == "none" else self.text_projection(x)
-        if pools and config.mask_padding:
-            return tuple(map(project, self._pooled_texts(features, segments, at)))
-        row_is_text = tower.pooled or pools
-        if row_is_text:
-            if pools:
-                x = self.text_norm(features)
-                rows = x.reshape(-1, *x.shape[2:])
-                rows = self.text_pool(rows) if config.pool == "map" else rows.mean(axis=1)
-                features = rows.reshape(*x.shape[:2], -1)
-            features = features[:, :, None]  # [G, rows, 1, E]
-            at = tuple(a * np.array([1, 0]) for a in at)
-        elif config.pool == "last" and not config.mask_padding:
-            at = tuple(a.at[..., 1].set(features.shape[2] - 1) for a in map(jnp.asarray, at))
-
-        def read(a: jax.Array) -> jax.Array:
-            x = text.gather_texts(features, a)
-            return project(x if row_is_text else self.text_norm(x))
-
-        return tuple(read(a) for a in at)
-
-    def _pooled_texts(self, features, segments, at) -> list[jax.Array]:
-        """As `text_features` before the projection: each text pooled of its own tokens, several texts a row."""
-        config, shape = self.config.text, features.shape
-        normed = self.text_norm(features)
-        own = text.own_tokens(segments)
-        if config.pool != "map":
-            return [text.means_of_texts(normed, own, a) for a in at]
-        of_groups = [a.reshape(shape[0], -1, 2) for a in at]
-        every = jnp.concatenate(of_groups, axis=1)
-        read = lambda x: text.gather_texts(x.reshape(shape), every)
-        # [G, texts of a group, E]
-        pooled = self.text_pool(normed.reshape(-1, *shape[2:]), own[:, None], read)
-        parts = jnp.split(pooled, np.cumsum([a.shape[1] for a in of_groups])[:-1], axis=1)
-        return [x.reshape(*a.shape[:-1], shape[-1]) for x, a in zip(parts, at, strict=True)]
+    def _read_texts(self, features: jax.Array, segments: jax.Array, end_at: jax.Array) -> jax.Array:
+        """The projected features of texts, from the features of every position."""
+        config = self.config.text
+        if self.text.pooled:  # one vector per row
+            x = text.gather_texts(features[:, :, None], end_at * np.array([1, 0]))
+        elif config.pool in ("map", "mean"):
+            rows, real = text.rows_of_texts(self.text_norm(features), segments, end_at)
+            real = real if config.mask_padding else jnp.ones_like(real)
+            pooled = (
+                self.text_pool(rows, real[:, None, None])
+                if config.pool == "map"
+                else text.masked_mean(rows, real)
+            )
+            x = pooled.reshape(*end_at.shape[:-1], -1)
+        else:
+            if config.pool == "last" and not config.mask_padding:
+                end_at = jnp.asarray(end_at).at[..., 1].set(features.shape[2] - 1)
+            x = self.text_norm(text.gather_texts(features, end_at))
+        return x if config.projection == "none" else self.text_projection(x)
 
     def encode_text(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
         """As `text_features`, of unit length."""
         return tuple(map(normalize, self.text_features(tokens, positions, segments, *at)))
 
     def __call__(
-        self,
-        batch: schema.Batch,
-        dropout_keys: jax.Array | None = None,
-        kept: jax.Array | None = None,
+        self, batch: schema.Batch, dropout_keys: jax.Array | None = None
     ) -> schema.Outputs:
-        """A batch to its embeddings, boxes and logit scale; with `dropout_keys` [B] as in training, `kept` as of `image_tokens`."""
-        return self.outputs_and_features(batch, dropout_keys, kept)[0]
+        """A batch to its embeddings, boxes and logit scale; with `dropout_keys` [B] as in training."""
+        return self.outputs_and_features(batch, dropout_keys)[0]
 
     def outputs_and_features(
         self,
@@ -274,27 +230,19 @@ class GRAIN(nn.Module):
             box_embed = self.box_embeddings(tokens, corners, kept)
         b, captions, _ = batch.caption_at.shape
         text_features = self.text(batch.text_tokens, batch.text_positions, batch.text_segments)
-        text_embed, region_text_embed, *negative_text_embed = map(
-            normalize,
-            self._read_texts(
-                text_features,
-                batch.text_segments,
-                batch.caption_at.reshape(b * captions, 2),
-                batch.description_at,
-                *(() if batch.negative_at is None else (batch.negative_at,)),
-            ),
-        )
-        text_embed = text_embed.reshape(b, captions, -1)
+        embed = lambda at: normalize(self._read_texts(text_features, batch.text_segments, at))
+        # Flat, since an axis of one caption would be padded to a register's eight rows.
+        text_embed = embed(batch.caption_at.reshape(b * captions, 2)).reshape(b, captions, -1)
         outputs = schema.Outputs(
             image_embed=image_embed,
             text_embed=text_embed,
             region_embed=region_embed,
-            region_text_embed=region_text_embed,
+            region_text_embed=embed(batch.description_at),
             pred_boxes_cxcywh=boxes,
             logit_scale=jnp.exp(self.logit_scale),
             logit_bias=jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
             box_embed=box_embed,
-            negative_text_embed=negative_text_embed[0] if negative_text_embed else None,
+            negative_text_embed=None if batch.negative_at is None else embed(batch.negative_at),
         )
         return outputs, schema.Features(tokens, text_features)
 

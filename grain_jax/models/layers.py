@@ -1,21 +1,18 @@
-"""Building blocks of the towers and the region decoder: dense layers, norms, attention, MLP, the layer scan.
+"""Building blocks of the towers and the region decoder: dense layers, norms, MLPs (attention: attention.py).
 
 Every parameter names its logical axes (`config.sharding` maps them to mesh axes). Parameters are
 float32; activations have the module's `dtype`; softmax and norm statistics are float32.
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
-
-from grain_jax.config import ImageTower, TextTower
-from grain_jax.models import attention, placement, programs, rotary
 
 Init: TypeAlias = Callable[..., Any]
 zeros = nn.initializers.zeros_init()
@@ -56,6 +53,11 @@ def parameter(
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape))
 
 
+def bias_axes(out_axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The logical axes of a bias. It is small: it is sharded along heads and mlp with its kernel, never along the width."""
+    return tuple("vector" if a in ("width", "embed") else a for a in out_axes)
+
+
 def dense(
     features: int | tuple[int, ...],
     in_axes: tuple[str, ...],
@@ -69,7 +71,7 @@ def dense(
 ) -> nn.DenseGeneral:
     """A linear map over the trailing `len(in_axes)` axes, to trailing axes of the sizes `features`, in `dtype`.
 
-    `in_axes` and `out_axes` are logical axes. Without a `name` it has that of the attribute that it is assigned to.
+    `in_axes` and `out_axes` are logical axes. Without a `name` it is named after the attribute that it is assigned to.
     """
     features = features if isinstance(features, tuple) else (features,)
     return nn.DenseGeneral(
@@ -78,10 +80,7 @@ def dense(
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(kernel_init, (*in_axes, *out_axes)),
-        # A bias is small: it is sharded along heads and mlp with its kernel, never along the width.
-        bias_init=nn.with_logical_partitioning(
-            bias_init, tuple("vector" if a in ("width", "embed") else a for a in out_axes)
-        ),
+        bias_init=nn.with_logical_partitioning(bias_init, bias_axes(out_axes)),
         name=name,
     )
 
@@ -177,179 +176,46 @@ def example_dropout(x, keys, site: int, rate: float):
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head attention, optionally with LayerNorm and then rotary positions on the queries and keys of each head."""
+class Affine(nn.Module):
+    """`dense` as one matrix and one vector, for a product with the heads side by side or inside a kernel.
 
-    width: int
-    heads: int
-    dtype: np.dtype
+    Its parameters have the names, shapes, axes and initial values that `dense` gives them.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    in_axes: tuple[str, ...]  # logical axes
+    out_axes: tuple[str, ...]
+    dtype: np.dtype  # of the matrix, the vector and the product
     kernel_init: Init
-    out_init: Init
     bias_init: Init = zeros
-    qk_norm_eps: float | None = None
-    dropout: float = 0.0
-    program: str = "xla"  # "pallas" and "cudnn" serve self-attention without dropout (attention.py)
-    rope: rotary.Rope | None = None  # of self-attention
-    key_bias: bool = True
-
-    @nn.compact
-    def __call__(
-        self,
-        query,
-        key,
-        value,
-        mask=None,
-        dropout_keys=None,
-        site: int = 0,
-        alone=None,
-        kept: jax.Array | None = None,
-    ):
-        """Attention of `query` to `key` and `value`.
-
-        Args:
-          query: [B, Lq, E].
-          key: [B, Lk, E*].
-          value: as `key`.
-          mask: bool broadcastable to [B, K, Lq, Lk], or an attention.Mask where `program` is not "xla". One query [B, 1, E]
-            with a mask of Lq > 1 is the query of them all.
-          dropout_keys: see `example_dropout`.
-          site: see `example_dropout`.
-          alone: bool [], whether each position attends to itself alone; None: no. Of self-attention by "xla".
-          kept: of `rope`, int32 [B, n], the numbers of the patches that are there; None: all.
-
-        Returns:
-          [B, Lq, E].
-        """
-        head_dim = self.width // self.heads
-        if self.program == "pallas":
-            return self._heads_side_by_side(query, mask, kept)
-        project = lambda name, x: dense(
-            (self.heads, head_dim),
-            ("width",),
-            ("heads", "head_dim"),
-            dtype=self.dtype,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            use_bias=name != "key" or self.key_bias,
-            name=name,
-        )(x)
-        q = project("query", query)  # [B, Lq, K, head_dim]
-        k = project("key", key)
-        v = project("value", value)
-        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        q, k = self._normed_and_rotated(kept, q, k)
-        if self.program == "cudnn":
-            out = attention.with_cudnn(q, k, v, mask)
-        else:
-            logits = jnp.einsum(
-                "bqkh,bskh->bkqs", q * head_dim**-0.5, k, preferred_element_type=jnp.float32
-            )
-            if mask is not None:
-                logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-            weights = softmax(logits, self.dtype)  # [B, K, Lq, Lk]
-            weights = example_dropout(weights, dropout_keys, site, self.dropout)
-            out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
-            if alone is not None:
-                out = jnp.where(alone, v, out)
-        return dense(
-            self.width,
-            ("heads", "head_dim"),
-            ("width",),
-            dtype=self.dtype,
-            kernel_init=self.out_init,
-            bias_init=self.bias_init,
-            name="out",
-        )(out)
-
-    @nn.nowrap
-    def _normed_and_rotated(self, kept, *queries_and_keys: jax.Array) -> list[jax.Array]:
-        """Queries and keys [B, L, K, head_dim] as their product takes them."""
-        out = []
-        for name, x in zip(("query_norm", "key_norm"), queries_and_keys, strict=True):
-            if self.qk_norm_eps is not None:
-                x = LayerNorm(self.qk_norm_eps, name=name)(x)
-            out.append(x if self.rope is None else self.rope.rotate(x, kept))
-        return out
-
-    def _heads_side_by_side(self, x: jax.Array, within, kept) -> jax.Array:
-        """Self-attention by the kernel: the same parameters, activations [B, L, E] with the heads side by side.
-
-        A head has fewer than the 128 lanes of a TPU register: as an axis of its own it would be padded to them.
-        """
-        from grain_jax.models import attention_kernel  # a fifth of a second to import
-
-        heads, head_dim = self.heads, self.width // self.heads
-        side_by_side = lambda name, **options: SideBySide(
-            self.width, heads, self.dtype, bias_init=self.bias_init, name=name, **options
-        )
-        maps = [
-            side_by_side(name, kernel_init=self.kernel_init, use_bias=use_bias)
-            for name, use_bias in (("query", True), ("key", self.key_bias), ("value", True))
-        ]
-        together = attention_kernel.arranges(heads, head_dim) and not programs.are_apart()
-        if together:  # one product reads x once
-            kernel, bias = (
-                attention_kernel.arranged(q, k, v, heads)
-                for q, k, v in zip(*(one.parameters() for one in maps))
-            )
-            qkv = [maps[0].product(x, kernel, bias)]
-        else:
-            qkv = [one(x) for one in maps]
-        qkv = [checkpoint_name(one, "qkv") for one in qkv]
-        norms, eps = None, self.qk_norm_eps
-        if self.rope is not None:  # it follows the norm, which is inside the kernel without it
-            q, k, v = attention_kernel.apart(qkv[0], heads) if together else qkv
-            split = lambda x: x.reshape(*x.shape[:2], heads, head_dim)
-            q, k = (y.reshape(x.shape) for y in self._normed_and_rotated(kept, split(q), split(k)))
-            qkv, eps = [q, k, v], None
-        elif eps is not None:
-            norms = tuple(
-                part
-                for name in ("query_norm", "key_norm")
-                for part in LayerNorm(eps, name=name).parameters(head_dim)
-            )
-        out = attention.with_pallas(*qkv, heads=heads, norms=norms, eps=eps, within=within)
-        return side_by_side("out", kernel_init=self.out_init, back=True)(out)
-
-
-class SideBySide(nn.Module):
-    """`dense` to or from (heads, head_dim) whose activations have the heads side by side, [..., E] -> [..., E]."""
-
-    width: int  # E, of the input and the output
-    heads: int  # their number
-    dtype: np.dtype  # of the product and the output
-    kernel_init: Init  # initialiser of the kernel, as of `dense`
-    bias_init: Init  # initialiser of the bias
-    back: bool = False  # the map that follows the heads, from them to the width
-    use_bias: bool = True  # of the map to the heads
+    use_bias: bool = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., E] -> [..., E]."""
+        """[..., inputs] -> [..., outputs]."""
         return self.product(x, *self.parameters())
 
     @nn.nowrap
     def product(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        """[..., E] -> [..., E*], by a matrix and a bias of the dtype."""
+        """The same with a matrix and a vector from elsewhere."""
         return jnp.einsum("...e,ef->...f", x.astype(self.dtype), kernel) + bias
 
     @nn.compact
     def parameters(self) -> tuple[jax.Array, jax.Array]:
-        """(matrix [E, E], bias [E]) of the dtype, for a product with others."""
-        width, of_heads = self.width, (self.heads, self.width // self.heads)
-        shape = (*of_heads, width) if self.back else (width, *of_heads)
-        axes = ("heads", "head_dim", "width") if self.back else ("width", "heads", "head_dim")
+        """(matrix [inputs, outputs], vector [outputs]); the vector is zero without a bias."""
+        matrix = math.prod(self.in_shape), math.prod(self.out_shape)
 
-        def as_matrix(init, matrix):  # nn.DenseGeneral draws a matrix, too
-            return lambda key, shape, dtype=jnp.float32: init(key, matrix, dtype).reshape(shape)
+        def flat(init, flat_shape):  # nn.DenseGeneral draws a matrix, too
+            return lambda key, shape, dtype=jnp.float32: init(key, flat_shape, dtype).reshape(shape)
 
-        kernel = parameter(self, "kernel", as_matrix(self.kernel_init, (width, width)), axes, shape)
-        if self.back:
-            bias = parameter(self, "bias", self.bias_init, ("vector",), (width,))
-        elif self.use_bias:
-            bias = parameter(self, "bias", as_matrix(self.bias_init, (width,)), axes[1:], of_heads)
-        else:
-            bias = jnp.zeros(width)
-        return kernel.reshape(width, width).astype(self.dtype), bias.reshape(-1).astype(self.dtype)
+        kernel_init, shape = flat(self.kernel_init, matrix), (*self.in_shape, *self.out_shape)
+        axes = (*self.in_axes, *self.out_axes)
+        kernel = parameter(self, "kernel", kernel_init, axes, shape)
+        bias = jnp.zeros(matrix[1:])
+        if self.use_bias:
+            bias_init, axes = flat(self.bias_init, matrix[1:]), bias_axes(self.out_axes)
+            bias = parameter(self, "bias", bias_init, axes, self.out_shape)
+        return kernel.reshape(matrix).astype(self.dtype), bias.reshape(-1).astype(self.dtype)
 
 
 class MLP(nn.Module):
@@ -418,143 +284,22 @@ class FusedMLP(nn.Module):
         """[B, L, E] -> [B, L, E]; `norm` has scale and bias, float32 [E]."""
         from grain_jax.models import mlp_kernel  # a fifth of a second to import
 
-        w_in, b_in = Affine(
-            (self.width, self.mlp_dim), ("width", "mlp"), self.in_init, self.in_bias_init, name="in"
-        )()
-        w_out, b_out = Affine(
-            (self.mlp_dim, self.width),
-            ("mlp", "width"),
-            self.out_init,
-            self.out_bias_init,
-            name="out",
-        )()
-        weights = dict(w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
+        (e, h), (width, mlp) = ((self.width,), (self.mlp_dim,)), (("width",), ("mlp",))
+        float32 = jnp.dtype("float32")
+        to = Affine(e, h, width, mlp, float32, self.in_init, self.in_bias_init, name="in")
+        back = Affine(h, e, mlp, width, float32, self.out_init, self.out_bias_init, name="out")
+        (w_in, b_in), (w_out, b_out) = to.parameters(), back.parameters()
         return mlp_kernel.half_layer(
             x,
             scale=norm[0],
             bias=norm[1],
             eps=eps,
+            w_in=w_in,
+            b_in=b_in,
+            w_out=w_out,
+            b_out=b_out,
             activation=ACTIVATIONS[self.activation],
-            **weights,
         )
-
-
-class Affine(nn.Module):
-    """The parameters of `dense` between two axes, for a program that has the product inside."""
-
-    shape: tuple[int, int]
-    axes: tuple[str, str]  # logical axes
-    kernel_init: Init
-    bias_init: Init
-
-    @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        """(kernel, bias), float32."""
-        kernel = parameter(self, "kernel", self.kernel_init, self.axes, self.shape)
-        axis = "vector" if self.axes[1] == "width" else self.axes[1]
-        return kernel, parameter(self, "bias", self.bias_init, (axis,), self.shape[1:])
-
-
-class LayerInits(NamedTuple):
-    """Initialisers of a `TowerLayer`; those of biases are functions of the size of the input."""
-
-    qkv: Init
-    attention_out: Init
-    mlp_in: Init
-    mlp_out: Init
-    attention_bias: Callable[[int], Init] = lambda fan_in: zeros
-    mlp_bias: Callable[[int], Init] = torch_bias
-
-
-class TowerLayer(nn.Module):
-    """Pre-norm attention and MLP, each added to its input.
-
-    Layer scale, CaiT's (Touvron et al. 2021): what is added is multiplied by a learned vector.
-    """
-
-    tower: ImageTower | TextTower  # has width, heads, mlp_dim, activation and norm_eps
-    dtype: np.dtype  # of activations
-    inits: LayerInits  # the initialisers
-    program: str = "xla"  # as of `Attention`
-    mlp_program: str = "xla"  # or "pallas", of the half with the MLP (`programs.of_mlp`)
-    qk_norm: bool = False  # whether the queries and keys of each head have a LayerNorm
-    rope: rotary.Rope | None = None  # rotary positions
-    key_bias: bool = True  # whether the projection to the keys has a bias
-    gated: bool = False  # whether the MLP is gated
-    layer_scale: bool = False  # whether there is layer scale
-
-    @nn.compact
-    def __call__(self, x, mask=None, alone=None, kept=None):
-        """x [B, L, E], mask, alone and kept as of `Attention` -> (carry [B, L, E], no per-layer output)."""
-        t, inits = self.tower, self.inits
-        y = LayerNorm(t.norm_eps, name="norm_1")(x)
-        y = Attention(
-            t.width,
-            t.heads,
-            self.dtype,
-            kernel_init=inits.qkv,
-            out_init=inits.attention_out,
-            bias_init=inits.attention_bias(t.width),
-            qk_norm_eps=t.norm_eps if self.qk_norm else None,
-            program=self.program,
-            rope=self.rope,
-            key_bias=self.key_bias,
-            name="attention",
-        )(y, y, y, mask, alone=alone, kept=kept)
-        x = x + self._scaled("layer_scale_1", y)
-        norm = LayerNorm(t.norm_eps, name="norm_2")
-        of_mlp: dict[str, Any] = dict(
-            in_init=inits.mlp_in,
-            out_init=inits.mlp_out,
-            in_bias_init=inits.mlp_bias(t.width),
-            out_bias_init=inits.mlp_bias(t.mlp_dim),
-            name="mlp",
-        )
-        if self.mlp_program == "pallas":
-            fused = FusedMLP(t.width, t.mlp_dim, t.activation, **of_mlp)
-            return placement.by_batch(fused(x, norm.parameters(t.width), t.norm_eps)), None
-        mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, gated=self.gated, **of_mlp)
-        y = mlp(norm(x))
-        return placement.by_batch(x + self._scaled("layer_scale_2", y)), None
-
-    @nn.nowrap
-    def _scaled(self, name: str, x: jax.Array) -> jax.Array:
-        if not self.layer_scale:
-            return x
-        init = nn.initializers.constant(1e-5)
-        return x * parameter(self, name, init, ("vector",), (x.shape[-1],)).astype(x.dtype)
-
-
-class AttentionPool(nn.Module):
-    """One learned query attends to all tokens: the MAP head of SigLIP and big_vision (Zhai et al. 2022)."""
-
-    tower: ImageTower | TextTower  # whose width, heads, MLP, activation and norm are the pool's
-    dtype: np.dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None = None,
-        read: Callable[[jax.Array], jax.Array] | None = None,
-    ) -> jax.Array:
-        """Normed tokens [B, L, E] -> [B, E].
-
-        With a mask, bool [B, 1, n, L], it pools n times, each time the tokens where its line is true, and returns those that
-        `read` takes of them, [B, n, E] -> [..., E].
-        """
-        t = self.tower
-        xavier = nn.initializers.xavier_uniform()
-        probe = parameter(self, "probe", normal(0.02), ("vector",), (t.width,))
-        probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, t.width))
-        attend = Attention(t.width, t.heads, self.dtype, xavier, xavier, name="attention")
-        x = attend(probe, x, x, mask)
-        if read is not None:
-            x = read(x)
-        y = LayerNorm(t.norm_eps, name="norm")(x)
-        mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")
-        x = x + mlp(y)
-        return x[:, 0] if read is None else x
 
 
 REMAT = {

@@ -27,8 +27,8 @@ _scale: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=
 def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
     """The parameters of a run at step 0, from its seed, boxed with their logical axes.
 
-    Those of the model are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), which torch's linear layers
-    and the A of peft have; B is zero, so that the model is its base.
+    The model's are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), as in torch's linear layers and peft.
+    B is zero, so that the model is its base.
 
     Raises:
       UserError: as `maps_of`; or `optim.frozen` freezes a factor.
@@ -89,16 +89,16 @@ def maps_of(
         f"{tower}/blocks/{name}" for tower in ("image", "text") for name in config_lib.LAYER_MAPS
     }
     maps = [name for name in modules if name in known]
-    found = dict.fromkeys(
+    chosen = dict.fromkeys(
         name for pattern in lora.modules for name in _matched(pattern, model, modules, maps)
     )
     for tower in ("image", "text"):
-        if lora.has(tower) and not any(name.startswith(f"{tower}/") for name in found):
+        if lora.has(tower) and not any(name.startswith(f"{tower}/") for name in chosen):
             raise errors.UserError(
                 f"optim.lora.modules: no map of the {tower} tower ({getattr(model, tower).tower}) matches"
                 f" {lora.modules!r}, and it would be frozen whole; expected patterns of the other tower alone"
             )
-    for name in found:
+    for name in chosen:
         inputs = 1 + config_lib.LAYER_MAPS[name.partition("/blocks/")[2]]
         shape = shapes[f"{name}/kernel"]
         sides = math.prod(shape[1:inputs]), math.prod(shape[inputs:])
@@ -107,33 +107,20 @@ def maps_of(
                 f"optim.lora.rank: got {lora.rank}, expected at most {min(sides)}, the smaller side of {name}, which maps"
                 f" {sides[0]} to {sides[1]}"
             )
-    return list(found)
+    return list(chosen)
 
 
 def _matched(
     pattern: str, model: config_lib.Model, modules: list[str], maps: list[str]
 ) -> list[str]:
-    """The maps that a pattern matches. Raises UserError."""
+    """The maps that a pattern matches. Raises UserError: it matches nothing, or something else."""
     matched = [name for name in modules if re.fullmatch(pattern, name)]
-    fault = ""
-    if not matched:
-        fault = "matches no module"
-    for name in matched:
-        tower = name.partition("/")[0]
-        external = tower in ("image", "text") and getattr(model, tower).tower
-        if external and named.is_external(external):
-            fault = (
-                f"matches {name}, of the tower {external}, where only built-in towers have factors"
-            )
-        elif tower not in ("image", "text"):
-            fault = f"matches {name}, which lies outside the towers"
-        elif name not in maps:
-            fault = f"matches {name}, which is no dense map of a layer"
-        if fault:
-            break
-    if fault:
+    external = {t: named.is_external(getattr(model, t).tower) for t in ("image", "text")}
+    wrong = [x for x in matched if x not in maps or external[x.partition("/")[0]]]
+    if wrong or not matched:
+        fault = f"matches {wrong[0]}" if wrong else "matches no module"
         raise errors.UserError(
-            f"optim.lora.modules: {pattern!r} {fault}; expected dense maps of layers:"
+            f"optim.lora.modules: {pattern!r} {fault}; expected dense maps of layers of built-in towers:"
             " (image|text)/blocks/attention/(query|key|value|out), (image|text)/blocks/mlp/(in|gate|out)"
         )
     return matched
@@ -156,14 +143,14 @@ def beside(lora: config_lib.Lora) -> Iterator[None]:
 def _add(next_fun, args, kwargs, context):
     """The result of a method of a module; of a map with factors, with theirs."""
     y, module = next_fun(*args, **kwargs), context.module
-    is_map = isinstance(module, (nn.DenseGeneral, layers.SideBySide))
+    is_map = isinstance(module, (nn.DenseGeneral, layers.Affine))
     if not (is_map and context.method_name == "__call__"):
         return y
     a, b = (module.get_variable("params", name) for name in (low_rank.A, low_rank.B))
     if a is None:
         return y
     x, a, b = dtypes.promote_dtype(args[0], a, b * _scale.get(), dtype=module.dtype)
-    if isinstance(module, layers.SideBySide):
+    if isinstance(module, layers.Affine):
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
     return y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
 

@@ -1,10 +1,10 @@
 """The second half of a tower's layer as a Pallas TPU kernel, forward and backward: x + MLP(LayerNorm(x)).
 
 XLA writes the hidden values [B, L, mlp_dim], the widest arrays of a layer, to main memory once and moves them six times
-more: activation, product, and their derivatives are programs of their own. Here a program has a few rows of the batch and
-all weights in VMEM. The forward pass writes the hidden values before the activation once, the backward pass reads them once;
-its gradients of the weights stay in VMEM, in float32, until all rows have added to them. Norm and residual are inside, so
-that an input is read once and a result written once. No product is computed twice.
+more: activation, product and their derivatives are separate programs. Here a program has a few rows of the batch and all
+weights in VMEM. The forward pass writes the hidden values before the activation once, the backward pass reads them once.
+Gradients of the weights stay in VMEM, in float32, until all rows have added to them. Norm and residual are inside, so
+an input is read once and a result written once. No product is computed twice.
 
 On other platforms the kernel runs in Pallas' interpreter, for tests.
 """
@@ -129,7 +129,7 @@ def _backward_kernel(eps, activation, *refs):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _MLPCall:
     """What a call is compiled for."""
 
     eps: float
@@ -166,7 +166,7 @@ class _Call:
         )
 
     def forward(self, x, vectors, bias, w_in, w_out):
-        """Of one device: x [B, L, E], float32 vectors [8, E] and bias [8, H], weights -> (result, hidden values)."""
+        """On one device: x [B, L, E], float32 vectors [8, E] and bias [8, H], weights -> (result, hidden values)."""
         width, mlp_dim = w_in.shape
         grid, block, whole = self._layout(x)
         return pl.pallas_call(
@@ -226,19 +226,6 @@ class _Call:
             **self._options(x, mlp_dim, products=4, inner=3),
         )(x, vectors, w_in, w_out, hidden, dy)
 
-    def on_each_device(self, function, cut: str, results: str):
-        """`function` on the shard of each device; of `cut` and `results` a letter an array: b, cut as the batch; w, whole."""
-        if self.mesh is None:
-            return function
-        specs = {"b": PartitionSpec(self.batch), "w": PartitionSpec()}
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=tuple(specs[one] for one in cut),
-            out_specs=tuple(specs[one] for one in results),
-            check_vma=False,
-        )
-
 
 def half_layer(
     x: jax.Array,
@@ -267,7 +254,7 @@ def half_layer(
     """
     mesh = placement.mesh()
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    call = _Call(eps, activation, platform != "tpu", mesh, placement.batch_axes())
+    call = _MLPCall(eps, activation, platform != "tpu", mesh, placement.batch_axes())
     # Eight rows: float32 comes in registers of 8 x 128.
     vectors = jnp.stack([scale, bias, b_out.astype(jnp.float32), *[jnp.zeros_like(scale)] * 5])
     of_hidden = jnp.pad(b_in.astype(jnp.float32)[None], ((0, 7), (0, 0)))
@@ -275,17 +262,22 @@ def half_layer(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _half_layer(call: _Call, x, vectors, bias, w_in, w_out):
+def _half_layer(call: _MLPCall, x, vectors, bias, w_in, w_out):
     return _half_layer_forward(call, x, vectors, bias, w_in, w_out)[0]
 
 
 def _half_layer_forward(call, x, vectors, bias, w_in, w_out):
-    y, hidden = call.on_each_device(call.forward, "bwwww", "bb")(x, vectors, bias, w_in, w_out)
+    batch, whole = PartitionSpec(call.batch), PartitionSpec()
+    specs = batch, *[whole] * 4
+    forward = placement.on_each_device(call.forward, call.mesh, specs, (batch, batch))
+    y, hidden = forward(x, vectors, bias, w_in, w_out)
     return y, (x, vectors, w_in, w_out, hidden)
 
 
 def _half_layer_backward(call, kept, dy):
-    backward = call.on_each_device(call.backward, "bwwwbb", "bbbbb")
+    batch, whole = PartitionSpec(call.batch), PartitionSpec()
+    specs = batch, whole, whole, whole, batch, batch
+    backward = placement.on_each_device(call.backward, call.mesh, specs, (batch,) * 5)
     dx, *of_weights = backward(*kept, dy)
     return dx, *(d.sum(0) for d in of_weights)
 

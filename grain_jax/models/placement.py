@@ -30,14 +30,23 @@ def on(mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Iterator[None]:
 
 def mesh() -> Mesh | None:
     """The mesh, or None."""
-    found = _mesh_and_axes.get()
-    return found and found[0]
+    current = _mesh_and_axes.get()
+    return current and current[0]
 
 
 def batch_axes() -> tuple[str, ...]:
     """The axes of the mesh that cut the batch; none without a mesh."""
-    found = _mesh_and_axes.get()
-    return found[1] if found else ()
+    current = _mesh_and_axes.get()
+    return current[1] if current else ()
+
+
+def on_each_device(function, mesh: Mesh | None, in_specs: tuple, out_specs):
+    """`function` on the shard of each device of a mesh; the function itself without one."""
+    if mesh is None:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def by_batch(x: jax.Array) -> jax.Array:
@@ -55,8 +64,8 @@ def lookup(table: jax.Array, ids: jax.Array, dtype: np.dtype) -> jax.Array:
 
     On a mesh B divides over the axes of the batch.
 
-    The gradient is summed in float32 on a device, since that of a frequent token is a sum over thousands of positions,
-    and over the devices in `dtype`, as those of the layers' products are.
+    On a device the gradient is summed in float32, since a frequent token sums over thousands of positions. Over the
+    devices it is summed in `dtype`, like the gradients of the layers' products.
     """
     return _lookup(whole(table), ids, len(table), dtype, mesh(), batch_axes())
 
@@ -77,13 +86,9 @@ def _lookup_backward(rows, dtype, mesh, axes, ids, d):
     def of_all(ids, d):
         return jax.lax.psum(of_device(ids, d).astype(dtype), axes).astype(d.dtype)
 
-    if mesh is None:
-        return of_device(ids, d), None
     batch = PartitionSpec(axes)
-    summed = jax.shard_map(
-        of_all, mesh=mesh, in_specs=(batch, batch), out_specs=PartitionSpec(), check_vma=False
-    )
-    return summed(ids, d), None
+    run = of_device if mesh is None else of_all
+    return on_each_device(run, mesh, (batch, batch), PartitionSpec())(ids, d), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)

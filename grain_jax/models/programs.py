@@ -1,4 +1,4 @@
-"""Programs of the layers of a tower beside attention (attention.py): that of the MLP, and whether there is a loop."""
+"""Which program computes the MLP of a tower, and whether its layers are a loop (for attention: attention.py)."""
 
 import contextlib
 import contextvars
@@ -72,9 +72,9 @@ def of_mlp(
 def unrolled(tower: ImageTower | TextTower, remat: str, *programs: str) -> int:
     """`unroll` of `layers.scan_layers` for the layers of a tower whose parts have these programs.
 
-    Results of a kernel that the backward pass keeps are copied into the stack of a loop, and out of it: more traffic
-    with main memory than the layers have without (docs/scaling.md). XLA's own programs write into the stack. With fsdp
-    the loop stays: more gathers run beside work in it.
+    A loop copies the results that a kernel keeps for the backward pass into its stack and out again. The layers
+    themselves cause less traffic with main memory (docs/performance.md). XLA's own programs write into the stack. With
+    fsdp the loop stays: more gathers run beside work in it.
     """
     if tower.unroll:
         return tower.unroll

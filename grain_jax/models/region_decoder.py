@@ -1,4 +1,4 @@
-"""Region decoder: learned queries attend to the image tokens; the last query is that of the whole image.
+"""Region decoder: learned queries attend to the image tokens; the last query stands for the whole image.
 
 docs/method.md, Model; the layer is DETR's pre-norm one (Carion et al. 2020), without positions on the memory.
 """
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax.config import RegionDecoder
-from grain_jax.models import layers, placement
+from grain_jax.models import attention, layers, placement
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -31,7 +31,7 @@ class DecoderLayer(nn.Module):
         drop = lambda x, site: layers.example_dropout(x, keys, site, t.dropout)
         # In the reference query, key and value are one [3E, E] matrix: this is its xavier for each [E, E].
         qkv_init = nn.initializers.variance_scaling(0.5 * t.qkv_init_gain**2, "fan_in", "uniform")
-        attend = lambda name: layers.Attention(
+        attend = lambda name: attention.Attention(
             t.width,
             t.heads,
             self.dtype,

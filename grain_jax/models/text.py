@@ -9,24 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from grain_jax import config as config_lib
-from grain_jax.models import attention, layers, placement, programs, towers
+from grain_jax.models import attention, layers, placement, programs, tower_layer, towers
 
 
-def _inits(tower: config_lib.TextTower) -> layers.LayerInits:
+def _inits(tower: config_lib.TextTower) -> tower_layer.LayerInits:
     """CLIP's: scaled by depth; the biases of the MLP as in torch."""
     out = layers.normal(tower.width**-0.5 * (2 * tower.depth) ** -0.5)
     qkv, mlp_in = layers.normal(tower.width**-0.5), layers.normal((2 * tower.width) ** -0.5)
-    return layers.LayerInits(qkv, out, mlp_in, out)
-
-
-def own_tokens(segments: jax.Array) -> jax.Array:
-    """Rows int32 [..., L] -> bool [N, L, L]: what the text of each position is pooled of, its tokens but for padding."""
-    segments = segments.reshape(-1, 1, segments.shape[-1])
-    return (segments > 0) & (segments == segments.mT)
+    return tower_layer.LayerInits(qkv, out, mlp_in, out)
 
 
 def masked_mean(rows: jax.Array, real: jax.Array) -> jax.Array:
-    """Rows [N, L, E] -> [N, E], the mean over the positions where `real` [N, L] is true; 0 where it is nowhere."""
+    """Rows [N, L, E] -> [N, E], the mean over the positions where `real` [N, L] is true; 0 if it is true nowhere."""
     count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
     total = jnp.where(real[..., None], rows.astype(jnp.float32), 0).sum(axis=1)
     return (total / count).astype(rows.dtype)
@@ -75,7 +69,7 @@ class TextTransformer(towers.TextTower):
             mask = mask.mask()  # once for all layers
         mlp = programs.of_mlp(self.mlp, self.dtype, t, length=shape[-1], remat=self.remat)
         blocks = layers.scan_layers(
-            layers.TowerLayer,
+            tower_layer.TowerLayer,
             t.depth,
             remat=self.remat,
             unroll=programs.unrolled(t, self.remat, program, mlp),
@@ -85,18 +79,18 @@ class TextTransformer(towers.TextTower):
         return x.reshape(*shape, t.width)
 
 
-def gather_texts(features: jax.Array, at: jax.Array) -> jax.Array:
+def gather_texts(features: jax.Array, end_at: jax.Array) -> jax.Array:
     """The features at the end token of each text.
 
     Args:
       features: [G, rows, L, E].
-      at: int32 [B, ..., 2], (row within the image's group, position); B is a multiple of G.
+      end_at: int32 [B, ..., 2], (row within the image's group, position); B is a multiple of G.
 
     Returns:
       [B, ..., E].
     """
     groups, rows, length, width = features.shape
-    index = at[..., 0] * length + at[..., 1]  # [B, ...]
+    index = end_at[..., 0] * length + end_at[..., 1]  # [B, ...]
     picked = jnp.take_along_axis(
         features.reshape(groups, rows * length, width),
         index.reshape(groups, index.size // groups, 1),
@@ -105,19 +99,19 @@ def gather_texts(features: jax.Array, at: jax.Array) -> jax.Array:
     return picked.reshape(*index.shape, width)
 
 
-def means_of_texts(features: jax.Array, own: jax.Array, at: jax.Array) -> jax.Array:
-    """The mean of the features of each text.
+def rows_of_texts(
+    features: jax.Array, segments: jax.Array, end_at: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The row of each of N texts, [N, L, E], and where it has tokens of the text, bool [N, L].
 
     Args:
       features: [G, rows, L, E].
-      own: bool [G * rows, L, L], of `own_tokens`.
-      at: as of `gather_texts`.
-
-    Returns:
-      [B, ..., E].
+      segments: int32 [G, rows, L], 0 for padding.
+      end_at: int32 [B, ..., 2], as `gather_texts` takes it; it names N texts.
     """
-    groups, rows, length, width = features.shape
-    row = at[..., 0].reshape(groups, -1, 1, 1)
-    of_rows = jnp.take_along_axis(features, row, axis=1).reshape(-1, length, width)
-    real = gather_texts(own.reshape(groups, rows, length, length), at).reshape(-1, length)
-    return masked_mean(of_rows, real).reshape(*at.shape[:-1], width)
+    groups, _, length, width = features.shape
+    row = end_at[..., 0].reshape(groups, -1, 1)
+    of_row = jnp.take_along_axis(segments, row, axis=1)
+    segment = jnp.take_along_axis(of_row, end_at[..., 1].reshape(groups, -1, 1), axis=2)
+    rows = jnp.take_along_axis(features, row[..., None], axis=1).reshape(-1, length, width)
+    return rows, ((of_row == segment) & (of_row > 0)).reshape(-1, length)

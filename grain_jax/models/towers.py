@@ -1,8 +1,8 @@
 """Towers: what encodes images and texts, chosen by `model.image.tower` and `model.text.tower`.
 
 A tower is a built-in one or a class of a user, `module:Class`, that derives from `ImageTower` or `TextTower`;
-examples/tower has one. Around it the model keeps what all towers share: pixels are normalised before the image
-tower, and pooling, the norm of the text features, projections and unit length come after (models/grain.py).
+examples/tower has one. The model keeps what all towers share (models/grain.py): it normalises pixels before the image
+tower. After the towers it pools, norms text features, projects, and scales to unit length.
 
 - Parameters: each names its logical axes (`layers.parameter`, `layers.dense`, nn.with_logical_partitioning);
   `config.sharding` maps them to mesh axes, and an axis without a row there is an error that names the parameter.
@@ -35,8 +35,8 @@ class ImageTower(nn.Module):
         other keys it reads those that it likes (width, depth, ...), beside `config.options`.
       dtype: of activations.
       remat: what the backward pass keeps, "none" or a key of `layers.REMAT`.
-      attention: `model.attention`; `layers.Attention` takes it.
-      mlp: `model.mlp`; `layers.TowerLayer` takes it.
+      attention: `model.attention`; `attention.Attention` takes it.
+      mlp: `model.mlp`; `tower_layer.TowerLayer` takes it.
     """
 
     config: config_lib.ImageTower
@@ -67,13 +67,8 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """A text tower: rows of tokens to the features of every position.
 
-    Attributes:
-      config: `model.text`. Every tower has `vocab_size`, `context_length`, `norm_eps`, `pool`, `projection`,
-        `tokenizer`, `cleaning` and `pad_id`; the rest as of `ImageTower.config`.
-      dtype: of activations.
-      remat: as of `ImageTower`.
-      attention: as of `ImageTower`.
-      mlp: as of `ImageTower`.
+    It has the attributes of `ImageTower`, with `model.text` as the `config`. Every tower has `vocab_size`,
+    `context_length`, `norm_eps`, `pool`, `projection`, `tokenizer`, `cleaning` and `pad_id`.
     """
 
     config: config_lib.TextTower
@@ -122,10 +117,10 @@ T = TypeVar("T", bound=nn.Module)
 
 
 def _find(key: str, name: str, built_in: Mapping[str, str], base: type[T]) -> type[T]:
-    found = named.find(key, built_in.get(name, name), built_in)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    tower = named.find(key, built_in.get(name, name), built_in)
+    if not (isinstance(tower, type) and issubclass(tower, base)):
         raise errors.UserError(
-            f"{key}: {name} is {found!r}, expected a class that derives from"
+            f"{key}: {name} is {tower!r}, expected a class that derives from"
             f" grain_jax.models.towers.{base.__name__}"
         )
-    return found
+    return tower

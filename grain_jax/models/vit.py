@@ -1,7 +1,6 @@
 """The image tower "vit": a vision transformer whose tokens all go to the region decoder (docs/method.md, Model).
 
-Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools, and of DINOv3
-(`recipe.FAMILIES`).
+Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools, and of DINOv3.
 """
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors
-from grain_jax.models import attention, layers, placement, programs, rotary, towers
+from grain_jax.models import attention, layers, placement, programs, rotary, tower_layer, towers
 
 
 def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
@@ -32,9 +31,9 @@ def resized_positions(positions: jax.Array, leading: int, grid: int) -> jax.Arra
     Torch has it as `interpolate` with `mode="bilinear"` and `antialias=True`. The first `leading` positions stay.
     """
     positions = placement.whole(positions)
-    own, width = positions[leading:], positions.shape[1]
-    side = round(len(own) ** 0.5)
-    square = jax.image.resize(own.reshape(side, side, width), (grid, grid, width), "bilinear")
+    patches, width = positions[leading:], positions.shape[1]
+    side = round(len(patches) ** 0.5)
+    square = jax.image.resize(patches.reshape(side, side, width), (grid, grid, width), "bilinear")
     return jnp.concatenate([positions[:leading], square.reshape(-1, width)])
 
 
@@ -52,21 +51,21 @@ def of_pixels(image: jax.Array, patch_size: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
 
 
-def _inits(tower: config_lib.ImageTower) -> layers.LayerInits:
+def _inits(tower: config_lib.ImageTower) -> tower_layer.LayerInits:
     if tower.block_init == "torch":  # quirk 13: the reference builds its layers anew after timm's
         init = layers.torch_linear
-        return layers.LayerInits(init, init, init, init, attention_bias=layers.torch_bias)
+        return tower_layer.LayerInits(init, init, init, init, attention_bias=layers.torch_bias)
     # timm's trunc_normal_(std=0.02) truncates at -2 and 2, which is 100 standard deviations: a normal.
     # JAX's truncated_normal truncates at two standard deviations, which leaves one of 0.0176.
     init = layers.normal(0.02)
-    return layers.LayerInits(init, init, init, init, mlp_bias=lambda fan_in: layers.zeros)
+    return tower_layer.LayerInits(init, init, init, init, mlp_bias=lambda fan_in: layers.zeros)
 
 
 class ImageTransformer(towers.ImageTower):
     """Images to tokens: the class token first (if there is one), then registers, then patches row by row.
 
-    Parameters are those of images of `image_size`. For an image of another size the learned positions are resized to its
-    grid, and rotary ones are those of its grid.
+    Parameters belong to images of `image_size`. For an image of another size, learned positions are resized to its grid,
+    and rotary positions are computed for it.
     """
 
     any_size = True
@@ -117,22 +116,22 @@ class ImageTransformer(towers.ImageTower):
         if t.pre_norm:
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
-        program = "xla" if values else attention.choose(self.attention, self.dtype, t.heads)
-        mlp = "xla"
-        if not values:
-            mlp = programs.of_mlp(self.mlp, self.dtype, t, length=x.shape[1], remat=self.remat)
-        rope = rotary.of_tower(t, self.leading_tokens(t), grid)
-        inputs: tuple = ()  # of the layers, beside the tokens: mask, where `values` are read, kept patches
+        program, mlp, mask, rotation = "xla", "xla", None, None
         if values:
-            inputs = None, jnp.arange(t.depth) == t.depth - 1
-        elif rope is not None and kept is not None:
-            inputs = None, None, kept
+            alone = jnp.eye(x.shape[1], dtype=bool)
+            mask = jnp.stack([jnp.ones_like(alone)] * (t.depth - 1) + [alone])[:, None, None]
+        else:
+            program = attention.choose(self.attention, self.dtype, t.heads)
+            mlp = programs.of_mlp(self.mlp, self.dtype, t, length=x.shape[1], remat=self.remat)
+        if t.rope == "centres":
+            sizes = dict(head_dim=t.width // t.heads, leading=self.leading_tokens(t))
+            rotation = rotary.of_grid(grid, theta=t.rope_theta, kept=kept, **sizes)
         blocks = layers.scan_layers(
-            layers.TowerLayer,
+            tower_layer.TowerLayer,
             t.depth,
             remat=self.remat,
             unroll=programs.unrolled(t, self.remat, program, mlp),
-            in_axes=(nn.broadcast, 0 if values else nn.broadcast, nn.broadcast)[: len(inputs)],
+            in_axes=(0 if values else nn.broadcast, nn.broadcast),
         )(
             t,
             self.dtype,
@@ -140,58 +139,45 @@ class ImageTransformer(towers.ImageTower):
             program,
             mlp,
             t.qk_norm,
-            rope=rope,
             key_bias=t.key_bias,
             gated=t.mlp == "gated",
             layer_scale=t.layer_scale,
             name="blocks",
         )
-        x, _ = blocks(x, *inputs)
+        x, _ = blocks(x, mask, rotation)
         return layers.LayerNorm(t.norm_eps, name="norm")(x)
 
     @nn.nowrap
     def _with_leading(self, x: jax.Array, grid: int, kept: jax.Array | None) -> jax.Array:
-        """Patches [B, P, E] -> [B, N, E]: with learned positions and the leading tokens."""
-        t = self.config
-        as_tokens = lambda rows, count: jnp.broadcast_to(rows, (x.shape[0], count, t.width)).astype(
-            self.dtype
-        )
-        own_grid = t.image_size // t.patch_size
-        token, positions = None, None
+        """Patches [B, P, E] -> [B, N, E]: with learned positions, the class token and the registers."""
+        t, own_grid = self.config, self.config.image_size // self.config.patch_size
+        first = int(t.class_token)
+        as_tokens = lambda rows: jnp.broadcast_to(rows, (len(x), *rows.shape))
         if t.class_token:
-            token = layers.parameter(
-                self, "class_token", layers.normal(1e-6), ("vector",), (t.width,)
-            )
+            init = layers.normal(1e-6)
+            token = layers.parameter(self, "class_token", init, ("vector",), (t.width,))
+            x = jnp.concatenate([as_tokens(token[None]).astype(self.dtype), x], axis=1)
 
         def init_positions(key, shape, dtype=jnp.float32):
             if t.position_init == "normal":
                 return layers.normal(0.02)(key, shape, dtype)
-            return jnp.pad(
-                jnp.asarray(sincos2d(own_grid, t.width, t.position_period), dtype),
-                ((int(t.class_token), 0), (0, 0)),
-            )
+            waves = jnp.asarray(sincos2d(own_grid, t.width, t.position_period), dtype)
+            return jnp.pad(waves, ((first, 0), (0, 0)))
 
         if t.positions:
-            shape = (t.class_token + own_grid**2, t.width)
-            positions = layers.parameter(
-                self, "position_embed", init_positions, ("positions", "width"), shape
-            )
-            own = int(t.class_token)
+            shape, axes = (first + own_grid**2, t.width), ("positions", "width")
+            positions = layers.parameter(self, "position_embed", init_positions, axes, shape)
             if grid != own_grid:
-                positions = resized_positions(positions, own, grid)
+                positions = resized_positions(positions, first, grid)
+            positions = positions[None]
             if kept is not None:
-                positions = placement.whole(positions)
-                first = jnp.broadcast_to(positions[:own], (x.shape[0], own, t.width))
-                positions = jnp.concatenate([first, of_kept(positions[own:], kept)], axis=1)
-        if token is not None:
-            x = jnp.concatenate([as_tokens(token, 1), x], axis=1)
-        if positions is not None:
-            x = x + (positions[None] if kept is None else positions).astype(self.dtype)
+                (positions,) = placement.whole(positions)
+                of_patches = of_kept(positions[first:], kept)
+                positions = jnp.concatenate([as_tokens(positions[:first]), of_patches], axis=1)
+            x = x + positions.astype(self.dtype)
         if t.registers:
-            shape = (t.registers, t.width)
-            rows = layers.parameter(
-                self, "registers", layers.normal(0.02), ("positions", "width"), shape
-            )
-            own = int(t.class_token)
-            x = jnp.concatenate([x[:, :own], as_tokens(rows, t.registers), x[:, own:]], axis=1)
+            shape, axes = (t.registers, t.width), ("positions", "width")
+            registers = layers.parameter(self, "registers", layers.normal(0.02), axes, shape)
+            registers = as_tokens(registers).astype(self.dtype)
+            x = jnp.concatenate([x[:, :first], registers, x[:, first:]], axis=1)
         return x

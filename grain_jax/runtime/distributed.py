@@ -7,15 +7,18 @@ but the flags.
 import contextlib
 import importlib.util
 import os
+import platform
 import re
 import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
 from grain_jax.core import errors
 from grain_jax.runtime import ending
@@ -169,6 +172,19 @@ def _gpus_of_task(environment: Mapping[str, str]) -> list[int]:
             " for each GPU, or srun --gpus-per-task"
         )
     return []
+
+
+def keep_compiled_programs() -> None:
+    """Turns JAX's cache of compiled programs on, in the user's cache folder, so that the next start compiles nothing.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder. Each host has its own, since XLA compiles for its processor.
+    """
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        cache = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = cache / "grain_jax" / "compiled" / platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX warns of an entry that it cannot read or write, and compiles.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 @contextlib.contextmanager

@@ -134,7 +134,6 @@ class PreemptionHandler:
         self.status = PREEMPTED
         self.child: subprocess.Popen | None = None
         self._told = self._training = False
-        self._calls = 0
         self._first = 0.0  # when the first signal of the training came
 
     def listen(self) -> None:
@@ -169,15 +168,14 @@ class PreemptionHandler:
             if number == signal.SIGINT:
                 self.status = INTERRUPTED
 
-    def reached(self) -> bool:
+    def reached(self, step: int) -> bool:
         """Whether to save and end after this step; the same answer on all processes.
 
-        All processes call it after every step. Under `jax.distributed` they agree on the number of a call
-        (`reached_preemption_sync_point`) that lies ahead, so calls are counted from 1, not from the restored step.
+        All processes call it after every step. Under `jax.distributed` they agree on a step that lies ahead. Orbax
+        asks JAX with the same number when it saves.
         """
-        self._calls += 1
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(self._calls)
+            return multihost_utils.reached_preemption_sync_point(step)
         return self._told
 
     def _receive(self, signals: socket.socket) -> None:

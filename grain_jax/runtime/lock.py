@@ -1,20 +1,16 @@
-"""Allows one trainer per workdir: the lock `WORKDIR/trainer.lock` names the process that trains there.
+"""One trainer per workdir: the lock `WORKDIR/trainer.lock` names the process that trains there.
 
 A second trainer is refused while the first lives. On the same boot of the same machine and container the process is
 looked up. Elsewhere (another host, an object store) a trainer lives as long as it renews its lock, every
-RENEW_SECONDS; a lock that does not change for DEAD_SECONDS belongs to a dead trainer. The second trainer measures
-these by its own clock, so the clocks of two machines may differ.
+RENEW_SECONDS. A lock that does not change for DEAD_SECONDS, by the clock of the second trainer, belongs to a dead one.
 
-The lock is made by an exclusive link in a folder, and replaced by conditional writes of TensorStore, as all of it is
-in an object store. Where two hosts mount a folder without file locks and replace the same dead lock within
-SETTLE_SECONDS, the later one wins and the other ends at its next renewal, as does a trainer that was suspended for
+Locks are replaced by conditional writes of TensorStore. Where hosts mount a folder without file locks, two may take a
+lock at once: the later one has it, and the other ends at its next renewal. So does a trainer that was suspended for
 longer than DEAD_SECONDS and replaced meanwhile.
 """
 
 import contextlib
-import dataclasses
 import datetime
-import json
 import os
 import secrets
 import socket
@@ -33,8 +29,6 @@ from grain_jax.runtime import ending
 FILE = "trainer.lock"
 RENEW_SECONDS = 10
 DEAD_SECONDS = 90  # NFS shows the file of another host up to 60 s late
-SETTLE_SECONDS = 2.0
-_RELEASE_SECONDS = 5  # for a renewal under way, which a hung disk may block
 
 
 class Held(errors.UserError):
@@ -47,35 +41,25 @@ class Lost(errors.UserError):
     status = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock.
-
-    Attributes:
-      host, pid: of the process.
-      began: time and date, for people.
-      place: boot and container, in which `pid` is unique; "" where unknown.
-      started: start of the process in ticks since the boot, because a pid may be used again.
-      token: of this lock.
-      renewed: number of renewals.
-    """
+class Holder(msgspec.Struct, frozen=True):
+    """The process that holds a lock."""
 
     host: str
     pid: int
-    began: str
-    place: str
-    started: int
-    token: str
-    renewed: int = 0
+    began: str  # time and date, for people
+    boot: str  # boot and container, in which `pid` is unique; "" if unknown
+    started: int  # ticks since the boot, because a pid may be used again
+    token: str  # of this lock
+    renewed: int = 0  # number of renewals
 
     def lives(self) -> bool | None:
-        """Whether its process exists; None where it cannot be looked up."""
-        if not self.place or self.place != _place():
+        """Whether its process exists; None if it cannot be looked up."""
+        if not self.boot or self.boot != _boot():
             return None
         return _started(self.pid) == self.started
 
 
-def _place() -> str:
+def _boot() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -84,7 +68,7 @@ def _place() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """The start of a process, in ticks; None where it does not exist or is a zombie."""
+    """The start of a process, in ticks; None if it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -92,148 +76,118 @@ def _started(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _myself() -> Holder:
+def this_process() -> Holder:
+    """This process as the holder of a new lock."""
     began = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
     pid, token = os.getpid(), secrets.token_hex(8)
-    return Holder(socket.gethostname(), pid, began, _place(), _started(pid) or 0, token)
+    return Holder(socket.gethostname(), pid, began, _boot(), _started(pid) or 0, token)
 
 
-def _parse(content: bytes) -> Holder | None:
-    """The holder that a lock names; None where the content is no lock."""
-    try:
-        return msgspec.json.decode(content, type=Holder)
-    except (msgspec.MsgspecError, ValueError):
-        return None
-
-
-class _Store:
-    """The lock in an object store, by conditional writes of TensorStore."""
-
-    def __init__(self, url: str):
-        import tensorstore  # Orbax's; a second to import
-
-        self._store = tensorstore.KvStore.open(url.rstrip("/") + "/").result()
-
-    def read(self) -> tuple[bytes | None, bytes]:
-        """(content of the lock or None, its version)."""
-        found = self._store.read(FILE).result()
-        return found.value if found.state == "value" else None, found.stamp.generation
-
-    def swap(self, version: bytes, content: bytes | None) -> bool:
-        """Replaces that version by `content` (None removes it); False where another process was faster."""
-        return self._store.write(FILE, content, if_equal=version).result().generation != b""
-
-
-class _Folder(_Store):
-    """The lock in a folder: TensorStore compares under a file lock, which a mount may not share with other hosts."""
-
-    def __init__(self, folder: Path):
-        self._path = folder.resolve() / FILE
-        super().__init__(self._path.parent.as_uri())
-
-    def swap(self, version: bytes, content: bytes | None) -> bool:
-        if content is None or self._path.exists():
-            return super().swap(version, content)
-        new = self._path.with_name(f"{FILE}.{secrets.token_hex(4)}")
-        try:
-            new.write_bytes(content)
-            try:
-                self._path.hardlink_to(new)  # exclusive on every host
-            except FileExistsError:
-                return False
-            except OSError:  # a file system without links
-                return super().swap(version, content)
-        finally:
-            new.unlink(missing_ok=True)
-        return True
+def parse(content: bytes | None) -> Holder | None:
+    """The holder that a lock names; None if there is no lock, or its content is none."""
+    with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
+        return msgspec.json.decode(content or b"", type=Holder)
+    return None
 
 
 class Lock:
-    """The lock of this process, renewed by a thread until `release`.
+    """The lock of this process, which a thread renews until `release`. Raises Held: another process has it."""
 
-    Args:
-      workdir: of the run.
-      storage: of the lock.
-      holder: this process.
-    """
+    def __init__(self, workdir: epath.Path):
+        import tensorstore  # Orbax's; a second to import
 
-    def __init__(self, workdir: epath.Path, storage: _Store, holder: Holder):
-        self._workdir, self._storage, self._holder = workdir, storage, holder
-        self._released = threading.Event()
-        self._lock = threading.Lock()
+        url = str(workdir) if "://" in str(workdir) else Path(workdir).resolve().as_uri()
+        self._store = tensorstore.KvStore.open(url.rstrip("/") + "/").result()
+        self._workdir, self._holder = workdir, this_process()
+        self._take()
+        self._released, self._lock = threading.Event(), threading.Lock()
         self._renewed_at = time.monotonic()
         ending.at_end(self.release)
-        threading.Thread(target=self._renew_always, name="trainer.lock", daemon=True).start()
+        threading.Thread(target=self._renew_always, name=FILE, daemon=True).start()
+
+    def read(self) -> tuple[bytes | None, bytes]:
+        """(content of the lock or None, its version)."""
+        read = self._store.read(FILE).result()
+        return read.value if read.state == "value" else None, read.stamp.generation
+
+    def swap(self, version: bytes, holder: Holder | None) -> bool:
+        """Replaces that version (None removes it); False if another process was faster."""
+        content = None if holder is None else msgspec.json.encode(holder) + b"\n"
+        return self._store.write(FILE, content, if_equal=version).result().generation != b""
 
     def check(self) -> None:
-        """Raises Lost where another trainer has the lock; reads the storage only where a renewal is overdue."""
+        """Raises Lost if another trainer has the lock; reads the storage only if a renewal is overdue."""
         if time.monotonic() - self._renewed_at > 2 * RENEW_SECONDS:
-            try:
-                self._renew()
-            except Lost:
-                raise
-            except Exception:  # the storage does not answer: the thread reports it
-                self._renewed_at = time.monotonic()
+            self.renew()
 
     def release(self) -> None:
-        """Removes the lock where it is still that of this process."""
-        if self._released.is_set():
+        """Removes the lock if this process still has it."""
+        if self._released.is_set() or not self._lock.acquire(timeout=5):  # a renewal may hang
             return
         self._released.set()
         ending.forget(self.release)
-        if not self._lock.acquire(timeout=_RELEASE_SECONDS):
-            return
         # A lock that stays delays the next trainer by DEAD_SECONDS.
         with contextlib.suppress(Exception):
-            content, version = self._storage.read()
-            if content is not None and self._is_mine(content):
-                self._storage.swap(version, None)
+            content, version = self.read()
+            if (holder := parse(content)) and holder.token == self._holder.token:
+                self.swap(version, None)
         self._lock.release()
 
-    def _is_mine(self, content: bytes) -> bool:
-        holder = _parse(content)
-        return holder is not None and holder.token == self._holder.token
-
-    def _renew_always(self) -> None:
-        told = False
-        while not self._released.wait(RENEW_SECONDS):
-            try:
-                self._renew()
-            except Lost as error:
-                ending.leave(error.status, str(error))
-            except Exception as error:  # a network that is down: perhaps the next time
-                if errors.is_full_disk(error) or told:
-                    continue  # the next save tells of a full disk
-                what = f"{self._workdir / FILE}: not renewed: {error}"
-                print(what, file=sys.stderr, flush=True)
-                told = True
-
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Writes the lock anew. Raises Lost."""
         with self._lock:
             if self._released.is_set():
                 return
-            content, version = self._storage.read()
-            if content is not None and not self._is_mine(content):
-                raise Lost(
-                    f"ending: {_who(self._workdir, _parse(content))}, which took this one for dead"
+            self._renewed_at = time.monotonic()
+            try:
+                content, version = self.read()
+                removed = content is None and not self._workdir.exists()
+            except Exception:  # a network that is down: the next save says so
+                return
+            if removed:
+                raise Lost(f"ending: {self._workdir}: the folder was removed during the run")
+            holder = parse(content)
+            if content is not None and (holder is None or holder.token != self._holder.token):
+                raise Lost(f"ending: {self._who(holder)}, which took this one for dead")
+            self._holder = msgspec.structs.replace(self._holder, renewed=self._holder.renewed + 1)
+            with contextlib.suppress(Exception):  # a full disk
+                self.swap(version, self._holder)
+
+    def _renew_always(self) -> None:
+        while not self._released.wait(RENEW_SECONDS):
+            try:
+                self.renew()
+            except Lost as error:
+                ending.leave(error.status, str(error))
+
+    def _who(self, holder: Holder | None) -> str:
+        if holder is None:
+            return f"{self._workdir}: another process trains there"
+        who = f"process {holder.pid} on {holder.host}"
+        return f"{self._workdir}: {who} trains there, since {holder.began}"
+
+    def _take(self) -> None:
+        seen, since = None, 0.0  # the lock of a process that cannot be looked up
+        while True:
+            content, version = self.read()
+            holder = parse(content)
+            lives = content is not None and (holder.lives() if holder else None)
+            if lives is None and seen is None:
+                seen, since = content, time.monotonic()
+                waits = f"waiting up to {DEAD_SECONDS} s for a sign of life"
+                print(f"{self._who(holder)}, or is dead: {waits}", file=sys.stderr, flush=True)
+            elif lives is None:
+                waited = time.monotonic() - since
+                lives = True if content != seen else False if waited > DEAD_SECONDS else None
+            if lives:
+                raise Held(
+                    f"{self._who(holder)}; expected no other: end it, or take another --workdir"
+                    f" (its lock: {self._workdir / FILE})"
                 )
-            if content is None and not self._workdir.exists():
-                raise Lost(
-                    f"ending: {self._workdir}: the folder was removed while the run was using it"
-                )
-            self._holder = dataclasses.replace(self._holder, renewed=self._holder.renewed + 1)
-            if self._storage.swap(version, _bytes(self._holder)):
-                self._renewed_at = time.monotonic()
-
-
-def _bytes(holder: Holder) -> bytes:
-    return (json.dumps(dataclasses.asdict(holder)) + "\n").encode()
-
-
-def _who(workdir: epath.Path, holder: Holder | None) -> str:
-    if holder is None:
-        return f"{workdir}: another process trains there"
-    return f"{workdir}: process {holder.pid} on {holder.host} trains there, since {holder.began}"
+            if lives is None:
+                time.sleep(1)
+            elif self.swap(version, self._holder):
+                return
 
 
 @contextlib.contextmanager
@@ -245,62 +199,20 @@ def held(workdir: epath.Path) -> Iterator[Lock]:
       UserError: the workdir cannot be made or written.
     """
     new = "://" not in str(workdir) and not workdir.exists()
-    mark = take(workdir)
-    try:
-        yield mark
-    finally:
-        mark.release()
-        if new:
-            with contextlib.suppress(OSError):  # it holds something
-                Path(workdir).rmdir()
-
-
-def take(workdir: epath.Path) -> Lock:
-    """Takes the lock of `workdir`. Raises as `held`."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        remote = "://" in str(workdir)
-        storage = _Store(str(workdir)) if remote else _Folder(Path(workdir))
-        return Lock(workdir, storage, _take(workdir, storage))
+        lock = Lock(workdir)
     except errors.UserError:
         raise
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
-        what = "a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None)
-        raise errors.UserError(
-            f"--workdir: {workdir}: got {what or ' '.join(str(error).split())}, expected a folder that can be"
-            " written"
-        ) from None
-
-
-def _take(workdir: epath.Path, storage: _Store) -> Holder:
-    me = _myself()
-    seen: bytes | None = None  # of a process that cannot be looked up
-    since = 0.0
-    while True:
-        content, version = storage.read()
-        holder = _parse(content) if content is not None else None
-        lives = False if content is None else holder and holder.lives()
-        if lives is None and seen is None:
-            seen, since = content, time.monotonic()
-            waits = f"waiting up to {DEAD_SECONDS} s for a sign of life"
-            print(f"{_who(workdir, holder)}, or is dead: {waits}", file=sys.stderr, flush=True)
-        elif lives is None and content != seen:
-            lives = True  # it was renewed
-        elif lives is None and time.monotonic() - since > DEAD_SECONDS:
-            lives = False
-        if lives:
-            raise Held(
-                f"{_who(workdir, holder)}; expected no other: end it, or take another --workdir"
-                f" (its lock: {workdir / FILE})"
-            )
-        if lives is None:
-            time.sleep(1)
-        elif not storage.swap(version, _bytes(me)):
-            time.sleep(0.01)
-        elif seen is None:
-            return me
-        else:  # of another host, which may have taken it over too
-            time.sleep(SETTLE_SECONDS)
-            if storage.read()[0] == _bytes(me):
-                return me
-            seen = None
+        got = "a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None)
+        got = got or " ".join(str(error).split())
+        expected = "expected a folder that can be written"
+        raise errors.UserError(f"--workdir: {workdir}: got {got}, {expected}") from None
+    try:
+        yield lock
+    finally:
+        lock.release()
+        if new:
+            with contextlib.suppress(OSError):  # it holds something
+                Path(workdir).rmdir()

@@ -64,7 +64,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return peak / 2 if peak and dtype == "float32" else peak
 
 
-class PerImage(NamedTuple):
+class FlopsPerImage(NamedTuple):
     """FLOPs of a forward pass per image."""
 
     image: float  # the image tower
@@ -72,7 +72,7 @@ class PerImage(NamedTuple):
     decoder: float  # the region decoder, its projections and boxes, and the box head
     losses: float  # similarities
     terms: float = 0.0  # local loss terms, with what they ask of the towers
-    frozen: frozenset[str] = frozenset()  # those of the first three without a trained parameter
+    frozen: frozenset[str] = frozenset()  # which of the first three have no trained parameter
     # With factors of LoRA or local terms: FLOPs of forward and backward pass of all but the losses, counted in both.
     counted: float | None = None
 
@@ -100,7 +100,7 @@ class PerImage(NamedTuple):
         return self.forward + backward
 
 
-def per_image(config: Config) -> PerImage:
+def per_image(config: Config) -> FlopsPerImage:
     """FLOPs of the model per image of a batch, counted in the jaxpr of its forward pass (with LoRA or local
     terms, of the backward pass too).
 
@@ -122,11 +122,11 @@ def per_image(config: Config) -> PerImage:
         total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
         both = _by_module(_traced(jax.value_and_grad(total), params, batch))
         counted = both.total() / config.batch_size
-    return PerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
+    return FlopsPerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
 
 
 def of_losses(config: Config) -> int:
-    """FLOPs of the similarities of the losses per image, forward: those of `PerImage.losses`."""
+    """FLOPs of the similarities of the losses per image, forward: `FlopsPerImage.losses`."""
     if losses.TERMS.keys().isdisjoint(term.name for term, _ in losses.terms_of(config.loss)):
         return 0  # local terms alone
     regions, group = config.input.max_regions, config.loss.group_size or config.batch_size
@@ -153,7 +153,7 @@ def _frozen(config: Config) -> frozenset[str]:
 
 
 def _part(module: str, model: config_lib.Model) -> str:
-    """The field of PerImage that counts the products of a module, by its name in GRAIN; "" for a scalar."""
+    """The field of FlopsPerImage that counts the products of a module, by its name in GRAIN; "" for a scalar."""
     if module in ("logit_scale", "logit_bias"):
         return ""
     if module == forward_lib.TERMS:
@@ -200,7 +200,7 @@ def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
             total[module] += 2 * math.prod(equation.outvars[0].aval.shape) * depth
             continue
         if name == "conv_general_dilated":
-            # The kernel's input features are those of one group.
+            # The kernel has the input features of one group.
             kernel, (out, *_) = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
             depth = math.prod(kernel) // kernel[out]
             total[module] += 2 * math.prod(equation.outvars[0].aval.shape) * depth

@@ -32,24 +32,24 @@ def abstract_batch(config: Config) -> schema.Batch:
     captions, r = config.input.captions_per_image, config.input.max_regions
     h = config.input.negatives_per_region
     group, rows = config.text_layout
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    row = of(jnp.int32, b // group, rows, config.row_length)
+    shape_of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    row = shape_of(jnp.int32, b // group, rows, config.row_length)
     return schema.Batch(
-        image=of(jnp.uint8, b, size, size, 3),
+        image=shape_of(jnp.uint8, b, size, size, 3),
         text_tokens=row,
         text_positions=row,
         text_segments=row,
-        caption_at=of(jnp.int32, b, captions, 2),
-        caption_id=of(jnp.int32, b, captions),
-        caption_mask=of(jnp.bool_, b, captions),
-        description_at=of(jnp.int32, b, r, 2),
-        description_id=of(jnp.int32, b, r),
-        region_boxes_cxcywh=of(jnp.float32, b, r, 4),
-        region_mask=of(jnp.bool_, b, r),
-        texts_dropped=of(jnp.int32, b // group),
-        text_counts=of(jnp.int32, b // group, 2),
-        negative_at=of(jnp.int32, b, r, h, 2) if h else None,
-        negative_mask=of(jnp.bool_, b, r, h) if h else None,
+        caption_at=shape_of(jnp.int32, b, captions, 2),
+        caption_id=shape_of(jnp.int32, b, captions),
+        caption_mask=shape_of(jnp.bool_, b, captions),
+        description_at=shape_of(jnp.int32, b, r, 2),
+        description_id=shape_of(jnp.int32, b, r),
+        region_boxes_cxcywh=shape_of(jnp.float32, b, r, 4),
+        region_mask=shape_of(jnp.bool_, b, r),
+        texts_dropped=shape_of(jnp.int32, b // group),
+        text_counts=shape_of(jnp.int32, b // group, 2),
+        negative_at=shape_of(jnp.int32, b, r, h, 2) if h else None,
+        negative_mask=shape_of(jnp.bool_, b, r, h) if h else None,
     )
 
 
@@ -88,33 +88,33 @@ class Forward:
     @functools.cached_property
     def terms(self) -> dict[str, local.LocalTerm]:
         """The local terms of the run by name. Raises UserError: one cannot be found, or misses something in this run."""
-        found, faults = {}, []
+        terms, faults = {}, []
         for name, entry in total.local_entries(self.config.loss).items():
             faults += [
                 f"loss.terms.{name}: {x}" for x in entry.cls.faults(entry.options, self.config)
             ]
-            found[name] = entry.cls(entry.options, self.config.model, self.config.dtype)
-        if found and self.config.model.image.keep != 1:
+            terms[name] = entry.cls(entry.options, self.config.model, self.config.dtype)
+        if terms and self.config.model.image.keep != 1:
             faults.append(
-                f"{KEEP}: got {self.config.model.image.keep} with {', '.join(found)} of loss.terms, which read all patches;"
+                f"{KEEP}: got {self.config.model.image.keep} with {', '.join(terms)} of loss.terms, which read all patches;"
                 " expected 1"
             )
         if faults:
             raise errors.UserError("\n".join(faults))
-        return found
+        return terms
 
     def init(self) -> Any:
-        """The parameters of the run at step 0, from its seed, boxed with their logical axes; those of terms below TERMS."""
+        """The parameters of the run at step 0, from its seed, boxed with their logical axes; terms have theirs below TERMS."""
         params = lora.init(self.model, self.config)
         if not self.terms:
             return params
         key, of_terms = jax.random.key(self.config.seed), {}
         for name, term in self.terms.items():
-            own = jax.random.fold_in(key, zlib.crc32(f"{TERMS}/{name}".encode()))
+            term_key = jax.random.fold_in(key, zlib.crc32(f"{TERMS}/{name}".encode()))
             # What a parameter is does not depend on what the term sees.
-            of_terms[name] = term.init(own, self._seen_at_init(params, name)).get("params", {})
-        found = {name: tree for name, tree in of_terms.items() if tree}
-        return {**params, TERMS: found} if found else params
+            of_terms[name] = term.init(term_key, self._seen_at_init(params, name)).get("params", {})
+        non_empty = {name: tree for name, tree in of_terms.items() if tree}
+        return {**params, TERMS: non_empty} if non_empty else params
 
     def initial_state(self, params: Any) -> dict[str, Any]:
         """`TrainState.term_state` of step 0, from the parameters of step 0, boxed or not, as they are."""
@@ -126,12 +126,12 @@ class Forward:
             x = jnp.asarray(x, jnp.float32)
             return nn.Partitioned(x, (None,) * x.ndim) if boxed else x
 
-        found = {
+        states = {
             name: term.initial_state(_parameters(params, name)) for name, term in self.terms.items()
         }
         return {
             name: jax.tree.map(in_float32, state, is_leaf=sharding.is_box)
-            for name, state in found.items()
+            for name, state in states.items()
             if jax.tree.leaves(state)
         }
 
@@ -141,13 +141,13 @@ class Forward:
         """`TrainState.term_state` after a step.
 
         Args:
-          state: that of before.
+          state: the state before the step.
           statistics: of the terms by name, of the global batch.
           params: all parameters after the step.
         """
         return {
-            name: self.terms[name].update(own, statistics[name], _parameters(params, name))
-            for name, own in state.items()
+            name: self.terms[name].update(term_state, statistics[name], _parameters(params, name))
+            for name, term_state in state.items()
         }
 
     def __call__(
@@ -163,47 +163,39 @@ class Forward:
           params: parameter tree.
           batch: of the images; with `model.image.keep` the model sees some of their patches.
           keys: PRNG keys [B], or None: no dropout, and the same draws for all images.
-          state: `TrainState.term_state`; None: that of step 0.
+          state: `TrainState.term_state`; None: the state of step 0.
         """
         params = optim.stop_frozen(params, self.config.frozen)
         with placement.on(self.mesh, sharding.BATCH_AXES), lora.beside(self.config.optim.lora):
-            if not self.terms:
-                kept = self._kept(batch, keys)
-                return self.model.apply({"params": params}, batch, keys, kept)  # type: ignore[return-value]
-            outputs, seen = self._scene(params, batch, keys)
+            outputs, seen = self._outputs_and_views(params, batch, keys)
             state = self.initial_state(params) if state is None else state
-            found = {}
+            results = {}
             for name, term in self.terms.items():
-                own = _parameters(params, name).term
+                variables = {"params": _parameters(params, name).term}
                 with jax.named_scope(TERMS), jax.named_scope(name):
-                    output: Any = term.apply({"params": own}, seen(name, state))
-                    found[name] = _as_floats(output)
-            return outputs._replace(local=found)
+                    output: Any = term.apply(variables, seen(name, state))
+                    results[name] = _as_floats(output)
+        return outputs._replace(local=results) if results else outputs
 
-    def _kept(self, batch: schema.Batch, keys: jax.Array | None) -> jax.Array | None:
-        """The patches that the model sees (`GRAIN.image_tokens`); None: all."""
-        tower = self.config.model.image
-        if tower.keep == 1:
-            return None
-        with jax.named_scope(KEEP):
-            patches = (tower.image_size // tower.patch_size) ** 2
-            keys = _folded(_or_equal(keys, batch), KEEP)
-            return draw_kept(keys, patches, patches_seen(self.config))
-
-    def _scene(self, params, batch: schema.Batch, keys=None):
-        """The outputs of the model, and the function that makes what the term of a name sees, given the states."""
-
-        of_step = without_terms(params)
+    def _outputs_and_views(self, params, batch: schema.Batch, keys: jax.Array | None = None):
+        """The outputs of the model, and the function from the name and state of a local term to what it sees."""
+        of_model = without_terms(params)
         # A method asks for these whatever it computes.
-        scalars = {name: x for name, x in of_step.items() if name.startswith("logit_")}
+        scalars = {name: x for name, x in of_model.items() if name.startswith("logit_")}
 
-        def apply(method: str, *args: Any, params: Any = None, **kwargs: Any):
-            own = of_step if params is None else {**scalars, **params}
-            return self.model.apply({"params": own}, *args, method=method, **kwargs)
+        def apply(method: str, *args: Any, params: Any = None, **kwargs: Any) -> Any:
+            chosen = of_model if params is None else {**scalars, **params}
+            return self.model.apply({"params": chosen}, *args, method=method, **kwargs)
 
-        found: Any = apply("outputs_and_features", batch, keys)
-        outputs, features = found
-        keys = _or_equal(keys, batch)
+        tower, images = self.config.model.image, batch.caption_mask.shape[0]
+        no_keys = jax.vmap(jax.random.key)(jnp.zeros(images, jnp.uint32))
+        for_draws = no_keys if keys is None else keys
+        kept = None
+        if tower.keep != 1:
+            with jax.named_scope(KEEP):
+                patches = (tower.image_size // tower.patch_size) ** 2
+                kept = draw_kept(folded(for_draws, KEEP), patches, patches_seen(self.config))
+        outputs, features = apply("outputs_and_features", batch, keys, kept)
 
         def seen(name: str, state: Mapping[str, Any]) -> local.Seen:
             return local.Seen(
@@ -212,7 +204,7 @@ class Forward:
                 text_features=features.text,
                 outputs=outputs,
                 leading=grain.leading_tokens(self.config.model),
-                keys=_folded(keys, name),
+                keys=folded(for_draws, name),
                 apply=apply,
                 state=jax.lax.stop_gradient(state.get(name, {})),
             )
@@ -224,26 +216,21 @@ class Forward:
         small = dataclasses.replace(self.config, batch_size=self.config.text_layout[0])
         batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_batch(small))
         params = sharding.unbox(params)
-        return self._scene(params, batch)[1](name, self.initial_state(params))
+        return self._outputs_and_views(params, batch)[1](name, self.initial_state(params))
 
 
 def _as_floats(output: local.LocalOutput) -> local.LocalOutput:
     """Ints and bools, such as counts, as float32; no gradient of measures and statistics."""
     as_float = lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
-    found = local.LocalOutput(*jax.tree.map(lambda x: as_float(jnp.asarray(x)), tuple(output)))
+    converted = local.LocalOutput(*jax.tree.map(lambda x: as_float(jnp.asarray(x)), tuple(output)))
     stop = jax.lax.stop_gradient
-    return found._replace(measures=stop(found.measures), statistics=stop(found.statistics))
+    return converted._replace(
+        measures=stop(converted.measures), statistics=stop(converted.statistics)
+    )
 
 
-def _or_equal(keys: jax.Array | None, batch: schema.Batch) -> jax.Array:
-    """The keys of the images, or equal ones."""
-    if keys is not None:
-        return keys
-    return jax.vmap(jax.random.key)(jnp.zeros(batch.caption_mask.shape[0], jnp.uint32))
-
-
-def _folded(keys: jax.Array, name: str) -> jax.Array:
-    """Keys [B] of the images for what has this name."""
+def folded(keys: jax.Array, name: str) -> jax.Array:
+    """The keys [B] of the images for what has this name."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, zlib.crc32(name.encode()))
 
 

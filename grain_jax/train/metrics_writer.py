@@ -219,7 +219,7 @@ class MetricsWriter:
       start_step: metrics beyond it, of a run that was cut off, are removed.
       total_steps: for the ETA.
       batch_size: for images/s.
-      flops_per_image: FLOPs that training needs an image (`flops.PerImage.train`).
+      flops_per_image: FLOPs that training needs an image (`flops.FlopsPerImage.train`).
       peak_flops: FLOPs a second that all devices can do together; None where it is not known.
       config: of the run; its `wandb` says whether Weights & Biases gets the metrics too. None: it does not.
       terms: metric of each loss term -> its name in the progress line.
@@ -240,7 +240,7 @@ class MetricsWriter:
         config: config_lib.Config | None = None,
         terms: Mapping[str, str] | None = None,
     ):
-        self.workdir, self._line = epath.Path(workdir), progress.Line()
+        self.workdir, self._line = epath.Path(workdir), progress.ProgressLine()
         self._terms = terms or {}
         self.total_steps, self.batch_size = total_steps, batch_size
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops

@@ -15,8 +15,8 @@ from grain_jax.core import errors
 
 MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
 
-# The reference's groups on our names (quirk 7): in the decoder module norm weights, attention
-# input biases and queries are decayed; in the backbone the class token, positions and embeddings are.
+# The reference's groups on our names (quirk 7). In the decoder it decays norm weights, attention input biases and
+# queries; in the backbone the class token, positions and embeddings.
 REFERENCE_DECAY = re.compile(
     r".*/((\w+_)?kernel|lora_[ab])"
     r"|decoder/.*norm.*/scale"
@@ -65,11 +65,11 @@ def frozen_mask(params, patterns: Sequence[str]):
     # A box is a leaf, so that a frozen parameter leaves no empty box among the moments.
     is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)
     names = jax.tree_util.tree_map_with_path(lambda path, _: _name(path), params, is_leaf=is_box)
-    found = jax.tree.leaves(names)
+    all_names = jax.tree.leaves(names)
     for pattern in patterns:
-        if not any(re.fullmatch(pattern, name) for name in found):
+        if not any(re.fullmatch(pattern, name) for name in all_names):
             raise errors.UserError(
-                f"optim.frozen: {pattern!r} matches no parameter; names are such as {found[0]}"
+                f"optim.frozen: {pattern!r} matches no parameter; names are such as {all_names[0]}"
             )
     return jax.tree.map(lambda name: any(re.fullmatch(p, name) for p in patterns), names)
 

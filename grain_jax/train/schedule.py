@@ -37,12 +37,12 @@ class Schedule:
             not saved anyway: it may be a collective.
         """
         c, last = self.config, step == self.total_steps
-        at = lambda every: every > 0 and step % every == 0
-        evaluates = self.has_evals and not preempted and (last or at(c.eval_every))
-        saves = last or preempted or at(c.checkpoint_every)
+        every_steps = lambda every: every > 0 and step % every == 0
+        evaluates = self.has_evals and not preempted and (last or every_steps(c.eval_every))
+        saves = last or preempted or every_steps(c.checkpoint_every)
         # Every evaluation is saved, so that the best one has its state.
         saves = saves or (evaluates and best_is_evaluated(c))
-        logs = last or evaluates or at(c.log_every)
+        logs = last or evaluates or every_steps(c.log_every)
         if logs and not saves and c.checkpoint_every_minutes:
             saves = minutes_are_over(c.checkpoint_every_minutes)
         return Due(logs, evaluates, saves)

@@ -49,10 +49,10 @@ def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = list(mesh_sizes(config, len(devices)).values())
-    slices, found = config.dcn_data, len({getattr(d, "slice_index", 0) for d in devices})
-    if slices % found or sizes[0] % slices:
+    slices, slices_there = config.dcn_data, len({getattr(d, "slice_index", 0) for d in devices})
+    if slices % slices_there or sizes[0] % slices:
         raise ShardingError(
-            f"mesh.dcn_data: got {slices}, expected a multiple of the {found} slices that the devices are"
+            f"mesh.dcn_data: got {slices}, expected a multiple of the {slices_there} slices that the devices are"
             f" on, and a divisor of mesh.data = {sizes[0]}"
         )
     in_order = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
@@ -150,8 +150,8 @@ def lanes_of_process(
       ShardingError: a lane lies partly on one process and partly on another.
     """
     per_lane = batch_size // lanes
-    held = _rows_of_processes(sharding, batch_size)
-    for process, rows in sorted(held.items()):
+    rows_of = _rows_of_processes(sharding, batch_size)
+    for process, rows in sorted(rows_of.items()):
         of_lane = rows.reshape(lanes, per_lane).sum(axis=1)
         for lane in np.flatnonzero((of_lane > 0) & (of_lane < per_lane)):
             raise ShardingError(
@@ -159,22 +159,22 @@ def lanes_of_process(
                 f" images of lane {lane}; expected a multiple of {lanes_needed(sharding, batch_size)}, or"
                 " another mesh"
             )
-    return tuple(np.flatnonzero(held[process_index].reshape(lanes, per_lane)[:, 0]).tolist())
+    return tuple(np.flatnonzero(rows_of[process_index].reshape(lanes, per_lane)[:, 0]).tolist())
 
 
 def _rows_of_processes(sharding: NamedSharding, batch_size: int) -> dict[int, np.ndarray]:
     """Process -> bool [batch_size], the rows of the global batch that its devices hold."""
     parts = sharding.devices_indices_map((batch_size,)).items()
-    held = {device.process_index: np.zeros(batch_size, bool) for device, _ in parts}
+    rows_of = {device.process_index: np.zeros(batch_size, bool) for device, _ in parts}
     for device, (rows,) in parts:
-        held[device.process_index][rows] = True
-    return held
+        rows_of[device.process_index][rows] = True
+    return rows_of
 
 
 def lanes_needed(sharding: NamedSharding, batch_size: int) -> int:
     """The number that `input.lanes` must be a multiple of, so that each lane lies on one process."""
-    held = _rows_of_processes(sharding, batch_size).values()
-    starts = [np.flatnonzero(np.diff(rows)) + 1 for rows in held]
+    rows_of = _rows_of_processes(sharding, batch_size).values()
+    starts = [np.flatnonzero(np.diff(rows)) + 1 for rows in rows_of]
     return batch_size // math.gcd(batch_size, *np.concatenate(starts).tolist())
 
 
@@ -220,7 +220,7 @@ def place_state(
     table = dict(rules)
     faults: list[str] = []
 
-    def place(path, leaf):
+    def place_leaf(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not is_box(leaf):
             if leaf.ndim:
@@ -249,7 +249,7 @@ def place_state(
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, PartitionSpec(*(table.get(axis) for axis in leaf.names)))
 
-    shardings = jax.tree_util.tree_map_with_path(place, abstract, is_leaf=is_box)
+    shardings = jax.tree_util.tree_map_with_path(place_leaf, abstract, is_leaf=is_box)
     if faults:
         raise ShardingError("\n".join(faults))
     return unbox(abstract), shardings

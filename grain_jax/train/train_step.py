@@ -1,9 +1,9 @@
 """One training step, a pure function: towers, losses over the global batch, gradients, update, metrics.
 
-With `microbatches` > 1 the towers see a part of the batch at a time, but the losses still see all of it: the
-embeddings of all parts are computed first, the losses give their cotangents, then each part is run again
-to carry these back into the parameters (gradient caching, Gao et al. 2021). The result is that of the
-full batch, not an average of smaller contrastive losses.
+With `microbatches` > 1 the towers see a part of the batch at a time, but the losses still see all of it (gradient
+caching, Gao et al. 2021). The embeddings of all parts are computed first, and the losses give their cotangents. Then
+each part is run again to carry these back into the parameters. The result is the same as for the full batch, not an
+average of smaller contrastive losses.
 """
 
 import dataclasses
@@ -91,87 +91,91 @@ def loss_and_grads(
       params: parameter tree.
       batch: global Batch.
       keys: dropout keys [B], or None.
-      term_state: of the local loss terms; None: that of step 0.
+      term_state: of the local loss terms; None: the state of step 0.
 
     Returns:
       (losses.Losses, gradients like `params`).
     """
-
     forward = forward_lib.Forward(model, config, mesh)
     apply = lambda params, batch, keys: forward(params, batch, keys, term_state)
 
-    loss_of = functools.partial(
-        losses_lib.total_loss,
-        batch=batch,
-        config=config.loss,
-        reference=config.reference,
-        mesh=mesh,
-        batch_axes=sharding.BATCH_AXES if mesh is not None else (),
-    )
-
     def total(outputs):
-        found = loss_of(outputs)
-        return found.total, found
+        losses = losses_lib.total_loss(
+            outputs,
+            batch,
+            config.loss,
+            reference=config.reference,
+            mesh=mesh,
+            batch_axes=sharding.BATCH_AXES if mesh is not None else (),
+        )
+        return losses.total, losses
 
     if config.microbatches == 1:
-        of_all = lambda p: total(apply(p, batch, keys))
-        (_, found), grads = jax.value_and_grad(of_all, has_aux=True)(params)
-        return found, grads
+        of_all = lambda params: total(apply(params, batch, keys))
+        (_, losses), grads = jax.value_and_grad(of_all, has_aux=True)(params)
+        return losses, grads
 
-    # All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part
-    # must lie on all devices: it takes a piece of every shard.
-    parts = config.microbatches
-    shards = 1 if mesh is None else sharding.batch_shards(mesh)
-
-    def cut(x):
-        n = x.shape[0] // (shards * parts)
-        x = x.reshape(shards, parts, n, *x.shape[1:]).swapaxes(0, 1)
-        x = x.reshape(parts, shards * n, *x.shape[3:])
-        if mesh is None:
-            return x
-        placed = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
-        return jax.lax.with_sharding_constraint(x, placed)
-
-    def join(x, axis=0):  # the inverse, of [parts, ..., n, ...] with the images on `axis` + 1
-        x = jnp.moveaxis(x, axis + 1, 1)
-        n = x.shape[1] // shards
-        x = x.reshape(parts, shards, n, *x.shape[2:]).swapaxes(0, 1)
-        return jnp.moveaxis(x.reshape(parts * shards * n, *x.shape[3:]), 0, axis)
-
-    cut_batch = jax.tree.map(cut, batch)
-    cut_keys = None if keys is None else cut(keys)
-
-    inputs = cut_batch, cut_keys
-    _, stacked = jax.lax.scan(lambda _, part: ({}, apply(params, *part)), {}, inputs)
-    axes = local.axes_of(stacked)
-
-    def whole_of(axis, x):
-        if axis == local.SUMMED:
-            return x.sum(0)
-        return x[0] if axis == local.SHARED else join(x, axis)
-
-    whole = jax.tree.map(whole_of, axes, stacked)
-    cotangents, found = jax.grad(total, has_aux=True)(whole)
-    first = jnp.arange(parts) == 0
-
-    def cut_of(axis, c):
-        if axis == local.SUMMED:
-            return jnp.broadcast_to(c, (parts, *c.shape))
-        if axis == local.SHARED:
-            # Scale and bias are the same in each part, so their cotangents go back through the first part only.
-            return jnp.where(first.reshape(-1, *[1] * c.ndim), c, 0)
-        return jnp.moveaxis(cut(jnp.moveaxis(c, axis, 0)), 1, axis + 1)
-
-    cut_cotangents = jax.tree.map(cut_of, axes, cotangents)
+    parts = Parts(config.microbatches, mesh)
+    inputs = jax.tree.map(parts.cut, (batch, keys))
+    _, outputs = jax.lax.scan(lambda _, part: ({}, apply(params, *part)), {}, inputs)
+    axes = local.axes_of(outputs)
+    cotangents, losses = jax.grad(total, has_aux=True)(jax.tree.map(parts.join, axes, outputs))
 
     def backward(grads, part):
-        *inputs, cotangent = part
-        _, vjp = jax.vjp(lambda p: apply(p, *inputs), params)
+        inputs, cotangent = part
+        _, vjp = jax.vjp(lambda params: apply(params, *inputs), params)
         return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, _ = jax.lax.scan(backward, zeros, (*inputs, cut_cotangents))
-    return found, grads
+    cotangents = jax.tree.map(parts.cotangent, axes, cotangents)
+    grads, _ = jax.lax.scan(backward, zeros, (inputs, cotangents))
+    return losses, grads
+
+
+class Parts(NamedTuple):
+    """The parts of a batch that are micro-batches.
+
+    All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part must lie on
+    all devices: it takes a piece of every shard.
+    """
+
+    count: int
+    mesh: Mesh | None
+
+    @property
+    def shards(self) -> int:
+        return 1 if self.mesh is None else sharding.batch_shards(self.mesh)
+
+    def cut(self, x):
+        """[B, ...] -> [parts, B / parts, ...]."""
+        n = x.shape[0] // (self.shards * self.count)
+        x = x.reshape(self.shards, self.count, n, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(self.count, self.shards * n, *x.shape[3:])
+        if self.mesh is None:
+            return x
+        placed = NamedSharding(self.mesh, PartitionSpec(None, sharding.BATCH_AXES))
+        return jax.lax.with_sharding_constraint(x, placed)
+
+    def join(self, axis: int, x):
+        """The inverse, of [parts, ...] whose images lie on `axis` of each part; or the sum, or what all parts share."""
+        if axis == local.SUMMED:
+            return x.sum(0)
+        if axis == local.SHARED:
+            return x[0]
+        x = jnp.moveaxis(x, axis + 1, 1)
+        n = x.shape[1] // self.shards
+        x = x.reshape(self.count, self.shards, n, *x.shape[2:]).swapaxes(0, 1)
+        return jnp.moveaxis(x.reshape(self.count * self.shards * n, *x.shape[3:]), 0, axis)
+
+    def cotangent(self, axis: int, x):
+        """The cotangent of each part, [parts, ...], from the cotangent of the whole that `join` gives."""
+        if axis == local.SUMMED:
+            return jnp.broadcast_to(x, (self.count, *x.shape))
+        if axis == local.SHARED:
+            # Scale and bias are the same in each part, so their cotangents go back through the first part only.
+            first = jnp.arange(self.count) == 0
+            return jnp.where(first.reshape(-1, *[1] * x.ndim), x, 0)
+        return jnp.moveaxis(self.cut(jnp.moveaxis(x, axis, 0)), 1, axis + 1)
 
 
 def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
@@ -185,20 +189,20 @@ def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
     for (path, leaf), is_frozen in zip(paths, jax.tree.leaves(optim.frozen_mask(grads, frozen))):
         if not is_frozen:
             modules.setdefault(_MODULES.get(path[0].key, "heads"), []).append(leaf)
-    norms = {f"grad_norm/{module}": optax.tree.norm(found) for module, found in modules.items()}
+    norms = {f"grad_norm/{module}": optax.tree.norm(leaves) for module, leaves in modules.items()}
     return {"grad_norm": optax.tree.norm(list(norms.values())), **norms}  # gradients are read once
 
 
-def loss_metrics(found: losses_lib.Losses) -> dict[str, jax.Array]:
+def loss_metrics(losses: losses_lib.Losses) -> dict[str, jax.Array]:
     """The total, the terms and their measures as metrics; docs/diagnostics.md explains each."""
-    out = {"loss": found.total}
-    out |= {f"loss_{name}": value for name, value in found.terms.items()}
-    for name, value in found.measures.items():
+    out = {"loss": losses.total}
+    out |= {f"loss_{name}": value for name, value in losses.terms.items()}
+    for name, value in losses.measures.items():
         if value.ndim == 0:
             out[name] = value
         elif len(value) <= MOST_QUERIES:
             out |= {f"{name}/{i}": value[i] for i in range(len(value))}
-    share = found.measures.get("query_share")
+    share = losses.measures.get("query_share")
     if share is not None and len(share) > 1:
         out["query_usage_entropy"] = jax.scipy.special.entr(share).sum() / math.log(len(share))
     return out

@@ -1,100 +1,152 @@
-"""Which file `--config` and `--sweep` mean, from any folder; and the list of keys."""
+"""Which file `--config` and `--sweep` mean, from any folder; what the command line changes; `--help-config`."""
 
 import re
+import sys
 
 import pytest
 from etils import epath
 
-from grain_jax.cli import commands
-from grain_jax.config import key_help, listing, loading
+from grain_jax.__main__ import main
+from grain_jax.config import key_help, loading
+from grain_jax.config.fields import Config
+from grain_jax.config.keys import listed
 from grain_jax.core import errors
 from tests.paths import ROOT
+
+# A user's folder: a config, the file beside it that it imports, and faulty configs.
+FILES = {
+    "shared.py": "BATCH = 24\n",
+    "mine.py": """
+import shared
+from grain_jax.config.recipe import base
+
+def get_config(size="tiny"):
+    c = base(size)
+    c.total_steps, c.optim.warmup_steps = 5, 1
+    c.batch_size = shared.BATCH
+    c.input.lanes, c.text.pack_group = 1, 24
+    return c
+""",
+    "old.py": "from configs.common import base\n",
+    "fails.py": "def get_config(size=0):\n    return 1 / size\n",
+}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    """Such a folder below the working directory."""
+    folder = epath.Path(tmp_path) / "meine Bilder, größer"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    return epath.Path(tmp_path)
-
-
-PACKAGED = [
-    ("config", "demo", "demo", ""),
-    ("config", "own:tiny", "own", ":tiny"),
-    ("config", "finetune:open_clip:B/32", "finetune", ":open_clip:B/32"),
-    ("config", "configs/own.py:S/16", "own", ":S/16"),
-    ("sweep", "learning_rate", "sweeps/learning_rate", ""),
-    ("sweep", "configs/sweeps/learning_rate.py", "sweeps/learning_rate", ""),
-]
-
-
-@pytest.mark.parametrize("flag, given, name, argument", PACKAGED)
-def test_a_name_is_a_file_of_the_package(folder, capsys, flag, given, name, argument):
-    assert loading.find(given, flag) == (str(ROOT / f"configs/{name}.py"), argument)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_file_wins_and_the_other_reading_is_told(folder, capsys):
-    (folder / "configs").mkdir()
-    own = folder / "configs" / "demo.py"
-    own.write_text("")
-    assert loading.find("configs/demo.py:x", "config") == ("configs/demo.py", ":x")
-    assert loading.find(f"{own}", "config") == (str(own), "")
-    assert capsys.readouterr().err == ""
-    packaged = str(ROOT / "configs/demo.py")
-    assert loading.find("demo", "config") == (packaged, "")
-    line = f"--config demo: taken from the package, {packaged}"
-    assert (
-        capsys.readouterr().err == f"{line}; the file configs/demo.py is named by its whole path\n"
-    )
-    own.unlink()  # the folder of the user has no such file
-    assert loading.find("configs/demo.py", "config") == (packaged, "")
-    assert capsys.readouterr().err == f"--config configs/demo.py: {line.split(': ')[1]}\n"
+    yield folder
+    sys.modules.pop("shared", None)
 
 
 @pytest.mark.parametrize(
-    "given, flag, message",
+    "flag, text, name, argument",
     [
-        (
-            "dmeo",
-            "config",
-            "no such file dmeo, and no config of the package has that name; did you mean demo?",
-        ),
-        ("zzz", "config", "there are: clip_vitb16_cc12m, demo, eval, finetune, grain_vit"),
-        ("learning_rates", "sweep", "did you mean learning_rate?"),
+        ("config", "finetune:hf://a/b", "finetune", ":hf://a/b"),
+        ("config", "configs/own.py:S/16", "own", ":S/16"),
+        ("sweep", "learning_rate", "sweeps/learning_rate", ""),
+        ("sweep", "configs/sweeps/learning_rate.py", "sweeps/learning_rate", ""),
     ],
 )
-def test_an_unknown_name_is_one_line(folder, given, flag, message):
-    with pytest.raises(errors.UserError) as caught:
-        loading.find(given, flag)
-    line = str(caught.value)
-    assert line.startswith(f"--{flag}: ") and message in line and "\n" not in line
+def test_a_name_is_a_file_of_the_package(folder, capsys, flag, text, name, argument):
+    assert loading.find(text, flag) == (str(ROOT / f"configs/{name}.py"), argument)
+    assert capsys.readouterr().err == ""
 
 
-def _show(capsys, *words):
-    with pytest.raises(SystemExit) as end:
-        commands.main(words)
-    assert end.value.code == 0
-    return capsys.readouterr().out.splitlines()
+def test_a_file_wins_over_the_package(folder, capsys):
+    here, packaged = epath.Path("configs/demo.py"), str(ROOT / "configs/demo.py")
+    here.parent.mkdir()
+    here.write_text("")
+    assert loading.find("configs/demo.py:x", "config") == ("configs/demo.py", ":x")
+    assert capsys.readouterr().err == ""
+    assert loading.find("demo", "config") == (packaged, "")
+    err = capsys.readouterr().err
+    assert err.startswith("--config demo: ") and packaged in err and "configs/demo.py" in err
+    here.unlink()
+    assert loading.find("configs/demo.py", "config") == (packaged, "")
+    assert packaged in capsys.readouterr().err
+
+
+def test_a_config_anywhere_on_the_disk_works(folder, monkeypatch):
+    for path, cwd, width in (
+        ("mine.py", folder, 96),
+        (f"../{folder.name}/mine.py:S/16", folder, 384),
+        (f"{folder.name}/mine.py", folder.parent, 96),
+        (str(folder / "mine.py:B/16"), "/", 768),
+    ):
+        monkeypatch.chdir(cwd)
+        c = loading.load(path)
+        assert (c.batch_size, c.model.image.width) == (24, width)
+
+
+# The arguments of `load`, and what its one line says.
+FAULTS = [
+    (("old.py",), "old.py:1: ModuleNotFoundError: No module named 'configs'"),
+    (("fails.py",), "fails.py:2: ZeroDivisionError: division by zero"),
+    (("shared.py",), "shared.py: module 'config_config' has no attribute 'get_config'"),
+    (("mine.py:L/15",), "mine.py:6: ValueError: model size: got 'L/15', expected one of tiny, S/"),
+    (("dmeo",), "--config: no such file dmeo.* did you mean demo"),
+    (("zzz",), "there are: clip_vitb16_cc12m, demo, eval, finetune, grain_vit"),
+    (("demo:x",), "argument"),
+    ((None,), "--config: missing"),
+    (("demo", "evals.sen=None"), "--config.evals.sen: no such key; did you mean evals.seen"),
+    (("demo", "evals.seen=0"), "--config.evals.seen: got '0', expected None"),
+    (
+        ("demo", "evals.seen=None", "checkpoint_best_metric=eval/seen/alpha_1.0/top1"),
+        "checkpoint_best_metric: got 'eval/seen/alpha_1.0/top1', expected one of eval/grounding, eval/maps",
+    ),
+    (("grain_vitb16_cc12m", "total_epochs=None"), "total_steps, total_epochs: exactly one must be set"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, message", FAULTS)
+def test_a_fault_is_one_line(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if x not in ("", ".", str(ROOT))])
+    file, *keys = arguments
+    with pytest.raises(errors.UserError, match=message) as caught:
+        loading.load(file, [f"--config.{key}" for key in keys])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_wins_over_the_file():
+    def load(*keys, file="grain_vitb16_cc12m"):
+        return loading.load(file, [f"--config.{key}" for key in keys])
+
+    c = load("total_steps=100", "optim.warmup_steps=5")
+    assert (c.total_steps, c.total_epochs) == (100, None)
+    assert (c.optim.warmup_steps, c.optim.warmup_epochs) == (5, None)
+    assert load("total_steps=100", "total_epochs=None").total_steps == 100
+    assert load("total_epochs=None", "total_epochs=3").total_epochs == 3
+    assert list(load("evals=None", file="demo").evals) == []
+    others = ["grounding", "maps", "parts", "retrieval", "unseen"]
+    assert list(load("evals.seen=None", file="demo").evals) == others
 
 
 def test_help_config_lists_keys_with_defaults_or_values(folder, capsys):
-    lines = _show(capsys, "train", "--help-config")
-    count = len(list(listing.keys()))
-    assert lines[0] == f"{count} config keys with their defaults; --config.KEY=VALUE sets one."
+    def show(*words):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+        return capsys.readouterr().out.splitlines()
+
+    lines = show("train", "--help-config")
+    assert lines[0].startswith(f"{len(list(listed(Config)))} ")
     assert "optim.learning_rate = 0.001  (float)" in lines
-    place = lines.index("batch_size = 2048  (int, at least 1)")
-    assert lines[place + 1] == "    images a step, over all devices"
-    assert max(map(len, lines)) <= 80
-    some = ["--config", "own:S/16", "--config.seed=7"]
-    lines = _show(capsys, "plan", *some, "--help-config", "model.image")
-    assert re.fullmatch(r"\d\d config keys of own:S/16; --config.KEY=VALUE sets one.", lines[0])
-    assert "model.image.width = 384  (int, 1 to 131,072; default 768)" in lines
-    assert _show(capsys, "sweep", *some, "--help-config=seed")[2] == "seed = 7  (int; default 0)"
-    lines = _show(capsys, "train", "--config=demo", "--help-config=evals.unseen")
-    assert "evals.unseen.names = False" in lines
-
-
-def test_help_config_of_no_key():
+    assert "batch_size = 2048  (int, at least 1)" in lines and max(map(len, lines)) <= 80
+    changed = ["--config", "own:S/16", "--config.seed=7"]
+    lines = show("plan", *changed, "--help-config", "model.image")
+    assert re.match(r"\d\d .* own:S/16", lines[0])
+    assert "model.image.width = 384  (int, 1 to 131,072, default 768)" in lines
+    assert show("sweep", *changed, "--help-config=seed")[2] == "seed = 7  (int, default 0)"
+    assert "evals.unseen.names = False" in show(
+        "train", "--config=demo", "--help-config=evals.unseen"
+    )
     with pytest.raises(errors.UserError, match=r"--help-config optm: .* did you mean optim\?"):
         key_help.show("optm", None, [])

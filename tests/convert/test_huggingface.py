@@ -16,10 +16,10 @@ from etils import epath
 from safetensors import numpy as safetensors
 
 import grain_jax
-from grain_jax.checkpoint import saved_model
-from grain_jax.checkpoint import states as checkpoint
+from grain_jax.checkpoint import saved_model, states
 from grain_jax.convert import huggingface, model_card, output, parity
 from grain_jax.convert.__main__ import main
+from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.reference import names
 from grain_jax.core import images, named
 from grain_jax.input_pipeline import clip_tokenizer
@@ -125,7 +125,7 @@ def as_stored(folder):
     return {f"{m}.{name}": array for m, state in states.items() for name, array in state.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_transformers_saves_comes_back(small, tmp_path, capsys, dtype):
     """Trained on in torch: another weight, in that precision, in one file or several. Code beside it is not run."""
     model = transformers.AutoModel.from_pretrained(small[1], dtype=dtype, **REMOTE)
@@ -145,7 +145,7 @@ def test_what_transformers_saves_comes_back(small, tmp_path, capsys, dtype):
     if len(files) > 1:
         files[0].unlink()
         said = refused(capsys, "from-hf", folder, tmp_path / "out")
-        assert f"names {files[0].name!r}, which is no file beside it" in said
+        assert files[0].name in said and str(folder) in said
 
 
 def refused(capsys, command, source, out):
@@ -170,12 +170,12 @@ def test_images_of_every_mode_are_resized_as_ours(converted):
     processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
     rng = np.random.default_rng(7)
     rgba = PIL.Image.fromarray(rng.integers(0, 256, (61, 33, 4), np.uint8), "RGBA")
-    given = [rgba, *(rgba.convert("RGB").convert(mode) for mode in ("L", "P", "1", "CMYK"))]
-    given += [np.asarray(raw_images()[0])]
-    found = processor(images=given)["pixel_values"].permute(0, 2, 3, 1).numpy()
+    raw = [rgba, *(rgba.convert("RGB").convert(mode) for mode in ("L", "P", "1", "CMYK"))]
+    raw += [np.asarray(raw_images()[0])]
+    pixels = processor(images=raw)["pixel_values"].permute(0, 2, 3, 1).numpy()
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    levels = np.rint((found * std + mean) * 255)
-    np.testing.assert_array_equal(levels, [images.resize(image, 40) for image in given])
+    levels = np.rint((pixels * std + mean) * 255)
+    np.testing.assert_array_equal(levels, [images.resize(image, 40) for image in raw])
     for wrong in (np.zeros((40, 40, 3), np.float32), np.zeros((3, 40, 40), np.uint8)):
         with pytest.raises(ValueError, match="expected PIL images or uint8"):
             processor(images=[wrong])
@@ -194,18 +194,26 @@ def test_the_golden_strings_have_our_ids(converted):
     assert not wrong
 
 
-def test_compiled_it_gives_the_same(small):
+def test_compiled_it_gives_the_same_and_only_training_has_dropout(small):
     ours, hf = small
     module = transformers.AutoModel.from_pretrained(hf, **REMOTE).eval()
-    given = parity.inputs(40, 300, 32)
-    pixels = torch.tensor(given.images).permute(0, 3, 1, 2).contiguous()
-    ids = torch.tensor(given.token_ids).long()
+    inputs = parity.inputs(40, 300, 32)
+    pixels = torch.tensor(inputs.images).permute(0, 3, 1, 2).contiguous()
+    ids = torch.tensor(inputs.token_ids).long()
     with torch.no_grad():  # captured whole, without a break
         out = torch.compile(module, backend="aot_eager", fullgraph=True)(pixels, ids)
-    found = {k.replace("embeds", "embed"): v.numpy() for k, v in out.items() if "logits" not in k}
+    compiled = {
+        k.replace("embeds", "embed"): v.numpy() for k, v in out.items() if "logits" not in k
+    }
     model, params, _ = saved_model.load_model(ours)
-    report = parity.report(parity.compare(parity.outputs(model, params, given), found), "compiled")
+    report = parity.report(
+        parity.compare(parity.outputs(model, params, inputs), compiled), "compiled"
+    )
     assert report.ok, report.text
+    with torch.no_grad():
+        still = [module.eval().get_image_features(pixels) for _ in range(2)]
+        noisy = [module.train().get_image_features(pixels) for _ in range(2)]
+    assert torch.equal(*still) and not torch.equal(*noisy)
 
 
 def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
@@ -217,7 +225,7 @@ def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
     )
-    (found,) = pipeline(
+    (entries,) = pipeline(
         raw_images()[:1], candidate_labels=["wren", "owl"], hypothesis_template="{}"
     )
     model = grain_jax.load(ours)
@@ -225,17 +233,8 @@ def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
     scale = np.exp(2.5)
     logits = scale * model.classify(raw_images()[:1], ["wren", "owl"])[0]
     share = np.exp(logits) / np.exp(logits).sum()
-    by_label = {entry["label"]: entry["score"] for entry in found}
+    by_label = {entry["label"]: entry["score"] for entry in entries}
     np.testing.assert_allclose([by_label["wren"], by_label["owl"]], share, rtol=1e-5)
-
-
-def test_dropout_is_only_there_in_training(small):
-    module = transformers.AutoModel.from_pretrained(small[1], **REMOTE)
-    pixels = torch.tensor(parity.inputs(40, 300, 32).images).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        still = [module.eval().get_image_features(pixels) for _ in range(2)]
-        noisy = [module.train().get_image_features(pixels) for _ in range(2)]
-    assert torch.equal(*still) and not torch.equal(*noisy)
 
 
 def test_wrong_calls_say_what_was_expected(small):
@@ -275,12 +274,6 @@ def test_weights_that_are_not_there_get_a_beginning(small, tmp_path):
     assert all(0.01 < tensor.std() < 0.03 for tensor in drawn)
 
 
-def test_without_safetensors_one_line_says_so(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    said = refused(capsys, "from-hf", small[1], tmp_path / "out")
-    assert "the package safetensors is missing; pip install" in said
-
-
 def test_models_of_another_kind_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(named.VARIABLE, "examples.tower.mixer")
     for kind in (dict(), dict(decoder=None, image__pool="mean")):
@@ -294,15 +287,6 @@ def test_models_of_another_kind_are_refused(tmp_path, capsys, monkeypatch):
     saved_model.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
     said = refused(capsys, "to-torch", tmp_path / "two", tmp_path / "to-torch").split("\n")
     assert said[0] == "model.decoder: got none; to-torch writes models with a region decoder"
-
-
-def test_without_transformers_nothing_is_proven(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    arguments = ["to-hf", "--input", str(small[0]), "--output", str(tmp_path / "hf")]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "parity: NOT PROVEN." in printed.splitlines()[-1] and "text/position_embed" in printed
-    assert "parity: NOT PROVEN." in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_of_a_folder_in_a_store_a_copy_is_proven(tmp_path):
@@ -340,9 +324,8 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99,
                     model__decoder__queries=3, loss__image_description=0.5, loss__group_size=4)  # fmt: skip
     c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"
-    with checkpoint.manager(workdir, c) as checkpoints:
-        checkpoint.save(checkpoints, state, c)
-        checkpoints.wait_until_finished()
+    with states.Checkpoints(workdir, c) as checkpoints:
+        checkpoints.save(state)
     (workdir / "metrics.jsonl").write_text(METRICS)
     out = tmp_path / "hf"
     assert main(["to-hf", "--input", str(workdir), "--output", str(out)]) == 0
@@ -352,7 +335,7 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     )
     card = (out / "README.md").read_text()
     for words in (
-        "| data set | cc12m |",
+        "| dataset | cc12m |",
         "| length | 10 steps; these weights are of step 9 |",
         "| moving average | these weights, with decay 0.99 |",
         "| loss: box | 1.5 |",
@@ -388,5 +371,5 @@ def test_a_tokenizer_elsewhere_leaves_its_name_alone(tmp_path):
     texts = [path.read_text() for path in tmp_path.glob("hf/*") if path.suffix != ".safetensors"]
     assert any("words.json is no file in the folder of the model" in text for text in texts)
     assert not any("/home/me" in text for text in texts)
-    report = huggingface.from_hf(tmp_path / "hf", tmp_path / "back")
+    report = from_hf(tmp_path / "hf", tmp_path / "back")
     assert "tokenizer NOT FOUND" in report.text

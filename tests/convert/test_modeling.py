@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from etils import epath
 
 import grain_jax
 from benchmarks.parity import comparison
@@ -16,6 +15,7 @@ from grain_jax import losses
 from grain_jax.checkpoint import saved_model
 from grain_jax.convert import huggingface, parity
 from grain_jax.convert.__main__ import main
+from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.reference import names
 from grain_jax.core import schema
 from grain_jax.models import grain
@@ -59,12 +59,12 @@ KINDS = {
 }  # fmt: skip
 
 
-def made(folder, changes, words=WORDS):
+def made(folder, changes):
     """(our folder, folder of to-hf, what the command printed)."""
     model = perturbed.tiny(**changes)
     saved_model.save_model(folder / "ours", model, perturbed.params(model), source="test")
     if model.text.tokenizer == "tokenizer.json":
-        perturbed.write_words(folder / "ours", words)
+        perturbed.write_words(folder / "ours", WORDS)
     report = huggingface.to_hf(folder / "ours", folder / "hf")
     assert report.verdict == "PROVEN", report.text
     return folder / "ours", folder / "hf", report.text
@@ -73,22 +73,22 @@ def made(folder, changes, words=WORDS):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """kind -> `made`, once for the file."""
-    found: dict[str, Any] = {}
+    folders: dict[str, Any] = {}
 
-    def of(kind):
-        if kind not in found:
-            found[kind] = made(tmp_path_factory.mktemp(kind), KINDS[kind])
-        return found[kind]
+    def make(kind):
+        if kind not in folders:
+            folders[kind] = made(tmp_path_factory.mktemp(kind), KINDS[kind])
+        return folders[kind]
 
-    return of
+    return make
 
 
 def loaded(folder) -> Any:
     return transformers.AutoModel.from_pretrained(folder, **REMOTE).eval()
 
 
-def tensors(given):
-    return foreign.torch_images(given.images), torch.tensor(given.token_ids).long()
+def tensors(inputs):
+    return foreign.torch_images(inputs.images), torch.tensor(inputs.token_ids).long()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,15 +99,16 @@ def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
     has_words = "text__tokenizer" in KINDS[kind]
     assert ("\ntoken_ids " in said) == has_words
     model, params, _ = saved_model.load_model(ours)
-    again, back = huggingface.read(epath.Path(hf))
+    from_hf(hf, tmp_path / "again")
+    again, back, _ = saved_model.load_model(tmp_path / "again")
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, back, params)
-    module, predictor = loaded(hf), grain_jax.load(hf)
-    given = parity.inputs_of(model)
+    module, predictor = loaded(hf), grain_jax.load(tmp_path / "again")
+    inputs = parity.inputs_of(model)
     with torch.no_grad():
-        maps = module.similarity_maps(*tensors(given)).numpy()
-    texts = predictor.encode_text(given.token_ids)
-    foreign.close(np.stack(predictor.similarity_maps(given.images, [texts] * len(maps))), maps)
+        maps = module.similarity_maps(*tensors(inputs)).numpy()
+    texts = predictor.encode_text(inputs.token_ids)
+    foreign.close(np.stack(predictor.similarity_maps(inputs.images, [texts] * len(maps))), maps)
     state = module.state_dict()
     loaded_again = type(module)(module.config)  # as of a config alone
     assert loaded_again.state_dict().keys() == state.keys()
@@ -119,39 +120,39 @@ def test_every_kind_goes_out_and_comes_back(kind, written, tmp_path, capsys):
 
 
 def a_batch(model, regions=2):
-    """(batch of ours with a text a row, inputs of the module)."""
-    given = parity.inputs_of(model)
-    count, length = len(given.images), model.text.context_length
+    """(batch of ours with one text per row, inputs of the module)."""
+    inputs = parity.inputs_of(model)
+    count, length = len(inputs.images), model.text.context_length
     rng = np.random.default_rng(2)
     described = rng.integers(2, model.text.vocab_size - 2, (count * regions, length))
     described[:, -1] = model.text.vocab_size - 1
     described[3, 5:], described[3, 4] = model.text.pad_id, model.text.vocab_size - 1
-    captions = given.token_ids.copy()
+    captions = inputs.token_ids.copy()
     after = np.arange(length) > captions.argmax(1)[:, None]
     captions[after] = model.text.pad_id
     texts = np.concatenate([captions, described]).astype(np.int32)
     ends = texts.argmax(1)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), texts.shape)
-    at = np.stack([np.arange(len(texts)), ends], axis=1).astype(np.int32)
+    where = np.stack([np.arange(len(texts)), ends], axis=1).astype(np.int32)
     mask = np.ones((count, regions), bool)
     mask[1, 1] = mask[2] = False
     boxes = rng.uniform(0.2, 0.6, (count, regions, 4)).astype(np.float32)
     batch = schema.Batch(
-        image=given.images,
+        image=inputs.images,
         text_tokens=texts[None],
         text_positions=positions[None],
         text_segments=(positions <= ends[:, None])[None].astype(np.int32),
-        caption_at=at[:count, None],
+        caption_at=where[:count, None],
         caption_id=np.arange(count, dtype=np.int32)[:, None],
         caption_mask=np.ones((count, 1), bool),
-        description_at=at[count:].reshape(count, regions, 2),
+        description_at=where[count:].reshape(count, regions, 2),
         description_id=np.arange(count * regions, dtype=np.int32).reshape(mask.shape),
         region_boxes_cxcywh=boxes,
         region_mask=mask,
         texts_dropped=np.zeros(1, np.int32),
     )
     return batch, dict(
-        pixel_values=foreign.torch_images(given.images),
+        pixel_values=foreign.torch_images(inputs.images),
         input_ids=torch.tensor(captions).long(),
         description_ids=torch.tensor(described).long().unflatten(0, mask.shape),
         region_boxes_cxcywh=torch.tensor(boxes),
@@ -159,73 +160,49 @@ def a_batch(model, regions=2):
     )
 
 
-@pytest.mark.parametrize("kind, contrast", [("siglip", "sigmoid"), ("options", "softmax")])
-def test_losses_and_gradients_are_ours(kind, contrast, written):
+@pytest.mark.parametrize("kind", ["siglip", "options", "own", "maps"])
+def test_losses_and_gradients_are_ours(kind, written):
+    """With regions, and for two towers, which read no regions; softmax, and sigmoid with a bias."""
     ours, hf, _ = written(kind)
     model, params, _ = saved_model.load_model(ours)
-    batch, given = a_batch(model)
-    loss = config_lib.Loss(contrast=contrast, deep_supervision=True)
+    batch, inputs = a_batch(model)
+    contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
+    weights = {} if model.decoder else dict(region_description=0.0, box=0.0)
+    loss = config_lib.Loss(contrast=contrast, deep_supervision=True, **weights)
 
     @jax.jit
     def step(params):
-        def of(params):
+        def total(params):
             outputs = grain.GRAIN(model).apply({"params": params}, batch)
-            found = losses.total_loss(outputs, batch, loss)
-            return found.total, found
+            result = losses.total_loss(outputs, batch, loss)
+            return result.total, result
 
-        return jax.grad(of, has_aux=True)(params)
+        return jax.grad(total, has_aux=True)(params)
 
     with jax.default_matmul_precision("highest"):
         grads, expected = step(params)
     module = loaded(hf)
     assert module.config.losses["contrast"] == contrast
     module.config.losses["deep_supervision"] = True
-    out = module(**given, return_loss=True)
+    out = module(**inputs, return_loss=True)
     assert out["loss"] is out.loss is out[0]  # as trainers of transformers read it
+    assert len(out.losses) == (3 if model.decoder else 1)
     for name, value in out.losses.items():
         np.testing.assert_allclose(value.detach(), expected.terms[name], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(out.loss.detach(), expected.total, rtol=1e-5)
     out.loss.backward()
     states = names.state_dicts(jax.tree.map(np.asarray, grads))
     compared = {f"{part}.{name}": x for part, state in states.items() for name, x in state.items()}
-    heads = {name for name in compared if name.startswith("decoder.boxes.")}  # of no loss in torch
-    for name, parameter in module.named_parameters():
-        if name not in heads:
-            assert comparison.gradient(name, parameter.grad.numpy(), compared[name]).ok, name
     assert compared.keys() == {name for name, _ in module.named_parameters()}
-
-
-@pytest.mark.parametrize("kind", ["own", "maps"])
-def test_the_loss_of_two_towers_is_ours(kind, written):
-    """Softmax, and sigmoid with a bias; regions are not read."""
-    ours, hf, _ = written(kind)
-    module, predictor = loaded(hf), grain_jax.load(ours)
-    batch, given = a_batch(predictor.model)
-    with torch.no_grad():
-        out = module(**given, return_loss=True)
-        alone = module(given["pixel_values"], given["input_ids"], return_loss=True)
-    embeds = [predictor.encode_text(x) for x in np.split(batch.text_tokens[0], [4])]
-    outputs = schema.Outputs(
-        image_embed=predictor.encode_image(batch.image),
-        text_embed=embeds[0][:, None],
-        region_embed=np.zeros((4, 0, 1), np.float32),
-        region_text_embed=embeds[1].reshape(4, 2, -1),
-        pred_boxes_cxcywh=np.zeros((1, 4, 0, 4), np.float32),
-        logit_scale=np.float32(predictor.logit_scale),
-        logit_bias=np.float32(predictor.logit_bias or 0),
-    )
-    loss = config_lib.Loss(contrast="softmax" if predictor.logit_bias is None else "sigmoid")
-    expected = jax.jit(lambda *x: losses.total_loss(*x, loss))(outputs, batch)
-    assert [*out.losses] == ["image_caption"] and out.region_embeds is None
-    np.testing.assert_allclose(out.loss, expected.total, rtol=1e-5)
-    assert out.loss == alone.loss
-    described = [out.text_embeds]
-    for call in (
-        lambda pixels: module.get_regions(pixels),
-        lambda pixels: module.zero_shot_logits(pixels, out.text_embeds, described, alpha=0.5),
-    ):
+    for name, parameter in module.named_parameters():
+        if not name.startswith("decoder.boxes."):  # of no loss in torch
+            assert comparison.gradient(name, parameter.grad.numpy(), compared[name]).ok, name
+    if model.decoder is None:
         with pytest.raises(ValueError, match="has no region decoder"):
-            call(given["pixel_values"])
+            module.get_regions(inputs["pixel_values"])
+        with pytest.raises(ValueError, match="has no region decoder"):
+            embeds = out.text_embeds
+            module.zero_shot_logits(inputs["pixel_values"], embeds, [embeds], alpha=0.5)
 
 
 TEXTS = ["A photo of a WREN!", "two dogs &amp; a cat's  bowl, 1998", "", "x", "wren " * 50]
@@ -237,24 +214,21 @@ def test_the_processor_has_siglips_tokens(kind, written, tmp_path):
         ours, hf, _ = written("siglip")
     else:
         ours, hf, _ = with_sentencepiece(tmp_path)
-    expected, model = grain_jax.load(ours).encode_text(TEXTS), grain_jax.load(hf)
-    np.testing.assert_array_equal(model.encode_text(TEXTS), expected)
+    expected = grain_jax.load(ours).encode_text(TEXTS)
     processor = transformers.AutoProcessor.from_pretrained(hf, **REMOTE)
     processor.save_pretrained(tmp_path / "again")
     again = transformers.AutoProcessor.from_pretrained(tmp_path / "again", **REMOTE)
     for each in (processor, again):
         with torch.no_grad():  # padded to the longest; the model fills the rest
-            found = loaded(hf).get_text_features(each(text=TEXTS[:4])["input_ids"]).numpy()
+            features = loaded(hf).get_text_features(each(text=TEXTS[:4])["input_ids"]).numpy()
             empty = loaded(hf).get_text_features(each(text=["", ""])["input_ids"]).numpy()
-        foreign.close(expected[:4], found / np.linalg.norm(found, axis=1, keepdims=True))
+        foreign.close(expected[:4], features / np.linalg.norm(features, axis=1, keepdims=True))
         foreign.close(expected[2], empty[1] / np.linalg.norm(empty[1]))
-    huggingface.from_hf(hf, tmp_path / "back")
+    from_hf(hf, tmp_path / "back")
     np.testing.assert_array_equal(grain_jax.load(tmp_path / "back").encode_text(TEXTS), expected)
 
 
 def with_sentencepiece(folder):
-    import sentencepiece
-
     model = perturbed.tiny(
         **DEPTH,
         decoder__depth=1,
@@ -265,13 +239,7 @@ def with_sentencepiece(folder):
         text__pool="last",
     )
     saved_model.save_model(folder / "ours", model, perturbed.params(model), source="test")
-    words = ["a photo of a wren", "two dogs and a cat s bowl 1998", "x long long words"] * 9
-    ids: Any = dict(bos_id=-1, unk_id=2, eos_id=1, pad_id=0)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_prefix=str(folder / "m"), minloglevel=2,
-        vocab_size=60, hard_vocab_limit=False, **ids,
-    )  # fmt: skip
-    (folder / "m.model").rename(folder / "ours" / "siglip.model")
+    perturbed.write_sentencepiece(folder / "ours")
     report = huggingface.to_hf(folder / "ours", folder / "hf")
     assert report.verdict == "PROVEN" and "\ntoken_ids " in report.text, report.text
     return folder / "ours", folder / "hf", report.text

@@ -45,9 +45,8 @@ def _run(root, end_id=None, **changes):
     adamw = optim.optimizer(config.optim, optax.constant_schedule(1e-3))
     opt_state = jax.tree_util.tree_map_with_path(_moments, jax.eval_shape(adamw.init, params))
     state = State(jnp.int32(1), params, opt_state)
-    with states.manager(root, config) as checkpoints:
-        states.save(checkpoints, state, config)
-        checkpoints.wait_until_finished()
+    with states.Checkpoints(root, config) as checkpoints:
+        checkpoints.save(state)
     return root
 
 

@@ -1,3 +1,5 @@
+"""The report of a conversion: inputs, tolerance and verdict."""
+
 import numpy as np
 import pytest
 
@@ -5,40 +7,43 @@ from grain_jax.convert import parity
 
 
 def test_inputs_start_and_end_as_texts_do():
-    given = parity.inputs(13, 50, 9, count=5)
-    assert given.images.shape == (5, 13, 13, 3) and given.images.dtype == np.float32
-    assert given.token_ids.shape == (5, 9) and given.token_ids.dtype == np.int32
-    assert (given.token_ids[:, 0] == 48).all() and (given.token_ids == 49).sum(1).tolist() == [
+    inputs = parity.inputs(13, 50, 9, count=5)
+    assert inputs.images.shape == (5, 13, 13, 3) and inputs.images.dtype == np.float32
+    assert inputs.token_ids.shape == (5, 9) and inputs.token_ids.dtype == np.int32
+    assert (inputs.token_ids[:, 0] == 48).all() and (inputs.token_ids == 49).sum(1).tolist() == [
         1
     ] * 5
-    assert given.token_ids[0].tolist() == [48, 49, *[0] * 7] and given.token_ids[1, -1] == 49
-    for a, b in zip(given, parity.inputs(13, 50, 9, count=5)):
+    assert inputs.token_ids[0].tolist() == [48, 49, *[0] * 7] and inputs.token_ids[1, -1] == 49
+    for a, b in zip(inputs, parity.inputs(13, 50, 9, count=5)):
         np.testing.assert_array_equal(a, b)
 
 
 def test_the_error_is_relative_to_the_other_sides_largest():
     b = np.array([[3.0, 4.0], [0.0, -10.0]])
     a = b + np.array([[0.0, 0.0], [0.5, 0.0]])
-    (found,) = parity.compare({"x": a}, {"x": b}, tolerance=0.05)
-    assert found.error == pytest.approx(0.05) and found.ok
-    assert found.cosine == pytest.approx(10 / np.sqrt(100.25))
-    (found,) = parity.compare({"x": a}, {"x": b}, tolerance=0.049)
-    assert not found.ok
+    (comparison,) = parity.compare({"x": a}, {"x": b}, tolerance=0.05)
+    assert comparison.error == pytest.approx(0.05) and comparison.ok
+    assert comparison.cosine == pytest.approx(10 / np.sqrt(100.25))
+    (comparison,) = parity.compare({"x": a}, {"x": b}, tolerance=0.049)
+    assert not comparison.ok
 
 
-def test_whole_numbers_must_be_equal():
-    ids = np.array([[49406, 320, 49407]])
-    (found,) = parity.compare({"ids": ids}, {"ids": ids.copy()})
-    assert found.ok
-    (found,) = parity.compare({"ids": ids}, {"ids": ids + [0, 1, 0]}, tolerance=1.0)
-    assert not found.ok
+IDS = np.array([[49406, 320, 49407]])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_fails(bad):
-    (found,) = parity.compare({"x": np.array([1.0, bad])}, {"x": np.array([1.0, 2.0])})
-    assert not found.ok
-    assert not parity.report([found], "the other side").ok
+@pytest.mark.parametrize(
+    "ours, theirs, ok",
+    [
+        (IDS, IDS.copy(), True),
+        (IDS, IDS + [0, 1, 0], False),  # integers must be equal
+        (np.array([1.0, np.nan]), np.array([1.0, 2.0]), False),
+        (np.array([1.0, np.inf]), np.array([1.0, 2.0]), False),
+    ],
+)
+def test_what_is_no_difference_and_what_is_one(ours, theirs, ok):
+    (comparison,) = parity.compare({"x": ours}, {"x": theirs}, tolerance=1.0)
+    assert comparison.ok == ok
+    assert parity.report([comparison], "the other side").ok == ok
 
 
 def test_other_names_and_shapes_are_errors():

@@ -13,7 +13,7 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.checkpoint import pretrained, saved_model
+from grain_jax.checkpoint import files, pretrained, saved_model
 from grain_jax.core import errors
 from grain_jax.demo import __main__ as command
 from grain_jax.demo import class_lists
@@ -76,9 +76,11 @@ def test_phrases_and_pixels_are_those_of_the_model(predictor, picture):
     views, image = page.Views(predictor), PIL.Image.open(picture)
     (_, boxes), maps = views.find(picture, "a beak; a tail")
     answers = predictor.ground(image, ["a beak", "a tail"])
-    words = ("a beak", "a tail")
-    assert [label for _, label in boxes] == [f"{w} ({x.score:.2f})" for w, x in zip(words, answers)]
-    assert [(one.size, label) for one, label in maps] == [((40, 30), word) for word in words]
+    phrases = ("a beak", "a tail")
+    assert [label for _, label in boxes] == [
+        f"{w} ({x.score:.2f})" for w, x in zip(phrases, answers)
+    ]
+    assert [(mask.size, label) for mask, label in maps] == [((40, 30), word) for word in phrases]
     _, masks = views.segment(picture, "wren\nkite")
     labels = predictor.segment(image, ["wren", "kite"])
     for mask, name in masks:
@@ -106,46 +108,47 @@ def test_wrong_input_is_one_line(predictor, tmp_path, picture):
         "got 5001 texts": lambda: views.segment(picture, "\n".join(map(str, range(5001)))),
         "'kite' has no description": lambda: views.scores(picture, "wren: a tail\nkite", 1.0),
     }.items():
-        with pytest.raises(errors.UserError, match=said) as found:
+        with pytest.raises(errors.UserError, match=said) as fault:
             call()
-        assert "\n" not in str(found.value)
-    with pytest.raises(page.gr.Error) as found:  # toasts may hold HTML
+        assert "\n" not in str(fault.value)
+    with pytest.raises(page.gr.Error) as fault:  # toasts may hold HTML
         page._shown(views.scores)(picture, "<b>\n<b>", 1.0)
-    assert "&lt;b&gt;" in found.value.message and "<b>" not in found.value.message
+    assert "&lt;b&gt;" in fault.value.message and "<b>" not in fault.value.message
 
 
-def test_classes_of_a_file_and_of_a_run(tmp_path):
+def test_classes_of_a_file_and_of_a_run(tmp_path, monkeypatch):
     assert class_lists.parse(TEXT) == CLASSES
     (tmp_path / "names.txt").write_text("wren\n\nkite\n")
     assert class_lists.read(tmp_path / "names.txt") == {"wren": [], "kite": []}
     (tmp_path / "D.json").write_text(json.dumps(CLASSES))
     assert class_lists.read(tmp_path / "D.json") == CLASSES
-    (tmp_path / "100" / "config").mkdir(parents=True)
+    (tmp_path / "100" / "state").mkdir(parents=True)
     for first, second, expected in (
         ({"kind": "retrieval"}, {"descriptions": f"{tmp_path}/D.json"}, CLASSES),
         ({"descriptions": "gone.json"}, {"descriptions": f"{tmp_path}/D.json"}, CLASSES),
         # Another file of a stranger's config is not shown.
         ({"descriptions": f"{tmp_path}/names.txt"}, {"descriptions": "gs://x/D.json"}, {}),
     ):
-        stored = json.dumps({"evals": {"a": first, "b": second}})
-        (tmp_path / "100" / "config" / "metadata").write_text(stored)
+        stored = files.Items({}, {"evals": {"a": first, "b": second}}, [], None)
+        monkeypatch.setattr(files, "read_items", lambda folder, stored=stored: stored)
         assert class_lists.of_run(tmp_path / "100") == (expected, None)
     assert class_lists.of_run(tmp_path) == ({}, None)  # a converted model
 
 
-def test_examples_are_of_the_dataset_of_the_run(tmp_path, picture):
+def test_examples_are_of_the_dataset_of_the_run(tmp_path, picture, monkeypatch):
     (tmp_path / "copy").mkdir()
     copy = command.epath.Path(tmp_path / "copy")
     birds, drawn = command.starting_point(pretrained.folder_of("aviary-tiny"), copy)
     assert len(birds) == len(drawn) == 3
     assert all(page.read_image(path).size == (64, 64) for path in drawn)
     assert command.starting_point(tmp_path, copy) == ({}, [])  # a converted model
-    (tmp_path / "run" / "config").mkdir(parents=True)
+    (tmp_path / "run" / "state").mkdir(parents=True)
     (tmp_path / "mine").mkdir()
     os.rename(picture, tmp_path / "mine" / "cat.png")
     for images, expected in ((tmp_path / "mine", ["00_cat.png"]), (tmp_path / "gone", [])):
-        stored = json.dumps({"evals": {"a": {"kind": "zeroshot", "images": str(images)}}})
-        (tmp_path / "run" / "config" / "metadata").write_text(stored)
+        stored = {"evals": {"a": {"kind": "zeroshot", "images": str(images)}}}
+        items = files.Items({}, stored, [], None)
+        monkeypatch.setattr(files, "read_items", lambda folder, items=items: items)
         _, shown = command.starting_point(tmp_path / "run", copy)
         assert [os.path.basename(path) for path in shown] == expected
 
@@ -179,8 +182,8 @@ def in_browser(predictor, folder):
     from tests import browser
 
     saved_model.save_model(folder / "model", predictor.model, predictor.params, source="test")
-    words = ["--checkpoint", str(folder / "model"), "--examples", str(folder)]
-    arguments = [sys.executable, "-m", "grain_jax.demo", *words]
+    flags = ["--checkpoint", str(folder / "model"), "--examples", str(folder)]
+    arguments = [sys.executable, "-m", "grain_jax.demo", *flags]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE) as server:
         try:
             assert server.stdout is not None

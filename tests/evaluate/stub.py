@@ -5,22 +5,27 @@ An image is known by its number, which is the red value of its first pixel; a te
 
 import json
 import pathlib
+import types
 
 import numpy as np
 import PIL.Image
 
-from grain_jax.config import evals
 from grain_jax.core import schema
+from grain_jax.evaluate import base, kinds
 
 
 class StubPredictor:
-    """Has the methods of `evaluate.encode.Predictor`, from tables.
+    """Has the methods of a Predictor that evaluators call, from tables.
 
     Args:
       images: image number -> embedding [D].
       texts: text -> embedding [D]; other texts are a KeyError, and `asked` lists those that were asked for.
       regions: image number -> (boxes_xyxy [Q, 4], embed [Q, D]).
     """
+
+    model = types.SimpleNamespace(image=types.SimpleNamespace(image_size=4))
+    has_regions, has_box_head = True, False
+    folder, digests = None, {}
 
     def __init__(self, images=None, texts=None, regions=None):
         self.images, self.texts, self.regions = images or {}, texts or {}, regions or {}
@@ -54,7 +59,7 @@ def region(box, description, score: float = 1, **more):
 
 
 def annotate(folder, lines, size=(20, 10)):
-    """Writes A.jsonl, a dict a line, and image number i for line i; returns the options of an evaluator."""
+    """Writes A.jsonl with one dict per line, and image number i for line i; returns the options of an evaluator."""
     for i, _ in enumerate(lines):
         write_picture(folder / f"{i}.png", i, size)
     write_lines(folder / "A.jsonl", [{"image": f"{i}.png", **line} for i, line in enumerate(lines)])
@@ -62,7 +67,7 @@ def annotate(folder, lines, size=(20, 10)):
 
 
 def write_lines(path, lines):
-    """Writes a line of JSON each."""
+    """Writes one line of JSON for each dict."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -71,5 +76,5 @@ def measure(
 ):
     """The result of an evaluator of the package with those options, of which paths may be paths."""
     texts = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in options.items()}
-    context = evals.Context(batch_size, state_path, step, predictions)
-    return evals.find(kind)(**texts).evaluate(predictor, context)
+    context = base.Context(batch_size, state_path, step, predictions)
+    return kinds.find(kind)(**texts).evaluate(predictor, context)

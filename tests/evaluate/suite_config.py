@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from grain_jax.config.recipe import evaluator
+from grain_jax.evaluate.kinds import evaluator
 
 
 def get_config(folder):

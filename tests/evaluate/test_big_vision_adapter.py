@@ -23,12 +23,14 @@ def clip(tmp_path_factory):
     return perturbed.saved(tmp_path_factory.mktemp("clip") / "model", text__vocab_size=49408)
 
 
-@pytest.fixture(scope="module", params=["packable", "sees its padding"])
+@pytest.fixture(scope="module", params=["packable", "sees its padding", "masks its padding"])
 def other(request, tmp_path_factory):
     changes = dict(text__tokenizer="tokenizer.json", text__pad_id=1)
     if request.param == "sees its padding":
         changes |= dict(text__causal=False, text__pool="last", decoder=None, image__pool="mean")
         changes |= dict(logit_bias_init=-10.0)
+    if request.param == "masks its padding":
+        changes |= dict(text__causal=False, text__mask_padding=True)
     folder = tmp_path_factory.mktemp("other") / "model"
     perturbed.saved(folder, **changes)
     # The end token is not the highest id.
@@ -71,8 +73,8 @@ def test_pictures_and_texts_as_the_predictor_has_them(clip):
     for padding in (0, 49407):
         close(text_of(np.where(ids < 0, padding, ids)), ztxt)
     for outside in (49408, 10**6, -2):  # ids that the table has not got
-        found = np.asarray(text_of(np.where(np.arange(4)[:, None] == 1, outside, ids)))
-        assert np.isnan(found).all(axis=1).tolist() == [False, True, False, False]
+        measured = np.asarray(text_of(np.where(np.arange(4)[:, None] == 1, outside, ids)))
+        assert np.isnan(measured).all(axis=1).tolist() == [False, True, False, False]
     # Either alone, and init as its trainers call it.
     zimg, ztxt, out = jax.eval_shape(predict, state, {"image": pictures})
     assert (zimg.shape, ztxt, set(out)) == ((4, 28), None, {"img/normalized", "t", "t/parameter"})
@@ -99,21 +101,12 @@ def test_texts_of_another_tokenizer(other):
         close(predict(state, {"labels": shorter})[1], ztxt)
 
 
-def test_a_tower_that_masks_its_padding_sees_none_of_another_op(tmp_path):
-    masked = dict(text__causal=False, text__mask_padding=True, text__vocab_size=49408)
-    folder = perturbed.saved(tmp_path / "model", **masked)
-    predict, state = made(folder)
-    ids, expected = labels(folder), inference.load(folder).encode_text(TEXTS)
-    for padding in (-1, 0, 49407):
-        close(predict(state, {"labels": np.where(ids < 0, padding, ids)})[1], expected)
-
-
 def test_pictures_are_resized_as_ours(clip):
     op = big_vision.grain_image(clip)
     picture = np.random.default_rng(1).integers(0, 256, (50, 70, 3)).astype(np.uint8)
     png = tf.io.encode_png(picture).numpy()
-    for given in (picture, png):
-        dataset = tf.data.Dataset.from_tensors({"image": given, "label": 3}).map(op)
+    for options in (picture, png):
+        dataset = tf.data.Dataset.from_tensors({"image": options, "label": 3}).map(op)
         assert dataset.element_spec["image"].shape == (40, 40, 3)
         (got,) = dataset.as_numpy_iterator()
         np.testing.assert_array_equal(got["image"], images.resize(picture, 40))
@@ -121,33 +114,21 @@ def test_pictures_are_resized_as_ours(clip):
 
 
 def test_the_patches_that_training_saw_make_no_other_model(clip, tmp_path):
-    given = dict(text__vocab_size=49408, image__keep=0.5)
-    folder = perturbed.saved(tmp_path / "kept", **given)
+    folder = perturbed.saved(tmp_path / "kept", text__vocab_size=49408, image__keep=0.5)
     params = big_vision.load(None, clip, {"checkpoint": folder})
-    jax.tree.map(
-        np.testing.assert_array_equal, params, big_vision.load(None, clip, {"checkpoint": clip})
-    )
-
-
-def test_register_needs_big_vision(monkeypatch):
-    monkeypatch.setitem(sys.modules, "big_vision", None)
-    said = "^big_vision: not on the path; clone github.com/google-research/big_vision and add"
-    with pytest.raises(big_vision.BigVisionError, match=said):
-        big_vision.register()
+    expected = big_vision.load(None, clip, {"checkpoint": clip})
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 def test_register_makes_the_names_known(monkeypatch):
+    monkeypatch.setitem(sys.modules, "big_vision", None)
+    with pytest.raises(big_vision.BigVisionError, match="^big_vision: not on the path"):
+        big_vision.register()
     known = {}
-
-    class Registry:
-        @staticmethod
-        def register(name, replace=False):
-            assert replace
-            return lambda item: known.setdefault(name, item)
-
+    register = lambda name, replace: lambda item: known.setdefault(name, item)
+    registry = types.SimpleNamespace(Registry=types.SimpleNamespace(register=register))
     for name in ("big_vision", "big_vision.pp"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    registry = types.SimpleNamespace(Registry=Registry)
     monkeypatch.setattr(sys.modules["big_vision.pp"], "registry", registry, raising=False)
     monkeypatch.setitem(sys.modules, "big_vision.models.grain_jax", None)
     big_vision.register()

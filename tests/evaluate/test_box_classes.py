@@ -21,7 +21,7 @@ def data(tmp_path):
         [([0, 0, 9, 9], "cat")],
         [],
     ]
-    given = annotate(tmp_path, [{"regions": [region(*x) for x in found]} for found in regions])
+    options = annotate(tmp_path, [{"regions": [region(*x) for x in boxes]} for boxes in regions])
     (tmp_path / "2.png").write_bytes(b"no picture")
     (tmp_path / "templates.txt").write_text("a {}")
     predictor = StubPredictor(
@@ -33,12 +33,12 @@ def data(tmp_path):
             1: ([LEFT, RIGHT, CORNER], [[0, 0, 1], [0, 1, 0], [1, 0, 0]]),
         },
     )
-    return predictor, given | dict(templates=tmp_path / "templates.txt")
+    return predictor, options | dict(templates=tmp_path / "templates.txt")
 
 
 def test_hand_computed(data):
-    predictor, given = data
-    got = measure("boxes", predictor, **given)
+    predictor, options = data
+    got = measure("boxes", predictor, **options)
     assert predictor.asked == list(TEXTS)
     assert (got["pictures"], got["unreadable"], got["without_regions"]) == (2, 1, 1)
     assert (got["boxes"], got["boxes_outside"], got["boxes_of_other_classes"]) == (3, 1, 0)
@@ -51,7 +51,7 @@ def test_hand_computed(data):
     assert got["region"]["mean_per_class"] == pytest.approx(2 / 3)
     low, high = rates.interval(2, 3)
     assert (got["region"]["top1_low"], got["region"]["top1_high"]) == (low, high)
-    # Of the two found ones cat is right. The image embedding knows cat and cow, too.
+    # Cat is right among the two found ones. The image embedding knows cat and cow, too.
     assert got["found_boxes"]["boxes"] == 2
     assert got["found_boxes"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}
     assert got["image"]["per_class"] == {"cat": 1.0, "Dog": 0.0, "cow": 1.0}
@@ -61,27 +61,27 @@ def test_hand_computed(data):
 
 
 def test_class_file(data, tmp_path):
-    predictor, given = data
+    predictor, options = data
     path = tmp_path / "classes.txt"
     path.write_text("cow\tcow\nfelis\tcat\n")
-    got = measure("boxes", predictor, **given, classes=str(path))
+    got = measure("boxes", predictor, **options, classes=str(path))
     assert (got["boxes"], got["boxes_of_other_classes"]) == (2, 1)
     assert (got["classes"], got["classes_with_boxes"]) == (2, 2)
     assert got["region"]["per_class"] == {"cow": 1.0, "cat": 1.0}
     assert got["groups"] == {}
     path.write_text("small_cow\tcow\trare\nfelis\tcat\tfrequent\ncanis\tDog\tfrequent\n")
-    got = measure("boxes", predictor, **given, classes=str(path))["groups"]
+    got = measure("boxes", predictor, **options, classes=str(path))["groups"]
     assert {name: part["boxes"] for name, part in got.items()} == {"rare": 1, "frequent": 2}
     assert got["rare"]["region"]["per_class"] == {"cow": 1.0}
     assert got["frequent"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}  # it says cow
     path.write_text("goat\n")
     with pytest.raises(errors.UserError, match="got no box that is of one of 1 classes"):
-        measure("boxes", predictor, **given, classes=str(path))
+        measure("boxes", predictor, **options, classes=str(path))
 
 
 def test_best_query():
     boxes = np.array([LEFT, [0, 0.5, 0.1, 1]], np.float32)
     queries = np.array([[CORNER, RIGHT, LEFT], [CORNER, RIGHT, CORNER]], np.float32)
-    found = box_classes.best_query(queries, boxes)
+    measured = box_classes.best_query(queries, boxes)
     # Nothing overlaps the second box: the right half is nearer to it, as GIoU has it, than a corner.
-    assert found.query.tolist() == [2, 1] and found.iou.tolist() == [1, 0]
+    assert measured.query.tolist() == [2, 1] and measured.iou.tolist() == [1, 0]

@@ -88,52 +88,39 @@ def test_stems_are_what_published_descriptions_are_called_by(tmp_path):
 
 
 def test_labels_without_a_file():
-    got = fault(None, 2, "nowhere/cifar10")
-    assert "no such file" in got and "cifar100, cityscapes, coco_stuff, imagenet2012" in got
+    assert "no such file" in fault(None, 2, "nowhere/cifar10")
     assert class_names.for_labels(["b_c", "a"], 2, None) == ["b c", "a"]
     assert "two labels that read 'b c'" in fault(["b_c", "b c"], 2, None)
     assert "got 2 classes without names" in fault(["0", "1"], 2, None)  # as TFDS gives them
     assert "labels such as n01440764" in fault(["n01440764", "n01443537"], 2, None)
 
 
-def test_names_are_found_by_label(tmp_path):
+def test_names_are_found_by_label_or_have_the_order_of_the_labels(tmp_path):
     path = file(tmp_path, "# a comment", "", "dog\thound", "cat\tlong cat", "cow\tox/cattle")
     assert class_names.for_labels(["cat", "dog"], 2, path) == ["long cat", "hound"]
     assert class_names.for_labels(None, 3, path) == ["hound", "long cat", "ox/cattle"]
-    got = fault(["cat", "pig"], 2, path)
-    assert "got no name for 1 of the data set's 2 labels, the first: 'pig'" in got
+    assert "the first: 'pig'" in fault(["cat", "pig"], 2, path)
     # Two of ImageNet's classes, as in TFDS's imagenette.
     names = class_names.for_labels(["n01440764", "n02102040"], 2, "imagenet2012")
     assert names == ["tench", "English Springer Spaniel"]
-
-
-def test_a_shifted_order_is_a_fault(tmp_path):
     path = file(tmp_path, "Dog", "a new name", "cat")
     assert class_names.for_labels(["dog", "old", "cat"], 3, path) == ["Dog", "a new name", "cat"]
-    got = fault(["cat", "dog", "old"], 3, path)
-    assert "got 'Dog' as class 0, where the data set has 'cat'" in got
-    assert "got 3 classes, expected the data set's 4" in fault(None, 4, path)
-
-
-@pytest.mark.parametrize(
-    "lines, expected",
-    [
+    assert "got 'Dog' as class 0" in fault(["cat", "dog", "old"], 3, path)
+    assert "got 3 classes, expected" in fault(None, 4, path)
+    for lines, expected in (
         ([], "got no class or an empty name"),
         (["cat\tcat", "dog"], "lines of several forms"),
-        (["cat\tcat", "cat\tdog"], "the label 'cat' twice"),
         (["M\u00f6we\ta", "Mo\u0308we\tb"], "the label 'M\u00f6we' twice"),
-    ],
-)
-def test_faulty_files(tmp_path, lines, expected):
-    assert expected in fault(None, 2, file(tmp_path, *lines))
+    ):
+        assert expected in fault(None, 2, file(tmp_path, *lines))
 
 
 @pytest.fixture
 def open_clip(monkeypatch):
     """The package without torch, which its __init__ imports."""
     package = types.ModuleType("open_clip")
-    found = importlib.util.find_spec("open_clip")
-    package.__path__ = found.submodule_search_locations
+    measured = importlib.util.find_spec("open_clip")
+    package.__path__ = measured.submodule_search_locations
     monkeypatch.setitem(sys.modules, "open_clip", package)
 
 

@@ -17,8 +17,8 @@ TEXTS = {"beak": [1, 0, 0], "tail": [0, 1, 0], "crest": [0, 0, 1]}
 def annotated(tmp_path):
     """Three images of a left half (beak, beak, crest); the first two have a right half (tail) too."""
     half = lambda j, word: region([10 * j, 0, 10 * j + 10, 10], word, 0.9 - 0.1 * j)
-    words = ("beak", "tail"), ("Beak", "tail"), ("crest",)
-    annotate(tmp_path, [{"regions": [half(*x) for x in enumerate(own)]} for own in words])
+    phrase = ("beak", "tail"), ("Beak", "tail"), ("crest",)
+    annotate(tmp_path, [{"regions": [half(*x) for x in enumerate(mine)]} for mine in phrase])
     return tmp_path
 
 
@@ -49,7 +49,7 @@ def test_hand_computed(annotated):
     assert result["matched_iou50"] == 1.0
     # Query 0 says beak: right twice, wrong of the crest. Query 1 says beak, crest, tail: its tails come third.
     assert result["region_to_description_r1"] == pytest.approx(2 / 5)
-    # Of three texts all are among five.
+    # All three texts are among the first five.
     assert result["region_to_description_r5"] == 1 == result["chance_region_to_description_r5"]
     assert result["chance_region_to_description_r1"] == pytest.approx(1 / 3)
     entropy = lambda *p: -sum(x * math.log(x) for x in p)

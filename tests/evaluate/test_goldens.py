@@ -66,14 +66,14 @@ def test_the_command_gives_the_references_accuracies_and_logits(golden, tmp_path
             np.testing.assert_allclose([100 * rates["top1"], 100 * rates["top5"]], expected)
             logits = golden[f"outputs/{tag}/alpha_{alpha}/logits"][number]
             best = np.argsort(-logits, axis=1)[:, :5]
-            found = [line[f"{prefix}alpha_{alpha}"] for line in lines]
+            listed = [line[f"{prefix}alpha_{alpha}"] for line in lines]
             np.testing.assert_allclose(
-                [[score for _, score in row] for row in found],
+                [[score for _, score in row] for row in listed],
                 np.take_along_axis(logits, best, axis=1),
                 atol=1e-6,
             )
             if alpha:  # at 0 shared descriptions tie
-                assert [[name for name, _ in row] for row in found] == [
+                assert [[name for name, _ in row] for row in listed] == [
                     [names[i] for i in row] for row in best
                 ]
 

@@ -17,8 +17,8 @@ def data(tmp_path):
         [([0, 0, 10, 10], "green", "red"), ([30, 0, 40, 9], "red", "blue", "green")],
         [([10, 0, 20, 10], "red", "blue", "green")],
     ]
-    made = [[region(box, text, negatives=rest) for box, text, *rest in found] for found in regions]
-    given = annotate(tmp_path, [{"regions": found} for found in made])
+    made = [[region(box, text, negatives=rest) for box, text, *rest in boxes] for boxes in regions]
+    options = annotate(tmp_path, [{"regions": boxes} for boxes in made])
     predictor = StubPredictor(
         # The image says red, of the last one red and blue alike.
         images={0: [1, 0, 0], 1: [1, 0, 0], 2: [1, 1, 0]},
@@ -29,12 +29,12 @@ def data(tmp_path):
             2: ([LEFT, RIGHT], [[1, 0, 0], [0, 1, 0]]),  # wrong
         },
     )
-    return predictor, given
+    return predictor, options
 
 
 def test_hand_computed(data):
-    predictor, given = data
-    got = measure("hard_negatives", predictor, **given, negatives=2)
+    predictor, options = data
+    got = measure("hard_negatives", predictor, **options, negatives=2)
     assert (got["boxes"], got["boxes_with_fewer_negatives"], got["boxes_outside"]) == (3, 1, 1)
     assert (got["chance"], got["chance_mean_rank"], got["pictures"]) == (1 / 3, 2.0, 3)
     assert got["region"]["top1"] == pytest.approx(1 / 3)
@@ -49,15 +49,15 @@ def test_hand_computed(data):
 
 
 def test_fewer_negatives_take_the_first(data):
-    predictor, given = data
-    got = measure("hard_negatives", predictor, **given, negatives=1)
+    predictor, options = data
+    got = measure("hard_negatives", predictor, **options, negatives=1)
     assert (got["boxes"], got["negatives"]) == (4, 1)
     assert got["region"]["top1"] == pytest.approx(3 / 4)  # of blue, pale is not asked for
 
 
 def test_captions_with_a_negative_in_place_of_the_description(tmp_path):
     blue = region([0, 0, 9, 9], "blue", negatives=["red", "pale"])
-    given = annotate(
+    options = annotate(
         tmp_path,
         [
             {"caption": "bluebird", "synthetic_caption": "A Blue tail", "regions": [blue]},
@@ -67,9 +67,9 @@ def test_captions_with_a_negative_in_place_of_the_description(tmp_path):
     texts = TEXTS | {"A Blue tail": [1, 0, 1], "A red tail": [1, 0, 0], "A pale tail": [0, 1, 0]}
     predictor = StubPredictor(texts=texts, regions={i: ([LEFT], [[1, 0, 0]]) for i in (0, 1)})
     predictor.images = {0: [1, 0, 0], 1: [0, 1, 0]}
-    got = measure("hard_negatives", predictor, **given, negatives=2, captions=True)
+    got = measure("hard_negatives", predictor, **options, negatives=2, captions=True)
     assert got["boxes"] == 2 and got["captions"]["boxes"] == 1
     assert got["captions"]["image"]["mean_rank"] == 2 and got["captions"]["image"]["top1"] == 0
     labels = [row.label for row in tables.rows_of(got["kind"], tables.scalars(got))]
     assert labels[-1] == "right caption, by the image"
-    assert "captions" not in measure("hard_negatives", predictor, **given, negatives=2)
+    assert "captions" not in measure("hard_negatives", predictor, **options, negatives=2)

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.config.recipe import evaluator
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import linear_probe, rates
+from grain_jax.evaluate import kinds, linear_probe, rates
+from grain_jax.evaluate.kinds import evaluator
 from tests.evaluate import tfds_sets
 from tests.evaluate.stub import StubPredictor, measure, write_picture
 
@@ -27,7 +26,7 @@ def _folders(folder, counts, first=0):
 
 
 def _embeddings(labels, noise, seed):
-    """Unit embeddings around a direction a class, [N, 8]."""
+    """Unit embeddings around one direction per class, [N, 8]."""
     rng = np.random.default_rng(seed)
     embed = np.eye(3, 8)[labels] + noise * rng.normal(size=(len(labels), 8))
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32)
@@ -81,7 +80,7 @@ def test_separable_classes_are_told_apart_and_equal_ones_are_at_chance(tmp_path)
     result = _evaluate(tmp_path, told)
     assert result["top1"] == 1.0 == result["mean_per_class"]
     alike = StubPredictor(dict.fromkeys(range(len(every)), [1, 0, 0]))
-    # Of one embedding the most frequent class of the training set is the answer.
+    # If all embeddings are equal, the answer is the most frequent class of the training set.
     assert _evaluate(tmp_path, alike)["per_class"] == {"bee": 0, "cow": 0, "doe": 1}
 
 
@@ -103,7 +102,7 @@ def test_a_tfds_set_is_probed_by_its_splits(tmp_path):
     pictures = tfds_sets.numbered(range(8))
     tfds_sets.write(tmp_path, "dtd", "3.0.1", "test", pictures, labels, names=["a", "b"])
     given = dict(tfds="dtd", data_dir=str(tmp_path), train="test[:5]", split="test[5:]")
-    entry = config_lib.evaluator_from_dict(ConfigDict(evaluator("linear_probe", **given)))
+    entry = kinds.from_entry(ConfigDict(evaluator("linear_probe", **given)))
     assert entry.check() == 8
     result = entry.evaluate(StubPredictor(dict(enumerate(np.eye(2)[labels]))))
     assert (result["train_pictures"], result["pictures"]) == (5, 3)

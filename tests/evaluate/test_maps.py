@@ -30,7 +30,7 @@ def data(tmp_path):
         {"image": "none.png", "regions": [left]},
         {"image": "1.png", "regions": []},
     ]
-    given = annotate(tmp_path, lines)
+    options = annotate(tmp_path, lines)
     predictor = Mapped(
         texts=TEXTS,
         images={
@@ -38,12 +38,12 @@ def data(tmp_path):
             1: {0: [[0, 1], [1, 0]]},  # one of two equally high cells is right
         },
     )
-    return predictor, given
+    return predictor, options
 
 
 def test_hand_computed(data):
-    predictor, given = data
-    got = measure("maps", predictor, **given)
+    predictor, options = data
+    got = measure("maps", predictor, **options)
     assert (got["pictures"], got["unreadable"], got["without_regions"]) == (2, 1, 1)
     assert (got["phrases"], got["regions_outside"]) == (3, 1)
     assert got["pointing"] == pytest.approx((1 + 0 + 0.5) / 3)
@@ -55,14 +55,14 @@ def test_hand_computed(data):
 
 def test_the_iou_is_that_of_the_best_threshold():
     # A map that rises from left to right: above 1/2 it is the right half, which is the box.
-    one, box = np.array([[0, 1.0]]), np.array([[0.5, 0, 1, 1]])
-    found = maps._measured([(one, box), (one, box)])
-    mean = found["iou"].mean(0)
+    single, box = np.array([[0, 1.0]]), np.array([[0.5, 0, 1, 1]])
+    measured = maps._measured([(single, box), (single, box)])
+    mean = measured["iou"].mean(0)
     assert mean[list(maps.thresholds().round(2)).index(0.5)] == 1 == mean.max()
     assert mean[0] == pytest.approx(0.5 / 0.725, abs=0.01)  # above .05 from x = .275 on
-    assert found["hit"].tolist() == [1, 1] and found["chance"].tolist() == [0.5, 0.5]
+    assert measured["hit"].tolist() == [1, 1] and measured["chance"].tolist() == [0.5, 0.5]
 
 
 def test_a_map_without_differences_says_nothing():
-    found = maps._measured([(np.ones((4, 4)), np.array([[0, 0, 0.25, 0.5]]))])
-    assert found["hit"].tolist() == found["chance"].tolist() == [2 / 16]
+    measured = maps._measured([(np.ones((4, 4)), np.array([[0, 0, 0.25, 0.5]]))])
+    assert measured["hit"].tolist() == measured["chance"].tolist() == [2 / 16]

@@ -24,18 +24,18 @@ def test_interval_of_nothing():
 
 def test_interval_of_a_mean_over_classes_is_that_of_all_where_they_are_alike():
     shares, counts = np.array([0.5, 0.75, 1.0]), np.array([40, 40, 40])
-    found = rates.mean_rate("m", shares, counts)
-    assert found["m"] == 0.75
-    assert (found["m_low"], found["m_high"]) == pytest.approx(rates.interval(90, 120))
+    measured = rates.mean_rate("m", shares, counts)
+    assert measured["m"] == 0.75
+    assert (measured["m_low"], measured["m_high"]) == pytest.approx(rates.interval(90, 120))
     # Unlike ones, of one p: it holds the mean in about 95% of the cases, also near 1.
     random = np.random.default_rng(0)
     counts = np.array([3, 5, 10, 40] * 10)
-    held = []
+    kept = []
     for p in (0.3, 0.97):
         for _ in range(500):
-            found = rates.mean_rate("m", random.binomial(counts, p) / counts, counts)
-            held.append(found["m_low"] <= p <= found["m_high"])
-    assert 0.93 < np.mean(held) < 0.97
+            measured = rates.mean_rate("m", random.binomial(counts, p) / counts, counts)
+            kept.append(measured["m_low"] <= p <= measured["m_high"])
+    assert 0.93 < np.mean(kept) < 0.97
 
 
 def _by_enumeration(scores, right, k):

@@ -7,7 +7,7 @@ from tests.evaluate.stub import StubPredictor, annotate, measure
 
 
 def test_hand_computed(tmp_path):
-    given = annotate(
+    options = annotate(
         tmp_path,
         [
             {"captions": ["one", "uno"]},
@@ -19,7 +19,7 @@ def test_hand_computed(tmp_path):
     texts = {"one": [1, 0, 0], "uno": [0.6, 0.8, 0], "two": [0, 1, 0], "three": [0, 0, 1]}
     images = {0: [0.1, 1, 0], 1: [0, 1, 0.1], 2: [0, 0.2, 1]}
     predictor = StubPredictor(images, texts)
-    result = measure("retrieval", predictor, **given)
+    result = measure("retrieval", predictor, **options)
     assert predictor.asked == ["one", "uno", "two", "three"]
     assert (result["pictures"], result["captions"], result["distinct_captions"]) == (3, 4, 4)
     assert result["synthetic_captions"] == 1 and result["without_caption"] == 1
@@ -37,12 +37,12 @@ def test_hand_computed(tmp_path):
 
 
 def test_equal_captions_are_right_for_each_other(tmp_path):
-    given = annotate(
+    options = annotate(
         tmp_path, [{"caption": "A  bird"}, {"caption": "a bird"}, {"caption": "a fish"}]
     )
     texts = {"A  bird": [1, 0], "a fish": [0, 1]}
     images = {0: [1, 0], 1: [0.9, 0.1], 2: [0.1, 1]}
-    result = measure("retrieval", StubPredictor(images, texts), **given)
+    result = measure("retrieval", StubPredictor(images, texts), **options)
     assert (result["captions"], result["distinct_captions"]) == (3, 2)
     assert result["image_to_text"]["r1"] == 1.0
     assert result["text_to_image"]["r1"] == 1.0
@@ -52,12 +52,12 @@ def test_equal_captions_are_right_for_each_other(tmp_path):
 
 def test_chunks_do_not_matter(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
-    given = annotate(tmp_path, [{"captions": [f"{i} a", f"{i} b"]} for i in range(23)])
+    options = annotate(tmp_path, [{"captions": [f"{i} a", f"{i} b"]} for i in range(23)])
     texts = {f"{i} {x}": random.normal(size=6) for i in range(23) for x in "ab"}
     predictor = StubPredictor({i: random.normal(size=6) for i in range(23)}, texts)
-    whole = measure("retrieval", predictor, **given)
+    whole = measure("retrieval", predictor, **options)
     monkeypatch.setattr(scores, "AT_ONCE", 5)
-    assert measure("retrieval", predictor, **given, batch_size=4) == whole
+    assert measure("retrieval", predictor, **options, batch_size=4) == whole
     # Against the definition.
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     similarity = (
@@ -66,7 +66,7 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
     )
     order = np.argsort(-similarity, axis=1)
     for k in (1, 5, 10):
-        found = [(order[i, :k] // 2 == i).any() for i in range(23)]
-        assert whole["image_to_text"][f"r{k}"] == pytest.approx(np.mean(found))
-        found = [j // 2 in np.argsort(-similarity[:, j])[:k] for j in range(46)]
-        assert whole["text_to_image"][f"r{k}"] == pytest.approx(np.mean(found))
+        measured = [(order[i, :k] // 2 == i).any() for i in range(23)]
+        assert whole["image_to_text"][f"r{k}"] == pytest.approx(np.mean(measured))
+        measured = [j // 2 in np.argsort(-similarity[:, j])[:k] for j in range(46)]
+        assert whole["text_to_image"][f"r{k}"] == pytest.approx(np.mean(measured))

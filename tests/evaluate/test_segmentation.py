@@ -3,18 +3,14 @@
 import json
 import tracemalloc
 import types
-from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 from etils import epath
 
-from grain_jax import config, inference
-from grain_jax.config import evals
 from grain_jax.core import errors
-from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import class_names, confusion, segmentation, segmentation_sets, tables
+from grain_jax.evaluate import base, class_names, confusion, segmentation, segmentation_sets, tables
 from grain_jax.runtime import processes
 from tests import tiny
 from tests.evaluate.report import workdirs
@@ -72,7 +68,7 @@ def measure(predictor=None, batch_size=3, **options):
     options = {k: str(v) if hasattr(v, "parts") else v for k, v in options.items()}
     entry = segmentation.Segmentation(**options)
     assert entry.check() > 0
-    return entry.evaluate(predictor or Coloured(), evals.Context(batch_size))
+    return entry.evaluate(predictor or Coloured(), base.Context(batch_size))
 
 
 def folder(root, count=4, size=(20, 17), names="wall\nfloor\nsky\n"):
@@ -90,8 +86,8 @@ def folder(root, count=4, size=(20, 17), names="wall\nfloor\nsky\n"):
 def by_counting(truth, predicted, classes):
     """(mIoU, pixel accuracy, mean class accuracy) by loops over the pixels of all images."""
     right, true, said = ([0] * classes for _ in range(3))
-    for one, other in zip(truth, predicted):
-        for t, p in zip(one.ravel().tolist(), other.ravel().tolist()):
+    for single, other in zip(truth, predicted):
+        for t, p in zip(single.ravel().tolist(), other.ravel().tolist()):
             if t >= 0:
                 true[t] += 1
                 said[p] += 1
@@ -102,7 +98,7 @@ def by_counting(truth, predicted, classes):
     return sum(ious) / len(ious), sum(right) / sum(true), sum(shares) / len(shares)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_numbers_are_those_of_a_plain_count(seed):
     random = np.random.default_rng(seed)
     classes = int(random.integers(2, 9))
@@ -153,29 +149,16 @@ def test_processes_add_up(monkeypatch):
     random = np.random.default_rng(0)
     matrices = [random.integers(0, 9, (4, 4)) for _ in range(5)]
     whole, parts = confusion.Confusion(4), [confusion.Confusion(4) for _ in range(2)]
-    for i, one in enumerate(matrices):
-        whole.add(i, one)
-        parts[i // 3].add(i, one)
-    given = [
+    for i, single in enumerate(matrices):
+        whole.add(i, single)
+        parts[i // 3].add(i, single)
+    inputs = [
         {"matrix": p.matrix[None], "drawn": p._drawn[None], "images": np.array([p.images])}
         for p in parts
     ]
-    joined = {key: np.concatenate([one[key] for one in given]) for key in given[0]}
+    joined = {key: np.concatenate([single[key] for single in inputs]) for key in inputs[0]}
     monkeypatch.setattr(processes, "allgather", lambda _: joined)
     assert parts[0].gathered().measures() == whole.measures()
-
-
-def test_other_processes_learn_of_a_failure(tmp_path, monkeypatch):
-    class Broken(Coloured):
-        def class_maps(self, images, classes, **options):
-            return super().class_maps(images, classes) * np.nan
-
-    told = []
-    agree = processes.agree
-    monkeypatch.setattr(processes, "agree", lambda *given: told.append(given[0]) or agree(*given))
-    with pytest.raises(errors.UserError, match="not finite") as found:
-        measure(Broken(), images=folder(tmp_path))
-    assert told[-1] is found.value
 
 
 def test_a_folder(tmp_path):
@@ -184,10 +167,10 @@ def test_a_folder(tmp_path):
     assert got["pixels"] == 4 * 17 * 19 and got["pixel_accuracy"] == pytest.approx(18 / 19)
     truth, predicted = [], []
     for i in range(4):
-        one = np.full((17, 20), i % 3)
-        predicted.append(one.copy())
-        one[:, 0], one[:, 1] = (i + 1) % 3, -1
-        truth.append(one)
+        single = np.full((17, 20), i % 3)
+        predicted.append(single.copy())
+        single[:, 0], single[:, 1] = (i + 1) % 3, -1
+        truth.append(single)
     miou, _, mean = by_counting(truth, predicted, 3)
     assert got["miou"] == pytest.approx(miou) and got["mean_class_accuracy"] == pytest.approx(mean)
     assert "miou_low" not in got  # of four images
@@ -228,8 +211,8 @@ def test_a_model_in_the_evaluation(tmp_path):
     names = ["wall, stone wall", "floor", "sky"]
     predicted = predictor.segment(pictures, names, stride=8)
     expected = by_counting(truth, predicted, 3)
-    found = [got[key] for key in ("miou", "pixel_accuracy", "mean_class_accuracy")]
-    assert found == pytest.approx(expected, abs=3e-3)  # a pixel may lie between two classes
+    measured = [got[key] for key in ("miou", "pixel_accuracy", "mean_class_accuracy")]
+    assert measured == pytest.approx(expected, abs=3e-3)  # a pixel may lie between two classes
     assert got["pixels"] == sum((each >= 0).sum() for each in truth)
 
 
@@ -335,8 +318,8 @@ def test_formats_of_public_sets(tmp_path, monkeypatch, layout, write):
     names, pixels = write(tmp_path)
     got = measure(images=tmp_path, format=layout)
     assert got["pixel_accuracy"] == got["miou"] == 1 and got["unreadable"] == 0
-    found = {name: x["pixels"] for name, x in got["per_class"].items() if x["pixels"]}
-    assert found == dict.fromkeys(names, pixels)
+    measured = {name: x["pixels"] for name, x in got["per_class"].items() if x["pixels"]}
+    assert measured == dict.fromkeys(names, pixels)
 
 
 @pytest.mark.parametrize("tag", [3, 6])  # upside down, and to the right
@@ -362,7 +345,7 @@ def test_masks_of_public_sets_are_of_the_pixels_as_stored(tmp_path, monkeypatch,
 def test_class_files(name, count):
     lines = class_names.read(name)
     assert len(lines) == count == len({line.label for line in lines})
-    _, labels = segmentation_sets._classes(name)
+    _, labels = segmentation_sets._classes(name, False)
     assert len(set(labels)) == count
 
 
@@ -397,83 +380,60 @@ def test_masks_of_few_and_of_many_bits(tmp_path):
         np.testing.assert_array_equal(got, ids[None])
 
 
-def _break(path, how):
-    if how == "missing":
-        path.unlink()
-    elif how == "folder":
-        path.unlink()
-        path.mkdir()
-    elif how == "size":
-        mask(path, np.zeros((17, 21)))
-    elif how == "colours":
-        PIL.Image.new("RGB", (20, 17)).save(path)
-    elif how == "ids":
-        mask(path, np.repeat([[3, 7, 9, 200, 11, 12, 255, 0, 1, 2]], 17, 0).repeat(2, 1))
-    elif how == "cut off":
-        path.write_bytes(path.read_bytes()[:-30])
-    else:
-        path.write_bytes(hostile.png(60_000, 60_000))
+BROKEN = {  # what is written in place of a mask -> what the result says
+    "No such file or directory, expected the mask of ": lambda path: path.unlink(),
+    "got 21 x 17 pixels, expected 20 x 17": lambda path: mask(path, np.zeros((17, 21))),
+    "got PNG, mode RGB, expected a PNG": lambda path: PIL.Image.new("RGB", (20, 17)).save(path),
+    "got the ids 3, 7, 9, 11, 12, ... at 204 pixels": lambda path: mask(
+        path, np.repeat([[3, 7, 9, 200, 11, 12, 255, 0, 1, 2]], 17, 0).repeat(2, 1)
+    ),
+    "expected a readable image": lambda path: path.write_bytes(path.read_bytes()[:-30]),
+}
 
 
-@pytest.mark.parametrize(
-    "how, line",
-    [
-        ("missing", "No such file or directory, expected the mask of "),
-        ("folder", "got a folder, pipe or device, expected an image file"),
-        ("size", "got 21 x 17 pixels, expected 20 x 17, those of the image"),
-        ("colours", "got PNG, mode RGB, expected a PNG of one channel, grey or with a palette"),
-        ("ids", "got the ids 3, 7, 9, 11, 12, ... at 204 pixels, expected those of the 3 classes"),
-        ("cut off", "expected a readable image"),
-        ("bomb", "could be decompression bomb"),
-    ],
-)
-def test_masks_that_cannot_be_used_are_left_out_and_named(tmp_path, how, line):
+@pytest.mark.parametrize("line", BROKEN)
+def test_masks_that_cannot_be_used_are_left_out_and_named(tmp_path, line):
     folder(tmp_path)
-    whole = measure(images=tmp_path)
-    _break(tmp_path / "masks" / "3.png", how)
+    BROKEN[line](tmp_path / "masks" / "3.png")
     got = measure(images=tmp_path)
-    assert (got["pictures"], got["unreadable"]) == (3, 1) and whole["pictures"] == 4
+    assert (got["pictures"], got["unreadable"]) == (3, 1)
     (named,) = got["unreadable_pictures"]
     assert named.startswith(str(tmp_path / "masks" / "3.png")) and line in named
     assert "\n" not in named
 
 
 def test_data_that_cannot_be_used(tmp_path):
-    def fault(**options):
-        with pytest.raises(errors.UserError) as found:
+    def fault(expected, **options):
+        with pytest.raises(errors.UserError, match=expected):
             segmentation.Segmentation(**{k: str(v) for k, v in options.items()}).check()
-        return str(found.value)
 
-    assert fault() == "images: got nothing, expected a folder of images and masks"
-    assert "images: no such folder, expected images or masks of the format folder" in fault(
-        images=tmp_path
-    )
+    images, voc = tmp_path / "images", tmp_path / "voc"
+    fault("^images: got nothing")
+    fault("images: no such folder, .* of the format folder", images=tmp_path)
     folder(tmp_path)
     (tmp_path / "classes.txt").write_text("wall\nwall\n")
-    assert "got 'wall' twice, expected it once" in fault(images=tmp_path)
+    fault("got 'wall' twice", images=tmp_path)
     (tmp_path / "classes.txt").unlink()
-    assert "classes.txt: no such file" in fault(images=tmp_path)
-    found = fault(images=tmp_path, masks=tmp_path / "images", classes="pascal_voc", format="ade20k")
-    assert "got 21 classes, expected the 150 of ade20k" in found
-    found = fault(images=tmp_path / "images", masks=tmp_path, classes="pascal_voc")
-    assert "none of its 4 images has a mask; the first" in found
-    _voc(tmp_path / "voc")
-    (tmp_path / "voc/ImageSets/Segmentation/val.txt").write_text("../../secret\n")
-    assert "name 1: got '../../secret'" in fault(images=tmp_path / "voc", format="voc")
-    found = fault(images=tmp_path / "voc", format="voc", split="../../x")
-    assert found == "split: got '../../x', expected one such as val"
-    (line,) = segmentation.Segmentation(images="x", split="val").faults()
-    assert line == "split: got 'val' with format='folder', expected none"
-    (line,) = segmentation.Segmentation(images="x", patch_sides=(1, 0)).faults()
-    assert line == "patch_sides: got (1, 0), expected numbers of patches, 1 or more"
-    for options in (dict(format="voc"), dict(format="ade20k", split="training")):
-        (line,) = segmentation.Segmentation(images="x", masks="y", **options).faults()
-        assert line.startswith(f"masks: got 'y' with format='{options['format']}', expected none")
+    fault("classes.txt: no such file", images=tmp_path)
+    named = dict(classes="pascal_voc", masks=tmp_path, images=images)
+    fault("got 21 classes, expected the 150 of ade20k", **named, format="ade20k")
+    fault("none of its 4 images has a mask", **named)
+    _voc(voc)
+    (voc / "ImageSets/Segmentation/val.txt").write_text("../../secret\n")
+    fault("name 1: got '../../secret'", images=voc, format="voc")
+    fault(
+        "^split: got '../../x', expected one such as val", images=voc, format="voc", split="../../x"
+    )
+    fault("^masks: got .* expected none", images=voc, masks=voc, format="voc")
+    for options in (
+        dict(split="val"),
+        dict(patch_sides=(1, 0)),
+        dict(masks="y", format="voc"),
+        dict(masks="y", format="ade20k", split="training"),
+    ):
+        (line,) = segmentation.Segmentation(images="x", **options).faults()
+        assert line.startswith(next(iter(options)))
     assert not segmentation.Segmentation(images="x", masks="y", format="ade20k").faults()
-    found = fault(images=tmp_path / "voc/JPEGImages", masks=tmp_path / "voc", format="voc")
-    assert found.startswith("masks: got ") and "expected none" in found
-    with pytest.raises(config.ConfigError, match="patch_weight: got 2"):
-        config.evaluator_from_dict({"kind": "segmentation", "images": "x", "patch_weight": 2.0})
 
 
 def test_masks_are_listed_once(tmp_path, monkeypatch):
@@ -488,7 +448,7 @@ def test_masks_are_listed_once(tmp_path, monkeypatch):
 
 
 def test_ids_of_many_classes(tmp_path):
-    """255 is a class where there are more classes; an id that is given never counts."""
+    """255 is a class if there are more classes; the id of `ignore` never counts."""
     names = "".join(f"class {i}\n" for i in range(300))
     folder(tmp_path, names=names)
     mask(tmp_path / "masks" / "3.png", np.full((17, 20), 299), "I;16")
@@ -509,37 +469,19 @@ def test_files_that_the_result_depends_on():
     assert files(images="data/x", format="voc") is None and files(classes="c.txt") == "c.txt"
 
 
-def test_an_entry_of_a_run():
-    """What the model of the run lacks is said before the first step."""
+def test_what_the_model_of_a_run_lacks():
+    """It is said before the first step."""
 
-    def parsed(by, options=None, **changes):
-        c = tiny.dictionary(**changes)
-        c.evals = {"parts": dict(kind="segmentation", images="x", by=by, **(options or {}))}
-        return config.from_dict(c).evals["parts"]
+    def lines(**options):
+        return segmentation.Segmentation(images="x", **options).misses(model)
 
-    assert parsed("auto").patch_weight == 0.5 and parsed("regions").by == "regions"
-    assert parsed("both", **HEAD).by == "both"
-    with pytest.raises(config.ConfigError, match="evals.parts.by: got 'both', which asks patches"):
-        parsed("both")
-    two = dict(model__decoder=None, input__max_regions=0, loss__region_description=0.0)
-    with pytest.raises(config.ConfigError, match="kind=segmentation, which needs regions"):
-        parsed("regions", **two, loss__box=0.0)
-    size = tiny.dictionary().model.image.image_size
-    for options, line in (
-        (dict(short_side=3), f"evals.parts.short_side: got 3, expected 0 or at least {size}, "),
-        (dict(stride=999), f"evals.parts.stride: got 999, expected at most {size}, model.image"),
-    ):
-        with pytest.raises(config.ConfigError, match=line):
-            parsed("auto", options)
-    entry, none = segmentation.Segmentation, types.SimpleNamespace(kind="none")
-    image: Any = types.SimpleNamespace(image_size=16, tower="module:Class")
-    model = types.SimpleNamespace(image=image, decoder=None, boxes=none)
-    (line,) = entry(patch_features="values").misses(model)
-    assert line == "patch_features: got 'values' with the tower module:Class, expected 'tokens'"
-    assert not entry().misses(model)
-    model.decoder = types.SimpleNamespace(queries=0)
-    (line,) = entry().misses(model)
-    assert line.startswith("by: got 'auto', which asks patches, with model.decoder alone")
+    model = tiny.config().model
+    assert lines(by="regions") == lines() == []
+    for options in (dict(by="both"), dict(short_side=3), dict(stride=999)):
+        (line,) = lines(**options)
+        assert line.startswith(f"{next(iter(options))}: got ")
+    model = tiny.config(**HEAD).model
+    assert lines(by="both") == []
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path):
@@ -552,18 +494,3 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0], peaks  # the 48 more are 10 MB
-
-
-def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "load", lambda path, **_: Coloured())
-    monkeypatch.setattr(command.saved_model, "find", lambda path: path)
-    folder(tmp_path)
-    _break(tmp_path / "masks" / "3.png", "missing")
-    given = ["segmentation", "--checkpoint", "RUN", "--images", str(tmp_path)]
-    status = command.main([*given, "--output", str(tmp_path / "out.json")])
-    printed = capsys.readouterr()
-    assert status == 0 and "segmentation: mIoU" in printed.out and "3 pictures" in printed.out
-    assert printed.err.splitlines()[-1].startswith(f"left out: {tmp_path}/masks/3.png")
-    assert json.loads((tmp_path / "out.json").read_text())["per_class"]["sky"]["pixels"]
-    assert command.main([*given, "--output", str(tmp_path / "x.json"), "--by", "patch"]) == 2
-    assert "--by" in capsys.readouterr().err

@@ -5,9 +5,7 @@ import json
 
 from etils import epath
 
-from grain_jax import config as config_lib
-from grain_jax.config import evals
-from grain_jax.evaluate import suite, tables
+from grain_jax.evaluate import base, suite, tables
 
 
 def test_scalars():
@@ -35,22 +33,21 @@ def test_boxes_and_diagnostics_have_rows_of_their_own():
 
 
 def test_an_evaluator_from_outside_keeps_all_its_rows(tmp_path, monkeypatch, capsys):
-    """Its keys may be those of an evaluator of the package, `kind` among them."""
+    """An evaluator of the package may have the same keys, also `kind`."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Mine(config_lib.Evaluator):
+    class Mine(base.Evaluator):
         kind: str = "my.module:Mine"
 
         def check(self):
             return 1
 
-        def evaluate(self, predictor, context=evals.STANDALONE):
+        def evaluate(self, predictor, context=base.STANDALONE):
             return {"kind": "boxes", "miou": 0.5, "sharpness": 2.0, "found": 0.25, "pictures": 1}
 
     monkeypatch.setattr("grain_jax.evaluate.suite._identity", lambda *_: {"digest": "0"})
     output = epath.Path(tmp_path / "o.json")
-    mine = config_lib.Suite({"mine": Mine()})
-    assert suite.run(mine, output, checkpoint="RUN", load=lambda: None) == 0
+    assert suite.run({"mine": Mine()}, output, checkpoint="RUN", load=lambda: None) == 0
     assert json.loads(output.read_text())["ran"]["mine"]["kind"] == "my.module:Mine"
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for row in ("mine: miou 0.500", "mine: sharpness 2.000", "mine: found 0.250"):

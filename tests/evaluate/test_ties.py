@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import retrieval, zeroshot
+from grain_jax.evaluate import retrieval
 from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, measure, number, region, write_lines, write_picture
 
@@ -30,8 +30,8 @@ def data(tmp_path_factory):
         image, negatives = f"classes/{CLASSES[i % 3]}/{i}.png", list("negativs")
         write_picture(folder / image, i)
         halves = {"left": [0, 0, 5, 10], "right": [5, 0, 10, 10]}
-        own = [region(box, f"{i} {name}", negatives=negatives) for name, box in halves.items()]
-        lines.append({"image": image, "caption": f"caption {i}", "regions": own})
+        mine = [region(box, f"{i} {name}", negatives=negatives) for name, box in halves.items()]
+        lines.append({"image": image, "caption": f"caption {i}", "regions": mine})
     write_lines(folder / "A.jsonl", lines)
     write_lines(folder / "D.json", [{name: [f"{name} leg"] for name in CLASSES}])
     boxes = [[0, 0, 0.5, 1], [0.5, 0, 1, 1]]
@@ -41,43 +41,44 @@ def data(tmp_path_factory):
     return folder, _Predictor(images, collections.defaultdict(lambda: text, {"": text}), regions)
 
 
-def _classified(found):
+def _classified(outcome):
     """top-1 of three classes, whichever is right."""
-    assert found["per_class"] == pytest.approx(dict.fromkeys(CLASSES, 1 / 3))
-    return found["top1"], found["top5"]
+    assert outcome["per_class"] == pytest.approx(dict.fromkeys(CLASSES, 1 / 3))
+    return outcome["top1"], outcome["top5"]
 
 
-def _zeroshot(folder, predictor, **given):
-    given |= dict(images=folder / "classes", descriptions=folder / "D.json", alphas=(1.0, 0.5, 0.0))
-    for order in zeroshot.REGION_ORDERS:
-        found = measure("zeroshot", predictor, region_order=order, **given)
-        for result in (found, found["by_name"]):
-            for key in ("alpha_1.0", "alpha_0.5", "alpha_0.0"):
-                assert _classified(result[key]) == pytest.approx((1 / 3, 1))
-    return found
+def _zeroshot(folder, predictor, **inputs):
+    inputs |= dict(
+        images=folder / "classes", descriptions=folder / "D.json", alphas=(1.0, 0.5, 0.0)
+    )
+    outcome = measure("zeroshot", predictor, **inputs)
+    for result in (outcome, outcome["by_name"]):
+        for key in ("alpha_1.0", "alpha_0.5", "alpha_0.0"):
+            assert _classified(result[key]) == pytest.approx((1 / 3, 1))
+    return outcome
 
 
-def _linear_probe(folder, predictor, **given):
+def _linear_probe(folder, predictor, **inputs):
     """Images alike: the intercepts, of classes of one size, are the same but for rounding."""
     same = StubPredictor(dict.fromkeys(range(COUNT), np.ones(DIM)))
-    found = measure("linear_probe", same, images=folder / "classes", **given)
-    assert _classified(found)[0] == pytest.approx(1 / 3)
-    return found
+    outcome = measure("linear_probe", same, images=folder / "classes", **inputs)
+    assert _classified(outcome)[0] == pytest.approx(1 / 3)
+    return outcome
 
 
 def _annotated(kind, **options):
-    def measured(folder, predictor, **given):
-        given |= dict(images=folder, annotations=folder / "A.jsonl")
-        found = measure(kind, predictor, **given, **options)
+    def measured(folder, predictor, **inputs):
+        inputs |= dict(images=folder, annotations=folder / "A.jsonl")
+        outcome = measure(kind, predictor, **inputs, **options)
         expected = EXPECTED[kind]
-        numbers = {path: found for path in expected}
+        numbers = {path: outcome for path in expected}
         for path in expected:
             for key in path.split("/"):
                 numbers[path] = numbers[path][key]
         assert numbers == pytest.approx(expected)
-        for way in {"image_to_text", "text_to_image"} & found.keys():  # not the means of chances
-            found[way] = {key: value for key, value in found[way].items() if key[0] == "r"}
-        return found
+        for way in {"image_to_text", "text_to_image"} & outcome.keys():  # not the means of chances
+            outcome[way] = {key: value for key, value in outcome[way].items() if key[0] == "r"}
+        return outcome
 
     return measured
 
@@ -85,12 +86,12 @@ def _annotated(kind, **options):
 EXPECTED = {
     "retrieval": {f"image_to_text/r{k}": k / COUNT for k in retrieval.KS},
     "hard_negatives": {  # of ranks, lost against all
-        f"{key}/{of}": value
+        f"{key}/{group}": value
         for key in ("region", "image")
-        for of, value in {"top1": 1 / 9, "mean_rank": 9, "median_rank": 9}.items()
+        for group, value in {"top1": 1 / 9, "mean_rank": 9, "median_rank": 9}.items()
     },
     "boxes": {"region/top1": 1 / (2 * COUNT), "image/top1": 1 / (2 * COUNT)},
-    # Of two queries alike, one has the box.
+    # One of two equal queries has the box.
     "grounding": {"region_to_description_r1": 1 / (2 * COUNT), "phrase_acc50": 0.5},
     "maps": {"pointing": 0.5, "chance_pointing": 0.5, "map_iou": 0},
 }
@@ -100,8 +101,8 @@ ALL |= {"linear_probe": _linear_probe, "hard_negatives": _annotated("hard_negati
 
 @pytest.mark.parametrize("kind", ALL)
 def test_equal_scores_are_ties_at_every_batch_size(kind, data):
-    found = []
+    outcome = []
     for size in SIZES:
         with mock.patch.object(scores, "AT_ONCE", size if kind == "retrieval" else 256):
-            found.append(ALL[kind](*data, batch_size=size))
-    assert found[0] == found[1]
+            outcome.append(ALL[kind](*data, batch_size=size))
+    assert outcome[0] == outcome[1]

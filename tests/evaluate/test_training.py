@@ -8,11 +8,11 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax.config import loading
-from grain_jax.config.evals import Context
 from grain_jax.configs import demo
 from grain_jax.core import errors
-from grain_jax.evaluate import diagnostics, suite
-from grain_jax.train import run
+from grain_jax.evaluate import diagnostics, kinds, suite
+from grain_jax.evaluate.base import Context
+from grain_jax.train import journal, run
 from tests.evaluate import train_config
 from tests.evaluate.stub import StubPredictor, region, write_lines, write_picture
 
@@ -45,9 +45,10 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     vectors = some(lambda: random.normal(size=6))
     regions = some(lambda: ([[0, 0, 0.5, 1], [0, 0, 1, 1]], random.normal(size=(2, 6))))
     predictor = StubPredictor(vectors, vectors, regions)
-    monkeypatch.setattr(run, "make_predictor", lambda *_: predictor)
+    monkeypatch.setattr(journal, "make_predictor", lambda *_: predictor)
     state = types.SimpleNamespace(step=np.int32(7))
-    results = run.evaluate_all(config, suite.present(config.evals), state, tmp_path)
+    evaluators = suite.present(kinds.from_entries(config.evals))
+    results = journal.evaluate_all(config, evaluators, state, tmp_path)
     assert {key.split("/")[1] for key in results} == {"classes", "probe", "retrieval", "grounding"}
     assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
     assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
@@ -58,7 +59,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
 def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
     config = config_lib.from_dict(demo.get_config())
     monkeypatch.chdir(tmp_path)  # where no aviary is
-    assert suite.present(config.evals) == {}
+    assert suite.present(kinds.from_entries(config.evals)) == {}
     lines = capfd.readouterr().err.splitlines()
     get = "not there; to get it: grain-jax aviary --output runs/aviary"
     assert len(lines) == 6
@@ -67,9 +68,8 @@ def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
 
 def test_what_the_command_line_asks_for_is_not_skipped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    present = lambda *overrides: suite.present(
-        loading.load("demo", [f"--config.evals.{one}" for one in overrides]).evals
-    )
+    overridden = lambda *keys: loading.load("demo", [f"--config.evals.{key}" for key in keys])
+    present = lambda *keys: suite.present(kinds.from_entries(overridden(*keys).evals))
     for override, said in {
         "seen.images=/nope": "/nope: no such folder; expected one with a sub-folder a",
         "seen.images=": "images: got nothing, expected class folders; to get it: grain",
@@ -86,8 +86,8 @@ def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
     config = config_lib.from_dict(train_config.get_config(data))
     seen = diagnostics.Diagnostics(images="x", annotations="A.jsonl")
     state = types.SimpleNamespace(params=None, ema_params=None, step=np.int32(7))
-    monkeypatch.setattr(run, "make_predictor", lambda *_: None)
+    monkeypatch.setattr(journal, "make_predictor", lambda *_: None)
     given = []
     monkeypatch.setattr(type(seen), "evaluate", lambda *told: given.append(told[2]) or {})
-    assert run.evaluate_all(config, {"seen": seen}, state, tmp_path) == {}
+    assert journal.evaluate_all(config, {"seen": seen}, state, tmp_path) == {}
     assert given == [Context(64, tmp_path / "diagnostics" / "seen.json", 7)]

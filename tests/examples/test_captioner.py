@@ -26,18 +26,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
 
 
 def test_sequences():
-    words = decoder_lib.Vocabulary(words=50, bins=10)
-    assert (words.caption, words.point, words.first_bin, words.size) == (50, 51, 52, 64)
+    vocabulary = decoder_lib.Vocabulary(words=50, bins=10)
+    assert (vocabulary.caption, vocabulary.point, vocabulary.first_bin, vocabulary.size) == (
+        50,
+        51,
+        52,
+        64,
+    )
     text = jnp.array([[[7, 8, 9, 0, 0]]])
-    tokens, predicted = term.caption_sequences(words, text, jnp.array([[3]]))
+    tokens, predicted = term.caption_sequences(vocabulary, text, jnp.array([[3]]))
     assert tokens.tolist() == [[[50, 7, 8, 9, 0, 0]]]
     assert predicted.tolist() == [[[True, True, True, False, False]]]
     box = jnp.array([[[0.0, 0.25, 0.5, 1.0]]])
-    tokens, predicted = term.box_sequences(words, text, jnp.array([[3]]), box)
+    tokens, predicted = term.box_sequences(vocabulary, text, jnp.array([[3]]), box)
     assert tokens[0, 0, :8].tolist() == [51, 7, 8, 9, 52, 54, 57, 61]
     assert predicted[0, 0].tolist() == [False] * 3 + [True] * 4 + [False] * 2
-    assert not term.box_sequences(words, text, jnp.array([[0]]), box)[1].any()  # there is none
-    np.testing.assert_allclose(words.boxes_of(np.array([52, 54, 57, 61])), [0.05, 0.25, 0.55, 0.95])
+    assert not term.box_sequences(vocabulary, text, jnp.array([[0]]), box)[1].any()  # there is none
+    np.testing.assert_allclose(
+        vocabulary.boxes_of(np.array([52, 54, 57, 61])), [0.05, 0.25, 0.55, 0.95]
+    )
     # Texts of a packed batch, each with as many tokens as its last position says.
     c = tiny.config()
     batch = tiny.batch(c)
@@ -49,27 +56,6 @@ def test_sequences():
     ]
     np.testing.assert_array_equal(output[..., :7], expected)
     assert (count == 7).all() and (term.texts_of(batch, batch.description_at, 6)[1] == 0).all()
-
-
-def test_what_follows_is_the_most_probable_token():
-    words = decoder_lib.Vocabulary(words=20, bins=6)
-    decoder = decoder_lib.TextDecoder(words, 16, 1, 2, 12, np.dtype("float32"))
-    rng = np.random.default_rng(0)
-    image = rng.normal(size=(2, 5, 24)).astype(np.float32)
-    start = np.array([[20, 3, 4], [21, 5, 0]], np.int32)
-    boxed = decoder.init(jax.random.key(0), start[:, None], image)["params"]
-    params = jax.tree.map(
-        lambda x: rng.normal(size=x.value.shape), boxed, is_leaf=lambda x: hasattr(x, "value")
-    )
-    lengths = np.array([3, 2], np.int32)
-    generate = functools.partial(writer.generate, decoder, count=4, low=2, high=20)
-    output = jax.jit(generate)(params, start, lengths, image)
-    whole = np.full((2, 1, 8), 9, np.int32)  # what comes behind the sequences does not count
-    for row, length, ids, tokens in zip(whole[:, 0], lengths, start, output):
-        row[: length + 4] = [*ids[:length], *tokens]
-    logits = jax.jit(lambda *x: decoder.apply({"params": x[0]}, *x[1:]))(params, whole, image)
-    for row, length, tokens in zip(logits[:, 0, :, 2:20], lengths, output):
-        np.testing.assert_array_equal(tokens, 2 + row.argmax(-1)[length - 1 : length + 3])
 
 
 def test_the_term_learns_captions_and_boxes_by_heart():
@@ -102,18 +88,20 @@ def test_the_term_learns_captions_and_boxes_by_heart():
         name: float(x.sum.sum() / x.count.sum()) for name, x in output.measures.items()
     } == dict(caption=1, box=1)
     decoder = term.make_decoder(options, c.model)
-    words = decoder.vocabulary
+    vocabulary = decoder.vocabulary
     write = functools.partial(writer.generate, decoder, params["decoder"])
     captions, _ = term.texts_of(batch, batch.caption_at, 7)
-    start = np.full((8, 1), words.caption, np.int32)
+    start = np.full((8, 1), vocabulary.caption, np.int32)
     got = write(start, np.ones(8, np.int32), seen.tokens[:, 1:], count=7, low=0, high=400)
     np.testing.assert_array_equal(got, captions[:, 0])
     phrases, _ = term.texts_of(batch, batch.description_at[:, :1], 7)
-    start = np.concatenate([np.full((8, 1), words.point), phrases[:, 0]], axis=1).astype(np.int32)
-    ends = dict(low=words.first_bin, high=words.first_bin + 8)
+    start = np.concatenate([np.full((8, 1), vocabulary.point), phrases[:, 0]], axis=1).astype(
+        np.int32
+    )
+    ends = dict(low=vocabulary.first_bin, high=vocabulary.first_bin + 8)
     got = write(start, np.full(8, 8, np.int32), seen.tokens[:, 1:], count=4, **ends)
     boxes = boxes_lib.cxcywh_to_xyxy(batch.region_boxes_cxcywh[:, 0])
-    np.testing.assert_array_equal(got, words.tokens_of(boxes))
+    np.testing.assert_array_equal(got, vocabulary.tokens_of(boxes))
 
 
 class Knowing:
@@ -158,11 +146,11 @@ def test_a_run_writes(tmp_path, monkeypatch):
     c.loss.terms.words = {"term": "examples.captioner.term:Words", "weight": 3.0, "bins": 16}
     run.train(config_lib.from_dict(c), tmp_path / "run")
     predictor = grain_jax.load(tmp_path / "run")
-    words = writer.Writer(predictor)
-    tokens = words.image_tokens([images.load_image(tmp_path / line["image"]) for line in lines])
-    boxes = words.boxes(tokens, [line["synthetic_caption"] for line in lines])
+    generator = writer.Writer(predictor)
+    tokens = generator.image_tokens([images.load_image(tmp_path / line["image"]) for line in lines])
+    boxes = generator.boxes(tokens, [line["synthetic_caption"] for line in lines])
     assert ((boxes * 16) % 1 == 0.5).all() and ((0 < boxes) & (boxes < 1)).all()
-    captions = words.captions(tokens)
+    captions = generator.captions(tokens)
     assert len(captions) == 8 and {*" ".join(captions).split()} <= tokenizer.get_vocab().keys()
     described = [line for line in lines if line["regions"]]
     monkeypatch.setattr(evaluator, "Writer", lambda _: Knowing(described))

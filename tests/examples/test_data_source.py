@@ -15,7 +15,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import errors
 from grain_jax.input_pipeline import sources
-from grain_jax.train import run, sharding
+from grain_jax.train import run, set_up, sharding
 from tests import record_sets, runs, tiny
 
 SOURCE = "examples.data_source.shapes:Shapes"
@@ -52,9 +52,9 @@ def test_the_boxes_are_those_of_the_rectangles():
 def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatch):
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: device)
-    given = config(text__pack_group=None, text__pack_rows=None)
-    mesh = sharding.make_mesh(given.mesh)
-    derived, _ = run.derive(given, mesh, sources.open_source(given), tmp_path)
+    plain = config(text__pack_group=None, text__pack_rows=None)
+    mesh = sharding.make_mesh(plain.mesh)
+    derived, _ = set_up.derive(plain, mesh, sources.open_source(plain), tmp_path)
     assert derived.text.pack_group == 4 and 1 <= derived.text.pack_rows <= 16
 
     run.train(config(), tmp_path / "whole")
@@ -82,11 +82,11 @@ class Small(shapes.Shapes):
         return batch._replace(image=batch.image[:, ::2, ::2])
 
 
-def test_a_source_of_other_shapes_is_one_line(tmp_path):
+def test_a_source_of_other_shapes_is_one_line():
     name = f"{__name__}:Small"
     c = dataclasses.replace(config(), input=dataclasses.replace(config().input, source=name))
     with pytest.raises(errors.UserError) as error:
-        next(sources.batches_of_run(Small(), c, notes=tmp_path))
+        next(sources.batches_of_run(Small(), c))
     (line,) = str(error.value).splitlines()
     assert line.startswith(
         f"input.source: {name}: got images [B, 8, 8, 3] in step 0, expected [B, 16"

@@ -10,8 +10,8 @@ from examples.evaluator import neighbours
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import suite, tables
-from grain_jax.train import run, schedule
+from grain_jax.evaluate import kinds, suite, tables
+from grain_jax.train import journal, schedule
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
 
@@ -21,11 +21,11 @@ TRAIN = {0: ("cat", 0), 1: ("cat", 10), 2: ("cat", 100), 3: ("dog", 90), 4: ("do
 TEST = {5: ("cat", 2), 6: ("cat", 97), 7: ("dog", 60), 8: ("dog", 30)}
 SUITE = """
 from ml_collections import ConfigDict
-from grain_jax.config import recipe
+from grain_jax.evaluate import kinds
 
 def get_config():
     c = ConfigDict()
-    c.evals = dict(mine=recipe.evaluator(%r, %r, train=%r))
+    c.evals = dict(mine=kinds.evaluator(%r, %r, train=%r))
     return c
 """
 
@@ -53,7 +53,7 @@ def predictor():
     "k, cats, dogs", [(1, [1, 1], [1, 0]), (2, [1, 0.5], [1, 0]), (3, [1, 0], [1, 0])]
 )
 def test_accuracy_is_the_one_counted_by_hand(folder, predictor, k, cats, dogs):
-    numbers = tables.scalars(config_lib.evaluator_from_dict(entry(folder, k=k)).evaluate(predictor))
+    numbers = tables.scalars(kinds.from_entry(entry(folder, k=k)).evaluate(predictor))
     assert numbers["top1"] == pytest.approx(np.mean(cats + dogs))
     assert numbers["mean_per_class"] == pytest.approx((np.mean(cats) + np.mean(dogs)) / 2)
     assert (numbers["pictures"], numbers["train_pictures"], numbers["chance"]) == (4, 5, 0.5)
@@ -66,16 +66,14 @@ def test_a_suite_has_it_beside_the_evaluators_of_the_package(
     (folder / "suite.py").write_text(SUITE % (KIND, f"{folder}/test", f"{folder}/train"))
     monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
     monkeypatch.setattr("grain_jax.checkpoint.saved_model.find", lambda path: path)
-    given = ["suite", "--checkpoint", "RUN", "--output", str(folder / "o.json")]
-    given += ["--config", str(folder / "suite.py"), "--config.evals.mine.k=1"]
-    assert command.main(given) == 0
+    arguments = ["suite", "--checkpoint", "RUN", "--output", str(folder / "o.json")]
+    arguments += ["--config", str(folder / "suite.py"), "--config.evals.mine.k=1"]
+    assert command.main(arguments) == 0
     result = json.loads((folder / "o.json").read_text())["ran"]["mine"]
     assert result["kind"] == result["entry"]["kind"] == KIND and result["entry"]["k"] == 1
     assert result["top1"] == 0.75 and result["per_class"] == {"cat": 1.0, "dog": 0.5}
     out, err = capsys.readouterr()
     assert "mine (1 of 1): 9 images in" in err and "mine: top1" in out
-    assert command.main(given) == 0  # measures nothing again
-    assert "is in" in capsys.readouterr().err
 
 
 def test_a_run_measures_it_and_keeps_it_in_its_config(
@@ -84,13 +82,14 @@ def test_a_run_measures_it_and_keeps_it_in_its_config(
     c = tiny.dictionary(checkpoint_best_metric="eval/mine/top1")
     c.evals = dict(mine=entry(folder, k=1), gone=entry(folder / "gone", missing="skip", get="ask"))
     config = config_lib.from_dict(c)
-    assert config.evals["mine"] == neighbours.Neighbours(**entry(folder, k=1))
+    evaluators = kinds.from_entries(config.evals)
+    assert evaluators["mine"] == neighbours.Neighbours(**entry(folder, k=1))
     assert config_lib.from_dict(json.loads(config_lib.to_json(config))) == config
-    evals = suite.present(config.evals)
+    evals = suite.present(evaluators)
     schedule.check_best_entry(config, evals)
     gone = f"{folder}/gone/test, {folder}/gone/train: not there; to get it: ask"
     assert f"evals.gone: skipped: {gone}" in capsys.readouterr().err
-    monkeypatch.setattr(run, "make_predictor", lambda *_: predictor)
+    monkeypatch.setattr(journal, "make_predictor", lambda *_: predictor)
     state = types.SimpleNamespace(step=np.int32(7))
-    results = run.evaluate_all(config, evals, state, tmp_path)
+    results = journal.evaluate_all(config, evals, state, tmp_path)
     assert results["eval/mine/top1"] == 0.75 and results["eval/mine/pictures"] == 4

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from grain_jax.data import build
 from grain_jax.data.annotate import __main__ as command
 from tests import record_sets
 
@@ -40,13 +41,15 @@ def folder(tmp_path):
 
 
 def test_the_command_converts_the_file_and_builds_records(folder, capsys):
-    given = arguments(folder, "--option=delimiter=;", "--option=unit=share", "--name=street")
-    assert command.main(given) == 0
+    argv = arguments(folder, "--option=delimiter=;", "--option=unit=share")
+    assert command.main(argv) == 0
+    argv = [f"--annotations={folder / 'out/A.jsonl'}", f"--output={folder / 'out/records'}"]
+    assert build.main([*argv, f"--images={folder}", "--name=street"]) == 0
     assert "2 of 2 images, 2 regions" in capsys.readouterr().out
     builder = tfds.builder("street", data_dir=folder / "out/records")
-    found = {x["id"].decode(): x for x in tfds.as_numpy(builder.as_dataset(split="train"))}
-    assert sorted(found) == ["street/0.png", "street/1.png"]
-    first, second = found["street/0.png"], found["street/1.png"]
+    examples = {x["id"].decode(): x for x in tfds.as_numpy(builder.as_dataset(split="train"))}
+    assert sorted(examples) == ["street/0.png", "street/1.png"]
+    first, second = examples["street/0.png"], examples["street/1.png"]
     assert first["captions"].tolist() == [b"a bus", b"a bus at a stop"]
     assert first["regions"]["description"].tolist() == [b"a red bus", b"a sign"]
     yxyx = [[0.5, 0.25, 1, 0.75], [0, 0, 0.5, 0.5]]

@@ -67,7 +67,7 @@ def png_chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """Of zeros, 8 bits of grey; of many rows only the first are there."""
+    """An image of zeros, 8 bits of grey; only its first rows are there."""
     data = zlib.compress(b"\0" * (width + 1) * min(height, 1000), 1)
     header = struct.pack(">LLBBBBB", width, height, 8, 0, 0, 0, 0)
     body = [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IDAT", data), png_chunk(b"IEND", b"")]
@@ -75,7 +75,7 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
 
 
 def gif(*, between: bytes = b"", frames: int = 1, size=(1, 1)) -> bytes:
-    """Of one pixel, or that says it has more; with extensions ahead of the second frame."""
+    """One pixel, or one that claims more; with extensions ahead of the second frame."""
     head = b"GIF89a" + struct.pack("<HH", *size) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
     frame = b"\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x44\x01\0"
     return head + frame + (between + frame) * (frames - 1) + b";"
@@ -133,7 +133,7 @@ def bmp_of_run_lengths(width: int, height: int) -> bytes:
 
 
 def webp_animated(frames: int) -> bytes:
-    """Of several frames."""
+    """An animation."""
     first, *rest = (PIL.Image.new("RGB", (16, 16), (90 * i, 0, 0)) for i in range(frames))
     out = io.BytesIO()
     first.save(out, "WEBP", save_all=True, append_images=rest)

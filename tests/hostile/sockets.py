@@ -99,8 +99,8 @@ def request(connection: socket.socket) -> tuple[bytes, bytes]:
     while True:
         head, end, content = data.partition(b"\r\n\r\n")
         if end and length is None:
-            found = re.search(rb"content-length: *(\d+)", head.lower())
-            length = int(found[1]) if found else 0
+            header = re.search(rb"content-length: *(\d+)", head.lower())
+            length = int(header[1]) if header else 0
         more = b"" if end and len(content) >= length else connection.recv(65536)
         if not more:
             return head, content

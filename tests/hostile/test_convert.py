@@ -10,15 +10,14 @@ import zipfile
 
 import numpy as np
 import pytest
+from etils import epath
 
 torch = pytest.importorskip("torch")
 import safetensors.numpy  # noqa: E402
 
-from grain_jax.convert import torchscript  # noqa: E402
+from grain_jax.convert import archives, torchscript  # noqa: E402
 from grain_jax.convert.__main__ import main  # noqa: E402
-from grain_jax.convert.big_vision import checkpoint as big_vision  # noqa: E402
 from grain_jax.convert.faults import ConvertError  # noqa: E402
-from grain_jax.convert.open_clip import checkpoint as open_clip  # noqa: E402
 from grain_jax.convert.reference import names  # noqa: E402
 from tests import perturbed  # noqa: E402
 from tests.hostile import cases  # noqa: E402
@@ -48,26 +47,9 @@ PT = [  # what is in the file; the line
 
 @pytest.mark.parametrize("build, line", PT, ids=["expanded", "repeated", "a bomb"])
 def test_from_open_clip(tmp_path, build, line):
-    content, path = build(), tmp_path / "pytorch_model.bin"
+    content, path = build(), tmp_path / "m.bin"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    run("from-open-clip", tmp_path, tmp_path / "out", line)
-
-
-@pytest.mark.parametrize(
-    "name, line",
-    [
-        ("../secret.safetensors", "names the file '../secret.safetensors', expected one beside it"),
-        ("link.safetensors", "a link to elsewhere"),
-    ],
-)
-def test_an_index_stays_in_its_folder(tmp_path, name, line):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    save(tmp_path / "secret.safetensors", {"a": np.zeros(3, np.float32)})
-    (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
-    index = json.dumps({"weight_map": {"a": name}})
-    (folder / "model.safetensors.index.json").write_text(index)
-    run("from-open-clip", folder, tmp_path / "out", line)
+    run("from-open-clip", path, tmp_path / "out", line)
 
 
 def run(command, source, out, line):
@@ -78,8 +60,8 @@ def run(command, source, out, line):
 @pytest.mark.parametrize(
     "tower, key, value, line",
     [
-        ("image", "depth", 10**12, "model.image|layers, expected at most"),
-        ("text", "vocab_size", 10**12, "model.text|got shape"),
+        ("image", "depth", 10**12, "image.depth"),
+        ("text", "vocab_size", 10**12, "text.vocab_size|values, its files have"),
         ("text", "tokenizer", "../../etc/passwd", "got '../../etc/passwd', expected clip or"),
         ("text", "tokenizer", "gs://none/t.json", "got 'gs://none/t.json', expected clip"),
     ],
@@ -116,8 +98,8 @@ def npz_bomb():
 
 NPZ = [
     ("a bomb", npz_bomb, "its members unpack to 134,217,\\d+ bytes, expected at most"),
-    ("a shape of 10^15", lambda: npz([("a.npy", npy((10**15,)))]), "a: got shape \\(1000000000000000,\\)"),
-    ("objects", lambda: npz([("a.npy", npy((2,), "|O"))]), "a: got object, expected an array of numbers"),
+    ("a shape of 10^15", lambda: npz([("a.npy", npy((10**15,)))]), "a: its header declares|not a .npz"),
+    ("objects", lambda: npz([("a.npy", npy((2,), "|O"))]), "not a .npz of plain arrays"),
     ("a header of code", lambda: npz([("a.npy", b"\x93NUMPY\x01\0\x10\0__import__('os')")]), "not a .npz of plain arrays"),
     ("a million layers", lambda: npz([("img/Transformer/encoderblock/x.npy", npy((10**6,), "|i1", bytes(10**6)))], zipfile.ZIP_DEFLATED), "expected 1 to 1000 layers"),
 ]  # fmt: skip
@@ -136,18 +118,20 @@ def test_a_member_that_unpacks_to_more_than_it_says_is_damage(tmp_path):
     assert whole.count(length) == 2
     (tmp_path / "m.npz").write_bytes(bytes(whole).replace(length, said))
     with pytest.raises(ConvertError, match="BadZipFile"):
-        big_vision.read(tmp_path / "m.npz")
+        archives.read_npz(epath.Path(tmp_path / "m.npz"))
 
 
 def test_a_program_that_asks_for_one_storage_many_times(tmp_path):
     """100,000 times the same 1 MB, in a pickle of 3 MB."""
     storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuJ\0\0\4\0t"
-    one = b"h\0h\1K\0J\0\0\4\0\x85K\1\x85tR0"  # _rebuild_tensor_v2(storage, 0, (n,), (1,)), dropped
+    dropped = (
+        b"h\0h\1K\0J\0\0\4\0\x85K\1\x85tR0"  # _rebuild_tensor_v2(storage, 0, (n,), (1,)), dropped
+    )
     data = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\0(" + storage + b"Qq\x010"
-    data += b"".join(b"h\0(" + one[2:] for _ in range(1000)) + b"N."
+    data += b"".join(b"h\0(" + dropped[2:] for _ in range(1000)) + b"N."
     (tmp_path / "m.pt").write_bytes(program(data, bytes(1 << 20)))
     with pytest.raises(ConvertError, match="its arrays take more than"):
-        open_clip.read(tmp_path / "m.pt")
+        archives.read_weights(epath.Path(tmp_path / "m.pt"), ())
 
 
 BEYOND = [  # offset, size, stride; the last would ask for more memory than there is
@@ -157,10 +141,10 @@ BEYOND = [  # offset, size, stride; the last would ask for more memory than ther
 ]
 
 
-@pytest.mark.parametrize("place", BEYOND)
-def test_a_tensor_beyond_its_numbers_is_refused(place):
+@pytest.mark.parametrize("position", BEYOND)
+def test_a_tensor_beyond_its_numbers_is_refused(position):
     with pytest.raises(pickle.UnpicklingError, match="reaches beyond its numbers"):
-        torchscript._tensor(np.zeros(12, np.float32), *place)
+        torchscript._tensor(np.zeros(12, np.float32), *position)
 
 
 def test_modules_that_hold_themselves_take_the_memory_of_one_level():
@@ -170,6 +154,6 @@ def test_modules_that_hold_themselves_take_the_memory_of_one_level():
     file = io.BytesIO(program(data, b""))
     tracemalloc.start()
     with pytest.raises(ConvertError, match="its modules hold each other without end"):
-        torchscript.read(file)
+        torchscript.read(file, lambda count: None)
     assert tracemalloc.get_traced_memory()[1] < 50 << 20
     tracemalloc.stop()

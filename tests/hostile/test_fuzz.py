@@ -19,7 +19,7 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors, images
 from grain_jax.data import example, sources
-from grain_jax.input_pipeline import file_tokenizer, records, transforms
+from grain_jax.input_pipeline import records, tokenizer, transforms
 from tests import perturbed, record_sets, tiny
 from tests.data import test_sources
 from tests.hostile import image_files
@@ -179,13 +179,11 @@ class Good:
             content = json.dumps(put_somewhere(json.loads(before), rng)).encode()
         try:
             path.write_bytes(content)
-            tokenizer = file_tokenizer.FileTokenizer(
-                path, rng.choice(("lower", "canonical", "none"))
-            )
-            ids = tokenizer(["a red bird", "", "x " * 99, "\u00e9\ufb01 (\U0001f426)"], 16)
+            found = tokenizer.FileTokenizer(path, rng.choice(("lower", "canonical", "none")))
+            ids = found(["a red bird", "", "x " * 99, "\u00e9\ufb01 (\U0001f426)"], 16)
         finally:
             path.write_bytes(before)
-        assert ids.shape == (4, 16) and 0 <= ids.min() <= ids.max() < max(1, tokenizer.vocab_size)
+        assert ids.shape == (4, 16) and 0 <= ids.min() <= ids.max() < max(1, found.vocab_size)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Maps of classes and labels of pixels, against torch, transformers and plain loops."""
 
+import dataclasses
 import functools
-import types
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,7 @@ import torch
 import transformers
 
 from grain_jax import inference
-from grain_jax.convert import towers
-from grain_jax.convert.open_clip import checkpoint
-from grain_jax.convert.open_clip.towers import import_tower
+from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.core import images as image_files
 from grain_jax.inference import scores, segmentation
 from grain_jax.inference.inputs import InputError
@@ -44,10 +42,8 @@ def _classes(predictor, count=5, names=2):
 def _ours(module, folder):
     """The same weights as a Predictor."""
     foreign.perturb(module).save_pretrained(folder)
-    read = checkpoint.read(folder)
-    both = (import_tower(which, read, towers.Settings()) for which in towers.TOWERS)
-    model, params = towers.two_tower_model(read.state, *both, checkpoint.SCALARS)
-    return inference.Predictor(model, params)
+    from_hf(folder, folder / "ours")
+    return inference.load(folder / "ours")
 
 
 def _values_by_torch(vision, images):
@@ -64,35 +60,35 @@ def test_values_are_those_of_transformers(kind, tmp_path):
     """MaskCLIP's maps of CLIP and of SigLIP, whose pooling attends to one patch alone."""
     module: Any
     if kind == "clip":
-        words = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299)
+        phrase = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299)
         vision = transformers.CLIPVisionConfig(**VISION, projection_dim=24)
         config = transformers.CLIPConfig(
-            text_config=words.to_dict(), vision_config=vision.to_dict(), projection_dim=24
+            text_config=phrase.to_dict(), vision_config=vision.to_dict(), projection_dim=24
         )
         module = transformers.CLIPModel(config).eval()
     else:
-        words = transformers.SiglipTextConfig(**WORDS, projection_size=32)
+        phrase = transformers.SiglipTextConfig(**WORDS, projection_size=32)
         vision = transformers.SiglipVisionConfig(**VISION)
         config = transformers.SiglipConfig(
-            text_config=words.to_dict(), vision_config=vision.to_dict()
+            text_config=phrase.to_dict(), vision_config=vision.to_dict()
         )
         module = transformers.SiglipModel(config).eval()
     ours = _ours(module, tmp_path)
-    given = np.random.default_rng(1).normal(size=(2, 40, 40, 3)).astype(np.float32)
+    pixels = np.random.default_rng(1).normal(size=(2, 40, 40, 3)).astype(np.float32)
     with torch.no_grad():
         vision = module.vision_model
-        x = _values_by_torch(vision, foreign.torch_images(given))
+        x = _values_by_torch(vision, foreign.torch_images(pixels))
         if kind == "clip":
             patches = module.visual_projection(x[:, 1:])
         else:
             patches = vision.head(x.reshape(-1, 1, 32)).reshape(2, 25, 32)
     classes = _classes(ours)
     expected = classes.cosines(patches.numpy()).transpose(0, 2, 1).reshape(2, 5, 5, 5)
-    got = ours.class_maps(given, classes, by="patches", patch_features="values")
+    got = ours.class_maps(pixels, classes, by="patches", patch_features="values")
     np.testing.assert_allclose(got, expected, atol=1e-5)
-    tokens = ours.class_maps(given, classes, patch_features="tokens")
+    tokens = ours.class_maps(pixels, classes, patch_features="tokens")
     np.testing.assert_allclose(
-        tokens, classes.cosines(ours.encode_patches(given)).transpose(0, 3, 1, 2), atol=1e-6
+        tokens, classes.cosines(ours.encode_patches(pixels)).transpose(0, 3, 1, 2), atol=1e-6
     )
     assert np.abs(got - tokens).max() > 1e-3
 
@@ -100,19 +96,11 @@ def test_values_are_those_of_transformers(kind, tmp_path):
 def test_ways_of_a_model_with_queries_and_a_box_head():
     predictor: Any = _predictor(boxes__kind="roi_align", decoder__depth=1)
     classes = _classes(predictor)
-    patches, regions, both, weighted, auto = (
-        predictor.class_maps(PICTURES, classes, **options)
-        for options in (
-            dict(by="patches"),
-            dict(by="regions"),
-            dict(by="both"),
-            dict(by="both", patch_weight=0.25),
-            {},
-        )
-    )
+    maps = lambda **options: predictor.class_maps(PICTURES, classes, **options)
+    patches, regions, both = maps(by="patches"), maps(by="regions"), maps()
     np.testing.assert_allclose(both, (patches + regions) / 2, atol=1e-6)
+    weighted = maps(by="both", patch_weight=0.25)
     np.testing.assert_allclose(weighted, 0.25 * patches + 0.75 * regions, atol=1e-6)
-    np.testing.assert_array_equal(auto, both)
     around = classes.cosines(predictor.encode_patches(PICTURES, sides=(1, 2, 3)))
     np.testing.assert_allclose(patches, around.transpose(0, 3, 1, 2), atol=1e-6)
     values = predictor.class_maps(PICTURES, classes, by="patches", patch_features="values")
@@ -156,8 +144,8 @@ def _by_loops(image, size, short, stride, maps_of, count):
         x = 0
         while True:
             x = min(x, columns - size)
-            one = torch.tensor(maps_of(pixels[y : y + size, x : x + size]))
-            large = torch.nn.functional.interpolate(one[None], (size, size), mode="bilinear")
+            single = torch.tensor(maps_of(pixels[y : y + size, x : x + size]))
+            large = torch.nn.functional.interpolate(single[None], (size, size), mode="bilinear")
             total[:, y : y + size, x : x + size] += large[0].numpy()
             times[y : y + size, x : x + size] += 1
             if x == columns - size:
@@ -175,7 +163,7 @@ def _by_loops(image, size, short, stride, maps_of, count):
     "width, height, short, stride",
     [(61, 37, 20, 7), (13, 50, 16, 16), (16, 16, 16, 5), (9, 5, 31, 9)],
 )
-def test_windows_are_those_of_plain_loops(width, height, short, stride):
+def test_windows_are_those_of_plain_loops(width, height, short, stride, monkeypatch):
     random = np.random.default_rng(width)
     image = PIL.Image.fromarray(random.integers(0, 256, (height, width, 3)).astype(np.uint8))
     mix = random.normal(size=(6, 3)).astype(np.float32)
@@ -193,6 +181,8 @@ def test_windows_are_those_of_plain_loops(width, height, short, stride):
     assert got.shape == (height, width) and clear.mean() > 0.95
     np.testing.assert_array_equal(got[clear], expected.argmax(0)[clear])
     # In bands of rows the same; and the numbers themselves.
+    monkeypatch.setattr(segmentation, "_BAND", 1)
+    np.testing.assert_array_equal(segmentation.labels(maps, windows), got)
     canvas = segmentation._overlapped(maps, windows)
     bands = np.concatenate(list(segmentation._resized(canvas, width, height)))
     np.testing.assert_allclose(bands.transpose(2, 0, 1), expected, atol=1e-5)
@@ -202,15 +192,6 @@ def test_windows_are_those_of_plain_loops(width, height, short, stride):
     sure = np.abs(shares - 0.6) > 1e-3
     np.testing.assert_array_equal((got == -1)[sure], (shares < 0.6)[sure])
     assert not (got == 2).any()
-
-
-def test_bands_do_not_change_the_labels(monkeypatch):
-    image = PIL.Image.fromarray(np.random.default_rng(4).integers(0, 256, (70, 50, 3), np.uint8))
-    windows = segmentation.cut(image, 16, 24, 8)
-    maps = np.random.default_rng(5).normal(size=(len(windows.pixels), 3, 4, 4))
-    expected = segmentation.labels(maps, windows)
-    monkeypatch.setattr(segmentation, "_BAND", 1)
-    np.testing.assert_array_equal(segmentation.labels(maps, windows), expected)
 
 
 def test_segment():
@@ -233,40 +214,30 @@ def test_segment():
     assert (predictor.segment(PICTURES[1], classes, background=1.0) == -1).all()
 
 
-@pytest.mark.parametrize(
-    "options, line",
-    [
-        (dict(by="patch"), "by: got 'patch', expected one of auto, patches, regions, both"),
-        (dict(patch_features="value"), "patch_features: got 'value', expected one of auto"),
-        (dict(by="regions"), "by 'regions': the model has two towers and no region decoder"),
-        (dict(short_side=39), "short_side: got 39 pixels, expected 0 or at least 40"),
-        (dict(stride=41), "stride: got 41 pixels, expected 1 to 40"),
-    ],
-)
-def test_options_that_a_model_cannot_use(options, line):
-    predictor = _predictor(decoder=None, image__pool="class")
-    with pytest.raises(InputError, match=line) as found:
-        predictor.segment(PICTURES[0], _classes(predictor), **options)
-    assert "\n" not in str(found.value)
-
-
-def test_images_that_cannot_be_used():
-    predictor = _predictor(decoder=None, image__pool="class")
-    with pytest.raises(InputError, match=r"images\[1\]: got float32 \[40, 40, 3\], expected a PIL"):
-        predictor.segment([PICTURES[0], PICTURES[1] / np.float32(255)], _classes(predictor))
+def test_what_a_model_cannot_do_and_images_that_cannot_be_used():
+    two, regions = _predictor(decoder=None, image__pool="class"), _predictor()
+    with pytest.raises(InputError, match=r"^images\[1\]: got float32 \[40, 40, 3\]"):
+        two.segment([PICTURES[0], PICTURES[1] / np.float32(255)], _classes(two))
+    for predictor, options in (
+        (two, dict(by="patch")),
+        (two, dict(patch_features="value")),
+        (two, dict(by="regions")),
+        (two, dict(short_side=39)),
+        (two, dict(stride=41)),
+        (regions, dict(by="patches")),
+    ):
+        (name,) = options
+        with pytest.raises(InputError, match=f"^{name}: got {options[name]!r}[^\n]*$"):
+            predictor.segment(PICTURES[0], _classes(predictor), **options)
     thin, plain = PIL.Image.new("1", (4000, 2)), PIL.Image.new("1", (20, 20))
     with pytest.raises(image_files.TooLargeError, match="which become 100000 x 50, .* 1 classes$"):
         segmentation.cut(thin, 50)
     with pytest.raises(image_files.TooLargeError, match="at most 1,048,576 .* of 512 .*short_side"):
         segmentation.cut(plain, 16, 1025, classes=512)
     assert segmentation.cut(plain, 512, 1024, 512, 512).canvas == (1024, 1024)
-    only_regions = _predictor()
-    with pytest.raises(InputError, match="a decoder and no box head, expected a box head"):
-        only_regions.class_maps(PICTURES, _classes(only_regions), by="patches")
-    own: Any = types.SimpleNamespace(tower="module:Class")
-    boxes = types.SimpleNamespace(kind="none")
-    model = types.SimpleNamespace(image=own, decoder=None, boxes=boxes)
-    stub: Any = types.SimpleNamespace(model=model, has_regions=False)
-    with pytest.raises(InputError, match="got the tower module:Class, expected a built-in one"):
-        inference.Predictor.maps_by(stub, "auto", "values")
-    assert inference.Predictor.maps_by(stub, "auto", "auto") == ("patches", "tokens")
+    external: Any = dataclasses.replace(
+        two.model, image=dataclasses.replace(two.model.image, tower="module:Class")
+    )
+    with pytest.raises(InputError, match="^patch_features: got 'values' with the tower module:C"):
+        segmentation.maps_by(external, "auto", "values")
+    assert segmentation.maps_by(external, "auto", "auto") == ("patches", "tokens")

@@ -9,6 +9,8 @@ from grain_jax.input_pipeline import assemble, tokenizer
 from grain_jax.train import forward
 from tests import record_sets
 
+CLIP, IMAGE = tokenizer.ClipTokenizer(), np.zeros((16, 16, 3), np.uint8)
+
 
 def test_dropped_regions_and_cut_captions_are_counted_by_group():
     values = recipe.base("tiny")
@@ -18,43 +20,32 @@ def test_dropped_regions_and_cut_captions_are_counted_by_group():
     config = config_lib.from_dict(values)
     text = dataclasses.replace(config.model.text, context_length=12)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
-    tokenize = lambda texts: assemble.tokenize(texts, tokenizer.ClipTokenizer(), 12)
+    column = lambda *texts: np.array(texts, object)[:, None]
     # In tokens: captions 10 + 10 of 12 (both cut, the region goes), then 3 + 3, and of 3 + 4 one goes.
-    captions = tokenize(["a " * 8, "a " * 8, "a", "a"])
-    descriptions = tokenize(["b", "b", "b b"])
-    assert captions.lengths.tolist() == [10, 10, 3, 3]
-    assert descriptions.lengths.tolist() == [3, 3, 4]
-    mask = np.array([[True], [False], [True], [True]])
-    batch = assemble.assemble(
+    columns = dict(
         image=np.zeros((4, 32, 32, 3), np.uint8),
-        captions=captions,
+        captions=column("a " * 8, "a " * 8, "a", "a"),
         caption_mask=np.ones((4, 1), bool),
-        descriptions=descriptions,
+        descriptions=column("b", "", "b", "b b"),
         region_boxes_cxcywh=np.full((4, 1, 4), 0.5, np.float32),
-        region_mask=mask,
+        region_mask=np.array([[True], [False], [True], [True]]),
         region_scores=np.array([[0.5], [0], [0.9], [0.1]], np.float32),
-        config=config,
+        negatives=np.zeros((4, 1, 0), object),
+        negative_mask=np.zeros((4, 1, 0), bool),
     )
+    batch = assemble.of_columns(columns, CLIP, config=config)
     assert batch.region_mask.tolist() == [[False], [False], [True], [False]]
     assert batch.texts_dropped.tolist() == [3, 1]
     assert batch.text_counts.tolist() == [[3, 0], [4, 0]]
 
 
 def test_texts_that_the_tokenizer_cuts_are_counted_too():
-    found = assemble.tokenize(["a " * 5, "a " * 6, "a " * 7], tokenizer.ClipTokenizer(), 8)
-    assert found.lengths.tolist() == [7, 8, 8]
-    assert found.too_long.tolist() == [False, False, True]
     config = record_sets.config("", batch_size=2, lanes=1, pack_group=2, pack_rows=4)
-    batch = assemble.assemble(
-        image=np.zeros((2, 32, 32, 3), np.uint8),
-        captions=assemble.tokenize(["a " * 90, "a"], tokenizer.ClipTokenizer(), 77),
-        caption_mask=np.ones((2, 1), bool),
-        descriptions=assemble.tokenize(["a " * 76, "a " * 75], tokenizer.ClipTokenizer(), 77),
-        region_boxes_cxcywh=np.full((2, 2, 4), 0.5, np.float32),
-        region_mask=np.array([[True, True], [False, False]]),
-        region_scores=np.zeros((2, 2), np.float32),
-        config=config,
-    )
+    examples = [
+        assemble.Example(IMAGE, "a " * 90, ["a " * 76, "a " * 75], [[0.5] * 4] * 2),
+        assemble.Example(IMAGE, "a"),
+    ]
+    batch = assemble.of_examples(examples, config, CLIP)
     assert batch.text_counts.tolist() == [[4, 2]] and batch.texts_dropped.tolist() == [0]
 
 
@@ -83,10 +74,15 @@ def test_negatives_of_an_example():
     assert short.texts_dropped.tolist() == [4]
     plain = record_sets.config("", batch_size=2, lanes=1, pack_rows=1)
     assert assemble.of_examples(examples[1:] * 2, plain, clip).negative_at is None
-    for wrong in (negatives[:1], [["a"] * 3, []]):
-        example = examples[0]._replace(negatives=wrong)
-        with pytest.raises(ValueError, match=r"example 0: got \[.*\] negatives of 2 descriptions"):
-            assemble.of_examples([example, example], config, clip)
+    for change, line in (
+        (dict(negatives=negatives[:1]), "got 2 descriptions, 2 boxes and 1 lists of negatives"),
+        (dict(negatives=[["a"] * 3, []]), "got 3 negatives, .* input.negatives_per_region = 2"),
+        (dict(boxes_cxcywh=[box]), "got 2 descriptions, 1 boxes"),
+        (dict(descriptions=["a"] * 6), "got 6 descriptions, .* input.max_regions = 5"),
+        (dict(image=image[:8]), r"image is uint8 \[8, 16, 3\], expected uint8 \[16, 16, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=f"example 0: {line}"):
+            assemble.of_examples([examples[0]._replace(**change)] * 2, config, clip)
 
 
 def test_several_captions_of_an_example():
@@ -96,7 +92,7 @@ def test_several_captions_of_an_example():
         [assemble.Example(image, ["a", "b b"]), assemble.Example(image, "a " * 90)], config, clip
     )
     assert batch.caption_mask.tolist() == [[True, True, False], [True, False, False]]
-    (a, b, c), no = clip.text_id(["a", "b b", "a " * 90]), 0
+    (a, b, c), no = clip.encode(["a", "b b", "a " * 90], 77).text_ids, 0
     assert batch.caption_id.tolist() == [[a, b, no], [c, no, no]]
     # A text of 77 tokens fills a row; the others share one.
     assert batch.caption_at.tolist() == [[[1, 6], [1, 3], [0, 0]], [[0, 76], [0, 0], [0, 0]]]

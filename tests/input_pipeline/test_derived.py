@@ -12,7 +12,7 @@ from grain_jax.checkpoint import states
 from grain_jax.core import errors
 from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
-from grain_jax.train import run, sharding, train_step
+from grain_jax.train import set_up, sharding, train_step
 from tests import record_sets, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of TFDS
@@ -37,61 +37,63 @@ def lengths(captions, descriptions, synthetic=None, records=None):
     """A sample of images with one web caption each."""
     captions = np.asarray(captions, np.int32).reshape(-1, 1)
     count = len(captions)
+    descriptions = np.asarray(descriptions, np.int32).reshape(count, -1)
     return TextLengths(
         name="'birds'",
         tokenizer="clip",
         records=records or count,
         captions=captions,
         synthetic=np.zeros(count, np.int32) if synthetic is None else np.asarray(synthetic),
-        descriptions=np.asarray(descriptions, np.int32).reshape(count, -1),
+        descriptions=descriptions,
+        negatives=np.zeros((*descriptions.shape, 0), np.int32),
     )
 
 
-ANYWHERE = derived.Place()
+ANYWHERE = derived.Limits()
 
 
-def resolve(config, place=ANYWHERE, of=None, **stored):
-    return derived.resolve(config, place, lambda: of or [synthetic.text_lengths(config)], **stored)
+def resolve(config, limits=ANYWHERE, samples=None, **stored):
+    return derived.resolve(
+        config, limits, lambda: samples or synthetic.Synthetic().text_lengths(config), **stored
+    )
 
 
 @pytest.mark.parametrize(
-    "batch,place,expected",
+    "batch,limits,expected",
     [
         (2048, (1, 1), (16, 64)),
         (2048, (256, 64), (64, 8)),  # 64 hosts of 4 chips
         (64, (8, 1), (4, 8)),
         (24, (2, 2), (2, 12)),
+        (96, (1, 1), (8, 12)),
         (7, (1, 1), (1, 7)),
         (1000, (8, 1), (8, 25)),
         (1, (1, 1), (1, 1)),
     ],
 )
-def test_lanes_and_group_of_any_batch(batch, place, expected):
-    got, line = resolve(open_config(batch_size=batch, text__pack_rows=64), derived.Place(*place))
+def test_lanes_and_group_of_any_batch(batch, limits, expected):
+    config = open_config(batch_size=batch, text__pack_rows=64)
+    got, line = resolve(config, derived.Limits(*limits))
     assert numbers(got)[:2] == expected
     assert line == f"input.lanes={expected[0]}, text.pack_group={expected[1]}"
+    if batch % 4 == 0 and limits == (1, 1):  # the same on 2 and 4 devices and processes
+        assert len({numbers(resolve(config, derived.Limits(n, n))[0]) for n in (1, 2, 4)}) == 1
     assert config_lib.from_dict(dataclasses.asdict(got)) == got  # with numbers it is a config
-
-
-def test_the_numbers_are_the_same_on_1_2_and_4_devices_and_processes():
-    for batch in (64, 96, 100, 512, 1000, 2048):
-        config = open_config(batch_size=batch, text__pack_rows=64)
-        assert len({numbers(resolve(config, derived.Place(n, n))[0]) for n in (1, 2, 4)}) == 1
 
 
 def test_microbatches_and_a_set_of_few_shards_are_followed():
     config = open_config(batch_size=64, microbatches=4, text__pack_rows=64)
-    assert numbers(resolve(config, derived.Place(shards={"birds": 3}))[0])[:2] == (2, 16)
+    assert numbers(resolve(config, derived.Limits(shards={"birds": 3}))[0])[:2] == (2, 16)
     config = open_config(batch_size=64, text__pack_group=32, text__pack_rows=64)
     assert numbers(resolve(config)[0])[:2] == (2, 32)
     with pytest.raises(
-        derived.DerivedError, match=r"'birds' has 3 shards, .* need 4 lanes.*shards 4"
+        derived.DerivedError, match=r"got 3 shards in 'birds', .* need 4 lanes.*shards 4"
     ):
-        resolve(config, derived.Place(4, 4, {"birds": 3}))
+        resolve(config, derived.Limits(4, 4, {"birds": 3}))
     with pytest.raises(
         derived.DerivedError, match="set --config.text.pack_group=16|: --config.text"
     ):
-        resolve(config, derived.Place(4, 4))
+        resolve(config, derived.Limits(4, 4))
 
 
 def test_explicit_numbers_stay_and_padded_texts_need_none():
@@ -104,7 +106,6 @@ def test_explicit_numbers_stay_and_padded_texts_need_none():
 
 
 CASES = {  # captions, descriptions, regions
-    "five regions": ((10, 20), (4, 12), 5),
     "long captions and descriptions": ((12, 30), (5, 12), 5),
     "captions only": ((10, 77), (4, 12), 0),
 }
@@ -122,82 +123,75 @@ def drawn(case, images, seed):
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_hold_other_images_of_the_same_kind(case):
-    group = 16
-    config = open_config(batch_size=2048, input__max_regions=CASES[case][2])
-    rows = derived.rows_of(config, group, [drawn(case, 4096, 0)])
+    group, regions = 16, CASES[case][2]
+    config = open_config(batch_size=2048, input__max_regions=regions)
+    rows, _, _ = derived.rows_of(config, group, [drawn(case, 4096, 0)])
     texts, _ = derived.draw(config, [drawn(case, 16384, 1)], 16384, np.random.default_rng(99))
-    pack = lambda n: packing.pack(**texts, pack_group=group, rows=n, row_length=77)
-    layout, number = pack(rows.rows), 16384 + texts["region_mask"].sum()
-    assert (layout.texts_dropped + layout.captions_cut) / number <= derived.MISFITS
-    assert layout.region_mask.any(axis=1).sum() == texts["region_mask"].any(axis=1).sum()
-    less = pack(rows.rows - max(2, rows.rows // 10))  # and not many more rows than that takes
-    assert (less.texts_dropped + less.captions_cut) / number > derived.MISFITS
+    scores = np.broadcast_to(-np.arange(regions), texts.descriptions.shape)
+
+    def misfits(rows):
+        layout = packing.pack(texts, scores, pack_group=group, rows=rows, row_length=77)
+        return layout.misfits.slots().sum() / np.count_nonzero(texts.slots())
+
+    assert misfits(rows) <= derived.MISFITS
+    # Not many more rows than that takes.
+    assert misfits(rows - max(2, rows // 10)) > derived.MISFITS
+
+
+def draw(sample, images=64, **keys):
+    """derived.draw of one set, with these keys of `input`."""
+    keys = {f"input__{name}": value for name, value in keys.items()}
+    config = open_config(**dict(input__max_regions=2) | keys)
+    return derived.draw(config, [sample], images, np.random.default_rng(0))
 
 
 def test_texts_are_chosen_as_training_chooses_them():
-    config = open_config(
-        input__max_regions=2, input__descriptions_in_captions=1, input__synthetic_caption_rate=1.0
-    )
-    one = lengths([70, 90], [[9, 8, 7], [6, 0, 0]], synthetic=[20, 0])
-    texts, too_long = derived.draw(config, [one], 64, np.random.default_rng(0))
-    both = np.column_stack([texts["caption_lengths"], texts["description_lengths"]])
+    sample = lengths([70, 90], [[9, 8, 7], [6, 0, 0]], synthetic=[20, 0])
+    texts, too_long = draw(sample, descriptions_in_captions=1, synthetic_caption_rate=1.0)
+    both = np.column_stack([texts.captions, texts.descriptions])
     # 20, a comma and 7 more; 90 and 5 more are cut.
-    assert {tuple(row) for row in both.tolist()} == {(28, 9, 8), (77, 6, 2)}
-    assert texts["region_mask"].sum(axis=1).tolist().count(2) == 32  # the whole set, as often
+    assert {tuple(row) for row in both.tolist()} == {(28, 9, 8), (77, 6, 0)}
+    assert np.count_nonzero(texts.descriptions, axis=1).tolist().count(2) == 32  # as often
     assert too_long == 0.5
-    config = dataclasses.replace(
-        config, input=dataclasses.replace(config.input, synthetic_caption_rate=0.25)
-    )
-    texts, _ = derived.draw(config, [one], 4096, np.random.default_rng(0))
-    assert (texts["caption_lengths"] == 28).mean() == pytest.approx(0.125, abs=0.02)
+    texts, _ = draw(sample, 4096, descriptions_in_captions=1, synthetic_caption_rate=0.25)
+    assert (texts.captions == 28).mean() == pytest.approx(0.125, abs=0.02)
 
 
-def test_several_captions_are_drawn_as_training_has_them():
-    def drawn(of, **keys):
-        keys = {f"input__{name}": value for name, value in keys.items()}
-        config = open_config(input__max_regions=2, **keys)
-        texts, too_long = derived.draw(config, [of], 64, np.random.default_rng(0))
-        return {tuple(row) for row in texts["caption_lengths"].tolist()}, too_long
-
-    of = lengths([70, 90, 0], [[9, 8, 7], [6, 0, 0], [0, 0, 0]], synthetic=[20, 0, 30])
-    assert drawn(of, captions_per_image=2)[0] == {(70, 20), (77, 0), (0, 30)}
-    # All three descriptions, not the best two alone: 9 + 8 + 7 tokens, of which two starts and ends became commas.
-    found, too_long = drawn(of, captions_per_image=3)
-    assert found == {(70, 20, 22), (77, 0, 6), (0, 30, 0)}
-    assert too_long == pytest.approx(1 / 6, abs=0.01)
-    found, _ = drawn(of, captions_per_image=3, descriptions_in_captions=2)
-    assert found == {(70, 20, 16), (77, 0, 6), (0, 30, 0)}
-    one, three = (
-        derived.rows_of(open_config(input__captions_per_image=n), 8, [of]).rows for n in (1, 3)
-    )
-    assert one < three <= 3 * one
-    padded = resolve(open_config(text__packing=False, input__captions_per_image=3))[0]
-    assert padded.text_layout == (1, 8)
+@pytest.mark.parametrize(
+    "number, best, expected",
+    [
+        (2, 0, {(70, 20), (77, 0), (0, 30)}),
+        # All three descriptions, not the best two alone: 9 + 8 + 7 tokens, of which two starts and ends became commas.
+        (3, 0, {(70, 20, 22), (77, 0, 6), (0, 30, 0)}),
+        (3, 2, {(70, 20, 16), (77, 0, 6), (0, 30, 0)}),
+    ],
+)
+def test_several_captions_are_drawn_as_training_has_them(number, best, expected):
+    sample = lengths([70, 90, 0], [[9, 8, 7], [6, 0, 0], [0, 0, 0]], synthetic=[20, 0, 30])
+    texts, too_long = draw(sample, captions_per_image=number, descriptions_in_captions=best)
+    assert {tuple(row) for row in texts.captions.tolist()} == expected
+    assert number == 2 or too_long == pytest.approx(1 / 6, abs=0.01)
+    rows = lambda n: derived.rows_of(open_config(input__captions_per_image=n), 8, [sample])[0]
+    assert rows(1) < rows(number) <= number * rows(1)
 
 
 def test_negatives_are_drawn_as_training_has_them():
-    def drawn(number, regions=2):
-        config = open_config(input__max_regions=regions, input__negatives_per_region=number)
-        return config, derived.draw(config, [of], 64, np.random.default_rng(0))[0]
-
-    of = lengths([10, 10], [[9, 8, 7], [6, 0, 0]])
+    sample = lengths([10, 10], [[9, 8, 7], [6, 0, 0]])
     negatives = np.array([[[5, 6, 7], [4, 0, 0], [77, 77, 77]], [[90, 0, 0], [0] * 3, [0] * 3]])
-    of = of._replace(negatives=negatives.astype(np.int32))
-    config, texts = drawn(2)
-    rows = {tuple(map(tuple, row)) for row in texts["negative_lengths"].tolist()}
+    sample = sample._replace(negatives=negatives.astype(np.int32))
+    texts, _ = draw(sample, negatives_per_region=2)
+    rows = {tuple(map(tuple, row)) for row in texts.negatives.tolist()}
     # Two of three that follow each other, from any of them on; the third region is not kept.
     assert rows == {((77, 0), (0, 0)), *(((a, b), (4, 0)) for a, b in ((5, 6), (6, 7), (7, 5)))}
-    assert "negative_lengths" not in drawn(0)[1]
-    few, many = (derived.rows_of(drawn(n)[0], 8, [of]).rows for n in (0, 2))
+    assert draw(sample)[0].negatives.shape == (64, 2, 0)
+    config = lambda n: open_config(input__max_regions=2, input__negatives_per_region=n)
+    few, many = (derived.rows_of(config(n), 8, [sample])[0] for n in (0, 2))
     assert few < many
-    layout = packing.pack(**texts, pack_group=8, rows=many, row_length=77)
-    assert layout.texts_dropped == 0
-    without = of._replace(negatives=None)
-    assert derived.rows_of(config, 8, [without]).rows == few
-    padded = resolve(
-        open_config(text__packing=False, input__captions_per_image=3, input__negatives_per_region=2)
-    )[0]
-    assert padded.text_layout == (1, 3 + 5 * 3)
+    assert derived.rows_of(config(2), 8, [sample._replace(negatives=negatives[..., :0])])[0] == few
+    padded = open_config(
+        text__packing=False, input__captions_per_image=3, input__negatives_per_region=2
+    )
+    assert resolve(padded)[0].text_layout == (1, 3 + 5 * 3)
 
 
 def test_a_mixture_is_drawn_by_weight():
@@ -208,28 +202,24 @@ def test_a_mixture_is_drawn_by_weight():
         dict(name="long", data_dir="", weight=1.0),
     )
     config = config_lib.from_dict(values)
-    of = [lengths([5], [[4]]), lengths([50], [[40]])]
-    texts, _ = derived.draw(config, of, 64, np.random.default_rng(0))
-    assert sorted(texts["caption_lengths"].ravel().tolist()) == [5] * 48 + [50] * 16
+    samples = [lengths([5], [[4]]), lengths([50], [[40]])]
+    texts, _ = derived.draw(config, samples, 64, np.random.default_rng(0))
+    assert sorted(texts.captions.ravel().tolist()) == [5] * 48 + [50] * 16
 
 
 def test_a_resumed_run_has_its_own_numbers():
-    first, _ = resolve(open_config(batch_size=64), of=[lengths([20], [[9]])])
+    first, _ = resolve(open_config(batch_size=64), samples=[lengths([20], [[9]])])
     stored = dict(stored=first, where="checkpoint 7")
     longer = [lengths([60], [[30]])]
-    again, line = resolve(open_config(batch_size=64), of=longer, **stored)
+    again, line = resolve(open_config(batch_size=64), samples=longer, **stored)
     assert again == first
-    assert line == (
-        f"input.lanes=4, text.pack_group=16, text.pack_rows={first.text.pack_rows}: as in checkpoint 7"
-    )
+    assert line.count("as in checkpoint 7") == 3
     with_other_batch, _ = resolve(open_config(batch_size=6), **stored)  # refused later, in a line
     assert with_other_batch.input.lanes == 1
     # Another group is asked for: its rows are those that the texts need.
-    other, line = resolve(open_config(batch_size=64, text__pack_group=8), of=longer, **stored)
+    other, line = resolve(open_config(batch_size=64, text__pack_group=8), samples=longer, **stored)
     assert numbers(other) == (4, 8, 12)
-    assert line.startswith(
-        "input.lanes=4: as in checkpoint 7; text.pack_rows=12 for groups of 8: from 1"
-    )
+    assert line.startswith("input.lanes=4 as in checkpoint 7, text.pack_rows=12 from 1 images of")
 
 
 def test_what_does_not_fit_the_mesh_is_told_with_the_flags_that_do():
@@ -258,11 +248,11 @@ def test_what_does_not_fit_the_mesh_is_told_with_the_flags_that_do():
 
 def test_a_plan_without_the_data_says_that_it_guesses(tmp_path):
     config = open_config(batch_size=64, input__source="records", input__name="cc12m")
-    got, line = derived.planned(config, derived.Place())
+    got, line = derived.planned(config, derived.Limits())
     assert numbers(got) == (4, 16, 10)
     assert line == (
-        "input.lanes=4, text.pack_rows=10 for groups of 16: from 4096 images of a guess (captions of 10-20"
-        " tokens, 0-5 descriptions of 4-12), since the texts of 'cc12m' are not known here; 0.00% of their"
+        "input.lanes=4, text.pack_group=16, text.pack_rows=10 from 4096 images of a guess (captions of 10-20"
+        " tokens, 0-5 descriptions of 4-12), since the texts of 'cc12m' are not known here: 0.00% of their"
         " texts do not fit"
     )
 
@@ -273,19 +263,19 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     source = dict(input__source="records", input__name="tiny_set", input__data_dir=str(tmp_path))
     config = open_config(batch_size=8, **source)
     mesh = sharding.make_mesh(config.mesh)  # 8 devices, one image each
-    derive = lambda workdir: run.derive(config, mesh, records, workdir)
+    derive = lambda workdir: set_up.derive(config, mesh, records, workdir)
 
-    found, line = derive(tmp_path / "run")
-    assert numbers(found) == (1, 1, 1)
-    assert "text.pack_rows=1 for groups of 1: from 24 images of 'tiny_set'; 0.00% of" in line
-    checkpoints = states.manager(tmp_path / "run", found)
+    derived_config, line = derive(tmp_path / "run")
+    assert numbers(derived_config) == (1, 1, 1)
+    assert "text.pack_rows=1 from 24 images of 'tiny_set': 0.00% of" in line
+    checkpoints = states.Checkpoints(tmp_path / "run", derived_config)
     state = train_step.TrainState(jnp.int32(1), *[{"x": jnp.zeros(2)}] * 6)
-    states.save(checkpoints, state, found, {})
+    checkpoints.save(state)
     checkpoints.close()
     path = tmp_path / "tiny_set/1.0.0" / text_lengths.FILE
     longer = json.loads(path.read_text())
-    longer["images"] = [[[60], 60, [30, 30, 30]]] * 24
+    longer["images"] = [[[60], 60, [30, 30, 30], []]] * 24
     path.write_text(json.dumps(longer))
     again, line = derive(tmp_path / "run")
-    assert again == found and "text.pack_rows=1: as in checkpoint 1" in line
+    assert again == derived_config and "text.pack_rows=1 as in checkpoint 1" in line
     assert numbers(derive(tmp_path / "another run")[0]) == (1, 1, 3)

@@ -52,22 +52,6 @@ def test_an_error_of_the_source_reaches_the_consumer(sharding):
     assert not threads()
 
 
-def test_waiting_is_measured(sharding):
-    def slow():
-        for batch in source(2):
-            time.sleep(0.2)
-            yield batch
-
-    batches = device.Prefetch(slow(), sharding)
-    next(batches)
-    assert 0.1 < batches.wait_seconds < 2 and batches.wait_steps == 1
-    waited = batches.wait_seconds
-    time.sleep(0.6)
-    next(batches)
-    assert batches.wait_seconds - waited < 0.1
-    batches.close()
-
-
 def test_a_wait_that_is_small_beside_the_step_does_not_count(monkeypatch, sharding):
     """Seconds by a clock that a queue moves on: 0.9 ms, 5 ms of a second, 5 ms of 100."""
     now = [0.0]

@@ -64,13 +64,13 @@ def test_negatives_are_of_real_regions_and_change_nothing_else():
             assert batch.text_tokens[image // 2, row, end] == config.model.text.vocab_size - 1
             assert 4 <= batch.text_positions[image // 2, row, end] + 1 <= 12
     assert set(counts) == {0, 1, 2, 3}
-    lengths = synthetic.text_lengths(config)
+    (lengths,) = synthetic.Synthetic().text_lengths(config)
     assert lengths.negatives.shape == (len(lengths.synthetic), 5, 3)
     assert not lengths.negatives[lengths.descriptions == 0].any()
 
 
 def test_several_captions_have_the_lengths_of_their_kinds():
-    joined, one = [], take(1)[0]
+    joined, plain = [], take(1)[0]
     for batch in take(20, captions=3):
         assert batch.caption_mask[:, :2].all() and not batch.texts_dropped.any()
         np.testing.assert_array_equal(batch.caption_mask[:, 2], batch.region_mask.any(axis=1))
@@ -80,4 +80,4 @@ def test_several_captions_have_the_lengths_of_their_kinds():
     tokens, regions = np.array(joined).T  # without the start token
     assert (tokens >= 3 * regions).all() and (tokens <= 11 * regions).all()
     assert tokens.max() > 30
-    np.testing.assert_array_equal(one.image, take(1, captions=3)[0].image)
+    np.testing.assert_array_equal(plain.image, take(1, captions=3)[0].image)

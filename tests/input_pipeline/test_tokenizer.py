@@ -1,86 +1,60 @@
-"""The tokenizer against the reference's ids, on both backends."""
+"""Tokenizers: CLIP's against the reference's ids, those in files against the libraries' own."""
 
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
 import json
 import pathlib
-import sys
+import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import tokenizers
+from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, processors
 
-from grain_jax.input_pipeline import clip_tokenizer, text_cleaning
+from grain_jax.input_pipeline import clip_tokenizer, text_cleaning, tokenizer
 from grain_jax.input_pipeline.clip_tokenizer import END_OF_TEXT, START_OF_TEXT
-from grain_jax.input_pipeline.text_cleaning import TokenizerError
+from tests import tiny
+from tests.paths import ROOT
 
-GOLDENS = json.loads(
-    (pathlib.Path(__file__).parents[1] / "goldens" / "tokenizer.json").read_text("utf-8")
-)["strings"]
-TEXTS = [golden["text"] for golden in GOLDENS]
-
-
-@pytest.fixture(scope="session")
-def instant():
-    """The faster backend, where it has a wheel; else the other again."""
-    has_wheel = sys.version_info < (3, 13)
-    return clip_tokenizer.ClipTokenizer("instant" if has_wheel else "huggingface")
+GOLDENS = json.loads((ROOT / "tests/goldens/tokenizer.json").read_text("utf-8"))["strings"]
+CLIP = tokenizer.ClipTokenizer()
+WORDS = ["a", "photo", "of", "wren", "with", "long", "orange", "beak"]
+TEXTS = ["A photo of a wren,  with (long) beak!", "orange", "", "a " * 40]
 
 
-@pytest.fixture(scope="session")
-def huggingface():
-    return clip_tokenizer.ClipTokenizer("huggingface")
-
-
-@pytest.fixture(params=["instant", "huggingface"])
-def clip(request):
-    return request.getfixturevalue(request.param)
-
-
-def test_all_golden_strings_have_the_references_ids(clip):
+def test_all_golden_strings_have_the_references_ids():
     assert len(GOLDENS) == 338
-    padded = clip(TEXTS)
-    ids, lengths, too_long, _ = clip.encode(TEXTS, 77)
-    assert padded.shape == (338, 77) and padded.dtype == ids.dtype == lengths.dtype == np.int32
-    ragged = np.split(ids, np.cumsum(lengths)[:-1])
-    wrong = [
-        golden["text"]
-        for golden, row, text_ids in zip(GOLDENS, padded.tolist(), ragged, strict=True)
-        if text_ids.tolist() != golden["ids"]
-        or row != golden["ids"] + [0] * (77 - len(golden["ids"]))
-    ]
-    assert wrong == []
+    texts, expected = zip(*((golden["text"], golden["ids"]) for golden in GOLDENS))
+    tokens = CLIP.encode(texts, 77)
+    assert tokens.ids.dtype == tokens.lengths.dtype == np.int32
+    rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
+    assert [row.tolist() for row in rows] == list(expected)
+    np.testing.assert_array_equal(CLIP(texts), [row + [0] * (77 - len(row)) for row in expected])
 
 
-def test_long_texts_keep_the_end_token(clip):
+def test_long_texts_keep_the_end_token():
     texts = ["a bird", "a small brown bird with a long beak", "a <|endoftext|> b c d e f"]
-    assert clip(texts, context_length=6).tolist() == [
+    assert CLIP(texts, context_length=6).tolist() == [
         [START_OF_TEXT, 320, 3329, END_OF_TEXT, 0, 0],
         [START_OF_TEXT, 320, 2442, 2866, 3329, END_OF_TEXT],
         [START_OF_TEXT, 320, END_OF_TEXT, 321, 322, END_OF_TEXT],
     ]
-    assert clip.encode(texts, 6).lengths.tolist() == [4, 6, 6]
-
-
-def test_special_names_after_punctuation_are_ordinary_text(clip):
+    tokens = CLIP.encode(texts, 6)
+    assert tokens.lengths.tolist() == [4, 6, 6] and tokens.too_long.tolist() == [False, True, True]
     # As in the reference, whose pattern takes the punctuation "!!<|" first.
-    assert clip.encode(["!!<|endoftext|>"], 77).ids.tolist().count(END_OF_TEXT) == 1
+    assert CLIP.encode(["!!<|endoftext|>"], 77).ids.tolist().count(END_OF_TEXT) == 1
 
 
-def test_empty_text_empty_list_and_bytes(clip):
-    assert clip(["", " \n"], 4).tolist() == [[START_OF_TEXT, END_OF_TEXT, 0, 0]] * 2
-    assert clip([], 4).shape == (0, 4)
-    assert clip.encode([], 4).ids.shape == clip.encode([], 4).lengths.shape == (0,)
+def test_empty_text_empty_list_and_bytes():
+    assert CLIP(["", " \n"], 4).tolist() == [[START_OF_TEXT, END_OF_TEXT, 0, 0]] * 2
+    assert CLIP([], 4).shape == (0, 4)
+    assert CLIP.encode([], 4).ids.shape == CLIP.encode([], 4).lengths.shape == (0,)
     text = "caf\u00e9 &amp; th\u00e9"
-    np.testing.assert_array_equal(clip([text.encode()]), clip([text]))
-
-
-@settings(max_examples=60, deadline=None)
-@given(texts=st.lists(st.text(st.characters(max_codepoint=0x17F), max_size=40), max_size=5))
-def test_the_backends_agree(instant, huggingface, texts):
-    np.testing.assert_array_equal(instant(texts), huggingface(texts))
+    np.testing.assert_array_equal(CLIP([text.encode()]), CLIP([text]))
 
 
 @pytest.mark.parametrize(
@@ -102,38 +76,31 @@ def test_clean(text, cleaned):
 
 @given(text=st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=60))
 def test_the_short_way_of_clean_changes_nothing(text):
-    # A non-ASCII word at the end sends the same text the long way.
-    if "&" not in text:
-        assert (
-            text_cleaning.clean(text + " \u00e9") == f"{text_cleaning.clean(text)} \u00e9".strip()
-        )
+    clean = text_cleaning.clean
+    if "&" not in text:  # a non-ASCII word at the end sends the same text the long way
+        assert clean(text + " \u00e9") == f"{clean(text)} \u00e9".strip()
 
 
-def test_text_id_is_of_the_cleaned_lowered_text(clip):
-    ids = clip.text_id(["A red beak", " a  red BEAK", "a &#114;ed beak", "a red break", ""])
+def test_text_ids_are_of_the_cleaned_lowered_text():
+    texts = ["A red beak", " a  red BEAK", "a &#114;ed beak", "a red break", ""]
+    ids = CLIP.encode(texts, 77).text_ids
     assert ids.dtype == np.int32 and ids[0] == ids[1] == ids[2]
-    assert len({*ids.tolist()}) == 3
     assert ids[[0, 4]].tolist() == [-1825863821, 634351890]  # by b2sum -l 32
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("arguments", "message"),
     [
-        (lambda t: t("one text"), "expected a list of texts"),
-        (lambda t: t([None]), "got NoneType"),
-        (lambda t: t([b"\xff"]), "not UTF-8"),
-        (lambda t: t(["a"], 2), "context_length 2: expected 3"),
+        (("one text",), "expected a list of texts"),
+        (([None],), "got NoneType"),
+        (([b"\xff"],), "not UTF-8"),
+        ((["a"], 2), "context_length 2: expected 3"),
     ],
 )
-def test_wrong_input_is_one_line(clip, call, message):
-    with pytest.raises(TokenizerError, match=message) as error:
-        call(clip)
+def test_wrong_input_is_one_line(arguments, message):
+    with pytest.raises(text_cleaning.TokenizerError, match=message) as error:
+        CLIP(*arguments)
     assert "\n" not in str(error.value)
-
-
-def test_unknown_backend_lists_the_known():
-    with pytest.raises(TokenizerError, match=r"'sentencepiece': expected one of .*instant"):
-        clip_tokenizer.ClipTokenizer("sentencepiece")
 
 
 def test_the_vocabulary_is_that_of_clip():
@@ -146,30 +113,154 @@ def test_the_vocabulary_is_that_of_clip():
     assert shipped.count(b"\n") == clip_tokenizer.VOCAB_SIZE - 2 * 256 - 2 + 1
 
 
-def test_the_faster_backend_is_taken_where_it_is_installed(monkeypatch, huggingface):
-    monkeypatch.setattr(clip_tokenizer, "_installed", lambda package: False)
-    default = clip_tokenizer.ClipTokenizer()
-    assert default.backend == "huggingface"
-    np.testing.assert_array_equal(default(["a bird"]), huggingface(["a bird"]))
-    with pytest.raises(TokenizerError, match=r"grain_jax\[fast-tokenizer\]"):
-        clip_tokenizer.ClipTokenizer("instant")
-    monkeypatch.setattr(clip_tokenizer, "_installed", lambda package: True)
-    monkeypatch.setitem(clip_tokenizer._BACKENDS, "instant", lambda: (None, None))
-    assert clip_tokenizer.ClipTokenizer().backend == "instant"
-
-
-def test_ids_are_decoded_as_transformers_does(clip):
-    transformers = pytest.importorskip("transformers")
-    tokens, merges = clip_tokenizer._tokens()
-    theirs = transformers.CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, pad_token="!"
+@pytest.fixture(scope="module")
+def json_file(tmp_path_factory):
+    """A word tokenizer with an end token after the text, as Hugging Face saves it."""
+    vocab = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    library = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    rng = np.random.default_rng(0)
-    rows = [golden["ids"] for golden in GOLDENS]
-    rows += [rng.integers(0, 49408, 20).tolist() for _ in range(100)]  # halves of characters, too
-    for ids in rows:
-        expected = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert clip.decode(ids) == expected
-    assert clip.special_ids == (START_OF_TEXT, END_OF_TEXT)
-    with pytest.raises(TokenizerError, match="ids: got 49408, expected 0 to 49407"):
-        clip.decode([320, 49408])
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    library.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A SentencePiece model with SigLIP's special ids: padding and end 1, unknown 2."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "corpus.txt").write_text("\n".join([" ".join(WORDS)] * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "m"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return folder / "m.model"
+
+
+def test_tokenizer_json(json_file):
+    ours = tokenizer.FileTokenizer(json_file, pad_id=0)
+    ids = ours(TEXTS, 12)
+    photo = [4, 5, 3, 6, 2, 7, 2, 8, 2, 10]  # of "photo of a wren , with ( long ) beak"
+    assert ids.dtype == np.int32 and ids.shape == (4, 12)
+    np.testing.assert_array_equal(ids[0], [3, *photo, 1])  # cut, with its end token
+    np.testing.assert_array_equal(ids[1], [9, 1, *[0] * 10])
+    np.testing.assert_array_equal(ids[2], [1, *[0] * 11])
+    np.testing.assert_array_equal(ids[3], [3] * 11 + [1])
+    np.testing.assert_array_equal(ours.encode(TEXTS, 12).lengths, [12, 2, 2, 12])
+
+
+def test_sentencepiece_is_the_librarys_with_a_sticky_end(model_file):
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    ours = tokenizer.FileTokenizer(model_file, "canonical", pad_id=1)
+    ids = ours(TEXTS, 16)
+    for row, text in zip(ids, ["a photo of a wren with long beak", "orange", "", "a " * 40]):
+        expected = [*library.encode(text.strip())[:15], 1]
+        np.testing.assert_array_equal(row, [*expected, *[1] * (16 - len(expected))])
+
+
+def test_canonical_is_what_siglips_own_tokenizer_does(model_file):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.SiglipTokenizer(vocab_file=str(model_file))
+    ours = tokenizer.FileTokenizer(model_file, "canonical", pad_id=1)
+    texts = ["A photo, of a WREN!", "  orange -- beak\tlong ", "a.b"]
+    expected = [[*ids, 1] if ids[-1:] != [1] else ids for ids in theirs(texts)["input_ids"]]
+    np.testing.assert_array_equal(np.concatenate(expected), ours.encode(texts, 64).ids)
+
+
+def test_text_ids_follow_the_cleaning(json_file):
+    def ids(cleaning, *texts):
+        return tokenizer.FileTokenizer(json_file, cleaning).encode(texts, 8).text_ids.tolist()
+
+    lower, none = ids("lower", "A  wren", "a wren"), ids("none", "A  wren", "a wren")
+    assert lower[0] == lower[1] == CLIP.encode(["a wren"], 77).text_ids[0]
+    assert none[0] != none[1] and ids("none", b"a wren") == none[1:]
+    assert len({*ids("canonical", "a wren!", "A wren")}) == 1
+
+
+def tower(**changes):
+    return dataclasses.replace(tiny.config().model.text, **changes)
+
+
+def test_each_tower_has_its_own(json_file, tmp_path):
+    assert isinstance(tokenizer.of_tower(tower()), tokenizer.ClipTokenizer)
+    other = tower(tokenizer="tokenizer.json", vocab_size=11)
+    np.testing.assert_array_equal(
+        tokenizer.of_tower(other, json_file.parent)(["a beak"], 4), [[3, 10, 1, 0]]
+    )
+    repeated = tmp_path / "tokenizer.json"  # special tokens that leave no room for the text
+    template = processors.TemplateProcessing(
+        single=" ".join(["</s>"] * 99) + " $A", special_tokens=[("</s>", 1)]
+    )
+    library = tokenizers.Tokenizer.from_file(str(json_file))
+    library.post_processor = template
+    library.save(str(repeated))
+    for folder, changes, line in (
+        (json_file.parent, dict(tokenizer="none/tokenizer.json"), "no such file, .*; put the text"),
+        (json_file.parent, dict(tokenizer="t.txt"), "expected a tokenizer.json or"),
+        (json_file.parent, dict(vocab_size=10), "ids up to 10, but model.text.vocab_size is 10"),
+        (None, dict(tokenizer="clip", pad_id=1), "model.text.pad_id: got 1, expected 0"),
+        (tmp_path, {}, "tokenizer.json: got a text of [0-9]+ tokens|fails on a text"),
+    ):
+        with pytest.raises(tokenizer.TokenizerError, match=line) as error:
+            tokenizer.of_tower(dataclasses.replace(other, **changes), folder)(["a wren"], 8)
+        assert "\n" not in str(error.value)
+
+
+def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
+    own_file = lambda folder, name: tokenizer.own_file(tower(tokenizer=str(name)), folder)
+    assert own_file(json_file.parent, "tokenizer.json") == own_file(json_file.parent, json_file)
+    assert own_file(json_file.parent, "tokenizer.json").read_bytes() == json_file.read_bytes()
+    assert own_file(None, json_file) is None and own_file(json_file.parent, "other.json") is None
+    # huggingface_hub's cache links to its blobs; a folder of another kind, or a link elsewhere, is a stranger's.
+    for repository, inside in (("models--a--b", True), ("unpacked", False)):
+        folder = tmp_path / repository / "snapshots" / "1"
+        blob = tmp_path / repository / "blobs" / "2"
+        for each in (folder, blob.parent):
+            each.mkdir(parents=True)
+        shutil.copy(json_file, blob)
+        (folder / "t.json").symlink_to("../../blobs/2")
+        assert (own_file(folder, "t.json") == folder / "t.json") == inside
+        (folder / "link.json").symlink_to(json_file)
+        assert own_file(folder, "link.json") is None
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    names = "gs://no-bucket/t.json", "/gs/no-bucket/t.json", "/elsewhere/t.json"
+    assert not any(own_file(workdir / "checkpoints" / "3", name) for name in names)
+    shutil.copy(json_file, workdir / "t.json")
+    for name in names:  # the trainer's copy
+        assert own_file(workdir / "checkpoints" / "3", name) == workdir / "t.json"
+
+
+@pytest.mark.parametrize(
+    "vocabulary, end, highest",
+    [
+        ({"[UNK]": 0, "wren": 49409}, None, 49409),
+        ({"[UNK]": 0, "wren": 1}, 2**32 - 1, 2**32 - 1),  # of the post-processor alone
+        ({"[UNK]": 0, "wren": 7}, 8, None),
+    ],
+)
+def test_no_id_of_a_file_is_beyond_the_embeddings(vocabulary, end, highest, tmp_path):
+    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    if end is not None:
+        library.post_processor = processors.TemplateProcessing(
+            single="$A [E]", special_tokens=[("[E]", end)]
+        )
+    library.save(str(tmp_path / "tokenizer.json"))
+    text = tower(tokenizer="tokenizer.json", vocab_size=9, pad_id=0)
+    if highest is None:
+        assert tokenizer.of_tower(text, tmp_path)(["wren"], 3).tolist() == [[7, 8, 0]]
+        return
+    with pytest.raises(tokenizer.TokenizerError, match=f"has ids up to {highest}, but .* is 9;"):
+        tokenizer.of_tower(text, tmp_path)

@@ -29,21 +29,14 @@ def encode(pixels, file_format, **options):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA"])
-def test_pngs_that_are_stored_as_they_are_decode_to_pils_pixels(mode):
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA", "JPEG RGB", "JPEG L"])
+def test_images_that_are_stored_as_they_are_decode_to_pils_pixels(mode):
+    *file_format, mode = mode.split()
     file, alpha = io.BytesIO(), PIL.Image.linear_gradient("L").resize((70, 50))
     picture = PIL.Image.fromarray(smooth(70, 50)).convert(mode)
     if mode in ("RGBA", "LA"):
         picture.putalpha(alpha)
-    picture.save(file, "PNG", **(dict(transparency=3) if mode == "P" else {}))
-    expected = images.decode_image(file.getvalue()).convert("RGB")
-    np.testing.assert_array_equal(transforms.decode(tf.constant(file.getvalue())), expected)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_jpegs_decode_to_pils_pixels(mode):
-    file = io.BytesIO()
-    PIL.Image.fromarray(smooth(71, 53)).convert(mode).save(file, "JPEG", quality=80)
+    picture.save(file, *file_format or ["PNG"], **(dict(transparency=3) if mode == "P" else {}))
     expected = images.decode_image(file.getvalue()).convert("RGB")
     np.testing.assert_array_equal(transforms.decode(tf.constant(file.getvalue())), expected)
 
@@ -93,17 +86,20 @@ def test_boxes_follow_the_crop():
 
 
 def test_a_dropped_box_takes_its_description_along():
-    descriptions = tf.constant(["a", "b", "c", "d"])
-    scores = tf.constant([0.5, 0.9, 0.5, 0.7])
+    fields = {
+        "regions/description": tf.constant(["a", "b", "c", "d"]),
+        "regions/score": tf.constant([0.5, 0.9, 0.5, 0.7]),
+    }
     boxes = tf.constant([[0.0, 0.0, 0.2, 0.4]] * 4)
     kept = tf.constant([True, False, True, True])
-    texts, cxcywh, mask, out = transforms.top_regions(descriptions, boxes, scores, kept, 2)
-    assert texts.numpy().tolist() == [b"d", b"a"]  # a before c: equal scores keep their order
-    np.testing.assert_allclose(cxcywh, [[0.1, 0.2, 0.2, 0.4]] * 2, atol=1e-7)
-    np.testing.assert_allclose(out, [0.7, 0.5])
-    texts, _, mask, _ = transforms.top_regions(descriptions, boxes, scores, kept, 5)
-    assert texts.numpy().tolist() == [b"d", b"a", b"c", b"", b""]
-    assert mask.numpy().tolist() == [True] * 3 + [False] * 2
+    best = transforms.top_regions(fields, boxes, kept, 2)
+    # a before c: equal scores keep their order.
+    assert best["descriptions"].numpy().tolist() == [b"d", b"a"]
+    np.testing.assert_allclose(best["region_boxes_cxcywh"], [[0.1, 0.2, 0.2, 0.4]] * 2, atol=1e-7)
+    np.testing.assert_allclose(best["region_scores"], [0.7, 0.5])
+    padded = transforms.top_regions(fields, boxes, kept, 5)
+    assert padded["descriptions"].numpy().tolist() == [b"d", b"a", b"c", b"", b""]
+    assert padded["region_mask"].numpy().tolist() == [True] * 3 + [False] * 2
 
 
 def caption(captions, synthetic, first, second, rate=0.5):
@@ -135,17 +131,10 @@ def test_captions():
         ("", False),
     ],
 )
-@pytest.mark.parametrize(
-    "name",
-    [
-        "captions",
-        "synthetic_caption",
-        "regions/description",
-        "regions/negatives/ragged_flat_values",
-    ],
-)
-def test_texts_that_mention_a_side(name, text, expected):
-    fields = dict.fromkeys(("captions", "regions/description"), tf.constant(["a bird"]))
-    fields["synthetic_caption"] = tf.constant("")
-    fields[name] = tf.constant(text if name == "synthetic_caption" else ["a bird", text])
-    assert transforms.mentions_side(fields).numpy() == expected
+def test_texts_that_mention_a_side(text, expected):
+    names = "captions", "regions/description", "regions/negatives/ragged_flat_values"
+    for name in (*names, "synthetic_caption"):
+        fields = dict.fromkeys(names[:2], tf.constant(["a bird"]))
+        fields["synthetic_caption"] = tf.constant("")
+        fields[name] = tf.constant(["a bird", text] if name in names else text)
+        assert transforms.mentions_side(fields).numpy() == expected

@@ -29,10 +29,10 @@ AS_ON_CPUS = {"model__attention": "xla", "loss__precision": "highest"}
 def planned(tmp_path_factory):
     """The plan of the command, compiled by libtpu: (what it printed, the JSON)."""
     out, page = tmp_path_factory.mktemp("plan") / "plan.json", io.StringIO()
-    words = ["--config=tests/run_config.py", "--topology=v5e:2x4", f"--output={out}"]
-    words += [f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()]
+    arguments = ["--config=tests/run_config.py", "--topology=v5e:2x4", f"--output={out}"]
+    arguments += [f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()]
     with contextlib.redirect_stdout(page):
-        assert plan.main(words) == 0
+        assert plan.main(arguments) == 0
     return page.getvalue(), json.loads(out.read_text())
 
 
@@ -60,10 +60,10 @@ def test_plan_and_train_lower_the_same_program(planned, monkeypatch, tmp_path):
 
 @needs_libtpu
 def test_plan_of_a_compiled_step(planned):
-    printed, found = planned
+    printed, stored = planned
     config = tiny.config()
-    memory = found["memory"]
-    assert found["fits"] and "FITS" in printed
+    memory = stored["memory"]
+    assert stored["fits"] and "FITS" in printed
 
     # By hand: the parameters are replicated, the batch is cut in 8, Adam has two moments and a count.
     params = jax.tree.leaves(_params(config))
@@ -79,19 +79,17 @@ def test_plan_of_a_compiled_step(planned):
     assert memory["total_bytes"] == written - memory["aliased_bytes"]
     assert memory["aliased_bytes"] >= 3 * size  # the state is given up
 
-    assert found["model_flops"] == round(flops.per_image(config).train * 16)
-    assert found["flops"] == pytest.approx(found["model_flops"], rel=0.05)
-    sums = found["collectives"]["all-reduce"]
+    assert stored["model_flops"] == round(flops.per_image(config).train * 16)
+    assert stored["flops"] == pytest.approx(stored["model_flops"], rel=0.05)
+    sums = stored["collectives"]["all-reduce"]
     assert sums["bytes"] >= size  # the gradients, at least
     assert sums["count"] == sums["sync"]["count"] + sums["overlapped"]["count"]
-    assert found["images_per_second_at_most"] == 16 / found["roofline"]["step_s"]
-    assert 0 < found["mfu_at_most"] < 1 and found["hbm_bytes"] > size
-    assert found["unknown_loops"] == 0 and "unknown length" not in printed
-    assert "2 loop(s) of unknown length" in plan_text.page({**found, "unknown_loops": 2})
-    assert found["versions"]["jax"] == jax.__version__
-    sums = [entry["count"] * entry["bytes"] for entry in found["largest"]]
-    assert len(sums) == plan.LARGEST and sums == sorted(sums, reverse=True) and sums[-1] > 0
-    assert found["largest"][0]["shape"] in printed
+    assert stored["images_per_second_at_most"] == 16 / stored["roofline"]["step_s"]
+    assert 0 < stored["mfu_at_most"] < 1 and stored["hbm_bytes"] > size
+    assert stored["unknown_loops"] == 0 and "unknown length" not in printed
+    assert "2 loop(s) of unknown length" in plan_text.page({**stored, "unknown_loops": 2})
+    assert stored["versions"]["jax"] == jax.__version__
+    assert len(stored["largest"]) == plan.LARGEST and stored["largest"][0]["shape"] in printed
 
 
 def _params(config):
@@ -104,17 +102,6 @@ def test_without_the_compiler_the_user_is_told_what_to_install(monkeypatch, topo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match=rf'pip install "grain_jax\[{extra}\]"'):
         plan.make(tiny.config(), chips.parse_topology(topology))
-
-
-def test_gpus_are_described_as_the_plan_knows_them():
-    found = {chip.name: chip for chip in chips.CHIPS.values() if not chip.is_tpu}
-    assert set(found) == {"a100-40", "a100-80", "h100", "h200", "b200", "gb200"}
-    for chip in found.values():
-        gpu = chip.gpu
-        assert 0.9 < gpu.memory * 2**20 * 0.75 / chip.hbm_bytes <= 1.01
-        assert abs(gpu.memory_rate / chip.hbm_bytes_per_second - 1) < 0.01
-        text = gpu.description(chip.device_kind)
-        assert text.count("{") == text.count("}") and f"core_count: {gpu.cores} " in text
 
 
 HLO = """HloModule m, is_scheduled=true, num_partitions=8
@@ -194,7 +181,7 @@ def test_the_compiler_is_asked_for_gpus(monkeypatch):
     assert os.environ.get("XLA_FLAGS") == before
 
 
-# Recorded: B/16 with 64 images a chip on v5e:2x2, remat=none, libtpu 0.0.42.1.
+# Recorded: B/16 with 64 images per chip on v5e:2x2, remat=none, libtpu 0.0.42.1.
 EARLY = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries"
     " (18.29G) exceeds available HBM (15.75G)."
@@ -225,9 +212,3 @@ def test_out_of_memory_names_the_arrays_and_what_to_change(monkeypatch):
         3 * 2**30,
         2**29,
     ]
-
-
-def test_length_of_a_run():
-    lengths = plan.run_lengths(tiny.config(total_steps=None, total_epochs=2.0))
-    assert lengths == {"total_steps": 2 * plan.EPOCH, "steps_per_epoch": plan.EPOCH}
-    assert plan.run_lengths(tiny.config()) == {"total_steps": 10, "steps_per_epoch": 10.0}

@@ -1,6 +1,5 @@
 """The path of the ring through a slice: on TPUs that are not here, and with the numbers of another order."""
 
-import functools
 import itertools
 import types
 
@@ -9,11 +8,7 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax import losses
 from grain_jax.losses import hops, layout
-from grain_jax.train import sharding
-from tests import tiny
-from tests.losses.test_losses import _outputs
 
 
 def _chip(coords, slice_index=0, core=0):
@@ -90,60 +85,24 @@ def test_without_a_path_they_go_as_they_lie(rings):
 def test_rings_of_a_slice(tensor, group_size, gather, longest):
     """The rings of a batch of 32 images a shard on 8 x 8 chips, laid row by row."""
     shards = 64 // tensor
-    found = layout.make_layout(
+    placed = layout.make_layout(
         shards * 32, config_lib.Loss(group_size=group_size, gather=gather), shards
     )
     chips = np.empty(64, object)
     chips[:] = _chips(8, 8, 1)
-    grid = chips.reshape(*found.sizes, -1)
-    found = found.on(grid, "high")
-    assert found.everywhere.precision == jax.lax.Precision.HIGH
+    grid = chips.reshape(*placed.sizes, -1)
+    placed = placed.on(grid, "high")
+    assert placed.everywhere.precision == jax.lax.Precision.HIGH
     for gathered, rest in np.ndindex(grid.shape[2:]):
         ring = grid[:, :, gathered, rest].ravel()
-        assert max(_steps(ring, found.everywhere.loops[0])) == longest
+        assert max(_steps(ring, placed.everywhere.loops[0])) == longest
         for group in grid[:, :, gathered, rest] if group_size else ():
-            assert max(_steps(group, found.in_group.loops[0])) == longest
+            assert max(_steps(group, placed.in_group.loops[0])) == longest
 
 
 def test_precision_is_that_of_tpus():
-    found = layout.make_layout(8, config_lib.Loss(), 1)
+    unplaced = layout.make_layout(8, config_lib.Loss(), 1)
     for platform, expected in (("cpu", "HIGHEST"), ("gpu", "HIGHEST"), ("tpu", "HIGH")):
         devices = np.array([types.SimpleNamespace(platform=platform)], object)
-        placed = found.on(devices.reshape(1, 1, 1, 1), "high")
+        placed = unplaced.on(devices.reshape(1, 1, 1, 1), "high")
         assert placed.in_group.precision == jax.lax.Precision[expected]
-
-
-@functools.cache
-def _losses_and_gradients(group_size):
-    """(a function of nothing that computes them on 8 devices, what it gives without a path)."""
-    c = tiny.config(loss__group_size=group_size, loss__image_description=1.0)
-    mesh = sharding.make_mesh(c.mesh)
-    batch, outputs = tiny.batch(c), _outputs(c)
-
-    def loss(outputs):
-        options = dict(mesh=mesh, batch_axes=sharding.BATCH_AXES)
-        return losses.total_loss(outputs, batch, c.loss, **options).total
-
-    run = lambda: jax.jit(jax.value_and_grad(lambda x: loss(x)))(outputs)
-    return run, run()
-
-
-@pytest.mark.parametrize(
-    "group_size,slices",
-    [(8, 1), (0, 2), *(pytest.param(0, n, marks=pytest.mark.slow) for n in (1, 8))],
-)
-def test_another_path_gives_the_same_losses(group_size, slices, monkeypatch):
-    """Values and gradients on 8 devices, whatever path the ring takes, through one slice or several."""
-    run, expected = _losses_and_gradients(group_size)
-    taken = []
-
-    def shuffled(rings):
-        order = np.random.default_rng(len(taken)).permutation(rings.shape[1])
-        taken.append(order.tolist())
-        return tuple(tuple(loop.tolist()) for loop in np.split(order, slices))
-
-    monkeypatch.setattr(hops, "along_links", shuffled)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(), expected
-    )
-    assert any(order != sorted(order) for order in taken)

@@ -32,9 +32,9 @@ def test_golden_matrices_have_scipys_total(every):
             m = z["shapes"][i][1]
             values = z["costs_flat"][z["offsets"][i] : z["offsets"][i + 1]]
             cost[row, :, :m], mask[row, :m] = values.reshape(queries, m), True
-        found = jax.tree.map(np.asarray, match(cost, mask))
+        matched = jax.tree.map(np.asarray, match(cost, mask))
         for row, i in enumerate(members):
-            valid, query = found.valid[row], found.query_index[row]
+            valid, query = matched.valid[row], matched.query_index[row]
             assert valid.sum() == min(z["shapes"][i])
             assert len(set(query[valid])) == valid.sum()
             assert not valid[~mask[row]].any()
@@ -52,14 +52,14 @@ def test_random_masks_equal_scipy(queries, regions):
     rng = np.random.default_rng(queries * 100 + regions)
     cost = rng.normal(size=(64, queries, regions)).astype(np.float32)
     mask = rng.random((64, regions)) < 0.6
-    found = jax.tree.map(np.asarray, match(cost, mask))
-    for c, real, query, valid in zip(cost, mask, *found):
+    matched = jax.tree.map(np.asarray, match(cost, mask))
+    for c, real, query, valid in zip(cost, mask, *matched):
         rows, columns = linear_sum_assignment(c[:, real])
         expected = np.zeros(regions, int)
-        at = np.nonzero(real)[0][columns]
-        expected[at] = rows
+        numbers = np.nonzero(real)[0][columns]
+        expected[numbers] = rows
         np.testing.assert_array_equal(query, expected)
-        np.testing.assert_array_equal(np.nonzero(valid)[0], np.sort(at))
+        np.testing.assert_array_equal(np.nonzero(valid)[0], np.sort(numbers))
 
 
 def test_permuting_regions_permutes_the_answer():
@@ -79,13 +79,13 @@ def test_pairs_without_a_finite_cost_are_taken_only_where_nothing_else_is_left(
     cost = rng.normal(size=(32, queries, regions)).astype(np.float32)
     bad = rng.random(cost.shape) < 0.2
     mask = np.ones((32, regions), bool)
-    found = jax.tree.map(np.asarray, match(np.where(bad, broken, cost), mask))
-    for c, b, query, valid in zip(cost, bad, *found):
+    matched = jax.tree.map(np.asarray, match(np.where(bad, broken, cost), mask))
+    for c, b, query, valid in zip(cost, bad, *matched):
         rows, columns = linear_sum_assignment(np.where(b, 1e3, c))
-        at = np.nonzero(valid)[0]
-        assert len(set(query[at])) == min(queries, regions)
+        numbers = np.nonzero(valid)[0]
+        assert len(set(query[numbers])) == min(queries, regions)
         np.testing.assert_allclose(
-            np.where(b, 1e3, c)[query[at], at].sum(),
+            np.where(b, 1e3, c)[query[numbers], numbers].sum(),
             np.where(b, 1e3, c)[rows, columns].sum(),
             rtol=1e-5,
         )
@@ -94,23 +94,23 @@ def test_pairs_without_a_finite_cost_are_taken_only_where_nothing_else_is_left(
 
 
 def test_no_regions():
-    found = match(np.zeros((2, 5, 0), np.float32), np.zeros((2, 0), bool))
-    assert found.query_index.shape == (2, 0)
-    found = match(np.zeros((2, 5, 3), np.float32), np.zeros((2, 3), bool))
-    assert not found.valid.any()
+    matched = match(np.zeros((2, 5, 0), np.float32), np.zeros((2, 0), bool))
+    assert matched.query_index.shape == (2, 0)
+    matched = match(np.zeros((2, 5, 3), np.float32), np.zeros((2, 3), bool))
+    assert not matched.valid.any()
 
 
 def test_large_problems_are_solved_per_device_without_collectives():
     mesh = sharding.make_mesh(tiny.config().mesh)
-    place = sharding.batch_sharding(mesh)
+    by_batch = sharding.batch_sharding(mesh)
     rng = np.random.default_rng(2)
     cost = rng.normal(size=(16, 8, 8)).astype(np.float32)
     mask = rng.random((16, 8)) < 0.8
-    spec = place.spec
+    spec = by_batch.spec
     run = jax.jit(
         jax.shard_map(matching.match, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     )
-    cost, mask = jax.device_put((cost, mask), place)
+    cost, mask = jax.device_put((cost, mask), by_batch)
     text = run.lower(cost, mask).compile().as_text()
     assert "while" in text
     assert not any(word in text for word in ("all-reduce", "all-gather", "collective-permute"))

@@ -14,7 +14,7 @@ from grain_jax.core import errors
 from grain_jax.losses import shard, total
 from grain_jax.train import sharding
 from tests import tiny
-from tests.losses.test_losses import _outputs
+from tests.losses.test_losses import random_outputs
 from tests.paths import ROOT
 
 
@@ -64,20 +64,20 @@ def _loss(name, weight=1.0, loss=None, **options):
 @pytest.mark.parametrize("devices,group_size", [(1, 4), (8, 4), (8, 1)])
 def test_terms_over_the_batch_and_over_groups(devices, group_size):
     c = tiny.config(loss__group_size=group_size)
-    batch, outputs = tiny.batch(c), _outputs(c)
+    batch, outputs = tiny.batch(c), random_outputs(c)
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
     loss = _loss("Variance", 2.0, c.loss, floor=0.5)
     other = {"term": f"{__name__}:distance", "weight": -1.0, "power": 3}
     loss = dataclasses.replace(loss, terms=loss.terms | {"other": other})
     run = functools.partial(losses.total_loss, mesh=mesh, batch_axes=sharding.BATCH_AXES)
-    found = jax.jit(lambda o, b: run(o, b, loss))(outputs, batch)
+    values = jax.jit(lambda o, b: run(o, b, loss))(outputs, batch)
     x, y = (np.asarray(v, np.float64) for v in (outputs.image_embed, outputs.text_embed[:, 0]))
     variance = 0.5 - ((x - x.mean(0)) ** 2).sum(-1).mean()
     distances = (np.linalg.norm(x - y, axis=-1) ** 3).mean()  # groups are of one size
-    np.testing.assert_allclose(found.terms["mine"], variance, rtol=1e-5)
-    np.testing.assert_allclose(found.terms["other"], distances, rtol=1e-5)
-    plain = sum(found.terms[name] for name in losses.TERMS if name in found.terms)
-    np.testing.assert_allclose(found.total, plain + 2 * variance - distances, rtol=1e-5)
+    np.testing.assert_allclose(values.terms["mine"], variance, rtol=1e-5)
+    np.testing.assert_allclose(values.terms["other"], distances, rtol=1e-5)
+    plain = sum(values.terms[name] for name in losses.TERMS if name in values.terms)
+    np.testing.assert_allclose(values.total, plain + 2 * variance - distances, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def test_a_term_that_cannot_be_built_is_one_line(name, options, fault):
         losses.terms_of(_loss(name, **options))
     assert fault in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith("loss.terms.mine")
-    given = tiny.dictionary().to_dict()
-    given["loss"]["terms"] = {"mine": {"term": f"{__name__}:{name}", "weight": 1.0, **options}}
+    keys = tiny.dictionary().to_dict()
+    keys["loss"]["terms"] = {"mine": {"term": f"{__name__}:{name}", "weight": 1.0, **options}}
     with pytest.raises(config.ConfigError) as again:  # a config says so when it is read
-        config.from_dict(given)
+        config.from_dict(keys)
     assert fault in str(again.value)
 
 
@@ -113,14 +113,14 @@ def test_an_unknown_name_lists_the_terms_of_the_package():
     [
         ("a_number", "its loss is a .*, expected losses.Mean"),
         ("of_images", r"its loss have shapes \(16,\) and \(\), expected \(\) for both: a Mean"),
-        ("of_wrong_groups", r"\(3,\) and \(3,\), expected \(1,\) .* of 1 groups a device"),
+        ("of_wrong_groups", r"\(3,\) and \(3,\), expected \(1,\) .* of 1 groups per device"),
     ],
 )
 def test_what_a_term_returns_is_checked(name, fault):
     c = tiny.config()
     with pytest.raises(errors.UserError, match=f"loss term 'mine': .*{fault}"):
         jax.eval_shape(
-            lambda o, b: losses.total_loss(o, b, _loss(name)), _outputs(c), tiny.batch(c)
+            lambda o, b: losses.total_loss(o, b, _loss(name)), random_outputs(c), tiny.batch(c)
         )
 
 
@@ -133,10 +133,10 @@ def test_what_a_term_returns_is_checked(name, fault):
     ],
 )
 def test_entries_are_checked_when_a_config_is_read(entries, fault):
-    given = tiny.dictionary().to_dict()
-    given["loss"]["terms"] = entries
+    keys = tiny.dictionary().to_dict()
+    keys["loss"]["terms"] = entries
     with pytest.raises(config.ConfigError) as error:
-        config.from_dict(given)
+        config.from_dict(keys)
     assert fault in str(error.value)
 
 

@@ -25,8 +25,8 @@ def _replica(q, k, v, heads, norms, eps, ids, causal):
         q, k = norm(q, *norms[:2]), norm(k, *norms[2:])
     scores = q @ k.swapaxes(-1, -2) / np.sqrt(width)
     if ids is not None:
-        at = np.arange(length)
-        earlier = (at[:, None] >= at[None]) | (not causal)
+        numbers = np.arange(length)
+        earlier = (numbers[:, None] >= numbers[None]) | (not causal)
         allowed = (ids[:, :, None] == ids[:, None, :]) & earlier
         scores = jnp.where(allowed[:, None], scores, -1e300)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
@@ -72,7 +72,7 @@ def _worst(got, expected):
 
 
 def _by_xla(q, k, v, norms, heads, eps, within):
-    """As layers.Attention has it."""
+    """As attention.Attention has it."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     if norms is not None:
         q, k = layers._norm(q, *norms[:2], eps), layers._norm(k, *norms[2:], eps)
@@ -92,7 +92,7 @@ BETWEEN = ("B/16", "S/16", "H/14")  # two sizes of heads, and one block of keys,
     [pytest.param(x, marks=pytest.mark.slow) if x in BETWEEN else x for x in SHAPES],
 )
 def test_kernel_equals_the_replica(name):
-    """Values and all gradients: as near to float64 as those of XLA's program, in float32 and, of three, in bfloat16."""
+    """Values and all gradients are as near to float64 as with XLA's program, in float32 and for three shapes in bfloat16."""
     heads, eps, kind = SHAPES[name][2], 1e-6, SHAPES[name][-1]
     arrays, ids, weight = _inputs(SHAPES[name])
     with jax.enable_x64(True):
@@ -116,18 +116,18 @@ def test_kernel_equals_the_replica(name):
     for dtype, bound in bounds.items():
         q, k, v, norms = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
         cast = (*(x.astype(dtype) for x in (q, k, v)), norms)
-        of = lambda f, cast=cast, dtype=dtype: _worst(
+        error_of = lambda f, cast=cast, dtype=dtype: _worst(
             _with_gradients(jax.jit(f), cast, jnp.asarray(weight, dtype)), expected
         )
-        ours, theirs = of(kernel), of(xla)
+        ours, theirs = error_of(kernel), error_of(xla)
         assert ours < bound and ours < 2.5 * theirs, (dtype, ours, theirs)
 
 
-def _loss(layer, mask, weight):
+def _loss(layer, mask, weight, rotation=None):
     """The value and the gradients of a sum of the layer's output, by parameters and input."""
 
     def run(params, x):
-        return jnp.sum(layer.apply(params, x, x, x, mask) * weight)
+        return jnp.sum(layer.apply(params, x, x, x, mask, rotation=rotation) * weight)
 
     return jax.jit(jax.value_and_grad(run, (0, 1)))
 
@@ -139,7 +139,7 @@ def _assert_near(got, expected):
 def _layer(program, heads, qk_norm, width=32):
     init = layers.normal(0.3 if width == 32 else 0.05)
     eps, dtype = 1e-6 if qk_norm else None, jnp.dtype("float32")
-    return layers.Attention(width, heads, dtype, init, init, init, eps, program=program)
+    return attention.Attention(width, heads, dtype, init, init, init, eps, program=program)
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,7 @@ def _layer(program, heads, qk_norm, width=32):
     [
         (None, True, 32),
         (None, False, 256),
-        ((2, 2, 2), True, 32),
         ((2, 2, 2), True, 256),
-        pytest.param((8, 1, 1), False, 256, marks=pytest.mark.slow),
         ((1, 1, 8), False, 32),
     ],
 )
@@ -185,9 +183,9 @@ def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm, width):
 def test_one_array_is_the_same_as_three(heads, width):
     """Values and gradients, up to rounding; it can be taken apart again."""
     rng = np.random.default_rng(0)
-    given = tuple(jnp.asarray(rng.normal(size=(3, 2, 9, heads * width)), jnp.float32))
+    arrays = tuple(jnp.asarray(rng.normal(size=(3, 2, 9, heads * width)), jnp.float32))
     norms = tuple(rng.normal(size=(4, width)).astype(np.float32))
-    weight = rng.normal(size=given[0].shape)
+    weight = rng.normal(size=arrays[0].shape)
     kernel = lambda *arrays: attention.with_pallas(
         *arrays, heads=heads, norms=norms, eps=1e-6, within=None
     )
@@ -195,16 +193,16 @@ def test_one_array_is_the_same_as_three(heads, width):
     def together(*arrays):
         return kernel(attention_kernel.arranged(*arrays, heads))
 
-    qkv = attention_kernel.arranged(*given, heads)
-    jax.tree.map(np.testing.assert_array_equal, attention_kernel.apart(qkv, heads), given)
-    expected = _with_gradients(kernel, given, weight)
-    assert _worst(_with_gradients(together, given, weight), expected) < 1e-6
+    qkv = attention_kernel.arranged(*arrays, heads)
+    jax.tree.map(np.testing.assert_array_equal, attention_kernel.apart(qkv, heads), arrays)
+    expected = _with_gradients(kernel, arrays, weight)
+    assert _worst(_with_gradients(together, arrays, weight), expected) < 1e-6
 
 
 def test_heads_that_fill_no_tiles_stay_three_arrays():
     assert not attention_kernel.arranges(6, 32) and attention_kernel.arranges(6, 64)
     with placement.on(Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor")), ("data",)):
-        assert not attention_kernel.arranges(4, 64)  # a head a device
+        assert not attention_kernel.arranges(4, 64)  # one head per device
 
 
 @pytest.mark.parametrize(
@@ -212,11 +210,11 @@ def test_heads_that_fill_no_tiles_stay_three_arrays():
     [(None, 9, None), (None, 9, CAUSAL), (None, 10, CAUSAL), ((2, 2, 2), 9, WITHIN)],
 )
 def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, kind):
-    """Odd lengths have no backward pass in cuDNN; the layer is that of XLA at every length."""
-    given, real = [], jax.nn.dot_product_attention
+    """Odd lengths have no backward pass in cuDNN; the layer equals XLA's at every length."""
+    calls, real = [], jax.nn.dot_product_attention
 
     def stand_in(q, k, v, *, implementation, **seen):
-        given.append((q.shape, implementation))
+        calls.append((q.shape, implementation))
         return real(q, k, v, implementation="xla", **seen)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
@@ -234,7 +232,7 @@ def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, kind):
         local = (2, 2)
     with placement.on(mesh, ("data", "fsdp") if mesh else ()):
         got = _loss(cudnn, within, weight)(params, x)
-    assert given == [((local[0], 10, local[1], 8), "cudnn")]
+    assert calls == [((local[0], 10, local[1], 8), "cudnn")]
     _assert_near(got, expected)
 
 
@@ -247,8 +245,8 @@ def test_auto_is_xla_without_a_mesh_and_on_a_cpu():
 
 
 def test_programs_for_rows_and_heads():
-    of = attention_kernel._heads_of_a_program
+    heads_of = attention_kernel._heads_of_a_program
     shapes = (12, 64), (6, 32), (16, 80), (16, 88), (2, 16)
-    assert [of(*shape).lanes for shape in shapes] == [128, 192, 640, 1408, 32]
+    assert [heads_of(*shape).lanes for shape in shapes] == [128, 192, 640, 1408, 32]
     rows = attention_kernel._rows_of_a_program
     assert [rows(128, 197, 128, 2), rows(6, 77, 128, 2), rows(32, 257, 1408, 2)] == [8, 6, 1]

@@ -48,10 +48,10 @@ def test_roi_align_equals_that_of_torchvision(bins, samples):
 
 
 def test_places_of_tokens():
-    places = box_head.token_boxes(10, 1)
-    assert places.shape == (10, 4)
-    np.testing.assert_allclose(places[0], [0, 0, 1, 1])
-    np.testing.assert_allclose(places[6], [2 / 3, 1 / 3, 1, 2 / 3])  # second row, last column
+    token_boxes = box_head.token_boxes(10, 1)
+    assert token_boxes.shape == (10, 4)
+    np.testing.assert_allclose(token_boxes[0], [0, 0, 1, 1])
+    np.testing.assert_allclose(token_boxes[6], [2 / 3, 1 / 3, 1, 2 / 3])  # second row, last column
     with pytest.raises(ValueError, match="got 9 tokens, 1 of them leading, expected a square"):
         box_head.token_boxes(9, 1)
 

@@ -10,11 +10,10 @@ import torch
 import torchvision
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats, tables
 from grain_jax.core import errors
 from grain_jax.models import grain, vit
-from tests import foreign, perturbed
-from tests.models.test_rotary import DINOV3, _images, _same_as, _tower
+from tests import perturbed
+from tests.models.test_rotary import _images, _tower
 from tests.models.test_towers import dictionary
 
 FLOAT = jnp.dtype("float32")
@@ -38,60 +37,22 @@ def test_positions_are_resized_as_by_torch(side, leading, grid):
     expected = _interpolated(theirs, leading, grid)
     cotangent = rng.normal(size=expected.shape).astype(np.float32)
     expected.backward(torch.tensor(cotangent))
-    found, pull = jax.vjp(lambda x: vit.resized_positions(x, leading, grid), positions)
-    np.testing.assert_allclose(found, expected.detach(), atol=1e-6)
+    resized, pull = jax.vjp(lambda x: vit.resized_positions(x, leading, grid), positions)
+    np.testing.assert_allclose(resized, expected.detach(), atol=1e-6)
     np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], theirs.grad, atol=1e-5)
-
-
-def test_siglip2_of_transformers():
-    """Tokens, and gradients of all parameters: positions go through the resize of transformers."""
-    import transformers
-
-    config = transformers.Siglip2VisionConfig(
-        hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3,
-        num_patches=36, patch_size=8, hidden_act="gelu_pytorch_tanh",
-    )  # fmt: skip
-    module = foreign.perturb(transformers.Siglip2VisionModel(config))
-    named = torch.nn.Module()
-    named.vision_model = module
-    grid = 3
-
-    def tokens(images):
-        x = images.reshape(len(images), 3, grid, 8, grid, 8).permute(0, 2, 4, 3, 5, 1)
-        x = x.reshape(len(images), grid**2, -1)
-        mask = torch.ones(x.shape[:2], dtype=torch.int32)
-        return module(x, mask, torch.tensor([[grid, grid]] * len(x))).last_hidden_state
-
-    tower = _tower(image_size=48, class_token=False, activation="gelu_tanh", norm_eps=1e-6)
-    rows = formats.hf_image()
-    rows[0] = rows[0]._replace(layout=tables.LINEAR)  # the kernel of patches that come flat
-    _same_as(named, tokens, tower, rows, size=24)
-
-
-def test_dinov3_of_transformers():
-    import transformers
-
-    config = transformers.DINOv3ViTConfig(
-        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
-        intermediate_size=64, num_register_tokens=3, use_gated_mlp=False, hidden_act="gelu",
-    )  # fmt: skip
-    module = foreign.perturb(transformers.DINOv3ViTModel(config))
-    tokens = lambda images: module(images).last_hidden_state
-    tower = _tower(image_size=32, **DINOV3)
-    _same_as(module, tokens, tower, formats.hf_dinov3("model."), size=48)
 
 
 @pytest.mark.parametrize("position_init", ["normal", "sincos2d"])
 def test_parameters_are_those_of_the_configured_size(position_init):
     module = vit.ImageTransformer(_tower(image_size=32, position_init=position_init), FLOAT)
     init = jax.jit(module.init)
-    own, other = (init(jax.random.key(0), _images(size)) for size in (32, 24))
-    jax.tree.map(np.testing.assert_array_equal, own, other)
-    assert grain.flat(own["params"])["position_embed"].shape == (17, 48)
+    same, other = (init(jax.random.key(0), _images(size)) for size in (32, 24))
+    jax.tree.map(np.testing.assert_array_equal, same, other)
+    assert grain.flat(same["params"])["position_embed"].shape == (17, 48)
     with pytest.raises(errors.UserError, match="image: got 36 x 36 pixels, expected a square of"):
-        module.apply(own, _images(36))
+        module.apply(same, _images(36))
     with pytest.raises(errors.UserError, match="got 24 x 32 pixels"):
-        module.apply(own, _images(32)[:, :24])
+        module.apply(same, _images(32)[:, :24])
 
 
 def test_a_tower_of_a_user_that_takes_its_own_size_alone_says_so():
@@ -103,7 +64,7 @@ def test_a_tower_of_a_user_that_takes_its_own_size_alone_says_so():
 
 
 def test_boxes_and_queries_of_an_image_of_another_size():
-    """Of its 9 patches, not the 25 of the config."""
+    """They read its 9 patches, not the 25 of the config."""
     model = perturbed.tiny(boxes__kind="roi_align", image__depth=1, decoder__depth=1)
     params, module = perturbed.params(model), grain.GRAIN(model)
     images = _images(24)
@@ -114,10 +75,10 @@ def test_boxes_and_queries_of_an_image_of_another_size():
         return tokens, module.embeddings(tokens), module.box_embeddings(tokens, boxes)
 
     run = jax.jit(lambda params: module.apply({"params": params}, method=all_of))
-    tokens, (image_embed, regions, _), found = run(params)
+    tokens, (image_embed, regions, _), box_embed = run(params)
     assert tokens.shape == (2, 10, 48)
     assert image_embed.shape == (2, 28) and regions.shape == (2, 3, 28)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), np.ones((2, 2)), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(box_embed, axis=-1), np.ones((2, 2)), atol=1e-5)
     head = model.boxes
     features = torch.tensor(np.asarray(tokens[:, 1:])).reshape(2, 3, 3, 48).permute(0, 3, 1, 2)
     aligned = torchvision.ops.roi_align(
@@ -126,4 +87,4 @@ def test_boxes_and_queries_of_an_image_of_another_size():
     rows = aligned.permute(0, 2, 3, 1).reshape(2, 2, -1).numpy()
     expected = rows @ np.asarray(grain.flat(params)["box_projection/kernel"])
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(box_embed, expected, atol=1e-5)

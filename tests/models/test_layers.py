@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax.models import layers, placement, vit
+from grain_jax.models import layers, placement, tower_layer, vit
 from grain_jax.train import sharding
 from tests import tiny
 
@@ -55,10 +55,10 @@ def test_softmax_and_its_gradient_are_jaxs(draw, dtype, tolerance):
 
 
 def test_what_an_image_block_keeps_for_the_backward_pass():
-    """Of bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
+    """In bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
     tower = tiny.config(dtype="bfloat16").model.image
     dtype, x = jnp.dtype("bfloat16"), jnp.ones((4, 17, tower.width), jnp.bfloat16)
-    block = layers.TowerLayer(tower, dtype, vit._inits(tower), qk_norm=tower.qk_norm)
+    block = tower_layer.TowerLayer(tower, dtype, vit._inits(tower), qk_norm=tower.qk_norm)
     variables = jax.jit(block.init)(jax.random.key(0), x)
     _, backward = jax.vjp(lambda x: block.apply(variables, x)[0], x)
     kept = [a for a in jax.tree.leaves(backward) if a.ndim >= 3 and a.shape[0] == 4]
@@ -71,9 +71,7 @@ def test_what_an_image_block_keeps_for_the_backward_pass():
     assert sum(a.size == x.size for a in kept) <= 9
 
 
-@pytest.mark.parametrize(
-    "axes", [{}, {"data": 8}, {"data": 4, "fsdp": 2}, {"data": 2, "tensor": 4}]
-)
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_the_gradient_of_a_lookup_is_numpys_and_is_summed_in_the_dtype(
     draw, dtype, tolerance, axes
@@ -91,12 +89,12 @@ def test_the_gradient_of_a_lookup_is_numpys_and_is_summed_in_the_dtype(
 
     cut = mesh and NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
     program = jax.jit(gradient, in_shardings=(cut, None, None)).lower(table, ids, d)
-    rows, found = program.compile()(table, ids, d)
+    rows, gradient_of_table = program.compile()(table, ids, d)
     expected = np.zeros(table.shape)
     np.add.at(expected, ids, d.astype(np.float64))
     np.testing.assert_array_equal(rows, table[ids])
     tolerance = (tolerance if axes else 1e-6) * np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(gradient_of_table, expected, rtol=0, atol=tolerance)
     summed = {"float32": "tensor<12x8xf32>", "bfloat16": "tensor<12x8xbf16>"}[dtype]
     sums = re.findall(r"all_reduce.*?-> (tensor<\S+>)", program.as_text(), re.DOTALL)
     assert sums == ([summed] if axes else [])

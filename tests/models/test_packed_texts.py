@@ -1,4 +1,4 @@
-"""Text towers that are not causal, several texts a row: each text alone with its padding masked, as torch has it."""
+"""Text towers that are not causal, several texts per row: each text alone with its padding masked, as torch has it."""
 
 import functools
 from typing import Any
@@ -34,31 +34,28 @@ def texts():
 
 def rows(length, packed):
     """(tokens, positions, segments, at) of the texts, captions [2, 4]."""
-    given: dict = dict(caption_lengths=LENGTHS, row_length=length)
     none = np.zeros((2, 0), np.int32)
-    given |= dict(description_lengths=none, region_mask=none.astype(bool))
+    lengths = packing.TextArrays(LENGTHS, none, none[..., None])
     if packed:
-        scores = np.zeros((2, 0), np.float32)
-        places = packing.pack(**given, region_scores=scores, pack_group=2, rows=3)
+        places = packing.pack(lengths, none, pack_group=2, rows=3, row_length=length)
     else:
-        places = packing.one_text_per_row(**given)
-    lengths = [LENGTHS, none, np.zeros((2, 0, 0), np.int32)]
-    return *packing.fill(places, texts(), lengths), places.caption_at
+        places = packing.one_text_per_row(lengths, row_length=length)
+    return *packing.fill(places, texts(), lengths), places.ends.captions
 
 
-def embeddings(module, params, given):
+def embeddings(module, params, layout):
     """Those of the texts before unit length, [8, D]; two kinds of texts are asked for, as captions and descriptions are."""
-    *given, at = given
-    kinds = at[:, :1], at[:, 1:]
-    found = module.apply({"params": params}, *given, *kinds, method="text_features")
-    return jax.numpy.concatenate(found, axis=1).reshape(8, -1)
+    *layout, end_at = layout
+    kinds = end_at[:, :1], end_at[:, 1:]
+    features = module.apply({"params": params}, *layout, *kinds, method="text_features")
+    return jax.numpy.concatenate(features, axis=1).reshape(8, -1)
 
 
-def with_gradients(module, params, given, weights):
+def with_gradients(module, params, layout, weights):
     """`embeddings`, and the gradients of their sum times `weights`, by flat name."""
 
     def total(params):
-        embed = embeddings(module, params, given)
+        embed = embeddings(module, params, layout)
         return (embed * weights).sum(), embed
 
     (_, embed), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
@@ -69,15 +66,15 @@ def with_gradients(module, params, given, weights):
 def map_pool(flat, heads, hidden, real):
     """SigLIP's head of torch modules over the real positions, [N, L, E] -> [N, E], and its parameters by our names."""
     width = hidden.shape[-1]
-    of = lambda name: torch.tensor(
+    parameter = lambda name: torch.tensor(
         flat[f"text_pool/{name}"], dtype=torch.float64, requires_grad=True
     )
     names = [name.removeprefix("text_pool/") for name in flat if name.startswith("text_pool/")]
-    own = {name: of(name) for name in names}
-    stacked = lambda part: [own[f"attention/{x}/{part}"] for x in ("query", "key", "value")]
+    parameters = {name: parameter(name) for name in names}
+    stacked = lambda part: [parameters[f"attention/{x}/{part}"] for x in ("query", "key", "value")]
     attend: Any = torch.nn.functional.multi_head_attention_forward
     out, _ = attend(
-        own["probe"].expand(1, len(hidden), width),
+        parameters["probe"].expand(1, len(hidden), width),
         *[hidden.transpose(0, 1)] * 2,
         width,
         heads,
@@ -87,16 +84,20 @@ def map_pool(flat, heads, hidden, real):
         None,
         False,
         0.0,
-        own["attention/out/kernel"].reshape(width, width).T,
-        own["attention/out/bias"],
+        parameters["attention/out/kernel"].reshape(width, width).T,
+        parameters["attention/out/bias"],
         key_padding_mask=~real,
         need_weights=False,
     )
     x = out[0]
-    y = torch.nn.functional.layer_norm(x, (width,), own["norm/scale"], own["norm/bias"], eps=1e-5)
-    y = y @ own["mlp/in/kernel"] + own["mlp/in/bias"]
-    y = torch.nn.functional.gelu(y, approximate="tanh") @ own["mlp/out/kernel"]
-    return x + y + own["mlp/out/bias"], {f"text_pool/{name}": x for name, x in own.items()}
+    y = torch.nn.functional.layer_norm(
+        x, (width,), parameters["norm/scale"], parameters["norm/bias"], eps=1e-5
+    )
+    y = y @ parameters["mlp/in/kernel"] + parameters["mlp/in/bias"]
+    y = torch.nn.functional.gelu(y, approximate="tanh") @ parameters["mlp/out/kernel"]
+    return x + y + parameters["mlp/out/bias"], {
+        f"text_pool/{name}": x for name, x in parameters.items()
+    }
 
 
 def by_transformers(model, params, pool, weights):
@@ -121,9 +122,9 @@ def by_transformers(model, params, pool, weights):
     tokens, _, segments, _ = rows(text.context_length, packed=False)
     ids, real = (torch.tensor(x.reshape(8, -1)) for x in (tokens, segments > 0))
     hidden = module(ids.long(), attention_mask=real.long()).last_hidden_state
-    own: dict = {}
+    of_pool: dict = {}
     if pool == "map":
-        pooled, own = map_pool(flat, text.heads, hidden, real)
+        pooled, of_pool = map_pool(flat, text.heads, hidden, real)
     elif pool == "last":
         pooled = hidden[torch.arange(8), real.sum(1) - 1]
     else:
@@ -131,8 +132,8 @@ def by_transformers(model, params, pool, weights):
     embed = module.head(pooled)
     (embed * torch.tensor(weights)).sum().backward()
     named = {f"text_model.{n}": x.grad.numpy() for n, x in module.named_parameters()}
-    text_of = {n: x.shape for n, x in flat.items() if n.startswith("text") and n not in own}
-    gradients = tables.read(table, named, text_of) | {n: x.grad.numpy() for n, x in own.items()}
+    text_of = {n: x.shape for n, x in flat.items() if n.startswith("text") and n not in of_pool}
+    gradients = tables.read(table, named, text_of) | {n: x.grad.numpy() for n, x in of_pool.items()}
     return embed.detach().numpy(), gradients
 
 
@@ -147,26 +148,26 @@ def test_packed_texts_are_texts_alone_with_masked_padding(pool):
     expected, gradients = by_transformers(model, params, pool, weights)
     relative = lambda got: np.abs(got - expected).max() / np.abs(expected).max()
 
-    given = rows(model.text.context_length, packed=True)
-    assert given[0].shape == (1, 3, 32)
-    embed, found = with_gradients(module, params, given, weights.astype(np.float32))
+    layout = rows(model.text.context_length, packed=True)
+    assert layout[0].shape == (1, 3, 32)
+    embed, computed = with_gradients(module, params, layout, weights.astype(np.float32))
     assert relative(embed) < 1e-6
-    assert found.keys() == gradients.keys()
+    assert computed.keys() == gradients.keys()
     # The bias of the keys has no gradient but rounding.
     floor = 0.01 * max(np.abs(x).max() for x in gradients.values())
     for name, x in gradients.items():
-        assert np.abs(found[name] - x).max() < 1e-5 * max(np.abs(x).max(), floor), name
+        assert np.abs(computed[name] - x).max() < 1e-5 * max(np.abs(x).max(), floor), name
 
-    given = rows(model.text.context_length, packed=False)
-    assert given[0].shape == (2, 4, 32)
-    assert relative(jax.jit(lambda p: embeddings(module, p, given))(params)) < 1e-6
+    layout = rows(model.text.context_length, packed=False)
+    assert layout[0].shape == (2, 4, 32)
+    assert relative(jax.jit(lambda p: embeddings(module, p, layout))(params)) < 1e-6
 
 
 def test_a_loaded_model_reads_nothing_after_the_end():
     model = perturbed.tiny(**SIZES, text__pool="last", text__mask_padding=True)
     predictor = inference.Predictor(model, perturbed.params(model))
-    given = rows(model.text.context_length, packed=True)
-    embed = jax.jit(lambda p: embeddings(grain.GRAIN(model), p, given))(predictor.params)
+    layout = rows(model.text.context_length, packed=True)
+    embed = jax.jit(lambda p: embeddings(grain.GRAIN(model), p, layout))(predictor.params)
     tokens, _, segments, _ = rows(model.text.context_length, packed=False)
     other = np.where(segments > 0, tokens, 7).reshape(8, -1)
     np.testing.assert_allclose(predictor.encode_text(other), grain.normalize(embed), atol=1e-6)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
-from grain_jax.models import grain, layers, placement, rotary, vit
+from grain_jax.models import attention, grain, layers, placement, rotary, vit
 from grain_jax.train import flops, optim
 from tests import foreign, tiny
 from tests.models.test_attention import _loss
@@ -37,14 +37,16 @@ def _shapes(tower):
 
 
 def _same_as(module, tokens_of, tower, rows, size=None):
-    """Tokens, and the gradients of their weighted sum by every parameter, equal those of a torch module.
+    """Tokens, and the gradients of their weighted sum by every parameter, are the same as in a torch module.
 
-    Of images of the tower's size, or of `size`.
+    The images have the tower's size, or `size`.
     """
     import torch
 
-    own = dict(module.named_parameters())
-    params = tables.read(rows, {k: v.detach().numpy() for k, v in own.items()}, _shapes(tower))
+    parameters = dict(module.named_parameters())
+    params = tables.read(
+        rows, {k: v.detach().numpy() for k, v in parameters.items()}, _shapes(tower)
+    )
     images = _images(size or tower.image_size)
     theirs = tokens_of(foreign.torch_images(images))
     weight = np.random.default_rng(2).normal(size=theirs.shape).astype(np.float32)
@@ -59,10 +61,10 @@ def _same_as(module, tokens_of, tower, rows, size=None):
     (_, tokens), grads = jax.jit(jax.value_and_grad(scalar, has_aux=True))(params)
     foreign.close(np.asarray(tokens), theirs.detach().numpy())
     named = tables.write(rows, grads)
-    assert named.keys() == {name for name, x in own.items() if x.grad is not None}
+    assert named.keys() == {name for name, x in parameters.items() if x.grad is not None}
     most = max(np.abs(grad).max() for grad in named.values())
     for name, grad in named.items():
-        theirs = own[name].grad.numpy()
+        theirs = parameters[name].grad.numpy()
         if np.abs(theirs).max() < 1e-6 * most:  # a key's bias without rotation
             assert np.abs(grad).max() < 1e-6 * most, name
         else:
@@ -87,8 +89,7 @@ def test_dinov3_of_transformers(size, gated):
 
 def _attention(program, qk_norm, key_bias):
     init = layers.normal(0.3)
-    rope = rotary.Rope(100.0, grid=3, leading=1)
-    return layers.Attention(
+    return attention.Attention(
         48,
         4,
         jnp.dtype("float32"),
@@ -97,7 +98,6 @@ def _attention(program, qk_norm, key_bias):
         init,
         1e-6 if qk_norm else None,
         program=program,
-        rope=rope,
         key_bias=key_bias,
     )
 
@@ -114,20 +114,22 @@ def test_every_attention_program_rotates(monkeypatch, program, qk_norm, mesh_sha
     weight = jax.random.normal(jax.random.key(2), x.shape)
     xla, other = (_attention(name, qk_norm, not qk_norm) for name in ("xla", program))
     params, again = (
-        jax.jit(lambda one=one: one.init(jax.random.key(3), x, x, x))() for one in (xla, other)
+        jax.jit(lambda layer=layer: layer.init(jax.random.key(3), x, x, x))()
+        for layer in (xla, other)
     )
     jax.tree.map(np.testing.assert_array_equal, params, again)
-    expected = _loss(xla, None, weight)(params, x)
-    unrotated = _loss(xla.clone(rope=None), None, weight)(params, x)
+    rotation = rotary.of_grid(3, theta=100.0, head_dim=12, leading=1)
+    expected = _loss(xla, None, weight, rotation)(params, x)
+    unrotated = _loss(xla, None, weight)(params, x)
     assert abs(unrotated[0] - expected[0]) > 1e-2
     mesh = None
     if mesh_shape is not None:
         mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
         x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
     with placement.on(mesh, ("data", "fsdp") if mesh else ()):
-        got = _loss(other, None, weight)(params, x)
+        got = _loss(other, None, weight, rotation)(params, x)
     jax.tree.map(lambda a, b: foreign.close(np.asarray(a), np.asarray(b)), got, expected)
-    grads = [grain.flat(found[1][0]["params"]) for found in (expected, unrotated)]
+    grads = [grain.flat(result[1][0]["params"]) for result in (expected, unrotated)]
     assert ("key/bias" in grads[0]) != qk_norm
     if not qk_norm:  # without rotation it has no gradient
         of_rotated, of_other = (np.abs(x["key/bias"]).max() for x in grads)
@@ -162,9 +164,9 @@ def test_registers_follow_the_class_token_and_have_no_position():
     [
         (
             {"rope": "centres", "heads": 16},
-            "model.image.rope: got centres with heads of 2, expected",
+            "model.image.rope: got 'centres', expected none unless",
         ),
-        ({"positions": False}, "model.image.positions: got False with model.image.rope=none"),
+        ({"positions": False}, "model.image.positions: got False, expected True"),
         ({"rope": "axial"}, "model.image.rope: got 'axial', expected one of none, centres"),
     ],
 )

@@ -68,11 +68,11 @@ def test_towers_that_pool_are_projected_alone():
     image = rng.integers(0, 256, (4, 16, 16, 3), np.uint8)
     tokens = rng.integers(1, 400, (4, 1, 32)).astype(np.int32)
     segments = np.broadcast_to(np.arange(32) < 5, tokens.shape).astype(np.int32)
-    at = np.array([[0, 4]] * 4, np.int32)
+    end_at = np.array([[0, 4]] * 4, np.int32)
 
     def encode(module):
         image_embed, regions, _ = module.encode_image(image)
-        return image_embed, regions, module.encode_text(tokens, segments, segments, at)[0]
+        return image_embed, regions, module.encode_text(tokens, segments, segments, end_at)[0]
 
     out, variables = model.init_with_output(jax.random.key(0), method=encode)
     image_embed, regions, text_embed = out
@@ -90,10 +90,10 @@ def test_towers_that_pool_are_projected_alone():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(text__packing=True), "text.packing: got True, but the text tower tests.models"),
-        (dict(model__image__pool="mean"), "model.image.pool, model.decoder: got mean, None with"),
-        (dict(model__text__pool="map"), "model.text.pool: got map with the tower tests.models"),
-        (dict(model__text__tower="bert"), "got 'bert', expected one of transformer, or module:Cl"),
+        (dict(text__packing=True), "text.packing: got True, expected False"),
+        (dict(model__image__pool="mean"), "model.image.pool: got 'mean', expected none"),
+        (dict(model__text__pool="map"), "model.text.pool: got 'map', expected end"),
+        (dict(model__text__tower="bert"), "got 'bert', expected one of transformer, or module:"),
     ],
 )
 def test_what_a_tower_cannot_is_a_line(change, message):
@@ -111,5 +111,5 @@ def test_a_class_that_is_no_tower_is_a_line():
 
 
 def test_flops_of_towers_without_formulas():
-    found = flops.per_image(config_lib.from_dict(dictionary()))
-    assert (found.image, found.text) == (2 * 3 * 32 + 2 * 32 * 16, 2 * 32 * 16)
+    count = flops.per_image(config_lib.from_dict(dictionary()))
+    assert (count.image, count.text) == (2 * 3 * 32 + 2 * 32 * 16, 2 * 32 * 16)

@@ -157,7 +157,7 @@ with distributed.ending_together(heartbeat):
     with handler.training():
         print("up", flush=True)
         calls = 1
-        while not handler.reached():
+        while not handler.reached(calls):
             multihost_utils.process_allgather(jnp.ones(1))  # as a step does
             time.sleep(0.1)
             calls += 1

@@ -114,7 +114,7 @@ with watch.running(7):
 
 def test_a_fault_that_cannot_be_closed_is_told_and_ends_the_process():
     process = _process("""
-from grain_jax.runtime import metrics_writer
+from grain_jax.train import metrics_writer
 ending.FAULT_SECONDS = 2
 watch = ending.Watchdog(0)
 try:

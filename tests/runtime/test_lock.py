@@ -1,14 +1,14 @@
-"""One trainer a workdir: who is refused, whose mark is taken over, and who finds out that it lost its own."""
+"""One trainer a workdir: who is refused, whose lock is taken over, and who finds out that it lost its own."""
 
-import dataclasses
-import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from concurrent import futures
 
+import msgspec
 import pytest
 
 from grain_jax.runtime import lock
@@ -20,184 +20,143 @@ ELSEWHERE = lock.Holder("node7", 4242, "2026-01-01 00:00:00+00:00", "another boo
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(lock, "DEAD_SECONDS", 1.5)
-    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 0.5)
 
 
 def _write(workdir, holder):
-    (workdir / lock.FILE).write_bytes(lock._bytes(holder))
+    (workdir / lock.FILE).write_bytes(msgspec.json.encode(holder))
 
 
 def _holder(workdir):
-    return lock._parse((workdir / lock.FILE).read_bytes())
+    return lock.parse((workdir / lock.FILE).read_bytes())
 
 
 def test_the_second_is_refused_at_once_and_told_who_the_first_is(tmp_path):
-    workdir = tmp_path / "new" / "run"
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    workdir = tmp_path / "link" / "new" / "run"
     with lock.held(workdir):
         me = _holder(workdir)
-        began = time.monotonic()
-        said = f"process {me.pid} on {me.host} trains there, since {me.began[:10]}"
-        with pytest.raises(lock.Held, match=said) as refused:
-            lock.take(workdir)
-        assert time.monotonic() - began < 0.5 and len(str(refused.value).splitlines()) == 1
+        refusal = f"process {me.pid} on {me.host} trains there, since {me.began[:10]}"
+        for same in (workdir, tmp_path / "real" / "new" / "run"):
+            with pytest.raises(lock.Held, match=refusal) as refused:
+                lock.Lock(same)
+            assert len(str(refused.value).splitlines()) == 1
     assert not workdir.exists()  # the lock goes with its holder, and the folder if it holds no more
-    lock.take(workdir).release()
 
 
-def test_a_lock_of_other_bytes_is_a_dead_one(tmp_path, capsys):
-    (tmp_path / lock.FILE).write_bytes(b'{"host":"\xff"}')
-    lock.take(tmp_path).release()
-    assert "another process trains there, or is dead" in capsys.readouterr().err
+def _pid_used_again():
+    me = lock.this_process()
+    return msgspec.structs.replace(me, started=me.started - 1)
 
 
-def test_one_folder_by_two_ways_has_one_lock(tmp_path):
-    (tmp_path / "real" / "inside").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "real" / "inside")
-    with lock.held(tmp_path / "link" / ".." / "run"):
-        with pytest.raises(lock.Held):
-            lock.take(tmp_path / "real" / "run")
-    assert not list((tmp_path / "real").glob("*/trainer.lock"))
-
-
-def _number_given_anew():
-    return dataclasses.replace(lock._myself(), started=lock._myself().started - 1)
-
-
-@pytest.mark.parametrize("left", ["killed", "a zombie", "its number was given anew"])
-def test_a_dead_one_of_this_machine_locks_nobody_out_for_a_moment(tmp_path, left):
+def test_a_dead_process_of_this_machine_locks_nobody_out_for_a_moment(tmp_path, capsys):
     process = subprocess.Popen(["sleep", "60"])
-    holder = dataclasses.replace(
-        lock._myself(), pid=process.pid, started=lock._started(process.pid)
-    )
+    started = lock._started(process.pid)
+    holder = msgspec.structs.replace(lock.this_process(), pid=process.pid, started=started)
     assert holder.lives()
     process.kill()
-    while holder.lives():
+    while holder.lives():  # until it is a zombie
         time.sleep(0.01)
-    if left != "a zombie":
-        process.wait()
-    _write(tmp_path, _number_given_anew() if "anew" in left else holder)
-    began = time.monotonic()
-    lock.take(tmp_path).release()
-    assert time.monotonic() - began < 0.5
-    process.wait()
+    for left, end in ((holder, process.wait), (holder, int), (_pid_used_again(), int)):
+        _write(tmp_path, left)
+        lock.Lock(tmp_path).release()
+        end()
+    assert capsys.readouterr().err == ""  # nobody waited
 
 
-MARKS = {
-    "another host": lock._bytes(ELSEWHERE),
-    "empty": b"",
-    "binary": b"\xff\x00",
-    "deep": b"[" * 100_000,
-    "short": b'{"host": "x"}',
-    "path": json.dumps(dataclasses.asdict(ELSEWHERE) | {"pid": "../1"}).encode(),
-}
+@pytest.mark.parametrize(
+    "content", [msgspec.json.encode(ELSEWHERE), b"", b'{"host":"\xff"}', b"[" * 100_000]
+)
+def test_a_lock_that_nobody_renews_is_taken_over_after_a_time(tmp_path, capsys, content):
+    (tmp_path / lock.FILE).write_bytes(content)
+    lock.Lock(tmp_path).release()
+    assert "waiting up to 0.5 s for a sign of life" in capsys.readouterr().err
 
 
-def test_a_mark_that_nobody_renews_is_taken_over_after_a_time(tmp_path, capsys):
-    for name, content in MARKS.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / lock.FILE).write_bytes(content)
-    with futures.ThreadPoolExecutor(len(MARKS)) as pool:  # each waits
-        list(pool.map(lambda name: lock.take(tmp_path / name).release(), MARKS))
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == len(MARKS)
-    for name in MARKS:
-        (line,) = (line for line in said if str(tmp_path / name) in line)
-        assert "waiting up to 1.5 s for a sign of life" in line
-
-
-def test_a_mark_that_another_host_renews_refuses(tmp_path):
+def test_a_lock_that_another_host_renews_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 60)
     _write(tmp_path, ELSEWHERE)
-    renewed = dataclasses.replace(ELSEWHERE, renewed=1)  # its clock may say what it likes
-    again = threading.Timer(0.7, _write, [tmp_path, renewed])
+    renewed = msgspec.structs.replace(ELSEWHERE, renewed=1)  # its clock may say what it likes
+    again = threading.Timer(0.3, _write, [tmp_path, renewed])
     again.start()
     with pytest.raises(lock.Held, match="process 4242 on node7 trains there"):
-        lock.take(tmp_path)
+        lock.Lock(tmp_path)
     again.join()
     assert _holder(tmp_path).renewed == 1
 
 
-@pytest.mark.parametrize("left", [None, _number_given_anew], ids=["free", "dead one's"])
+@pytest.mark.parametrize("left", [None, _pid_used_again], ids=["free", "dead one's"])
 def test_of_many_at_once_one_gets_it(tmp_path, left):
-    for round_ in range(8):
-        workdir = tmp_path / str(round_)
+    for number in range(4):
+        workdir = tmp_path / str(number)
         workdir.mkdir()
         if left:
             _write(workdir, left())
-        got, refused = [], []
         gate = threading.Barrier(8)
 
-        def start(workdir=workdir, gate=gate, got=got, refused=refused):
+        def start(_, workdir=workdir, gate=gate):
             gate.wait()
             try:
-                got.append(lock.take(workdir))
-            except lock.Held as error:
-                refused.append(error)
+                return lock.Lock(workdir)
+            except lock.Held:
+                return None
 
-        threads = [threading.Thread(target=start) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert (len(got), len(refused)) == (1, 7)
-        got[0].release()
+        with futures.ThreadPoolExecutor(8) as pool:
+            (winner,) = filter(None, pool.map(start, range(8)))
+        winner.release()
         assert not list(workdir.iterdir())
 
 
-def test_a_trainer_that_was_taken_for_dead_ends_and_leaves_the_others_mark(tmp_path):
-    mark = lock.take(tmp_path)
-    mark.check()
+def test_a_trainer_that_was_taken_for_dead_ends_and_leaves_the_lock_of_the_other(tmp_path):
+    mine = lock.Lock(tmp_path)
+    mine.check()
     _write(tmp_path, ELSEWHERE)
-    mark._renewed_at -= 60  # it was suspended
+    mine._renewed_at -= 60  # it was suspended
     with pytest.raises(lock.Lost, match="process 4242 on node7 .* took this one for dead"):
-        mark.check()
-    mark.release()
+        mine.check()
+    mine.release()
     assert _holder(tmp_path) == ELSEWHERE
 
 
-def test_a_mark_that_was_removed_comes_again_but_for_a_folder_that_was_removed(tmp_path):
-    mark = lock.take(tmp_path / "run")
-    (tmp_path / "run" / lock.FILE).unlink()
-    mark._renew()
-    assert _holder(tmp_path / "run").renewed == 1
-    (tmp_path / "run" / lock.FILE).unlink()
-    (tmp_path / "run").rmdir()
-    with pytest.raises(lock.Lost, match="run: the folder was removed"):
-        mark._renew()
-    mark.release()
+def test_a_lock_that_was_removed_comes_again_but_not_the_folder(tmp_path):
+    mine = lock.Lock(tmp_path)
+    (tmp_path / lock.FILE).unlink()
+    mine.renew()
+    assert _holder(tmp_path).renewed == 1
+    shutil.rmtree(tmp_path)
+    with pytest.raises(lock.Lost, match="the folder was removed"):
+        mine.renew()
+    mine.release()
 
 
 _HOSTS = """
-import dataclasses, threading
+import msgspec, threading
 from etils import epath
 from grain_jax.runtime import lock
-lock.RENEW_SECONDS, lock.DEAD_SECONDS, lock.SETTLE_SECONDS = 0.3, 1.5, 0.1
-url = epath.Path("gs://bucket/run")
-def start(found):
-    storage = lock._Store(str(url))
+lock.RENEW_SECONDS, lock.DEAD_SECONDS = 0.3, 1.5
+url, got = epath.Path("gs://bucket/run"), []
+def start():
     try:
-        found.append(lock.Lock(url, storage, lock._take(url, storage)))
+        got.append(lock.Lock(url))
     except lock.Held as error:
-        found.append(str(error))
-first, second = [], []
-start(first)
-start(second)
-me = first[0]._holder
-assert second[0].startswith(f"gs://bucket/run: process {me.pid} on {me.host} trains there"), second
-first[0].release()
-storage = lock._Store(str(url))
-dead = dataclasses.replace(me, place="another boot")
-assert storage.swap(storage.read()[1], lock._bytes(dead))
-found = []
-threads = [threading.Thread(target=start, args=[found]) for _ in range(5)]
-lives = lock.Holder.lives
+        got.append(str(error))
+start()
+start()
+first, refusal = got
+me = first._holder
+assert refusal.startswith(f"gs://bucket/run: process {me.pid} on {me.host} trains there"), refusal
+first.release()
+assert first.swap(first.read()[1], msgspec.structs.replace(me, boot="another boot"))
+got.clear()
 lock.Holder.lives = lambda holder: None  # as if each were on a host of its own
+threads = [threading.Thread(target=start) for _ in range(5)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-marks = [mark for mark in found if isinstance(mark, lock.Lock)]
-assert (len(found), len(marks)) == (5, 1), found
-marks[0].release()
-assert storage.read()[0] is None
+(winner,) = [each for each in got if isinstance(each, lock.Lock)]
+assert len(got) == 5
+winner.release()
+assert winner.read()[0] is None
 """
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
-from grain_jax.config.evals import Context
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import encode, tables, test_sets, zeroshot
+from grain_jax.evaluate.base import Context
 from grain_jax.models import grain
 from grain_jax.runtime import processes
 from tests import tiny
@@ -175,4 +175,4 @@ def test_processes_that_see_other_files_are_an_error(monkeypatch, tmp_path):
 
     _peer(monkeypatch, json.dumps([None, [3, {}, 5]]).encode())
     with pytest.raises(test_sets.InputError, match="found 6, 5 images, expected the same files"):
-        list(encode.encode_images(Any(), paths, label="x", unreadable={}, regions=False))
+        encode.gather_images(Any(), paths, label="x")

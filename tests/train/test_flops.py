@@ -26,7 +26,7 @@ def unplanned(size: str = "B/16", **overrides) -> config_lib.Config:
 @functools.cache
 def recipe(size: str = "B/16", **overrides) -> config_lib.Config:
     """The same, with rows for its texts."""
-    return derived.planned(unplanned(size, **overrides), derived.Place())[0]
+    return derived.planned(unplanned(size, **overrides), derived.Limits())[0]
 
 
 def one_group(**overrides) -> config_lib.Config:
@@ -65,10 +65,10 @@ def test_flops_are_those_of_the_matrix_products():
         return jax.lax.scan(body, x, None, length=4)[0].sum()
 
     square = jax.ShapeDtypeStruct((11, 11), jnp.float32)
-    one = 2 * 5 * 7 * 11 * 11
-    assert flops.matmul_flops(loss, square, x) == 4 * one
+    per_trip = 2 * 5 * 7 * 11 * 11
+    assert flops.matmul_flops(loss, square, x) == 4 * per_trip
     # Backward: the cotangents of the carry and of w, at each of 4 trips.
-    assert flops.matmul_flops(jax.grad(loss), square, x) == 12 * one
+    assert flops.matmul_flops(jax.grad(loss), square, x) == 12 * per_trip
 
     mesh = Mesh(jax.devices()[:4], "data")
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 3), (3, 5)))

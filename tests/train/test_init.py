@@ -20,13 +20,13 @@ def test_the_gain_scales_queries_keys_and_values_alone():
     def params(gain):
         config = tiny.config(model__decoder__qkv_init_gain=gain).model.decoder
         decoder = region_decoder.QueryDecoder(config, np.dtype("float32"))
-        found = jax.jit(decoder.init)(jax.random.key(0), np.zeros((1, 5, 32), np.float32))
-        return jax.tree.leaves_with_path(found["params"]["blocks"])
+        variables = jax.jit(decoder.init)(jax.random.key(0), np.zeros((1, 5, 32), np.float32))
+        return jax.tree.leaves_with_path(variables["params"]["blocks"])
 
-    for (path, one), (_, other) in zip(params(1.0), params(2.5), strict=True):
+    for (path, plain), (_, other) in zip(params(1.0), params(2.5), strict=True):
         name = jax.tree_util.keystr(path)
         scaled = any(f"['{part}']['kernel']" in name for part in ("query", "key", "value"))
-        np.testing.assert_allclose(other, one * (2.5 if scaled else 1.0), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(other, plain * (2.5 if scaled else 1.0), rtol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_every_parameter_starts_as_the_references(golden, block_init):
     texts = np.zeros((1, 1, model.text.context_length), np.int32)
     image = np.zeros((1, model.image.image_size, model.image.image_size, 3), np.uint8)
 
-    def of(module):
+    def encode(module):
         if block_init == "trunc_normal":
             return module.image_tokens(image)
         return module.encode_image(image), module.encode_text(texts, texts, texts, texts[0, :, :2])
@@ -51,7 +51,7 @@ def test_every_parameter_starts_as_the_references(golden, block_init):
     ):  # the documented difference: the image's blocks as timm makes them
         expected |= golden["timm_blocks"]
         expected = {x: expected[x] for x in expected if x.startswith(("image/", "logit_scale"))}
-    init = jax.jit(lambda key: grain.GRAIN(model).init(key, method=of))
+    init = jax.jit(lambda key: grain.GRAIN(model).init(key, method=encode))
     params = grain.flat(init(jax.random.key(0))["params"])
     ours = {name: initialisation_golden.statistics(x) for name, x in params.items()}
     assert ours.keys() == expected.keys()

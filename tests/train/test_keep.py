@@ -43,16 +43,16 @@ def test_random_patches_of_an_image():
             keys_of(images), SIDE**2, forward.patches_seen(config(model__image__keep=keep))
         )
     )
-    found = draw(0.3)
-    assert found.shape == (64, 5) and (np.diff(found) > 0).all()  # 4.8 of 16
-    counts = np.bincount(found.ravel(), minlength=16)
+    kept = draw(0.3)
+    assert kept.shape == (64, 5) and (np.diff(kept) > 0).all()  # 4.8 of 16
+    counts = np.bincount(kept.ravel(), minlength=16)
     assert counts.min() > 5 and counts.max() < 40  # 20 each on average
-    assert len({tuple(row) for row in found}) > 60
-    np.testing.assert_array_equal(found[:3], draw(0.3, 3))  # of an image and its key alone
+    assert len({tuple(row) for row in kept}) > 60
+    np.testing.assert_array_equal(kept[:3], draw(0.3, 3))  # of an image and its key alone
     assert draw(0.01).shape == (64, 1)
 
 
-def _tower_in_torch(p, pixels, at):
+def _tower_in_torch(p, pixels, kept):
     """The image tower in float64: embeddings of images whose patches are `at`, and the tokens of these."""
     weight = lambda name: p[f"image/{name}"]
     norm = lambda x, name: F.layer_norm(
@@ -61,7 +61,7 @@ def _tower_in_torch(p, pixels, at):
     b, width = len(pixels), weight("class_token").shape[0]
     x = pixels.reshape(b, SIDE, PATCH, SIDE, PATCH, 3).permute(0, 1, 3, 2, 4, 5)
     x = x.reshape(b, SIDE**2, -1) @ weight("patch_embed/kernel") + weight("patch_embed/bias")
-    x = torch.stack([image[i] + weight("position_embed")[1 + i] for image, i in zip(x, at)])
+    x = torch.stack([image[i] + weight("position_embed")[1 + i] for image, i in zip(x, kept)])
     first = weight("class_token") + weight("position_embed")[0]
     x = torch.cat([first.expand(b, 1, width), x], 1)
     layer = lambda name: weight(f"blocks/{name}")[0]
@@ -84,15 +84,15 @@ def _tower_in_torch(p, pixels, at):
     return embed, tokens
 
 
-def _boxes_in_torch(p, tokens, at, corners):
+def _boxes_in_torch(p, tokens, kept, corners):
     """RoIAlign of the kept tokens: torchvision's weights of each patch, divided by their sum; 0 without any."""
     one_hot = torch.eye(SIDE**2, dtype=torch.float64).reshape(1, SIDE**2, SIDE, SIDE)
-    found = []
-    for image, i, boxes in zip(tokens, at, corners):
+    means = []
+    for image, i, boxes in zip(tokens, kept, corners):
         weights = torchvision.ops.roi_align(one_hot, [boxes * SIDE], 1, 1.0, 4, aligned=True)
         weights = weights.flatten(1)[:, i]
-        found.append(weights @ image / weights.sum(1, keepdim=True).clamp(min=1e-12))
-    return F.normalize(torch.stack(found) @ p["box_projection/kernel"], dim=-1)
+        means.append(weights @ image / weights.sum(1, keepdim=True).clamp(min=1e-12))
+    return F.normalize(torch.stack(means) @ p["box_projection/kernel"], dim=-1)
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +100,12 @@ def case():
     """(config, parameters, batch, keys, kept patches)."""
     c = config(model__image__keep=0.5, model__image__qk_norm=False, **BOXES)
     keys = keys_of(8)
-    at = forward.draw_kept(forward._folded(keys, forward.KEEP), SIDE**2, 8)
-    return c, perturbed.params(c.model), tiny.batch(c), keys, np.asarray(at)
+    kept = forward.draw_kept(forward.folded(keys, forward.KEEP), SIDE**2, 8)
+    return c, perturbed.params(c.model), tiny.batch(c), keys, np.asarray(kept)
 
 
 def test_the_gradient_is_that_of_the_kept_patches(case):
-    c, params, batch, keys, at = case
+    c, params, batch, keys, kept = case
     of_run = forward.Forward(grain.GRAIN(c.model), c)
     rng = np.random.default_rng(0)
     read = lambda out: (out.image_embed, out.box_embed)
@@ -114,28 +114,28 @@ def test_the_gradient_is_that_of_the_kept_patches(case):
 
     @jax.jit
     def ours(params):
-        found = read(of_run(params, batch, keys))
-        return sum((x * a).sum() for x, a in zip(found, ahead)), found
+        embeds = read(of_run(params, batch, keys))
+        return sum((x * a).sum() for x, a in zip(embeds, ahead)), embeds
 
-    grads, found = jax.grad(ours, has_aux=True)(params)
+    grads, embeds = jax.grad(ours, has_aux=True)(params)
 
     theirs = {
         name: torch.tensor(np.asarray(x, np.float64), requires_grad=True)
         for name, x in grain.flat(params).items()
     }
     pixels = torch.tensor((batch.image / 255 - schema.IMAGE_MEAN) / schema.IMAGE_STD)
-    at = torch.tensor(at).long()
-    embed, tokens = _tower_in_torch(theirs, pixels.double(), at)
+    kept = torch.tensor(kept).long()
+    embed, tokens = _tower_in_torch(theirs, pixels.double(), kept)
     centre, half = np.split(batch.region_boxes_cxcywh * np.array([1, 1, 0.5, 0.5]), 2, -1)
     corners = torch.tensor(np.concatenate([centre - half, centre + half], -1)).double()
-    expected = embed, _boxes_in_torch(theirs, tokens, at, corners)
+    expected = embed, _boxes_in_torch(theirs, tokens, kept, corners)
     sum((x * torch.tensor(a)).sum() for x, a in zip(expected, ahead)).backward()
-    for one, other in zip(found, expected):
-        np.testing.assert_allclose(one, other.detach(), atol=2e-6)
+    for ours_now, other in zip(embeds, expected):
+        np.testing.assert_allclose(ours_now, other.detach(), atol=2e-6)
     of_images = {k: v for k, v in grain.flat(grads).items() if not k.startswith(("text", "logit"))}
     most = max(abs(theirs[name].grad.numpy()).max() for name in of_images)
     for name, grad in of_images.items():
-        other = theirs[name].grad.numpy()  # that of the biases of keys is 0
+        other = theirs[name].grad.numpy()  # 0 for the biases of keys
         np.testing.assert_allclose(grad, other, rtol=1e-5, atol=1e-6 * most, err_msg=name)
 
 

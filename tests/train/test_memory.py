@@ -1,5 +1,8 @@
 """Out of memory is one line with what to set."""
 
+import types
+from typing import Any
+
 import jax
 import PIL.Image
 import pytest
@@ -91,10 +94,11 @@ def _runs_out(*_, **__):
 
 
 def test_an_evaluation_says_it(tmp_path):
-    predictor = type("Predictor", (), {"encode_image_and_regions": _runs_out})()
+    model = types.SimpleNamespace(image=types.SimpleNamespace(image_size=4))
+    predictor: Any = types.SimpleNamespace(encode_image=_runs_out, model=model)
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(errors.OutOfMemory, match="out of memory in images .*--batch-size"):
-        list(encode.encode_images(predictor, [tmp_path / "a.png"], label="images", unreadable={}))
+        encode.gather_images(predictor, [tmp_path / "a.png"], label="images")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,7 @@ def test_commands_that_load_a_model_say_it(main, arguments, monkeypatch, capsys)
 
 
 def test_what_the_allocator_refuses_in_training_names_the_keys(tmp_path, monkeypatch):
-    of_the_process = (run, "keep_freed_memory"), (run.compiled, "use")
+    of_the_process = (run, "keep_freed_memory"), (run.distributed, "keep_compiled_programs")
     of_the_process += (run.ending, "quiet_threads"), (run.ending.PreemptionHandler, "listen")
     for owner, name in of_the_process:
         monkeypatch.setattr(owner, name, lambda *_: None)

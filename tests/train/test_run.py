@@ -12,8 +12,8 @@ import pytest
 
 import grain_jax
 from grain_jax import config
-from grain_jax.config import recipe
 from grain_jax.core import errors, progress
+from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending
 from grain_jax.train import metrics_writer, run, sharding
@@ -142,7 +142,7 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
         ({"seed": 1}, "seed: the run .* got 1"),  # which would see other data
         ({"input__lanes": 8}, "input.lanes: the run .* got 8"),
         ({"mesh__data": 3}, "mesh"),
-        ({"evals__birds": recipe.evaluator("zeroshot", "nothing"), **TOKENIZER}, "nothing"),
+        ({"evals__birds": kinds.evaluator("zeroshot", "nothing"), **TOKENIZER}, "nothing"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
 )

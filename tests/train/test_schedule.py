@@ -13,11 +13,11 @@ def _due(steps=12, *, evals=True, preempted_at=0, minutes_are_over=lambda minute
     """(steps that are logged, evaluated, saved)."""
     defaults = dict(log_every=3, eval_every=4, checkpoint_every=5)
     plan = schedule.Schedule(tiny.config(**(defaults | keys)), steps, has_evals=evals)
-    found = {
+    due_of = {
         step: plan.due(step, preempted=step == preempted_at, minutes_are_over=minutes_are_over)
         for step in range(1, steps + 1)
     }
-    return tuple([s for s, due in found.items() if due[i]] for i in range(3))
+    return tuple([s for s, due in due_of.items() if due[i]] for i in range(3))
 
 
 def test_each_interval_counts_and_the_last_step_has_all():
@@ -55,8 +55,8 @@ def test_the_clock_is_asked_only_where_it_decides():
 
 def test_the_best_metric_is_one_that_is_measured():
     config = tiny.config(checkpoint_best_metric="los")
-    told = "'los', which is not measured; did you mean 'loss'?"
-    with pytest.raises(errors.UserError, match=told):
+    message = "'los', which is not measured; did you mean 'loss'?"
+    with pytest.raises(errors.UserError, match=message):
         schedule.check_best_metric(config, {"loss", "matched_iou"})
     assert schedule.best_metric(config, {"loss": 1.0}) is None
     assert schedule.best_metric(config, {"los": 1.0}) == {"los": 1.0}

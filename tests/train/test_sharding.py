@@ -56,18 +56,18 @@ def test_moments_follow_their_parameters():
         ),
     ],
 )
-def test_a_parameter_that_cannot_be_placed_is_named(mesh, to, overrides, told):
+def test_a_parameter_that_cannot_be_placed_is_named(mesh, to, overrides, message):
     """With that rule for the axis `mlp`."""
     c = tiny.config(**overrides)
     rules = tuple(
         (a, to if a == "mlp" else m) for a, m in c.sharding if (a, to) != ("mlp", "no rule")
     )
-    with pytest.raises(sharding.ShardingError, match=told):
+    with pytest.raises(sharding.ShardingError, match=message):
         sharding.place_state(_abstract(c), rules, _mesh(*mesh))
 
 
 def test_fsdp_keeps_an_eighth_of_the_state():
-    c, _ = derived.planned(config_lib.from_dict(b16()), derived.Place(8))
+    c, _ = derived.planned(config_lib.from_dict(b16()), derived.Limits(8))
     mesh = sharding.make_mesh(dataclasses.replace(c.mesh, data=1, fsdp=8))
     program = train_step.build(c, mesh, total_steps=10, steps_per_epoch=1)
     lines = sharding.table(program.state, program.shardings).splitlines()
@@ -96,11 +96,11 @@ def test_slices_are_cut_over_data_first():
     c = tiny.config(mesh__data=4, mesh__fsdp=2, mesh__tensor=2, mesh__dcn_data=2)
     slices = np.vectorize(lambda d: d.slice_index)(sharding.make_mesh(c.mesh, chips).devices)
     np.testing.assert_array_equal(slices, np.broadcast_to([[[0]], [[0]], [[1]], [[1]]], (4, 2, 2)))
-    for slices, told in (
+    for slices, message in (
         (1, "got 1, expected a multiple of the 2"),
         (8, "divisor of mesh.data = 4"),
     ):
-        with pytest.raises(sharding.ShardingError, match=f"dcn_data: .*{told}"):
+        with pytest.raises(sharding.ShardingError, match=f"dcn_data: .*{message}"):
             sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=slices), chips)
 
 
@@ -132,20 +132,20 @@ def _layout(processes, shape):
     ],
 )
 def test_a_process_serves_the_lanes_on_its_devices(processes, shape, expected):
-    of = _layout(processes, shape)
+    layout = _layout(processes, shape)
     config = tiny.config(input__lanes=8)
     whole = next(synthetic.batches(config, start_step=3))
-    rows = of.devices_indices_map((16,))
+    rows = layout.devices_indices_map((16,))
     for process, lanes in expected.items():
-        got = sharding.lanes_of_process(of, batch_size=16, lanes=8, process_index=process)
+        got = sharding.lanes_of_process(layout, batch_size=16, lanes=8, process_index=process)
         assert got == lanes
         # What it serves are its devices' rows, in the order in which they stand in the batch.
-        held = sorted(
+        rows_held = sorted(
             {i for d, (r,) in rows.items() if d.process_index == process for i in range(16)[r]}
         )
         part = next(synthetic.batches(config, lanes=got, start_step=3))
         for name in ("image", "caption_id", "region_boxes_cxcywh"):
-            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[held])
+            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows_held])
 
 
 def test_a_lane_on_two_processes_is_one_line():

@@ -1,8 +1,8 @@
 """What the compiled step costs: FLOPs, bytes, temporaries and collectives must not grow unnoticed.
 
-Counts of the compiler's output, no seconds, so they are the same on every machine. They are recorded in
-goldens/step_cost.json for one version of JAX and the flags of `tests.compiling`, without which the compiler fuses
-otherwise; after a change that is meant to cost, UPDATE_GOLDENS=1 rewrites them, and the commit says why.
+Counts of the compiler's output, no seconds, so they are the same on every machine. goldens/step_cost.json records them for
+one version of JAX and the flags of `tests.compiling`. After a change that is meant to cost, UPDATE_GOLDENS=1 rewrites
+them, and the commit says why.
 """
 
 import json
@@ -40,8 +40,8 @@ def _costs(name):
         "bytes_accessed": hlo_work.bytes_accessed(module),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "collectives": {
-            kind: {"count": sum(n for n, _ in found), "bytes": sum(b for _, b in found)}
-            for kind, found in sorted(kinds.items())
+            kind: {"count": sum(n for n, _ in counts), "bytes": sum(b for _, b in counts)}
+            for kind, counts in sorted(kinds.items())
         },
     }
 
@@ -58,17 +58,17 @@ def test_the_step_costs_no_more_than_recorded(name):
     if golden["jaxlib"] != version:  # another compiler fuses otherwise
         assert costs["flops"] <= 1.05 * recorded["flops"]
         return
-    for what in ("flops", "bytes_accessed", "temporary_bytes"):
-        assert costs[what] <= SLACK[what] * recorded[what], what
-    for kind, found in costs["collectives"].items():
-        assert found["count"] <= recorded["collectives"][kind]["count"], kind
+    for name_of_cost in ("flops", "bytes_accessed", "temporary_bytes"):
+        assert costs[name_of_cost] <= SLACK[name_of_cost] * recorded[name_of_cost], name_of_cost
+    for kind, collective in costs["collectives"].items():
+        assert collective["count"] <= recorded["collectives"][kind]["count"], kind
         most = SLACK["collective_bytes"] * recorded["collectives"][kind]["bytes"]
-        assert found["bytes"] <= most, kind
+        assert collective["bytes"] <= most, kind
 
 
 def test_eight_devices_share_the_work_and_repeat_none():
     """The recorded FLOPs of a device, times 8, are the model's own count for the batch (`flops.py`)."""
     recorded = json.loads(GOLDEN.read_text())
     c = tiny.config(batch_size=32, text__pack_group=4, text__pack_rows=8, **MESHES["data"])
-    own = flops.per_image(c).train * c.batch_size
-    assert 8 * recorded["data"]["flops"] / own == pytest.approx(1, abs=0.01)
+    per_batch = flops.per_image(c).train * c.batch_size
+    assert 8 * recorded["data"]["flops"] / per_batch == pytest.approx(1, abs=0.01)

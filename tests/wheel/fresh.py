@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 _LEFT_OUT = (".git", ".venv", "__pycache__", "build", "*.egg-info", "runs", "shared")
 
 CONFIG = """
+from grain_jax.evaluate import kinds
 from grain_jax.config import recipe
 
 
@@ -30,7 +31,7 @@ def get_config():
     c.model.image.update(image_size=16, width=32, depth=1, mlp_dim=64, unroll=1)
     c.model.text.update(width=32, depth=1, mlp_dim=64, unroll=1)
     c.model.decoder.update(width=32, depth=1, mlp_dim=64, unroll=1)
-    c.evals.places = recipe.evaluator("zeroshot", "classes")
+    c.evals.places = kinds.evaluator("zeroshot", "classes")
     return c
 """
 

@@ -1,4 +1,4 @@
-"""Models that a name stands for: those of the package, and those of the Hugging Face Hub.
+"""Models by name: in the package, or on the Hugging Face Hub.
 
 A model of the package is a converted folder beside this file, with its card (README.md), which tells the commands that
 made it. `hf://ORG/NAME[@REVISION]` is a model of the Hub (`hub`). Imports no JAX.
@@ -9,10 +9,11 @@ import re
 
 from etils import epath
 
+from grain_jax.checkpoint import importers
 from grain_jax.checkpoint.pretrained import hub
 
 NAMES = ("aviary-tiny",)
-# Weights of others, by the last suffix: the kind of `grain-jax convert` that reads them.
+# Other libraries' weights, by the last suffix: the kind of `grain-jax convert` that reads them.
 _CONVERSIONS = {
     **dict.fromkeys((".safetensors", ".pt", ".pth", ".bin"), "from-open-clip"),
     ".tar": "from-torch",
@@ -28,29 +29,23 @@ def folder_of(path: epath.PathLike) -> epath.Path:
     """The folder that `path` stands for; one that is not a name is returned as it is, also where it does not exist.
 
     Args:
-      path: a folder, local or remote; one of NAMES, where no folder has that name; or a name on the Hub, which is
-        downloaded into the cache of huggingface_hub.
+      path: a folder, local or remote; one of NAMES, where no folder has that name; or a name on the Hub. A model on
+        the Hub is downloaded into the cache of huggingface_hub. Weights of other libraries are then converted into
+        our own cache.
 
     Raises:
-      hub.HubError: it cannot be downloaded.
+      errors.UserError: it cannot be downloaded or converted.
     """
     text = str(path)
     if hub.is_reference(text):
-        return hub.download(text)
+        folder = hub.download(text)
+        return folder if (folder / "params").is_dir() else importers.import_weights(text, folder)
     path = epath.Path(path)
     return _FOLDER / text if text in NAMES and not path.is_dir() else path
 
 
-def is_of_name(folder: epath.PathLike) -> bool:
-    """Whether a folder belongs to the package or to the cache of huggingface_hub, where nothing of ours is written."""
-    folder = epath.Path(folder)
-    snapshots = folder.parent
-    in_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
-    return in_cache or folder.parent == _FOLDER
-
-
 def conversion(path: epath.PathLike) -> str:
-    """The command that makes a model for `load` of the weights of others: of a file, by its name, or in a folder; or ""."""
+    """The command that converts the weights in a file or folder into a model for `load`; or "" if none does."""
     path = epath.Path(path)
     kind = _CONVERSIONS.get(path.suffix)
     if path.is_dir() and any(

@@ -52,12 +52,12 @@ def download(reference: str) -> epath.Path:
       HubError: wrong form, no such model or revision, no access, no network, no model in it, or huggingface_hub is not
         installed.
     """
-    found = _REFERENCE.fullmatch(reference)
-    if not found:
+    match = _REFERENCE.fullmatch(reference)
+    if not match:
         raise HubError(f"{reference}: expected hf://ORG/NAME or hf://ORG/NAME@REVISION")
     with _asking(reference) as library:
         folder = epath.Path(
-            library.snapshot_download(found[1], revision=found[2], allow_patterns=list(_READ))
+            library.snapshot_download(match[1], revision=match[2], allow_patterns=list(_READ))
         )
     if not any((folder / name).exists() for name in ("config.json", "open_clip_config.json")):
         raise HubError(
@@ -67,7 +67,7 @@ def download(reference: str) -> epath.Path:
 
 
 def local(path: str) -> epath.Path:
-    """A path; of a name on the Hub that of its copy, as `download` gives it."""
+    """A path as it is, or the downloaded folder of a name on the Hub."""
     return download(path) if is_reference(path) else epath.Path(path)
 
 
@@ -109,20 +109,20 @@ def push(folder: epath.PathLike, repo: str, files: Sequence[str], private: bool)
 
 
 @contextlib.contextmanager
-def _asking(what: str) -> Iterator[Any]:
-    """Gives huggingface_hub; whatever goes wrong inside is a HubError of one line that begins with `what`."""
+def _asking(asker: str) -> Iterator[Any]:
+    """Gives huggingface_hub; whatever goes wrong inside is a HubError of one line that begins with `asker`."""
     try:
         import huggingface_hub
     except ImportError:
         raise HubError(
-            f"{what}: needs the package huggingface_hub; pip install 'grain_jax[hub]'"
+            f"{asker}: needs the package huggingface_hub; pip install 'grain_jax[hub]'"
         ) from None
     try:
         yield huggingface_hub
     except HubError:
         raise
     except Exception as error:  # of its own kinds, of its HTTP client, of the disk
-        raise HubError(f"{what}: {_reason(error, huggingface_hub.errors)}") from error
+        raise HubError(f"{asker}: {_reason(error, huggingface_hub.errors)}") from error
 
 
 def _reason(error: Exception, kinds: Any) -> str:

@@ -6,13 +6,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import output, parity, towers
-from grain_jax.convert.big_vision import checkpoint as files
-from grain_jax.convert.big_vision import command
-from grain_jax.convert.big_vision.towers import image_rows, text_rows
+from grain_jax.convert import big_vision, output, parity, towers
 from grain_jax.convert.exits import arrays, folder, needs
 from grain_jax.convert.faults import ConvertError, raise_any
-from grain_jax.convert.tables import Arrays, NamePair
+from grain_jax.convert.tables import Arrays
 from grain_jax.core import atomic
 
 
@@ -30,16 +27,16 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     path = epath.Path(path)
     if path.suffix != ".npz" or path.is_dir():
         raise ConvertError(f"{path}: expected the name of a file that ends in .npz")
-    found = folder.read(source)
-    model = found.model
-    raise_any(needs.of_big_vision(model))
-    state = _state(folder.flat(found))
+    source_model = folder.read(source)
+    model = source_model.model
+    raise_any(needs.BIG_VISION.faults(model))
+    state = _state(folder.flat(source_model))
     content = io.BytesIO()
     named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
     np.savez(content, **named)
     with output.writing(path):
         atomic.write_bytes(path, content.getvalue())
-    proof = command.prove(files.read(path), model, found.params)
+    proof = big_vision.prove(big_vision.read(path), model, source_model.params)
     size = sum(array.size for array in state.values())
     mean, std = model.image.pixel_mean, model.image.pixel_std
     pixels = f"pixels not in a .npz: ([0, 1] - {list(mean)}) / {list(std)}"
@@ -47,11 +44,11 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
         pixels = f"ATTENTION: {pixels}; value_range(-1, 1) and from-big-vision give others"
     tokenizer = f"tokenizer not in a .npz: {model.text.tokenizer}, texts {model.text.cleaning}"
     return proof.after(
-        f"to-big-vision: {found.folder} -> {path}, its sub-trees img and txt",
+        f"to-big-vision: {source_model.folder} -> {path}, its sub-trees img and txt",
         f"{len(state)} arrays, {size:,} values, float32",
         f"{tokenizer}, padded with the id {model.text.pad_id}",
         pixels,
-        f"for its config: {command.sizes_of(model)}",
+        f"for its config: {big_vision.sizes_of(model)}",
     )
 
 
@@ -61,16 +58,8 @@ def _state(flat: Arrays) -> Arrays:
     for tower in ("image", "text"):
         if f"{tower}_projection/kernel" in flat:
             flat = arrays.with_projection(flat, tower, 0, bias=True)
-    rows = [
-        row._replace(theirs=f"{prefix}/{row.theirs}")
-        for prefix, of in (("img", image_rows()), ("txt", text_rows()))
-        for row in of
-    ]
-    rows += _SCALARS
+    rows = [*big_vision.image_rows(), *big_vision.text_rows(), *big_vision.SCALARS]
     state = folder.entries(rows, flat)
     return state | {
-        row.theirs: state[row.theirs].reshape(1) for row in _SCALARS if row.ours in flat
+        row.theirs: state[row.theirs].reshape(1) for row in big_vision.SCALARS if row.ours in flat
     }
-
-
-_SCALARS = [NamePair(ours, theirs) for ours, theirs in files.SCALARS.items()]

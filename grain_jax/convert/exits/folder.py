@@ -1,8 +1,8 @@
-"""What the exports that write a folder share: the files, the model's predictor, inputs of the parity, the card."""
+"""What the exports that write a folder share: the model to write, its files, and our side of the parity."""
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,16 +11,17 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
-from grain_jax.convert import model_card, parity, tables
+from grain_jax.convert import model_card, output, parity, tables
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import images
 from grain_jax.models import grain
 
-MARK = "converted_from.json"  # every folder of an exit has it: where the model comes from
+MARK = "converted_from.json"  # in every folder of an export: where the model comes from
+SCALARS = [NamePair(name, name) for name in ("logit_scale", "logit_bias")]
 
 
-class Source(NamedTuple):
+class SourceModel(NamedTuple):
     """A model to write."""
 
     model: config_lib.Model
@@ -28,17 +29,19 @@ class Source(NamedTuple):
     folder: epath.Path  # that it was read from
 
 
-def read(path: epath.PathLike) -> Source:
+def read(path: epath.PathLike) -> SourceModel:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
     model, params, folder = saved_model.load_model(path)
-    return Source(model, params, epath.Path(folder))
+    return SourceModel(model, params, epath.Path(folder))
 
 
 def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parity.Report]:
-    """`prove(target, source, ...)` whose report is NOT PROVEN where a package is missing, also one of the others' own."""
+    """`prove(target, source, ...)`, whose report is NOT PROVEN if an import inside fails."""
 
     @functools.wraps(prove)
-    def proved(target: epath.Path, source: Source, *args: Any, **options: Any) -> parity.Report:
+    def proved(
+        target: epath.Path, source: SourceModel, *args: Any, **options: Any
+    ) -> parity.Report:
         try:
             return prove(target, source, *args, **options)
         except ImportError as error:
@@ -48,7 +51,7 @@ def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parit
     return proved
 
 
-def flat(source: Source) -> Arrays:
+def flat(source: SourceModel) -> Arrays:
     """The parameters by flat name, float32."""
     return {name: np.asarray(x, np.float32) for name, x in grain.flat(source.params).items()}
 
@@ -61,6 +64,40 @@ def entries(rows: list[NamePair], params: Arrays) -> Arrays:
     return tables.write(rows, params)
 
 
+def write(
+    target: epath.Path,
+    source: SourceModel,
+    arrays: tuple[str, Arrays],
+    files: Mapping[str, Any],
+    prove: Callable[[epath.Path], parity.Report],
+    lines: Sequence[str],
+    **card: Any,
+) -> parity.Report:
+    """Writes a folder: the weights, other files, the model card, and MARK with the verdict of the parity.
+
+    Args:
+      target: the folder, as `output.check_free` returned it.
+      source: the model.
+      arrays: name of the file of the weights, and its arrays.
+      files: other files by name, as for `write_files`.
+      prove: compares the folder with the model.
+      lines: of the report.
+      card: further arguments of `model_card.write`.
+
+    Raises:
+      ConvertError: safetensors is missing, or the folder cannot be written.
+    """
+    with output.replacing(target, MARK) as new:
+        write_files(new, *arrays, files)
+        proof = prove(new)
+        text = model_card.write(source.model, model_card.read_run(source.folder), proof, **card)
+        write_file(new / "README.md", text)
+        write_file(new / MARK, {"source": str(source.folder), "parity": proof.verdict})
+    name, state = arrays
+    size = f"{name}: {sum(x.size for x in state.values()):,} values, float32"
+    return proof.after(lines[0], size, *lines[1:])
+
+
 def write_files(folder: epath.Path, weights: str, arrays: Arrays, files: Mapping[str, Any]) -> None:
     """Writes the files (bytes, texts, or JSON values), and the arrays as safetensors.
 
@@ -69,37 +106,17 @@ def write_files(folder: epath.Path, weights: str, arrays: Arrays, files: Mapping
     """
     with needing("safetensors", weights):
         import safetensors.numpy
-
-        for name, content in files.items():
-            write_file(folder / name, content)
-        content = safetensors.numpy.save(arrays, metadata={"format": "pt"})
-        (folder / weights).write_bytes(content)
+    for name, content in files.items():
+        write_file(folder / name, content)
+    content = safetensors.numpy.save(arrays, metadata={"format": "pt"})
+    (folder / weights).write_bytes(content)
 
 
 def write_file(path: epath.Path, content: Any) -> None:
     """Writes bytes, a text, or another value as JSON."""
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-        return
-    if not isinstance(content, str):
+    if not isinstance(content, bytes | str):
         content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(content)
-
-
-def finish(
-    folder: epath.Path,
-    source: Source,
-    use: str,
-    proof: parity.Report,
-    missing: str,
-    library: str = "transformers",
-    repo: str | None = None,
-) -> None:
-    """Writes the model card (`model_card.write`), and the mark with the verdict of the parity."""
-    run = model_card.read_run(source.folder)
-    card = model_card.write(source.model, run, proof, use, missing, library=library, repo=repo)
-    write_file(folder / "README.md", card)
-    write_file(folder / MARK, {"source": str(source.folder), "parity": proof.verdict})
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def raw_images() -> list[np.ndarray]:
@@ -115,9 +132,10 @@ def our_pixels(tower: config_lib.ImageTower) -> np.ndarray:
     return (resized / 255 - mean) / std
 
 
-def our_outputs(source: Source, inputs: parity.Inputs) -> dict[str, np.ndarray]:
-    """The outputs of a two-tower model, and its logits [images, texts]."""
+def our_outputs(source: SourceModel, inputs: parity.Inputs) -> dict[str, np.ndarray]:
+    """The outputs of a two-tower model, its logits [images, texts], and its pixels of `raw_images`."""
     predictor = inference.Predictor(source.model, source.params)
     ours = parity.outputs_of(predictor, inputs)
     logits = predictor.logit_scale * ours["image_embed"] @ ours["text_embed"].T
-    return ours | {"logits": logits + (predictor.logit_bias or 0.0)}
+    pixels = our_pixels(source.model.image)
+    return ours | {"logits": logits + (predictor.logit_bias or 0.0), "pixels": pixels}

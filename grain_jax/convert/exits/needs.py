@@ -1,6 +1,7 @@
 """What a model must be for the classes of other packages."""
 
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from grain_jax import config as config_lib
@@ -8,10 +9,11 @@ from grain_jax.convert.reference import names
 
 
 class Format(NamedTuple):
-    """What can be written, and the values that it has for keys of `config.Model`."""
+    """A class of another package, and the values that it has for keys of `config.Model`."""
 
     name: str
     values: dict[str, tuple[Any, ...]]
+    rule: Callable[[config_lib.Model], str] = lambda model: ""  # a fault of several keys, or ""
 
     def faults(self, model: config_lib.Model) -> list[str]:
         """A line for each key that the format cannot express."""
@@ -22,30 +24,57 @@ class Format(NamedTuple):
                 shown = got if got is None or isinstance(got, str | int | float) else "one"
                 has = " or ".join(map(str, values))
                 lines.append(f"model.{key}: got {shown}, {self.name} has {has}")
-        return lines
+        return lines + [fault for fault in [self.rule(model)] if fault]
 
 
-def _format(name: str, **values: Any) -> Format:
-    """image__pool="map" or a tuple of values -> the format; it has two towers alone."""
-    values = (
-        dict(decoder=None, boxes__kind="none", image__tower="vit", text__tower="transformer")
-        | dict(text__mask_padding=False)
-        | names.PLAIN_IMAGE
-        | values
+def nearest(model: config_lib.Model, *formats: Format) -> tuple[Format, list[str]]:
+    """The format that lacks the fewest keys of a model, and its faults."""
+    return min(((each, each.faults(model)) for each in formats), key=lambda pair: len(pair[1]))
+
+
+def _format(name: str, rule: Callable[[config_lib.Model], str] | None = None, **values: Any):
+    """A format of two plain towers; image__pool="map", or a tuple of values, is what it has for `image.pool`."""
+    plain = dict(decoder=None, boxes__kind="none", image__tower="vit", text__tower="transformer")
+    values = plain | names.PLAIN_IMAGE | dict(text__mask_padding=False) | values
+    keys = {
+        key.replace("__", "."): value if isinstance(value, tuple) else (value,)
+        for key, value in values.items()
+    }
+    return Format(name, keys, rule) if rule else Format(name, keys)
+
+
+def _highest_id(model: config_lib.Model) -> str:
+    if model.text.end_id != 2:
+        return ""
+    return "model.text.end_id: got 2, with which CLIPModel takes the highest id"
+
+
+def _one_activation(model: config_lib.Model) -> str:
+    if len({tower.activation == "quick_gelu" for tower in (model.image, model.text)}) == 1:
+        return ""
+    return (
+        f"model.text.activation: got {model.text.activation}, with {model.image.activation} of the image tower;"
+        " open_clip has quick_gelu in both of its own towers or in none"
     )
-    return Format(
-        name,
-        {
-            key.replace("__", "."): value if isinstance(value, tuple) else (value,)
-            for key, value in values.items()
-        },
+
+
+def _class_token(model: config_lib.Model) -> str:
+    if model.image.class_token == (model.image.pool == "class"):
+        return ""
+    return (
+        f"model.image.class_token: got {model.image.class_token} with the pool {model.image.pool},"
+        " big_vision has a class token with the pool class alone"
     )
 
 
 _GELUS = ("gelu", "gelu_tanh", "quick_gelu")
 _FREE = ("none", "matrix")  # a projection without a bias; the identity stands in for none
+_SIGLIP_IMAGE: dict[str, Any] = dict(
+    image__qk_norm=False, image__class_token=False, image__pre_norm=False, image__pool="map"
+)
 CLIP = _format(
     "CLIPModel",
+    _highest_id,
     logit_bias_init=None,
     image__qk_norm=False,
     image__class_token=True,
@@ -58,16 +87,14 @@ CLIP = _format(
 )
 SIGLIP = _format(
     "SiglipModel",
-    image__qk_norm=False,
-    image__class_token=False,
-    image__pre_norm=False,
-    image__pool="map",
+    **_SIGLIP_IMAGE,
     image__projection="none",
     text__causal=False,
     text__pool="last",
 )
 OPEN_CLIP = _format(
     "open_clip's own towers",
+    _one_activation,
     image__class_token=True,
     image__pool=("class", "mean"),
     image__activation=_GELUS,
@@ -77,16 +104,14 @@ OPEN_CLIP = _format(
 )
 OPEN_CLIP_TIMM = _format(
     "open_clip with a trunk of timm",
-    image__qk_norm=False,
-    image__class_token=False,
-    image__pre_norm=False,
-    image__pool="map",
+    **_SIGLIP_IMAGE,
     image__activation=("gelu", "gelu_tanh"),
     text__activation=_GELUS,
     text__pool=("end", "last"),
 )
 BIG_VISION = _format(
     "big_vision's two_towers",
+    _class_token,
     image__qk_norm=False,
     image__pre_norm=False,
     image__pool=("map", "class", "mean"),
@@ -100,35 +125,5 @@ BIG_VISION = _format(
 
 
 def of_hugging_face(model: config_lib.Model) -> tuple[Format, list[str]]:
-    """The class of transformers that a two-tower model is nearest to, and why it cannot hold the model."""
-    kind, faults = _nearest(model, CLIP, SIGLIP)
-    if kind is CLIP and model.text.end_id == 2:
-        faults.append("model.text.end_id: got 2, with which CLIPModel takes the highest id")
-    return kind, faults
-
-
-def of_open_clip(model: config_lib.Model) -> tuple[Format, list[str]]:
-    """The kind of open_clip's models that a model is nearest to, and why it cannot hold the model."""
-    kind, faults = _nearest(model, OPEN_CLIP, OPEN_CLIP_TIMM)
-    quick = {t.activation == "quick_gelu" for t in (model.image, model.text)}
-    if kind is OPEN_CLIP and len(quick) > 1:
-        faults.append(
-            f"model.text.activation: got {model.text.activation}, with {model.image.activation} of the image tower;"
-            " open_clip has quick_gelu in both of its own towers or in none"
-        )
-    return kind, faults
-
-
-def of_big_vision(model: config_lib.Model) -> list[str]:
-    """Why big_vision's two_towers cannot hold the model."""
-    faults = BIG_VISION.faults(model)
-    if model.decoder is None and model.image.class_token != (model.image.pool == "class"):
-        faults.append(
-            f"model.image.class_token: got {model.image.class_token} with the pool {model.image.pool},"
-            " big_vision has a class token with the pool class alone"
-        )
-    return faults
-
-
-def _nearest(model: config_lib.Model, *formats: Format) -> tuple[Format, list[str]]:
-    return min(((each, each.faults(model)) for each in formats), key=lambda pair: len(pair[1]))
+    """The class of transformers that lacks the fewest keys of a model, and its faults."""
+    return nearest(model, CLIP, SIGLIP)

@@ -12,11 +12,10 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, output, parity
 from grain_jax.convert.exits import arrays, folder, needs, timm_trunk, tokenizers
 from grain_jax.convert.faults import raise_any
-from grain_jax.convert.open_clip.comparison import open_clip_config
-from grain_jax.convert.tables import Arrays, NamePair
+from grain_jax.convert.library_configs import open_clip_config
+from grain_jax.convert.tables import Arrays
 
 WEIGHTS = "open_clip_model.safetensors"
-_SCALARS = [NamePair("logit_scale", "logit_scale"), NamePair("logit_bias", "logit_bias")]
 
 
 def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
@@ -31,47 +30,41 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, folder.MARK)
-    found, unknown = tokenizers.with_end(folder.read(source))
-    kind, faults = needs.of_open_clip(found.model)
+    stored, unknown = tokenizers.with_end(folder.read(source))
+    model, image = stored.model, stored.model.image
+    kind, faults = needs.nearest(model, needs.OPEN_CLIP, needs.OPEN_CLIP_TIMM)
     raise_any(faults)
-    is_own = kind is needs.OPEN_CLIP
-    trunk = "" if is_own else timm_trunk.name_of(found.model.image)
-    words, missing = tokenizers.files(found.model.text, found.folder)
-    if words and found.model.text.cleaning == "none":
-        words, missing = (
+    trunk = "" if kind is needs.OPEN_CLIP else timm_trunk.name_of(image)
+    token_files, missing = tokenizers.files(model.text, stored.folder)
+    if token_files and model.text.cleaning == "none":
+        token_files, missing = (
             {},
-            (
-                "no tokenizer files: model.text.cleaning: got none, open_clip joins white space; give the model token ids"
-            ),
+            "no tokenizer files: model.text.cleaning: got none, open_clip joins white space; give the model token ids",
         )
-    model_cfg = _config(found.model, trunk, has_tokenizer=bool(words))
-    state = (_own if is_own else _with_trunk)(folder.flat(found), found.model)
-    if found.model.text.tokenizer == "clip":
-        words = {}  # it has CLIP's
-    image = found.model.image
-    files = {
-        "open_clip_config.json": {
-            "model_cfg": model_cfg,
-            "preprocess_cfg": {
-                "size": image.image_size,
-                "mode": "RGB",
-                "mean": list(image.pixel_mean),
-                "std": list(image.pixel_std),
-                "interpolation": "bicubic",
-                "resize_mode": "squash",
-            },
-        },
-        **words,
+    if model.text.tokenizer == "clip":
+        token_files = {}  # open_clip has CLIP's tokenizer
+    preprocess_cfg = {
+        "size": image.image_size,
+        "mode": "RGB",
+        "mean": list(image.pixel_mean),
+        "std": list(image.pixel_std),
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
     }
-    with output.replacing(target, folder.MARK) as new:
-        folder.write_files(new, WEIGHTS, state, files)
-        proof = _prove(new, found, has_tokenizer=not missing).but(unknown)
-        folder.finish(new, found, _USE, proof, missing, library="open_clip")
-    lines = [
-        f"to-open-clip: {found.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}",
-        f"{WEIGHTS}: {sum(array.size for array in state.values()):,} values, float32",
-    ]
-    return proof.after(*lines, *([missing] if missing else []))
+    model_cfg = _config(model, trunk, has_tokenizer=not missing)
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    to = f"to-open-clip: {stored.folder} -> {target}, {kind.name}{f', {trunk}' if trunk else ''}"
+    return folder.write(
+        target,
+        stored,
+        (WEIGHTS, _arrays(folder.flat(stored), model, bool(trunk))),
+        {"open_clip_config.json": config, **token_files},
+        lambda new: _prove(new, stored, has_tokenizer=not missing).but(unknown),
+        [to, missing] if missing else [to],
+        use=_USE,
+        missing=missing,
+        library="open_clip",
+    )
 
 
 _USE = """
@@ -117,44 +110,34 @@ def _config(model: config_lib.Model, trunk: str, has_tokenizer: bool) -> dict[st
     return {**stated, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
 
 
-def _own(flat: Arrays, model: config_lib.Model) -> Arrays:
-    """The arrays of open_clip's own towers."""
-    flat = arrays.without_patch_bias(flat)
-    flat = arrays.with_projection(flat, "image", model.image.width, bias=False)
-    return folder.entries([*formats.openai_image(), *_text(flat, model), *_SCALARS], flat)
-
-
-def _with_trunk(flat: Arrays, model: config_lib.Model) -> Arrays:
-    """The arrays around a trunk of timm, whose two names of the text tower differ by a prefix."""
-    flat = arrays.with_patch_bias(flat)
-    rows = [*formats.timm_image_in_open_clip(), *_text(flat, model, "text."), *_SCALARS]
-    return folder.entries(rows, flat)
-
-
-def _text(flat: Arrays, model: config_lib.Model, prefix: str = "") -> list[NamePair]:
-    """The table of the text tower; adds the identity to `flat` where the tower has no projection."""
-    flat.update(arrays.with_projection(flat, "text", model.text.width, bias=False))
-    return formats.openai_text(prefix, model.text.projection != "affine")
+def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
+    """The arrays of open_clip's own towers, or around a trunk of timm; the identity stands in for no projection."""
+    flat = arrays.with_projection(flat, "text", model.text.width, bias=False)
+    has_matrix = model.text.projection != "affine"
+    if has_trunk:
+        flat, image = arrays.with_patch_bias(flat), formats.timm_image_in_open_clip()
+    else:
+        flat, image = arrays.without_patch_bias(flat), formats.openai_image()
+        flat = arrays.with_projection(flat, "image", model.image.width, bias=False)
+    text = formats.openai_text("text." * has_trunk, has_matrix)
+    return folder.entries([*image, *text, *folder.SCALARS], flat)
 
 
 @folder.needing_packages
-def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> parity.Report:
+def _prove(target: epath.Path, source: folder.SourceModel, has_tokenizer: bool) -> parity.Report:
     """Our model against what open_clip makes of the folder, from raw images and texts."""
     import open_clip
     import torch
 
-    model = source.model
-    given = parity.inputs_of(model)
-    ours = folder.our_outputs(source, given) | {"pixels": folder.our_pixels(model.image)}
+    inputs, name = parity.inputs_of(source.model), f"local-dir:{target}"
+    ours = folder.our_outputs(source, inputs)
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-        name = f"local-dir:{target}"
-        module: Any
-        module, _, preprocess = open_clip.create_model_and_transforms(name)
+        loaded: Any = open_clip.create_model_and_transforms(name)
+        module, _, preprocess = loaded
         module.eval()
-        images = torch.from_numpy(given.images.transpose(0, 3, 1, 2).copy())
-        ids = torch.from_numpy(given.token_ids).long()
-        own: Any = preprocess
-        pixels = torch.stack([own(PIL.Image.fromarray(x)) for x in folder.raw_images()])
+        images = torch.from_numpy(inputs.images.transpose(0, 3, 1, 2).copy())
+        ids = torch.from_numpy(inputs.token_ids).long()
+        pixels = torch.stack([preprocess(PIL.Image.fromarray(x)) for x in folder.raw_images()])
         theirs = {
             "image_embed": module.encode_image(images, normalize=True).numpy(),
             "text_embed": module.encode_text(ids, normalize=True).numpy(),
@@ -165,7 +148,7 @@ def _prove(target: epath.Path, source: folder.Source, has_tokenizer: bool) -> pa
             tokens: Any = open_clip.get_tokenizer(name)(tokenizers.TEXTS)
             theirs["token_ids"] = np.asarray(tokens)
             theirs["encode_text"] = module.encode_text(tokens, normalize=True).numpy()
-            ours["token_ids"] = tokenizers.own_ids(model.text, source.folder)
+            ours["token_ids"] = tokenizers.own_ids(source.model.text, source.folder)
             ours["encode_text"] = tokenizers.our_embeddings(source)
     other = f"open_clip {open_clip.__version__}, torch {torch.__version__}"
-    return parity.report(parity.compare(ours, theirs), other, given)
+    return parity.report(parity.compare(ours, theirs), other, inputs)

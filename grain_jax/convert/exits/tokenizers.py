@@ -11,20 +11,18 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.convert import hf_tokenizer
-from grain_jax.convert.exits.folder import Source
+from grain_jax.convert.exits.folder import SourceModel
 from grain_jax.convert.faults import ConvertError
 from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 
-# Of the parity: nothing that the cleaning of our tokenizers alone would repair.
+# Texts of the parity: nothing that the cleaning of our tokenizers alone would repair.
 TEXTS = ["a photo of a wren", "Two DOGS and a cat's   bowl, 1998!", "x", "long " * 100]
-
-NAMES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")  # of the files
 
 
 def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str, Any], str]:
     """The files by name (bytes, or JSON values), and a line that says why there are none, or "".
 
-    CLIP's pad with the end token.
+    CLIP's files pad with the end token.
 
     Args:
       tower: the text tower.
@@ -33,39 +31,32 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
     Raises:
       UserError: the file of the tokenizer cannot be read.
     """
+    size, path = tower.vocab_size, None
+    if tower.tokenizer == "clip" and size == clip_tokenizer.VOCAB_SIZE:
+        return hf_tokenizer.files(tower.context_length), ""
     if tower.tokenizer == "clip":
-        if tower.vocab_size == clip_tokenizer.VOCAB_SIZE:
-            return hf_tokenizer.files(tower.context_length), ""
-        return {}, (
-            f"no tokenizer files: a vocabulary of {tower.vocab_size} is not CLIP's of"
-            f" {clip_tokenizer.VOCAB_SIZE}; give the model token ids"
+        why = (
+            f"a vocabulary of {size} is not CLIP's of {clip_tokenizer.VOCAB_SIZE}; give the model"
+            " token ids"
         )
-    name = epath.Path(tower.tokenizer).name  # cards are published: none of this machine's paths
-    path = tokenizer.own_file(tower, folder)
-    if path is None:
-        return {}, (
-            f"no tokenizer files: {name} is no file in the folder of the model; put it there and convert again"
-        )
-    tokenizer.of_tower(tower, folder)  # raises where it does not fit the tower
-    content = tokenizer.content_of(path)
-    if path.suffix == ".json":
-        return _of_json(content, tower, path)
-    if tower.cleaning != "canonical":
-        return {}, (
-            f"no tokenizer files: model.text.cleaning: got {tower.cleaning}, transformers' SiglipTokenizer has canonical"
-        )
-    import sentencepiece
-
-    library = sentencepiece.SentencePieceProcessor(model_proto=content)
-    if tower.pad_id >= library.vocab_size():
-        return {}, _no_pad(tower, path)
-    return _of_sentencepiece(content, library, tower), ""
+    elif (path := tokenizer.own_file(tower, folder)) is None:
+        # Model cards are published, so they name none of this machine's folders.
+        name = epath.Path(tower.tokenizer).name
+        why = f"{name} is no file in the folder of the model; put it there and convert again"
+    elif path.suffix == ".model" and tower.cleaning != "canonical":
+        why = f"model.text.cleaning: got {tower.cleaning}, transformers' SiglipTokenizer has canonical"
+    else:
+        tokenizer.of_tower(tower, folder)  # raises if it does not fit the tower
+        if made := (_of_json if path.suffix == ".json" else _of_sentencepiece)(path, tower):
+            return made, ""
+        why = f"model.text.pad_id: got {tower.pad_id}, {path.name} has no such token"
+    return {}, f"no tokenizer files: {why}"
 
 
-def with_end(source: Source) -> tuple[Source, str]:
-    """The model with the id that ends its texts, where the tower is read there, and why it is not known, or "".
+def with_end(source: SourceModel) -> tuple[SourceModel, str]:
+    """The model with the id that ends its texts, if its tower seeks it; and why the id is not known, or "".
 
-    Ours reads a text where its tokenizer ends it, a file at the first `end_id`, or the highest id where there is none.
+    Ours reads a text where its tokenizer ends it; exported files read it at the first `end_id`, or at the highest id.
 
     Raises:
       ConvertError: the tokenizer ends texts otherwise.
@@ -76,19 +67,16 @@ def with_end(source: Source) -> tuple[Source, str]:
         return source, ""
     path = tokenizer.own_file(tower, source.folder)
     if path is None:
-        if tower.end_id is not None:
-            return source, ""
-        return source, (
-            f"Texts: {epath.Path(tower.tokenizer).name} is no file in the folder of the model, so nobody knows whether they end with the highest id; put"
-            " it there, or set model.text.end_id"
+        unknown = (
+            f"Texts: {epath.Path(tower.tokenizer).name} is no file in the folder of the model, so nobody knows whether"
+            " they end with the highest id; put it there, or set model.text.end_id"
         )
-    own = tokenizer.FileTokenizer(path, tower.cleaning, tower.pad_id)
-    ids, ends = (
-        own(TEXTS, tower.context_length),
-        own.encode(TEXTS, tower.context_length).lengths - 1,
-    )
+        return source, unknown if tower.end_id is None else ""
+    library = tokenizer.FileTokenizer(path, tower.cleaning, tower.pad_id)
+    ids = library(TEXTS, tower.context_length)
+    ends = library.encode(TEXTS, tower.context_length).lengths - 1
     last = set(ids[np.arange(len(ids)), ends].tolist())
-    if tower.end_id is None and len(last) == 1 and last != {own.vocab_size - 1}:
+    if tower.end_id is None and len(last) == 1 and last != {library.vocab_size - 1}:
         tower = dataclasses.replace(tower, end_id=min(last))
     if len(last) != 1 or (tower.ends(ids) != ends).any():
         raise ConvertError(
@@ -101,93 +89,82 @@ def with_end(source: Source) -> tuple[Source, str]:
 def of_transformers(
     tower: config_lib.TextTower, folder: epath.PathLike
 ) -> tuple[dict[str, Any], str, list[str]]:
-    """As `files`, but for a tower that sees its padding none of CLIP's; and lines for the report."""
-    words, missing = files(tower, folder)
-    if words and _knows_padding(tower):
-        missing = (
+    """As `files`, but no CLIP tokenizer for a tower that sees its padding; and lines for the report."""
+    token_files, missing = files(tower, folder)
+    if token_files and _knows_padding(tower):
+        token_files, missing = (
+            {},
             "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its"
-            f" padding, the id {tower.pad_id}; give the model token ids"
+            f" padding, the id {tower.pad_id}; give the model token ids",
         )
-    if missing:
-        return {}, missing, [missing]
-    needs = "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
-    return words, "", [needs] if "spiece.model" in words else []
+    notes = [missing] if missing else []
+    if "spiece.model" in token_files:
+        notes.append(
+            "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
+        )
+    return token_files, missing, notes
 
 
 def _knows_padding(tower: config_lib.TextTower) -> bool:
-    """Whether it matters to a tower with CLIP's tokenizer which id the padding has."""
+    """Whether the output of a tower with CLIP's tokenizer depends on the id of the padding."""
     return tower.tokenizer == "clip" and not (tower.packable and tower.seeks_end)
 
 
-def _no_pad(tower: config_lib.TextTower, path: epath.Path) -> str:
-    return (
-        f"no tokenizer files: model.text.pad_id: got {tower.pad_id}, {path.name} has no such token"
-    )
-
-
-def _of_sentencepiece(content: bytes, library: Any, tower: config_lib.TextTower) -> dict[str, Any]:
-    token = library.id_to_piece
+def _config(kind: str, tower: config_lib.TextTower, **more: Any) -> dict[str, Any]:
+    """tokenizer_config.json."""
     return {
-        "spiece.model": content,
-        "tokenizer_config.json": {
-            "tokenizer_class": "SiglipTokenizer",
-            "eos_token": token(library.eos_id()),
-            "unk_token": token(library.unk_id()),
-            "pad_token": token(tower.pad_id),
-            "model_max_length": tower.context_length,
-            "model_input_names": ["input_ids"],
-            "padding_side": "right",
-        },
+        "tokenizer_class": kind,
+        "model_max_length": tower.context_length,
+        "model_input_names": ["input_ids"],
+        "padding_side": "right",
+        **more,
     }
 
 
-def _of_json(
-    content: bytes, tower: config_lib.TextTower, path: epath.Path
-) -> tuple[dict[str, Any], str]:
-    """A tokenizer.json that cleans texts as the tower's does, but for broken encodings and HTML entities."""
+def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:
+    """The files of SiglipTokenizer; {} if the file has no token with the id of the padding."""
+    import sentencepiece
+
+    content = tokenizer.content_of(path)
+    library = sentencepiece.SentencePieceProcessor(model_proto=content)
+    if tower.pad_id >= library.vocab_size():
+        return {}
+    ids = {"eos_token": library.eos_id(), "unk_token": library.unk_id(), "pad_token": tower.pad_id}
+    tokens = {name: library.id_to_piece(i) for name, i in ids.items()}
+    return {
+        "spiece.model": content,
+        "tokenizer_config.json": _config("SiglipTokenizer", tower, **tokens),
+    }
+
+
+def _of_json(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:
+    """The files of a fast tokenizer that cleans texts as the tower's does, except for broken encodings and HTML entities.
+
+    {} if the file has no token with the id of the padding.
+    """
     import tokenizers
     from tokenizers import normalizers
 
-    library = tokenizers.Tokenizer.from_str(content.decode())
+    library = tokenizers.Tokenizer.from_str(tokenizer.content_of(path).decode())
     library.no_padding()
     library.no_truncation()
     pad = library.id_to_token(tower.pad_id)
     if pad is None:
-        return {}, _no_pad(tower, path)
+        return {}
+    spaces = [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
+    punctuation = normalizers.Replace(tokenizers.Regex(r"[!-/:-@\[-`{-~]"), "")
     cleaning = {
         "none": [],
-        "lower": [*_spaces(), normalizers.Lowercase()],
-        "canonical": [
-            normalizers.Lowercase(),
-            normalizers.Replace(tokenizers.Regex(r"[!-/:-@\[-`{-~]"), ""),
-            *_spaces(),
-        ],
+        "lower": [*spaces, normalizers.Lowercase()],
+        "canonical": [normalizers.Lowercase(), punctuation, *spaces],
     }[tower.cleaning]
-    stored = json.loads(library.to_str())
-    library.normalizer = normalizers.Sequence(cleaning)
-    first = json.loads(library.to_str())["normalizer"]["normalizers"]
-    own = stored["normalizer"] or {"normalizers": []}
-    own = own.get("normalizers", [own])
-    if own[: len(first)] != first:  # not one that went out before
-        stored["normalizer"] = {"type": "Sequence", "normalizers": [*first, *own]}
+    rest = [library.normalizer] if library.normalizer else []
+    library.normalizer = normalizers.Sequence([*cleaning, *rest])
+    more = dict(pad_token=pad, clean_up_tokenization_spaces=False)
     return {
-        "tokenizer.json": stored,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": pad,
-            "model_max_length": tower.context_length,
-            "model_input_names": ["input_ids"],
-            "padding_side": "right",
-            "clean_up_tokenization_spaces": False,
-        },
-    }, ""
-
-
-def _spaces() -> list[Any]:
-    import tokenizers
-    from tokenizers import normalizers
-
-    return [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
+        "tokenizer.json": json.loads(library.to_str()),
+        "tokenizer_config.json": _config("PreTrainedTokenizerFast", tower, **more),
+    }
 
 
 def own_ids(
@@ -197,7 +174,7 @@ def own_ids(
     return tokenizer.of_tower(tower, folder)(texts, tower.context_length)
 
 
-def our_embeddings(source: Source) -> np.ndarray:
+def our_embeddings(source: SourceModel) -> np.ndarray:
     """Our embeddings of TEXTS, each read where our tokenizer ends it, float32 [N, D] of unit length."""
     return inference.Predictor(source.model, source.params, folder=source.folder).encode_text(TEXTS)
 

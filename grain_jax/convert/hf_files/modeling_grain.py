@@ -20,8 +20,8 @@ from .configuration_grain import GrainConfig
 if is_scipy_available():  # the loss alone needs it
     from scipy.optimize import linear_sum_assignment
 
-_NO_COST = 1e6  # of a pair whose cost is no number
-LAYER_SCALE = 1e-5  # of new weights
+_NO_COST = 1e6  # for a pair whose cost is no number
+LAYER_SCALE = 1e-5  # initial value
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -53,10 +53,10 @@ class Rope(nn.Module):
 
     def tables(self, device):
         """Cosine and sine of each patch and channel, [patches, head_dim]."""
-        at = torch.arange(self.grid, dtype=torch.float64)  # some devices have no float64
+        cells = torch.arange(self.grid, dtype=torch.float64)  # some devices have no float64
         quarter = self.head_dim // 4
-        waves = self.theta ** -(torch.arange(quarter, dtype=at.dtype) / quarter)
-        centres = 2 * math.pi * (2 * (at + 0.5) / self.grid - 1)
+        waves = self.theta ** -(torch.arange(quarter, dtype=cells.dtype) / quarter)
+        centres = 2 * math.pi * (2 * (cells + 0.5) / self.grid - 1)
         y, x = (a.flatten() for a in torch.meshgrid(centres, centres, indexing="ij"))
         y, x = (a[:, None] * waves for a in (y, x))
         angles = torch.cat([y, x, y, x], dim=-1)
@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, named `names`, with an activation between them; `gated`: that of a third one times the first."""
+    """Two linear layers, named `names`, with an activation between them; `gated` multiplies by a third layer."""
 
     def __init__(self, tower, names, gated=False):
         super().__init__()
@@ -237,9 +237,9 @@ class ImageTower(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         if self.reg_token is not None:  # after the class token
-            own = int(self.cls_token is not None)
+            leading = int(self.cls_token is not None)
             registers = self.reg_token.expand(x.shape[0], -1, -1)
-            x = torch.cat([x[:, :own], registers, x[:, own:]], dim=1)
+            x = torch.cat([x[:, :leading], registers, x[:, leading:]], dim=1)
         x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
@@ -284,17 +284,17 @@ class Backbone(nn.Module):
         self.causal, self.mask_padding = text["causal"], text["mask_padding"]
         self.seeks_end = self.mask_padding or self.pool == "end"
         self.sees_padding = not (self.mask_padding or (self.causal and self.pool == "end"))
-        # In log space; the factor is its exponential.
+        # The logarithm of the scale.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(towers["logit_scale_init"])))
         self.logit_bias = None
         if towers["logit_bias_init"] is not None:
             self.logit_bias = nn.Parameter(torch.tensor(float(towers["logit_bias_init"])))
 
     def encode_text(self, input_ids):
-        """[N, L] -> [N, D], read as the tower is: at the end token (the first one, or the first place of the highest id where
-        the tower names none), at the last position, or pooled of all positions, or of all but the padding.
-        A tower that sees its padding gets texts filled to the context. One with `mask_padding` looks at no position after the
-        end token, and its last position is the end token.
+        """Token ids [N, L] -> [N, D], read at the end token, at the last position, or pooled over all positions.
+
+        The end token is the first `end_id`, or the highest id if the tower names none. A tower that sees its padding gets
+        texts filled to the context. With `mask_padding`, no position after the end token counts.
         """
         least = int(self.seeks_end)
         if input_ids.ndim != 2 or not least <= input_ids.shape[1] <= self.context:
@@ -341,18 +341,18 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=eps) for _ in range(3))
         self.dropout = nn.Dropout(tower["dropout"])
 
-    def forward(self, x, memory, place):
-        """x [B, Q+1, E], memory [B, tokens, E], place [Q+1, E] (added to queries and keys, not values)."""
+    def forward(self, x, memory, positions):
+        """x [B, Q+1, E], memory [B, tokens, E], positions [Q+1, E] (added to queries and keys, not values)."""
         y = self.norm1(x)
-        x = x + self.dropout(self.self_attn(y + place, y + place, y))
-        asked = self.multihead_attn(self.norm2(x) + place, memory, memory)
+        x = x + self.dropout(self.self_attn(y + positions, y + positions, y))
+        asked = self.multihead_attn(self.norm2(x) + positions, memory, memory)
         x = x + self.dropout(asked)
         hidden = self.dropout(F.relu(self.linear1(self.norm3(x))))
         return x + self.dropout(self.linear2(hidden))
 
 
 class BoxHead(nn.Module):
-    """Embeds given boxes: the mean of the tokens in each of bins x bins parts of a box, projected."""
+    """Embeds boxes: the mean of the tokens in each of bins x bins parts of a box, projected."""
 
     def __init__(self, towers):
         super().__init__()
@@ -421,11 +421,11 @@ class Decoder(nn.Module):
     def forward(self, tokens):
         """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
         memory = self.transformer.pre_norm(self.proj(tokens))
-        place = self.query_embed.weight
-        x = memory.new_zeros(memory.shape[0], *place.shape)
+        positions = self.query_embed.weight
+        x = memory.new_zeros(memory.shape[0], *positions.shape)
         hidden = []
         for layer in self.transformer.decoder.layers:
-            x = layer(x, memory, place)
+            x = layer(x, memory, positions)
             hidden.append(self.transformer.decoder.norm(x))
         first, second, last = self.bbox_embed.layers
         queries = torch.stack(hidden)[:, :, :-1]
@@ -491,10 +491,10 @@ class GrainOutput(ModelOutput):
 
     Args:
       loss: weighted sum of the losses; only with `return_loss`.
-      losses: image_caption and, of a model with a region decoder, region_description and box.
+      losses: image_caption and, with a region decoder, region_description and box.
       logits_per_image, logits_per_text: scaled cosines [B, N] and [N, B].
       image_embeds, text_embeds: unit length, [B, D] and [N, D].
-      region_embeds: unit length, [B, Q, D]; of a model with a region decoder, as the boxes.
+      region_embeds: unit length, [B, Q, D]; with a region decoder, as the boxes.
       boxes_xyxy: [B, Q, 4], corners in [0, 1].
     """
 
@@ -526,17 +526,12 @@ class GrainPreTrainedModel(PreTrainedModel):
         constants = {
             "logit_scale": math.log(towers["logit_scale_init"]),
             "logit_bias": towers["logit_bias_init"],
-            "in_proj_bias": 0.0,
-            "q_bias": 0.0,
-            "v_bias": 0.0,
             "gamma": LAYER_SCALE,
-            "text_projection_bias": 0.0,
-            "img_proj_bias": 0.0,
         }
         is_own = type(module).__module__ == __name__  # with parameters in no layer
         for name, parameter in module.named_parameters(recurse=False) if is_own else ():
-            if name in constants:
-                nn.init.constant_(parameter, constants[name])
+            if name in constants or name.endswith("bias"):
+                nn.init.constant_(parameter, constants.get(name, 0.0))
             else:
                 nn.init.normal_(parameter, std=0.02)
 
@@ -563,11 +558,11 @@ class GrainModel(GrainPreTrainedModel):
         """Images [B, 3, S, S] -> `GrainRegions`; needs a region decoder."""
         _, embeds, boxes = self.decoder(self.backbone.visual(pixel_values))
         if embeds is None:
-            raise ValueError("the model has no region decoder, and so no regions")
+            raise ValueError("the model has no region decoder, so it has no regions")
         return GrainRegions(boxes_xyxy=_corners(boxes[-1]).clamp(0, 1), embeds=_unit(embeds))
 
     def get_boxes(self, pixel_values, boxes_xyxy):
-        """Embeddings of given boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> [B, R, D], unit length."""
+        """Embeddings of boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> [B, R, D], unit length."""
         if self.decoder.boxes is None:
             raise ValueError(
                 "the model has no box head: it was trained without loss.box_description"
@@ -577,8 +572,8 @@ class GrainModel(GrainPreTrainedModel):
     def similarity_maps(self, pixel_values, input_ids):
         """Where texts lie: a cosine for each patch, [B, N, h, w].
 
-        Of the best region at a patch; with a box head the mean of that and the cosine of the patch as a box; without a
-        region decoder of the patch alone.
+        A patch has the best cosine of the regions there. With a box head, it has the mean with its own cosine as a box.
+        Without a region decoder, it has its own cosine alone.
         """
         return self._maps(pixel_values, _unit(self.get_text_features(input_ids)))
 
@@ -609,15 +604,14 @@ class GrainModel(GrainPreTrainedModel):
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: got {alpha}, expected a number from 0 to 1")
-        if alpha < 1 and descriptions is None:
-            raise ValueError(f"alpha {alpha} needs the descriptions' features of every class")
         image, regions, _ = self.decoder(self.backbone.visual(pixel_values))
         scores = alpha * _cosines(_unit(image), class_features)
         if alpha < 1:
-            if regions is None:
-                raise ValueError(
-                    f"alpha {alpha} needs regions, and the model has no region decoder"
-                )
+            if descriptions is None or regions is None:
+                lacking = "regions, and the model has no region decoder"
+                if descriptions is None:
+                    lacking = "the descriptions' features of every class"
+                raise ValueError(f"alpha {alpha} needs {lacking}")
             best = [_cosines(_unit(regions), _unit(d)).amax(-1).mean(-1) for d in descriptions]
             scores = scores + (1 - alpha) * torch.stack(best, dim=1)
         return scores
@@ -647,8 +641,8 @@ class GrainModel(GrainPreTrainedModel):
           description_ids: [B, R, L], the regions' descriptions.
           region_boxes_cxcywh: [B, R, 4], centre and size in [0, 1].
           region_mask: bool [B, R], True where there is a region.
-          return_loss: whether to compute the loss; of a model with a region decoder it needs the three above, which
-            others do not read.
+          return_loss: whether to compute the loss; with a region decoder it needs the three arguments above, which other
+            models do not read.
         """
         described = (description_ids, region_boxes_cxcywh, region_mask)
         image, regions, boxes = self.decoder(self.backbone.visual(pixel_values))
@@ -658,18 +652,18 @@ class GrainModel(GrainPreTrainedModel):
             )
         image, text = _unit(image), _unit(self.get_text_features(input_ids))
         logits = self._logits(image, text)
-        found = {"image_embeds": image, "text_embeds": text}
+        embeds = {"image_embeds": image, "text_embeds": text}
         if regions is not None:
-            found["region_embeds"] = _unit(regions)
-            found["boxes_xyxy"] = _corners(boxes[-1]).clamp(0, 1)
+            embeds["region_embeds"] = _unit(regions)
+            embeds["boxes_xyxy"] = _corners(boxes[-1]).clamp(0, 1)
         losses = loss = None
         if return_loss:
             losses = {"image_caption": self._image_caption(image, text, input_ids)}
             if regions is not None:
-                losses |= self._region_losses(found["region_embeds"], boxes, *described)
+                losses |= self._region_losses(embeds["region_embeds"], boxes, *described)
             loss = sum(self.config.losses[name] * value for name, value in losses.items())
         return GrainOutput(
-            loss=loss, losses=losses, logits_per_image=logits, logits_per_text=logits.T, **found
+            loss=loss, losses=losses, logits_per_image=logits, logits_per_text=logits.T, **embeds
         )
 
     def _logits(self, rows, columns):
@@ -677,24 +671,24 @@ class GrainModel(GrainPreTrainedModel):
         return logits if self.backbone.logit_bias is None else logits + self.backbone.logit_bias
 
     def _image_caption(self, image, text, input_ids):
-        """The loss of images [B, D] and their captions [B, D]; negatives are from this batch, as of all losses."""
-        own = torch.arange(len(image), device=image.device)
-        forbidden = torch.zeros(len(own), len(own), dtype=torch.bool, device=image.device)
+        """The loss of images [B, D] and their captions [B, D]; negatives come from this batch."""
+        positive = torch.arange(len(image), device=image.device)
+        forbidden = torch.zeros(len(positive), len(positive), dtype=torch.bool, device=image.device)
         if self.config.losses["mask_duplicates"]:  # equal texts are not negatives of each other
             forbidden = (input_ids[:, None] == input_ids).all(-1)
-        loss = self._contrast(image, text, own, forbidden)
+        loss = self._contrast(image, text, positive, forbidden)
         if self.config.losses["contrast"] == "softmax":
-            loss = (loss + self._contrast(text, image, own, forbidden)) / 2
+            loss = (loss + self._contrast(text, image, positive, forbidden)) / 2
         return loss.mean()
 
-    def _contrast(self, rows, columns, own, forbidden):
-        """Contrastive loss of each row: `own` is its positive column, forbidden columns are not negatives."""
+    def _contrast(self, rows, columns, positive, forbidden):
+        """Contrastive loss per row: `positive` is its positive column, and forbidden columns are not negatives."""
         logits = self._logits(rows, columns)
-        is_own = F.one_hot(own, columns.shape[0]).bool()
-        logits = logits.masked_fill(forbidden & ~is_own, -math.inf)
+        is_positive = F.one_hot(positive, columns.shape[0]).bool()
+        logits = logits.masked_fill(forbidden & ~is_positive, -math.inf)
         if self.config.losses["contrast"] == "softmax":
-            return F.cross_entropy(logits, own, reduction="none")
-        return F.softplus(torch.where(is_own, -logits, logits)).sum(-1)
+            return F.cross_entropy(logits, positive, reduction="none")
+        return F.softplus(torch.where(is_positive, -logits, logits)).sum(-1)
 
     def _region_losses(self, region_embeds, boxes, description_ids, target, mask):
         """The losses of the regions by name: embeddings [B, Q, D] and boxes [T, B, Q, 4], and what they should be."""
@@ -735,8 +729,8 @@ class GrainModel(GrainPreTrainedModel):
         for image, here in enumerate(mask.cpu()):
             regions = here.nonzero()[:, 0]
             queries, chosen = linear_sum_assignment(cost[image][:, regions])
-            found = sorted(zip(regions[chosen].tolist(), queries.tolist()))
-            pairs += [(image, region, query) for region, query in found]
+            matched = sorted(zip(regions[chosen].tolist(), queries.tolist()))
+            pairs += [(image, region, query) for region, query in matched]
         return torch.tensor(pairs, dtype=torch.long, device=boxes.device).view(-1, 3).unbind(1)
 
     def _box_loss(self, boxes, target, image, region, query):
@@ -790,14 +784,14 @@ class GrainModel(GrainPreTrainedModel):
             parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training
-        for name, (function, modules, given, gives) in parts.items():
+        for name, (function, modules, inputs, outputs) in parts.items():
             torch.onnx.export(
                 Part(function, modules).eval(),
-                tuple(example.to(self.device) for example, _ in given.values()),
+                tuple(example.to(self.device) for example, _ in inputs.values()),
                 f"{folder}/{name}.onnx",
-                input_names=list(given),
-                output_names=gives,
-                dynamic_shapes=(tuple(dims for _, dims in given.values()),),
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_shapes=(tuple(dims for _, dims in inputs.values()),),
                 dynamo=True,
                 verbose=False,
             )
@@ -811,8 +805,8 @@ class Part(nn.Module):
         super().__init__()
         self.function, self.parts = function, nn.ModuleList(modules)
 
-    def forward(self, *given):
-        return self.function(*given)
+    def forward(self, *inputs):
+        return self.function(*inputs)
 
 
 def _unit(x):

@@ -66,8 +66,9 @@ class GrainProcessor(ProcessorMixin):
 
     Args:
       image_processor, tokenizer: of images and texts.
-      cleaning: of texts, as in training: "lower" (broken encodings, if ftfy is installed, HTML entities and white space
-        repaired, lower case), "canonical" (lower case, no ASCII punctuation, single spaces) or "none".
+      cleaning: of texts, as in training. "lower" repairs broken encodings (if ftfy is installed), HTML entities and white
+        space, and makes texts lower case. "canonical" removes case, ASCII punctuation and repeated spaces. "none" does
+        nothing.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, cleaning="lower", **kwargs):

@@ -37,14 +37,12 @@ def from_torch(
         params = names.to_params(states["backbone"], states["decoder"], model)
     proof = prove(model, params, states)
     output.save(folder, model, params, source, proof)
-    return proof.after(
-        f"from-torch: {source} -> {folder}",
-        *towers.describe(model, assumed),
-        "",
-        *parity.table(params),
-        "",
-        *_left_out(states, params),
-    )
+    lines = [*towers.describe(model, assumed), "left out, since no output of GRAIN depends on it:"]
+    for module, unused in names.UNUSED.items():
+        for name in unused:
+            shape = states[module][name].shape if name in states[module] else "not in the file"
+            lines.append(f"  {module} {name} {shape}")
+    return proof.after(f"from-torch: {source} -> {folder}", *lines)
 
 
 def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
@@ -61,18 +59,18 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     path = epath.Path(path)
     if path.is_dir():
         raise ConvertError(f"{path}: is a folder; expected a file name such as grain.pth.tar")
-    found = folder.read(source)
-    model, params = found.model, found.params
+    stored_model = folder.read(source)
+    model, params = stored_model.model, stored_model.params
     states = names.to_states(model, params)
     with output.writing(path), needing("torch", path):
         write(path, states)
     proof = prove(model, params, read(path))
-    lines = [f"to-torch: {found.folder} -> {path}"]
+    lines = [f"to-torch: {stored_model.folder} -> {path}"]
     for module, key in KEYS.items():
         size = sum(array.size for array in states[module].values())
         lines.append(f"{key}: {len(states[module])} entries, {size:,} values, names with module.")
     lines += [_heads_line(tower, getattr(model, tower)) for tower in names.TOWERS]
-    zeros = ", ".join(f"{m} {name}" for m, of in names.UNUSED.items() for name in of)
+    zeros = ", ".join(f"{m} {name}" for m, unused in names.UNUSED.items() for name in unused)
     lines.append(f"zeros, for the entries that the reference never uses: {zeros}")
     return proof.after(*lines)
 
@@ -86,21 +84,6 @@ def _heads_line(tower: str, config: Any) -> str:
     return line
 
 
-def _left_out(states: Mapping[str, Mapping[str, np.ndarray]], params: Any) -> list[str]:
-    """The entries that no parameter takes, and the numbers of values."""
-    lines = ["left out, because no output of GRAIN depends on it:"]
-    for module, unused in names.UNUSED.items():
-        for name in unused:
-            shape = states[module][name].shape if name in states[module] else "not in the file"
-            lines.append(f"  {module} {name} {shape}")
-    used = sum(
-        array.size for state in names.state_dicts(params).values() for array in state.values()
-    )
-    total = sum(array.size for state in states.values() for array in state.values())
-    lines.append(f"values: {total:,} in the file = {used:,} used + {total - used:,} left out")
-    return lines
-
-
 def read(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
     """The two state dicts as float32 arrays, {"backbone": ..., "decoder": ...}; names without `module.`.
 
@@ -110,30 +93,22 @@ def read(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
     path = epath.Path(path)
     if not regular_file.is_one(path):
         raise ConvertError(f"{path}: no such file; expected the reference's .pth.tar")
-    with archives.reading(path, archives.TENSORS):
+    with archives.reading(path, archives.TENSORS), needing("torch", "reading it", "torch"):
         stored = archives.load_torch(path)
         expected = f"expected a dict with {' and '.join(KEYS.values())}"
         if not isinstance(stored, Mapping):
             raise ConvertError(f"got a {type(stored).__name__}, {expected}")
-        found = ", ".join(map(str, list(stored)[:8])) or "nothing"
-        raise_any(
-            [
-                f"no state dict {key!r}; the file has {found}"
-                for key in KEYS.values()
-                if not isinstance(stored.get(key), Mapping)
-            ]
-        )
-        out, faults = {}, []
+        keys = ", ".join(map(str, list(stored)[:8])) or "nothing"
+        lacking = [key for key in KEYS.values() if not isinstance(stored.get(key), Mapping)]
+        raise_any([f"no state dict {key!r}; the file has {keys}" for key in lacking])
+        out = {}
         for module, key in KEYS.items():
-            for name, value in stored[key].items():
-                dtype = getattr(value, "dtype", None)
-                if dtype is None:
-                    faults.append(f"{module} {name}: got {type(value).__name__}, not a tensor")
-                elif not dtype.is_floating_point:
-                    faults.append(f"{module} {name}: got {dtype}, expected plain floats")
+            wrong = {name: x for name, x in stored[key].items() if not hasattr(x, "dtype")}
+            raise_any(
+                [f"{module} {n}: got {type(x).__name__}, not a tensor" for n, x in wrong.items()]
+            )
             with prefixed(f"{module} "):
                 out[module] = archives.tensors_to_float32(path, stored[key])
-        raise_any(faults)
         return out
 
 

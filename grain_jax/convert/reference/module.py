@@ -76,9 +76,14 @@ def prove(model: config_lib.Model, params: Any, states: StateDicts) -> parity.Re
     except ImportError as error:
         return parity.not_proven(params, f"{error}; pip install 'grain_jax[interop]'")
     load_states(module, states)
+    return prove_module(model, params, module)
+
+
+def prove_module(model: config_lib.Model, params: Any, module: Any) -> parity.Report:
+    """Compares our model with `params` and the torch module with its weights."""
     inputs = parity.inputs_of(model)
-    found = parity.compare(outputs(model, params, inputs), run_module(module, inputs))
-    return parity.report(found, f"the torch module, {torch_versions()}", inputs)
+    comparisons = parity.compare(outputs(model, params, inputs), run_module(module, inputs))
+    return parity.report(comparisons, f"the torch module, {torch_versions()}", inputs)
 
 
 def torch_versions() -> str:

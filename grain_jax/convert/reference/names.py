@@ -122,21 +122,21 @@ _FIXED = (
 
 
 def faults(model: config_lib.Model, command: str) -> list[str]:
-    """A line for each reason why "to-torch" or "to-hf" cannot express a model; to-hf here is the modeling file of GRAIN."""
-    found = []
+    """One line per reason why "to-torch" or "to-hf" cannot express a model; to-hf here is the modeling file of GRAIN."""
+    lines = []
     if model.decoder is None and command == "to-torch":
-        found.append(f"model.decoder: got none; {command} writes models with a region decoder")
+        lines.append(f"model.decoder: got none; {command} writes models with a region decoder")
     for key, expected, always in _FIXED:
         if model.decoder is None and key.startswith("decoder."):
             continue
         got = operator.attrgetter(key)(model)
         if got != expected and (always or command == "to-torch"):
-            found.append(f"model.{key}: got {got}, {command} writes models with {expected}")
+            lines.append(f"model.{key}: got {got}, {command} writes models with {expected}")
     if command == "to-torch" and model.decoder is not None and model.decoder.queries == 0:
-        found.append(
+        lines.append(
             "model.decoder.queries: got 0, expected at least 1; without queries the reference's model has other parameters"
         )
-    return found
+    return lines
 
 
 def refuse(model: config_lib.Model, command: str) -> None:
@@ -148,20 +148,20 @@ def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:
     """The reference's two state dicts as our parameters, a nested dict of float32 arrays.
 
     Raises:
-      ConvertError: unknown or missing keys, other shapes, values that are not finite; a line each.
+      ConvertError: unknown or missing keys, other shapes, values that are not finite; one line per fault.
     """
     shapes = grain.parameter_shapes(model)
     params: dict[str, np.ndarray] = {}
     faults = []
     for module, state in (("backbone", backbone), ("decoder", decoder)):
         rows = rows_of(module, shapes)
-        own = {row.ours: shapes[row.ours] for row in rows if row.ours in shapes}
+        shapes_of_part = {row.ours: shapes[row.ours] for row in rows if row.ours in shapes}
         try:
             with prefixed(f"{module} "):
-                params |= tables.read(rows, state, own)
+                params |= tables.read(rows, state, shapes_of_part)
         except ConvertError as error:
             faults.append(str(error))
-        unknown = state.keys() - tables.used(rows, own) - set(UNUSED[module])
+        unknown = state.keys() - tables.used(rows, shapes_of_part) - set(UNUSED[module])
         faults += [f"{module} {x}: unknown key, shape {state[x].shape}" for x in sorted(unknown)]
     raise_any(faults)
     return tables.nested(params)
@@ -189,7 +189,7 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
       params: nested dict, as `GRAIN.init` gives.
 
     Raises:
-      ConvertError: the reference cannot express the model; a line for each reason.
+      ConvertError: the reference cannot express the model; one line per reason.
     """
     refuse(model, "to-torch")
     assert model.decoder is not None  # else refused
@@ -235,17 +235,22 @@ def infer(
     }
     assumed: dict[str, list[str]] = {tower: [] for tower in TOWERS}
     faults = []
-    for tower, of in sizes.items():
-        width, stated = of["width"], None
-        if tower == "image" and of["qk_norm"]:
+    for tower, fields in sizes.items():
+        width, stated = fields["width"], None
+        if tower == "image" and fields["qk_norm"]:  # the norm has the size of a head
             stated = width // backbone.shape("image/blocks/attention/query_norm/scale", 1)[0]
         usual = REFERENCE_HEADS.get((tower, width), None if width % 64 else width // 64)
-        try:
-            of["heads"] = towers.settle_heads(
-                tower, width, stated, towers.Settings(heads), assumed[tower], usual
-            )
-        except ConvertError as error:
-            faults.append(str(error))
+        flag = heads.get(tower)
+        number = next((x for x in (flag, stated, usual) if x is not None), None)
+        if number is None:
+            faults.append(f"--{tower}-heads: must be given; the width {width} does not tell them")
+        elif stated not in (None, number):
+            faults.append(f"{tower} heads: got {number}, but the checkpoint says {stated}")
+        elif number < 1 or width % number:
+            faults.append(f"{tower} heads: got {number}, expected a divisor of the width {width}")
+        elif flag is stated is None:
+            assumed[tower].append(f"{number} heads; --{tower}-heads says otherwise")
+        fields["heads"] = number
     raise_any(faults)
     model = config_lib.Model(
         embed_dim=backbone.width("text_projection/kernel"),

@@ -11,7 +11,7 @@ _SMALLER = f"give a smaller --num-images, or --no-model; or {errors.MORE_MEMORY}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page; returns the exit status: 0, or 2 after a line on stderr for each error."""
+    """Writes the page; returns the exit status: 0, or 2 after one line per error on stderr."""
     try:
         args = Report.parse(arguments)
         with errors.out_of_memory_in_a_line("report", lambda: _SMALLER):

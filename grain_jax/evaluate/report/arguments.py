@@ -15,10 +15,10 @@ class Report(Command, name="report"):
       grain-jax report runs/demo
 
     the page:
-      WORKDIR             of a run
-      --output FILE.html  the page to write (default: report.html in the workdir)
-      --results OUT.json  of grain-jax evaluate; may be given several times; those in the workdir are found
-      --num-images N      images of each evaluation that the model runs on
+      WORKDIR             folder of the run
+      --output FILE.html  page to write (default: report.html in the workdir)
+      --results OUT.json  further results of grain-jax evaluate; repeatable
+      --num-images N      images per evaluation that the model runs on
       --[no-]model        load the model; --no-model shows only what the files hold
     """
 

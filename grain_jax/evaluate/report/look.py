@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
-from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.core import errors, html, images
-from grain_jax.evaluate import encode, evaluators, grounding, rates, test_sets, zeroshot
+from grain_jax.core import errors, html, images, named
+from grain_jax.evaluate import encode, evaluators, grounding, kinds, rates, test_sets, zeroshot
 from grain_jax.inference import prompts, scores
 from grain_jax.runtime import processes
 
@@ -23,10 +22,10 @@ class Box(NamedTuple):
     """A box of a card."""
 
     xyxy: list[float]  # in [0, 1]
-    text: str  # the nearest description of a region; that of an annotated box
-    cosine: float | None  # of a region and its text; None: an annotated box
-    colour: int  # that of the region which an annotated box is matched to; -1: none
-    right: bool | None = None  # of a matched region, whether its text is that of its box
+    text: str  # the nearest description of a region; the description of an annotated box
+    cosine: float | None  # between a region and its text; None: an annotated box
+    colour: int  # number of the query; for an annotated box, of the matched query, or -1
+    right: bool | None = None  # whether the text of a matched region describes its box
 
 
 class Card(NamedTuple):
@@ -39,11 +38,10 @@ class Card(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """What the model gave."""
+    """The results of the model for the page."""
 
-    classes: dict[
-        str, dict[str, float]
-    ]  # "unseen, alpha 0.5 (300 of 800 images)" -> class -> accuracy
+    # "unseen, alpha 0.5 (300 of 800 images)" -> class -> accuracy
+    classes: dict[str, dict[str, float]]
     cards: list[Card]
     unmeasured: list[str]  # a line for each part that could not be made
 
@@ -67,7 +65,9 @@ def look(workdir: Any, predictor: Any, evals: Mapping[str, Any], num_images: int
         return looked
     for name, entry in evals.items():
         with part(name):
-            parsed = config_lib.evaluator_from_dict(entry)
+            if not named.may_import(str(entry.get("kind"))):
+                continue
+            parsed = kinds.from_entry(entry)
             if isinstance(parsed, zeroshot.ZeroShot):
                 looked.classes.update(_classes(predictor, name, parsed.available()[0], num_images))
             elif isinstance(parsed, evaluators.AnnotatedRegions) and not looked.cards:
@@ -86,13 +86,11 @@ def _classes(predictor: Any, name: str, entry: Any, limit: int) -> dict[str, dic
     wanted = set(_spread(len(test_set), limit))
     every = enumerate(test_set.images(range(len(test_set))))
     chosen = [image for position, image in every if position in wanted]
-    seen = encode.gather_images(
-        predictor, chosen, label="report", unreadable={}, regions=scorer.with_regions
-    )
+    seen = encode.gather_images(predictor, chosen, label="report", regions=scorer.with_regions)
     if seen.labels.min() < 0:
         raise test_sets.InputError("got images without a label, expected another split")
     out = {}
-    for way, combined in scorer.of_batch(seen).items():
+    for way, combined in scorer.of_images(seen.image_embed, seen.regions.embed).items():
         hits = rates.topk_hits(combined, seen.labels, 1)
         shares = rates.of_classes(hits, hits, seen.labels, list(test_set.classes))["per_class"]
         shown = way.replace("_", " ").replace("/", ", ")
@@ -105,32 +103,30 @@ def _cards(predictor: Any, entry: Any) -> list[Card]:
         raise errors.UserError("the model has no region queries")
     annotated = entry.read()
     chosen = _spread(len(annotated.records), _CARDS)
-    files = [annotated.images[i] for i in chosen]
-    seen = encode.gather_images(predictor, files, label="regions", unreadable={})
+    files = [test_sets.of_path(annotated.paths[i]) for i in chosen]
+    seen = encode.gather_images(predictor, files, label="regions", regions=True)
     records = [annotated.records[chosen[i]] for i in seen.index]
     described = grounding.described_boxes(records, seen.sizes)
-    matched, text_of = grounding.match(seen.with_regions.boxes_xyxy, described)
+    matched, text_of = grounding.match(seen.regions.boxes_xyxy, described)
     others = [region.description for record in annotated.records for region in record.regions]
     texts = prompts.distinct(described.texts + others, encode.as_read)[0]
     texts = texts[: max(_TEXTS, len(described.texts))]
     text_embed = scores.unit(predictor.encode_text(texts))
-    cosines = scores.unit(seen.with_regions.embed) @ text_embed.T  # [n, Q, T]
+    cosines = scores.unit(seen.regions.embed) @ text_embed.T  # [n, Q, T]
     cards = []
     for i, record in enumerate(records):
         mine = np.flatnonzero(matched.image == i)
-        query_of_rank = dict(
-            enumerate(matched.query[mine].tolist())
-        )  # matches are in order of rank
-        right_text = dict(zip(matched.query[mine].tolist(), text_of[mine].tolist()))
+        queries = matched.query[mine].tolist()  # in order of rank
+        right_text = dict(zip(queries, text_of[mine].tolist()))
         boxes = []
-        for query, (box, row) in enumerate(zip(seen.with_regions.boxes_xyxy[i], cosines[i])):
+        for query, (box, row) in enumerate(zip(seen.regions.boxes_xyxy[i], cosines[i])):
             best = int(row.argmax())
             right = right_text[query] == best if query in right_text else None
             boxes.append(Box(box.tolist(), texts[best], float(row[best]), query, right))
         for j in np.flatnonzero(described.image == i):
-            colour = query_of_rank.get(int(described.rank[j]), -1)
-            said = described.texts[described.text[j]]
-            boxes.append(Box(described.boxes_xyxy[j].tolist(), said, None, colour))
+            rank, text = int(described.rank[j]), described.texts[described.text[j]]
+            colour = queries[rank] if rank < len(queries) else -1
+            boxes.append(Box(described.boxes_xyxy[j].tolist(), text, None, colour))
         small = images.to_rgb(files[seen.index[i]].load())
         small.thumbnail((_EDGE, _EDGE), PIL.Image.Resampling.LANCZOS)
         cards.append(Card(record.image, html.data_uri(small), small.size, boxes))

@@ -7,9 +7,9 @@ from typing import Any
 
 from etils import epath
 
-from grain_jax.config.evals import TableRow
 from grain_jax.core import atomic, html
 from grain_jax.evaluate import tables
+from grain_jax.evaluate.base import TableRow
 from grain_jax.evaluate.report import charts, look, run_files
 from grain_jax.evaluate.report.arguments import NUM_IMAGES
 
@@ -131,8 +131,8 @@ def _cell(
     bar = f'<i class="value" style="width:{100 * number:.2f}%"></i>'
     low, high = numbers.get(f"{row.key}_low"), numbers.get(f"{row.key}_high")
     if low is not None and high is not None:
-        place = f"left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"
-        bar += f'<i class="between" style="{place}"></i>'
+        position = f"left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"
+        bar += f'<i class="between" style="{position}"></i>'
     if row.chance and row.chance in numbers:
         bar += f'<i class="chance" style="left:{100 * numbers[row.chance]:.2f}%"></i>'
     return f'{text}<span class="scale" aria-hidden="true">{bar}</span>'
@@ -162,10 +162,12 @@ def _card(card: look.Card) -> str:
             else "#777"
         )
         x1, y1, x2, y2 = box.xyxy
-        place = f'x="{x1 * width:.1f}" y="{y1 * height:.1f}" width="{(x2 - x1) * width:.1f}" height="{(y2 - y1) * height:.1f}"'
+        corner = f'x="{x1 * width:.1f}" y="{y1 * height:.1f}" width="{(x2 - x1) * width:.1f}" height="{(y2 - y1) * height:.1f}"'
         kind = "true" if box.cosine is None else "predicted"
-        shapes += f'<g class="{kind}"><title>{escape(box.text)}</title><rect class="halo" {place}/>'
-        shapes += f'<rect class="line" {place} style="stroke:{colour}"/></g>'
+        shapes += (
+            f'<g class="{kind}"><title>{escape(box.text)}</title><rect class="halo" {corner}/>'
+        )
+        shapes += f'<rect class="line" {corner} style="stroke:{colour}"/></g>'
         badge = f'<b class="badge" style="background:{colour}">{box.colour + 1 if box.colour >= 0 else ""}</b>'
         more = "annotated" if box.cosine is None else f"cosine {box.cosine:.3f}"
         if box.right is not None:

@@ -10,7 +10,7 @@ from grain_jax.core import errors
 from grain_jax.evaluate import tables
 from grain_jax.runtime import metrics_file
 
-_OWN = ("config.json", "results.json")  # JSON files that are no results of an evaluation
+_OTHERS = ("config.json", "results.json")  # JSON files that are no results of an evaluation
 
 
 class InputError(errors.UserError):
@@ -58,33 +58,23 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
             f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
         )
     evals = (config or {}).get("evals", {})
-    if not (isinstance(evals, dict) and all(isinstance(x, dict) for x in evals.values())):
-        unmeasured.append(f"config.json: evals: got {str(evals)[:40]!r}, expected named entries")
-        config, evals = {**(config or {}), "evals": {}}, {}
     if not lines:
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
     series = metrics_file.series(lines)
     measured = _of_training(workdir, series, evals)
     if not measured:
-        unmeasured.append(
-            "the run has not evaluated yet (no results.json, no eval/... in its metrics)"
-        )
+        unmeasured.append("the run has not evaluated yet")
     further = [epath.Path(file) for file in results]
     for file in further:
         if _json(file) is None:
-            raise InputError(
-                f"{file}: cannot be read, expected the results of an evaluation (JSON)"
-            )
+            raise InputError(f"{file}: cannot be read, expected the results of an evaluation")
     for file in [*sorted(workdir.glob("*.json")), *further]:
-        if file.name not in _OWN:
+        if file.name not in _OTHERS:
             _of_evaluations(file, measured, unmeasured)
     names = {result.name for result in measured}
-    unmeasured += [
-        f"{n}: an entry of config.evals without a result" for n in evals if n not in names
-    ]
-    return RunFiles(
-        workdir, lines[-1].step if lines else None, config, series, measured, unmeasured
-    )
+    unmeasured += [f"{n}: in config.evals, without a result" for n in evals if n not in names]
+    step = lines[-1].step if lines else None
+    return RunFiles(workdir, step, config, series, measured, unmeasured)
 
 
 def _json(path: epath.Path) -> dict[str, Any] | None:
@@ -109,7 +99,7 @@ def _of_training(
 
 
 def _of_evaluations(file: epath.Path, measured: list[Result], unmeasured: list[str]) -> None:
-    """Adds to `measured` the results in a file of `grain_jax.evaluate`: those of a suite or of one evaluation."""
+    """Adds to `measured` the results in a file of `grain_jax.evaluate`, for a suite or for one evaluation."""
     value = _json(file)
     if value is None:
         unmeasured.append(f"{file}: cannot be read as the results of an evaluation (JSON)")

@@ -107,6 +107,7 @@ def there(tmp_path_factory):
         for name in ("snapshot_download", "create_repo", "upload_folder"):
             patch.setattr(huggingface_hub, name, getattr(found, name))
         patch.setattr(huggingface_hub, "get_token", lambda: "a token")
+        patch.setenv("XDG_CACHE_HOME", str(root))
         yield found
 
 

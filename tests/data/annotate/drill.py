@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,10 @@ def plant(folder: pathlib.Path, pictures: int) -> tuple[list[str], dict[str, str
     drawn = ["--images", str(pictures), "--output", str(folder), "--processes", "1"]
     nothing = ("--seen-per-species", "--unseen-per-species", "--test-images")
     assert aviary.main([*drawn, *(part for name in nothing for part in (name, "0"))]) == 0
-    found = faults.plant_files(folder / "images")
+    planted = faults.plant_files(folder / "images")
     faults.plant_pictures_for_server(folder / "images")
     names = [path.name for path in (folder / "images").iterdir() if path.suffix != ".txt"]
-    return names, {name: cause for name, cause in found.items() if cause}
+    return names, {name: cause for name, cause in planted.items() if cause}
 
 
 def kill_in_the_middle(arguments: list[str], output: pathlib.Path) -> dict:
@@ -40,13 +41,13 @@ def kill_in_the_middle(arguments: list[str], output: pathlib.Path) -> dict:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         shards = len(list((output / "lists").glob("*.jsonl")))
-        if shards and len(list(done.glob("*.jsonl"))) >= max(2, shards // 3):
+        if shards and len(list(done.glob("*.done"))) >= max(2, shards // 3):
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     assert not (output / "A.jsonl").exists()
-    return {path: path.stat().st_mtime_ns for path in done.glob("*.jsonl")}
+    return {path: path.stat().st_mtime_ns for path in done.glob("*.done")}
 
 
 def resume(arguments: list[str], output: pathlib.Path, killed: dict) -> None:
@@ -54,47 +55,35 @@ def resume(arguments: list[str], output: pathlib.Path, killed: dict) -> None:
     assert command.main(arguments) == 0
     times = {path: path.stat().st_mtime_ns for path in killed}
     assert times == killed, "a shard was done again"
-    assert not (output / "incomplete").exists()
-    shards = len(list((output / "passes/describe").glob("*.jsonl")))
+    shards = len(list((output / "passes/describe").glob("*.done")))
     assert 0 < len(killed) < shards
 
 
-def local(folder: pathlib.Path, names: list[str], causes: dict[str, str]) -> None:
-    """All passes in one, by tiny models that run here."""
-    output = folder / "local"
-    arguments = [f"--images={folder / 'images'}", f"--output={output}", "--shard-size=10"]
-    arguments += [
-        f"--chat={models.llava_next(folder / 'llava')}",
-        f"--detector={models.owlv2(folder / 'owlv2')}",
-        "--threshold=0.5",
-        "--max-faults=1",
-    ]
-    assert command.main(arguments) == 0
-    faults.check(output, names, causes, set())
-
-
-def remote(folder: pathlib.Path, names: list[str], causes: dict[str, str]) -> None:
-    """Caption and describe by an endpoint with troubles, ground apart; then the server is mended."""
-    output = folder / "remote"
+def run(folder: pathlib.Path, names: list[str], causes: dict[str, str], troubles: bool) -> None:
+    """Caption and describe by an endpoint, ground apart; with troubles a kill and a bad server, which is then mended."""
+    output = folder / "out"
     pictures = [f"--images={folder / 'images'}", f"--output={output}", "--shard-size=10"]
     pictures.append("--max-faults=1")
-    detector = models.owlv2(folder / "owlv2_remote")
+    detector = models.owlv2(folder / "owlv2")
     ground = [*pictures, "--passes=ground", f"--detector={detector}", "--threshold=0.5"]
     slowly = lambda asked: endpoint.annotator(asked)._replace(seconds=SLOWLY)
-    with endpoint.serve(slowly) as server:
+    with endpoint.serve(slowly if troubles else endpoint.annotator) as server:
         ask = [*pictures, "--passes=caption,describe", f"--endpoint={server.url}", "--chat=tiny"]
         ask += ["--tries=2", f"--request-seconds={faults.TIME_OUT}"]
-        killed = kill_in_the_middle([*ask, "--concurrency=2"], output)
-        server.reply = faults.reply
-        resume(ask, output, killed)
+        if troubles:
+            killed = kill_in_the_middle([*ask, "--concurrency=2"], output)
+            server.reply = faults.reply
+            resume(ask, output, killed)
+            assert command.main(ground) == 0
+            expected = causes | {name: cause for name, (cause, _) in faults.SERVER.items()}
+            kept = {name for name, (_, kept) in faults.SERVER.items() if kept}
+            faults.check(output, names, expected, kept)
+            server.reply = endpoint.annotator
+            asked = len(server.asked)
+            shutil.rmtree(output / "passes")  # what failed runs again, and nothing else
+        assert command.main(ask) == 0
+        if troubles:
+            # The second prompt alone for the two that were refused it; both for the others.
+            assert len(server.asked) - asked == 2 * len(faults.SERVER) - len(kept)
         assert command.main(ground) == 0
-        expected = causes | {name: cause for name, (cause, _) in faults.SERVER.items()}
-        kept = {name for name, (_, kept) in faults.SERVER.items() if kept}
-        faults.check(output, names, expected, kept)
-        server.reply = endpoint.annotator
-        asked = len(server.asked)
-        assert command.main([*ask, "--retry-failed"]) == 0
-        # The second prompt alone for the two that were refused it; both for the others.
-        assert len(server.asked) - asked == 2 * len(faults.SERVER) - len(kept)
-        assert command.main([*ground, "--retry-failed"]) == 0
         faults.check(output, names, causes, set())

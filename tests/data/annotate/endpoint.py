@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 
-from tests.data.annotate import models
 from tests.hostile import sockets
+
+SUBJECT = "Subject: a small bird\n"
+CAPTION = "Caption: a small bird with a red wing sits on a branch."
+DESCRIPTIONS = ("a short orange beak\n", "red wing feathers\n", "a white belly\n", "thin grey legs")
 
 
 class Asked(NamedTuple):
@@ -40,8 +43,7 @@ class Reply(NamedTuple):
     def encode(self) -> bytes:
         """The response."""
         choice = {"message": {"content": self.text}, "finish_reason": self.finish_reason}
-        usage = {"prompt_tokens": 100, "completion_tokens": len(self.text.split())}
-        value = {"choices": [choice], "usage": usage}
+        value = {"choices": [choice]}
         if self.status != 200:
             value = {"error": {"message": self.text}}
         data = json.dumps(value).encode() if self.body is None else self.body
@@ -52,10 +54,10 @@ class Reply(NamedTuple):
 
 
 def annotator(asked: Asked) -> Reply:
-    """Answers as the tiny LLaVA-NeXT of `models` does."""
+    """Answers in the form that the prompts ask for."""
     if "Subject:" in asked.prompt:
-        return Reply(models.SUBJECT + models.CAPTION)
-    return Reply("".join(models.DESCRIPTIONS))
+        return Reply(SUBJECT + CAPTION)
+    return Reply("".join(DESCRIPTIONS))
 
 
 class Endpoint(sockets.Server):

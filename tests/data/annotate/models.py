@@ -1,8 +1,4 @@
-"""Tiny checkpoints of the annotation models: the real classes and processors, random weights, saved locally.
-
-A detector's random weights already give boxes. A chat model's would give noise only, so `llava_next` can
-fix its output layer to answer in the form that the prompts ask for; the way to the answer stays the real one.
-"""
+"""Tiny checkpoints of the annotation models: the real classes and processors, random weights, saved locally."""
 
 import pathlib
 
@@ -12,14 +8,9 @@ import transformers
 # Threads of a model this small only wait for each other, and for the other processes of a machine.
 torch.set_num_threads(1)
 
-SUBJECT = "Subject: a small bird\n"
-CAPTION = "Caption: a small bird with a red wing sits on a branch."
-DESCRIPTIONS = ("a short orange beak\n", "red wing feathers\n", "a white belly\n", "thin grey legs")
-TURNS = ("<caption>", "<describe>")
-
 
 def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
-    """An OWLv2 with 36 boxes an image; its processor pads to a square and resizes to `size` pixels."""
+    """An OWLv2 with 36 boxes per image; its processor pads to a square and resizes to `size` pixels."""
     torch.manual_seed(0)
     tokenizer = _clip_tokenizer()
     layers = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
@@ -52,19 +43,10 @@ def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
     return _save(model, processor, folder)
 
 
-def llava_next(folder: pathlib.Path, *, answers: bool = True) -> str:
-    """A LLaVA-NeXT that looks at 28 x 28 pixels a tile.
-
-    Args:
-      folder: to save it in.
-      answers: whether it gives SUBJECT and CAPTION to a prompt that has "Subject:" in it, and
-        DESCRIPTIONS to any other. Else all its weights are random and its answers are noise, which
-        depends on the image and on the whole prompt.
-    """
+def llava_next(folder: pathlib.Path) -> str:
+    """A LLaVA-NeXT that looks at 28 x 28 pixels a tile; its answers are noise of the image and the whole prompt."""
     torch.manual_seed(0)
-    chain = [TURNS[0], SUBJECT, CAPTION], [TURNS[1], *DESCRIPTIONS]
     tokenizer = _byte_tokenizer()
-    tokenizer.add_tokens([token for tokens in chain for token in tokens])
     layers = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     config = transformers.LlavaNextConfig(
         vision_config=transformers.CLIPVisionConfig(
@@ -85,11 +67,8 @@ def llava_next(folder: pathlib.Path, *, answers: bool = True) -> str:
         image_seq_length=4,
     )
     model = transformers.LlavaNextForConditionalGeneration(config)
-    if answers:
-        _answer_by_last_token(model, [tokenizer.convert_tokens_to_ids(tokens) for tokens in chain])
-    else:  # random weights of the usual size repeat one token whatever they are given
-        for parameter in model.parameters():
-            parameter.data *= 8
+    for parameter in model.parameters():  # the usual ones repeat one token whatever they are given
+        parameter.data *= 8
     processor = transformers.LlavaNextProcessor(
         transformers.LlavaNextImageProcessor(
             size={"shortest_edge": 28},
@@ -101,12 +80,9 @@ def llava_next(folder: pathlib.Path, *, answers: bool = True) -> str:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=(
-            "{% set said = namespace(text='') %}{% for message in messages %}[INST] "
-            "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
-            "{% else %}{% set said.text = said.text + part['text'] %}{{ part['text'] }}{% endif %}"
+            "{% for message in messages %}[INST] {% for part in message['content'] %}"
+            "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
             "{% endfor %} [/INST]{% endfor %}"
-            "{% if add_generation_prompt %}{% if 'Subject:' in said.text %}<caption>"
-            "{% else %}<describe>{% endif %}{% endif %}"
         ),
     )
     return _save(model, processor, folder)
@@ -116,19 +92,6 @@ def _save(model, processor, folder: pathlib.Path) -> str:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
-
-
-def _answer_by_last_token(model, chains: list[list[int]]) -> None:
-    """Makes each token of a chain be followed by the next, the last one by the end, whatever came before."""
-    for layer in model.model.language_model.layers:
-        layer.self_attn.o_proj.weight.data.zero_()
-        layer.mlp.down_proj.weight.data.zero_()
-    embed, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data
-    embed.normal_()
-    head.zero_()
-    for chain in chains:
-        for token, following in zip(chain, [*chain[1:], model.config.text_config.eos_token_id]):
-            head[following] += embed[token]
 
 
 def _bytes() -> list[str]:

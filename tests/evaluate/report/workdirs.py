@@ -8,7 +8,7 @@ from flax import traverse_util
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.config import recipe
+from grain_jax.evaluate import kinds
 from grain_jax.models import grain
 from tests import tiny
 
@@ -63,14 +63,14 @@ def workdir(folder, data_folder):
     """The files of a run of 40 steps, logged every second one and evaluated twice."""
     folder.mkdir()
     evals = {
-        "birds": recipe.evaluator(
+        "birds": kinds.evaluator(
             "zeroshot",
             f"{data_folder}/classes",
             descriptions=f"{data_folder}/D.json",
             alphas=(1.0, 0.5, 0.0),
             names=False,
         ),
-        "boxes": recipe.evaluator(
+        "boxes": kinds.evaluator(
             "grounding", str(data_folder), annotations=f"{data_folder}/A.jsonl"
         ),
     }

@@ -1,31 +1,13 @@
-"""The entries of `config.evals`: the class that every evaluator derives from, and how its class is found.
-
-An entry is `dict(kind="zeroshot", ...)`: the kind names a class, and the other keys are the fields of that class. A
-kind is one of `NAMED`, or `module:Class` of a module that Python finds (examples/evaluator has one).
-"""
+"""The class that every evaluator derives from; `kinds` finds the class of an entry of `config.evals`."""
 
 import abc
 import dataclasses
-import inspect
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from grain_jax.core import errors, named
-
-# Of the package, each with its class: its options, its flags, its rows of the table and what it measures. A config
-# imports it, so it imports the libraries that compute only where it measures.
-NAMED = {
-    "zeroshot": "grain_jax.evaluate.zeroshot:ZeroShot",
-    "linear_probe": "grain_jax.evaluate.linear_probe:LinearProbe",
-    "retrieval": "grain_jax.evaluate.retrieval:Retrieval",
-    "grounding": "grain_jax.evaluate.grounding:Grounding",
-    "boxes": "grain_jax.evaluate.box_classes:Boxes",
-    "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
-    "maps": "grain_jax.evaluate.maps:Maps",
-    "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
-    "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
-}
+from grain_jax.config.keys import key
+from grain_jax.core import errors
 
 
 class Context(typing.NamedTuple):
@@ -52,17 +34,17 @@ class TableRow(typing.NamedTuple):
     is_share: bool = True  # shown as per cent
 
 
-def option(default: Any, metavar: str = "", **declared: Any) -> Any:
-    """A field that `grain-jax evaluate KIND` has as a flag; its comment is the help of the flag.
+def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
+    """A key that `grain-jax evaluate KIND` has as a flag.
 
     Args:
-      default: of the field.
-      metavar: what the value of the flag is called; "" for true or false.
-      **declared: `low`, `high` and `choices`, which are checked; `name`, that of the flag, where it is another than the
-        field's; `required`, of the flag; and `parse`, which makes the value of a text, and raises
-        ValueError.
+      default: the value without the flag.
+      help: what the option does; also the help of the flag.
+      metavar: what the value of the flag is called; "" for a bool.
+      **declared: `low`, `high` and `choices` as in `keys.key`. `name` is the name of the flag, by default the field's.
+        `required` says that the flag must be set. `parse` makes the value from a text, or raises ValueError.
     """
-    return dataclasses.field(default=default, metadata={"metavar": metavar, **declared})
+    return key(default, help, metavar=metavar, **declared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,11 +60,9 @@ class Evaluator(abc.ABC):
     table: ClassVar[Sequence[TableRow]] = ()  # rows of the table, of an evaluator of the package
     lower_is_better: ClassVar[Sequence[str]] = ()  # last words of such metrics: mean_rank
 
-    # Which evaluator this is: a name of the package, or module:Class.
-    kind: str = ""
-    # Where the data is missing: "error", or "skip" with a line that says so.
-    missing: str = dataclasses.field(default="error", metadata={"choices": ("error", "skip")})
-    get: str | None = None  # how to get the data, for that line
+    kind: str = key("", "Name of an evaluator of the package, or module:Class.")
+    missing: str = key("error", "What missing data does.", choices=("error", "skip"))
+    get: str | None = key(None, "How to get the data; shown if it is missing.")
 
     @classmethod
     def of_flags(cls, **given: Any) -> typing.Self:
@@ -93,7 +73,7 @@ class Evaluator(abc.ABC):
     def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
         """The rows of the table for the numbers of a result; those whose key is not in `numbers` are left out.
 
-        Of an evaluator of the package; the table of another one has a row for each number.
+        Only evaluators of the package need this; the table of another one has a row for each number.
         """
         return cls.table
 
@@ -170,35 +150,6 @@ class Evaluator(abc.ABC):
         Raises:
           errors.UserError: one line a fault.
         """
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NotImported(Evaluator):
-    """An entry of a stored config whose class may not be imported (grain_jax/core/named.py): it can be read, not run."""
-
-    entry: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def check(self) -> int:
-        find(self.kind)  # raises
-        return 0
-
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
-        find(self.kind)
-        return {}
-
-
-def find(kind: str) -> type[Evaluator]:
-    """The class of that kind: one of NAMED, or `module:Class`. Raises errors.UserError, with one line."""
-    place = named.find("evaluator", kind, NAMED)
-    found = named.find("evaluator", place, {}) if isinstance(place, str) else place
-    if not (isinstance(found, type) and issubclass(found, Evaluator)):
-        raise errors.UserError(
-            f"evaluator {kind!r}: expected a subclass of grain_jax.config.Evaluator"
-        )
-    if inspect.isabstract(found):
-        lacks = ", ".join(sorted(found.__abstractmethods__))
-        raise errors.UserError(f"evaluator {kind!r}: has no {lacks}; expected check and evaluate")
-    return found
 
 
 def how_to_get(get: str | None) -> str:

@@ -1,0 +1,162 @@
+"""A job over the shards of a data source, which goes on after a kill: the same command again does what is missing.
+
+A job has a folder. The folder notes the settings that results depend on, and refuses a run with others. A worker writes
+the files of a shard whole, the one that marks the shard as done last. One run at a time has the folder.
+"""
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from grain_jax.core import atomic, errors, printable, progress, regular_file
+from grain_jax.data import staging
+
+SETTINGS = "settings.json"
+_SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder: each look lists all shards
+
+
+class JobError(errors.UserError):
+    """The job cannot run, or too many images have a fault; the message is one line."""
+
+
+class Output(NamedTuple):
+    """The folder of a job, local or in an object store; a plain value, which can be sent to workers."""
+
+    folder: str
+
+    def path(self, *names: str) -> epath.Path:
+        """A file or folder below the output."""
+        return epath.Path(self.folder).joinpath(*names)
+
+    def locked(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Keeps other runs out while the block runs; `name` is a result, which the refusal names.
+
+        Raises:
+          staging.BusyError: another process has the folder. Object stores have no lock.
+        """
+        return staging.locked(self.path(name), "--output")
+
+    def put(self, content: str | bytes, *names: str) -> None:
+        """Writes a file whole: a kill or a full disk leaves the old one."""
+        path = self.path(*names)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            # Half surrogates, of file names that are not UTF-8, become \udc80, which JSON reads back.
+            content = content.encode("utf-8", "backslashreplace")
+        atomic.write_bytes(path, content)
+
+    def put_json(self, value: Any, *names: str) -> None:
+        """Writes a file with one JSON value."""
+        self.put(json.dumps(value, indent=1) + "\n", *names)
+
+    def read_json(self, *names: str) -> dict[str, Any]:
+        """The JSON object in a file; empty if there is no file."""
+        path = self.path(*names)
+        if not path.exists():
+            return {}
+        return regular_file.read_json(path, dict[str, Any], "a file of this job")
+
+    def put_lines(self, lines: Iterable[dict[str, Any]], *names: str) -> None:
+        """Writes a file with a JSON object per line."""
+        self.put("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), *names)
+
+    def read_lines(self, *names: str) -> list[dict[str, Any]]:
+        """The JSON objects of a file's lines; none if there is no file."""
+        try:
+            content = self.path(*names).read_bytes()
+        except FileNotFoundError:
+            return []
+        # Bytes, since splitlines() of a text also cuts at U+2028, which web captions have.
+        return list(map(json.loads, content.splitlines()))
+
+    def done(self, *kinds: str) -> set[str]:
+        """Names of the shards that have a file in each of these folders."""
+        names = []
+        for folder in map(self.path, kinds):
+            paths = folder.iterdir() if folder.exists() else ()
+            names.append({path.stem for path in paths if path.suffix != ".new"})
+        return set.intersection(*names)
+
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Notes the settings that results depend on; a key that no earlier run noted is added.
+
+        Raises:
+          JobError: an earlier run noted another value.
+        """
+        known, settings = self.read_json(SETTINGS), json.loads(json.dumps(settings))
+        for key in [key for key in settings if key in known]:
+            for names, old, new in _differences(known[key], settings[key], key):
+                raise JobError(
+                    f"--output {self.folder}: was begun with {names} {json.dumps(old)}, got"
+                    f" {json.dumps(new)}; give another --output, or delete this one"
+                )
+        self.put_json(known | settings, SETTINGS)
+
+    def join(self, kind: str, shards: Iterable[str], name: str) -> None:
+        """Writes the file `name`, in which the files of the shards follow one another."""
+        path = self.path(name)
+        new = path.with_name(f"{name}.new") if "://" not in self.folder else path
+        with new.open("wb") as file:
+            for shard in shards:
+                file.write(self.path(kind, f"{shard}.jsonl").read_bytes())
+        if new != path:
+            new.replace(path)
+
+
+def _differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """(name, old, new) of each value that differs; the name has the keys that lead there."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{name} {key}")
+    elif old != new:
+        yield name, old, new
+
+
+def check_faults(
+    file: epath.PathLike,
+    causes: Mapping[str, int],
+    *,
+    images: int,
+    faulty: int,
+    left: int,
+    most: float,
+) -> None:
+    """Prints how many images have each fault, by cause; `file` names them.
+
+    Raises:
+      JobError: no image is left, or `faulty` of all `images` are more than the share `most`.
+    """
+    for cause, count in sorted(causes.items()):
+        print(f"{file}: {count} {printable.plain(cause, 80)}", file=sys.stderr)
+    if not left:
+        raise JobError(f"{file}: none of {images} images could be used")
+    if faulty > most * images:
+        raise JobError(
+            f"{file}: {faulty} of {images} images have a fault, more than --max-faults {most:g} allows;"
+            " the results have the others"
+        )
+
+
+@contextlib.contextmanager
+def watched(label: str, total: int, count: Callable[[], int]) -> Iterator[None]:
+    """Shows the progress of workers in other processes while the block runs; `count` counts the shards that are done."""
+    ended, counter = threading.Event(), progress.Counter(label, total)
+
+    def show() -> None:
+        while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+            if new := count() - int(counter.done):
+                counter.add(new)
+        counter.close()
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

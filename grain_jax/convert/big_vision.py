@@ -1,0 +1,233 @@
+"""from-big-vision: a two_towers .npz of big_vision, which has no config; its models' habits are stated here.
+
+Names and layouts that big_vision's own loaders repair (models/vit.py, models/proj/image_text/text_transformer.py at
+0127fb6) are read too. A path may name a sub-tree of the file, `FILE.npz:params`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.convert import archives, output, parity, tables, towers
+from grain_jax.convert.faults import ConvertError, prefixed
+from grain_jax.convert.tables import Entries, NamePair
+from grain_jax.core import regular_file
+
+SCALARS = (NamePair("logit_scale", "t"), NamePair("logit_bias", "b"))
+# Positions and the pooling head in older files; the second addend of positions.
+_OLD_POSITIONS = re.compile(r"((?:img|txt)/)Transformer/(?:posembed_input/)?pos_embedding")
+_OLD_HEAD = re.compile(
+    r"((?:img|txt)/)((?:probe|MlpBlock_0|MultiHeadDotProductAttention_0|LayerNorm_0)(?:/.*)?)"
+)
+_FIRST_VOCABULARY = 32000  # SigLIP's; its padding has the id 1
+
+
+class BigVisionCheckpoint(NamedTuple):
+    """A path and its arrays, each layer apart: "img/Transformer/encoderblock_0/LayerNorm_0/scale" and so on."""
+
+    path: str
+    state: dict[str, np.ndarray]
+
+
+def from_big_vision(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
+    """from-big-vision: a two_towers .npz to a model in `folder`.
+
+    Raises:
+      ConvertError: the checkpoint cannot be converted, or the folder holds something else.
+    """
+    target = output.check_free(folder)
+    checkpoint = read(source)
+    with prefixed(f"{checkpoint.path}: "):
+        imported = towers.build(_towers(checkpoint.state), checkpoint.state)
+    proof = prove(checkpoint, imported.model, imported.params)
+    lines = (
+        "ASSUMED  norm epsilon 1e-6, tanh GELU, pixels in [-1, 1]: its models'",
+        f"ASSUMED  texts padded with the id {imported.model.text.pad_id}; pools mean and last without a head of their own",
+    )
+    return towers.write(
+        "from-big-vision", epath.Path(checkpoint.path), target, imported, proof, *lines
+    )
+
+
+def read(path: epath.PathLike) -> BigVisionCheckpoint:
+    """`FILE.npz` or `FILE.npz:sub-tree` as float32 arrays.
+
+    Raises:
+      ConvertError: no such file, not a .npz of arrays, or no such sub-tree.
+    """
+    match = re.fullmatch(r"(.*\.npz):(.+)", str(path))
+    file, subtree = match.groups() if match else (str(path), "")
+    if not regular_file.is_one(file):
+        raise ConvertError(f"{file}: no such file; expected a .npz, or FILE.npz:sub-tree")
+    arrays = archives.read_npz(epath.Path(file))
+    # A training checkpoint holds the parameters under one of these, beside the state of the optimizer.
+    below = lambda prefix: {
+        name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)
+    }
+    arrays = below("params/") or below("opt/target/") or arrays
+    if subtree:
+        there = sorted({name.partition("/")[0] for name in arrays})
+        arrays = below(f"{subtree}/")
+        if not arrays:
+            raise ConvertError(f"{path}: no sub-tree {subtree!r}; there are: {', '.join(there)}")
+    with prefixed(f"{file}: "):
+        return BigVisionCheckpoint(str(path), _current(arrays))
+
+
+def _current(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays by current names; layers that scan stacks under `encoderblock` apart, as `encoderblock_0 ..`."""
+    out: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        name = _OLD_POSITIONS.sub(r"\1pos_embedding", name)
+        name = _OLD_HEAD.sub(r"\1MAPHead_0/\2", name) if _OLD_HEAD.fullmatch(name) else name
+        before, stacked, after = name.partition("encoderblock/")
+        if not stacked:
+            out[name] = array
+            continue
+        if not array.ndim or not 0 < len(array) <= tables.MAX_LAYERS:
+            raise ConvertError(
+                f"{name}: got shape {array.shape}, expected 1 to {tables.MAX_LAYERS} layers"
+            )
+        out |= {f"{before}encoderblock_{i}/{after}": x for i, x in enumerate(array)}
+    positions, added = "txt/pos_embedding", "txt/Encoder_0/pos_embedding"
+    if positions in out and added in out:  # old files add positions twice
+        out[positions] = out[positions] + out.pop(added)
+    return out
+
+
+def _towers(state: Mapping[str, np.ndarray]) -> towers.Towers:
+    """What shapes and habits say of the towers."""
+    rows = [*image_rows(), *text_rows(), *SCALARS]
+    entries = Entries(state, rows)
+    heads = lambda which: entries.shape(f"{which}/blocks/attention/query/kernel", 3)[1]
+    pool = lambda which, other: "map" if f"{which}_pool/probe" in entries else other
+    habits: dict[str, Any] = dict(norm_eps=1e-6, activation="gelu_tanh")
+    sizes = towers.image_sizes(entries)
+    mean, std = towers.SIGLIP_PIXELS  # its value_range(-1, 1)
+    image = config_lib.ImageTower(
+        **(sizes | habits),
+        heads=heads("image"),
+        pool=pool("image", "class" if sizes["class_token"] else "mean"),
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+    text_sizes = towers.text_sizes(entries)
+    text = config_lib.TextTower(
+        **(text_sizes | habits),
+        heads=heads("text"),
+        pool=pool("text", "last"),
+        causal=False,
+        cleaning="canonical",
+        pad_id=1 if text_sizes["vocab_size"] == _FIRST_VOCABULARY else 0,
+        tokenizer="siglip.model",
+    )
+    has_matrix = image.projection != "none"
+    embed_dim = entries.width("image_projection/kernel") if has_matrix else image.width
+    return towers.Towers(embed_dim, image, text, rows)
+
+
+def sizes_of(model: config_lib.Model) -> dict[str, Any]:
+    """The arguments of big_vision's two_towers.Model for a two-tower model."""
+    kinds = {"map": "map", "class": "tok", "mean": "gap", "last": "last"}
+
+    def sizes(tower: Any) -> dict[str, Any]:
+        shared = dict(width=tower.width, depth=tower.depth, mlp_dim=tower.mlp_dim)
+        return shared | dict(num_heads=tower.heads, pool_type=kinds[tower.pool])
+
+    return dict(
+        image=sizes(model.image) | dict(patch_size=(model.image.patch_size,) * 2),
+        text=sizes(model.text) | dict(vocab_size=model.text.vocab_size),
+        out_dim=tuple(
+            model.embed_dim if t.projection != "none" else None for t in (model.image, model.text)
+        ),
+        bias_init=model.logit_bias_init,
+    )
+
+
+def prove(checkpoint: BigVisionCheckpoint, model: config_lib.Model, params: Any) -> parity.Report:
+    """Our model against big_vision's two_towers, loaded by its own code, if big_vision is on the path."""
+    try:  # not a package of an index: it is on the path where its repository is
+        from big_vision.models import vit  # pyright: ignore[reportMissingImports]
+        from big_vision.models.proj.image_text import (  # pyright: ignore[reportMissingImports]
+            text_transformer,
+            two_towers,
+        )
+    except ImportError:
+        return parity.not_proven(
+            params, "big_vision is not on the path, so nothing could be compared."
+        )
+    path = checkpoint.path if "/" in checkpoint.path else f"./{checkpoint.path}"
+    subtree = lambda tower: f"{path}/{tower}" if ".npz:" in path else f"{path}:{tower}"
+    tree = tables.nested({name: x for name, x in checkpoint.state.items() if "/" not in name})
+    tree["img"] = vit.load(None, subtree("img"), {})
+    tree["txt"] = text_transformer.load(None, subtree("txt"), {})
+    stated = sizes_of(model)
+    stated["image"]["scan"] = "encoderblock" in tree["img"]["Transformer"]
+    stated["text"]["scan"] = "encoderblock" in tree["txt"]["Encoder_0"]
+    theirs = two_towers.Model(**stated)
+
+    def outputs(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        image, text, _ = theirs.apply({"params": tree}, inputs.images, inputs.token_ids)
+        return dict(image_embed=np.asarray(image), text_embed=np.asarray(text))
+
+    return parity.prove(model, params, "big_vision's two_towers", outputs)
+
+
+def image_rows() -> list[NamePair]:
+    """The table of the image tower."""
+    return [
+        NamePair("image/patch_embed/kernel", "img/embedding/kernel", tables.PATCHES_LAST),
+        NamePair("image/patch_embed/bias", "img/embedding/bias"),
+        NamePair("image/class_token", "img/cls", tables.TOKEN),
+        NamePair("image/position_embed", "img/pos_embedding", tables.BATCHED),
+        *_encoder("image/blocks", "img/Transformer", "image/norm"),
+        *_head("image", "img"),
+    ]
+
+
+def text_rows() -> list[NamePair]:
+    """The table of the text tower."""
+    return [
+        NamePair("text/token_embed/embedding", "txt/Embed_0/embedding"),
+        NamePair("text/position_embed", "txt/pos_embedding", tables.BATCHED),
+        *_encoder("text/blocks", "txt/Encoder_0", "text_norm"),
+        *_head("text", "txt"),
+    ]
+
+
+def _same(ours: str, theirs: str, *leaves: str) -> list[NamePair]:
+    return [NamePair(f"{ours}/{leaf}", f"{theirs}/{leaf}") for leaf in leaves]
+
+
+def _attention_and_mlp(ours: str, theirs: str) -> list[NamePair]:
+    attention = ("query", "key", "value", "out")
+    parts = {f"attention/{x}": f"MultiHeadDotProductAttention_0/{x}" for x in attention}
+    parts |= {"mlp/in": "MlpBlock_0/Dense_0", "mlp/out": "MlpBlock_0/Dense_1"}
+    return [
+        row
+        for name, other in parts.items()
+        for row in _same(f"{ours}/{name}", theirs + other, "kernel", "bias")
+    ]
+
+
+def _encoder(ours: str, theirs: str, norm: str) -> list[NamePair]:
+    layer = theirs + "/encoderblock_{}/"
+    return [
+        *_same(f"{ours}/norm_1", f"{layer}LayerNorm_0", "scale", "bias"),
+        *_same(f"{ours}/norm_2", f"{layer}LayerNorm_1", "scale", "bias"),
+        *_attention_and_mlp(ours, layer),
+        *_same(norm, f"{theirs}/encoder_norm", "scale", "bias"),
+    ]
+
+
+def _head(tower: str, prefix: str) -> list[NamePair]:
+    return [
+        NamePair(f"{tower}_pool/probe", f"{prefix}/MAPHead_0/probe", tables.TOKEN),
+        *_same(f"{tower}_pool/norm", f"{prefix}/MAPHead_0/LayerNorm_0", "scale", "bias"),
+        *_attention_and_mlp(f"{tower}_pool", f"{prefix}/MAPHead_0/"),
+        *_same(f"{tower}_projection", f"{prefix}/head", "kernel", "bias"),
+    ]

@@ -1,0 +1,44 @@
+"""Other libraries' weights on the Hugging Face Hub: converted once, into the user's cache."""
+
+import fcntl
+import os
+import re
+import sys
+
+from etils import epath
+
+from grain_jax import __version__
+from grain_jax.checkpoint.pretrained import hub
+from grain_jax.convert import from_hugging_face, from_open_clip
+from grain_jax.convert.faults import ConvertError
+
+
+def import_weights(reference: str, source: epath.Path) -> epath.Path:
+    """The folder of our model for hf://ORG/NAME[@REVISION], below `$XDG_CACHE_HOME/grain_jax` or ~/.cache/grain_jax.
+
+    Args:
+      reference: the name.
+      source: the folder that it was downloaded to; the name of the folder is the commit.
+
+    Raises:
+      ConvertError: it cannot be converted, or the outputs of the model differ from its own library's.
+    """
+    base = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = re.sub(r"\W+", "-", reference.removeprefix(hub.SCHEME).partition("@")[0])
+    folder = base / "grain_jax" / f"models-{__version__}" / f"{name}-{source.name}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # other processes wait until it is there
+        if not (folder / "params").is_dir():
+            is_hf = (source / "config.json").exists()
+            convert = from_hugging_face.from_hf if is_hf else from_open_clip.from_open_clip
+            report = convert(source, folder)
+            if not report.ok:
+                folder.rmtree()
+                raise ConvertError(
+                    f"{reference}: the converted model gives other outputs\n{report.text}"
+                )
+            print(
+                f"{reference}: converted into {folder}, parity: {report.verdict}", file=sys.stderr
+            )
+    return folder

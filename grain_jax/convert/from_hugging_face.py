@@ -1,0 +1,255 @@
+"""from-hf: CLIP, MetaCLIP, SigLIP, SigLIP 2 and DINOv3 of transformers, and folders of to-hf.
+
+The class of transformers (for folders of to-hf our own, in `hf_files/`) reads config and weights; no code of the folder
+runs. Its module is the other side of the parity.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.checkpoint.pretrained import hub
+from grain_jax.convert import archives, formats, output, parity, towers
+from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
+from grain_jax.convert.reference import module as torch_module
+from grain_jax.convert.reference import names
+from grain_jax.core import regular_file
+
+# model_type of config.json -> how the classes of transformers begin.
+_FAMILIES = {
+    "clip": "CLIP",
+    "metaclip_2": "MetaClip2",
+    "siglip": "Siglip",
+    "dinov3_vit": "DINOv3ViT",
+}
+# Keys of config.json that send transformers to code of the Hub, to quantized arrays, or to outputs without names.
+_STEERING = (
+    *("attn_implementation", "_attn_implementation", "experts_implementation"),
+    *("_experts_implementation", "quantization_config", "return_dict"),
+)
+_MASK_TOKEN, _REGISTERS = "embeddings.mask_token", "embeddings.register_tokens"  # of DINOv3
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_IMAGENET = config_lib.ImageTower.pixel_mean, config_lib.ImageTower.pixel_std
+_DINOV3_GRID = 14  # patches a side; no array depends on it
+
+
+class _HuggingFacePixels(msgspec.Struct):
+    """How a processor of transformers normalises an image."""
+
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+    do_normalize: bool | None = None
+
+
+class _HuggingFaceProcessor(msgspec.Struct):
+    """processor_config.json of transformers 5."""
+
+    image_processor: _HuggingFacePixels | None = None
+
+
+def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
+    """from-hf: a folder or hf://ORG/NAME to a folder for `grain_jax.load`.
+
+    Raises:
+      ConvertError: config or weights that are missing, damaged, unknown or of another shape, or `folder` holds
+        something else; one line per fault.
+      config.ConfigError: sizes that no model has, such as heads that do not divide the width.
+    """
+    path, target = hub.local(str(source)), output.check_free(folder)
+    file = path / "config.json"
+    stated = regular_file.read_json(file, dict[str, Any], "the config.json of transformers")
+    with needing("transformers", path):
+        import torch
+        import transformers
+    if stated.get("model_type") == "grain":
+        imported, module = _read_grain(path, stated)
+        proof = torch_module.prove_module(imported.model, imported.params, module)
+        return towers.write("from-hf", path, target, imported, proof)
+    family = _FAMILIES.get(str(stated.get("model_type")))
+    if family is None:
+        raise ConvertError(
+            f"{file}: model_type: got {stated.get('model_type')!r}, expected one of {', '.join(_FAMILIES)}, grain"
+        )
+    with archives.reading(file, f"a config that {family}Config of transformers takes"):
+        config = getattr(transformers, f"{family}Config").from_dict(_without_steering(stated))
+        stated_towers = (_dinov3 if family == "DINOv3ViT" else _two_towers)(path, family, config)
+    model = towers.model_of(stated_towers)
+    module = _load(path, model, getattr(transformers, f"{family}Model"), config)
+    state = {name: x.numpy() for name, x in module.state_dict().items()}
+    state = {name: x for name, x in state.items() if x.size and name != _MASK_TOKEN}
+    with prefixed(f"{path}: "):
+        imported = towers.build(stated_towers, state)
+
+    def outputs(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        images, ids = parity.for_torch(inputs)
+        with torch.no_grad():
+            if imported.has_texts:
+                out = module(input_ids=ids, pixel_values=images)
+                return dict(
+                    image_embed=out.image_embeds.numpy(), text_embed=out.text_embeds.numpy()
+                )
+            pooled = module(images).pooler_output
+            return dict(image_embed=(pooled / pooled.norm(dim=-1, keepdim=True)).numpy())
+
+    other = f"{family}Model, {torch_module.torch_versions()}"
+    proof = parity.prove(imported.model, imported.params, other, outputs)
+    return towers.write("from-hf", path, target, imported, proof)
+
+
+def _without_steering(stated: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_steering(value) if isinstance(value, dict) else value
+        for key, value in stated.items()
+        if key not in _STEERING
+    }
+
+
+def _load(path: epath.Path, model: config_lib.Model, kind: Any, config: Any) -> Any:
+    """The module of a class of transformers with the weights in a folder, in float32.
+
+    Raises:
+      ConvertError: weights that are missing, unknown, damaged or of another shape; or the config describes a model
+        that is far larger than the files.
+    """
+    towers.check_size(path, model)
+    with output.on_disk(path) as local, archives.reading(path, f"what {kind.__name__} takes"):
+        module, loading = kind.from_pretrained(
+            local,
+            config=config,
+            dtype="float32",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+        )
+    faults = []
+    for problem, keys in loading.items():
+        for key in sorted(map(str, keys or ())):
+            if _MASK_TOKEN not in key and _REGISTERS not in key:
+                faults.append(f"{path}: {key}: {problem.replace('_', ' ')}")
+    raise_any(faults)
+    return module.eval()
+
+
+def _two_towers(path: epath.Path, family: str, config: Any) -> towers.Towers:
+    """What the config of a CLIP or SigLIP says of its towers."""
+    vision, text_config = config.vision_config, config.text_config
+    siglip = family == "Siglip"
+    mean, std = _pixels(path, towers.SIGLIP_PIXELS if siglip else towers.CLIP_PIXELS)
+    image = config_lib.ImageTower(
+        **_sizes(vision),
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        qk_norm=False,
+        class_token=not siglip,
+        patch_bias=siglip,
+        pre_norm=not siglip,
+        pool="map" if siglip else "class",
+        projection="none" if siglip else "matrix",
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+    end = text_config.eos_token_id  # with 2, CLIPModel takes the highest id
+    is_highest = siglip or (end == 2 and family == "CLIP") or end == text_config.vocab_size - 1
+    end_id = (
+        end if isinstance(end, int) and not is_highest and end < text_config.vocab_size else None
+    )
+    fields = towers.text_fields(path, text_config.vocab_size, siglip=siglip, end_id=end_id)
+    if end_id is not None and isinstance(text_config.pad_token_id, int):
+        fields["pad_id"] = text_config.pad_token_id
+    text = config_lib.TextTower(
+        **_sizes(text_config),
+        **fields,
+        vocab_size=text_config.vocab_size,
+        context_length=text_config.max_position_embeddings,
+        causal=not siglip,
+        pool="last" if siglip else "end",
+        projection="affine" if siglip else "matrix",
+    )
+    rows = formats.hf_image() + formats.hf_text("text_model.head" if siglip else "text_projection")
+    embed_dim = vision.hidden_size if siglip else config.projection_dim
+    return towers.Towers(embed_dim, image, text, (*rows, *towers.SCALARS))
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    return dict(
+        width=config.hidden_size,
+        depth=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        mlp_dim=config.intermediate_size,
+        activation=_ACTIVATIONS.get(config.hidden_act, config.hidden_act),
+        norm_eps=config.layer_norm_eps,
+        unroll=1,
+    )
+
+
+def _dinov3(path: epath.Path, family: str, config: Any) -> towers.Towers:
+    """What the config of a DINOv3 says of its tower."""
+    mean, std = _pixels(path, _IMAGENET)
+    image = config_lib.ImageTower(
+        **_sizes(config),
+        image_size=_DINOV3_GRID * config.patch_size,
+        patch_size=config.patch_size,
+        qk_norm=False,
+        positions=False,
+        rope="centres",
+        rope_theta=float(config.rope_theta),
+        registers=config.num_register_tokens,
+        layer_scale=True,
+        mlp="gated" if config.use_gated_mlp else "plain",
+        key_bias=config.key_bias,
+        pool="class",
+        projection="none",
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+    return towers.Towers(image.width, image, None, formats.hf_dinov3("model."))
+
+
+def _pixels(path: epath.Path, default: Any) -> Any:
+    """Mean and standard deviation of the pixels, by the processor beside the weights."""
+    pixels = _HuggingFacePixels()
+    old, new = path / "preprocessor_config.json", path / "processor_config.json"
+    expected = "a processor of transformers"
+    if regular_file.is_one(old):
+        pixels = regular_file.read_json(old, _HuggingFacePixels, expected)
+    elif regular_file.is_one(new):
+        pixels = (
+            regular_file.read_json(new, _HuggingFaceProcessor, expected).image_processor or pixels
+        )
+    if pixels.do_normalize is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if pixels.image_mean is None or pixels.image_std is None:
+        return default
+    return pixels.image_mean, pixels.image_std
+
+
+def _read_grain(path: epath.Path, stated: Mapping[str, Any]) -> tuple[towers.Imported, Any]:
+    """The model in a folder of to-hf, and its module."""
+    from grain_jax.convert.hf_files import configuration_grain, modeling_grain
+
+    sizes = stated.get("towers")
+    file = path / "config.json"
+    if not isinstance(sizes, dict):
+        raise ConvertError(f"{file}: got no sizes under towers, expected the config.json of to-hf")
+    with prefixed(f"{file}: "):
+        model = config_lib.model_from_dict(sizes)
+        names.refuse(model, "to-hf")
+    name = model.text.tokenizer  # our folder has a config.json, too
+    if name != epath.Path(name).name or name == "config.json":
+        raise ConvertError(
+            f"{file}: model.text.tokenizer: got {name!r}, expected clip or the name of a file beside it"
+        )
+    config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model))
+    module = _load(path, model, modeling_grain.GrainModel, config)
+    states: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
+    for key, value in module.state_dict().items():
+        part, _, rest = key.partition(".")
+        states[part][rest] = value.numpy()
+    with prefixed(f"{path}: "):
+        params = names.to_params(states["backbone"], states["decoder"], model)
+    return towers.Imported(model, params, True), module

@@ -1,0 +1,269 @@
+"""from-open-clip: CLIP and SigLIP of open_clip, and the files of OpenAI.
+
+open_clip's classes read the config: open_clip_config.json beside the weights, or the config of a model that the user
+names. OpenAI's files have none, so the rules of OpenAI's own loader give it. The model of open_clip, with the same
+weights, is the other side of the parity.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.checkpoint.pretrained import hub
+from grain_jax.convert import archives, formats, output, parity, towers
+from grain_jax.convert.faults import ConvertError, needing
+from grain_jax.core import regular_file
+
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+)
+_CONFIG = "open_clip_config.json"
+_OPENAI = ("input_resolution", "context_length", "vocab_size")  # sizes in OpenAI's files
+_POOLS = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
+_TIMM_POOLS = {"map": "map", "token": "class", "avg": "mean"}
+
+
+class _OpenClipPixels(msgspec.Struct):
+    mean: tuple[float, float, float] = towers.CLIP_PIXELS[0]
+    std: tuple[float, float, float] = towers.CLIP_PIXELS[1]
+
+
+class _OpenClipConfig(msgspec.Struct):
+    """open_clip_config.json."""
+
+    model_cfg: dict[str, Any]
+    preprocess_cfg: _OpenClipPixels = msgspec.field(default_factory=_OpenClipPixels)
+
+
+class OpenClipCheckpoint(NamedTuple):
+    """A checkpoint of open_clip."""
+
+    path: epath.Path  # the folder or the file of weights
+    state: dict[str, np.ndarray]
+    config: _OpenClipConfig
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether it is open_clip's CustomTextCLIP, which keeps the text tower in a module of its own."""
+        return "text.token_embedding.weight" in self.state
+
+
+def from_open_clip(
+    source: epath.PathLike, folder: epath.PathLike, name: str | None = None
+) -> parity.Report:
+    """from-open-clip: a folder or a file of weights to a two-tower model in `folder`.
+
+    Args:
+      source: the weights, or hf://ORG/NAME.
+      folder: to write.
+      name: of the model in open_clip, where no config lies beside the weights.
+
+    Raises:
+      ConvertError: the checkpoint cannot be converted, or the folder holds something else.
+    """
+    target = output.check_free(folder)
+    checkpoint = _read(hub.local(str(source)), name)
+    with archives.reading(checkpoint.path, "what open_clip takes, by the config"):
+        imported = towers.build(_towers(checkpoint), checkpoint.state)
+    proof = _prove(checkpoint, imported)
+    return towers.write("from-open-clip", checkpoint.path, target, imported, proof)
+
+
+def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
+    state = archives.read_weights(path, WEIGHTS)
+    if any(x.startswith(("vision_model.", "text_model.")) for x in state):
+        raise ConvertError(
+            f"{path}: got weights of transformers; grain-jax convert from-hf reads them"
+        )
+    is_openai = _OPENAI[0] in state
+    ignored = (*_OPENAI, "attn_mask", "text.attn_mask")
+    state = {key: x for key, x in state.items() if key not in ignored}
+    file = (path if path.is_dir() else path.parent) / _CONFIG
+    with needing("open_clip", path):
+        import open_clip
+    if name is not None:
+        named_config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+        if named_config is None:
+            raise ConvertError(f"--model: got {name!r}, expected a name of open_clip.list_models()")
+        siglip = "SigLIP" in name
+        config = _OpenClipConfig(
+            named_config, _OpenClipPixels(*towers.SIGLIP_PIXELS) if siglip else _OpenClipPixels()
+        )
+    elif is_openai:
+        with archives.reading(path, "a CLIP of OpenAI with a vision transformer"):
+            config = _OpenClipConfig(_openai_config(state))
+    elif regular_file.is_one(file):
+        config = regular_file.read_json(file, _OpenClipConfig, "open_clip's config")
+    else:
+        raise ConvertError(
+            f"{path}: has no {_CONFIG} beside it; --model NAME says which model of open_clip it is, such as ViT-B-32"
+        )
+    return OpenClipCheckpoint(path, state, config)
+
+
+def _openai_config(state: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The config of a CLIP of OpenAI, by the rules of its loader: heads of 64 and QuickGELU."""
+    layers = [name for name in state if name.endswith(".attn.in_proj_weight")]
+    depth = lambda prefix: sum(name.startswith(prefix) for name in layers)
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    vocab_size, text_width = state["token_embedding.weight"].shape
+    grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+    vision = dict(image_size=grid * patch, patch_size=patch, width=width, layers=depth("visual."))
+    text = dict(
+        context_length=len(state["positional_embedding"]),
+        vocab_size=vocab_size,
+        width=text_width,
+        heads=text_width // 64,
+        layers=depth("transformer."),
+    )
+    embed_dim = state["text_projection"].shape[1]
+    return dict(embed_dim=embed_dim, quick_gelu=True, vision_cfg=vision, text_cfg=text)
+
+
+def _module(checkpoint: OpenClipCheckpoint) -> Any:
+    """The model of open_clip with random weights; nothing is downloaded."""
+    from open_clip import model as library
+
+    config = checkpoint.config.model_cfg
+    vision = library.CLIPVisionCfg(**config["vision_cfg"] | {"timm_model_pretrained": False})
+    text = library.CLIPTextCfg(**config["text_cfg"])
+    return (library.CustomTextCLIP if checkpoint.is_custom else library.CLIP)(
+        config["embed_dim"],
+        vision,
+        text,
+        quick_gelu=bool(config.get("quick_gelu")),
+        init_logit_bias=config.get("init_logit_bias"),
+    )
+
+
+def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
+    """What config and modules of open_clip say of the towers."""
+    import torch
+    from open_clip import model as library
+
+    config, pixels = checkpoint.config.model_cfg, checkpoint.config.preprocess_cfg
+    vision = library.CLIPVisionCfg(**config["vision_cfg"])
+    text_config = library.CLIPTextCfg(**config["text_cfg"])
+    quick = bool(config.get("quick_gelu"))
+    fields: dict[str, Any]
+    size: Any = vision.image_size
+    if text_config.hf_model_name or re.search("[:/]", vision.timm_model_name or ""):
+        raise ConvertError("got a tower of the Hub, expected open_clip's own or one of timm")
+    if vision.final_ln_after_pool and vision.pool_type == "avg":
+        raise ConvertError("vision_cfg: final_ln_after_pool with pool_type avg is not supported")
+    if vision.timm_model_name:
+        with torch.device("meta"):
+            fields = _timm_fields(_module(checkpoint).visual)
+        rows = formats.timm_image_in_open_clip()
+    else:
+        rows = formats.openai_image()
+        fields = _sizes(vision, quick) | dict(
+            heads=vision.width // vision.head_width,
+            patch_size=vision.patch_size,
+            qk_norm=vision.qk_norm,
+            patch_bias=False,
+            pre_norm=not vision.no_ln_pre,
+            pool=_POOLS.get(vision.pool_type, vision.pool_type),
+        )
+    image = config_lib.ImageTower(
+        **fields,
+        image_size=size,
+        pixel_mean=pixels.mean,
+        pixel_std=pixels.std,
+    )
+    end_id = text_config.eos_id if text_config.pool_type == "eos" else None
+    end_id = end_id if end_id is not None and 0 <= end_id < text_config.vocab_size - 1 else None
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    siglip = text_config.pool_type == "last" and text_config.proj_bias
+    stated = towers.text_fields(folder, text_config.vocab_size, siglip=siglip, end_id=end_id)
+    if end_id is not None:
+        stated["pad_id"] = config["text_cfg"].get("pad_id", stated["pad_id"])
+        if (text_config.tokenizer_kwargs or {}).get("clean") == "canonicalize":
+            stated["cleaning"] = "canonical"
+    projection = "affine" if text_config.proj_bias else "matrix"
+    text = config_lib.TextTower(
+        **_sizes(text_config, quick),
+        **stated,
+        heads=text_config.heads,
+        vocab_size=text_config.vocab_size,
+        context_length=text_config.context_length,
+        causal=not text_config.no_causal_mask,
+        pool=_POOLS.get(text_config.pool_type, text_config.pool_type),
+        projection="none" if text_config.proj_type == "none" else projection,
+    )
+    prefix = "text." if checkpoint.is_custom else ""
+    rows = [*rows, *formats.openai_text(prefix, matrix=not text_config.proj_bias), *towers.SCALARS]
+    return towers.Towers(config["embed_dim"], image, text, rows)
+
+
+def _sizes(config: Any, quick_gelu: bool) -> dict[str, Any]:
+    tanh = (config.act_kwargs or {}).get("approximate") == "tanh"
+    gelu = "gelu_tanh" if tanh else "gelu"
+    return dict(
+        width=config.width,
+        depth=config.layers,
+        mlp_dim=int(config.width * config.mlp_ratio),
+        activation="quick_gelu" if quick_gelu else gelu,
+        norm_eps=(config.norm_kwargs or {}).get("eps", 1e-5),
+        unroll=1,
+    )
+
+
+def _timm_fields(visual: Any) -> dict[str, Any]:
+    """The keys of an image tower around a vision transformer of timm, read off its modules."""
+    import torch
+
+    trunk, block = visual.trunk, visual.trunk.blocks[0]
+    act, proj = block.mlp.act, getattr(visual.head, "proj", None)
+    tanh = getattr(act, "approximate", "") == "tanh" or "Tanh" in type(act).__name__
+    affine = proj is not None and proj.bias is not None
+    return dict(
+        width=trunk.embed_dim,
+        depth=len(trunk.blocks),
+        heads=block.attn.num_heads,
+        mlp_dim=block.mlp.fc1.out_features,
+        activation="gelu_tanh" if tanh else "gelu",
+        norm_eps=trunk.norm.eps if hasattr(trunk.norm, "eps") else trunk.fc_norm.eps,
+        patch_size=trunk.patch_embed.patch_size[0],
+        qk_norm=not isinstance(block.attn.q_norm, torch.nn.Identity),
+        class_token=trunk.cls_token is not None,
+        pre_norm=not isinstance(trunk.norm_pre, torch.nn.Identity),
+        patch_bias=trunk.patch_embed.proj.bias is not None,
+        pool=_TIMM_POOLS.get(trunk.global_pool, trunk.global_pool),
+        projection="none" if proj is None else "affine" if affine else "matrix",
+        unroll=1,
+    )
+
+
+def _prove(checkpoint: OpenClipCheckpoint, imported: towers.Imported) -> parity.Report:
+    """Our model against open_clip's, with the same weights."""
+    import open_clip
+    import torch
+
+    with archives.reading(checkpoint.path, "what open_clip takes, by the config"):
+        module = _module(checkpoint).eval()
+    shapes = {name: x.shape for name, x in module.state_dict().items()}
+    state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
+    state = {
+        k: v.reshape(shapes[k]) if v.numel() == 1 and k in shapes else v for k, v in state.items()
+    }
+    with archives.reading(checkpoint.path, "what open_clip takes, by the config"):
+        module.load_state_dict(state)
+
+    def outputs(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        images, ids = parity.for_torch(inputs)
+        with torch.no_grad():
+            image = module.encode_image(images, normalize=True).numpy()
+            return dict(
+                image_embed=image, text_embed=module.encode_text(ids, normalize=True).numpy()
+            )
+
+    other = f"open_clip {open_clip.__version__}"
+    return parity.prove(imported.model, imported.params, other, outputs)

@@ -1,0 +1,137 @@
+"""The evaluators by name, and how an entry of `evals` in a config becomes an evaluator.
+
+An entry is `dict(kind="zeroshot", ...)`: the kind names a class, and the other keys are the options of that class. A
+kind is one of `KINDS`, or `module:Class` of a module that Python finds (examples/evaluator has one).
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from grain_jax import config as config_lib
+from grain_jax.config.keys import OpenGroup, key
+from grain_jax.core import errors, named
+from grain_jax.evaluate.base import Evaluator
+
+# Each class holds its options, its flags, its rows of the table and its measurement. A config imports it, so it imports
+# the libraries that compute only when it measures.
+KINDS = {
+    "zeroshot": "grain_jax.evaluate.zeroshot:ZeroShot",
+    "linear_probe": "grain_jax.evaluate.linear_probe:LinearProbe",
+    "retrieval": "grain_jax.evaluate.retrieval:Retrieval",
+    "grounding": "grain_jax.evaluate.grounding:Grounding",
+    "boxes": "grain_jax.evaluate.box_classes:Boxes",
+    "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
+    "maps": "grain_jax.evaluate.maps:Maps",
+    "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
+    "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteConfig:
+    """A suite of evaluations (configs/eval.py); the entries use the other keys."""
+
+    evals: dict[str, OpenGroup] = key(help="Evaluators by name.")
+    data_dir: str = key("", "Folder of TFDS.")
+    folders: str = key("", "Folder of the datasets that TFDS does not have.")
+    descriptions: str | None = key(None, "Folder of NAME.json.")
+    templates: str | None = key(None, "File of prompts.")
+    alphas: tuple[float, ...] = key((), "Shares of the global score.")
+
+
+def find(kind: str) -> type[Evaluator]:
+    """The class of that kind: one of KINDS, or `module:Class`. Raises errors.UserError."""
+    target = named.find("evaluator", kind, KINDS)
+    cls = named.find("evaluator", target, {}) if isinstance(target, str) else target
+    if not (isinstance(cls, type) and issubclass(cls, Evaluator)):
+        raise errors.UserError(
+            f"evaluator {kind!r}: expected a subclass of {Evaluator.__module__}.Evaluator"
+        )
+    if inspect.isabstract(cls):
+        lacks = ", ".join(sorted(cls.__abstractmethods__))
+        raise errors.UserError(f"evaluator {kind!r}: has no {lacks}; expected check and evaluate")
+    return cls
+
+
+def from_entry(entry: Any, path: str = "evaluator") -> Evaluator:
+    """The evaluator of an entry, checked. Raises UserError with a line for each fault; `path` is its key."""
+    entry = entry.to_dict() if hasattr(entry, "to_dict") else entry
+    kind = entry.get("kind") if isinstance(entry, Mapping) else None
+    if not isinstance(kind, str):
+        known = ", ".join(KINDS)
+        raise config_lib.ConfigError(
+            f"{path}: got {kind if kind else entry!r}, expected a group with kind: one of {known}, or module:Class"
+        )
+    try:
+        cls = find(kind)
+    except errors.UserError as error:
+        raise config_lib.ConfigError(f"{path}.kind: {error}") from None
+    evaluator = config_lib.build(cls, entry, path)
+    config_lib.raise_faults([f"{path}.{fault}" for fault in evaluator.faults()])
+    return evaluator
+
+
+def from_entries(
+    entries: Mapping[str, Any], model: config_lib.Model | None = None
+) -> dict[str, Evaluator]:
+    """The evaluators of `evals`, by name.
+
+    Args:
+      entries: `evals` of a config that the user passed to a command: their modules are imported.
+      model: the model that they will measure, if it is known.
+
+    Raises:
+      ConfigError: an entry is wrong, or needs what the model lacks; a line for each fault.
+    """
+    evaluators, faults = {}, []
+    for name, entry in entries.items():
+        path = f"evals.{name}"
+        try:
+            with named.importing():
+                evaluators[name] = from_entry(entry, path)
+        except errors.UserError as error:
+            faults += str(error).splitlines()
+            continue
+        if model is not None:
+            faults += [f"{path}.{line}" for line in _misses(evaluators[name], model)]
+    config_lib.raise_faults(faults)
+    return evaluators
+
+
+def _misses(evaluator: Evaluator, model: config_lib.Model) -> list[str]:
+    """What the model lacks: lines that begin with an option."""
+    boxes = evaluator.kind == "boxes" and model.boxes.kind != "none"
+    lines = evaluator.misses(model)
+    if evaluator.needs_regions and model.decoder is None and not boxes:
+        lines.append(
+            f"kind: got {evaluator.kind}, which needs regions, but model.decoder is None; take out the entry, or set"
+            " alphas=(1.0,) in one of kind=zeroshot"
+        )
+    return lines
+
+
+def suite_from_dict(value: Any) -> dict[str, Evaluator]:
+    """The evaluators of a suite, a plain dict or a ConfigDict, by name. Raises ConfigError."""
+    return from_entries(config_lib.build(SuiteConfig, value).evals)
+
+
+def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:
+    """An entry for `evals` of a config file, with all options of its kind, so that the command line can set them.
+
+    Args:
+      kind: one of KINDS, or `module:Class`.
+      images: class folders, or the folder that the paths of the annotations start from.
+      **options: the other options of that class; None leaves the default.
+
+    Raises:
+      errors.UserError: there is no such kind.
+    """
+    from grain_jax.config import recipe  # ml_collections, which only config files need
+
+    with named.importing():  # a config file is code of the user
+        cls = find(kind)
+    entry = dict(recipe.defaults(cls).items(preserve_field_references=True))
+    set_here = {name: value for name, value in options.items() if value is not None}
+    return entry | dict(kind=kind, images=images) | set_here

@@ -1,0 +1,184 @@
+"""What a run writes after its steps: metrics, evaluations and checkpoints."""
+
+import contextlib
+import functools
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from grain_jax import config as config_lib
+from grain_jax import inference
+from grain_jax.core import atomic, errors, low_rank
+from grain_jax.evaluate import encode, tables
+from grain_jax.evaluate.base import Context, Evaluator
+from grain_jax.input_pipeline import derived, sources, tokenizer
+from grain_jax.models import grain, lora
+from grain_jax.runtime import processes
+from grain_jax.train import flops, forward, metrics_writer, schedule, train_step
+from grain_jax.train.set_up import SetUp
+
+
+class Journal:
+    """What a run writes after its steps: metrics, evaluations, checkpoints.
+
+    All processes have one; the first alone has a metrics writer.
+
+    Attributes:
+      results: numbers of the last evaluation; {} before the first.
+    """
+
+    def __init__(self, run: SetUp, workdir: epath.Path, checkpoints, state: train_step.TrainState):
+        config, start_step = run.config, int(state.step)
+        self.results: dict[str, float] = {}
+        self._run, self._config, self._workdir = run, config, workdir
+        self._checkpoints, terms = checkpoints, run.terms
+        self._terms = [term.metric for term in terms]
+        self._last_good_step, self._last_save = start_step, time.monotonic()
+        self._log = None
+        if jax.process_index() == 0:
+            atomic.write_text(workdir / "config.json", config_lib.to_json(config))
+            tokenizer.keep_copy(config.model.text, workdir)
+            peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
+            self._log = metrics_writer.MetricsWriter(
+                workdir,
+                start_step,
+                run.total_steps,
+                config.batch_size,
+                peak_flops=peak and peak * jax.device_count(),
+                flops_per_image=flops.per_image(config).train,
+                config=config,
+                terms={term.metric: term.short for term in terms},
+            )
+        self._text_counts = metrics_writer.TextCounts(
+            last_text_counts(state, self._lines()), config.text.max_dropped_share
+        )
+        self._advice = functools.cache(functools.partial(row_advice, config, run.source))
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress line; of several processes, the first does."""
+        if self._log:
+            self._log.say(text)
+
+    def say_what_runs(self, state: train_step.TrainState) -> None:
+        """Prints the devices, the mesh, the size of the model and of the run."""
+        run, start_step = self._run, int(state.step)
+        if run.derived_from:
+            self.say(run.derived_from)
+        millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
+        self.say(
+            f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)},"
+            f" {millions:.1f}M parameters{self._of_factors(state)}, {run.total_steps} steps of {self._config.batch_size} images"
+            + (f", resumed at step {start_step}" if start_step else "")
+        )
+
+    def _of_factors(self, state: train_step.TrainState) -> str:
+        """How many parameters are factors of LoRA, in words; "" without."""
+        named = grain.flat(state.params).items()
+        count = sum(x.size for name, x in named if name.endswith((low_rank.A, low_rank.B)))
+        return f" ({count / 1e6:.2f}M of LoRA)" if count else ""
+
+    def pause(self) -> contextlib.AbstractContextManager:
+        """What happens inside is left out of the rates."""
+        return self._log.pause() if self._log else contextlib.nullcontext()
+
+    def minutes_are_over(self, minutes: float) -> bool:
+        """Whether the last save is so many minutes ago, by the first process's clock; a collective."""
+        return processes.of_first(lambda: time.monotonic() - self._last_save > 60 * minutes)
+
+    def after_step(self, step: int, due: schedule.Due, state, metrics, batches, watch) -> None:
+        """Logs, evaluates and saves what is due.
+
+        Raises:
+          NotFinite: a loss or the gradient is not finite; such a state is never saved.
+          TextsLost: too many texts do not fit into their rows.
+        """
+        if not (due.logs or due.saves):
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        metrics_writer.check_finite(values, self._last_good_step, step, self._terms)
+        self._last_good_step = step
+        if due.logs:
+            values |= self._text_counts.add(values)
+        if self._log and due.logs:
+            values |= self._log.rates(step, batches.wait_seconds, batches.wait_steps)
+            self._log.progress(step, values)
+        if due.evaluates:
+            with watch.pause(), self.pause():
+                self.results = evaluate_all(self._config, self._run.evals, state, self._workdir)
+            values |= self.results
+            if self.results and schedule.best_is_evaluated(self._config):
+                schedule.check_best_metric(self._config, self.results)
+        if self._log and due.logs:
+            # Before the save: what is restored has its lines.
+            with watch.doing("writing metrics.jsonl"):
+                self._log.write(step, values)
+        if due.logs and (warning := self._text_counts.check(step, self._advice)):
+            self.say(warning)
+        if due.saves:
+            with watch.doing("saving a checkpoint"):
+                self._save(state, values)
+
+    def _save(self, state: train_step.TrainState, values: Mapping[str, float]) -> None:
+        if self._log:
+            self._log.flush()
+        best = schedule.best_metric(self._config, values)
+        self._checkpoints.save(state, best, self._run.data)
+        self._last_save = time.monotonic()
+
+    def _lines(self) -> list[str]:
+        return self._log.lines() if self._log else []
+
+    def close(self) -> None:
+        """Ends the metrics' files."""
+        if self._log:
+            self._log.close()
+
+
+def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict[str, float]:
+    """`metrics_writer.TextCounts.NAMES` at the last line of the first process, or in `state` where there is none."""
+    names = metrics_writer.TextCounts.NAMES
+    counts = (state.text_counts[0], state.texts_dropped, state.text_counts[1])
+    of_state: dict[str, float] = {name: int(count) for name, count in zip(names, counts)}
+    last = json.loads(lines[-1]) if lines else {}
+    known = all(isinstance(last.get(n), (int, float)) and math.isfinite(last[n]) for n in names)
+    return processes.of_first(lambda: {n: last[n] for n in names} if known else of_state)
+
+
+def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
+    """What to set where too many texts do not fit: rows by the lengths of the data set's texts."""
+    group, rows = config.text_layout
+    enough = derived.rows_of(config, group, source.text_lengths(config))[0]
+    return (
+        f"set --config.text.pack_rows={max(enough, rows + 1)} (got {rows}, for groups of {group})"
+    )
+
+
+def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
+    """The state's model (the average where one is kept) for evaluation, whole on every process; factors are folded in."""
+    params = forward.without_terms(state.ema_params or state.params)
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    return inference.Predictor(config.model, lora.merged(params, config.optim.lora))
+
+
+def evaluate_all(
+    config: config_lib.Config,
+    evals: Mapping[str, Evaluator],
+    state: train_step.TrainState,
+    workdir: epath.Path,
+) -> dict[str, float]:
+    """The numbers of the evaluators `evals`; the processes share the images, and all get the numbers."""
+    results, step = {}, int(state.step)
+    with errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER):
+        predictor = make_predictor(config, state)
+        for name, entry in evals.items():
+            state_path = workdir / "diagnostics" / f"{name}.json"
+            context = Context(encode.BATCH_SIZE, state_path, step)
+            numbers = tables.scalars(entry.evaluate(predictor, context))
+            results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
+    return results
