@@ -1,10 +1,7 @@
 """The folder of a job: settings that agree, files that are written whole, shards that are done, faults."""
 
-import threading
-
 import pytest
 
-from grain_jax.core import progress
 from grain_jax.data import job
 
 
@@ -59,19 +56,3 @@ def test_faults_are_counted_and_limited(capsys):
     ):
         with pytest.raises(job.JobError, match=line):
             job.check_faults("failed.jsonl", {}, **(counts | change))
-
-
-def test_progress_counts_what_other_processes_have_done(monkeypatch):
-    added, counts, seen = [], iter([2, 2, 5]), threading.Event()
-
-    def count():
-        number = next(counts, None)
-        if number is None:
-            seen.set()
-        return number or 5
-
-    monkeypatch.setattr(job, "_SECONDS_BETWEEN_LOOKS", 0.001)
-    monkeypatch.setattr(progress.Counter, "text", lambda self, *_: added.append(self.done) or "")
-    with job.watched("shards", 8, count):
-        assert seen.wait(10)
-    assert added == [2, 5]

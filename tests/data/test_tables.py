@@ -178,20 +178,6 @@ def test_splits_and_rows_of_an_image_that_are_apart(tmp_path):
         sources.shards("csv", options(tmp_path, tmp_path / "t.csv"), {"boxes": "a,b,c,d"})
 
 
-def test_rows_of_boxes_and_captions(tmp_path):
-    rows = ["image,caption,x1,y1,x2,y2,phrase", "a.jpg,one,,,,,", "a.jpg,two,1,2,9,9,a wing"]
-    (tmp_path / "b.csv").write_text("\ufeff" + "\n".join([*rows, "b.jpg,,,,,,"]))
-    test_sources.write_pictures(tmp_path / "images", "{:05d}.jpg")
-    for name in "ab":
-        (tmp_path / f"images/{name}.jpg").write_bytes(encoded(0))
-    own_options = {"boxes": "x1,y1,x2,y2", "descriptions": "phrase"}
-    (shard,) = sources.shards("csv", options(tmp_path, tmp_path / "b.csv"), own_options)
-    first, second = sources.read(shard)
-    assert first.captions == ("one", "two") and second.captions == ()
-    assert [region.box_xyxy for region in first.regions] == [(1, 2, 9, 9)]
-    assert not second.regions
-
-
 def run_build(folder, capsys, *flags):
     """(status, lines on stderr) of a build of the flags, with images in FOLDER/images."""
     arguments = [f"--images={folder / 'images'}", f"--output={folder / 'out'}", "--name=x"]

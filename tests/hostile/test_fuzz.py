@@ -214,12 +214,10 @@ def test_damaged_input_is_read_or_refused_in_plain_lines(good, kind, cases):
     assert len(refused) < cases and (refused or kind == "lines")
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_no_mutated_image_is_accepted_that_training_refuses(kind):
+def test_no_mutated_image_is_accepted_that_training_refuses():
     original, accepted, rescued = example.Encoding("original"), 0, 0
-    seeds = [image_files.encode(kind), image_files.encode(kind, (61, 47))]
     for number in range(200):
-        encoded = image_files.mutate(seeds[number % 2], number)
+        encoded = image_files.mutate(image_files.encode("PNG"), number)
         try:
             picture = images.decode_image(encoded)
         except images.ImageError:
@@ -230,4 +228,4 @@ def test_no_mutated_image_is_accepted_that_training_refuses(kind):
         accepted, rescued = accepted + 1, rescued + anew
         assert (stored == encoded) != anew
     assert accepted > 20
-    assert rescued > 10 or kind == "JPEG"
+    assert rescued > 10

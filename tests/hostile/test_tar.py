@@ -5,7 +5,6 @@ import tarfile
 
 import pytest
 
-from grain_jax.core import image_bounds
 from grain_jax.data import sources
 from grain_jax.data.annotate import __main__ as command
 from tests.hostile import image_files
@@ -31,7 +30,7 @@ KEPT = ("00000/good.png", None)
 ROWS = [
     ("a text of 2 MB", member("x.png", PNG) + member("x.txt", b"a" * (2 << 20)), [("00000/x.png", "too large"), KEPT]),
     ("65 files and a picture", member("x.png", PNG) + b"".join(member(f"x.{i:02}") for i in range(65)), [("00000/x.png", "too large"), KEPT]),
-    ("out of the folder", member("../../x.png", PNG), [("00000/../../x", "bad annotation"), KEPT]),
+    ("out of the folder", member("../../x.png", PNG), [("00000/../../x.png", "bad annotation"), KEPT]),
     ("an absolute path", member("/etc/x.png", PNG), [("00000//etc/x.png", None), KEPT]),
     ("control characters", member("\x1b[2Jx.png", PNG), [("00000/\x1b[2Jx.png", "bad annotation"), KEPT]),
     ("a link", member("x.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), [KEPT]),
@@ -51,15 +50,6 @@ def test_a_tar(tmp_path, name, content, expected):
         for item in sources.read(shard)
     ]
     assert images == expected
-
-
-def test_a_picture_beyond_the_bound_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_bounds, "MAX_BYTES", len(PNG))
-    content = member("x.png", PNG + b"x") + member("x.txt", b"A wren.") + AFTER + END
-    (tmp_path / "00000.tar").write_bytes(content)
-    (shard,) = sources.shards("webdataset", sources.Options(str(tmp_path)))
-    large, good = sources.read(shard)
-    assert large.cause == "too large" and good.image == "00000/good.png"
 
 
 def test_a_job_writes_below_its_output_alone(tmp_path, capfd):
