@@ -102,8 +102,8 @@ class Build(Stored, name="build"):
     what is left out:
       --max-faults SHARE       leave faulty lines out, up to this share of all lines, 0 to 1
       --holdout SHARE          hold out this share of the images, 0 to 1, as the split validation
-      --exclude-duplicates-of SET_DIR [SET_DIR ...]  leave out images that these TFDS datasets have, in any size or
-        compression
+      --exclude-duplicates-of SET_DIR [SET_DIR ...]  leave out images that these datasets of grain-jax build have, in
+        any size or compression
 
     speed:
       --workers N              processes (default: one per core; none for small datasets)

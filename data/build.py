@@ -138,9 +138,7 @@ def _build(
         surveyed.add(image)
     _check_faults(surveyed, args, target)
     excluded = args.exclude_duplicates_of
-    divided = survey.divide(
-        surveyed, holdout=args.holdout, exclude_duplicates_of=excluded, workers=workers
-    )
+    divided = survey.divide(surveyed, holdout=args.holdout, exclude_duplicates_of=excluded)
     return surveyed, divided, _write(args, surveyed, divided, target, folder)
 
 
@@ -200,7 +198,7 @@ def _write(
             "encoding": str(encoding),
             "faulty_lines": surveyed.faulty_lines,
             "boxes_clipped": counts["boxes_clipped"],
-            "duplicates_left_out": divided.left_out,
+            "duplicates_left_out": len(divided.duplicates),
         },
         negatives=has_negatives,
         files=lambda: {
@@ -211,12 +209,6 @@ def _write(
             text_lengths.FILE: lengths.encode(tokenizer.ClipTokenizer()),
         },
     )
-    if counts["stored_anew"]:
-        print(
-            f"{surveyed.name}: {counts['stored_anew']} of {len(surveyed.ids)} images stored as PNG, since"
-            " training cannot read their files",
-            file=sys.stderr,
-        )
     return num_shards
 
 

@@ -93,16 +93,6 @@ def directory(folder: epath.PathLike) -> epath.Path:
     raise base.SourceError(f"{folder}: got no dataset_info.json there, {expected}")
 
 
-def all_shards(folder: epath.PathLike) -> list[base.SourceShard]:
-    """The shards of all splits."""
-    made = Tfds()
-    return [
-        shard._replace(source="tfds")
-        for split in _builder(folder).info.splits
-        for shard in made.shards(base.Options(str(folder), split=split))
-    ]
-
-
 def _builder(folder: epath.PathLike) -> Any:
     """TFDS's builder of a set. Raises SourceError: damaged, or other classes than TFDS's, whose modules it imports."""
     where = directory(folder)
