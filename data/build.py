@@ -42,10 +42,9 @@ def default_num_shards(num_examples: int, num_bytes: int) -> int:
 
 def _default_shards(surveyed: survey.Survey, images: np.ndarray, encoding: Encoding) -> int:
     """By the size of the files, or by what photographs of the stored size take."""
-    bytes_per_pixel = 0.4 if encoding.kind == "jpeg" else 1.8
     bytes_each = surveyed.counts["image_bytes"] / len(surveyed.ids)
     if encoding.size:
-        bytes_each = encoding.size**2 * bytes_per_pixel
+        bytes_each = encoding.size**2 * (0.4 if encoding.kind == "jpeg" else 1.8)
     return default_num_shards(len(images), int(len(images) * bytes_each))
 
 
@@ -88,16 +87,11 @@ def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
 
 def _check_paths(args: Build) -> None:
     """Raises BuildError if the lines or the images are not there; a source says so of its own files."""
-    in_folder = True
-    if args.source:
-        made = sources.make(args.source, dict(args.option))
-        needs_images = getattr(made, "needs_images", True)
-        in_folder = args.images and (made.images_are_files or not needs_images)
-    elif not regular_file.is_one(args.annotations[0]):
+    if not args.source and not regular_file.is_one(args.annotations[0]):
         raise BuildError(
             f"--annotations {args.annotations[0]}: no such file, expected one JSON object a line"
         )
-    if in_folder and not epath.Path(args.images).is_dir():
+    if args.images and not epath.Path(args.images).exists():
         raise BuildError(f"--images {args.images}: no such folder, expected the images")
 
 
@@ -131,7 +125,7 @@ def _build(
     workers = args.workers or parallel.default_workers(sum(sizes) if len(shards) > 1 else 0)
     (folder / "parts").mkdir()
     prepare = functools.partial(survey.prepare, parts=str(folder / "parts"), encoding=args.stored)
-    prepared = parallel.ordered_map(prepare, enumerate(shards), workers=workers, chunk=1)
+    prepared = parallel.ordered_map(prepare, enumerate(shards), workers=workers)
     images = itertools.chain.from_iterable(prepared)
     surveyed = survey.Survey(args.source or args.annotations[0])
     for image in progress.over(images, total=sum(sizes) if known else None, what="reading"):

@@ -72,7 +72,7 @@ def _open(
     shards = annotations.of_file(path, folder, _LINES_PER_TASK)
     total = sum(shard.arguments["lines"] for shard in shards)
     workers = parallel.default_workers(total)
-    read = parallel.ordered_map(_read, shards, workers=workers, chunk=1)
+    read = parallel.ordered_map(_read, shards, workers=workers)
     return path, itertools.chain.from_iterable(read), total
 
 
@@ -98,29 +98,23 @@ def _summary(result: dict[str, Any], problem_list: list[problems.Problem]) -> st
     sizes = ", ".join(f"{size} ({n / count:.0%})" for size, n in images["sizes"])
     left_out = f" ({images['left_out']:,} left out)" if images["left_out"] else ""
     lines = [
-        f"{result['set']['path']}",
+        result["set"]["path"],
         f"images        {images['count']:,}{left_out}; {images['bytes'] / 1e6:,.1f} MB; {sizes}",
     ]
     if images["turned"]:
         lines.append(f"turned        {images['turned']:,} images {example.TURNED}")
-    for name, of_kind, extent in (
-        ("web", texts["web"], f"{texts['web']['images']:,} images have one or more"),
-        ("synthetic", texts["synthetic"], f"{texts['synthetic']['images']:,} images"),
-        ("descriptions", texts["description"], f"{regions['count'] / count:.2f} per image"),
-    ):
-        word_counts, tokens, lengths = of_kind["words"], of_kind["tokens"], ""
-        if word_counts["count"]:
-            lengths = f"; {word_counts['mean']:.1f} words, {tokens['mean']:.1f} tokens"
-            lengths += f" (99% up to {tokens['p99']})"
-        lines.append(f"{name:13} {word_counts['count']:,}; {extent}{lengths}")
+    for kind, of_kind in texts.items():
+        tokens, line = of_kind["tokens"], f"; {of_kind['images']:,} images have some"
+        if tokens["count"]:
+            line += f"; {tokens['mean']:.1f} tokens (99% up to {tokens['p99']})"
+        lines.append(f"{kind:13} {tokens['count']:,}{line}")
+    lines.append(f"regions       {regions['count']:,}; {regions['count'] / count:.2f} per image")
     lines.append(f"problems      {len(problem_list) or 'none'}")
     for problem in problem_list:
         share = f" ({problem.count / problem.total:.1%})" if problem.total else ""
         line = f"  {problem.count:>7,} {problem.what}{share}: {problem.advice}"
-        if problem.example:
-            shortened = textwrap.shorten(problem.example, 80, placeholder=" ...")
-            line += f"; e.g. {printable.plain(shortened)}"
-        lines.append(line)
+        shortened = textwrap.shorten(problem.example, 80, placeholder=" ...")
+        lines.append(f"{line}; e.g. {printable.plain(shortened)}")
     return "\n".join(lines)
 
 

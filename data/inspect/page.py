@@ -1,4 +1,4 @@
-"""inspect.html: one self-contained file with problems, numbers and a sheet of images."""
+"""inspect.html: one self-contained file with the problems and a sheet of images."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -35,7 +35,6 @@ def render(
         header=f"<style>{_STYLE}</style><h1>{_text(result['set']['path'])}</h1>",
         sections=[
             html.Section("problems", "Problems", _table(titles, rows) if rows else "None."),
-            html.Section("numbers", "Numbers", _numbers(result)),
             html.Section(
                 "images", f"{len(sample)} of {result['images']['count']:,} images", figures
             ),
@@ -53,22 +52,6 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = ("".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows)
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _numbers(result: dict[str, Any]) -> str:
-    numbers = {
-        f"{kind}: {unit}": texts[unit]
-        for kind, texts in result["texts"].items()
-        for unit in ("words", "tokens")
-    }
-    numbers |= {name: x for name, x in result["regions"].items() if name != "count"}
-    names = ("mean", "min", "median", "p99", "max")
-    rows = [
-        (name.replace("_", " "), f"{x['count']:,}", *(f"{x[key]:,.4g}" for key in names))
-        for name, x in numbers.items()
-        if x["count"]
-    ]
-    return _table(("", "count", *names), rows)
 
 
 def _figure(item: annotations.Annotation) -> str:

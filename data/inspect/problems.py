@@ -43,7 +43,7 @@ _ISSUES = {
 def find(stats: statistics.Statistics, result: dict[str, Any]) -> list[Problem]:
     """All problems; faults come first. `result` is what `stats.result` returned."""
     count_images, texts = stats.images, result["texts"]
-    totals = {kind: x["words"]["count"] for kind, x in texts.items()} | {"images": count_images}
+    totals = {kind: x["tokens"]["count"] for kind, x in texts.items()} | {"images": count_images}
     faults = sorted(name for name in stats.issues if name.startswith("fault: "))
     out = []
     for name in [*faults, *(name for name in _ISSUES if name not in faults)]:

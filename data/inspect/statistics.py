@@ -74,18 +74,13 @@ class TextStatistics:
     """What is counted about the texts of a kind."""
 
     def __init__(self):
-        self.words, self.tokens, self.copies = Numbers(), Numbers(), Copies()
+        self.tokens, self.copies = Numbers(), Copies()
         self.images = 0  # that have some
 
     def result(self) -> dict[str, Any]:
-        """The results, for statistics.json."""
-        return {
-            "images": self.images,
-            "words": self.words.result(),
-            "tokens": self.tokens.result(),
-            "copies": self.copies.result(),  # an image counts once for each different text
-            "most_frequent": self.copies.top(TOP),  # [text, images that have it]
-        }
+        """The results, for statistics.json; in `copies` an image counts once for each different text."""
+        counted = {"tokens": self.tokens.result(), "copies": self.copies.result()}
+        return {"images": self.images, **counted, "most_frequent": self.copies.top(TOP)}
 
 
 class Statistics:
@@ -99,7 +94,7 @@ class Statistics:
         self.issues: dict[str, tuple[int, str]] = {}
         self.images = self.image_bytes = self.turned = 0
         self.sizes, self.copies = Copies(), Copies()
-        self.area, self.score, self.regions, self.negatives = (Numbers() for _ in range(4))
+        self.area, self.regions = Numbers(), Numbers()
         self.texts = {kind: TextStatistics() for kind in ("web", "synthetic", "description")}
         self._tokenizer = tokenizer.ClipTokenizer()
 
@@ -146,7 +141,6 @@ class Statistics:
             if kind == "description" and plain in seen[kind]:
                 self._note("repeated description", f"{where}: {text!r}")
             seen[kind][plain] = None
-            self.texts[kind].words[len(plain.split())] += 1
             self.texts[kind].tokens[tokens] += 1
             for issue in flaws(kind, plain, tokens):
                 self._note(f"{issue} {name}", f"{where}: {text[:90]!r}")
@@ -170,8 +164,6 @@ class Statistics:
             elif area >= WHOLE:
                 self._note("whole-image box", box)
             self.area[round(1000 * area)] += 1
-            self.score[round(1000 * region.score)] += 1
-            self.negatives[len(region.negatives)] += 1
 
     def result(self, path: str, total: int) -> dict[str, Any]:
         """All numbers of the set at `path`, which claims `total` images, as JSON can hold them."""
@@ -187,11 +179,9 @@ class Statistics:
             },
             "texts": {kind: texts.result() for kind, texts in self.texts.items()},
             "regions": {
-                "count": self.score.total(),
+                "count": self.area.total(),
                 "per_image": self.regions.result(),
-                "negatives": self.negatives.result(),
                 "area_per_mille": self.area.result(),
-                "score_per_mille": self.score.result(),
             },
         }
 

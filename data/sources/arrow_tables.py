@@ -14,14 +14,12 @@ from typing import Any, ClassVar
 import msgspec
 from etils import epath
 
-from grain_jax.core import image_bounds, printable, regular_file
+from grain_jax.core import printable, regular_file
 from grain_jax.data.sources import arrow_files, base, columns, join
 
 _ROWS = 16  # that become Python's values at a time
 _PNG = b"\x89PNG"
 _NOTE = b"huggingface"  # the metadata in which `datasets` keeps the types of columns
-_MAX_TEXT = 8 << 20  # bytes of a text of Parquet's footer; read, it takes thirty times as much
-_MAX_GROUPS = 1 << 12  # of rows; and columns, which pyarrow nests as deep as they say
 
 
 class _DataFile(msgspec.Struct):
@@ -54,8 +52,8 @@ class _Tables(columns.TableOptions):
     def _schema(self, reader: Any) -> Any:
         return reader.schema
 
-    def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
-        """Parts of a file: the arguments of its shards, with the number of the first row."""
+    def _groups(self, reader: Any, together: bool) -> list[dict[str, Any]]:
+        """The arguments of a file's shards (one: `together`), with the number of the first row."""
         return [{"first_row": 0}]
 
     def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
@@ -75,8 +73,7 @@ class _Tables(columns.TableOptions):
                     got = f"{path}: got a box per row in several files"
                     raise base.SourceError(f"{got}, expected one file")
                 # Rows of an image may lie in two groups.
-                size = 1 << 62 if named.row_is_box else options.shard_size
-                parts = self._groups(reader, size)
+                parts = self._groups(reader, together=named.row_is_box)
             # If there are several files, names of images begin with the file's.
             name = f"{index:05d}-{path.stem}" if stems.count(path.stem) > 1 else path.stem
             shared = {
@@ -168,7 +165,7 @@ class HfDataset(_Tables):
 
 
 class Parquet(_Tables):
-    """Images of the rows of Parquet files; a shard is some groups of rows of a file.
+    """Images of the rows of Parquet files; a shard is a group of rows of a file.
 
     --annotations are the files, or a folder of them.
     """
@@ -185,34 +182,24 @@ class Parquet(_Tables):
                 begins = (f"{options.split}-", f"{options.split}.")
                 inside = [x for x in inside if path.is_dir() and x.name.startswith(begins)]
             if not inside:
-                of_split = f" of --split {options.split}" if options.split else ""
-                raise base.SourceError(f"{path}: got no .parquet file{of_split}, expected some")
+                raise base.SourceError(f"{path}: got no .parquet file of --split {options.split!r}")
             files += inside
         return files
 
     def _reader(self, file: Any) -> Any:
-        return arrow_files.pyarrow().parquet.ParquetFile(
-            file,
-            page_checksum_verification=True,
-            thrift_string_size_limit=_MAX_TEXT,
-            thrift_container_size_limit=_MAX_GROUPS,
-        )
+        return arrow_files.pyarrow().parquet.ParquetFile(file, page_checksum_verification=True)
 
     def _schema(self, reader: Any) -> Any:
         return reader.schema_arrow
 
-    def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
-        """Groups of rows that follow each other, with at least `shard_size` rows."""
-        parts = []
-        for group in range(reader.num_row_groups):
-            rows = reader.metadata.row_group(group).num_rows
-            if parts and parts[-1]["rows"] < shard_size:
-                parts[-1]["groups"].append(group)
-                parts[-1]["rows"] += rows
-            else:
-                first = parts[-1]["first_row"] + parts[-1]["rows"] if parts else 0
-                parts.append({"groups": [group], "first_row": first, "rows": rows})
-        return parts
+    def _groups(self, reader: Any, together: bool) -> list[dict[str, Any]]:
+        counts = [reader.metadata.row_group(x).num_rows for x in range(reader.num_row_groups)]
+        if together:
+            return [{"groups": list(range(len(counts))), "first_row": 0, "rows": sum(counts)}]
+        return [
+            {"groups": [group], "first_row": sum(counts[:group]), "rows": rows}
+            for group, rows in enumerate(counts)
+        ]
 
     def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
         metadata, groups = reader.metadata, arguments["groups"]
@@ -245,14 +232,14 @@ def _with_image(
     both = image if isinstance(image, Mapping) else {"bytes" if is_bytes else "path": image}
     path, encoded = both.get("path"), both.get("bytes")
     if not isinstance(encoded, bytes | None) or not isinstance(path, str | None):
-        expected = "got an image of other types, expected bytes and a path"
-        return base.Fault(where, "bad annotation", expected, where)
+        encoded = path = None
     if encoded is None:
         if not path:
-            got = "got neither bytes nor a path, expected an image"
-            return base.Fault(where, "no image", got, where)
+            return base.Fault(
+                where, "no image", "expected the bytes of an image or its path", where
+            )
         if not arguments["images"]:
-            got = f"got the path {path[:200]!r} and no --images, expected the folder of the images"
+            got = f"got a path and no --images, expected the folder of {path:.200}"
             return base.Fault(where, "no such file", got, where)
         return join.load(annotation._replace(image=path), arguments["images"])
     row = int(where.rpartition(" ")[2])
@@ -263,7 +250,4 @@ def _with_image(
         name = f"{row:09d}/{name}"
     seen.add(name)
     name = arguments["prefix"] + name
-    if len(encoded) > image_bounds.MAX_BYTES:
-        got = f"got {len(encoded):,} bytes, expected at most {image_bounds.MAX_BYTES:,}"
-        return base.Fault(name, "too large", got, where)
     return join.join(annotation._replace(image=name, encoded=encoded))

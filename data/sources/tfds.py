@@ -32,8 +32,7 @@ class Tfds:
         features = builder.info.features
         known = features if isinstance(features, tfds.features.FeaturesDict) else {}
         if not ("image" in known and isinstance(known["image"], tfds.features.Image)):
-            got = ", ".join(known) or type(features).__name__
-            raise base.SourceError(f"{options.images}: has {got}, expected a feature image")
+            raise base.SourceError(f"{options.images}: has {features}, expected a feature image")
         total, size = builder.info.splits[split].num_examples, options.shard_size
         shared = {"directory": str(builder.data_dir), "split": split}
         return [
@@ -63,13 +62,7 @@ class Tfds:
         try:
             for index, example in enumerate(tfds.as_numpy(examples), start):
                 ending = "png" if example["image"].startswith(b"\x89PNG") else "jpg"
-                image = f"{split}/{index:09d}.{ending}"
-                try:
-                    annotation = _annotation(image, example)
-                except (TypeError, ValueError, AttributeError) as error:  # features of other types
-                    yield base.Fault(image, "bad annotation", f"{type(error).__name__}: {error}")
-                else:
-                    yield join.join(annotation)
+                yield join.join(_annotation(f"{split}/{index:09d}.{ending}", example))
         except (
             tf.errors.DataLossError,
             tf.errors.InvalidArgumentError,

@@ -118,19 +118,6 @@ def test_exact_annotations_and_the_rate_of_misses(drawn):
     assert len(_regions(drawn, misses=0.3)) / len(regions) == pytest.approx(0.7, abs=0.03)
 
 
-def test_web_captions_name_the_species_at_the_asked_rates(drawn, aviary):
-    noise = Noise(wrong_names=0.2, missing_names=0.1)
-    names = {species.name for species in aviary.training}
-    annotated = []
-    for species, picture, key in drawn:
-        for turn in range(20):
-            arguments = species, aviary.training[:5], picture, f"{key}/{turn}", noise
-            named = names & _words(annotations.web_caption(*arguments))
-            annotated.append(named == {species.name} if named else "missing")
-    assert annotated.count("missing") / len(annotated) == pytest.approx(0.1, abs=0.02)
-    assert annotated.count(False) / len(annotated) == pytest.approx(0.2, abs=0.03)
-
-
 def test_negatives_are_never_true_of_the_bird(drawn, aviary):
     taken = 0
     for species, picture, key in drawn:

@@ -357,7 +357,6 @@ def test_reads_its_public_format(source, tmp_path):
     assert shards == sources.shards(source, sample)  # stable over runs
     names = [shard.name for shard in shards]
     assert names == sorted(set(names)) and not any("/" in name for name in names)
-    assert json.loads(json.dumps(shards)) == [list(shard) for shard in shards]
     pictures = [picture for shard in shards for picture in sources.read(shard)]
     assert all(isinstance(picture, sources.Image) for picture in pictures), pictures
     assert len({picture.image for picture in pictures}) == len(pictures) == COUNT
@@ -506,7 +505,6 @@ class Numbers(staged.ListedSource):
     "cls, texts, line",
     [
         ("Numbers", {"conut": "3"}, "--option conut of data source '{}': no such key; did you mean count?"),
-        ("Numbers", {"count": "3.5"}, "Expected `int`, got `str` - at `$.count`"),
         ("Numbers", {"count": "-1"}, "data source '{}': count: got -1, expected at least 0"),
         ("boxes", {}, "has no shards, expected a class as data/sources/base.py"),
     ],

@@ -31,13 +31,11 @@ ROWS = [
     ("a text of 2 MB", member("x.png", PNG) + member("x.txt", b"a" * (2 << 20)), [("00000/x.png", "too large"), KEPT]),
     ("65 files and a picture", member("x.png", PNG) + b"".join(member(f"x.{i:02}") for i in range(65)), [("00000/x.png", "too large"), KEPT]),
     ("out of the folder", member("../../x.png", PNG), [("00000/../../x.png", "bad annotation"), KEPT]),
-    ("an absolute path", member("/etc/x.png", PNG), [("00000//etc/x.png", None), KEPT]),
     ("control characters", member("\x1b[2Jx.png", PNG), [("00000/\x1b[2Jx.png", "bad annotation"), KEPT]),
     ("a link", member("x.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), [KEPT]),
     ("a name twice", member("x.png", PNG) + member("y.png", PNG) + member("x.png", PNG), [("00000/x.png", None), ("00000/y.png", None), ("00000/x.png", "bad annotation"), KEPT]),
     ("1 TB declared", member("x.png", PNG, size=1 << 40), [("00000.tar", "damaged shard")]),
     ("a PAX header of 2 MB", member("pax", b"a" * (2 << 20), type=tarfile.XHDTYPE), [("00000.tar", "damaged shard")]),
-    ("5000 headers of headers", member("p", b"6 a=b\n", type=tarfile.XHDTYPE) * 5000, [("00000.tar", "damaged shard")]),
 ]  # fmt: skip
 
 
