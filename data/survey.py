@@ -70,7 +70,6 @@ def prepare(
             file.write(content)
             counts = {
                 "image_bytes": len(annotation.encoded),
-                "without_caption": not (annotation.captions or annotation.synthetic_caption),
                 "boxes_clipped": checked.boxes_clipped,
                 "regions": len(annotation.regions),
                 "negatives": sum(len(region.negatives) for region in annotation.regions),
@@ -179,19 +178,18 @@ class Survey:
         """One line about all that was left out or changed."""
         more = len(self.faults) - MOST_PRINTED
         shown = f", {more} of them not shown" if more > 0 else ""
-        count = f"{len(self.faults)} faults{shown}"
         keys = ", ".join(
             f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
         )
-        parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({count})"]
-        for name, message in (
-            ("left_out", "{left_out} regions left out"),
-            ("without_caption", "{without_caption} images without a caption, with regions alone"),
-            ("boxes_clipped", "{boxes_clipped} of {regions} boxes clipped to their image"),
-        ):
-            parts += [message.format(**self.counts)] if self.counts[name] else []
-        parts += [f"unknown keys kept out: {keys}"] if keys else []
-        return f"{self.name}: " + "; ".join(parts)
+        count = self.counts
+        parts = [
+            f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults{shown})",
+            count["left_out"] and f"{count['left_out']} regions left out",
+            count["boxes_clipped"]
+            and f"{count['boxes_clipped']} of {count['regions']} boxes clipped to their image",
+            keys and f"unknown keys kept out: {keys}",
+        ]
+        return f"{self.name}: " + "; ".join(filter(None, parts))
 
     def write_faults(self, path: epath.Path) -> None:
         """One JSON object per fault: where, fault."""

@@ -15,7 +15,7 @@ import msgspec
 from etils import epath
 
 from grain_jax.core import printable, regular_file
-from grain_jax.data.sources import arrow_files, base, columns, join
+from grain_jax.data.sources import base, columns, join
 
 _ROWS = 16  # that become Python's values at a time
 _PNG = b"\x89PNG"
@@ -32,6 +32,19 @@ class _State(msgspec.Struct):
 
 class _Splits(msgspec.Struct):
     splits: list[str]
+
+
+def pyarrow() -> Any:
+    """The package pyarrow, with `fs` and `parquet`. Raises SourceError if it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.fs
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise base.SourceError(
+            f"Parquet files need {error.name}, which is not installed; to get it: pip install 'grain_jax[embed]'"
+        ) from None
+    return pyarrow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +65,8 @@ class _Tables(columns.TableOptions):
     def _schema(self, reader: Any) -> Any:
         return reader.schema
 
-    def _groups(self, reader: Any, together: bool) -> list[dict[str, Any]]:
-        """The arguments of a file's shards (one: `together`), with the number of the first row."""
+    def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
+        """Parts of a file: the arguments of its shards, with the number of the first row."""
         return [{"first_row": 0}]
 
     def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
@@ -73,7 +86,8 @@ class _Tables(columns.TableOptions):
                     got = f"{path}: got a box per row in several files"
                     raise base.SourceError(f"{got}, expected one file")
                 # Rows of an image may lie in two groups.
-                parts = self._groups(reader, together=named.row_is_box)
+                size = 1 << 62 if named.row_is_box else options.shard_size
+                parts = self._groups(reader, size)
             # If there are several files, names of images begin with the file's.
             name = f"{index:05d}-{path.stem}" if stems.count(path.stem) > 1 else path.stem
             shared = {
@@ -91,7 +105,7 @@ class _Tables(columns.TableOptions):
     @contextlib.contextmanager
     def _opened(self, path: epath.PathLike) -> Iterator[Any]:
         """What reads a file, local or in an object store. Raises SourceError: anything fails inside."""
-        pa = arrow_files.pyarrow()
+        pa = pyarrow()
         try:
             with contextlib.ExitStack() as stack:
                 if "://" in str(path):
@@ -113,7 +127,7 @@ class _Tables(columns.TableOptions):
         with self._opened(arguments["file"]) as reader:
             schema = self._schema(reader)
             named = self.named(arguments["file"], schema.names, options)
-            if not named.names and "labels" in named.paths:
+            if "labels" in named.paths:
                 names = _label_names(schema, named.paths["labels"][0], arguments["file"])
                 named = named._replace(names=names)
             rows = self._rows(self._batches(reader, named.columns, arguments), arguments)
@@ -155,7 +169,7 @@ class HfDataset(_Tables):
         return [regular_file.below(folder, x.filename, where) for x in state.data_files]
 
     def _reader(self, file: Any) -> Any:
-        return arrow_files.pyarrow().ipc.open_stream(file)
+        return pyarrow().ipc.open_stream(file)
 
     def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
         for batch in reader:
@@ -165,7 +179,7 @@ class HfDataset(_Tables):
 
 
 class Parquet(_Tables):
-    """Images of the rows of Parquet files; a shard is a group of rows of a file.
+    """Images of the rows of Parquet files; a shard is some groups of rows of a file.
 
     --annotations are the files, or a folder of them.
     """
@@ -187,26 +201,30 @@ class Parquet(_Tables):
         return files
 
     def _reader(self, file: Any) -> Any:
-        return arrow_files.pyarrow().parquet.ParquetFile(file, page_checksum_verification=True)
+        return pyarrow().parquet.ParquetFile(file, page_checksum_verification=True)
 
     def _schema(self, reader: Any) -> Any:
         return reader.schema_arrow
 
-    def _groups(self, reader: Any, together: bool) -> list[dict[str, Any]]:
-        counts = [reader.metadata.row_group(x).num_rows for x in range(reader.num_row_groups)]
-        if together:
-            return [{"groups": list(range(len(counts))), "first_row": 0, "rows": sum(counts)}]
-        return [
-            {"groups": [group], "first_row": sum(counts[:group]), "rows": rows}
-            for group, rows in enumerate(counts)
-        ]
+    def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
+        """Groups of rows that follow each other, with at least `shard_size` rows."""
+        parts = []
+        for group in range(reader.num_row_groups):
+            rows = reader.metadata.row_group(group).num_rows
+            if parts and parts[-1]["rows"] < shard_size:
+                parts[-1]["groups"].append(group)
+                parts[-1]["rows"] += rows
+            else:
+                first = parts[-1]["first_row"] + parts[-1]["rows"] if parts else 0
+                parts.append({"groups": [group], "first_row": first, "rows": rows})
+        return parts
 
     def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
         metadata, groups = reader.metadata, arguments["groups"]
         if max(groups) >= metadata.num_row_groups or any(
             metadata.row_group(group).num_columns != metadata.num_columns for group in groups
         ):  # pyarrow would end the process
-            raise arrow_files.pyarrow().ArrowInvalid("other groups of rows")
+            raise pyarrow().ArrowInvalid("other groups of rows")
         return reader.iter_batches(_ROWS, groups, names)
 
 

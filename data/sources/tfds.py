@@ -63,11 +63,7 @@ class Tfds:
             for index, example in enumerate(tfds.as_numpy(examples), start):
                 ending = "png" if example["image"].startswith(b"\x89PNG") else "jpg"
                 yield join.join(_annotation(f"{split}/{index:09d}.{ending}", example))
-        except (
-            tf.errors.DataLossError,
-            tf.errors.InvalidArgumentError,
-            tf.errors.NotFoundError,
-        ) as error:
+        except tf.errors.OpError as error:
             reason = error.message.splitlines()[0][:200]
             detail = f"{reason}; what follows it in this part is lost"
             yield base.Fault(f"{split}/{index:09d}", "damaged shard", detail)

@@ -20,7 +20,6 @@ from grain_jax.core import image_bounds, regular_file
 from grain_jax.data.sources import base, join
 
 _MAX_PART = 255  # bytes of a part of a name: no file system takes more
-_MAX_FILES = 64  # per sample
 _UNWANTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, half surrogates
 _HEADERS = (  # members that are part of the next one's header, read whole
     tarfile.GNUTYPE_LONGNAME,
@@ -75,8 +74,8 @@ class WebDataset:
             return base.Fault(image, "bad annotation", fault)
         seen.add(image)
         if None in files.values():
-            bounds = image_bounds.MAX_BYTES, base.MAX_TEXT, _MAX_FILES
-            expected = "expected a sample of at most {:,} bytes, {:,} of a text, {} files"
+            bounds = image_bounds.MAX_BYTES, base.MAX_TEXT
+            expected = "expected an image of at most {:,} bytes, and {:,} of a text"
             return base.Fault(image, "too large", expected.format(*bounds))
         try:
             annotation = self.entry(image, files)
@@ -189,8 +188,6 @@ def _samples(path: epath.Path, prefix: str) -> Iterator[tuple[str, dict[str, Any
                     most = base.MAX_TEXT if ending in ("txt", "json") else 0
                     if _is_image(ending) and not any(map(_is_image, files)):
                         most = image_bounds.MAX_BYTES
-                    if len(files) == _MAX_FILES:
-                        ending, most = max(files), -1  # one of them says that there are too many
                     files[ending] = b""
                     if most:
                         fits = 0 <= member.size <= most

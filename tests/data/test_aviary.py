@@ -219,20 +219,6 @@ def test_records_that_another_process_exchanges_are_left_alone(tmp_path, monkeyp
     assert f"{target}: in use by process {os.getpid()} on " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--misses", "1.5"], "--misses: got '1.5', expected a number in 0.0..1.0"),
-        (["--wrong-names", "0.8", "--missing-names", "0.3"], "expected at most 1"),
-    ],
-)
-def test_wrong_usage_is_one_line_and_status_2(tmp_path, capsys, arguments, message):
-    output = ["--output", str(tmp_path / "x")] if arguments else []
-    assert main([*output, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
-
-
 def test_an_image_stays_the_same_to_the_bit(aviary):
     before = hashlib.sha256(_draw(aviary.training[0]).image.tobytes()).hexdigest()
     assert before == "10820c9d88156247932d23ea204aa1ccdba16005825349c441aee241c4ed0fbf"

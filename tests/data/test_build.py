@@ -143,29 +143,6 @@ def test_boxes_are_clipped_and_unknown_keys_counted(tmp_path, capsys):
     np.testing.assert_allclose(examples["id0"]["regions"]["bbox"], [[0.25, 0, 1, 0.5]])
 
 
-def test_negatives_are_stored_where_a_set_has_some(tmp_path):
-    lines = record_sets.write_annotations(tmp_path / "in", 4)
-    expected = {f"id{n}": [[] for _ in line["regions"]] for n, line in enumerate(lines)}
-    lines[2]["regions"][0]["negatives"] = expected["id2"][0] = ["the right part", "the top"]
-    lines[3]["regions"][2]["negatives"] = expected["id3"][2] = ["the whole"]
-    for name in ("without", "with"):
-        assert record_sets.build_set(tmp_path / "in", tmp_path, name=name) == 0
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / "in" / "A.jsonl").write_text(text)
-    folders = [tmp_path / name / "1.0.0" for name in ("without", "with")]
-    digests = [json.loads((folder / "digest.json").read_text()) for folder in folders]
-    assert digests[0]["train"]["digest"] != digests[1]["train"]["digest"]
-    without, with_negatives = (
-        tfds.builder_from_directory(folder).as_dataset(split="train") for folder in folders
-    )
-    assert "negatives" not in without.element_spec["regions"]
-    read = {}
-    for item in with_negatives:
-        texts = item["regions"]["negatives"].to_list()
-        read[item["id"].numpy().decode()] = [[t.decode() for t in row] for row in texts]
-    assert read == expected
-
-
 def test_stored_size_is_the_exact_resize(tmp_path):
     record_sets.write_annotations(tmp_path / "in", 4, size=(40, 31))
     arguments = ("--store-size=16", "--encoding=png")

@@ -114,20 +114,19 @@ def options(folder, path, **fields):
 
 
 def test_what_columns_may_be(tmp_path):
-    """Names of labels from a file, shares, scores, ids, several captions; a name that is there twice gets its row's."""
-    (tmp_path / "names.txt").write_text("bird\nleft wing\n")
+    """Shares, scores, ids, several captions; a name that is there twice gets its row's."""
     box = [[0.5, 0.5, 0.5, 0.25]]
     table = {
         "image": [{"bytes": encoded(n), "path": "a.jpg"} for n in range(2)],
         "captions": [["one", "two"], []],
         "boxes": [box, []],
-        "labels": pa.array([[1], []], pa.list_(pa.int8())),
+        "labels": [["left wing"], []],
         "scores": [[0.25], []],
         "id": [7, 8],
         "more": [None, None],
     }
     pyarrow.parquet.write_table(pa.table(table), tmp_path / "a.parquet")
-    own_options = {"names": str(tmp_path / "names.txt"), "box_format": "cxcywh", "unit": "share"}
+    own_options = {"box_format": "cxcywh", "unit": "share"}
     base_options = options(tmp_path, tmp_path / "a.parquet", label_text="the {}")
     (shard,) = sources.shards("parquet", base_options, own_options)
     first, second = sources.read(shard)
