@@ -1,8 +1,7 @@
 """Parquet files, also of a dataset on the Hub, and folders that `datasets` saved (`save_to_disk`).
 
 The options name the columns (`data/sources/columns.py`). The column of the image holds paths below --images, or bytes,
-or the Hub's struct of both. Numbers as labels have their names in the file, as `datasets` writes them, or in
-`names=FILE`.
+or the Hub's struct of both. Numbers as labels have their names in the file, as `datasets` writes them.
 """
 
 import contextlib
