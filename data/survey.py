@@ -68,6 +68,7 @@ def prepare(
                 continue
             content = msgspec.msgpack.encode(example.encode(checked, encoding))
             file.write(content)
+            end = position + len(content)
             counts = {
                 "image_bytes": len(annotation.encoded),
                 "boxes_clipped": checked.boxes_clipped,
@@ -75,15 +76,10 @@ def prepare(
                 "negatives": sum(len(region.negatives) for region in annotation.regions),
                 "left_out": len(left_out),
             }
-            end = position + len(content)
-            out.append(
-                Prepared(
-                    *(line, where, (), checked.turned, checked.unknown_keys),
-                    *(annotation.image, annotation.id, left_out, counts),
-                    duplicates.fingerprint(annotation.encoded, checked.image),
-                    (number, position, end),
-                )
-            )
+            prints = duplicates.fingerprint(annotation.encoded, checked.image)
+            of_image = annotation.image, annotation.id, left_out, counts, prints
+            known = line, where, (), checked.turned, checked.unknown_keys
+            out.append(Prepared(*known, *of_image, (number, position, end)))
             position = end
     return out
 

@@ -62,25 +62,25 @@ class WebDataset:
             yield sample if isinstance(sample, base.Fault) else self._image(*sample, seen)
 
     def _image(
-        self, image: str, files: dict[str, Any], seen: set[str]
+        self, name: str, files: dict[str, Any], seen: set[str]
     ) -> base.Annotation | base.Fault:
         """A sample's image; `seen` are the names of those before it, and then its own too."""
         ending = next(filter(_is_image, files), None)
         if ending is None:
             got = ", ".join(files)
-            return base.Fault(image, "no image", f"got {got:.200}, expected an image beside it")
-        image = f"{image}.{ending}"
-        if fault := _name_fault(image, seen):
-            return base.Fault(image, "bad annotation", fault)
+            return base.Fault(name, "no image", f"got {got:.200}, expected an image beside it")
+        image = f"{name}.{ending}"
+        fault = _name_fault(image, seen)
         seen.add(image)
-        if None in files.values():
-            bounds = image_bounds.MAX_BYTES, base.MAX_TEXT
-            expected = "expected an image of at most {:,} bytes, and {:,} of a text"
-            return base.Fault(image, "too large", expected.format(*bounds))
+        if not fault and None in files.values():
+            most = f"{image_bounds.MAX_BYTES:,} bytes, and {base.MAX_TEXT:,} of a text"
+            return base.Fault(image, "too large", f"expected an image of at most {most}")
         try:
-            annotation = self.entry(image, files)
+            annotation = None if fault else self.entry(image, files)
         except ValueError as error:
-            return base.Fault(image, "bad annotation", str(error))
+            fault = str(error)
+        if fault:
+            return base.Fault(image, "bad annotation", fault)
         return join.join(annotation._replace(encoded=files[ending]))
 
     def entry(self, image: str, files: dict[str, bytes]) -> base.Annotation:
