@@ -32,20 +32,17 @@ from grain_jax.data.survey import BuildError
 SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
 IMAGES_PER_PART = 250
-
-
-def default_num_shards(num_examples: int, num_bytes: int) -> int:
-    """64 MB per shard, in multiples of 16; few examples make at most one shard each."""
-    wanted = max(1, -(-num_bytes // (SHARD_BYTES * SHARD_MULTIPLE))) * SHARD_MULTIPLE
-    return min(wanted, num_examples)
+FAULTS = "faults.jsonl"  # beside the version's folder
 
 
 def _default_shards(surveyed: survey.Survey, images: np.ndarray, encoding: Encoding) -> int:
-    """By the size of the files, or by what photographs of the stored size take."""
+    """64 MB per shard, in multiples of 16; few examples make at most one shard each."""
     bytes_each = surveyed.counts["image_bytes"] / len(surveyed.ids)
-    if encoding.size:
+    if encoding.size:  # what photographs of that size take
         bytes_each = encoding.size**2 * (0.4 if encoding.kind == "jpeg" else 1.8)
-    return default_num_shards(len(images), int(len(images) * bytes_each))
+    num_bytes = int(len(images) * bytes_each)
+    wanted = max(1, -(-num_bytes // (SHARD_BYTES * SHARD_MULTIPLE))) * SHARD_MULTIPLE
+    return min(wanted, len(images))
 
 
 def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
@@ -72,17 +69,10 @@ def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
             raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
         shards = shards or _shards(args, scratch)
         with staging.replacing(target) as folder:
-            surveyed, divided, num_shards = _build(args, shards, target, folder)
-        surveyed.write_faults(
-            _faults_file(target)
-        )  # after the records: the list is of the set there
-    sizes = f"{len(divided.train)} images"
-    if len(divided.validation):
-        sizes += f" and {len(divided.validation)} held out"
-    return (
-        f"{target}: {sizes}, {surveyed.regions_written} regions, {num_shards} shards,"
-        f" {time.monotonic() - start:.1f} s"
-    )
+            surveyed, written = _build(args, shards, target, folder)
+        # After the records: the list is of the set there.
+        surveyed.write_faults(target.parent / FAULTS)
+    return f"{target}: {written}, {time.monotonic() - start:.1f} s"
 
 
 def _check_paths(args: Build) -> None:
@@ -110,14 +100,10 @@ def _shards(args: Build, scratch: str) -> list[sources.SourceShard]:
     return sources.shards(args.source, options, dict(args.option))
 
 
-def _faults_file(target: epath.Path) -> epath.Path:
-    return target.parent / "faults.jsonl"
-
-
 def _build(
     args: Build, shards: list[sources.SourceShard], target: epath.Path, folder: epath.Path
-) -> tuple[survey.Survey, survey.Splits, int]:
-    """Writes the set in `folder`; returns its images, their splits, and the number of shards of train."""
+) -> tuple[survey.Survey, str]:
+    """Writes the set in `folder`; returns its images, and a line about it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
     sizes = [x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards]
@@ -133,7 +119,10 @@ def _build(
     _check_faults(surveyed, args, target)
     excluded = args.exclude_duplicates_of
     divided = survey.divide(surveyed, holdout=args.holdout, exclude_duplicates_of=excluded)
-    return surveyed, divided, _write(args, surveyed, divided, target, folder)
+    num_shards = _write(args, surveyed, divided, target, folder)
+    held_out = f" and {len(divided.validation)} held out" if len(divided.validation) else ""
+    regions = f"{surveyed.regions_written} regions, {num_shards} shards"
+    return surveyed, f"{len(divided.train)} images{held_out}, {regions}"
 
 
 def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> None:
@@ -147,7 +136,7 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
     if surveyed.faulty_lines <= args.max_faults * surveyed.lines and surveyed.ids:
         return
     if not target.exists():  # a set that stays keeps the list of its own faults
-        surveyed.write_faults(_faults_file(target))
+        surveyed.write_faults(target.parent / FAULTS)
     raise BuildError(
         f"{surveyed.name}: {surveyed.faulty_lines} of {surveyed.lines} lines are faulty, more than"
         f" --max-faults {args.max_faults:g} allows; no records were written"
@@ -206,20 +195,16 @@ def _write(
     return num_shards
 
 
-def of_system(error: OSError, output: epath.PathLike) -> str:
-    """A line about an operation that the system refused: a full or read-only disk, a file in a folder's place."""
-    reason = f"{error.filename or output}: {error.strerror or error}"
-    return f"{reason}; no set was changed; make room, or give another --output"
-
-
 def console(declared: type[Command], run: Callable[[Any], str], argv: list[str] | None) -> int:
     """Runs a command that writes to its --output; returns its exit status."""
     try:
         args = declared.parse(argv)
         try:
             print(run(args))
-        except OSError as error:
-            raise errors.UserError(of_system(error, args.output)) from None
+        except OSError as error:  # a full or read-only disk, a file in a folder's place
+            reason = f"{error.filename or args.output}: {error.strerror or error}"
+            advice = "no set was changed; make room, or give another --output"
+            raise errors.UserError(f"{reason}; {advice}") from None
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
