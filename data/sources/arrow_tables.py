@@ -48,18 +48,14 @@ def pyarrow() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Tables(columns.TableOptions):
-    """A `base.Source` of tables of Arrow's types; a shard is a part of a file."""
+    """A `base.Source` of tables of Arrow's types; a shard is a part of a file.
+
+    A subclass has `_files(options)`, `_reader(open file)` and `_batches(reader, columns, arguments of a shard)`.
+    """
 
     images_are_files: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False  # if the bytes of all stand in the table
     form: ClassVar[str] = ""  # of the files
-
-    def _files(self, options: base.Options) -> list[epath.Path]:
-        raise NotImplementedError
-
-    def _reader(self, file: Any) -> Any:
-        """Reads an open file."""
-        raise NotImplementedError
 
     def _schema(self, reader: Any) -> Any:
         return reader.schema
@@ -67,10 +63,6 @@ class _Tables(columns.TableOptions):
     def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
         """Parts of a file: the arguments of its shards, with the number of the first row."""
         return [{"first_row": 0}]
-
-    def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
-        """The record batches of a part."""
-        raise NotImplementedError
 
     def shards(self, options: base.Options) -> list[base.SourceShard]:
         files, out = self._files(options), []
