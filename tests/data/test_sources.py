@@ -209,17 +209,10 @@ def refcoco_sample(folder):
         for k, (box, text) in enumerate(regions(number)):
             ann_id = 100 * number + k
             objects.append({"id": ann_id, "image_id": number, "bbox": xywh(box)})
-            sentences = [{"sent": text, "raw": text, "tokens": text.split(), "sent_id": ann_id}]
-            refs.append(
-                {
-                    "ref_id": ann_id,
-                    "ann_id": ann_id,
-                    "image_id": number,
-                    "file_name": f"COCO_train2014_{number:012d}_{k}.jpg",
-                    "split": "train" if number else "testA",
-                    "sentences": sentences * 2,  # said twice: one region, two phrases
-                }
-            )
+            ref = {"ref_id": ann_id, "ann_id": ann_id, "image_id": number}
+            ref["split"] = "train" if number else "testA"
+            ref["sentences"] = [{"sent": text, "raw": text}] * 2  # one region, two phrases
+            refs.append(ref)
     path = folder / "refs(unc).p"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(refs, protocol=0))
@@ -259,9 +252,8 @@ def finehard_sample(folder):
                     "bbox": [*shares(box), 0.75],
                     "short_expr": text,
                     "long_expr": f"{text}, at length",
-                    "flag_short_neg": 1,
-                    "short_expr_negs": {"0": f"no {text}", "1": text, "2": "x"},
                 }
+                | {"flag_short_neg": 1, "short_expr_negs": {"0": f"no {text}", "1": text, "2": "x"}}
                 for box, text in regions(n)
             ],
         }

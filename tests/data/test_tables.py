@@ -40,20 +40,10 @@ def write_all(folder):
             ]
             line = {"image": files[n], "caption": text, "regions": regions}
             out.write(json.dumps(line) + "\n")
-    note = {
-        "info": {
-            "features": {
-                "image": {"_type": "Image"},
-                "objects": {
-                    "feature": {
-                        "bbox": {"feature": {"dtype": "float32", "_type": "Value"}, "length": 4},
-                        "category": {"names": NAMES, "_type": "ClassLabel"},
-                    },
-                    "_type": "Sequence",
-                },
-            }
-        }
-    }
+    bbox = {"feature": {"dtype": "float32", "_type": "Value"}, "length": 4}
+    category = {"names": NAMES, "_type": "ClassLabel"}
+    feature = {"feature": {"bbox": bbox, "category": category}, "_type": "Sequence"}
+    note = {"info": {"features": {"image": {"_type": "Image"}, "objects": feature}}}
     objects = [{"bbox": list(map(xywh, boxes(n))), "category": classes(n)} for n in range(COUNT)]
     kinds = {
         "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),

@@ -59,12 +59,8 @@ def test_a_job_writes_below_its_output_alone(tmp_path, capfd):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "00000.tar").write_bytes(content + AFTER + END)
     output = tmp_path / "in" / "out"
-    arguments = [
-        f"--images={tmp_path / 'in'}",
-        f"--output={output}",
-        "--passes=none",
-        "--max-faults=1",
-    ]
+    arguments = [f"--images={tmp_path / 'in'}", f"--output={output}"]
+    arguments += ["--passes=none", "--max-faults=1"]
     assert command.main(arguments) == 0
     lines = (output / "A.jsonl").read_text()
     images = [json.loads(line)["image"] for line in lines.splitlines()]
