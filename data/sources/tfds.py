@@ -87,9 +87,9 @@ def _builder(folder: epath.PathLike) -> Any:
     where = directory(folder)
     for path in (where / "dataset_info.json", where / "features.json"):
         content = regular_file.read_json(path, dict[str, Any], "a description of a TFDS set")
-        for name in re.findall(r'"pythonClassName": ([^,}]*)', json.dumps(content)):
-            if not name.startswith('"tensorflow_datasets.'):
-                raise base.SourceError(f"{path}: names the class {name:.60}, expected TFDS's own")
+        for name in re.findall(r'"pythonClassName": "?([^",}]*)', json.dumps(content)):
+            if not name.startswith("tensorflow_datasets."):
+                raise base.SourceError(f"{path}: names the class {name!r:.60}, expected TFDS's own")
     try:
         builder = tfds.builder_from_directory(where)
         _ = [split.filepaths for split in builder.info.splits.values()]  # TFDS checks them now
