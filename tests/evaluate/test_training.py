@@ -71,7 +71,7 @@ def test_what_the_command_line_asks_for_is_not_skipped(tmp_path, monkeypatch):
     overridden = lambda *keys: loading.load("demo", [f"--config.evals.{key}" for key in keys])
     present = lambda *keys: suite.present(kinds.from_entries(overridden(*keys).evals))
     for override, said in {
-        "seen.images=/nope": "/nope: no such folder; expected one with a sub-folder a",
+        "seen.images=/nope": "/nope: no such folder; expected one with",
         "seen.images=": "images: got nothing, expected class folders; to get it: grain",
         "seen.alphas=(1.0,)": "runs/aviary/seen: no such folder",
         "grounding.annotations=/n.jsonl": "runs/aviary/test: no such folder;",

@@ -85,43 +85,13 @@ def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_pat
             np.testing.assert_allclose(got[key], got[f"5/{key[2:]}"][:1], rtol=1e-5, atol=3e-6)
 
 
-def test_a_batch_may_be_spread_over_devices(predictor, folder):
-    mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
-    spread = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-    by_batch, whole = spread("batch"), spread()
-    pictures = np.random.default_rng(1).integers(0, 256, (16, 40, 40, 3)).astype(np.uint8)
-    params = jax.device_put(dict(np.load(folder / "params.npz")), whole)
-    image = jax_export.deserialize((folder / "image.stablehlo").read_bytes())
-    got = jax.jit(image.call)(params, jax.device_put(pictures, by_batch))["image_embed"]
-    close(got, predictor.encode_image(pictures))
-
-
 def test_the_description(folder):
     for name in ("image", "text", "regions", "boxes", "maps"):  # one file serves every platform
         exported = jax_export.deserialize((folder / f"{name}.stablehlo").read_bytes())
         assert exported.platforms == ("cpu", "cuda", "tpu") and exported.nr_devices == 1
     said = json.loads((folder / "model.json").read_text())
     assert said["platforms"] == ["cpu", "cuda", "tpu"] and said["jax"] == jax.__version__
-    sides = {
-        name: [x for side in ("inputs", "outputs") for x in function[side].items()][1:]
-        for name, function in said["functions"].items()
-    }
-    image, embed = ("image", "uint8[b, 40, 40, 3]"), ("image_embed", "float32[b, 28]")
-    assert {name: set(side) for name, side in sides.items()} == {
-        "image": {image, embed},
-        "text": {
-            *(("tokens", "int32[b, l]"), ("end", "int32[b]"), ("text_embed", "float32[b, 28]"))
-        },
-        "regions": {
-            *(image, embed, ("region_embed", "float32[b, 3, 28]")),
-            ("boxes_xyxy", "float32[b, 3, 4]"),
-        },
-        "boxes": {image, ("boxes_xyxy", "float32[b, r, 4]"), ("box_embed", "float32[b, r, 28]")},
-        "maps": {
-            *(image, ("text_embed", "float32[n, 28]")),
-            ("similarity_map", "float32[b, n, 5, 5]"),
-        },
-    }
+    assert said["functions"]["boxes"] == ["params", "image", "boxes_xyxy"]
     assert said["image"]["size"] == 40 and said["image"]["pixel_mean"] == [0.485, 0.456, 0.406]
     assert said["text"]["context_length"] == 32 and said["text"]["vocab_size"] == 300
     assert said["text"]["tokenizer"] == "CLIP's byte pairs"
@@ -147,16 +117,6 @@ def test_two_towers_that_see_their_padding(tmp_path):
     files = {"image.stablehlo", "text.stablehlo", "maps.stablehlo", "params.npz", "model.json"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == files | {"tokenizer.json"}
     said = json.loads((tmp_path / "out" / "model.json").read_text())
-    assert said["functions"]["text"]["inputs"]["tokens"] == "int32[b, 32]"
+    text = jax_export.deserialize((tmp_path / "out/text.stablehlo").read_bytes())
+    assert text.in_avals[-2].shape[1] == 32
     assert said["text"]["tokenizer"] == "tokenizer.json" and said["activations"] == "bfloat16"
-
-
-def test_the_command_compares_what_it_wrote(folder):
-    lines = (folder.parent / "printed.txt").read_text().splitlines()
-    names = "boxes", "image", "maps", "regions", "text"
-    files = sorted([*(f"{name}.stablehlo" for name in names), "model.json", "params.npz"])
-    assert [line.split("/")[-1] for line in lines[:7]] == files
-    outputs = {line[:-39].strip() for line in lines[9:-1]}
-    regions = {f"regions: {name}" for name in ("boxes_xyxy", "image_embed", "region_embed")}
-    alone = {"image: image_embed", "text: text_embed", "boxes: box_embed", "maps: similarity_map"}
-    assert outputs == alone | regions and lines[-1] == "parity: PROVEN"

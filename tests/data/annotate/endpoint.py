@@ -26,7 +26,6 @@ class Asked(NamedTuple):
     picture: PIL.Image.Image
     body: dict[str, Any]
     headers: dict[str, str]
-    time: float  # monotonic
 
 
 class Reply(NamedTuple):
@@ -83,7 +82,7 @@ class Endpoint(sockets.Server):
         encoded = base64.b64decode(parts["image_url"]["image_url"]["url"].partition(",")[2])
         picture = PIL.Image.open(io.BytesIO(encoded))
         headers = dict(line.split(": ", 1) for line in lines)
-        asked = Asked(parts["text"]["text"], picture, body, headers, time.monotonic())
+        asked = Asked(parts["text"]["text"], picture, body, headers)
         with self.lock:
             self.asked.append(asked)
             self.open += 1
