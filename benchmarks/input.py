@@ -77,7 +77,7 @@ def quality(paths: Sequence[epath.Path], name: str) -> dict[str, float]:
         image = images.decode_image(encoded, str(path))
         expected = images.resize(image, made.SIZE)
         for kind, (size, setting) in ways.items():
-            stored, _ = example.encode_image(image, encoded, example.Encoding(kind, setting, size))
+            stored = example.encode_image(image, encoded, example.Encoding(kind, setting, size))
             seen = transforms.resize(transforms.decode(stored), made.SIZE).numpy()
             distances[kind].append(np.abs(seen.astype(int) - expected))
         ratios.append(psnr(seen, expected))  # of the JPEG

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 from grain_jax.cli.flags import flag, many, share
 from grain_jax.cli.parser import Command
@@ -34,28 +35,25 @@ def encoding(text: str) -> Encoding:
     raise ValueError(f"got {text!r}, expected original, png or jpeg:Q, Q in 1..100")
 
 
-def set_name(text: str) -> str:
-    """The name of a set, if it is one. Raises ValueError."""
-    if re.fullmatch(r"[a-z][a-z0-9_]*", text):
+def _matching(pattern: str, expected: str) -> Callable[[str], str]:
+    """A parser of texts in that form; it raises ValueError for others."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"got {text!r}, expected {expected}")
         return text
-    raise ValueError(
-        f"got {text!r}, expected a TFDS name: lower-case letters, digits and _, a letter first"
-    )
+
+    return parse
+
+
+set_name = _matching("[a-z][a-z0-9_]*", "lower-case letters, digits and _, a letter first")
+label_text = _matching(r"[^{}]*\{\}[^{}]*", "one {} in the place of the label")
 
 
 def option(text: str) -> tuple[str, str]:
     """The key and the value of --option. Raises ValueError."""
-    key, equals, value = text.partition("=")
-    if key and equals:
-        return key, value
-    raise ValueError(f"got {text!r}, expected KEY=VALUE")
-
-
-def label_text(text: str) -> str:
-    """The value of --label-text. Raises ValueError."""
-    if text.count("{}") == 1:
-        return text
-    raise ValueError(f"got {text!r}, expected one {{}} in the place of the label")
+    key, _, value = _matching("[^=]+=.*", "KEY=VALUE")(text).partition("=")
+    return key, value
 
 
 class Stored(Command):
@@ -102,8 +100,8 @@ class Build(Stored, name="build"):
     what is left out:
       --max-faults SHARE       leave faulty lines out, up to this share of all lines, 0 to 1
       --holdout SHARE          hold out this share of the images, 0 to 1, as the split validation
-      --exclude-duplicates-of SET_DIR [SET_DIR ...]  leave out images that these TFDS datasets have, in any size or
-        compression
+      --exclude-duplicates-of SET_DIR [SET_DIR ...]  leave out images that these datasets of grain-jax build have, in
+        any size or compression
 
     speed:
       --workers N              processes (default: one per core; none for small datasets)

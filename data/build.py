@@ -32,21 +32,17 @@ from grain_jax.data.survey import BuildError
 SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
 IMAGES_PER_PART = 250
-
-
-def default_num_shards(num_examples: int, num_bytes: int) -> int:
-    """64 MB per shard, in multiples of 16; few examples make at most one shard each."""
-    wanted = max(1, -(-num_bytes // (SHARD_BYTES * SHARD_MULTIPLE))) * SHARD_MULTIPLE
-    return min(wanted, num_examples)
+FAULTS = "faults.jsonl"  # beside the version's folder
 
 
 def _default_shards(surveyed: survey.Survey, images: np.ndarray, encoding: Encoding) -> int:
-    """By the size of the files, or by what photographs of the stored size take."""
-    bytes_per_pixel = 0.4 if encoding.kind == "jpeg" else 1.8
+    """64 MB per shard, in multiples of 16; few examples make at most one shard each."""
     bytes_each = surveyed.counts["image_bytes"] / len(surveyed.ids)
-    if encoding.size:
-        bytes_each = encoding.size**2 * bytes_per_pixel
-    return default_num_shards(len(images), int(len(images) * bytes_each))
+    if encoding.size:  # what photographs of that size take
+        bytes_each = encoding.size**2 * (0.4 if encoding.kind == "jpeg" else 1.8)
+    num_bytes = int(len(images) * bytes_each)
+    wanted = max(1, -(-num_bytes // (SHARD_BYTES * SHARD_MULTIPLE))) * SHARD_MULTIPLE
+    return min(wanted, len(images))
 
 
 def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
@@ -73,31 +69,19 @@ def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
             raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
         shards = shards or _shards(args, scratch)
         with staging.replacing(target) as folder:
-            surveyed, divided, num_shards = _build(args, shards, target, folder)
-        surveyed.write_faults(
-            _faults_file(target)
-        )  # after the records: the list is of the set there
-    sizes = f"{len(divided.train)} images"
-    if len(divided.validation):
-        sizes += f" and {len(divided.validation)} held out"
-    return (
-        f"{target}: {sizes}, {surveyed.regions_written} regions, {num_shards} shards,"
-        f" {time.monotonic() - start:.1f} s"
-    )
+            surveyed, written = _build(args, shards, target, folder)
+        # After the records: the list is of the set there.
+        surveyed.write_faults(target.parent / FAULTS)
+    return f"{target}: {written}, {time.monotonic() - start:.1f} s"
 
 
 def _check_paths(args: Build) -> None:
     """Raises BuildError if the lines or the images are not there; a source says so of its own files."""
-    in_folder = True
-    if args.source:
-        made = sources.make(args.source, dict(args.option))
-        needs_images = getattr(made, "needs_images", True)
-        in_folder = args.images and (made.images_are_files or not needs_images)
-    elif not regular_file.is_one(args.annotations[0]):
+    if not args.source and not regular_file.is_one(args.annotations[0]):
         raise BuildError(
             f"--annotations {args.annotations[0]}: no such file, expected one JSON object a line"
         )
-    if in_folder and not epath.Path(args.images).is_dir():
+    if args.images and not epath.Path(args.images).exists():
         raise BuildError(f"--images {args.images}: no such folder, expected the images")
 
 
@@ -116,14 +100,10 @@ def _shards(args: Build, scratch: str) -> list[sources.SourceShard]:
     return sources.shards(args.source, options, dict(args.option))
 
 
-def _faults_file(target: epath.Path) -> epath.Path:
-    return target.parent / "faults.jsonl"
-
-
 def _build(
     args: Build, shards: list[sources.SourceShard], target: epath.Path, folder: epath.Path
-) -> tuple[survey.Survey, survey.Splits, int]:
-    """Writes the set in `folder`; returns its images, their splits, and the number of shards of train."""
+) -> tuple[survey.Survey, str]:
+    """Writes the set in `folder`; returns its images, and a line about it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
     sizes = [x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards]
@@ -131,17 +111,18 @@ def _build(
     workers = args.workers or parallel.default_workers(sum(sizes) if len(shards) > 1 else 0)
     (folder / "parts").mkdir()
     prepare = functools.partial(survey.prepare, parts=str(folder / "parts"), encoding=args.stored)
-    prepared = parallel.ordered_map(prepare, enumerate(shards), workers=workers, chunk=1)
+    prepared = parallel.ordered_map(prepare, enumerate(shards), workers=workers)
     images = itertools.chain.from_iterable(prepared)
     surveyed = survey.Survey(args.source or args.annotations[0])
     for image in progress.over(images, total=sum(sizes) if known else None, what="reading"):
         surveyed.add(image)
     _check_faults(surveyed, args, target)
     excluded = args.exclude_duplicates_of
-    divided = survey.divide(
-        surveyed, holdout=args.holdout, exclude_duplicates_of=excluded, workers=workers
-    )
-    return surveyed, divided, _write(args, surveyed, divided, target, folder)
+    divided = survey.divide(surveyed, holdout=args.holdout, exclude_duplicates_of=excluded)
+    num_shards = _write(args, surveyed, divided, target, folder)
+    held_out = f" and {len(divided.validation)} held out" if len(divided.validation) else ""
+    regions = f"{surveyed.regions_written} regions, {num_shards} shards"
+    return surveyed, f"{len(divided.train)} images{held_out}, {regions}"
 
 
 def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> None:
@@ -155,7 +136,7 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
     if surveyed.faulty_lines <= args.max_faults * surveyed.lines and surveyed.ids:
         return
     if not target.exists():  # a set that stays keeps the list of its own faults
-        surveyed.write_faults(_faults_file(target))
+        surveyed.write_faults(target.parent / FAULTS)
     raise BuildError(
         f"{surveyed.name}: {surveyed.faulty_lines} of {surveyed.lines} lines are faulty, more than"
         f" --max-faults {args.max_faults:g} allows; no records were written"
@@ -200,7 +181,7 @@ def _write(
             "encoding": str(encoding),
             "faulty_lines": surveyed.faulty_lines,
             "boxes_clipped": counts["boxes_clipped"],
-            "duplicates_left_out": divided.left_out,
+            "duplicates_left_out": len(divided.duplicates),
         },
         negatives=has_negatives,
         files=lambda: {
@@ -211,19 +192,7 @@ def _write(
             text_lengths.FILE: lengths.encode(tokenizer.ClipTokenizer()),
         },
     )
-    if counts["stored_anew"]:
-        print(
-            f"{surveyed.name}: {counts['stored_anew']} of {len(surveyed.ids)} images stored as PNG, since"
-            " training cannot read their files",
-            file=sys.stderr,
-        )
     return num_shards
-
-
-def of_system(error: OSError, output: epath.PathLike) -> str:
-    """A line about an operation that the system refused: a full or read-only disk, a file in a folder's place."""
-    reason = f"{error.filename or output}: {error.strerror or error}"
-    return f"{reason}; no set was changed; make room, or give another --output"
 
 
 def console(declared: type[Command], run: Callable[[Any], str], argv: list[str] | None) -> int:
@@ -232,8 +201,10 @@ def console(declared: type[Command], run: Callable[[Any], str], argv: list[str] 
         args = declared.parse(argv)
         try:
             print(run(args))
-        except OSError as error:
-            raise errors.UserError(of_system(error, args.output)) from None
+        except OSError as error:  # a full or read-only disk, a file in a folder's place
+            reason = f"{error.filename or args.output}: {error.strerror or error}"
+            advice = "no set was changed; make room, or give another --output"
+            raise errors.UserError(f"{reason}; {advice}") from None
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status

@@ -96,13 +96,12 @@ def _clipped(
     return out
 
 
-def encode(checked: Checked, encoding: Encoding) -> tuple[dict[str, Any], bool]:
-    """A checked annotation as features of data/SCHEMA.md without `id`, and whether its image is stored anew."""
+def encode(checked: Checked, encoding: Encoding) -> dict[str, Any]:
+    """A checked annotation as features of data/SCHEMA.md without `id`."""
     annotation, image = checked.annotation, checked.image
     width, height = image.size
-    stored, stored_anew = encode_image(image, annotation.encoded, encoding)
-    features = {
-        "image": stored,
+    return {
+        "image": encode_image(image, annotation.encoded, encoding),
         "captions": list(annotation.captions),
         "synthetic_caption": annotation.synthetic_caption,
         "regions": [
@@ -116,34 +115,28 @@ def encode(checked: Checked, encoding: Encoding) -> tuple[dict[str, Any], bool]:
             for x1, y1, x2, y2 in [region.box_xyxy]
         ],
     }
-    return features, stored_anew
 
 
-def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> tuple[bytes, bool]:
-    """The bytes to store. "original" keeps the file if its pixels need no change.
+def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> bytes:
+    """The bytes to store. "original" keeps the file if its pixels need no change and training can read it.
 
     Args:
       image: as `images.decode_image` gives it; without a format if it was turned, so the file cannot be kept.
       encoded: the file.
       encoding: how to store it.
-
-    Returns: the bytes, and whether "original" could not keep the file because training cannot read it.
     """
-    stored_anew = False
     fits = not encoding.size or image.size == (encoding.size, encoding.size)
-    if encoding.kind == "original" and fits:
-        if image.mode in _STORED_AS_THEY_ARE.get(image.format, ()):
-            if _is_read_by_training(encoded, image.size):
-                return encoded, False
-            stored_anew = True
+    same_pixels = fits and image.mode in _STORED_AS_THEY_ARE.get(image.format, ())
+    if encoding.kind == "original" and same_pixels and _is_read_by_training(encoded, image.size):
+        return encoded
     if encoding.size:
         image = PIL.Image.fromarray(images.resize(image, encoding.size))
     if encoding.kind != "jpeg":
-        return images.encode_png(image), stored_anew
+        return images.encode_png(image)
     out = io.BytesIO()
     # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/performance.md).
     images.to_rgb(image).save(out, "JPEG", quality=encoding.quality, subsampling=0)
-    return out.getvalue(), stored_anew
+    return out.getvalue()
 
 
 def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:

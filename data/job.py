@@ -89,10 +89,14 @@ class Output(NamedTuple):
           JobError: an earlier run noted another value.
         """
         known, settings = self.read_json(SETTINGS), json.loads(json.dumps(settings))
-        for key in [key for key in settings if key in known]:
-            for names, old, new in _differences(known[key], settings[key], key):
+        for key in settings.keys() & known.keys():
+            old, new = known[key], settings[key]
+            if isinstance(old, dict) and isinstance(new, dict):  # those of its keys that differ
+                names = [name for name in old | new if old.get(name) != new.get(name)]
+                old, new = ({name: x.get(name) for name in names} for x in (old, new))
+            if old != new:
                 raise JobError(
-                    f"--output {self.folder}: was begun with {names} {json.dumps(old)}, got"
+                    f"--output {self.folder}: was begun with {key} {json.dumps(old)}, got"
                     f" {json.dumps(new)}; give another --output, or delete this one"
                 )
         self.put_json(known | settings, SETTINGS)
@@ -106,15 +110,6 @@ class Output(NamedTuple):
                 file.write(self.path(kind, f"{shard}.jsonl").read_bytes())
         if new != path:
             new.replace(path)
-
-
-def _differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """(name, old, new) of each value that differs; the name has the keys that lead there."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{name} {key}")
-    elif old != new:
-        yield name, old, new
 
 
 def check_faults(

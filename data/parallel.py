@@ -1,8 +1,7 @@
-"""Maps a function over chunks of many items in several processes, in order, with a bounded backlog."""
+"""Maps a function over many items in several processes, in order, with a bounded backlog."""
 
 import collections
 import concurrent.futures
-import itertools
 import multiprocessing
 import os
 import threading
@@ -11,8 +10,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-CHUNK = 32  # items per task; enough to hide its cost
-CHUNKS_AHEAD = 4  # per worker; they are held in memory
+_AHEAD = 4  # items per worker whose results are held in memory
 _INLINE = 1000  # with fewer items, starting processes takes longer than the work
 
 
@@ -32,31 +30,25 @@ def default_workers(items: int) -> int:
     return 0 if items < _INLINE else os.cpu_count() or 1
 
 
-def _apply(function: Callable[[Item], Result], chunk: tuple[Item, ...]) -> list[Result]:
-    return [function(item) for item in chunk]
-
-
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, chunk: int = CHUNK
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int
 ) -> Iterator[Result]:
-    """`map(function, items)` in `workers` processes (0: this one), with `chunk` items per task."""
+    """`map(function, items)` in `workers` processes (0: this one)."""
     if workers < 1:
         yield from map(function, items)
         return
-    rest = iter(items)
-    chunks = iter(lambda: tuple(itertools.islice(rest, chunk)), ())
     # Spawned, not forked: TensorFlow's threads do not survive a fork.
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_leave_with_parent
     ) as pool:
         waiting = collections.deque()
         try:
-            for task in chunks:
-                waiting.append(pool.submit(_apply, function, task))
-                if len(waiting) > workers * CHUNKS_AHEAD:
-                    yield from waiting.popleft().result()
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > workers * _AHEAD:
+                    yield waiting.popleft().result()
             while waiting:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()

@@ -66,27 +66,20 @@ def prepare(
                 faults = tuple(checked.faults)
                 out.append(Prepared(line, where, faults, checked.turned, checked.unknown_keys))
                 continue
-            features, stored_anew = example.encode(checked, encoding)
-            content = msgspec.msgpack.encode(features)
+            content = msgspec.msgpack.encode(example.encode(checked, encoding))
             file.write(content)
+            end = position + len(content)
             counts = {
                 "image_bytes": len(annotation.encoded),
-                "without_caption": not (annotation.captions or annotation.synthetic_caption),
                 "boxes_clipped": checked.boxes_clipped,
                 "regions": len(annotation.regions),
                 "negatives": sum(len(region.negatives) for region in annotation.regions),
                 "left_out": len(left_out),
-                "stored_anew": stored_anew,
             }
-            end = position + len(content)
-            out.append(
-                Prepared(
-                    *(line, where, (), checked.turned, checked.unknown_keys),
-                    *(annotation.image, annotation.id, left_out, counts),
-                    duplicates.fingerprint(annotation.encoded, checked.image),
-                    (number, position, end),
-                )
-            )
+            prints = duplicates.fingerprint(annotation.encoded, checked.image)
+            of_image = annotation.image, annotation.id, left_out, counts, prints
+            known = line, where, (), checked.turned, checked.unknown_keys
+            out.append(Prepared(*known, *of_image, (number, position, end)))
             position = end
     return out
 
@@ -181,19 +174,18 @@ class Survey:
         """One line about all that was left out or changed."""
         more = len(self.faults) - MOST_PRINTED
         shown = f", {more} of them not shown" if more > 0 else ""
-        count = f"{len(self.faults)} faults{shown}"
         keys = ", ".join(
             f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
         )
-        parts = [f"{self.faulty_lines} of {self.lines} lines faulty ({count})"]
-        for name, message in (
-            ("left_out", "{left_out} regions left out"),
-            ("without_caption", "{without_caption} images without a caption, with regions alone"),
-            ("boxes_clipped", "{boxes_clipped} of {regions} boxes clipped to their image"),
-        ):
-            parts += [message.format(**self.counts)] if self.counts[name] else []
-        parts += [f"unknown keys kept out: {keys}"] if keys else []
-        return f"{self.name}: " + "; ".join(parts)
+        count = self.counts
+        parts = [
+            f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults{shown})",
+            count["left_out"] and f"{count['left_out']} regions left out",
+            count["boxes_clipped"]
+            and f"{count['boxes_clipped']} of {count['regions']} boxes clipped to their image",
+            keys and f"unknown keys kept out: {keys}",
+        ]
+        return f"{self.name}: " + "; ".join(filter(None, parts))
 
     def write_faults(self, path: epath.Path) -> None:
         """One JSON object per fault: where, fault."""
@@ -208,13 +200,10 @@ class Splits(NamedTuple):
     train: np.ndarray
     validation: np.ndarray
     fingerprints: np.ndarray  # uint64 [N, 2] of both
-    duplicates: list[dict[str, Any]]  # a line of duplicates.jsonl each
-    left_out: int
+    duplicates: list[dict[str, str]]  # that were left out: a line of duplicates.jsonl each
 
 
-def divide(
-    surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[str], workers: int
-) -> Splits:
+def divide(surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[str]) -> Splits:
     """Leaves out images that other sets have, and holds out a share of the rest; prints how many.
 
     The split of an image depends on its file only, so it is the same in each run and in each set. A near copy of a
@@ -223,30 +212,21 @@ def divide(
     Args:
       surveyed: the images.
       holdout: share of the images for validation.
-      exclude_duplicates_of: folders of TFDS sets.
-      workers: processes.
+      exclude_duplicates_of: folders of sets that grain-jax build wrote.
 
     Raises:
       BuildError: nothing is left for one of the splits.
       data.sources.SourceError: one of the other sets is not there.
     """
-    ids, prints = surveyed.ids, duplicates.table(surveyed.fingerprints)
+    ids, prints = surveyed.ids, np.asarray(surveyed.fingerprints, np.uint64).reshape(-1, 2)
     kept, listed = np.ones(len(ids), bool), []
-
-    def note(index: int, kind: str, original: str, left_out: bool) -> None:
-        listed.append({"id": ids[index], "kind": kind, "of": original, "left_out": left_out})
-
     for other in exclude_duplicates_of:
-        exact, near = duplicates.matches(prints, duplicates.of_set(other, workers=workers))
+        exact, near = duplicates.matches(prints, duplicates.of_set(other))
         for index in np.nonzero(near & kept)[0]:
-            note(index, "exact" if exact[index] else "near", str(other), True)
+            kind = "exact" if exact[index] else "near"
+            listed.append({"id": ids[index], "kind": kind, "of": str(other)})
         kept &= ~near
-    twins = duplicates.earlier_twins(prints)
-    for index in np.nonzero((twins >= 0) & kept)[0]:
-        note(index, "exact", ids[twins[index]], False)
-
     aside = kept & (prints[:, 0] < holdout * 2.0**64)
-    drawn = int(aside.sum())
     while (more := duplicates.matches(prints, prints[aside])[1] & kept & ~aside).any():
         aside |= more
     train, validation = (np.nonzero(chosen)[0] for chosen in (kept & ~aside, aside))
@@ -256,13 +236,7 @@ def divide(
             f" {len(ids)} images {len(train)} are left for train and {len(validation)} for"
             " validation, expected at least one; no records were written"
         )
-    left_out, held_out = int((~kept).sum()), len(validation)
-    why = f"{drawn} by the hash of their file, {held_out - drawn} as near copies of one of these"
-    for message, count in (
-        ("are of other sets and left out", left_out),
-        ("are the file of an earlier line", len(listed) - left_out),
-        (f"go to validation: {why}", held_out),
-    ):
-        if count:
-            print(f"{surveyed.name}: {count} of {len(ids)} images {message}", file=sys.stderr)
-    return Splits(train, validation, prints[kept], listed, left_out)
+    if listed:
+        what = f"{len(listed)} of {len(ids)} images are of other sets and left out"
+        print(f"{surveyed.name}: {what}", file=sys.stderr)
+    return Splits(train, validation, prints[kept], listed)

@@ -22,7 +22,7 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors, regular_file
 from grain_jax.data import job, sources
 from grain_jax.data.embed import arguments, output, pipeline
-from grain_jax.data.sources import arrow_files, tfds
+from grain_jax.data.sources import arrow_tables, tfds
 from grain_jax.runtime import distributed, processes
 
 FAULTS = "faults.jsonl"
@@ -30,7 +30,7 @@ FAULTS = "faults.jsonl"
 
 def embed(args: arguments.Embed) -> str:
     """Embeds the source; returns a line about what was done. Every process calls it. Raises UserError."""
-    arrow_files.pyarrow()  # before the model is read: it may be missing
+    arrow_tables.pyarrow()  # before the model is read: it may be missing
     folder = job.Output(str(absolute(args.output)))
     processes.run_together(lambda: saved_model.find(args.checkpoint))
     with contextlib.ExitStack() as stack:

@@ -20,7 +20,7 @@ from etils import epath
 
 from grain_jax.core import printable, regular_file
 from grain_jax.data import job, sources
-from grain_jax.data.sources import arrow_files
+from grain_jax.data.sources import arrow_tables
 
 _NOTE = b"grain_jax"  # key of a Parquet file's own metadata
 
@@ -84,7 +84,7 @@ class Embeddings(NamedTuple):
 
     def _read(self, index: int) -> Part:
         """What a part's files hold. Raises OSError, ValueError, ... if one is damaged or missing."""
-        pa = arrow_files.pyarrow()
+        pa = arrow_tables.pyarrow()
         content = self.path("metadata", index).read_bytes()
         metadata = pa.parquet.read_metadata(pa.BufferReader(content))
         part = Part(metadata.num_rows, **json.loads(metadata.metadata[_NOTE]))
@@ -95,7 +95,7 @@ class Embeddings(NamedTuple):
 
     def write(self, index: int, rows: Sequence[Row], faults: list[dict[str, str]]) -> None:
         """Writes the files of a part, the metadata last."""
-        pa = arrow_files.pyarrow()
+        pa = arrow_tables.pyarrow()
         below = f"{self.images}/" if self.images else ""
         columns: dict[str, list] = {"image_path": [below + row.path for row in rows]}
         columns |= {name: [getattr(row, name) for row in rows] for name in Row._fields[1:5]}

@@ -3,7 +3,6 @@
 import collections
 import hashlib
 import itertools
-import random
 import re
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 from grain_jax.core import images
 from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data.annotate import answers
-from grain_jax.data.inspect import reading
 from grain_jax.input_pipeline import tokenizer
 
 ROW_LENGTH = 77  # tokens of a row in CLIP; training cuts longer texts
@@ -21,8 +19,7 @@ LONG_DESCRIPTION = 24  # tokens; descriptions have 4 to 12
 LONGEST = 256  # tokens; longer texts count as this long
 TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patch
 WHOLE = 0.95  # share of the image
-LONG_SHAPE = 3.0  # longer side / shorter side
-TOP = 20  # most frequent texts and sizes
+TOP = 3  # most frequent texts and sizes
 MOST_HELD = 250_000  # copies are sought among this number of different texts or images
 _LEFTOVER = re.compile(
     r"[-*\u2022\u00b7#>]\s|\(?\d{1,2}[.):]\s|\*\*|(?:sure|certainly|of course)[,!]|here (?:are|is) "
@@ -34,21 +31,21 @@ class Numbers(collections.Counter[int]):
     """Exact statistics of integers with few different values."""
 
     def result(self) -> dict[str, Any]:
-        """count; if there are some: mean, min, median, p95, p99, max."""
+        """count; if there are some: mean, min, median, p99, max."""
         if not self:
             return {"count": 0}
         values, counts = np.array(sorted(self.items())).T
         ends, total = np.cumsum(counts), int(counts.sum())
-        shares = dict(min=0.0, median=0.5, p95=0.95, p99=0.99, max=1.0)
+        shares = dict(min=0.0, median=0.5, p99=0.99, max=1.0)
         quantiles = {k: int(values[np.searchsorted(ends, x * total)]) for k, x in shares.items()}
         return {"count": total, "mean": float((values * counts).sum() / total), **quantiles}
 
 
 class Copies:
-    """Counts items that occur several times, among the first `most` different ones."""
+    """Counts items that occur several times, among the first MOST_HELD different ones."""
 
-    def __init__(self, most: int = MOST_HELD):
-        self.most, self.total, self.copies, self.untracked = most, 0, 0, 0
+    def __init__(self):
+        self.total = self.copies = 0
         self.example = ""  # a copy, and what it is a copy of
         self.held: dict[Hashable, list] = {}  # item -> [count, where it is first]
 
@@ -59,55 +56,31 @@ class Copies:
             self.copies += 1
             self.held[item][0] += 1
             self.example = self.example or f"{where} is {self.held[item][1]}"
-        elif len(self.held) < self.most:
+        elif len(self.held) < MOST_HELD:
             self.held[item] = [1, where]
-        else:
-            self.untracked += 1
 
     def result(self) -> dict[str, Any]:
-        """total, different, copies, example; `untracked`: items that may be either."""
+        """total, different (of those that were held), copies, example."""
         numbers = {"total": self.total, "different": len(self.held), "copies": self.copies}
-        return {**numbers, "untracked": self.untracked, "example": self.example}
+        return {**numbers, "example": self.example}
 
     def top(self, number: int) -> list[list]:
         """The `number` most frequent items as [item, count]."""
-        counts = {item: count for item, (count, _) in self.held.items()}
-        return list(map(list, collections.Counter(counts).most_common(number)))
-
-
-class ImageSample(list):
-    """A random sample of `size` items of a stream, the same in each run."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self._size, self._offered, self._random = size, 0, random.Random(0)
-
-    def offer(self, item: Any) -> None:
-        """Offers an item, which may replace another one."""
-        self._offered += 1
-        position = self._random.randrange(self._offered)
-        if len(self) < self._size:
-            self.append(item)
-        elif position < self._size:
-            self[position] = item
+        counts = collections.Counter({item: count for item, (count, _) in self.held.items()})
+        return list(map(list, counts.most_common(number)))
 
 
 class TextStatistics:
     """What is counted about the texts of a kind."""
 
     def __init__(self):
-        self.words, self.tokens, self.copies = Numbers(), Numbers(), Copies()
+        self.tokens, self.copies = Numbers(), Copies()
         self.images = 0  # that have some
 
     def result(self) -> dict[str, Any]:
-        """The results, for statistics.json."""
-        return {
-            "images": self.images,
-            "words": self.words.result(),
-            "tokens": self.tokens.result(),
-            "copies": self.copies.result(),  # an image counts once for each different text
-            "most_frequent": self.copies.top(TOP),  # [text, images that have it]
-        }
+        """The results, for statistics.json; in `copies` an image counts once for each different text."""
+        counted = {"tokens": self.tokens.result(), "copies": self.copies.result()}
+        return {"images": self.images, **counted, "most_frequent": self.copies.top(TOP)}
 
 
 class Statistics:
@@ -121,7 +94,7 @@ class Statistics:
         self.issues: dict[str, tuple[int, str]] = {}
         self.images = self.image_bytes = self.turned = 0
         self.sizes, self.copies = Copies(), Copies()
-        self.area, self.score, self.regions, self.negatives = (Numbers() for _ in range(4))
+        self.area, self.regions = Numbers(), Numbers()
         self.texts = {kind: TextStatistics() for kind in ("web", "synthetic", "description")}
         self._tokenizer = tokenizer.ClipTokenizer()
 
@@ -129,7 +102,7 @@ class Statistics:
         count, first = self.issues.get(issue, (0, example))
         self.issues[issue] = count + 1, first
 
-    def add(self, items: Sequence[reading.Item]) -> list[Annotation]:
+    def add(self, items: Sequence[Annotation | Fault]) -> list[Annotation]:
         """Counts items, fastest with a few hundred at a time; returns the images that can be read."""
         headers = []  # of the images that can be read
         for item in items:
@@ -156,12 +129,9 @@ class Statistics:
         self.images += 1
         self.image_bytes += len(item.encoded)
         self.turned += header.turned
-        size = f"{header.size[0]} x {header.size[1]}"
-        self.sizes.add(size, where)
+        self.sizes.add(f"{header.size[0]} x {header.size[1]}", where)
         digest = hashlib.blake2b(item.encoded, digest_size=8).digest()
         self.copies.add(digest, item.id or item.image)
-        if max(header.size) > LONG_SHAPE * min(header.size):
-            self._note("long image", f"{where}: {size} pixels")
 
     def _add_texts(self, where: str, texts: list[tuple[str, str]], lengths: list[int]) -> None:
         seen: dict[str, dict[str, None]] = {kind: {} for kind in self.texts}
@@ -171,7 +141,6 @@ class Statistics:
             if kind == "description" and plain in seen[kind]:
                 self._note("repeated description", f"{where}: {text!r}")
             seen[kind][plain] = None
-            self.texts[kind].words[len(plain.split())] += 1
             self.texts[kind].tokens[tokens] += 1
             for issue in flaws(kind, plain, tokens):
                 self._note(f"{issue} {name}", f"{where}: {text[:90]!r}")
@@ -195,16 +164,14 @@ class Statistics:
             elif area >= WHOLE:
                 self._note("whole-image box", box)
             self.area[round(1000 * area)] += 1
-            self.score[round(1000 * region.score)] += 1
-            self.negatives[len(region.negatives)] += 1
 
-    def result(self, source: reading.ImageSet) -> dict[str, Any]:
-        """All numbers of the set, as a dict that can be written as JSON."""
+    def result(self, path: str, total: int) -> dict[str, Any]:
+        """All numbers of the set at `path`, which claims `total` images, as JSON can hold them."""
         return {
-            "set": {"path": str(source.path), "kind": source.kind},
+            "set": {"path": path},
             "images": {
                 "count": self.images,
-                "left_out": source.total - self.images,
+                "left_out": total - self.images,
                 "bytes": self.image_bytes,
                 "turned": self.turned,
                 "sizes": self.sizes.top(TOP),
@@ -212,11 +179,9 @@ class Statistics:
             },
             "texts": {kind: texts.result() for kind, texts in self.texts.items()},
             "regions": {
-                "count": self.score.total(),
+                "count": self.area.total(),
                 "per_image": self.regions.result(),
-                "negatives": self.negatives.result(),
                 "area_per_mille": self.area.result(),
-                "score_per_mille": self.score.result(),
             },
         }
 
@@ -227,15 +192,14 @@ def flaws(kind: str, plain: str, tokens: int) -> list[str]:
     No model wrote web texts, so these are not checked for its refusals and markup.
     """
     names = []
-    if kind != "web":
-        if answers.is_refusal(plain):
-            names.append("refusal in")
-        elif _LEFTOVER.match(plain):
-            names.append("markup in")
-    if tokens > ROW_LENGTH:
+    if kind != "web" and answers.is_refusal(plain):
+        names.append("refusal in")
+    elif kind != "web" and _LEFTOVER.match(plain):
+        names.append("markup in")
+    if kind == "description":
+        names += ["long"] if tokens > LONG_DESCRIPTION else []
+    elif tokens > ROW_LENGTH:
         names.append("cut")
-    elif kind == "description" and tokens > LONG_DESCRIPTION:
-        names.append("long")
     return names
 
 

@@ -8,7 +8,6 @@
 
 import dataclasses
 import importlib
-import typing
 from collections.abc import Iterator, Mapping
 
 import msgspec
@@ -51,34 +50,24 @@ def make(source: str, options: Mapping[str, str] | None = None) -> Source:
 
     Raises:
       errors.UserError: there is no such source; the line lists what there is.
-      SourceError: the class is no source, there is no such option, or a value is of another type or refused by the
-        class (a ValueError of its `__post_init__`).
+      SourceError: there is no such option, or a value is of another type or refused by the class (a ValueError of its
+        `__post_init__`).
     """
     with named.importing():  # the name is the user's, from the command line
         cls = named.find("data source", source, SOURCES)
     if source in SOURCES:
         module, _, name = SOURCES[source].partition(":")
         cls = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    missing = [x for x in ("images_are_files", "shards", "read") if not hasattr(cls, x)]
-    if missing or not isinstance(cls, type):
-        got = ", ".join(missing) or "no class"
+    if not hasattr(cls, "shards"):
         expected = "a class as data/sources/base.py: Source describes"
-        raise SourceError(f"data source {source!r}: has no {got}, expected {expected}")
-    kinds = typing.get_type_hints(cls)
+        raise SourceError(f"data source {source!r}: has no shards, expected {expected}")
     known = [x.name for x in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
-    values = {}
-    for key, text in (options or {}).items():
+    for key in options or {}:
         if key not in known:
             reason = config.unknown_key(key, known) if known else "the source has no options"
             raise SourceError(f"--option {key} of data source {source!r}: {reason}")
-        try:
-            values[key] = msgspec.convert(text, kinds[key], strict=False)
-        except msgspec.ValidationError:
-            raise SourceError(
-                f"--option {key}: got {text!r}, expected {kinds[key].__name__}"
-            ) from None
     try:
-        return cls(**values)
+        return msgspec.convert(dict(options), cls, strict=False) if options else cls()
     except ValueError as error:
         raise SourceError(f"--option of data source {source!r}: {error}") from None
 

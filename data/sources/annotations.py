@@ -9,9 +9,6 @@ from etils import epath
 from grain_jax.core import annotations, errors, regular_file
 from grain_jax.data.sources import base, join
 
-# How the name of a table ends -> the data source that reads it.
-_TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-
 
 class AnnotationLines:
     """A `base.Source` of annotation lines."""
@@ -51,16 +48,12 @@ def of_file(
 ) -> list[base.SourceShard]:
     """The parts of an A.jsonl, without the name of a source: its lines are checked as `lines` gives them.
 
-    Raises errors.UserError: there are no lines, or the file is a table by its name; regular_file.FileError.
+    Raises errors.UserError: there are no lines; regular_file.FileError.
     """
-    path, expected = epath.Path(path), f"expected {annotations.EXPECTED}"
-    if source := _TABLES.get(path.suffix.lower()):
-        advice = f"grain-jax build --source {source} makes records of it"
-        raise errors.UserError(f"{path}: got a table, {expected}; {advice}")
     options = base.Options(str(images), (str(path),), shard_size=shard_size)
     shards = AnnotationLines().shards(options)
     if not any(shard.arguments["lines"] for shard in shards):
-        raise errors.UserError(f"{path}: the file is empty, {expected}")
+        raise errors.UserError(f"{path}: the file is empty, expected {annotations.EXPECTED}")
     return shards
 
 

@@ -1,8 +1,7 @@
 """Parquet files, also of a dataset on the Hub, and folders that `datasets` saved (`save_to_disk`).
 
 The options name the columns (`data/sources/columns.py`). The column of the image holds paths below --images, or bytes,
-or the Hub's struct of both. Numbers as labels have their names in the file, as `datasets` writes them, or in
-`names=FILE`.
+or the Hub's struct of both. Numbers as labels have their names in the file, as `datasets` writes them.
 """
 
 import contextlib
@@ -14,14 +13,12 @@ from typing import Any, ClassVar
 import msgspec
 from etils import epath
 
-from grain_jax.core import image_bounds, printable, regular_file
-from grain_jax.data.sources import arrow_files, base, columns, join
+from grain_jax.core import printable, regular_file
+from grain_jax.data.sources import base, columns, join
 
 _ROWS = 16  # that become Python's values at a time
 _PNG = b"\x89PNG"
 _NOTE = b"huggingface"  # the metadata in which `datasets` keeps the types of columns
-_MAX_TEXT = 8 << 20  # bytes of a text of Parquet's footer; read, it takes thirty times as much
-_MAX_GROUPS = 1 << 12  # of rows; and columns, which pyarrow nests as deep as they say
 
 
 class _DataFile(msgspec.Struct):
@@ -36,20 +33,29 @@ class _Splits(msgspec.Struct):
     splits: list[str]
 
 
+def pyarrow() -> Any:
+    """The package pyarrow, with `fs` and `parquet`. Raises SourceError if it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.fs
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise base.SourceError(
+            f"Parquet files need {error.name}, which is not installed; to get it: pip install 'grain_jax[embed]'"
+        ) from None
+    return pyarrow
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tables(columns.TableOptions):
-    """A `base.Source` of tables of Arrow's types; a shard is a part of a file."""
+    """A `base.Source` of tables of Arrow's types; a shard is a part of a file.
+
+    A subclass has `_files(options)`, `_reader(open file)` and `_batches(reader, columns, arguments of a shard)`.
+    """
 
     images_are_files: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False  # if the bytes of all stand in the table
     form: ClassVar[str] = ""  # of the files
-
-    def _files(self, options: base.Options) -> list[epath.Path]:
-        raise NotImplementedError
-
-    def _reader(self, file: Any) -> Any:
-        """Reads an open file."""
-        raise NotImplementedError
 
     def _schema(self, reader: Any) -> Any:
         return reader.schema
@@ -57,10 +63,6 @@ class _Tables(columns.TableOptions):
     def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
         """Parts of a file: the arguments of its shards, with the number of the first row."""
         return [{"first_row": 0}]
-
-    def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
-        """The record batches of a part."""
-        raise NotImplementedError
 
     def shards(self, options: base.Options) -> list[base.SourceShard]:
         files, out = self._files(options), []
@@ -94,7 +96,7 @@ class _Tables(columns.TableOptions):
     @contextlib.contextmanager
     def _opened(self, path: epath.PathLike) -> Iterator[Any]:
         """What reads a file, local or in an object store. Raises SourceError: anything fails inside."""
-        pa = arrow_files.pyarrow()
+        pa = pyarrow()
         try:
             with contextlib.ExitStack() as stack:
                 if "://" in str(path):
@@ -116,7 +118,7 @@ class _Tables(columns.TableOptions):
         with self._opened(arguments["file"]) as reader:
             schema = self._schema(reader)
             named = self.named(arguments["file"], schema.names, options)
-            if not named.names and "labels" in named.paths:
+            if "labels" in named.paths:
                 names = _label_names(schema, named.paths["labels"][0], arguments["file"])
                 named = named._replace(names=names)
             rows = self._rows(self._batches(reader, named.columns, arguments), arguments)
@@ -158,7 +160,7 @@ class HfDataset(_Tables):
         return [regular_file.below(folder, x.filename, where) for x in state.data_files]
 
     def _reader(self, file: Any) -> Any:
-        return arrow_files.pyarrow().ipc.open_stream(file)
+        return pyarrow().ipc.open_stream(file)
 
     def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
         for batch in reader:
@@ -185,18 +187,12 @@ class Parquet(_Tables):
                 begins = (f"{options.split}-", f"{options.split}.")
                 inside = [x for x in inside if path.is_dir() and x.name.startswith(begins)]
             if not inside:
-                of_split = f" of --split {options.split}" if options.split else ""
-                raise base.SourceError(f"{path}: got no .parquet file{of_split}, expected some")
+                raise base.SourceError(f"{path}: got no .parquet file of --split {options.split!r}")
             files += inside
         return files
 
     def _reader(self, file: Any) -> Any:
-        return arrow_files.pyarrow().parquet.ParquetFile(
-            file,
-            page_checksum_verification=True,
-            thrift_string_size_limit=_MAX_TEXT,
-            thrift_container_size_limit=_MAX_GROUPS,
-        )
+        return pyarrow().parquet.ParquetFile(file, page_checksum_verification=True)
 
     def _schema(self, reader: Any) -> Any:
         return reader.schema_arrow
@@ -219,7 +215,7 @@ class Parquet(_Tables):
         if max(groups) >= metadata.num_row_groups or any(
             metadata.row_group(group).num_columns != metadata.num_columns for group in groups
         ):  # pyarrow would end the process
-            raise arrow_files.pyarrow().ArrowInvalid("other groups of rows")
+            raise pyarrow().ArrowInvalid("other groups of rows")
         return reader.iter_batches(_ROWS, groups, names)
 
 
@@ -245,14 +241,14 @@ def _with_image(
     both = image if isinstance(image, Mapping) else {"bytes" if is_bytes else "path": image}
     path, encoded = both.get("path"), both.get("bytes")
     if not isinstance(encoded, bytes | None) or not isinstance(path, str | None):
-        expected = "got an image of other types, expected bytes and a path"
-        return base.Fault(where, "bad annotation", expected, where)
+        encoded = path = None
     if encoded is None:
         if not path:
-            got = "got neither bytes nor a path, expected an image"
-            return base.Fault(where, "no image", got, where)
+            return base.Fault(
+                where, "no image", "expected the bytes of an image or its path", where
+            )
         if not arguments["images"]:
-            got = f"got the path {path[:200]!r} and no --images, expected the folder of the images"
+            got = f"got a path and no --images, expected the folder of {path:.200}"
             return base.Fault(where, "no such file", got, where)
         return join.load(annotation._replace(image=path), arguments["images"])
     row = int(where.rpartition(" ")[2])
@@ -263,7 +259,4 @@ def _with_image(
         name = f"{row:09d}/{name}"
     seen.add(name)
     name = arguments["prefix"] + name
-    if len(encoded) > image_bounds.MAX_BYTES:
-        got = f"got {len(encoded):,} bytes, expected at most {image_bounds.MAX_BYTES:,}"
-        return base.Fault(name, "too large", got, where)
     return join.join(annotation._replace(image=name, encoded=encoded))

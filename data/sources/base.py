@@ -130,15 +130,6 @@ def items(
             yield position, Fault(position, "bad annotation", str(error), position)
 
 
-def read_list(
-    path: epath.PathLike, kind: type[T], expected: str
-) -> Iterator[tuple[msgspec.Raw, T | Fault]]:
-    """(its text, the item in the declared form or its fault) of each item of a file that holds one list."""
-    values = read_json(path, list[msgspec.Raw], expected)
-    for value, (_, item) in zip(values, items(values, kind, str(path))):
-        yield value, item
-
-
 def size(width: float | None, height: float | None) -> tuple[float, float] | None:
     """(width, height); None if one of them is not known."""
     return None if width is None or height is None else (width, height)

@@ -4,7 +4,7 @@ A region is an object: its description is the category's name. Boxes around crow
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -24,8 +24,6 @@ class ImageItem(msgspec.Struct):
 
     def __post_init__(self):
         self.file_name = self.file_name or "/".join(self.coco_url.split("/")[-2:])
-        if not self.file_name:
-            raise ValueError("an image has neither `file_name` nor `coco_url`")
 
 
 class Category(msgspec.Struct):
@@ -56,23 +54,16 @@ class File(msgspec.Struct):
     categories: list[Category] = []
 
 
-class ObjectFile(File):
-    """A file whose objects all have a category."""
-
-    categories: Annotated[list[Category], msgspec.Meta(min_length=1)]
-
-
 class Coco(staged.ListedSource):
     """Images of one or several files, which are joined by the images' file names."""
 
     needs = "COCO's captions or instances"
     has_labels: ClassVar[bool] = True
-    file: ClassVar[type[File]] = File
 
     def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
         by_name: dict[str, Annotation] = {}
         for path in options.annotations:
-            content = base.read_json(path, self.file, self.needs)
+            content = base.read_json(path, File, self.needs)
             names = {x.id: options.described(self.label(x.name)) for x in content.categories}
             by_id = {}
             for image in content.images:
@@ -115,7 +106,6 @@ class Lvis(Coco):
     """
 
     needs = "lvis_v1_train.json or lvis_v1_val.json"
-    file = ObjectFile
 
     def label(self, name: str) -> str:
         return name.replace("_", " ")
@@ -131,4 +121,3 @@ class FgOvd(Coco):
 
     needs = "a benchmark of FG-OVD"
     has_labels = False
-    file = ObjectFile

@@ -22,28 +22,24 @@ FORMATS = ("xyxy", "xywh", "cxcywh")
 UNITS = ("pixel", "share")
 OF_REGIONS = ("labels", "descriptions", "scores")
 NAMES = ("image", "caption", "captions", "boxes", *OF_REGIONS, "id")
-MAX_REGIONS = 10_000  # per image
 MAX_LINE = 4 << 20  # bytes of a line of text
-MAX_CAPTIONS = 1_000  # per image
 _BOXES = re.compile(r"b?box(es)?|objects|regions", re.IGNORECASE)  # names of a column with boxes
 _SIDES = re.compile(  # names of a column with one side of a box
     r"(b?box[_.]?)?([xy][12]?|[xy]_?(min|max|center)|c[xy]|left|top|right|bottom|w|h|width|height)",
     re.IGNORECASE,
 )
 _Text = Annotated[str, msgspec.Meta(max_length=base.MAX_TEXT)]
-_Box = Annotated[list[float | None], msgspec.Meta(max_length=16)]
-_OfRegions = msgspec.Meta(max_length=MAX_REGIONS)
 
 
 class Row(msgspec.Struct):
     """A row, by the options' names, without its image."""
 
     caption: _Text | None = None
-    captions: Annotated[list[_Text | None], msgspec.Meta(max_length=MAX_CAPTIONS)] | None = None
-    boxes: Annotated[list[_Box | None], _OfRegions] | None = None
-    labels: Annotated[list[_Text | int | None], _OfRegions] | None = None
-    descriptions: Annotated[list[_Text | None], _OfRegions] | None = None
-    scores: Annotated[list[float | None], _OfRegions] | None = None
+    captions: list[_Text | None] | None = None
+    boxes: list[list[float | None] | None] | None = None
+    labels: list[_Text | int | None] | None = None
+    descriptions: list[_Text | None] | None = None
+    scores: list[float | None] | None = None
     id: _Text | int | None = None
 
 
@@ -91,7 +87,6 @@ class TableOptions:
     id: str = ""
     box_format: str = "xyxy"
     unit: str = "pixel"  # share: of the image's width and height
-    names: str = ""  # a file with the name of each label, a line each, from 0 on
 
     has_labels: ClassVar[bool] = True
 
@@ -99,8 +94,6 @@ class TableOptions:
         for key, known in (("box_format", FORMATS), ("unit", UNITS)):
             if (got := getattr(self, key)) not in known:
                 raise ValueError(f"{key}: got {got!r}, expected one of {', '.join(known)}")
-        if self.labels and self.descriptions:
-            raise ValueError("labels and descriptions: got both, expected one of them")
         if self.boxes.count(",") not in (0, 3):
             expected = "expected one column, or four: x1,y1,x2,y2"
             raise ValueError(f"boxes: got {self.boxes!r}, {expected}")
@@ -113,8 +106,6 @@ class TableOptions:
         if "image" not in paths:
             fault = "has no column image; --option image=COLUMN"
         elif "boxes" not in paths:
-            if options_given := [name for name in OF_REGIONS if getattr(self, name)]:
-                fault = f"--option {options_given[0]} without boxes; --option boxes=COLUMN"
             paths = {name: path_list for name, path_list in paths.items() if name not in OF_REGIONS}
         elif "descriptions" in paths and not self.labels:
             paths.pop("labels", None)
@@ -125,15 +116,7 @@ class TableOptions:
             fault = f"has boxes without a text; {texts}"
         if fault:
             raise base.SourceError(f"{where}: {fault}, {_expected(known)}")
-        if options.label_text and "labels" not in paths:
-            advice = "no labels are read; --option labels=COLUMN"
-            raise base.SourceError(f"{where}: got --label-text, and {advice}")
-        names = []
-        if self.names:
-            content = regular_file.read_text(self.names, "the name of a label a line")
-            content = content.removeprefix("\ufeff").rstrip("\n")
-            names = [line.rstrip("\r") for line in content.split("\n")]
-        return Named(paths, names, options.described)
+        return Named(paths, [], options.described)
 
     def _paths(self, name: str, where: object, known: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         columns = getattr(self, name)
@@ -142,9 +125,8 @@ class TableOptions:
         paths = []
         for column in columns.split(",") if name == "boxes" else [columns]:
             path = (column,) if column in known else tuple(column.split("."))
-            if list(known).count(path[0]) != 1:
-                many = "several columns" if path[0] in known else "no column"
-                got = f"has {many} {column} (--option {name})"
+            if path[0] not in known:
+                got = f"has no column {column} (--option {name})"
                 raise base.SourceError(f"{where}: {got}, {_expected(known)}")
             paths.append(path)
         return tuple(paths)
@@ -225,7 +207,7 @@ def _described(label: str | int | None, named: Named) -> str | None:
     """The description that stands for a label. Raises ValueError: it is a number, and has no name."""
     if isinstance(label, int):
         if not named.names:
-            raise ValueError(f"label {label} has no name; --option names=FILE, a name per line")
+            raise ValueError(f"label {label} has no name in the file, expected texts")
         label = named.names[label] if 0 <= label < len(named.names) else None
     return named.described(label) if label else None
 
@@ -243,11 +225,10 @@ def _joined(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, d
         lists = joined.keys() & {"boxes", *OF_REGIONS}
         captions = [joined.get("caption")]
         for _, row in group:
-            if row.get("caption") not in captions and len(captions) <= MAX_CAPTIONS:
+            if row.get("caption") not in captions:
                 captions.append(row.get("caption"))
-            if len(joined["boxes"]) <= MAX_REGIONS:  # one more, which is then a fault
-                for name in lists:
-                    joined[name] += row[name]
+            for name in lists:
+                joined[name] += row[name]
         if len(captions) > 1:
             joined["caption"] = [text for text in captions if text]
         has_box = [any(side is not None for side in box) for box in joined["boxes"]]

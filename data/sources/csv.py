@@ -60,7 +60,7 @@ class Csv(columns.TableOptions, staged.ListedSource):
         row: dict[str, Any] = {column: text or None for column, text in cells.items()}
         texts = ["image", "caption", "id"]
         if named.row_is_box:
-            texts += ["descriptions"] if self.names else ["labels", "descriptions"]
+            texts += ["labels", "descriptions"]
         for name in named.paths.keys() - texts:
             for column, *_ in named.paths[name]:
                 try:

@@ -4,7 +4,6 @@ Members of one sample stand next to each other and share the name up to its firs
 tar; its images are called TAR/MEMBER, since keys may be repeated in another tar.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -21,8 +20,6 @@ from grain_jax.core import image_bounds, regular_file
 from grain_jax.data.sources import base, join
 
 _MAX_PART = 255  # bytes of a part of a name: no file system takes more
-_MAX_FILES = 64  # per sample
-_MAX_SHARD_NAME = 200  # characters of a shard's name, which becomes a file's
 _UNWANTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, half surrogates
 _HEADERS = (  # members that are part of the next one's header, read whole
     tarfile.GNUTYPE_LONGNAME,
@@ -55,40 +52,35 @@ class WebDataset:
         for path in paths:
             prefix = path.relative_to(root).with_suffix("").as_posix()
             name = urllib.parse.quote(prefix, safe="", errors="surrogateescape")
-            if len(name) > _MAX_SHARD_NAME:
-                digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-                name = f"{name[: _MAX_SHARD_NAME - 17]}-{digest}"
             out.append(base.SourceShard(name, {"tar": str(path), "prefix": prefix}))
         return sorted(out, key=lambda shard: shard.name)
 
     def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
-        """The tar's images as `entry` makes them of their name and the files beside them."""
+        """The tar's images as `entry` makes them."""
         prefix, seen = shard.arguments["prefix"], set()
         for sample in _samples(epath.Path(shard.arguments["tar"]), prefix):
             yield sample if isinstance(sample, base.Fault) else self._image(*sample, seen)
 
     def _image(
-        self, image: str, files: dict[str, Any], seen: set[str]
+        self, name: str, files: dict[str, Any], seen: set[str]
     ) -> base.Annotation | base.Fault:
         """A sample's image; `seen` are the names of those before it, and then its own too."""
         ending = next(filter(_is_image, files), None)
-        if ".." in image.split("/"):
-            return base.Fault(image, "bad annotation", "expected a name without ..")
         if ending is None:
             got = ", ".join(files)
-            return base.Fault(image, "no image", f"got {got:.200}, expected an image beside it")
-        image = f"{image}.{ending}"
-        if fault := _name_fault(image, seen):
-            return base.Fault(image, "bad annotation", fault)
+            return base.Fault(name, "no image", f"got {got:.200}, expected an image beside it")
+        image = f"{name}.{ending}"
+        fault = _name_fault(image, seen)
         seen.add(image)
-        if None in files.values():
-            bounds = image_bounds.MAX_BYTES, base.MAX_TEXT, _MAX_FILES
-            expected = "expected a sample of at most {:,} bytes, {:,} of a text, {} files"
-            return base.Fault(image, "too large", expected.format(*bounds))
+        if not fault and None in files.values():
+            most = f"{image_bounds.MAX_BYTES:,} bytes, and {base.MAX_TEXT:,} of a text"
+            return base.Fault(image, "too large", f"expected an image of at most {most}")
         try:
-            annotation = self.entry(image, files)
+            annotation = None if fault else self.entry(image, files)
         except ValueError as error:
-            return base.Fault(image, "bad annotation", str(error))
+            fault = str(error)
+        if fault:
+            return base.Fault(image, "bad annotation", fault)
         return join.join(annotation._replace(encoded=files[ending]))
 
     def entry(self, image: str, files: dict[str, bytes]) -> base.Annotation:
@@ -148,12 +140,11 @@ def _name_fault(image: str, seen: set[str]) -> str:
     """What is wrong with an image's name; "" if nothing is."""
     if image in seen:
         return "the name is there twice, expected it once"
-    if _UNWANTED.search(image):
-        return "expected a name in UTF-8 without control characters"
-    longest, size = max(len(part.encode()) for part in image.split("/")), len(image.encode())
-    if size > base.MAX_NAME or longest > _MAX_PART:
-        most = f"{base.MAX_NAME}, and {_MAX_PART} for each part"
-        return f"got a name of {size} bytes, expected at most {most}"
+    parts = image.split("/")
+    if _UNWANTED.search(image) or ".." in parts:
+        return "expected a name in UTF-8 without control characters and without .."
+    if len(image.encode()) > base.MAX_NAME or max(len(x.encode()) for x in parts) > _MAX_PART:
+        return f"expected a name of at most {base.MAX_NAME} bytes, {_MAX_PART} for each part"
     return ""
 
 
@@ -197,8 +188,6 @@ def _samples(path: epath.Path, prefix: str) -> Iterator[tuple[str, dict[str, Any
                     most = base.MAX_TEXT if ending in ("txt", "json") else 0
                     if _is_image(ending) and not any(map(_is_image, files)):
                         most = image_bounds.MAX_BYTES
-                    if len(files) == _MAX_FILES:
-                        ending, most = max(files), -1  # one of them says that there are too many
                     files[ending] = b""
                     if most:
                         fits = 0 <= member.size <= most

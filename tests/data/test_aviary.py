@@ -8,7 +8,6 @@ import os
 import pathlib
 import random
 import re
-import statistics
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from grain_jax.data.aviary.__main__ import main
 from grain_jax.data.aviary.annotations import EXACT, Noise
 from grain_jax.data.aviary.settings import Settings
 from grain_jax.data.aviary.species import distance, species_of
-from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, Trait
+from grain_jax.data.aviary.vocabulary import PARTS, Trait
 
 FEW = dict(genera=4, species_per_genus=3, held_out_genera=2, held_out_species_per_genus=2)
 SMALL = Settings(images=70, seen_per_species=1, unseen_per_species=1, test_images=10, **FEW)
@@ -64,9 +63,6 @@ def drawn(aviary):
     return [(task.species, draw(task), f"key{task.index}") for task in tasks]
 
 
-# Species
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_held_out_names_and_combinations_are_new(seed):
     aviary = species_of(Settings(seed=seed))
@@ -76,21 +72,6 @@ def test_held_out_names_and_combinations_are_new(seed):
     known = {trait for species in aviary.training for trait in species.traits}
     assert {trait for species in aviary.held_out for trait in species.traits} <= known
     assert min(distance(a, b) for a, b in itertools.combinations(everyone, 2)) == 3
-
-
-def test_names_mean_nothing(aviary):
-    traits = itertools.product(itertools.chain(*TRAITS.values()), range(9))
-    said = [
-        f"{species.phrase} {species.paraphrase(random.Random(turn))}" for species, turn in traits
-    ]
-    known = _words(" ".join(said))
-    names = [species.name for species in aviary.training + aviary.held_out]
-    assert not known & set(names)
-    for a, b in itertools.combinations(names, 2):
-        assert len(a) != len(b) or sum(x != y for x, y in zip(a, b, strict=True)) > 1
-
-
-# Images and boxes
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -111,25 +92,6 @@ def test_box_holds_exactly_what_another_colour_changes(aviary, part):
         # Thin outlines average away in a border pixel: at most one pixel less than the box.
         assert xs.min() <= x1 + 1 and ys.min() <= y1 + 1
         assert xs.max() + 1 >= x2 - 1 and ys.max() + 1 >= y2 - 1
-
-
-def test_boxes_are_large_enough_and_inside_and_no_word_tells_left_from_right(drawn):
-    sides = {part: [] for part in PARTS}
-    for species, picture, key in drawn:
-        assert set(picture.boxes_xyxy) == set(PARTS)
-        for part, (x1, y1, x2, y2) in picture.boxes_xyxy.items():
-            assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 64
-            sides[part].append(max(x2 - x1, y2 - y1))
-        annotated = annotations.regions(species, picture, key, Noise())
-        web = annotations.web_caption(species, (), picture, key, Noise())
-        synthetic = annotations.synthetic_caption(species, picture, key, Noise())
-        text = " ".join([web, synthetic, *(species["description"] for species in annotated)])
-        assert not _words(text) & {"left", "right"}
-    for part, values in sides.items():
-        assert 8 < statistics.mean(values) < 30, part
-
-
-# Noise
 
 
 def _regions(drawn, repeats=10, **noise):
@@ -156,44 +118,6 @@ def test_exact_annotations_and_the_rate_of_misses(drawn):
     assert len(_regions(drawn, misses=0.3)) / len(regions) == pytest.approx(0.7, abs=0.03)
 
 
-def test_wrong_description_rate(drawn):
-    regions = _regions(drawn, wrong_descriptions=0.3)
-    wrong = [_part_of(species, region["description"]) is None for species, _, region in regions]
-    assert statistics.mean(wrong) == pytest.approx(0.3, abs=0.03)
-    pairs = list(zip((region["score"] for _, _, region in regions), wrong, strict=True))
-    scores = [[score for score, is_wrong in pairs if is_wrong == which] for which in (False, True)]
-    assert statistics.mean(scores[0]) - statistics.mean(scores[1]) == pytest.approx(0.22, abs=0.01)
-
-
-def test_web_captions_name_the_species_at_the_asked_rates(drawn, aviary):
-    noise = Noise(wrong_names=0.2, missing_names=0.1)
-    names = {species.name for species in aviary.training}
-    annotated = []
-    for species, picture, key in drawn:
-        for turn in range(20):
-            arguments = species, aviary.training[:5], picture, f"{key}/{turn}", noise
-            named = names & _words(annotations.web_caption(*arguments))
-            annotated.append(named == {species.name} if named else "missing")
-    assert annotated.count("missing") / len(annotated) == pytest.approx(0.1, abs=0.02)
-    assert annotated.count(False) / len(annotated) == pytest.approx(0.2, abs=0.03)
-
-
-# Negatives
-
-
-def test_hard_negatives_differ_in_colour_or_shape():
-    for trait in itertools.chain(*TRAITS.values()):
-        for said in (trait.phrase, trait.paraphrase(random.Random(trait.phrase))):
-            others = vocabulary.hard_negatives(said)
-            assert len({text for text, _ in others} | {said}) == len(others) + 1 >= 12
-            for _, other in others:
-                assert other.part == trait.part
-                assert (other.shape == trait.shape) + (other.colour == trait.colour) == 1
-    texts = [text for text, _ in vocabulary.hard_negatives("an azure curl on the head")]
-    assert "a scarlet curl on the head" in texts and "an azure plume on the head" not in texts
-    assert "a high azure plume on the head" in texts
-
-
 def test_negatives_are_never_true_of_the_bird(drawn, aviary):
     taken = 0
     for species, picture, key in drawn:
@@ -208,9 +132,6 @@ def test_negatives_are_never_true_of_the_bird(drawn, aviary):
             assert not wrong & set(ten)
             taken += len(wrong)
     assert taken  # a wrong description whose hard negative is true of the bird
-
-
-# Files
 
 
 def test_files_are_what_users_bring(small):
@@ -296,22 +217,6 @@ def test_records_that_another_process_exchanges_are_left_alone(tmp_path, monkeyp
         assert main([*arguments, "--name", "birds", *TWO.split()]) == 2
         assert old.exists() and not target.exists()
     assert f"{target}: in use by process {os.getpid()} on " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--misses", "1.5"], "--misses: got '1.5', expected a number in 0.0..1.0"),
-        (["--least-parts", "6"], "--least-parts: got 6, expected at most --most-parts 5"),
-        (["--wrong-names", "0.8", "--missing-names", "0.3"], "expected at most 1"),
-        (["--genera", "1", "--species-per-genus", "1"], "species: found no further one"),
-    ],
-)
-def test_wrong_usage_is_one_line_and_status_2(tmp_path, capsys, arguments, message):
-    output = ["--output", str(tmp_path / "x")] if arguments else []
-    assert main([*output, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
 
 
 def test_an_image_stays_the_same_to_the_bit(aviary):

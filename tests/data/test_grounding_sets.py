@@ -31,16 +31,9 @@ def test_each_expression_of_refcoco_counts_with_its_own_box(tmp_path, monkeypatc
     write_picture(tmp_path / "images/0.png", 0, (40, 20))
     boxes = {1: [0, 0, 20, 20], 2: [20, 0, 20, 20]}  # COCO's x, y, width, height
     said = {1: ["man on left", "man on left", "guy"], 2: ["guy"]}
-    refs = [
-        {
-            "ref_id": n,
-            "ann_id": n,
-            "image_id": 0,
-            "split": "testA",
-            "sentences": [{"sent": text} for text in said[n]],
-        }
-        for n in boxes
-    ]
+    refs = [{"ref_id": n, "ann_id": n, "image_id": 0, "split": "testA"} for n in boxes]
+    for ref in refs:
+        ref["sentences"] = [{"sent": text} for text in said[ref["ann_id"]]]
     (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=0))
     images = [{"id": 0, "file_name": "0.png", "width": 40, "height": 20}]
     objects = [{"id": n, "image_id": 0, "bbox": box} for n, box in boxes.items()]

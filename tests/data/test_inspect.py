@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 
@@ -37,14 +36,12 @@ def test_numbers_of_a_record_set(record_set, tmp_path, capsys):
     assert result["images"]["count"] == 40 and result["images"]["left_out"] == 0
     assert result["images"]["sizes"] == [["16 x 12", 40]]
     web, synthetic, description = (result["texts"][kind] for kind in result["texts"])
-    assert (web["images"], web["words"]["count"], web["words"]["max"]) == (40, 80, 5)
-    assert (synthetic["images"], synthetic["words"]["median"]) == (40, 4)
+    assert (web["images"], web["tokens"]["count"], synthetic["images"]) == (40, 80, 40)
     assert (description["images"], description["copies"]["different"]) == (30, 60)
     # Images have 0, 1, 2, 3, 0 ... regions: halves, then a box of 4 x 4.
     regions = result["regions"]
     assert regions["count"] == 60 and regions["per_image"]["mean"] == 1.5
     assert (regions["area_per_mille"]["min"], regions["area_per_mille"]["max"]) == (83, 500)
-    assert regions["score_per_mille"]["mean"] == pytest.approx(1000 * 34 / 60)
     # No other problem is found in a good set; a quarter has no regions, on purpose.
     assert set(problems_of(result)) == {"images without regions"}
     printed = capsys.readouterr().out.splitlines()
@@ -83,7 +80,6 @@ def plant(folder):
     for line in lines[40:50]:
         line["regions"] = [region("the main subject")]
     (folder / "A.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record_sets.picture(12, (400, 100)).save(folder / "00012.png")
     (folder / "00014.png").write_bytes((folder / "00013.png").read_bytes())
     (folder / "00015.png").write_bytes((folder / "00015.png").read_bytes()[:60])
     return {
@@ -98,7 +94,6 @@ def plant(folder):
         "faulty: regions.box": 9,
         "lines without any caption or region": 10,
         "web captions that another image has too": 12,
-        "images over 3 times as long as wide, or the other way round": 13,
         "images that cannot be read": 16,
     }
 
@@ -111,7 +106,7 @@ def test_planted_problems_are_found(tmp_path):
         assert problems_found[name]["count"] == 1 and problems_found[name]["advice"], name
         assert re.match(rf"A.jsonl:{line}\b", problems_found[name]["example"]), name
     assert problems_found["images that cannot be read"]["total"] == 57
-    common = problems_found["images that share one description (over 10% of all)"]
+    common = problems_found["images that share one description text (over 10% of all)"]
     assert (common["count"], common["total"], common["example"]) == (10, 57, "'the main subject'")
     copies = problems_found["images that are copies, byte by byte, of earlier ones"]
     assert (copies["count"], copies["example"]) == (1, "id14 is id13")
@@ -119,48 +114,14 @@ def test_planted_problems_are_found(tmp_path):
     assert result["images"]["left_out"] == 3
 
 
-def test_a_damaged_shard_does_not_stop_it(record_set, tmp_path):
-    shutil.copytree(record_set / "out" / "tiny_set", tmp_path / "set")
-    shard = sorted((tmp_path / "set" / "1.0.0").glob("*.tfrecord*"))[2]
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 255
-    shard.write_bytes(content)
-    result = inspect(tmp_path / "set", tmp_path / "out")
-    damaged = problems_of(result)["damaged shards, not read to their end"]
-    assert damaged["count"] == 1 and "what follows it in this part is lost" in damaged["example"]
-    assert 10 <= result["images"]["count"] < 15
-
-
-def test_counts_beyond_their_limits():
-    copies = statistics.Copies(most=100)
-    for number in range(5_000):
-        copies.add("often" if number % 5 == 0 else f"rare {number}", str(number))
-    result = copies.result()
-    assert (result["total"], result["different"], result["copies"]) == (5000, 100, 999)
-    assert (result["untracked"], result["example"]) == (3901, "5 is 0")
-    assert copies.top(1) == [["often", 1000]] and len(copies.held) == 100
-    numbers = statistics.Numbers()
-    numbers.update([3] * 50 + [4] * 45 + [5] * 4 + [90])
-    assert numbers.result() == {
-        **{"count": 100, "mean": 4.4, "min": 3, "median": 3, "p95": 4, "p99": 5, "max": 90}
-    }
-    sample = statistics.ImageSample(10)
-    for number in range(300):
-        sample.offer(number)
-    assert len(set(sample)) == 10 and max(sample) > 100
-
-
 @pytest.mark.parametrize(
     "kind,text,tokens,flaws_expected",
     [
         ("synthetic", "i'm sorry, i can't help with that", 12, ["refusal in"]),
         ("web", "i'm sorry, i can't help with that", 12, []),
-        ("synthetic", "a sign that says i'm sorry", 8, []),
         ("description", "- a red wing", 6, ["markup in"]),
-        ("description", "sure, here are the features", 8, ["markup in"]),
-        ("description", "a well-worn, white shirt", 8, []),
         ("description", "a wing", 25, ["long"]),
-        ("description", "a wing", 78, ["cut"]),
+        ("web", "a wing", 78, ["cut"]),
         ("synthetic", "a caption", 77, []),
     ],
 )
@@ -179,23 +140,20 @@ def test_the_page_loads_nothing_and_trusts_no_text(tmp_path, capsys):
     inspect(tmp_path / "A.jsonl", tmp_path / "out", "--num-images=8")
     text = (tmp_path / "out" / "inspect.html").read_text()
     assert "<script" not in text and "\x1b" not in text + capsys.readouterr().out
-    assert len(re.findall(r'<img src="data:image/jpeg;base64,', text)) == text.count(" src=") == 8
-    assert "not: the &lt;b&gt;, b, c, and 1 more<" in text
+    assert text.count('<img src="data:image/jpeg;base64,') == text.count(" src=") == 8
+    assert "not: the &lt;b&gt;, b, c, d<" in text
     assert not re.search(r"https?:|url\(", text)
 
 
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["{}/nothing"], "no such file or folder"),
         (["{}/in"], "got no dataset_info.json there, expected a TFDS set"),
         (["{}/in/A.jsonl", "--images={}/nothing"], "no such folder"),
-        (["{}/out/tiny_set", "--images={}/in"], "which hold their images"),
         (["{}/in/A.jsonl", "--output={}/in/A.jsonl"], "A.jsonl"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(record_set, capsys, arguments, message):
-    (record_set / "in" / "empty.jsonl").write_text("\n")
     assert command.main([argument.format(record_set) for argument in arguments]) == 2
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1 and message in printed[0]

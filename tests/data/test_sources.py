@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from etils import epath
 
+from grain_jax.core import errors
 from grain_jax.data import build, sources
 from grain_jax.data.sources import staged
 from tests import record_sets
@@ -30,6 +31,10 @@ def boxes(number):
 
 def descriptions(number):
     return [f"the left part of {number}", f"a right part of {number}"]
+
+
+def regions(number):
+    return list(zip(boxes(number), descriptions(number), strict=True))
 
 
 def caption(number):
@@ -111,7 +116,7 @@ def grit_sample(folder):
     members = []
     for number in range(COUNT):
         text, spans = caption(number), []
-        for box, description in zip(boxes(number), descriptions(number), strict=True):
+        for box, description in regions(number):
             start = text.index(description)
             spans.append([start, start + len(description), *shares(box), 0.75])
         # As img2dataset writes them: numbers of such a column are all floats.
@@ -133,12 +138,9 @@ def write_objects(path, image=lambda n: {"file_name": f"{n:012d}.jpg"}, negative
     names += [f"no {text}" for text in names] + ["x"]
     objects = []
     for number in range(COUNT):
-        for box, text in zip(boxes(number), descriptions(number), strict=True):
-            annotation = {
-                "image_id": 7 + number,
-                "bbox": xywh(box),
-                "category_id": names.index(text),
-            }
+        for box, text in regions(number):
+            annotation = {"image_id": 7 + number, "bbox": xywh(box)}
+            annotation["category_id"] = names.index(text)
             wrong = {"neg_category_ids": [names.index(f"no {text}"), len(names) - 1, 999]}
             objects.append(annotation | wrong if negatives else annotation)
     categories = [{"id": i, "name": name} for i, name in enumerate(names)]
@@ -183,18 +185,17 @@ def karpathy_sample(folder):
 
 def visual_genome_sample(folder):
     write_pictures(folder / "images", "VG_100K_2/{}.jpg")
-    regions = []
+    items = []
     for number in range(COUNT):
-        regions_of_image = []
-        for box, text in zip(boxes(number), descriptions(number), strict=True):
-            x, y, width, height = xywh(box)
-            edges = {"x": x, "y": y, "width": width, "height": height}
-            regions_of_image.append({"region_id": 1, "image_id": number, "phrase": text} | edges)
-        regions.append({"id": number, "regions": regions_of_image})
+        phrases = [
+            {"region_id": 1, "phrase": text} | dict(zip(("x", "y", "width", "height"), xywh(box)))
+            for box, text in regions(number)
+        ]
+        items.append({"id": number, "regions": phrases})
     sizes = [{"image_id": n, "width": SIZE[0], "height": SIZE[1]} for n in range(COUNT)]
     return options(
         folder,
-        write_json(folder / "region_descriptions.json", regions),
+        write_json(folder / "region_descriptions.json", items),
         write_json(folder / "image_data.json", sizes),
     )
 
@@ -205,20 +206,13 @@ def refcoco_sample(folder):
     for number in range(COUNT):
         name = f"COCO_train2014_{number:012d}.jpg"
         images.append({"id": number, "file_name": name, "width": SIZE[0], "height": SIZE[1]})
-        for k, (box, text) in enumerate(zip(boxes(number), descriptions(number), strict=True)):
+        for k, (box, text) in enumerate(regions(number)):
             ann_id = 100 * number + k
             objects.append({"id": ann_id, "image_id": number, "bbox": xywh(box)})
-            sentences = [{"sent": text, "raw": text, "tokens": text.split(), "sent_id": ann_id}]
-            refs.append(
-                {
-                    "ref_id": ann_id,
-                    "ann_id": ann_id,
-                    "image_id": number,
-                    "file_name": f"COCO_train2014_{number:012d}_{k}.jpg",
-                    "split": "train" if number else "testA",
-                    "sentences": sentences * 2,  # said twice: one region, two phrases
-                }
-            )
+            ref = {"ref_id": ann_id, "ann_id": ann_id, "image_id": number}
+            ref["split"] = "train" if number else "testA"
+            ref["sentences"] = [{"sent": text, "raw": text}] * 2  # one region, two phrases
+            refs.append(ref)
     path = folder / "refs(unc).p"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(refs, protocol=0))
@@ -258,10 +252,9 @@ def finehard_sample(folder):
                     "bbox": [*shares(box), 0.75],
                     "short_expr": text,
                     "long_expr": f"{text}, at length",
-                    "flag_short_neg": 1,
-                    "short_expr_negs": {"0": f"no {text}", "1": text, "2": "x"},
                 }
-                for box, text in zip(boxes(n), descriptions(n), strict=True)
+                | {"flag_short_neg": 1, "short_expr_negs": {"0": f"no {text}", "1": text, "2": "x"}}
+                for box, text in regions(n)
             ],
         }
         for n in range(COUNT)
@@ -275,12 +268,11 @@ def annotations_sample(folder):
     write_pictures(folder / "images", "{:05d}.jpg")
     lines = []
     for number in range(COUNT):
-        pairs = zip(boxes(number), descriptions(number), strict=True)
-        regions = [
+        described = [
             {"box": box, "description": text, "score": 0.75, "negatives": [f"no {text}", "x"]}
-            for box, text in pairs
+            for box, text in regions(number)
         ]
-        line = {"image": f"{number:05d}.jpg", "caption": caption(number), "regions": regions}
+        line = {"image": f"{number:05d}.jpg", "caption": caption(number), "regions": described}
         lines.append(json.dumps(line) + "\n")
     (folder / "A.jsonl").write_text("\n".join(lines))  # blank lines between them
     return options(folder, folder / "A.jsonl")
@@ -357,7 +349,6 @@ def test_reads_its_public_format(source, tmp_path):
     assert shards == sources.shards(source, sample)  # stable over runs
     names = [shard.name for shard in shards]
     assert names == sorted(set(names)) and not any("/" in name for name in names)
-    assert json.loads(json.dumps(shards)) == [list(shard) for shard in shards]
     pictures = [picture for shard in shards for picture in sources.read(shard)]
     assert all(isinstance(picture, sources.Image) for picture in pictures), pictures
     assert len({picture.image for picture in pictures}) == len(pictures) == COUNT
@@ -393,7 +384,6 @@ def test_faults_of_files_have_their_cause(tmp_path):
     (images / "00002.jpg").unlink()
     (images / "00002.jpg").mkdir()
     (images / "00003.txt").write_bytes(b"\xff\xfe no text")
-    (images / "notes.md").write_text("no image")
     (images / "more").mkdir()
     (images / "more/last.PNG").write_bytes(encoded(0))
     shards = sources.shards("folder", sample)
@@ -417,7 +407,6 @@ def test_bad_regions_are_left_out_by_name_and_their_picture_stays(tmp_path):
     content["annotations"] += [
         first | {"bbox": [2, 3, 0, 5]},
         first | {"bbox": [-20, 3, 30, 5]},
-        first | {"bbox": [1, 2, "wide"]},
         first | {"bbox": [-4, 3, 20, 5], "score": 0.5},  # hangs over a little: stays, unclipped
         first | {"category_id": 999},
         first | {"iscrowd": 1},
@@ -434,17 +423,11 @@ def test_bad_regions_are_left_out_by_name_and_their_picture_stays(tmp_path):
         "../outside.jpg": "bad annotation",
     }
     picture = next(item for item in items if item.image == "000000000000.jpg")
-    expected = ["crowd", "bad box", "bad box", "bad box", "no description"]
+    expected = ["crowd", "bad box", "bad box", "no description"]
     assert [fault.cause for fault in picture.left_out] == expected
     line = "got box [-20.0, 3.0, 10.0, 8.0], expected at least 50%"
     assert picture.left_out[2].detail.startswith(line)
     assert picture.regions[-1].box_xyxy == (-4, 3, 16, 8) and picture.regions[-1].score == 0.5
-
-
-def test_boxes_drawn_on_another_size_are_not_used(tmp_path):
-    sample = visual_genome_sample(tmp_path)
-    write_json(tmp_path / "image_data.json", [{"image_id": 3, "width": 800, "height": 600}])
-    assert causes(read_all("visual_genome", sample)) == {"VG_100K_2/3.jpg": "another size"}
 
 
 def test_tars_that_are_damaged_or_incomplete(tmp_path):
@@ -470,27 +453,11 @@ def test_tars_that_are_damaged_or_incomplete(tmp_path):
     assert items[-1].image == "00001/a/3.jpg" and items[-1].captions == ("of the json",)
 
 
-def test_refcoco_splits_and_other_files(tmp_path):
+def test_splits_of_refcoco(tmp_path):
     sample = refcoco_sample(tmp_path)
     assert len(read_all("refcoco", sample._replace(split="testA"))) == 1
     with pytest.raises(sources.SourceError, match="got --split val, expected one of: testA, train"):
         sources.shards("refcoco", sample._replace(split="val"))
-    expected = read_all("refcoco", sample)
-    refs = pickle.loads((tmp_path / "refs(unc).p").read_bytes())
-    path = write_json(tmp_path / "refs.json", refs)
-    assert (
-        read_all("refcoco", sample._replace(annotations=(path, sample.annotations[1]))) == expected
-    )
-    path = write_json(tmp_path / "others.json", [{"ref": 1}])
-    with pytest.raises(sources.SourceError, match="others.json: Object missing required field"):
-        sources.shards("refcoco", sample._replace(annotations=(path, sample.annotations[1])))
-    # COCO's captions of the same images.
-    images = [{"id": 5, "file_name": expected[1].image}, {"id": 6, "file_name": "another.jpg"}]
-    captions = [{"image_id": 5 + n % 2, "caption": f"caption {n}"} for n in range(4)]
-    content = {"images": images, "annotations": captions}
-    path = write_json(tmp_path / "captions_train2014.json", content)
-    items = read_all("refcoco", sample._replace(annotations=(*sample.annotations, path)))
-    assert [item.captions for item in items[:3]] == [(), ("caption 0", "caption 2"), ()]
 
 
 def test_descriptions_of_one_box_take_turns_with_those_of_others(tmp_path):
@@ -515,9 +482,6 @@ def test_descriptions_of_one_box_take_turns_with_those_of_others(tmp_path):
 @dataclasses.dataclass(frozen=True)
 class Numbers(staged.ListedSource):
     count: int = 1
-    rate: float = 0.5
-    strict: bool = False
-    name: str = "a"
 
     def __post_init__(self):
         if self.count < 0:
@@ -527,40 +491,19 @@ class Numbers(staged.ListedSource):
         return iter(())
 
 
-def test_own_options_have_the_types_of_the_fields():
-    texts = {"count": "3", "rate": "1e-1", "strict": "True", "name": "b=c"}
-    assert sources.make(f"{__name__}:Numbers", texts) == Numbers(3, 0.1, True, "b=c")
-    assert sources.make(f"{__name__}:Numbers") == Numbers()
+def test_own_options():
+    name = f"{__name__}:Numbers"
+    assert sources.make(name, {"count": "3"}) == Numbers(3)
+    for texts, line in (
+        ({"conut": "3"}, "--option conut of data source .*: no such key; did you mean count"),
+        ({"count": "-1"}, "count: got -1, expected at least 0"),
+    ):
+        with pytest.raises(sources.SourceError, match=line):
+            sources.make(name, texts)
 
 
-@pytest.mark.parametrize(
-    "cls, texts, line",
-    [
-        ("Numbers", {"conut": "3"}, "--option conut of data source '{}': no such key; did you mean count?"),
-        ("Numbers", {"count": "3.5"}, "--option count: got '3.5', expected int"),
-        ("Numbers", {"strict": "2"}, "--option strict: got '2', expected bool"),
-        ("Numbers", {"count": "-1"}, "data source '{}': count: got -1, expected at least 0"),
-        ("boxes", {}, "has no images_are_files, shards, read, expected a class as data/sources/base.py"),
-    ],
-)  # fmt: skip
-def test_own_options_that_are_wrong_are_one_line(cls, texts, line):
-    with pytest.raises(sources.SourceError) as error:
-        sources.make(f"{__name__}:{cls}", texts)
-    assert line.format(f"{__name__}:{cls}") in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "source, split, content, line",
-    [
-        ("karpathy", "dev", None, "got --split dev, expected one of: test"),
-        ("karpathy", "", {"images": [{"filename": "1.jpg"}]}, "field `split` .*expected dataset_flickr30k"),
-        ("lvis", "", {"images": [{"id": 1}], "annotations": []}, "neither `file_name` nor `coco_url`.*expected lvis_v1"),
-        ("fg_ovd", "", {"images": [], "annotations": []}, "field `categories`.*expected a benchmark of"),
-    ],
-)  # fmt: skip
-def test_files_of_another_form(tmp_path, source, split, content, line):
-    sample = SAMPLES[source](tmp_path)
-    if content is not None:
-        write_json(pathlib.Path(sample.annotations[0]), content)
-    with pytest.raises(sources.SourceError, match=line):
-        read_all(source, sample._replace(split=split))
+def test_a_file_of_another_form(tmp_path):
+    sample = karpathy_sample(tmp_path)
+    write_json(pathlib.Path(sample.annotations[0]), {"images": [{"filename": "1.jpg"}]})
+    with pytest.raises(errors.UserError, match="field `split` .*expected dataset_flickr30k"):
+        read_all("karpathy", sample)

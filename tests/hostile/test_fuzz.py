@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import pathlib
 import random
@@ -75,9 +74,8 @@ def damaged(path, rng):
         path.write_bytes(before)
 
 
-def write_tokenizers(folder):
-    """A tokenizer.json with every part that lengthens a text, and a SentencePiece model."""
-    import sentencepiece
+def write_tokenizer(folder):
+    """A tokenizer.json with every part that lengthens a text."""
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers, processors
 
@@ -91,14 +89,7 @@ def write_tokenizers(folder):
     library.post_processor = processors.TemplateProcessing("$A [E]", None, [("[E]", 1)])
     library.add_special_tokens(["[E]"])
     library.save(str(folder / "t.json"))
-    texts = [f"a red bird {i} of {i * i} feathers" for i in range(99)]
-    options = dict(vocab_size=60, hard_vocab_limit=False, minloglevel=2)
-    with io.BytesIO() as out:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=out, **options
-        )
-        (folder / "t.model").write_bytes(out.getvalue())
-    return [folder / "t.json", folder / "t.model"]
+    return folder / "t.json"
 
 
 class Good:
@@ -120,7 +111,7 @@ class Good:
         model = perturbed.tiny()
         saved_model.save_model(folder / "model", model, perturbed.params(model))
         self.model = saved_model.load_model(folder / "model")[:2]
-        self.tokenizers = write_tokenizers(folder)
+        self.tokenizer = write_tokenizer(folder)
 
     def lines(self, rng):
         lines = [json.dumps(record_sets.annotation(i)).encode() for i in range(4)]
@@ -172,10 +163,10 @@ class Good:
             raise errors.UserError("refused")
 
     def tokens(self, rng):
-        path = rng.choice(self.tokenizers)
+        path = self.tokenizer
         before = path.read_bytes()
         content = image_files.mutate(before, rng.randrange(1 << 30))
-        if path.suffix == ".json" and rng.random() < 0.7:
+        if rng.random() < 0.7:
             content = json.dumps(put_somewhere(json.loads(before), rng)).encode()
         try:
             path.write_bytes(content)
@@ -214,20 +205,17 @@ def test_damaged_input_is_read_or_refused_in_plain_lines(good, kind, cases):
     assert len(refused) < cases and (refused or kind == "lines")
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_no_mutated_image_is_accepted_that_training_refuses(kind):
+def test_no_mutated_image_is_accepted_that_training_refuses():
     original, accepted, rescued = example.Encoding("original"), 0, 0
-    seeds = [image_files.encode(kind), image_files.encode(kind, (61, 47))]
     for number in range(200):
-        encoded = image_files.mutate(seeds[number % 2], number)
+        encoded = image_files.mutate(image_files.encode("PNG"), number)
         try:
             picture = images.decode_image(encoded)
         except images.ImageError:
             continue
-        stored, anew = example.encode_image(picture, encoded, original)
+        stored = example.encode_image(picture, encoded, original)
         decoded = transforms.decode(tf.constant(stored)).numpy()  # raises where training would
         assert decoded.shape == (picture.height, picture.width, 3)
-        accepted, rescued = accepted + 1, rescued + anew
-        assert (stored == encoded) != anew
+        accepted, rescued = accepted + 1, rescued + (stored != encoded)
     assert accepted > 20
-    assert rescued > 10 or kind == "JPEG"
+    assert rescued > 10

@@ -28,7 +28,7 @@ def test_entities_of_a_stranger(tmp_path):
 @pytest.mark.parametrize(
     "content, line",
     [
-        (b"\x80\x02]r\x00\x00\x00\x7f.", "expected refs"),  # the index of 2 billion objects
+        (b"\x80\x02]r\x00\x00\x00\x7f.", "got no images"),  # the index of 2 billion objects
         (b"(" * 200_000 + b"l" * 200_000 + b".", "Expected `object`, got `array`|nested too deep"),
         (b"cos\nsystem\n(S'true'\ntR.", "no pickle of plain values .it wants os.system"),
     ],

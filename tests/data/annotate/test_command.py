@@ -101,7 +101,7 @@ def test_too_many_faults_and_other_settings_end_with_status_2(pictures, tmp_path
     assert command.main([*flags, "--max-faults=0.2"]) == 0  # nothing left to do
     assert "0 of 1 shards in this run" in capsys.readouterr().out
     assert command.main([*flags, "--min-side=20"]) == 2
-    assert "was begun with source min_side 16, got 20" in capsys.readouterr().err
+    assert 'was begun with source {"min_side": 16}, got {"min_side": 20}' in capsys.readouterr().err
 
 
 def test_a_job_that_was_cancelled_is_not_taken_for_done(pictures, tmp_path, capsys, monkeypatch):
