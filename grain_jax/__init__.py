@@ -8,8 +8,7 @@ Importing this package loads neither JAX nor TensorFlow.
 from pathlib import Path
 
 from grain_jax.checkpoint import importers
-
-__version__ = "0.1.0"
+from grain_jax.core.version import __version__ as __version__
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file():

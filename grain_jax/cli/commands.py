@@ -10,10 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grain_jax import __version__
 from grain_jax.cli import process
 from grain_jax.cli.parser import Command, Parser
 from grain_jax.core import nearest
+from grain_jax.core.version import __version__
 
 # Name -> (the class that declares the command, its main function), both as `module:Name` below grain_jax.
 Table = Mapping[str, tuple[str, str]]

@@ -7,10 +7,10 @@ import sys
 
 from etils import epath
 
-from grain_jax import __version__
 from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import from_hugging_face, from_open_clip
 from grain_jax.convert.faults import ConvertError
+from grain_jax.core.version import __version__
 
 
 def import_weights(reference: str, source: epath.Path) -> epath.Path:

@@ -17,11 +17,12 @@ import numpy as np
 from etils import epath
 from jax import export as jax_export
 
-from grain_jax import __version__, inference
+from grain_jax import inference
 from grain_jax.convert import output as files
 from grain_jax.convert import parity, tables
 from grain_jax.convert.arguments import Export
 from grain_jax.core import errors
+from grain_jax.core.version import __version__
 from grain_jax.inference import jitted, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain

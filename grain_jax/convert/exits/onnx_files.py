@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax import __version__, inference
+from grain_jax import inference
 from grain_jax.convert import export, output, parity
 from grain_jax.convert.exits import folder, needs, tokenizers
 from grain_jax.convert.faults import needing, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
+from grain_jax.core.version import __version__
 
 DESCRIPTION = "onnx.json"  # marks the folder
 PARTS = ("image", "text", "boxes", "maps")  # texts before maps, which take their embeddings
