@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from grain_jax.core import annotations, regular_file
+from grain_jax.core import annotations
 
 
 def _write(tmp_path, *lines):
@@ -40,12 +40,6 @@ def test_reads(tmp_path):
     assert second.phrases == ((0, 1), (1,), (1,))
     box_xyxy = (1.0, 2.0, 3.0, 4.0)
     assert second.regions == ((box_xyxy, "a beak", 0.5, ()), (box_xyxy, "a beak", 1.0, ()))
-
-
-def test_reads_negatives(tmp_path):
-    regions = [_region(negatives=[" a wing", "A crest "]), _region(negatives=None), _region()]
-    (record,) = annotations.read(_write(tmp_path, {"image": "a", "regions": regions})).records
-    assert [region.negatives for region in record.regions] == [("a wing", "A crest"), (), ()]
 
 
 @pytest.mark.parametrize(
@@ -126,13 +120,6 @@ def test_all_faults_are_reported(tmp_path):
     ]
     assert len(faults) == 100
     assert summary == f"{path}: 50 of 50 lines are faulty, more than 1%"
-
-
-def test_missing_and_empty(tmp_path):
-    with pytest.raises(regular_file.FileError, match="no such file"):
-        annotations.read(tmp_path / "no.jsonl")
-    with pytest.raises(annotations.AnnotationError, match="the file is empty"):
-        annotations.read(_write(tmp_path, b""))
 
 
 @pytest.mark.parametrize(

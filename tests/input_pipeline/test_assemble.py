@@ -85,27 +85,6 @@ def test_negatives_of_an_example():
             assemble.of_examples([examples[0]._replace(**change)] * 2, config, clip)
 
 
-def test_several_captions_of_an_example():
-    config = record_sets.config("", batch_size=2, lanes=1, pack_rows=4, captions_per_image=3)
-    clip, image = tokenizer.ClipTokenizer(), np.zeros((16, 16, 3), np.uint8)
-    batch = assemble.of_examples(
-        [assemble.Example(image, ["a", "b b"]), assemble.Example(image, "a " * 90)], config, clip
-    )
-    assert batch.caption_mask.tolist() == [[True, True, False], [True, False, False]]
-    (a, b, c), no = clip.encode(["a", "b b", "a " * 90], 77).text_ids, 0
-    assert batch.caption_id.tolist() == [[a, b, no], [c, no, no]]
-    # A text of 77 tokens fills a row; the others share one.
-    assert batch.caption_at.tolist() == [[[1, 6], [1, 3], [0, 0]], [[0, 76], [0, 0], [0, 0]]]
-    assert batch.text_counts.tolist() == [[3, 1]] and batch.texts_dropped.tolist() == [0]
-    with pytest.raises(ValueError, match="example 0: got 4 captions, expected at most"):
-        assemble.of_examples([assemble.Example(image, ["a"] * 4)], config, clip)
-    none = assemble.of_examples(
-        [assemble.Example(image, ()), assemble.Example(image, "a")], config, clip
-    )
-    assert none.caption_mask.tolist() == [[False] * 3, [True, False, False]]
-    assert none.text_counts.tolist() == [[1, 0]] and not none.caption_at[0].any()
-
-
 @pytest.mark.parametrize("packing, shape", [(False, (2, 2, 8)), (True, (1, 2, 77))])
 def test_texts_of_a_run_may_be_shorter_than_the_towers(packing, shape):
     """CLIPA's: cut, with their end token; rows of one text are as short."""

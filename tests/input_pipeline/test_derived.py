@@ -96,15 +96,6 @@ def test_microbatches_and_a_set_of_few_shards_are_followed():
         resolve(config, derived.Limits(4, 4))
 
 
-def test_explicit_numbers_stay_and_padded_texts_need_none():
-    config = open_config(batch_size=64, input__lanes=2, text__pack_rows=50)
-    got, line = resolve(config)
-    assert numbers(got) == (2, 32, 50) and line == "text.pack_group=32"
-    assert resolve(got) == (got, "")
-    padded = resolve(open_config(text__packing=False))[0]
-    assert numbers(padded)[1:] == (1, 6)
-
-
 CASES = {  # captions, descriptions, regions
     "long captions and descriptions": ((12, 30), (5, 12), 5),
     "captions only": ((10, 77), (4, 12), 0),
@@ -194,19 +185,6 @@ def test_negatives_are_drawn_as_training_has_them():
     assert resolve(padded)[0].text_layout == (1, 3 + 5 * 3)
 
 
-def test_a_mixture_is_drawn_by_weight():
-    values = tiny.dictionary(**CLIP_ROW)
-    values.input.update(source="records")
-    values.input.datasets = (
-        dict(name="short", data_dir="", weight=3.0),
-        dict(name="long", data_dir="", weight=1.0),
-    )
-    config = config_lib.from_dict(values)
-    samples = [lengths([5], [[4]]), lengths([50], [[40]])]
-    texts, _ = derived.draw(config, samples, 64, np.random.default_rng(0))
-    assert sorted(texts.captions.ravel().tolist()) == [5] * 48 + [50] * 16
-
-
 def test_a_resumed_run_has_its_own_numbers():
     first, _ = resolve(open_config(batch_size=64), samples=[lengths([20], [[9]])])
     stored = dict(stored=first, where="checkpoint 7")
@@ -246,17 +224,6 @@ def test_what_does_not_fit_the_mesh_is_told_with_the_flags_that_do():
     sharding.check_batch(open_config(batch_size=16, loss__group_size=8), mesh)
 
 
-def test_a_plan_without_the_data_says_that_it_guesses(tmp_path):
-    config = open_config(batch_size=64, input__source="records", input__name="cc12m")
-    got, line = derived.planned(config, derived.Limits())
-    assert numbers(got) == (4, 16, 10)
-    assert line == (
-        "input.lanes=4, text.pack_group=16, text.pack_rows=10 from 4096 images of a guess (captions of 10-20"
-        " tokens, 0-5 descriptions of 4-12), since the texts of 'cc12m' are not known here: 0.00% of their"
-        " texts do not fit"
-    )
-
-
 def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     record_sets.write_annotations(tmp_path / "in", 24, size=(16, 16))
     assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=4") == 0
@@ -279,3 +246,16 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     again, line = derive(tmp_path / "run")
     assert again == derived_config and "text.pack_rows=1 as in checkpoint 1" in line
     assert numbers(derive(tmp_path / "another run")[0]) == (1, 1, 3)
+
+
+def test_a_mixture_is_drawn_by_weight():
+    values = tiny.dictionary(**CLIP_ROW)
+    values.input.update(source="records")
+    values.input.datasets = (
+        dict(name="short", data_dir="", weight=3.0),
+        dict(name="long", data_dir="", weight=1.0),
+    )
+    config = config_lib.from_dict(values)
+    samples = [lengths([5], [[4]]), lengths([50], [[40]])]
+    texts, _ = derived.draw(config, samples, 64, np.random.default_rng(0))
+    assert sorted(texts.captions.ravel().tolist()) == [5] * 48 + [50] * 16

@@ -5,11 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from grain_jax import config as config_lib
 from grain_jax.checkpoint import files, states
 from grain_jax.core import errors
 from grain_jax.input_pipeline import order, record_files, records
-from tests import record_sets, tiny
+from tests import record_sets
 from tests.record_sets import numbers, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
@@ -87,15 +86,6 @@ def test_shares_are_exact_in_every_window(weights, bound):
             # The largest error of any window is at its ends, against each other.
             assert (error.max(axis=0) - error.min(axis=0)).max() < bound
     assert lane.positions(0) == [0] * len(weights)
-
-
-def test_the_lanes_errors_cancel():
-    weights = [0.7, 0.3]
-    lanes = mixed_lanes(weights, lanes=16)
-    stands = np.array([[lane.positions(p)[0] for p in range(0, 801, 4)] for lane in lanes])
-    error = stands.sum(axis=0) - 0.7 * 16 * np.arange(0, 801, 4)
-    assert error.max() - error.min() < 1  # as one lane alone
-    assert len({tuple(lane.choices(0, 20)) for lane in lanes}) > 5
 
 
 def test_mixed_order_never_changes():
@@ -194,30 +184,6 @@ def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
         match="stones/1.0.0 has no split 'validation', expected one of train",
     ):
         records.batches(record_sets.config("", name="", datasets=values))
-
-
-BESIDE = ", expected nothing beside input.datasets, which names all datasets"
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        (dict(input__name="birds"), f"input.name: got 'birds'{BESIDE}"),
-        (
-            dict(input__prepare="data.aviary"),
-            f"input.prepare: got 'data.aviary'{BESIDE}",
-        ),
-        (dict(weight=float("nan")), "input.datasets[1].weight: got nan, expected a finite number"),
-        (dict(name="birds"), "input.datasets: has 'birds' more than once, expected each name once"),
-    ],
-)
-def test_faults_of_the_config_are_a_line(change, message):
-    sets = entries("x")
-    of_config = {key: value for key, value in change.items() if "__" in key}
-    sets[1] |= {key: value for key, value in change.items() if "__" not in key}
-    with pytest.raises(config_lib.ConfigError) as caught:
-        tiny.config(input__datasets=sets, **of_config)
-    assert str(caught.value) == message
 
 
 def test_a_run_on_one_set_is_not_one_on_several(folder):

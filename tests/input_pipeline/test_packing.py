@@ -148,18 +148,6 @@ def test_a_worked_example():
     assert positions[0, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
 
 
-def test_captions_that_an_image_lacks_take_no_room():
-    batch = arrays([[5, 0, 3], [0, 2, 0], [0, 0, 0]], [[2], [0], [4]])
-    layout = packing.pack(batch, np.zeros((3, 1)), pack_group=3, rows=3, row_length=8)
-    assert layout.ends.captions.tolist() == [
-        [[0, 4], [0, 0], [0, 7]],
-        [[0, 0], [1, 7], [0, 0]],
-        [[0, 0], [0, 0], [0, 0]],
-    ]
-    assert layout.ends.descriptions.tolist() == [[[1, 5]], [[0, 0]], [[1, 3]]]
-    assert_sound(layout, batch)
-
-
 def test_one_text_per_row_is_the_padded_batch():
     batch = arrays([[5], [2]], [[3, 0], [0, 4]])
     layout = packing.one_text_per_row(batch, row_length=6)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from etils import epath
 
-from grain_jax.core import errors, images
+from grain_jax.core import errors
 from grain_jax.input_pipeline import record_files, records, text_lengths, tokenizer
 from tests import record_sets
 from tests.record_sets import numbers, take
@@ -241,18 +241,6 @@ def test_an_image_whose_texts_mention_a_side_is_not_mirrored(tmp_path):
     np.testing.assert_array_equal(mirrored.caption_id, plain.caption_id)
 
 
-def test_pictures_are_resized_as_they_come(tmp_path):
-    record_sets.write_annotations(tmp_path / "in", 8, size=(50, 37))
-    assert record_sets.build_set(tmp_path / "in", tmp_path) == 0
-    batch = take(record_sets.config(tmp_path, batch_size=8, size=24, lanes=2), 1)[0]
-    assert batch.image.shape == (8, 24, 24, 3)
-    wanted = [images.resize(record_sets.picture(n, (50, 37)), 24).astype(int) for n in range(8)]
-    # The resize mixes the pixel that tells the number: find the image by what is nearest.
-    distance = np.abs(batch.image[:, None].astype(int) - np.stack(wanted)).mean(axis=(2, 3, 4))
-    assert sorted(distance.argmin(axis=1)) == list(range(8))
-    assert distance.min(axis=1).max() < 0.6
-
-
 def test_a_missing_set_names_the_command(tmp_path):
     config = record_sets.config(tmp_path, name="birds")
     with pytest.raises(errors.MissingData) as error:
@@ -292,11 +280,6 @@ def describe_again(path):
     digest = record_files.digest_of_split(sorted(folder.glob("*tfrecord*")), False)
     content = msgspec.json.encode({"train": digest})
     (folder / record_files.DIGEST_FILE).write_bytes(content)
-
-
-def test_uneven_lanes_are_warned_of(output, caplog):
-    records.batches(record_sets.config(output))  # 9 shards for 4 lanes
-    assert "input.lanes=4: lanes have 8 to 15 records" in caplog.text
 
 
 def _flip_a_bit(path, contents):
@@ -372,12 +355,3 @@ def test_lengths_of_texts_beside_the_records_match_the_records(output_with_negat
     (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
     assert images() == sorted(expected)
     assert records.num_shards(config) == {"tiny_set": 4}
-
-
-def test_a_damaged_record_is_named_when_lengths_are_sampled(damaged):
-    config, path, contents = damaged
-    (epath.Path(path).parent / text_lengths.FILE).unlink()
-    record_sets.write_shard(path, [b"nothing that can be parsed"])
-    describe_again(path)
-    with pytest.raises(record_files.DataError, match=r"tfrecord-00001-of-00002: .*rebuild the set"):
-        records.text_lengths(config)

@@ -129,17 +129,6 @@ finally:
     pathlib.Path(lines[1].split()[-1]).unlink()
 
 
-def test_threads_that_never_end_do_not_keep_it():
-    process = _process("""
-def command():
-    threading.Thread(target=threading.Event().wait).start()
-    ending.at_end(lambda: print("mark removed", file=sys.stderr))
-    sys.exit(2)
-ending.run(command)
-""")
-    assert _ends(process, 2) == "mark removed\n"
-
-
 def _raised(error):
     """Raises it as the cause of another one."""
     try:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import shutil
 import struct
 import sys
 import types
@@ -11,7 +9,6 @@ import types
 import pytest
 from etils import epath
 
-from grain_jax.core import errors
 from grain_jax.train import metrics_writer
 from tests import tiny
 
@@ -55,14 +52,6 @@ def test_texts_are_counted_from_line_to_line():
         counts.check(10, lambda: "more rows")
 
 
-def test_counts_of_the_step_may_wrap_around():
-    counts = metrics_writer.TextCounts(_counted(2**33 - 10, 5), max_share=1.0)
-    line = counts.add(_counted(40, 10))
-    assert line["texts"] == 2**33 + 40 and line["texts_dropped_share"] == 0.1
-    assert counts.add(_counted(90, 60))["texts_dropped_share"] == 1
-    assert "100.0%" in counts.check(1, lambda: "")  # allowed: a warning
-
-
 def test_lines_beyond_the_restored_step_are_removed(tmp_path):
     _write(tmp_path, 0, {step: step for step in range(1, 6)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -78,26 +67,6 @@ def test_the_first_bad_term_is_named(term):
     with pytest.raises(metrics_writer.NotFinite, match=said):
         metrics_writer.check_finite({**METRICS, term: math.nan}, 5, 9, TERMS)
     metrics_writer.check_finite(METRICS, 5, 9, TERMS)
-
-
-def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4, terms=TERMS)
-    for step in (10, 11, 100):  # 11 is too soon after 10
-        log.progress(step, METRICS | log.rates(step, 0.0))
-    first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("step 10/100 (10%)  ETA ")
-    assert "  loss 1.000 = caption 1.000, box 1.000, uniform 1.000  IoU " in first
-    assert "ETA 0s" in last
-
-
-def test_a_terminal_line_is_rewritten_and_never_wraps(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4)
-    log.progress(10, METRICS | log.rates(10, 0.0))
-    written = capsys.readouterr().err
-    assert written.startswith("\r\x1b[2Kstep 10/100") and not written.endswith("\n")
-    assert len(written.removeprefix("\r\x1b[2K")) == 59
 
 
 @pytest.fixture
@@ -174,18 +143,6 @@ def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(object_
     assert purges == [1, 6] and [step for step, _ in scalars] == [*range(1, 7), 6]
 
 
-def test_an_upload_waits_its_time(object_store, now):
-    store, uploads = object_store
-    log = metrics_writer.MetricsWriter(store, 0, 100, 4)
-    uploads.clear()
-    for step, seconds in enumerate((1, 29, 31, 40, 62), 1):
-        now[0] = seconds
-        log.write(step, {"loss": 1.0})
-    assert [name for name, _ in uploads if name == "metrics.jsonl"] == ["metrics.jsonl"] * 2
-    assert _steps(store / "metrics.jsonl") == [1, 2, 3, 4, 5]
-    log.close()
-
-
 def _scalars(folder):
     """[(step, {name: value})] and the steps from which files purge, of TensorBoard's files in order."""
     from tensorboardX.proto.event_pb2 import Event
@@ -257,12 +214,3 @@ def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monk
     assert options["id"] == again["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
     assert options["project"] == "birds" and options["name"] == tmp_path.name
     assert options["resume"] == "allow" and options["config"]["batch_size"] == 16
-
-
-def test_wandb_that_is_not_there_is_a_line(monkeypatch):
-    monkeypatch.setattr(metrics_writer.importlib.util, "find_spec", lambda name: None)
-    metrics_writer.check_wandb(tiny.config().wandb)
-    with pytest.raises(errors.UserError, match="^wandb.mode=offline needs the package wandb: pip"):
-        metrics_writer.check_wandb(tiny.config(wandb__mode="offline").wandb)
-    with pytest.raises(errors.UserError, match="wandb.mode: got 'on', expected one of off, online"):
-        tiny.config(wandb__mode="on")

@@ -1,12 +1,10 @@
 """The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes and processes, a finished run."""
 
-import functools
 import json
 import shutil
 import signal
 import subprocess
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,7 +14,7 @@ from grain_jax.core import errors, progress
 from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending
-from grain_jax.train import metrics_writer, run, sharding
+from grain_jax.train import metrics_writer, run
 from tests import runs, tiny
 from tests.paths import ROOT
 
@@ -104,18 +102,6 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
     np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=-1), 1, rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_the_kernel_goes_on_from_a_checkpoint_of_xla_with_its_losses(finished, tmp_path):
-    """The kernel runs in Pallas' interpreter, and rounds differently."""
-    shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
-    run.train(_config(model__attention="pallas"), tmp_path)
-    numbers = lambda folder: np.array(
-        [[line["loss"], line["grad_norm/image"]] for line in runs.lines(folder)[-2:]]
-    )
-    np.testing.assert_allclose(numbers(tmp_path), numbers(finished), rtol=2e-5)
-    assert (numbers(tmp_path) != numbers(finished)).any()
-
-
 def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
     real = run.sources.batches_of_run
 
@@ -192,20 +178,6 @@ def _assert_goes_on(finished, workdir):
     for a, b in zip(before[4:], after[4:], strict=True):
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
-
-
-@pytest.mark.slow  # test_train_step.py has all meshes
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
-def test_another_mesh_goes_on_with_the_same_batches_and_losses(
-    finished, workdir, mesh, monkeypatch
-):
-    data, fsdp, tensor = mesh
-    devices = jax.devices()[: data * fsdp * tensor]
-    monkeypatch.setattr(
-        sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=devices)
-    )
-    run.train(_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor), workdir)
-    _assert_goes_on(finished, workdir)
 
 
 def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, workdir):
