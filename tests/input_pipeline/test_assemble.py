@@ -66,18 +66,9 @@ def test_negatives_of_an_example():
         assert batch.text_tokens[0, row, end + 1 - len(ids) : end + 1].tolist() == ids
     assert batch.text_counts.tolist() == [[7, 0]] and batch.texts_dropped.tolist() == [0]
 
-    model = dataclasses.replace(config.model.text, context_length=12)
-    model = dataclasses.replace(config.model, text=model)
-    short = assemble.of_examples(examples, dataclasses.replace(config, model=model), clip)
-    # 12 tokens: both captions, of 3, and one of the descriptions, of 5, 3 and 3.
-    assert not short.negative_mask.any() and short.region_mask.sum() == 1
-    assert short.texts_dropped.tolist() == [4]
-    plain = record_sets.config("", batch_size=2, lanes=1, pack_rows=1)
-    assert assemble.of_examples(examples[1:] * 2, plain, clip).negative_at is None
     for change, line in (
         (dict(negatives=negatives[:1]), "got 2 descriptions, 2 boxes and 1 lists of negatives"),
         (dict(negatives=[["a"] * 3, []]), "got 3 negatives, .* input.negatives_per_region = 2"),
-        (dict(boxes_cxcywh=[box]), "got 2 descriptions, 1 boxes"),
         (dict(descriptions=["a"] * 6), "got 6 descriptions, .* input.max_regions = 5"),
         (dict(image=image[:8]), r"image is uint8 \[8, 16, 3\], expected uint8 \[16, 16, 3\]"),
     ):

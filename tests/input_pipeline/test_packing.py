@@ -1,7 +1,6 @@
 """Packing: worked examples, and properties on random batches."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -158,21 +157,3 @@ def test_one_text_per_row_is_the_padded_batch():
         [[1000, 1001, 1002, 1003, END, 0], [3000, 3001, END, 0, 0, 0], [0] * 6],
         [[2000, END, 0, 0, 0, 0], [0] * 6, [4000, 4001, 4002, END, 0, 0]],
     ]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(pack_group=3), "pack_group 3 does not divide the batch of 4 images"),
-        (dict(pack_group=4, row_length=7), "1 rows of 7 tokens cannot hold 4 captions"),
-        (dict(row_length=2), "text 1 of image 2 has 3 tokens, expected 2..2"),
-    ],
-)
-def test_wrong_sizes_are_one_line(change, message):
-    batch, scores = arrays([[2]] * 4, [[0], [0], [3], [2]]), np.zeros((4, 1))
-    with pytest.raises(ValueError, match=message) as error:
-        packing.pack(batch, scores, **dict(pack_group=1, rows=1, row_length=8) | change)
-    assert "\n" not in str(error.value)
-    layout = packing.pack(batch, scores, pack_group=2, rows=2, row_length=8)
-    with pytest.raises(ValueError, match=r"got 16 ids, expected 13 by the lengths"):
-        packing.fill(layout, np.zeros(16, np.int32), batch)

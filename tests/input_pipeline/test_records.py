@@ -86,24 +86,6 @@ def test_batches_hold_what_was_built(output):
         np.testing.assert_array_equal(batch.description_id[row][mask], text_ids(wanted))
 
 
-def test_captions_are_drawn_anew(output):
-    config = record_sets.config(output, synthetic_caption_rate=0.4)
-    kinds = {}
-    for number in range(COUNT):
-        line = record_sets.annotation(number)
-        texts = [line["caption"], *line["captions"], line["synthetic_caption"]]
-        kinds |= dict(zip(text_ids(texts).tolist(), ["web1", "web2", "synthetic"]))
-    drawn = {number: set() for number in range(COUNT)}
-    counts = dict.fromkeys(["web1", "web2", "synthetic"], 0)
-    for batch in take(config, 60):
-        for number, identity in zip(numbers(batch), batch.caption_id[:, 0].tolist()):
-            drawn[number].add(kinds[identity])
-            counts[kinds[identity]] += 1
-    # 480 draws: 30%, 30%, 40%, with a standard deviation of 2%.
-    np.testing.assert_allclose(np.array(list(counts.values())) / 480, [0.3, 0.3, 0.4], atol=0.07)
-    assert all(len(kinds) >= 2 for kinds in drawn.values())
-
-
 def _built_again(folder, lines):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "in" / "A.jsonl").write_text(text)
@@ -124,7 +106,7 @@ def output_with_gaps(tmp_path_factory):
     return _built_again(folder, lines)
 
 
-@pytest.mark.parametrize("captions,best", [(1, 2), (2, 0), (3, 0), (3, 1)])
+@pytest.mark.parametrize("captions,best", [(1, 2), (3, 1)])
 def test_several_captions_of_an_image(output_with_gaps, captions, best):
     keys = dict(captions_per_image=captions, descriptions_in_captions=best, max_regions=2)
     keys |= dict(pack_rows=6, synthetic_caption_rate=1.0)

@@ -58,12 +58,9 @@ def test_empty_text_empty_list_and_bytes():
 @pytest.mark.parametrize(
     ("text", "cleaned"),
     [
-        ("A Bird", "A Bird"),
-        ("  two   spaces ", "two spaces"),
         ("tab\tand\nline", "tab and line"),
         ("black &amp;amp; white &lt;b&gt;", "black & white <b>"),
         ("caf\u00c3\u00a9", "caf\u00e9"),  # UTF-8 read as Latin-1
-        ("\u201cquoted\u201d", '"quoted"'),
         ("lone \ud800 surrogate", "lone \ufffd surrogate"),
         (b"bytes \xc3\xa9", "bytes \u00e9"),
     ],
@@ -159,16 +156,6 @@ def test_sentencepiece_is_the_librarys_with_a_sticky_end(model_file):
     for row, text in zip(ids, ["a photo of a wren with long beak", "orange", "", "a " * 40]):
         expected = [*library.encode(text.strip())[:15], 1]
         np.testing.assert_array_equal(row, [*expected, *[1] * (16 - len(expected))])
-
-
-def test_text_ids_follow_the_cleaning(json_file):
-    def ids(cleaning, *texts):
-        return tokenizer.FileTokenizer(json_file, cleaning).encode(texts, 8).text_ids.tolist()
-
-    lower, none = ids("lower", "A  wren", "a wren"), ids("none", "A  wren", "a wren")
-    assert lower[0] == lower[1] == CLIP.encode(["a wren"], 77).text_ids[0]
-    assert none[0] != none[1] and ids("none", b"a wren") == none[1:]
-    assert len({*ids("canonical", "a wren!", "A wren")}) == 1
 
 
 def tower(**changes):

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
@@ -214,27 +213,6 @@ def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says()
     assert pair[1].wait(20) == pair[0].returncode == 75
     assert said.strip().splitlines()[-1] == "SIGTERM: there is nothing to save"
     pair[1].stdout.close()
-
-
-@pytest.mark.parametrize(
-    "given, platforms, expected",
-    [
-        ({"TPU_SKIP_MDS_QUERY": "1"}, None, ("v5litepod-1", "localhost")),
-        ({"TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", (None, None)),  # JAX found chips
-        ({}, None, (None, None)),
-        ({"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8"}, None, ("v4-8", "localhost")),
-    ],
-)
-def test_libtpu_is_answered_where_there_is_no_chip(given, platforms, expected, monkeypatch):
-    names = ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
-    for name in names:  # set first, so that they are taken back
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
-    distributed.answer_libtpu()
-    assert tuple(os.environ.get(name) for name in names[1:]) == expected
 
 
 def test_an_indexed_job_needs_the_kubernetes_package(monkeypatch):

@@ -1,14 +1,12 @@
 """How a trainer ends: nothing holds the process up, and a disk that refuses is one line."""
 
 import errno
-import logging
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -135,31 +133,6 @@ def _raised(error):
         raise error
     except Exception as cause:
         raise RuntimeError("save failed") from cause
-
-
-def test_other_threads_say_nothing_of_a_full_disk(monkeypatch, capsys, caplog):
-    full, seen = OSError(errno.ENOSPC, "No space left on device"), []
-    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
-    for hook in ("unraisablehook", "excepthook"):
-        monkeypatch.setattr(sys, hook, getattr(sys, hook))
-    for name in ("absl", "asyncio"):
-        monkeypatch.setattr(logging.getLogger(name), "filters", [])
-    ending.quiet_threads()
-    for error in (full, KeyError("x")):
-        thread = threading.Thread(target=_raised, args=[error])
-        thread.start()
-        thread.join()
-    assert seen == ["save failed"]
-    for text in ("Event loop is closed", "another"):  # as a thread of C++ does
-        sys.excepthook(RuntimeError, RuntimeError(text), None)
-    said = capsys.readouterr().err
-    assert "RuntimeError: another" in said and "Event loop" not in said
-    try:
-        raise full
-    except OSError:
-        logging.getLogger("absl").exception("thread t raised an exception")
-    logging.getLogger("absl").error("without one")
-    assert [record.getMessage() for record in caplog.records] == ["without one"]
 
 
 FULL = [
