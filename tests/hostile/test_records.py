@@ -34,7 +34,7 @@ def test_a_set_names_no_code(built, tmp_path):
     path = tmp_path / "out/tiny_set/1.0.0/features.json"
     content = json.loads(path.read_text()) | {"pythonClassName": "antigravity.Fly"}
     path.write_text(json.dumps(content))
-    read = lambda _: list(tfds_source.all_images(path.parent)) and None
+    read = lambda _: list(tfds_source.all_shards(path.parent)) and None
     cases.check(
         cases.run(read, []), f"{path}: names the class 'antigravity.Fly', expected TFDS's own"
     )

@@ -65,7 +65,6 @@ REFUSED = [  # error; line; status
     (OSError(errno.ENOSPC, "No space", "/x/a"), "^/x/a: No space left on device; make room", 1),
     (OSError(errno.EFBIG, "File too large"), "^File too large; raise .*ulimit -f", 1),
     (FileNotFoundError(errno.ENOENT, "No such file", "a\x1b[2J"), r"^a\\x1b\[2J: No such", 2),
-    (RuntimeError("can't start new thread"), "no more threads: raise .*ulimit -u", 2),
     (RuntimeError(REMOTE), "^Error .*: no such host when reading gs://b/c; expected a network", 1),
 ]
 

@@ -27,10 +27,6 @@ TEXTS = ["A photo of a wren,  with (long) beak!", "orange", "", "a " * 40]
 def test_all_golden_strings_have_the_references_ids():
     assert len(GOLDENS) == 338
     texts, expected = zip(*((golden["text"], golden["ids"]) for golden in GOLDENS))
-    tokens = CLIP.encode(texts, 77)
-    assert tokens.ids.dtype == tokens.lengths.dtype == np.int32
-    rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
-    assert [row.tolist() for row in rows] == list(expected)
     np.testing.assert_array_equal(CLIP(texts), [row + [0] * (77 - len(row)) for row in expected])
 
 
@@ -212,24 +208,13 @@ def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
         assert own_file(workdir / "checkpoints" / "3", name) == workdir / "t.json"
 
 
-@pytest.mark.parametrize(
-    "vocabulary, end, highest",
-    [
-        ({"[UNK]": 0, "wren": 49409}, None, 49409),
-        ({"[UNK]": 0, "wren": 1}, 2**32 - 1, 2**32 - 1),  # of the post-processor alone
-        ({"[UNK]": 0, "wren": 7}, 8, None),
-    ],
-)
-def test_no_id_of_a_file_is_beyond_the_embeddings(vocabulary, end, highest, tmp_path):
-    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    if end is not None:
-        library.post_processor = processors.TemplateProcessing(
-            single="$A [E]", special_tokens=[("[E]", end)]
-        )
+@pytest.mark.parametrize("word, end, highest", [(49409, 1, 49409), (1, 2**32 - 1, 2**32 - 1)])
+def test_no_id_of_a_file_is_beyond_the_embeddings(word, end, highest, tmp_path):
+    """Neither of its words nor of what its post-processor adds."""
+    library = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "wren": word}, unk_token="[UNK]"))
+    library.post_processor = processors.TemplateProcessing(
+        single="$A [E]", special_tokens=[("[E]", end)]
+    )
     library.save(str(tmp_path / "tokenizer.json"))
-    text = tower(tokenizer="tokenizer.json", vocab_size=9, pad_id=0)
-    if highest is None:
-        assert tokenizer.of_tower(text, tmp_path)(["wren"], 3).tolist() == [[7, 8, 0]]
-        return
     with pytest.raises(tokenizer.TokenizerError, match=f"has ids up to {highest}, but .* is 9;"):
-        tokenizer.of_tower(text, tmp_path)
+        tokenizer.of_tower(tower(tokenizer="tokenizer.json", vocab_size=9, pad_id=0), tmp_path)

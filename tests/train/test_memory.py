@@ -79,10 +79,9 @@ def _runs_out(*_, **__):
 
 
 def test_what_the_allocator_refuses_in_training_names_the_keys(tmp_path, monkeypatch):
-    of_the_process = (run, "keep_freed_memory"), (run.distributed, "keep_compiled_programs")
-    of_the_process += (run.ending.PreemptionHandler, "listen")
-    for owner, name in of_the_process:
-        monkeypatch.setattr(owner, name, lambda *_: None)
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(run.distributed, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(run.ending.PreemptionHandler, "listen", lambda self: None)
     monkeypatch.setattr(run, "train", _runs_out)
     with pytest.raises(errors.OutOfMemory) as caught:
         run.main(["--config=tests/run_config.py", f"--workdir={tmp_path}"])
