@@ -216,8 +216,13 @@ def _close(loop: asyncio.Runner, client: Any) -> None:
         loop.run(client.aclose())
         loop.close()
 
-    if not loop.get_loop().is_running():
-        # In a thread: the collector may call this inside another client's loop.
+    if loop.get_loop().is_running():
+        return
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        close()
+    else:  # the collector called this inside another client's loop
         thread = threading.Thread(target=close)
         thread.start()
         thread.join()
