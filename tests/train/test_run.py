@@ -116,7 +116,6 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
         ({"seed": 1}, "seed: the run .* got 1"),  # which would see other data
         ({"input__lanes": 8}, "input.lanes: the run .* got 8"),
         ({"mesh__data": 3}, "mesh"),
-        ({"checkpoint_best_metric": "los"}, "got 'los', .* did you mean 'loss'"),
         ({"evals__birds": kinds.evaluator("zeroshot", "nothing"), **TOKENIZER}, "nothing"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
@@ -177,3 +176,8 @@ def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, w
     shutil.rmtree(workdir / "checkpoints/10")
     run.train(_config(), workdir)
     _assert_goes_on(finished, workdir)
+
+
+def test_a_misspelt_best_metric_is_refused_before_it_compiles(tmp_path):
+    with pytest.raises(errors.UserError, match="got 'los', .* did you mean 'loss'"):
+        run.train(_config(checkpoint_best_metric="los"), tmp_path)
