@@ -1,14 +1,12 @@
-"""A Google Cloud Storage in memory, on loopback: as much of its API as TensorFlow, TensorStore and gcsfs use.
+"""A Google Cloud Storage in memory, on loopback: as much of its API as TensorFlow and TensorStore use.
 
 Their own emulators leave out the preconditions (`ifGenerationMatch`) by which TensorStore commits, and
 TensorFlow has no setting for another host: it is led here by a proxy that ends its TLS.
 """
 
-import base64
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import http.server
 import itertools
 import json
@@ -53,19 +51,10 @@ class Store:
     def describe(self, bucket: str, name: str) -> dict:
         blob = self.blobs[bucket, name]
         time = blob.written.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        return {
-            "kind": "storage#object",
-            "id": f"{bucket}/{name}/{blob.generation}",
-            "bucket": bucket,
-            "name": name,
-            "size": str(len(blob.data)),
-            "generation": str(blob.generation),
-            "metageneration": "1",
-            "timeCreated": time,
-            "updated": time,
-            "storageClass": "STANDARD",
-            "md5Hash": base64.b64encode(hashlib.md5(blob.data).digest()).decode(),
-        }
+        numbers = dict(
+            size=str(len(blob.data)), generation=str(blob.generation), metageneration="1"
+        )
+        return dict(kind="storage#object", bucket=bucket, name=name, updated=time) | numbers
 
     def names(self, bucket: str, prefix: str = "") -> list[str]:
         with self.lock:
@@ -104,12 +93,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         routes = (
             ("GET", bucket, self._bucket),
             ("GET", f"{bucket}/o/?", self._list),
-            ("GET", f"(?:/download)?{bucket}{name}", self._get),
+            ("GET", f"{bucket}{name}", self._get),
             ("GET", r"/([^/]+)/(.+)", self._read),
             ("DELETE", f"{bucket}{name}", self._delete),
             ("POST", f"/upload{bucket}/o", self._upload),
             ("PUT", f"/upload{bucket}/o", self._continue),
-            ("POST", f"{bucket}{name}/(?:rewriteTo|copyTo)/b/([^/]+){name}", self._copy),
+            ("POST", f"{bucket}{name}/rewriteTo/b/([^/]+){name}", self._copy),
         )
         try:
             for method, pattern, answer in routes:
@@ -190,7 +179,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._reply_json(answer | ({"nextPageToken": last} if last else {}))
 
     def _get(self, bucket, name):
-        if self.query.get("alt") == "media" or self.path.startswith("/download"):
+        if self.query.get("alt") == "media":
             return self._read(bucket, name)
         self._existing(bucket, name)
         self._reply_json(self.server.store.describe(bucket, name))
@@ -218,29 +207,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _copy(self, bucket, name, to_bucket, to_name):
         blob = self._existing(bucket, name)
         written = self.server.store.write(to_bucket, to_name, blob.data)
-        if "/copyTo/" in self.path:
-            return self._reply_json(written)
         self._reply_json({"kind": "storage#rewriteResponse", "done": True, "resource": written})
 
     def _upload(self, bucket):
         if "upload_id" in self.query:
             return self._continue(bucket)
-        kind, name, data = self.query["uploadType"], self.query.get("name"), self.body
-        if kind == "multipart":
-            boundary = re.search('boundary="?([^";]+)', self.headers["Content-Type"])[1]
-            about, media = self.body.split(f"--{boundary}".encode())[1:3]
-            about, data = (part.split(b"\r\n\r\n", 1)[1] for part in (about, media))
-            name, data = name or json.loads(about)["name"], data.removesuffix(b"\r\n")
-        elif kind == "resumable":
-            name = name or json.loads(self.body)["name"]
-            self._check(bucket, name)
+        name = self.query["name"]
+        self._check(bucket, name)
+        if self.query["uploadType"] == "resumable":
             session = f"s{len(self.server.sessions)}"
             self.server.sessions[session] = (name, self.query, bytearray())
             host, secure = self.headers["Host"], isinstance(self.connection, ssl.SSLSocket)
             path = f"/upload/storage/v1/b/{bucket}/o?upload_id={session}"
             return self._reply(b"", Location=f"http{'s' * secure}://{host}{path}")
-        self._check(bucket, name)
-        self._reply_json(self.server.store.write(bucket, name, data))
+        self._reply_json(self.server.store.write(bucket, name, self.body))
 
     def _continue(self, bucket):
         """A piece of a resumable upload; the object is there when the last piece is."""
@@ -292,7 +272,7 @@ def serve(folder):
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
     environment = {
-        "STORAGE_EMULATOR_HOST": address,  # gcsfs
+        "STORAGE_EMULATOR_HOST": address,  # google-cloud-storage, by which Orbax lists
         "TENSORSTORE_GCS_HTTP_URL": address,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # TensorStore
         "https_proxy": address,  # TensorFlow

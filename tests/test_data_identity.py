@@ -107,13 +107,6 @@ def _restore(workdir, config):
     return data
 
 
-def test_a_run_keeps_what_its_data_is_and_goes_on_where_it_is_moved(run, tmp_path):
-    workdir, output = run
-    shutil.copytree(output, tmp_path / "moved")
-    data = _restore(workdir, _config(tmp_path / "moved"))
-    assert files.read_items(workdir / "checkpoints/2").data == data
-
-
 def test_a_resume_over_a_rebuilt_set_says_what_changed(run, pictures, tmp_path):
     workdir, _ = run
     _build(pictures, tmp_path / "two", shards=2)

@@ -4,8 +4,6 @@ One tiny run is shared by all.
 """
 
 import shutil
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -24,7 +22,6 @@ from grain_jax.evaluate import __main__ as evaluate
 from grain_jax.evaluate.report import __main__ as report
 from grain_jax.train import run
 from tests import record_sets, tiny
-from tests.paths import ROOT
 
 PICTURES, DATA, RUN = "schöne Bilder", "Sätze, gebaut", "mein Lauf 1"
 ANNOTATED = ["--annotations", f"{PICTURES}/A.jsonl", "--images", PICTURES]
@@ -84,18 +81,3 @@ def test_the_demo_names_the_missing_path_that_was_given():
     for flag in (["--checkpoint", "nicht da ö"], ["--checkpoint", RUN, "--examples", "fehlt ö"]):
         with pytest.raises(errors.UserError, match=" ö"):
             demo.main(flag)
-
-
-@slow
-def test_a_sweep_trains_there(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    text = f"from tests import tiny\n\ndef get_config():\n    return tiny.dictionary(**{KEYS!r})\n"
-    epath.Path("Rezept ü.py").write_text(text)
-    epath.Path("Punkte ö.py").write_text("def sweep():\n    yield {'seed': 1}\n")
-    flags = ["--config", "Rezept ü.py", "--sweep", "Punkte ö.py", "--workdir", "Suche ö"]
-    command = [sys.executable, "-m", "grain_jax.launch.sweep", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder,) = epath.Path("Suche ö").glob("*/checkpoints")
-    assert files.finished_steps(folder.parent)[-1] == 2

@@ -1,6 +1,5 @@
 """A run whose records, workdir, checkpoints and metrics are all in an object store, killed and resumed."""
 
-import io
 import json
 import os
 import signal
@@ -39,17 +38,9 @@ def _lines(store):
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(
-    "files,source", [("tensorflow", "records"), ("gcsfs", "synthetic")]
-)  # TensorFlow alone reads records
-def test_a_run_on_an_object_store_is_killed_and_resumed(storage, files, source):
+def test_a_run_on_an_object_store_is_killed_and_resumed(storage):
     store, environment = storage
-    if files == "gcsfs":
-        pytest.importorskip("gcsfs")
-        environment = environment | {"EPATH_USE_TF": "false"}
-    for name in store.names("bucket", "run/"):
-        del store.blobs["bucket", name]
-    command = [*COMMAND, "--workdir=gs://bucket/run", f"--config.input.source={source}"]
+    command = [*COMMAND, "--workdir=gs://bucket/run", "--config.input.source=records"]
     command += ["--config.input.data_dir=gs://bucket/data", "--config.input.name=tiny_set"]
     command += ["--config.profile_start=2", "--config.profile_steps=1"]
 
@@ -73,30 +64,3 @@ def test_a_run_on_an_object_store_is_killed_and_resumed(storage, files, source):
     left = ("checkpoints/4/", "trainer.lock")
     assert not [name for name in names if any(part in name for part in left)]
     assert len([name for name in names if "/events.out" in name]) == 2  # one a start
-
-
-def test_embeddings_are_made_in_an_object_store(tmp_path):
-    (tmp_path / "tls").mkdir()
-    with storage_emulator.serve(tmp_path / "tls") as (store, environment):
-        for number in range(20):
-            out = io.BytesIO()
-            record_sets.picture(number, (32, 32)).save(out, "PNG")
-            store.write("bucket", f"images/{number:05d}.png", out.getvalue())
-
-        def run(*words):
-            command, variables = (
-                [sys.executable, "-m", "grain_jax", *words],
-                {**os.environ, **environment},
-            )
-            done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
-
-        words = ["--checkpoint=aviary-tiny", "--output=gs://bucket/out", "--shard-size=6"]
-        assert "20 of them now" in run("embed", "gs://bucket/images", *words)
-        del store.blobs["bucket", "out/metadata/metadata_2.parquet"]
-        store.blobs["bucket", "out/img_emb/img_emb_0.npy"] = b""
-        assert "; 12 of them now" in run("embed", "gs://bucket/images", *words)
-        files = [name for name in store.names("bucket", "out/") if name.endswith(".npy")]
-        kinds = ("img_emb", "region_emb")
-        assert files == [f"out/{kind}/{kind}_{number}.npy" for kind in kinds for number in range(4)]

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -210,6 +211,18 @@ class EndpointChat:
 
 def _close(loop: asyncio.Runner, client: Any) -> None:
     """Closes the connections and the loop, unless a thread still asks while the process ends."""
-    if not loop.get_loop().is_running():
+
+    def close() -> None:
         loop.run(client.aclose())
         loop.close()
+
+    if loop.get_loop().is_running():
+        return
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        close()
+    else:  # the collector called this inside another client's loop
+        thread = threading.Thread(target=close)
+        thread.start()
+        thread.join()

@@ -21,7 +21,6 @@ from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.names import TOWERS
 from grain_jax.core import errors
-from grain_jax.runtime import ending
 
 
 def _heads(args: argparse.Namespace) -> dict[str, int | None]:
@@ -52,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
-    ending.quiet_threads()
     try:
         with errors.out_of_memory_in_a_line(args.command):
             report = COMMANDS[args.command](args)

@@ -58,13 +58,7 @@ def out_of_memory_in_a_line(
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         said = re.sub(r"^(\w+: )?RESOURCE_EXHAUSTED: ", "", said).rstrip(".;: ")[:200]
         said = f" ({said})" if said else ""
-        try:
-            advice = tell()
-        except Exception as second:  # there may be too little memory for the advice
-            if not is_out_of_memory(second):
-                raise
-            advice = MORE_MEMORY
-        raise OutOfMemory(f"out of memory in {activity}{said}; {advice}") from None
+        raise OutOfMemory(f"out of memory in {activity}{said}; {tell()}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -105,7 +99,7 @@ _STORAGE = {  # what to do if a file system refuses to write
 
 
 def of_system(error: BaseException | None) -> UserError | None:
-    """What the system refused, as one line: to read or write a file, to start a thread; None for any other error."""
+    """What the system refused, as one line, such as to read or write a file; None for any other error."""
     for cause in causes(error):
         text, path = str(cause), getattr(cause, "filename", None)
         where = "" if path is None else f"{path}: "
@@ -117,7 +111,4 @@ def of_system(error: BaseException | None) -> UserError | None:
             return StorageFault(f"{' '.join(text.split())}; expected a network and access to it")
         if isinstance(cause, OSError) and path is not None:
             return UserError(f"{where}{cause.strerror or text}")
-        if isinstance(cause, RuntimeError) and text == "can't start new thread":
-            limits = "the limits of processes (ulimit -u) and of memory (ulimit -v)"
-            return UserError(f"the system starts no more threads: raise {limits}")
     return None

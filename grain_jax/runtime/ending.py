@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
-import logging
 import os
 import signal
 import socket
@@ -325,27 +324,3 @@ def _of_storage(workdir: epath.Path, error: Exception) -> str | None:
         return f"{workdir}: the folder was removed while the run was writing to it"
     fault = errors.of_system(error)
     return f"{fault}; the same command goes on from the newest checkpoint" if fault else None
-
-
-def quiet_threads() -> None:
-    """Silences other threads about a disk that refuses to write, and the threads of Orbax about every error: the main thread reports.
-
-    Otherwise each prints a traceback, by its hook (of Python's threads, of destructors, of TensorStore's C++) and by
-    the logs of absl and asyncio. The next wait for a save raises its error on the main thread.
-    """
-
-    def quiet(hook: Callable, error_of: Callable[..., BaseException | None]) -> Callable:
-        def heard(*args):
-            error = error_of(*args)
-            refused = isinstance(errors.of_system(error), errors.StorageFault)
-            # After a failed save the event loop closes before all writes end.
-            if not refused and str(error) != "Event loop is closed":
-                hook(*args)
-
-        return heard
-
-    threading.excepthook = quiet(threading.excepthook, lambda args: args.exc_value)
-    sys.unraisablehook = quiet(sys.unraisablehook, lambda args: args.exc_value)
-    sys.excepthook = quiet(sys.excepthook, lambda kind, error, stack: error)
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(lambda record: not record.exc_info)

@@ -79,13 +79,6 @@ def allgather(
     return {name: np.concatenate([one[name] for one in everywhere]) for name in everywhere[0].files}
 
 
-def allgather_values(value: Any) -> list[Any]:
-    """Each process's JSON-ready value, in the order of the processes."""
-    if process_info()[1] == 1:
-        return [value]
-    return [json.loads(content) for content in _of_all(json.dumps(value).encode())]
-
-
 def run_together(function: Callable[[], T]) -> T:
     """Calls `function` and returns its result; where it fails on one process, all of them raise.
 
@@ -121,12 +114,14 @@ def agree(failure: Exception | None, value: Any = None) -> list[Any]:
       Exception: the failure of this process, where it is the only one or the failure is a UserError.
       Failed: the failure of another process, or another error of this one (its traceback is printed).
     """
-    if failure is not None and process_info()[1] == 1:
-        raise failure
+    if process_info()[1] == 1:
+        if failure is not None:
+            raise failure
+        return [value]
     words = None if failure is None else f"{type(failure).__name__}: {failure}"
     if isinstance(failure, errors.UserError):
         words = str(failure)
-    ends = allgather_values([words, value])
+    ends = [json.loads(content) for content in _of_all(json.dumps([words, value]).encode())]
     if isinstance(failure, errors.UserError):
         raise failure
     if failure is not None:

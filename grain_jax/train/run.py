@@ -210,7 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distributed.keep_compiled_programs()
     handler, watch = ending.PreemptionHandler(), ending.Watchdog(args.stall_seconds)
     handler.listen()
-    ending.quiet_threads()
     place = (args.coordinator, args.processes, args.process_id, args.heartbeat_seconds)
     found = distributed.initialize(*place)
     if jax.distributed.is_initialized():

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from grain_jax.core import annotations, regular_file
+from grain_jax.core import annotations
 
 
 def _write(tmp_path, *lines):
@@ -42,30 +42,19 @@ def test_reads(tmp_path):
     assert second.regions == ((box_xyxy, "a beak", 0.5, ()), (box_xyxy, "a beak", 1.0, ()))
 
 
-def test_reads_negatives(tmp_path):
-    regions = [_region(negatives=[" a wing", "A crest "]), _region(negatives=None), _region()]
-    (record,) = annotations.read(_write(tmp_path, {"image": "a", "regions": regions})).records
-    assert [region.negatives for region in record.regions] == [("a wing", "A crest"), (), ()]
-
-
 @pytest.mark.parametrize(
     "line, fault",
     [
         (b"{", "not JSON: Expecting property name enclosed in double quotes at column 2, expected"),
         (b'{"image": "\xff.png"}', "not JSON: not UTF-8 text (byte 11), expected one JSON object"),
         (b"[" * 100_000, "not JSON: too deeply nested"),
-        ([1], "got [1], expected one JSON object"),
         ({}, "image: got none, expected the path of an image"),
         ({"image": "\0"}, 'image: got "\\u0000", expected the path of an image'),
         ({"image": "../a.png"}, 'image: got "../a.png", expected a path that stays below'),
         ({"image": "/a.png"}, 'image: got "/a.png", expected a path that stays below'),
-        ({"image": "gs://a/a.png"}, "expected a path that stays below the images' folder"),
         ({"image": "a", "caption": 5}, "caption: got 5, expected a text"),
-        ({"image": "a", "captions": "x"}, 'captions: got "x", expected a list of texts'),
         ({"image": "a", "caption": "\ud800"}, 'caption: got "\\ud800", expected a text'),
-        ({"image": "a", "synthetic_caption": []}, "synthetic_caption: got [], expected a text"),
         ({"image": "a", "id": ""}, 'id: got "", expected a text'),
-        ({"image": "a", "regions": {}}, "regions: got {}, expected a list"),
         ({"image": "a", "regions": [3]}, "regions[0]: got 3, expected an object with box, desc"),
         ({"image": "a", "regions": [_region(box=[1, 2, 3])]}, "regions[0].box: got [1, 2, 3]"),
         ({"image": "a", "regions": [_region(box=[1, 2, 3, float("nan")])]}, "four finite numbers"),
@@ -73,18 +62,8 @@ def test_reads_negatives(tmp_path):
         ({"image": "a", "regions": [_region(box=[3, 2, 1, 4])]}, "inverted, expected x1 < x2"),
         ({"image": "a", "regions": [_region(box=[3, 2, 3, 4])]}, "no area, expected x1 < x2"),
         ({"image": "a", "regions": [_region(description=" ")]}, 'regions[0].description: got " "'),
-        ({"image": "a", "regions": [_region(score="x")]}, 'regions[0].score: got "x"'),
         ({"image": "a", "regions": [_region(score=1.5)]}, "got 1.5, expected a number from 0 to 1"),
         ({"image": "a", "regions": [{"box": [1, 2, 3, 4], "description": "a"}]}, "score: got none"),
-        ({"image": "a", "regions": [_region(negatives="x")]}, 'got "x", expected a list of texts'),
-        (
-            {"image": "a", "regions": [_region(negatives=["b", 3])]},
-            "negatives[1]: got 3, expected a text",
-        ),
-        (
-            {"image": "a", "regions": [_region(negatives=[" "])]},
-            'negatives[0]: got " ", expected a te',
-        ),
         (
             {"image": "a", "regions": [_region(negatives=["b", "A  Beak"])]},
             'regions[0].negatives[1]: got "A  Beak", expected another text than the description',
@@ -94,11 +73,6 @@ def test_reads_negatives(tmp_path):
             'regions[0].negatives[2]: got "B", expected another text than an earlier one',
         ),
         ({"image": "a", "regions": [_region()], "phrases": [[0], [1]]}, "phrases[1]: got [1], exp"),
-        ({"image": "a", "regions": [_region()], "phrases": [[]]}, "[], expected positions in reg"),
-        (
-            {"image": "a", "regions": [_region()], "phrases": [[0, 0]]},
-            "expected each position once",
-        ),
         (
             {"image": "a", "regions": [_region(), _region(description="b")], "phrases": [[0, 1]]},
             "phrases[0]: got [0, 1], expected positions of regions with one description",
@@ -126,13 +100,6 @@ def test_all_faults_are_reported(tmp_path):
     ]
     assert len(faults) == 100
     assert summary == f"{path}: 50 of 50 lines are faulty, more than 1%"
-
-
-def test_missing_and_empty(tmp_path):
-    with pytest.raises(regular_file.FileError, match="no such file"):
-        annotations.read(tmp_path / "no.jsonl")
-    with pytest.raises(annotations.AnnotationError, match="the file is empty"):
-        annotations.read(_write(tmp_path, b""))
 
 
 @pytest.mark.parametrize(

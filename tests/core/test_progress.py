@@ -36,9 +36,3 @@ def test_long_compiling_shows_that_it_lives(monkeypatch):
     assert first == "compiling the image encoder, usually up to 2 minutes"
     assert second == "still compiling the image encoder: 0s so far"
     assert lines.text == text  # nothing comes after the end
-
-
-def test_short_compiling_is_silent(capsys):
-    with progress.while_compiling("the image encoder", "usually up to 2 minutes"):
-        pass
-    assert capsys.readouterr().err == ""

@@ -33,24 +33,20 @@ def mutate(encoded: bytes, seed: int) -> bytes:
     rng = random.Random(seed)
     out = bytearray(encoded)
     for _ in range(rng.choice((1, 1, 2, 8))):
-        at = rng.randrange(len(out))
-        how = rng.randrange(7)
-        if how == 0:
-            out[at] ^= 1 << rng.randrange(8)
-        elif how == 1:
-            out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
-        elif how == 2:
-            out[at : at + 4] = rng.choice(
-                (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\0\0\xff\xff")
+        at, length = rng.randrange(len(out)), rng.randrange(1, 32)
+        numbers = b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\0\0\xff\xff"
+        stop, piece = rng.choice(
+            (
+                (at + 1, bytes([out[at] ^ 1 << rng.randrange(8)])),
+                (at + 1, rng.choice((b"\0", b"\1", b"\x7f", b"\x80", b"\xff"))),
+                (at + 4, rng.choice(numbers)),
+                (at + length, b""),
+                (at, out[at : at + length]),
+                (at, rng.randbytes(length)),
+                (len(out), b""),
             )
-        elif how == 3:
-            del out[at : at + rng.randrange(1, 32)]
-        elif how == 4:
-            out[at:at] = out[at : at + rng.randrange(1, 64)]
-        elif how == 5:
-            out[at:at] = rng.randbytes(rng.randrange(1, 16))
-        else:
-            del out[max(at, 4) :]
+        )
+        out[at:stop] = piece
         if len(out) < 4:
             break
     return bytes(out)

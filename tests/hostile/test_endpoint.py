@@ -21,22 +21,17 @@ KEY = "sk-very-secret"
 ANSWER, NO, CONNECTION = sockets.answer(), endpoint_chat.NO_ANSWER, endpoint_chat.CONNECTION
 LATE, REJECTED = endpoint_chat.TIME_OUT, endpoint_chat.REJECTED
 LONG = f"Content-Length: {len(ANSWER)}"
-CHUNKED = sockets.head("Transfer-Encoding: chunked")
 head, body, sent, dripping = sockets.head, sockets.body, sockets.sent, sockets.dripping
 ROWS = [  # name; what the server does; the cause of the failure or the text of the answer; part of the detail
     ("tokens of 5000 digits", body(sockets.answer(usage='{"prompt_tokens": %s}' % ("9" * 5000))), "a beak", ""),
-    ("usage as a text", body(sockets.answer(usage='"lots"')), "a beak", ""),
     ("terminal codes", body(b"\x1b[2J\x1b]0;owned\x07"), NO, "\\x1b[2J"),
     ("a gzip bomb", body(gzip.compress(bytes(1 << 24)), "Content-Encoding: gzip"), NO, ""),
     ("a length of 1 TB", sent(head(f"Content-Length: {1 << 40}") + ANSWER), CONNECTION, ""),
     ("closed in the body", sent(head(LONG) + ANSWER[:20]), CONNECTION, "received 20 bytes"),
     ("an endless body", dripping(head(), b"x" * 65536, 0), NO, "more than 1048576 bytes"),
-    ("an endless head", dripping(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n" * 999, 0), CONNECTION, ""),
     ("continue for ever", dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999, 0), LATE, ""),
-    ("an endless chunk", dripping(CHUNKED + b"ffffffff\r\n", b"x" * 65536, 0), NO, ""),
     ("an endless error", dripping(head(status="400 No"), b"x" * 65536, 0), REJECTED, ""),
     ("a dripping body", dripping(head(), b"x"), LATE, ""),
-    ("a dripping head", dripping(b"HTTP/1.1 200 OK\r\n", b"A"), LATE, ""),
 ]  # fmt: skip
 
 
@@ -49,13 +44,11 @@ def _ask(url: str, seconds: float = SECONDS, tries: int = 1) -> chat.Answer | ch
 
 @pytest.mark.parametrize("behave, cause, detail", [x[1:] for x in ROWS], ids=[x[0] for x in ROWS])
 def test_a_response_is_an_answer_or_a_failure_with_its_cause_in_time(behave, cause, detail):
+    seconds = SECONDS if cause == LATE else 40 * SECONDS  # a busy machine: other bounds need more
     start = time.monotonic()
     with sockets.serve(behave) as server:
-        result = _ask(server.url)
-    assert time.monotonic() - start < SECONDS + SLACK
-    if isinstance(result, chat.Failure) and result.cause == LATE != cause:
-        with sockets.serve(behave) as server:  # a busy machine: other bounds need more time
-            result = _ask(server.url, seconds=40 * SECONDS)
+        result = _ask(server.url, seconds)
+    assert time.monotonic() - start < seconds + SLACK
     if isinstance(result, chat.Answer):
         assert result.text == cause
     else:
@@ -80,14 +73,6 @@ def test_the_key_goes_to_no_other_address(monkeypatch, status, location):
         assert other.requests == []
     assert f"redirects to {location} (status {status})" in str(refused.value)
     assert "give it as --endpoint" in str(refused.value) and KEY not in str(refused.value)
-
-
-@pytest.mark.parametrize("key", ["two\nlines", "t\u00f6"])
-def test_a_key_that_is_none_is_not_shown(monkeypatch, key):
-    monkeypatch.setenv("OPENAI_API_KEY", f"sk-secret{key}x")
-    with pytest.raises(endpoint_chat.EndpointError, match="_KEY: holds white space or") as refused:
-        _ask("http://127.0.0.1:1/v1")
-    assert "secret" not in str(refused.value)
 
 
 REPEATED = f"the request had Authorization: Bearer {KEY}"

@@ -1,5 +1,6 @@
 """What a hostile user does to the interactive page: no file but the uploads is read, and no upload runs as a page."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -26,25 +27,15 @@ def call(tmp_path_factory):
     model = tiny.config().model
     saved_model.save_model(folder / "model", model, workdirs.parameters(model), source="test")
     command = [sys.executable, "-m", "grain_jax.demo", "--checkpoint", str(folder / "model")]
-    environment = os.environ | {"TMPDIR": str(folder)}
-    with (
-        (folder / "log.txt").open("w") as log,
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log
-        ) as server,
-    ):
-        line = server.stdout.readline().decode()
-        assert line.startswith("http"), (folder / "log.txt").read_text()
-        netloc = urllib.parse.urlsplit(line.split()[0]).netloc
+    options = dict(cwd=ROOT, env=os.environ | {"TMPDIR": str(folder)}, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, **options) as server:
+        netloc = urllib.parse.urlsplit(server.stdout.readline().decode().split()[0]).netloc
 
         def call(method, path, body=None, headers=None):
-            connection = http.client.HTTPConnection(netloc, timeout=60)
-            try:
+            with contextlib.closing(http.client.HTTPConnection(netloc, timeout=60)) as connection:
                 connection.request(method, path, body, headers or {})
                 response = connection.getresponse()
                 return response.status, response.read(), response.headers
-            finally:
-                connection.close()
 
         yield call, folder
         server.kill()

@@ -67,7 +67,7 @@ def test_a_tokenizer_outside_the_checkpoint_is_not_copied(copy, tmp_path, capsys
     assert (tmp_path / "out" / "secret.json").read_text() == "the run's"
 
 
-@pytest.mark.parametrize("missing", ["state", "config", "digests", "state/manifest.ocdbt"])
+@pytest.mark.parametrize("missing", ["state", "_CHECKPOINT_METADATA", "state/manifest.ocdbt"])
 def test_a_checkpoint_that_lacks_a_part_falls_back_or_says_so(copy, missing, caplog):
     path = copy / "checkpoints" / "2" / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -66,44 +66,14 @@ def test_negatives_of_an_example():
         assert batch.text_tokens[0, row, end + 1 - len(ids) : end + 1].tolist() == ids
     assert batch.text_counts.tolist() == [[7, 0]] and batch.texts_dropped.tolist() == [0]
 
-    model = dataclasses.replace(config.model.text, context_length=12)
-    model = dataclasses.replace(config.model, text=model)
-    short = assemble.of_examples(examples, dataclasses.replace(config, model=model), clip)
-    # 12 tokens: both captions, of 3, and one of the descriptions, of 5, 3 and 3.
-    assert not short.negative_mask.any() and short.region_mask.sum() == 1
-    assert short.texts_dropped.tolist() == [4]
-    plain = record_sets.config("", batch_size=2, lanes=1, pack_rows=1)
-    assert assemble.of_examples(examples[1:] * 2, plain, clip).negative_at is None
     for change, line in (
         (dict(negatives=negatives[:1]), "got 2 descriptions, 2 boxes and 1 lists of negatives"),
         (dict(negatives=[["a"] * 3, []]), "got 3 negatives, .* input.negatives_per_region = 2"),
-        (dict(boxes_cxcywh=[box]), "got 2 descriptions, 1 boxes"),
         (dict(descriptions=["a"] * 6), "got 6 descriptions, .* input.max_regions = 5"),
         (dict(image=image[:8]), r"image is uint8 \[8, 16, 3\], expected uint8 \[16, 16, 3\]"),
     ):
         with pytest.raises(ValueError, match=f"example 0: {line}"):
             assemble.of_examples([examples[0]._replace(**change)] * 2, config, clip)
-
-
-def test_several_captions_of_an_example():
-    config = record_sets.config("", batch_size=2, lanes=1, pack_rows=4, captions_per_image=3)
-    clip, image = tokenizer.ClipTokenizer(), np.zeros((16, 16, 3), np.uint8)
-    batch = assemble.of_examples(
-        [assemble.Example(image, ["a", "b b"]), assemble.Example(image, "a " * 90)], config, clip
-    )
-    assert batch.caption_mask.tolist() == [[True, True, False], [True, False, False]]
-    (a, b, c), no = clip.encode(["a", "b b", "a " * 90], 77).text_ids, 0
-    assert batch.caption_id.tolist() == [[a, b, no], [c, no, no]]
-    # A text of 77 tokens fills a row; the others share one.
-    assert batch.caption_at.tolist() == [[[1, 6], [1, 3], [0, 0]], [[0, 76], [0, 0], [0, 0]]]
-    assert batch.text_counts.tolist() == [[3, 1]] and batch.texts_dropped.tolist() == [0]
-    with pytest.raises(ValueError, match="example 0: got 4 captions, expected at most"):
-        assemble.of_examples([assemble.Example(image, ["a"] * 4)], config, clip)
-    none = assemble.of_examples(
-        [assemble.Example(image, ()), assemble.Example(image, "a")], config, clip
-    )
-    assert none.caption_mask.tolist() == [[False] * 3, [True, False, False]]
-    assert none.text_counts.tolist() == [[1, 0]] and not none.caption_at[0].any()
 
 
 @pytest.mark.parametrize("packing, shape", [(False, (2, 2, 8)), (True, (1, 2, 77))])

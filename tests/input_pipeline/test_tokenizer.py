@@ -11,8 +11,6 @@ import shutil
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
 from grain_jax.input_pipeline import clip_tokenizer, text_cleaning, tokenizer
@@ -29,10 +27,6 @@ TEXTS = ["A photo of a wren,  with (long) beak!", "orange", "", "a " * 40]
 def test_all_golden_strings_have_the_references_ids():
     assert len(GOLDENS) == 338
     texts, expected = zip(*((golden["text"], golden["ids"]) for golden in GOLDENS))
-    tokens = CLIP.encode(texts, 77)
-    assert tokens.ids.dtype == tokens.lengths.dtype == np.int32
-    rows = np.split(tokens.ids, np.cumsum(tokens.lengths)[:-1])
-    assert [row.tolist() for row in rows] == list(expected)
     np.testing.assert_array_equal(CLIP(texts), [row + [0] * (77 - len(row)) for row in expected])
 
 
@@ -60,25 +54,15 @@ def test_empty_text_empty_list_and_bytes():
 @pytest.mark.parametrize(
     ("text", "cleaned"),
     [
-        ("A Bird", "A Bird"),
-        ("  two   spaces ", "two spaces"),
         ("tab\tand\nline", "tab and line"),
         ("black &amp;amp; white &lt;b&gt;", "black & white <b>"),
         ("caf\u00c3\u00a9", "caf\u00e9"),  # UTF-8 read as Latin-1
-        ("\u201cquoted\u201d", '"quoted"'),
         ("lone \ud800 surrogate", "lone \ufffd surrogate"),
         (b"bytes \xc3\xa9", "bytes \u00e9"),
     ],
 )
 def test_clean(text, cleaned):
     assert text_cleaning.clean(text) == cleaned
-
-
-@given(text=st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=60))
-def test_the_short_way_of_clean_changes_nothing(text):
-    clean = text_cleaning.clean
-    if "&" not in text:  # a non-ASCII word at the end sends the same text the long way
-        assert clean(text + " \u00e9") == f"{clean(text)} \u00e9".strip()
 
 
 def test_text_ids_are_of_the_cleaned_lowered_text():
@@ -170,25 +154,6 @@ def test_sentencepiece_is_the_librarys_with_a_sticky_end(model_file):
         np.testing.assert_array_equal(row, [*expected, *[1] * (16 - len(expected))])
 
 
-def test_canonical_is_what_siglips_own_tokenizer_does(model_file):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.SiglipTokenizer(vocab_file=str(model_file))
-    ours = tokenizer.FileTokenizer(model_file, "canonical", pad_id=1)
-    texts = ["A photo, of a WREN!", "  orange -- beak\tlong ", "a.b"]
-    expected = [[*ids, 1] if ids[-1:] != [1] else ids for ids in theirs(texts)["input_ids"]]
-    np.testing.assert_array_equal(np.concatenate(expected), ours.encode(texts, 64).ids)
-
-
-def test_text_ids_follow_the_cleaning(json_file):
-    def ids(cleaning, *texts):
-        return tokenizer.FileTokenizer(json_file, cleaning).encode(texts, 8).text_ids.tolist()
-
-    lower, none = ids("lower", "A  wren", "a wren"), ids("none", "A  wren", "a wren")
-    assert lower[0] == lower[1] == CLIP.encode(["a wren"], 77).text_ids[0]
-    assert none[0] != none[1] and ids("none", b"a wren") == none[1:]
-    assert len({*ids("canonical", "a wren!", "A wren")}) == 1
-
-
 def tower(**changes):
     return dataclasses.replace(tiny.config().model.text, **changes)
 
@@ -243,24 +208,13 @@ def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
         assert own_file(workdir / "checkpoints" / "3", name) == workdir / "t.json"
 
 
-@pytest.mark.parametrize(
-    "vocabulary, end, highest",
-    [
-        ({"[UNK]": 0, "wren": 49409}, None, 49409),
-        ({"[UNK]": 0, "wren": 1}, 2**32 - 1, 2**32 - 1),  # of the post-processor alone
-        ({"[UNK]": 0, "wren": 7}, 8, None),
-    ],
-)
-def test_no_id_of_a_file_is_beyond_the_embeddings(vocabulary, end, highest, tmp_path):
-    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    if end is not None:
-        library.post_processor = processors.TemplateProcessing(
-            single="$A [E]", special_tokens=[("[E]", end)]
-        )
+@pytest.mark.parametrize("word, end, highest", [(49409, 1, 49409), (1, 2**32 - 1, 2**32 - 1)])
+def test_no_id_of_a_file_is_beyond_the_embeddings(word, end, highest, tmp_path):
+    """Neither of its words nor of what its post-processor adds."""
+    library = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "wren": word}, unk_token="[UNK]"))
+    library.post_processor = processors.TemplateProcessing(
+        single="$A [E]", special_tokens=[("[E]", end)]
+    )
     library.save(str(tmp_path / "tokenizer.json"))
-    text = tower(tokenizer="tokenizer.json", vocab_size=9, pad_id=0)
-    if highest is None:
-        assert tokenizer.of_tower(text, tmp_path)(["wren"], 3).tolist() == [[7, 8, 0]]
-        return
     with pytest.raises(tokenizer.TokenizerError, match=f"has ids up to {highest}, but .* is 9;"):
-        tokenizer.of_tower(text, tmp_path)
+        tokenizer.of_tower(tower(tokenizer="tokenizer.json", vocab_size=9, pad_id=0), tmp_path)

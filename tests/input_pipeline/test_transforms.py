@@ -85,23 +85,6 @@ def test_boxes_follow_the_crop():
     assert kept.numpy().tolist() == [True, True, False, False]
 
 
-def test_a_dropped_box_takes_its_description_along():
-    fields = {
-        "regions/description": tf.constant(["a", "b", "c", "d"]),
-        "regions/score": tf.constant([0.5, 0.9, 0.5, 0.7]),
-    }
-    boxes = tf.constant([[0.0, 0.0, 0.2, 0.4]] * 4)
-    kept = tf.constant([True, False, True, True])
-    best = transforms.top_regions(fields, boxes, kept, 2)
-    # a before c: equal scores keep their order.
-    assert best["descriptions"].numpy().tolist() == [b"d", b"a"]
-    np.testing.assert_allclose(best["region_boxes_cxcywh"], [[0.1, 0.2, 0.2, 0.4]] * 2, atol=1e-7)
-    np.testing.assert_allclose(best["region_scores"], [0.7, 0.5])
-    padded = transforms.top_regions(fields, boxes, kept, 5)
-    assert padded["descriptions"].numpy().tolist() == [b"d", b"a", b"c", b"", b""]
-    assert padded["region_mask"].numpy().tolist() == [True] * 3 + [False] * 2
-
-
 def caption(captions, synthetic, first, second, rate=0.5):
     fields = {
         "captions": tf.constant(captions, tf.string),
@@ -138,3 +121,20 @@ def test_texts_that_mention_a_side(text, expected):
         fields["synthetic_caption"] = tf.constant("")
         fields[name] = tf.constant(["a bird", text] if name in names else text)
         assert transforms.mentions_side(fields).numpy() == expected
+
+
+def test_a_dropped_box_takes_its_description_along():
+    fields = {
+        "regions/description": tf.constant(["a", "b", "c", "d"]),
+        "regions/score": tf.constant([0.5, 0.9, 0.5, 0.7]),
+    }
+    boxes = tf.constant([[0.0, 0.0, 0.2, 0.4]] * 4)
+    kept = tf.constant([True, False, True, True])
+    best = transforms.top_regions(fields, boxes, kept, 2)
+    # a before c: equal scores keep their order.
+    assert best["descriptions"].numpy().tolist() == [b"d", b"a"]
+    np.testing.assert_allclose(best["region_boxes_cxcywh"], [[0.1, 0.2, 0.2, 0.4]] * 2, atol=1e-7)
+    np.testing.assert_allclose(best["region_scores"], [0.7, 0.5])
+    padded = transforms.top_regions(fields, boxes, kept, 5)
+    assert padded["descriptions"].numpy().tolist() == [b"d", b"a", b"c", b"", b""]
+    assert padded["region_mask"].numpy().tolist() == [True] * 3 + [False] * 2

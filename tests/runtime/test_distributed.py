@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import types
 
 import jax
 import pytest
@@ -80,16 +78,6 @@ def test_slurm_tasks_that_share_their_gpus_are_refused():
     with pytest.raises(errors.UserError, match="8 tasks on a node see the same 4 GPUs") as caught:
         distributed.find(None, 1, 0, shared)
     assert str(caught.value).endswith("or srun --gpus-per-task") and caught.value.status == 2
-
-
-def test_an_indexed_job_needs_the_kubernetes_package(monkeypatch):
-    job = {**POD, "JOB_COMPLETION_INDEX": "1"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(errors.UserError, match=r"pip install 'jax\[k8s\]'"):
-        distributed.find(None, 1, 0, job)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    expected = ("Kubernetes", {"cluster_detection_method": "k8s"})
-    assert distributed.find(None, 1, 0, job) == expected
 
 
 def test_flags_win_over_the_environment():
@@ -227,51 +215,11 @@ def test_outside_training_it_ends_at_once_also_where_nobody_reads_what_it_says()
     pair[1].stdout.close()
 
 
-def test_a_cluster_of_one_has_no_heartbeat_and_ends_as_it_is_told():
-    """As the TPU of one machine, of which JAX alone knows that it is one."""
-    as_one = (
-        "name, given = distributed.find(f'127.0.0.1:{port}', 2, 0, {})\n"
-        "distributed.find = lambda *_: (name, given | {'num_processes': 1})\n"
-    )
-    script = "import jax\n" + _LISTENER.replace("handler = ", as_one + "handler = ").replace(
-        "with distributed", "assert not jax.distributed.is_initialized()\nwith distributed"
-    )
-    (only,) = _pair(script, processes=1)
-    only.send_signal(signal.SIGTERM)
-    said = only.communicate(timeout=60)
-    assert only.returncode == 75 and "SIGTERM: saving after this step" in said[1], said
-
-
-def test_outside_training_one_that_waits_for_the_other_at_its_exit_is_told_too():
-    """As where process 0 draws the last images."""
-    leaves = '    print("up", flush=True)\n    sys.exit(0)\n'
-    script = _LISTENER.replace("    with handler.training", f"{leaves}    with handler.training")
-    pair = _pair(script, flags=(1, 0), heartbeat=60)
-    time.sleep(1)
-    assert pair[1].poll() is None
-    for process in pair:
-        process.send_signal(signal.SIGTERM)
-    for process in pair:
-        process.communicate(timeout=20)
-    assert [process.returncode for process in pair] == [75, 75]
-
-
-@pytest.mark.parametrize(
-    "given, platforms, expected",
-    [
-        ({"TPU_SKIP_MDS_QUERY": "1"}, None, ("v5litepod-1", "localhost")),
-        ({"TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", (None, None)),  # JAX found chips
-        ({}, None, (None, None)),
-        ({"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8"}, None, ("v4-8", "localhost")),
-    ],
-)
-def test_libtpu_is_answered_where_there_is_no_chip(given, platforms, expected, monkeypatch):
-    names = ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
-    for name in names:  # set first, so that they are taken back
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
-    distributed.answer_libtpu()
-    assert tuple(os.environ.get(name) for name in names[1:]) == expected
+def test_an_indexed_job_needs_the_kubernetes_package(monkeypatch):
+    job = {**POD, "JOB_COMPLETION_INDEX": "1"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.UserError, match=r"pip install 'jax\[k8s\]'"):
+        distributed.find(None, 1, 0, job)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    expected = ("Kubernetes", {"cluster_detection_method": "k8s"})
+    assert distributed.find(None, 1, 0, job) == expected

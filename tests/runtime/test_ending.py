@@ -1,14 +1,12 @@
 """How a trainer ends: nothing holds the process up, and a disk that refuses is one line."""
 
 import errno
-import logging
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -129,48 +127,12 @@ finally:
     pathlib.Path(lines[1].split()[-1]).unlink()
 
 
-def test_threads_that_never_end_do_not_keep_it():
-    process = _process("""
-def command():
-    threading.Thread(target=threading.Event().wait).start()
-    ending.at_end(lambda: print("mark removed", file=sys.stderr))
-    sys.exit(2)
-ending.run(command)
-""")
-    assert _ends(process, 2) == "mark removed\n"
-
-
 def _raised(error):
     """Raises it as the cause of another one."""
     try:
         raise error
     except Exception as cause:
         raise RuntimeError("save failed") from cause
-
-
-def test_other_threads_say_nothing_of_a_full_disk(monkeypatch, capsys, caplog):
-    full, seen = OSError(errno.ENOSPC, "No space left on device"), []
-    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
-    for hook in ("unraisablehook", "excepthook"):
-        monkeypatch.setattr(sys, hook, getattr(sys, hook))
-    for name in ("absl", "asyncio"):
-        monkeypatch.setattr(logging.getLogger(name), "filters", [])
-    ending.quiet_threads()
-    for error in (full, KeyError("x")):
-        thread = threading.Thread(target=_raised, args=[error])
-        thread.start()
-        thread.join()
-    assert seen == ["save failed"]
-    for text in ("Event loop is closed", "another"):  # as a thread of C++ does
-        sys.excepthook(RuntimeError, RuntimeError(text), None)
-    said = capsys.readouterr().err
-    assert "RuntimeError: another" in said and "Event loop" not in said
-    try:
-        raise full
-    except OSError:
-        logging.getLogger("absl").exception("thread t raised an exception")
-    logging.getLogger("absl").error("without one")
-    assert [record.getMessage() for record in caplog.records] == ["without one"]
 
 
 FULL = [

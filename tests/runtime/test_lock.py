@@ -1,7 +1,6 @@
 """One trainer a workdir: who is refused, whose lock is taken over, and who finds out that it lost its own."""
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -117,17 +116,6 @@ def test_a_trainer_that_was_taken_for_dead_ends_and_leaves_the_lock_of_the_other
         mine.check()
     mine.release()
     assert _holder(tmp_path) == ELSEWHERE
-
-
-def test_a_lock_that_was_removed_comes_again_but_not_the_folder(tmp_path):
-    mine = lock.Lock(tmp_path)
-    (tmp_path / lock.FILE).unlink()
-    mine.renew()
-    assert _holder(tmp_path).renewed == 1
-    shutil.rmtree(tmp_path)
-    with pytest.raises(lock.Lost, match="the folder was removed"):
-        mine.renew()
-    mine.release()
 
 
 _HOSTS = """

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from grain_jax.evaluate.report import run_files
 from grain_jax.launch import sweep_runs
 from grain_jax.runtime import metrics_file
@@ -23,20 +21,15 @@ def _line(step, **values):
     return json.dumps({"step": step, **values}).encode()
 
 
-@pytest.fixture(params=HOSTILE, ids=lambda bad: repr(bad[:16]))
-def workdir(request, tmp_path):
-    lines = [_line(1, loss=2.0), request.param, _line(2, loss=1.0)]
-    content = b"\n".join(lines) + b'\n{"step": 3, "lo'
-    (tmp_path / "metrics.jsonl").write_bytes(content)
-    return tmp_path
-
-
-def test_a_hostile_line_is_named_and_left_out_by_all_who_read_it(workdir, capsys):
+def test_hostile_lines_are_counted_and_left_out_by_all_who_read_them(tmp_path, capsys):
+    workdir = tmp_path
+    lines = [_line(1, loss=2.0), *HOSTILE, _line(2, loss=1.0)]
+    (workdir / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'\n{"step": 3, "lo')
     said = f"{workdir}/metrics.jsonl, line 2: got "
     lines, faults = metrics_file.read(metrics_file.files(workdir))
     assert [(line.step, line.values["loss"]) for line in lines] == [(1, 2.0), (2, 1.0)]
     (fault,) = faults  # the line that a kill cut off is none
-    expected = "expected a JSON object with a whole number step; 1 of 3 lines do not count"
+    expected = "expected a JSON object with a whole number step; 6 of 8 lines do not count"
     assert fault.startswith(said) and fault.endswith(expected)
 
     run = run_files.read(workdir)

@@ -1,6 +1,5 @@
 """The same numbers on one device, on eight, and on two processes of four, of sets that nothing divides."""
 
-import io
 import json
 import os
 import subprocess
@@ -115,15 +114,6 @@ def test_two_processes_give_what_one_gives(model, tmp_path):
     assert not any("classes" in line or "skipped" in line for line in lines if "[1]" in line)
 
 
-def test_shares_and_gathering_of_one_process():
-    assert processes.share(7) == range(7)
-    parts = [{"x": np.arange(2), "y": np.ones((2, 3))}, {"x": np.arange(1), "y": np.zeros((1, 3))}]
-    found = processes.allgather(iter(parts))
-    assert found["x"].tolist() == [0, 1, 0] and found["y"].shape == (3, 3)
-    with pytest.raises(ZeroDivisionError):
-        processes.run_together(lambda: 1 / 0)
-
-
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
 def test_shares_are_stretches_that_make_the_whole(monkeypatch, count):
     positions = []
@@ -139,17 +129,6 @@ def _peer(monkeypatch, *theirs):
     monkeypatch.setattr(processes, "process_info", lambda: (0, 2))
     given = iter(theirs)
     monkeypatch.setattr(processes, "_of_all", lambda content: [content, next(given)])
-
-
-def test_a_process_without_a_batch_gets_the_others(monkeypatch):
-    theirs = {"x": np.array([0.1, 2]), "y": np.array([[1, 2], [3, 4]], np.int32)}
-    file = io.BytesIO()
-    np.savez(file, **theirs)
-    _peer(monkeypatch, file.getvalue())
-    found = processes.allgather([])
-    np.testing.assert_array_equal(found["x"], theirs["x"])
-    np.testing.assert_array_equal(found["y"], theirs["y"])
-    assert found["x"].dtype == np.float64 and found["y"].dtype == np.int32
 
 
 def test_where_one_process_fails_all_do(monkeypatch, capsys):

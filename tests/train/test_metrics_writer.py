@@ -2,16 +2,12 @@
 
 import json
 import math
-import os
-import shutil
 import struct
 import sys
 import types
 
 import pytest
-from etils import epath
 
-from grain_jax.core import errors
 from grain_jax.train import metrics_writer
 from tests import tiny
 
@@ -55,14 +51,6 @@ def test_texts_are_counted_from_line_to_line():
         counts.check(10, lambda: "more rows")
 
 
-def test_counts_of_the_step_may_wrap_around():
-    counts = metrics_writer.TextCounts(_counted(2**33 - 10, 5), max_share=1.0)
-    line = counts.add(_counted(40, 10))
-    assert line["texts"] == 2**33 + 40 and line["texts_dropped_share"] == 0.1
-    assert counts.add(_counted(90, 60))["texts_dropped_share"] == 1
-    assert "100.0%" in counts.check(1, lambda: "")  # allowed: a warning
-
-
 def test_lines_beyond_the_restored_step_are_removed(tmp_path):
     _write(tmp_path, 0, {step: step for step in range(1, 6)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -72,32 +60,12 @@ def test_lines_beyond_the_restored_step_are_removed(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-@pytest.mark.parametrize("term", CHECKED)
+@pytest.mark.parametrize("term", ["loss_uniform", "grad_norm"])
 def test_the_first_bad_term_is_named(term):
     said = f"^{term} is nan at step 9; it was finite at step 5"
     with pytest.raises(metrics_writer.NotFinite, match=said):
         metrics_writer.check_finite({**METRICS, term: math.nan}, 5, 9, TERMS)
     metrics_writer.check_finite(METRICS, 5, 9, TERMS)
-
-
-def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4, terms=TERMS)
-    for step in (10, 11, 100):  # 11 is too soon after 10
-        log.progress(step, METRICS | log.rates(step, 0.0))
-    first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("step 10/100 (10%)  ETA ")
-    assert "  loss 1.000 = caption 1.000, box 1.000, uniform 1.000  IoU " in first
-    assert "ETA 0s" in last
-
-
-def test_a_terminal_line_is_rewritten_and_never_wraps(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 4)
-    log.progress(10, METRICS | log.rates(10, 0.0))
-    written = capsys.readouterr().err
-    assert written.startswith("\r\x1b[2Kstep 10/100") and not written.endswith("\n")
-    assert len(written.removeprefix("\r\x1b[2K")) == 59
 
 
 @pytest.fixture
@@ -108,47 +76,28 @@ def now(monkeypatch):
     return now
 
 
-def test_pauses_are_left_out_of_the_rates(tmp_path, now):
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10)
+def test_rates_leave_pauses_out_and_have_mfu_where_the_peak_is_known(tmp_path, now, capsys):
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10, flops_per_image=3e9, peak_flops=4e11)
     now[0] = 1.0
     with log.pause():
         now[0] = 50.0
     now[0] = 51.0
-    rates = log.rates(4, wait_seconds=0.5, wait_steps=1)
-    assert rates == {
-        "images_per_second": 20.0,
-        "model_flops_per_second": 0.0,
-        "input_wait_fraction": 0.25,
-        "input_wait_steps": 0.25,
-    }
-    now[0] = 53.0
-    rates = log.rates(8, wait_seconds=0.5, wait_steps=4)  # what came before is not counted again
-    assert rates["input_wait_fraction"] == 0 and rates["input_wait_steps"] == 0.75
-
-
-@pytest.mark.parametrize("peak, told", [(4e11, "  MFU 37.5%"), (None, "")])
-def test_mfu_is_told_where_the_peak_is_known(tmp_path, now, capsys, peak, told):
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10, flops_per_image=3e9, peak_flops=peak)
-    now[0] = 2.0
-    rates = log.rates(10, 0.0)  # 50 images/s
-    assert rates["model_flops_per_second"] == 150e9 and rates.get("mfu") == (peak and 0.375)
+    rates = log.rates(10, wait_seconds=0.5, wait_steps=1)  # 10 images in each of 10 steps
+    assert rates["images_per_second"] == 50 and rates["mfu"] == 0.375
+    assert rates["input_wait_fraction"] == 0.25 and rates["input_wait_steps"] == 0.1
     log.progress(10, METRICS | rates)
-    assert f"  50 images/s{told}  input wait" in capsys.readouterr().err
+    assert "  50 images/s  MFU 37.5%  input wait" in capsys.readouterr().err
+    now[0] = 53.0
+    rates = log.rates(14, wait_seconds=0.5, wait_steps=4)  # what came before is not counted again
+    assert rates["input_wait_fraction"] == 0 and rates["input_wait_steps"] == 0.75
 
 
 @pytest.fixture
 def object_store(tmp_path, monkeypatch):
-    """A folder that is treated as an object store, and the sizes of the uploads to it by file name."""
+    """A folder that is treated as an object store."""
     (tmp_path / "store" / "tensorboard").mkdir(parents=True)
     monkeypatch.setattr(metrics_writer, "is_object_store", lambda path: True)
-    uploads, write_bytes = [], type(epath.Path(tmp_path)).write_bytes
-
-    def recorded(path, data):
-        uploads.append((path.name, len(data)))
-        return write_bytes(path, data)
-
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", recorded)
-    return tmp_path / "store", uploads
+    return tmp_path / "store"
 
 
 def _steps(file):
@@ -156,7 +105,7 @@ def _steps(file):
 
 
 def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(object_store):
-    store, _ = object_store
+    store = object_store
     first = metrics_writer.MetricsWriter(store, 0, 200, 4)
     for step in range(1, 8):
         first.write(step, {"loss": 1.0})
@@ -172,18 +121,6 @@ def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(object_
     assert _steps(whole) == list(range(1, 7))
     scalars, purges = _scalars(store / "tensorboard")
     assert purges == [1, 6] and [step for step, _ in scalars] == [*range(1, 7), 6]
-
-
-def test_an_upload_waits_its_time(object_store, now):
-    store, uploads = object_store
-    log = metrics_writer.MetricsWriter(store, 0, 100, 4)
-    uploads.clear()
-    for step, seconds in enumerate((1, 29, 31, 40, 62), 1):
-        now[0] = seconds
-        log.write(step, {"loss": 1.0})
-    assert [name for name, _ in uploads if name == "metrics.jsonl"] == ["metrics.jsonl"] * 2
-    assert _steps(store / "metrics.jsonl") == [1, 2, 3, 4, 5]
-    log.close()
 
 
 def _scalars(folder):
@@ -257,12 +194,3 @@ def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monk
     assert options["id"] == again["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
     assert options["project"] == "birds" and options["name"] == tmp_path.name
     assert options["resume"] == "allow" and options["config"]["batch_size"] == 16
-
-
-def test_wandb_that_is_not_there_is_a_line(monkeypatch):
-    monkeypatch.setattr(metrics_writer.importlib.util, "find_spec", lambda name: None)
-    metrics_writer.check_wandb(tiny.config().wandb)
-    with pytest.raises(errors.UserError, match="^wandb.mode=offline needs the package wandb: pip"):
-        metrics_writer.check_wandb(tiny.config(wandb__mode="offline").wandb)
-    with pytest.raises(errors.UserError, match="wandb.mode: got 'on', expected one of off, online"):
-        tiny.config(wandb__mode="on")

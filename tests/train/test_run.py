@@ -1,12 +1,10 @@
 """The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes and processes, a finished run."""
 
-import functools
 import json
 import shutil
 import signal
 import subprocess
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,7 +14,7 @@ from grain_jax.core import errors, progress
 from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending
-from grain_jax.train import metrics_writer, run, sharding
+from grain_jax.train import metrics_writer, run
 from tests import runs, tiny
 from tests.paths import ROOT
 
@@ -63,36 +61,24 @@ def test_workdir_holds_what_the_contract_says(finished):
     assert lines[0]["learning_rate"] == pytest.approx(1e-6) and lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_lines_have_the_share_of_the_texts_that_do_not_fit(tmp_path, capfd, monkeypatch):
+def test_a_run_whose_texts_do_not_fit_ends_and_saves_nothing(tmp_path, monkeypatch):
     """The counts are those of batches with fewer rows: the step is that of the other runs."""
     few = synthetic.batches(_config(text__pack_group=2, text__pack_rows=2))
-    lost = [batch for batch, _ in zip(few, range(10))]
-    counts = np.array([[b.text_counts[:, 0].sum(), b.texts_dropped.sum()] for b in lost])
     real = run.sources.batches_of_run
 
-    def of_few_rows(*args, start_step, **options):
-        for step, batch in enumerate(real(*args, start_step=start_step, **options), start_step):
-            given = {name: getattr(batch, name) * 0 for name in ("texts_dropped", "text_counts")}
-            for name, x in given.items():
-                x[: len(getattr(lost[step], name))] = getattr(lost[step], name)
-            yield batch._replace(**given)
+    def with_lost_texts(*args, **options):
+        for batch, lost in zip(real(*args, **options), few):
+            counts = {name: getattr(batch, name) * 0 for name in ("texts_dropped", "text_counts")}
+            for name, x in counts.items():
+                x[: len(getattr(lost, name))] = getattr(lost, name)
+            yield batch._replace(**counts)
 
-    monkeypatch.setattr(run.sources, "batches_of_run", of_few_rows)
-    said = r"^step 2: 25\.\d% of the texts .* ends the run"
-    with pytest.raises(metrics_writer.TextsLost, match=said):
+    monkeypatch.setattr(run.sources, "batches_of_run", with_lost_texts)
+    with pytest.raises(
+        metrics_writer.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"
+    ):
         run.train(_config(log_every=2), tmp_path)
-    assert not list((tmp_path / "checkpoints").iterdir())  # nothing is saved
-    c = _config(checkpoint_every=3, text__max_dropped_share=1.0, log_every=4)
-    with pytest.raises(SystemExit):  # at step 5, between two lines
-        run.train(c, tmp_path, handler=tiny.EndsAt(5))
-    run.train(c, tmp_path)
-    expected = [counts[:4].sum(0), counts[4:8].sum(0), counts[8:].sum(0)]
-    lines = runs.lines(tmp_path)
-    assert [line["step"] for line in lines] == [4, 8, 10]
-    assert [line["texts_dropped_share"] for line in lines] == [d / n for n, d in expected]
-    assert lines[-1]["texts"] == counts[:, 0].sum()
-    assert lines[-1]["texts_dropped"] == counts[:, 1].sum()
-    assert capfd.readouterr().err.count("of the texts since the line before") == 3
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
@@ -102,18 +88,6 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
     model = grain_jax.load(finished)
     images = np.zeros((3, 16, 16, 3), np.uint8)
     np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=-1), 1, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_kernel_goes_on_from_a_checkpoint_of_xla_with_its_losses(finished, tmp_path):
-    """The kernel runs in Pallas' interpreter, and rounds differently."""
-    shutil.copytree(finished / "checkpoints" / "8", tmp_path / "checkpoints" / "8")
-    run.train(_config(model__attention="pallas"), tmp_path)
-    numbers = lambda folder: np.array(
-        [[line["loss"], line["grad_norm/image"]] for line in runs.lines(folder)[-2:]]
-    )
-    np.testing.assert_allclose(numbers(tmp_path), numbers(finished), rtol=2e-5)
-    assert (numbers(tmp_path) != numbers(finished)).any()
 
 
 def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
@@ -194,20 +168,6 @@ def _assert_goes_on(finished, workdir):
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
 
 
-@pytest.mark.slow  # test_train_step.py has all meshes
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
-def test_another_mesh_goes_on_with_the_same_batches_and_losses(
-    finished, workdir, mesh, monkeypatch
-):
-    data, fsdp, tensor = mesh
-    devices = jax.devices()[: data * fsdp * tensor]
-    monkeypatch.setattr(
-        sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=devices)
-    )
-    run.train(_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor), workdir)
-    _assert_goes_on(finished, workdir)
-
-
 def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, workdir):
     command = runs.command(workdir, RUN | runs.SMALL, processes=2, devices=4)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -216,14 +176,6 @@ def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, w
     shutil.rmtree(workdir / "checkpoints/10")
     run.train(_config(), workdir)
     _assert_goes_on(finished, workdir)
-
-
-def test_the_best_checkpoint_is_kept(tmp_path):
-    best = dict(checkpoint_best_metric="matched_iou", checkpoint_keep=1, checkpoint_every=3)
-    run.train(_config(**best), tmp_path)
-    measured = {line["step"]: line["matched_iou"] for line in runs.lines(tmp_path)}
-    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
-    assert kept == {10, max((3, 6, 9, 10), key=measured.get)}
 
 
 def test_a_misspelt_best_metric_is_refused_before_it_compiles(tmp_path):
