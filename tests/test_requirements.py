@@ -47,7 +47,7 @@ EXTRAS = {
     "wandb": {"wandb"},
 }
 # They import us.
-HOSTS = {"big_vision", "clip_benchmark"}
+HOSTS = {"big_vision"}
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

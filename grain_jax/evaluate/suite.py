@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
 from grain_jax import config as config_lib
@@ -27,7 +26,6 @@ from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
-_PACKAGES = ("grain_jax", "jax", "flax", "numpy", "pillow", "tensorflow-datasets")
 FAILED, NOTHING = 1, 2  # exit statuses
 
 
@@ -171,21 +169,15 @@ def _digest_of_file(path: str) -> str | None:
 
 
 def _identity(path: str, predictor: Any) -> dict[str, Any]:
-    """The checkpoint, the package versions and the devices of the results."""
+    """The checkpoint and the version of the package."""
     folder = str(predictor.folder or path)
     step = re.fullmatch(r"\d+", epath.Path(folder).name)
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     return {
         "checkpoint": path,
         "folder": folder,
         "step": int(step.group()) if step else None,
         "digest": predictor.digests,
-        "versions": versions,
-        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        "processes": processes.process_info()[1],
+        "version": importlib.metadata.version("grain_jax"),
     }
 
 

@@ -201,7 +201,7 @@ def test_entries_serve_a_training_config():
     assert (one.tfds, one.data_dir, one.alphas) == ("cifar10", "D", (1.0,))
     assert evals["lvis"].annotations == "F/lvis/A.jsonl" and evals["lvis"].missing == "skip"
     assert set(eval_config.get_config().evals) == set(benchmarks.SETS)
-    assert len(benchmarks.SETS) == 34
+    assert len(benchmarks.SETS) == 31
     c.evals.cifar10.images = "x"
     with pytest.raises(
         config_lib.ConfigError, match="evals.cifar10.tfds: got 'cifar10' with images"

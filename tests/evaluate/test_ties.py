@@ -93,7 +93,6 @@ EXPECTED = {
     "boxes": {"region/top1": 1 / (2 * COUNT), "image/top1": 1 / (2 * COUNT)},
     # One of two equal queries has the box.
     "grounding": {"region_to_description_r1": 1 / (2 * COUNT), "phrase_acc50": 0.5},
-    "maps": {"pointing": 0.5, "chance_pointing": 0.5, "map_iou": 0},
 }
 ALL = {kind: _annotated(kind) for kind in EXPECTED} | {"zeroshot": _zeroshot}
 ALL |= {"linear_probe": _linear_probe, "hard_negatives": _annotated("hard_negatives", negatives=8)}

@@ -91,5 +91,5 @@ def test_a_run_measures_it_and_keeps_it_in_its_config(
     assert f"evals.gone: skipped: {gone}" in capsys.readouterr().err
     monkeypatch.setattr(journal, "make_predictor", lambda *_: predictor)
     state = types.SimpleNamespace(step=np.int32(7))
-    results = journal.evaluate_all(config, evals, state, tmp_path)
+    results = journal.evaluate_all(config, evals, state)
     assert results["eval/mine/top1"] == 0.75 and results["eval/mine/pictures"] == 4
