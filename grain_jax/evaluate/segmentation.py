@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import typing
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epy
@@ -33,7 +30,6 @@ FORMATS = ("folder", "ade20k", "voc")
 WAYS = ("auto", "patches", "regions", "both")
 PATCHES = ("auto", "values", "tokens")
 _AT_ONCE = 16  # images whose windows and masks are in memory, at most
-_THREADS = 2  # that make maps as large as images, if they take at most segmenting.MAX_NUMBERS
 
 _PIXELS = "pictures", "pictures"  # count and unit of table rows
 
@@ -132,18 +128,6 @@ class Segmentation(Evaluator):
             return None
         return zeroshot.read_descriptions(self.descriptions, opened.labels, opened.names)
 
-    def embed_classes(self, predictor: Any, opened: segmentation_sets.Segmented) -> Any:
-        """inference.segmentation.Classes of a set. Raises errors.UserError if the model cannot use the options."""
-        size = predictor.model.image.image_size
-        segmenting.check_stride(size, self.short_side, self.stride)
-        predictor.maps_by(self.by, self.patch_features)
-        return segmenting.embed_classes(
-            functools.partial(encode.encode_distinct, predictor),
-            opened.names,
-            prompts.load_templates(self.templates),
-            self._described(opened),
-        )
-
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Gives every pixel a class and compares it with its mask.
 
@@ -155,22 +139,42 @@ class Segmentation(Evaluator):
           `accuracy`, `pixels`. Ignored pixels count nowhere.
         """
         opened = self.open()
-        classes = self.embed_classes(predictor, opened)
+        size = predictor.model.image.image_size
+        segmenting.check_stride(size, self.short_side, self.stride)
+        predictor.maps_by(self.by, self.patch_features)
+        classes = segmenting.embed_classes(
+            functools.partial(encode.encode_distinct, predictor),
+            opened.names,
+            prompts.load_templates(self.templates),
+            self._described(opened),
+        )
+        skip = opened.background if self.background_threshold is not None else None
         options = (self.short_side, self.stride, len(opened.names))
 
         def prepare(position: int, image: PIL.Image.Image) -> tuple[Any, np.ndarray]:
             pair = opened.pairs[position]
             mask = segmentation_sets.read_mask(pair, opened.class_of, image.size)
             try:
-                return segmenting.cut(image, predictor.model.image.image_size, *options), mask
+                return segmenting.cut(image, size, *options), mask
             except image_files.ImageError as error:
                 raise image_files.ImageError(f"{pair.image}: {error}") from None
 
+        def maps_of(windows: np.ndarray) -> tuple[np.ndarray]:
+            options = dict(by=self.by, patch_features=self.patch_features)
+            return (predictor.class_maps(windows, classes, **options),)
+
         def count(batch: encode.Batch) -> dict[str, np.ndarray]:
             windows, masks = zip(*batch.pixels)
-            predicted = self.labels(predictor, windows, classes, opened.background)
-            pairs = zip(masks, predicted, strict=True)
-            pixels = [count_pixels(*pair, len(opened.names)) for pair in pairs]
+            (maps,) = scores.in_parts(maps_of, np.concatenate([x.pixels for x in windows]))
+            stream.check_finite(maps)
+            maps = np.split(maps, np.cumsum([len(each.pixels) for each in windows])[:-1])
+            how = dict(background=self.background_threshold, scale=predictor.logit_scale, skip=skip)
+            pixels = []
+            for cells, each, mask in zip(maps, windows, masks, strict=True):
+                labels = segmenting.labels(cells, each, **how)
+                if skip is not None:
+                    labels[labels == segmenting.BACKGROUND] = skip
+                pixels.append(count_pixels(mask, labels, len(opened.names)))
             return {"index": batch.index, "pixels": np.stack(pixels)}
 
         arrays, unreadable = encode.over_images(
@@ -183,47 +187,14 @@ class Segmentation(Evaluator):
         pixels = arrays["pixels"].sum(axis=0)
         if not pixels.any():
             raise errors.UserError(f"{self.images}: every pixel has the ignored id")
-        without = opened.background if self.background_threshold == 0 else None
         return {
             "kind": self.kind,
             "format": self.format,
             "pictures": len(arrays["index"]),
             **encode.report_unreadable(unreadable),
             "classes": len(opened.names),
-            **measures(pixels, opened.labels, without),
+            **measures(pixels, opened.labels, skip if self.background_threshold == 0 else None),
         }
-
-    def labels(
-        self, predictor: Any, windows: Any, classes: Any, background: int | None
-    ) -> Iterator[np.ndarray]:
-        """For each image, given by its windows, the class of each pixel, int32 [H, W]."""
-        maps_of = functools.partial(
-            predictor.class_maps,
-            classes=classes,
-            by=self.by,
-            patch_features=self.patch_features,
-        )
-        pixels = np.concatenate([each.pixels for each in windows])
-        (maps,) = scores.in_parts(lambda part: (maps_of(part),), pixels)
-        stream.check_finite(maps)
-        maps = np.split(maps, np.cumsum([len(each.pixels) for each in windows])[:-1])
-        skip = background if self.background_threshold is not None else None
-
-        def labels_of(pair: tuple[np.ndarray, Any]) -> np.ndarray:
-            labels = segmenting.labels(
-                *pair,
-                background=self.background_threshold,
-                scale=predictor.logit_scale,
-                skip=skip,
-            )
-            if skip is not None:
-                labels[labels == segmenting.BACKGROUND] = skip
-            return labels
-
-        largest = max(math.prod(each.canvas) for each in windows) * len(classes.names)
-        threads = max(1, min(_THREADS, segmenting.MAX_NUMBERS // largest))
-        with ThreadPoolExecutor(threads) as pool:
-            yield from stream.ahead(labels_of, zip(maps, windows, strict=True), pool, threads)
 
 
 def count_pixels(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

@@ -8,9 +8,7 @@ else it fails.
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import re
 import sys
 import time
 import traceback
@@ -62,7 +60,9 @@ def run(
         return FAILED if results["failed"] else NOTHING
 
     predictor = processes.run_together(load)
-    results = _identity(checkpoint, predictor) | results
+    folder = str(predictor.folder or checkpoint)
+    about = {"checkpoint": checkpoint, "folder": folder, "digest": predictor.digests}
+    results = about | results
     if before and before.get("digest") == results["digest"]:
         results["ran"] = {
             name: result
@@ -166,19 +166,6 @@ def _digest_of_file(path: str) -> str | None:
     """A digest of the bytes of a file; None for the name of a class file of the package."""
     file = epath.Path(path).expanduser()
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if regular_file.is_one(file) else None
-
-
-def _identity(path: str, predictor: Any) -> dict[str, Any]:
-    """The checkpoint and the version of the package."""
-    folder = str(predictor.folder or path)
-    step = re.fullmatch(r"\d+", epath.Path(folder).name)
-    return {
-        "checkpoint": path,
-        "folder": folder,
-        "step": int(step.group()) if step else None,
-        "digest": predictor.digests,
-        "version": importlib.metadata.version("grain_jax"),
-    }
 
 
 def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
