@@ -71,17 +71,8 @@ FAULTS = [
         "names: got 'yes', expected bool",
     ),
     (
-        {"kind": "segmentation", "by": "x", "missing": "y"},
-        "missing: got 'y', expected one of error, skip",
-        "by: got 'x', expected one of auto, patches, regions, both",
-    ),
-    (
         {"kind": "linear_probe", "tfds": "a", "images": "b"},
         "tfds: got 'a' with images='b', expected one of the two",
-    ),
-    (
-        {"kind": "hard_negatives", "negatives": 0},
-        "negatives: got 0, expected int, at least 1",
     ),
 ]
 
@@ -180,5 +171,3 @@ def test_boxes_that_lie_outside_are_no_boxes(tmp_path):
     predictor = StubPredictor({0: [1, 0]}, {"beak": [1, 0]}, {0: ([[0, 0, 1, 1]], [[1, 0]])})
     with pytest.raises(errors.UserError, match="every box lies outside"):
         measure("grounding", predictor, **given)
-    with pytest.raises(errors.UserError, match="no region has 10 negatives or more"):
-        measure("hard_negatives", predictor, **given)

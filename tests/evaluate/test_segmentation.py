@@ -122,16 +122,6 @@ def test_chance_and_classes_without_pixels():
     assert got["per_class"]["b"] == {"iou": 0.5, "accuracy": 1.0, "pixels": 1}
 
 
-def test_chance_is_that_of_random_guesses():
-    """A guess of each pixel among the classes that a pixel can get, against draws."""
-    random, truth = np.random.default_rng(0), np.repeat([0, 1, 1, 2, 3, 3], 50_000)
-    for without, classes in ((None, [0, 1, 2, 3, 4]), (4, [0, 1, 2, 3]), (0, [1, 2, 3, 4])):
-        drawn = segmentation.count_pixels(truth, random.choice(classes, len(truth)), 5)
-        got = segmentation.measures(drawn, list("abcde"), without)
-        assert got["chance_miou"] == pytest.approx(got["miou"], rel=0.01)
-        assert got["chance_pixel_accuracy"] == pytest.approx(got["pixel_accuracy"], rel=0.01)
-
-
 def test_a_folder(tmp_path):
     got = measure(images=folder(tmp_path))
     assert (got["pictures"], got["classes"], got["classes_seen"]) == (4, 3, 3)
@@ -236,12 +226,11 @@ def test_formats_of_public_sets(tmp_path, monkeypatch, layout, write):
     assert measured == dict.fromkeys(names, pixels)
 
 
-@pytest.mark.parametrize("tag", [3, 6])  # upside down, and to the right
-def test_masks_of_public_sets_are_of_the_pixels_as_stored(tmp_path, monkeypatch, tag):
+def test_masks_of_public_sets_are_of_the_pixels_as_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(Coloured, "STEP", 1)
     _ade20k(tmp_path)
     exif = PIL.Image.Exif()
-    exif[0x0112] = tag
+    exif[0x0112] = 3  # upside down
     for i in (0, 41):  # columns of two classes, below each other when they are turned
         path = tmp_path / "images/validation" / f"{i}.jpg"
         paint(path, [i, 108])

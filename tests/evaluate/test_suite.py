@@ -202,11 +202,6 @@ def test_entries_serve_a_training_config():
     assert evals["lvis"].annotations == "F/lvis/A.jsonl" and evals["lvis"].missing == "skip"
     assert set(eval_config.get_config().evals) == set(benchmarks.SETS)
     assert len(benchmarks.SETS) == 31
-    c.evals.cifar10.images = "x"
-    with pytest.raises(
-        config_lib.ConfigError, match="evals.cifar10.tfds: got 'cifar10' with images"
-    ):
-        kinds.from_entries(config_lib.from_dict(c).evals)
 
 
 def _read(test_set, positions):
@@ -245,13 +240,3 @@ def test_faults_of_tfds_sets(data, tmp_path):
     broken = test_sets.TfdsSet("cifar10", "test", str(tmp_path), "cifar10")
     with pytest.raises(errors.UserError, match="cifar10 test: cannot be read: "):
         list(broken.images(range(9)))
-
-
-def test_probes_stand_beside_the_suite_where_they_are_asked_for():
-    c = eval_config.get_config("probes")
-    c.data_dir = "D"
-    entries = kinds.suite_from_dict(c.copy_and_resolve_references())
-    assert entries["dtd_probe"].kind == "linear_probe" and entries["dtd_probe"].data_dir == "D"
-    assert not any(name.endswith("_probe") for name in eval_config.get_config().evals)
-    with pytest.raises(ValueError, match="got :probe, expected :probes"):
-        eval_config.get_config("probe")
