@@ -21,7 +21,6 @@ def write(
     predictor: Any = None,
     *,
     output: epath.PathLike | None = None,
-    results: Sequence[epath.PathLike] = (),
     num_images: int = NUM_IMAGES,
     model: bool = True,
 ) -> epath.Path:
@@ -31,7 +30,6 @@ def write(
       workdir: workdir of a run.
       predictor: the model of the run, if it is in memory already; else the newest checkpoint is loaded.
       output: the file to write; default: `report.html` in `workdir`.
-      results: files that `grain_jax.evaluate` wrote for the run.
       num_images: images of each evaluation that the model runs on.
       model: False: no model is loaded, and the page shows only what the files hold.
 
@@ -40,7 +38,7 @@ def write(
     Raises:
       run_files.InputError: the folder holds no run.
     """
-    run = run_files.read(workdir, results)
+    run = run_files.read(workdir)
     looked = look.Looked({}, [], ["no model was loaded"])
     if model and run.config is not None:
         looked = look.look(workdir, predictor, run.config.get("evals", {}), num_images)

@@ -121,10 +121,7 @@ def test_what_is_missing_is_a_line(run, tmp_path):
 def test_wrong_use(tmp_path, capsys):
     assert command.main([str(tmp_path / "none")]) == 2
     assert command.main([str(tmp_path)]) == 2
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
-    assert command.main([str(tmp_path), "--results", str(tmp_path / "gone.json")]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and f"{tmp_path / 'gone.json'}: cannot be read" in lines[2]
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_which_curves_share_a_chart():
