@@ -114,9 +114,15 @@ def open_set(
 
 def _below(folder: epath.Path) -> list[epath.Path]:
     """The images in a folder and its sub-folders, by name; hidden ones do not count."""
-    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(folder).parts)
-    images = (path for path in folder.glob("**/*") if path.suffix.lower() in _IMAGES)
-    return sorted((path for path in images if not hidden(path)), key=str)
+    images = []
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in _IMAGES:
+            images.append(path)
+        elif path.is_dir():
+            images += _below(path)
+    return sorted(images, key=str)
 
 
 def _listed(path: epath.Path, folder: epath.Path) -> list[epath.Path]:
