@@ -99,7 +99,7 @@ FAULTS = [
     (("demo", "evals.seen=0"), "--config.evals.seen: got '0', expected None"),
     (
         ("demo", "evals.seen=None", "checkpoint_best_metric=eval/seen/alpha_1.0/top1"),
-        "checkpoint_best_metric: got 'eval/seen/alpha_1.0/top1', expected one of eval/grounding, eval/maps",
+        "checkpoint_best_metric: got 'eval/seen/alpha_1.0/top1', expected one of eval/grounding, eval/parts",
     ),
     (("grain_vitb16_cc12m", "total_epochs=None"), "total_steps, total_epochs: exactly one must be set"),
 ]  # fmt: skip
