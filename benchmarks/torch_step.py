@@ -82,7 +82,7 @@ class TorchStep:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.module.clip_logit_scale()
+        self.module.backbone.logit_scale.data.clamp_(0, math.log(100))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return float(loss.detach())
@@ -106,7 +106,7 @@ class TorchStep:
         pairs = _match(boxes[-1], target, batch.region_mask)
         matched, region, query = (x.to(self.device) for x in pairs)
         pred, real = boxes[-1][matched, query].float(), target[matched, region]
-        box = (pred - real).abs().sum() + (1 - modeling._giou(pred, real, 0.0)).sum()
+        box = (pred - real).abs().sum() + (1 - _giou(pred, real)).sum()
         logits = _logits(scale * regions[matched, query], descriptions, batch.description_id)
         labels = torch.arange(len(descriptions), device=self.device)
         return loss + box / len(descriptions) + F.cross_entropy(logits, labels)
@@ -139,9 +139,20 @@ def _match(boxes, target, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     """(image, region, query) of every matched region, in the order of the mask, by SciPy on the host."""
     with torch.no_grad():
         pred, real = boxes[:, :, None].float(), target[:, None]
-        cost = 5 * (pred - real).abs().sum(-1) - 2 * modeling._giou(pred, real, 0.0)
+        cost = 5 * (pred - real).abs().sum(-1) - 2 * _giou(pred, real)
     queries = []
     for matrix, real in zip(cost.cpu().numpy(), mask.numpy()):
         query, region = scipy.optimize.linear_sum_assignment(matrix[:, real])
         queries.append(query[region.argsort()])
     return *mask.nonzero(as_tuple=True), torch.from_numpy(np.concatenate(queries))
+
+
+def _giou(a_cxcywh, b_cxcywh):
+    """Generalised IoU (Rezatofighi et al. 2019)."""
+    a, b = modeling._corners(a_cxcywh), modeling._corners(b_cxcywh)
+    area = lambda box: (box[..., 2:] - box[..., :2]).prod(-1)
+    inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    overlap, hull = inner.clamp(min=0).prod(-1), outer.clamp(min=0).prod(-1)
+    union = area(a) + area(b) - overlap
+    return overlap / union - (hull - union) / hull

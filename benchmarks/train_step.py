@@ -45,7 +45,7 @@ def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, A
     model, tx = GRAIN(config.model), optim.optimizer(config.optim, lambda step: 0.0)
     with jax.default_device(jax.devices("cpu")[0]):
         params = jax.jit(lambda: sharding.unbox(init_state(model, config, tx)).params)()
-    module = torch_module.make_module(config.model, None)
+    module = torch_module.make_module(config.model)
     torch_module.load_states(module, to_states(config.model, jax.tree.map(np.asarray, params)))
     autocast = torch.bfloat16 if cuda else None
     module = module.to("cuda" if cuda else "cpu")

@@ -28,7 +28,7 @@ def _too_late(*_, **__):
         ({"model__text__tokenizer": "/nope/tokenizer.json"}, "/nope/tokenizer.json: no such file"),
         ({"model__text__vocab_size": 600}, "has ids up to 49407, but model.text.vocab_size is 600"),
         ({"init__image": "/nope/tower.npz:params/img"}, "init.image: /nope/tower.npz:params/img: "),
-        ({"init__decoder": "/nope"}, "init.decoder: /nope: no such file or folder"),
+        ({"init__decoder": "/nope"}, "init.decoder: /nope: no such folder"),
         ({"wandb__mode": "online"}, "needs the package wandb"),
         ({"workdir": "a file"}, "--workdir: .*expected a folder that can be written"),
     ],

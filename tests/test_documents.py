@@ -244,7 +244,9 @@ def fault_of(words: list[str]) -> str:
         found = PARSERS[name].parse_args(rest)
         config, _, argument = (getattr(found, "config", None) or "").partition(":")
         if config in loading.packaged():
-            of_package = argument and not argument.isupper() and not argument.startswith("runs/")
+            of_package = (
+                argument and not argument.isupper() and not argument.startswith(("runs/", "hf://"))
+            )
             given = f"{config}:{argument}" if of_package else config
             loading.load(given, found.overrides, resolve=lambda tree: tree)
     except errors.UserError as error:

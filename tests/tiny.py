@@ -26,7 +26,8 @@ class EndsAt(ending.PreemptionHandler):
         super().__init__()
         self._left = step
 
-    def reached(self):
+    def reached(self, step):
+        del step
         self._left -= 1
         return self._left <= 0
 

@@ -123,7 +123,7 @@ def load_stored(path: epath.PathLike) -> Stored:
         if factors := next(low_rank.maps_in(stored.params), None):
             raise CheckpointError(
                 f"{path}: {factors} has factors of LoRA, whose scale a converted folder does not hold; expected the run, or"
-                " what `grain-jax convert merge` makes of it"
+                " what `grain-jax convert average` makes of it"
             )
         return stored
     folders = [path]

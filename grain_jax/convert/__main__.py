@@ -17,7 +17,6 @@ from grain_jax.convert.exits.onnx_files import to_onnx
 from grain_jax.convert.exits.open_clip import to_open_clip
 from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.from_open_clip import from_open_clip
-from grain_jax.convert.merge import merge
 from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.names import TOWERS
@@ -40,7 +39,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
     "from-open-clip": lambda args: from_open_clip(args.input, args.output, args.model),
     "from-big-vision": lambda args: from_big_vision(args.input, args.output),
     "pack": lambda args: pack(args.input, args.output),
-    "merge": lambda args: merge(args.input, args.output),
     "average": lambda args: average(args.model, args.weights, args.output),
 }
 

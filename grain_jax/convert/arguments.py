@@ -145,18 +145,10 @@ class Pack(_OfCheckpoint, name="convert pack"):
     """
 
 
-class Merge(_OfCheckpoint, name="convert merge"):
-    """A run with LoRA -> a folder for grain_jax.load, its factors folded into the matrices.
-
-    Example:
-      grain-jax convert merge --checkpoint runs/lora --output merged
-    """
-
-
 class Average(Command, name="convert average"):
-    """Equal models -> the weighted sum of their parameters, a folder for grain_jax.load.
+    """Equal models, or one -> the weighted sum of their parameters, a folder for grain_jax.load.
 
-    Factors of LoRA are folded in first.
+    Factors of LoRA are folded in first; one model alone is written with its factors folded in.
 
     Example:
       grain-jax convert average runs/finetuned start --weights 0.5,0.5 --output wise
@@ -174,7 +166,7 @@ class Average(Command, name="convert average"):
 
 _KINDS = (
     *(FromTorch, ToTorch, ToHf, FromHf, FromOpenClip, ToOpenClip, FromBigVision, ToBigVision),
-    *(ToOnnx, Pack, Merge, Average),
+    *(ToOnnx, Pack, Average),
 )
 
 

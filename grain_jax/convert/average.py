@@ -1,13 +1,13 @@
 """The command average: a weighted sum of the parameters of equal models.
 
 The sum of a fine-tuned model and its start is WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), the sum of several
-fine-tuned models a soup (Wortsman et al. 2022, arXiv 2203.05482).
+fine-tuned models a soup (Wortsman et al. 2022, arXiv 2203.05482). One run with LoRA gives the model without factors.
 """
 
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def average(
     logit scale is summed as it is stored, as a logarithm. The host holds two models at a time.
 
     Args:
-      sources: two or more workdirs, checkpoints or converted folders.
+      sources: workdirs, checkpoints or converted folders.
       weights: one per model, with the sum 1; (): equal ones.
       folder: new, or an older conversion.
 
@@ -48,8 +48,6 @@ def average(
         something else, or cannot be written.
       checkpoint.CheckpointError: a source cannot be read.
     """
-    if len(sources) < 2:
-        raise ConvertError(f"models: got {len(sources)}, expected two or more to average")
     weights = weights or [1 / len(sources)] * len(sources)
     if len(weights) != len(sources) or not abs(math.fsum(weights) - 1) <= 1e-6:
         raise ConvertError(
@@ -68,11 +66,11 @@ def average(
         for name, x in arrays.items():
             sums[name] = sums.get(name, np.float32(0)) + np.float32(weight) * x
         merged = f", LoRA of rank {stored.lora.rank} folded in" if stored.lora.rank else ""
-        lines.append(f"{weight:10.6g}  {stored.folder}, {_logit_scale(arrays)}{merged}")
+        lines.append(f"{weight:10.6g}  {stored.folder}{merged}")
         del arrays  # before the next model is read
     assert first is not None
     raise_any([f"{n}: the sum is not finite" for n, x in sums.items() if not np.isfinite(x).all()])
-    lines = [f"average: {len(sources)} models -> {folder}, {_logit_scale(sums)}", *lines]
+    lines = [f"average: {len(sources)} models -> {folder}", *lines]
     lines += [f"{len(sums)} arrays, {sum(x.size for x in sums.values()):,} values, float32"]
     report = parity.Report("\n".join(lines), True, "a sum: no other side")
     made_of = ", ".join(map(str, sources))
@@ -88,11 +86,6 @@ def _differences(first: saved_model.Stored, other: saved_model.Stored) -> list[s
         for key in expected | actual
         if actual.get(key) != expected.get(key)
     ]
-
-
-def _logit_scale(arrays: Mapping[str, np.ndarray]) -> str:
-    with np.errstate(over="ignore"):
-        return f"logit scale {np.exp(arrays['logit_scale']):.4g}"
 
 
 def _keys(stored: saved_model.Stored) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """from-big-vision: a two_towers .npz of big_vision, which has no config; its models' habits are stated here.
 
-Names and layouts that big_vision's own loaders repair (models/vit.py, models/proj/image_text/text_transformer.py at
-0127fb6) are read too. A path may name a sub-tree of the file, `FILE.npz:params`.
+A path may name a sub-tree of the file, `FILE.npz:params`.
 """
 
 import re
@@ -18,11 +17,6 @@ from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.core import regular_file
 
 SCALARS = (NamePair("logit_scale", "t"), NamePair("logit_bias", "b"))
-# Positions and the pooling head in older files; the second addend of positions.
-_OLD_POSITIONS = re.compile(r"((?:img|txt)/)Transformer/(?:posembed_input/)?pos_embedding")
-_OLD_HEAD = re.compile(
-    r"((?:img|txt)/)((?:probe|MlpBlock_0|MultiHeadDotProductAttention_0|LayerNorm_0)(?:/.*)?)"
-)
 _FIRST_VOCABULARY = 32000  # SigLIP's; its padding has the id 1
 
 
@@ -75,15 +69,13 @@ def read(path: epath.PathLike) -> BigVisionCheckpoint:
         if not arrays:
             raise ConvertError(f"{path}: no sub-tree {subtree!r}; there are: {', '.join(there)}")
     with prefixed(f"{file}: "):
-        return BigVisionCheckpoint(str(path), _current(arrays))
+        return BigVisionCheckpoint(str(path), _unstacked(arrays))
 
 
-def _current(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays by current names; layers that scan stacks under `encoderblock` apart, as `encoderblock_0 ..`."""
+def _unstacked(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays with the layers that scan stacks under `encoderblock` apart, as `encoderblock_0 ..`."""
     out: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
-        name = _OLD_POSITIONS.sub(r"\1pos_embedding", name)
-        name = _OLD_HEAD.sub(r"\1MAPHead_0/\2", name) if _OLD_HEAD.fullmatch(name) else name
         before, stacked, after = name.partition("encoderblock/")
         if not stacked:
             out[name] = array
@@ -93,9 +85,6 @@ def _current(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 f"{name}: got shape {array.shape}, expected 1 to {tables.MAX_LAYERS} layers"
             )
         out |= {f"{before}encoderblock_{i}/{after}": x for i, x in enumerate(array)}
-    positions, added = "txt/pos_embedding", "txt/Encoder_0/pos_embedding"
-    if positions in out and added in out:  # old files add positions twice
-        out[positions] = out[positions] + out.pop(added)
     return out
 
 
@@ -157,9 +146,7 @@ def prove(checkpoint: BigVisionCheckpoint, model: config_lib.Model, params: Any)
             two_towers,
         )
     except ImportError:
-        return parity.not_proven(
-            params, "big_vision is not on the path, so nothing could be compared."
-        )
+        return parity.not_proven("big_vision is not on the path, so nothing could be compared.")
     path = checkpoint.path if "/" in checkpoint.path else f"./{checkpoint.path}"
     subtree = lambda tower: f"{path}/{tower}" if ".npz:" in path else f"{path}:{tower}"
     tree = tables.nested({name: x for name, x in checkpoint.state.items() if "/" not in name})

@@ -62,7 +62,7 @@ def export_model(
     for name, (function, inputs) in _functions(predictor).items():
         program = jax_export.export(jax.jit(function), platforms=platforms)
         exported[name] = program(shapes, *inputs.values()), tuple(inputs)
-    with files.replacing(target, DESCRIPTION) as new:
+    with files.replacing(target) as new:
         with (new / "params.npz").open("wb") as file:
             np.savez(file, **params)
         for name, (program, _) in exported.items():
@@ -147,20 +147,7 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
 
 
 def _description(predictor: inference.Predictor, exported: Mapping[str, Any]) -> dict[str, Any]:
-    """What `model.json` says."""
-
-    def type_of(aval):  # sizes may be symbols
-        return f"{aval.dtype}[{', '.join(map(str, aval.shape))}]"
-
-    def signature(program, inputs):
-        avals = program.in_avals[-len(inputs) :]  # the parameters come first
-        outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
-        return {
-            "inputs": {"params": "dict of all arrays in params.npz"}
-            | {name: type_of(aval) for name, aval in zip(inputs, avals)},
-            "outputs": {name: type_of(x) for name, x in outputs.items()},
-        }
-
+    """What `model.json` says: among it, the arguments of each function, `params` being all arrays of params.npz."""
     program, tower = exported["image"][0], predictor.model.text
     end = "not looked at: zeros will do"
     if tower.seeks_end:
@@ -171,10 +158,9 @@ def _description(predictor: inference.Predictor, exported: Mapping[str, Any]) ->
     return {
         "grain_jax": __version__,
         "jax": jax.__version__,
-        "calling_convention_version": program.calling_convention_version,
         "platforms": list(program.platforms),
         "activations": predictor.dtype,
-        "functions": {name: signature(*pair) for name, pair in exported.items()},
+        "functions": {name: ["params", *inputs] for name, (_, inputs) in exported.items()},
         "image": image | {"normalised_by": "the function: give it the uint8 values"},
         "text": text | {"end": end},
         **learnt,
@@ -256,8 +242,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return 2
-    written = sorted(epath.Path(args.output).iterdir(), key=lambda path: path.name)
-    print(*(f"{path.stat().length:12,} bytes  {path}" for path in written), sep="\n")
     report = parity.report(compared, "the predictor")
     print(report.text)
     return 0 if report.ok else 1

@@ -15,6 +15,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import archives, formats, output, parity, towers
+from grain_jax.convert.exits import needs
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
@@ -238,7 +239,7 @@ def _read_grain(path: epath.Path, stated: Mapping[str, Any]) -> tuple[towers.Imp
         raise ConvertError(f"{file}: got no sizes under towers, expected the config.json of to-hf")
     with prefixed(f"{file}: "):
         model = config_lib.model_from_dict(sizes)
-        names.refuse(model, "to-hf")
+        raise_any(needs.MODELING.faults(model))
     name = model.text.tokenizer  # our folder has a config.json, too
     if name != epath.Path(name).name or name == "config.json":
         raise ConvertError(

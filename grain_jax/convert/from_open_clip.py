@@ -160,7 +160,12 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
         raise ConvertError("vision_cfg: final_ln_after_pool with pool_type avg is not supported")
     if vision.timm_model_name:
         with torch.device("meta"):
-            fields = _timm_fields(_module(checkpoint).visual)
+            visual = _module(checkpoint).visual
+        proj = getattr(visual.head, "proj", None)
+        affine = proj is not None and proj.bias is not None
+        fields = timm_fields(visual.trunk) | dict(
+            projection="none" if proj is None else "affine" if affine else "matrix", unroll=1
+        )
         rows = formats.timm_image_in_open_clip()
     else:
         rows = formats.openai_image()
@@ -216,14 +221,12 @@ def _sizes(config: Any, quick_gelu: bool) -> dict[str, Any]:
     )
 
 
-def _timm_fields(visual: Any) -> dict[str, Any]:
-    """The keys of an image tower around a vision transformer of timm, read off its modules."""
+def timm_fields(trunk: Any) -> dict[str, Any]:
+    """The keys of an image tower that is a vision transformer of timm, read off its modules."""
     import torch
 
-    trunk, block = visual.trunk, visual.trunk.blocks[0]
-    act, proj = block.mlp.act, getattr(visual.head, "proj", None)
+    block, act = trunk.blocks[0], trunk.blocks[0].mlp.act
     tanh = getattr(act, "approximate", "") == "tanh" or "Tanh" in type(act).__name__
-    affine = proj is not None and proj.bias is not None
     return dict(
         width=trunk.embed_dim,
         depth=len(trunk.blocks),
@@ -237,8 +240,6 @@ def _timm_fields(visual: Any) -> dict[str, Any]:
         pre_norm=not isinstance(trunk.norm_pre, torch.nn.Identity),
         patch_bias=trunk.patch_embed.proj.bias is not None,
         pool=_TIMM_POOLS.get(trunk.global_pool, trunk.global_pool),
-        projection="none" if proj is None else "affine" if affine else "matrix",
-        unroll=1,
     )
 
 

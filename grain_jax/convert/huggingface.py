@@ -1,8 +1,8 @@
 """The command to-hf: models as folders that transformers loads.
 
-A folder holds safetensors, config.json, the files of `hf_files/` (loaded with trust_remote_code, without
-JAX), tokenizer and processor files, and a model card. Parameters have the PyTorch reference's names. Writing
-needs safetensors and tokenizers; torch and transformers only run the parity.
+Two towers become CLIPModel or SiglipModel where these can hold them. Any other model goes with the files of `hf_files/`
+(loaded with trust_remote_code, without JAX) and has the PyTorch reference's names. Writing needs safetensors and
+tokenizers; torch and transformers only run the parity.
 """
 
 import dataclasses
@@ -13,36 +13,22 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.convert import model_card, output, parity
+from grain_jax.convert import formats, output, parity, towers
+from grain_jax.convert.exits import arrays, needs, tokenizers
 from grain_jax.convert.exits import folder as exits
-from grain_jax.convert.exits import hugging_face, needs, tokenizers
+from grain_jax.convert.faults import raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
+from grain_jax.convert.tables import Arrays
 
 WEIGHTS = "model.safetensors"
-_MODELING = "modeling_grain.py"  # marks a folder of to-hf
 # Patterns of the names of all files of such a folder.
 _FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
 CODE = epath.Path(__file__).parent / "hf_files"
 # Tokenizer files; `grain_jax.load` reads the first two.
 _TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
-# The recipe of the paper (docs/method.md, Losses), for models without a run's config.
-LOSSES = dict(
-    image_caption=1.0,
-    region_description=1.0,
-    box=1.0,
-    contrast="softmax",
-    mask_duplicates=True,
-    match_l1=5.0,
-    match_giou=2.0,
-    match_description=0.0,
-    iou_epsilon=0.0,
-    deep_supervision=False,
-)
-# What the modeling file lacks of a run's losses.
-_NO_LOSSES = ("image_description", "box_description", "hard_negative", "group_size")
-_REFERENCE_EPSILON = 1e-4  # of the IoU in a run with `reference`
-_TEXTS = ["a photo of a wren", "Two DOGS  &amp; a cat's   bowl, 1998!", "", "long " * 100]
+_UNCLEAN = ["Two DOGS  &amp; a cat's   bowl, 1998!", ""]
+_SIGLIP_CONTEXT = 64  # tokens to which the pipeline of transformers pads SigLIP's texts
 
 
 def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = None) -> parity.Report:
@@ -62,59 +48,64 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
     """
     if repo is not None:
         hub.check_push(repo)
-    stored_model, unknown = tokenizers.with_end(exits.read(source))
-    lines = []
-    if stored_model.model.decoder is None:
-        kind, faults = needs.of_hugging_face(stored_model.model)
-        if not faults:
-            return hugging_face.write_towers(stored_model, folder, kind, repo, unknown)
-        keys = [fault.partition(":")[0].removeprefix("model.") for fault in faults]
-        lines = [f"for AutoModel with trust_remote_code: {kind.name} cannot hold {', '.join(keys)}"]
-    names.refuse(stored_model.model, "to-hf")
-    return _write(stored_model, output.check_free(folder, _MODELING), repo, lines, unknown)
+    stored = tokenizers.with_end(exits.read(source))
+    model, kind, lines = stored.model, "AutoModel", []
+    if model.decoder is None:
+        nearest, faults = needs.nearest(model, needs.CLIP, needs.SIGLIP)
+        kind = "AutoModel" if faults else nearest.name
+        keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
+        if faults:
+            lines = [f"for AutoModel with trust_remote_code: {nearest.name} cannot hold {keys}"]
+    raise_any(needs.MODELING.faults(model))
+    target = output.check_free(folder, exits.MARK)
+    token_files, missing, notes = tokenizers.of_transformers(model.text, stored.folder)
+    if kind == "AutoModel":
+        weights, use = _own_weights(stored), _use_own(model)
+        files = _own_files(model, token_files)
+    else:
+        weights = (_clip if kind == "CLIPModel" else _siglip)(stored)
+        use, lines = _USE.format(kind=kind), _advice(model, kind)
+        files = {
+            "config.json": _config(model, kind),
+            "preprocessor_config.json": _preprocessor(model.image, kind),
+        }
+    return exits.write(
+        target,
+        stored,
+        (WEIGHTS, weights),
+        files | token_files,
+        lambda new: _prove(new, stored, kind, bool(token_files)),
+        [f"to-hf: {stored.folder} -> {target}, {kind}", *lines, *notes],
+        use=use,
+        missing=missing,
+        repo=repo,
+    )
 
 
-def _write(
-    source: exits.SourceModel, folder: epath.Path, repo: str | None, lines: list[str], unknown: str
-) -> parity.Report:
-    """A model with our modeling file; `lines` stand in the report, and what the parity cannot tell is `unknown`."""
-    model = source.model
-    run = model_card.read_run(source.folder)
-    contrast = "softmax" if model.logit_bias_init is None else "sigmoid"
-    stored = {"contrast": contrast} | run.config.get("loss", {})
-    losses = {key: stored.get(key, value) for key, value in LOSSES.items()}
-    if run.config.get("reference"):
-        losses["iou_epsilon"] = _REFERENCE_EPSILON
-    lacking = [name for name in _NO_LOSSES if stored.get(name)] + [*stored.get("terms", ())]
-    if lacking:
-        lines = [*lines, f"training in torch lacks of the run's losses: {', '.join(lacking)}"]
-    token_files, missing, notes = tokenizers.of_transformers(model.text, source.folder)
-    name = epath.Path(model.text.tokenizer).name
-    if name != "clip":
-        name = next((x for x in _TOKENIZER if x in token_files), name)
-    text = dataclasses.replace(model.text, tokenizer=name)
-    code = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
-    files = code | _files(dataclasses.replace(model, text=text), losses) | token_files
-    weights = {
+def _advice(model: config_lib.Model, kind: str) -> list[str]:
+    """The lines of the report on what transformers prepares otherwise."""
+    lines = [
+        'images: AutoImageProcessor.from_pretrained(DIR, backend="pil") gives our pixels; the resize of torchvision,'
+        " its default, differs by up to 1 of 255 levels",
+    ]
+    if kind == "SiglipModel" and model.text.context_length != _SIGLIP_CONTEXT:
+        lines.append(
+            f"texts: the pipeline of transformers pads SigLIP's to {_SIGLIP_CONTEXT} tokens, this model has"
+            f" {model.text.context_length}; call processor and model instead"
+        )
+    return lines
+
+
+def _own_weights(source: exits.SourceModel) -> Arrays:
+    """The arrays of our modeling file."""
+    return {
         f"{module}.{name}": np.asarray(array, np.float32)
         for module, state in names.state_dicts(source.params).items()
         for name, array in state.items()
     }
-    with output.replacing(folder, _MODELING) as new:
-        exits.write_files(new, WEIGHTS, weights, files)
-        proof = _prove_folder(new, source, has_tokenizer=bool(token_files)).but(unknown)
-        card = model_card.write(model, run, proof, _use(model), missing, losses=losses, repo=repo)
-        (new / "README.md").write_text(card)
-    size = sum(array.size for array in weights.values())
-    return proof.after(
-        f"to-hf: {source.folder} -> {folder}",
-        f"{WEIGHTS}: {size:,} values, float32",
-        *lines,
-        *notes,
-    )
 
 
-_USE = """
+_USE_OWN = """
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -130,29 +121,48 @@ with torch.no_grad():
 _USE_REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds\n"
 
 
-def _use(model: config_lib.Model) -> str:
+def _use_own(model: config_lib.Model) -> str:
     """The code of the card."""
-    needs = "" if model.decoder is None else "; SciPy for the loss"
+    needs = ""
     if model.text.tokenizer.endswith(".model"):
-        needs += "; sentencepiece and protobuf for the tokenizer"
-    return _USE.replace("NEEDS", needs) + ("" if model.decoder is None else _USE_REGIONS)
+        needs = "; sentencepiece and protobuf for the tokenizer"
+    return _USE_OWN.replace("NEEDS", needs) + ("" if model.decoder is None else _USE_REGIONS)
+
+
+_USE = """
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoProcessor, {kind}
+
+model = {kind}.from_pretrained("FOLDER").eval()
+processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")
+with torch.no_grad():
+    image = ImageOps.exif_transpose(Image.open("bird.jpg"))
+    inputs = processor(images=image, text=["a photo of a wren"], padding="max_length", truncation=True,
+                       return_tensors="pt")
+    scores = model(**inputs).logits_per_image
+"""
 
 
 def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
     """Publishes a folder of to-hf, its model card included, as ORG/NAME; returns the address. Raises hub.HubError."""
-    with output.on_disk(epath.Path(folder)) as path:
-        return hub.push(path, repo, _FILES, private)
+    return hub.push(str(folder), repo, _FILES, private)
 
 
-def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
-    """The JSON files that tell transformers what is in the folder."""
+def _own_files(model: config_lib.Model, token_files: dict[str, Any]) -> dict[str, Any]:
+    """Our modeling file, and the JSON files that tell transformers what is in the folder."""
+    name = epath.Path(model.text.tokenizer).name
+    if name != "clip":
+        name = next((x for x in _TOKENIZER if x in token_files), name)
+    text = dataclasses.replace(model.text, tokenizer=name)
+    code = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
     image = model.image
     auto = ("AutoModel", "AutoModelForZeroShotImageClassification")
     processors = {
         "AutoImageProcessor": "processing_grain.GrainImageProcessor",
         "AutoProcessor": "processing_grain.GrainProcessor",
     }
-    return {
+    return code | {
         "config.json": {
             "model_type": "grain",
             "architectures": ["GrainModel"],
@@ -161,8 +171,7 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
                 **dict.fromkeys(auto, "modeling_grain.GrainModel"),
             },
             "dtype": "float32",
-            "towers": dataclasses.asdict(model),
-            "losses": losses,
+            "towers": dataclasses.asdict(dataclasses.replace(model, text=text)),
         },
         "preprocessor_config.json": {
             "image_processor_type": "GrainImageProcessor",
@@ -180,30 +189,116 @@ def _files(model: config_lib.Model, losses: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _config(model: config_lib.Model, kind: str) -> dict[str, Any]:
+    """config.json of CLIPModel or SiglipModel."""
+    family = kind.removesuffix("Model").lower()
+    image, text = model.image, model.text
+    shared = lambda tower: dict(
+        hidden_size=tower.width,
+        intermediate_size=tower.mlp_dim,
+        num_hidden_layers=tower.depth,
+        num_attention_heads=tower.heads,
+        hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(tower.activation, tower.activation),
+        layer_norm_eps=tower.norm_eps,
+        projection_dim=model.embed_dim,
+    )
+    vision = dict(
+        image_size=image.image_size,
+        patch_size=image.patch_size,
+        num_channels=3,
+    )
+    text_keys = dict(
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.context_length,
+        projection_size=model.embed_dim,
+        bos_token_id=text.vocab_size - 2,
+        eos_token_id=2 if text.end_id is None else text.end_id,  # 2: CLIPModel takes the highest id
+        pad_token_id=text.pad_id,
+    )
+    return dict(
+        model_type=family,
+        architectures=[kind],
+        dtype="float32",
+        projection_dim=model.embed_dim,
+        vision_config=shared(image) | vision | dict(model_type=f"{family}_vision_model"),
+        text_config=shared(text) | text_keys | dict(model_type=f"{family}_text_model"),
+    )
+
+
+def _preprocessor(tower: config_lib.ImageTower, kind: str) -> dict[str, Any]:
+    """preprocessor_config.json: squashed to a square by Pillow's bicubic filter, no crop."""
+    name = kind.removesuffix("Model")
+    return {
+        "image_processor_type": f"{name}ImageProcessor",
+        "processor_class": f"{name}Processor",
+        "do_convert_rgb": True,
+        "do_center_crop": False,
+        "resample": 3,
+        "size": {"height": tower.image_size, "width": tower.image_size},
+        "image_mean": list(tower.pixel_mean),
+        "image_std": list(tower.pixel_std),
+    }
+
+
+def _clip(source: exits.SourceModel) -> Arrays:
+    """The arrays of CLIPModel, whose patches have no bias."""
+    flat = arrays.without_patch_bias(exits.flat(source))
+    for tower in towers.TOWERS:
+        width = getattr(source.model, tower).width
+        flat = arrays.with_projection(flat, tower, width, bias=False)
+    rows = [*formats.hf_image(), *formats.hf_text("text_projection"), *towers.SCALARS]
+    return exits.entries(rows, flat)
+
+
+def _siglip(source: exits.SourceModel) -> Arrays:
+    """The arrays of SiglipModel, whose patches have one."""
+    flat = arrays.with_patch_bias(exits.flat(source))
+    flat = {"logit_bias": np.zeros((), np.float32), **flat}
+    flat = arrays.with_projection(flat, "text", source.model.text.width, bias=True)
+    rows = [*formats.hf_image(), *formats.hf_text("text_model.head"), *towers.SCALARS]
+    state = exits.entries(rows, flat)
+    return state | {row.theirs: state[row.theirs].reshape(1) for row in towers.SCALARS}
+
+
 @exits.needing_packages
-def _prove_folder(
-    folder: epath.Path, source: exits.SourceModel, has_tokenizer: bool
+def _prove(
+    target: epath.Path, source: exits.SourceModel, kind: str, has_tokenizer: bool
 ) -> parity.Report:
-    """Our model against transformers on a folder of to-hf, starting from raw images and texts."""
+    """Our model against a class of transformers on the folder, from raw images and texts.
+
+    `AutoModel` is our modeling file, which has regions and boxes, too, and whose processor cleans texts.
+    """
     import torch
     import transformers
 
-    model = source.model
-    batch = parity.inputs_of(model)
-    ours = torch_module.outputs(model, source.params, batch)
-    ours["pixels"] = exits.our_pixels(model.image)
-    load = lambda auto: auto.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-    module = load(transformers.AutoModel).eval()
-    theirs = torch_module.run_module(module, batch)
-    prepared = load(transformers.AutoImageProcessor)(exits.raw_images())
-    theirs["pixels"] = prepared["pixel_values"].permute(0, 2, 3, 1).numpy()
-    if has_tokenizer:
-        processor = load(transformers.AutoProcessor)
-        ids = lambda texts: processor(text=texts, padding="max_length")["input_ids"]
-        theirs["token_ids"] = ids(_TEXTS).numpy()
-        ours["token_ids"] = tokenizers.our_ids(model.text, source.folder, _TEXTS)
-        ours["encode_text"] = tokenizers.our_embeddings(source)
-        with torch.no_grad():
-            embeds = module.get_text_features(ids(tokenizers.TEXTS))
-        theirs["encode_text"] = torch.nn.functional.normalize(embeds, dim=-1).numpy()
-    return parity.report(parity.compare(ours, theirs), torch_module.torch_versions(), batch)
+    inputs, path, is_own = parity.inputs_of(source.model), str(target), kind == "AutoModel"
+    options = dict(trust_remote_code=True) if is_own else dict(backend="pil")
+    load = lambda auto, **more: auto.from_pretrained(path, local_files_only=True, **more)
+    module = load(getattr(transformers, kind), **(options if is_own else {})).eval()
+    images, ids = parity.for_torch(inputs)
+    run = lambda ids: module(input_ids=torch.as_tensor(ids).long(), pixel_values=images)
+    with torch.no_grad():
+        if is_own:
+            ours = torch_module.outputs(source.model, source.params, inputs)
+            ours["pixels"] = exits.our_pixels(source.model.image)
+            theirs = torch_module.run_module(module, inputs)
+        else:
+            ours, out = exits.our_outputs(source, inputs), run(ids)
+            theirs = dict(image_embed=out.image_embeds.numpy(), text_embed=out.text_embeds.numpy())
+            theirs["logits"] = out.logits_per_image.numpy()
+        processor = load(transformers.AutoImageProcessor, **options)
+        pixels = processor(exits.raw_images(), return_tensors="pt")["pixel_values"]
+        theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
+        if has_tokenizer:
+            texts = [*tokenizers.TEXTS, *(_UNCLEAN if is_own else ())]
+            processor, padded = (
+                load(transformers.AutoProcessor, **options),
+                dict(padding="max_length"),
+            )
+            ids = processor(text=texts, truncation=True, return_tensors="np", **padded)["input_ids"]
+            ours["token_ids"] = tokenizers.our_ids(source.model.text, source.folder, texts)
+            ours["encode_text"] = tokenizers.our_embeddings(source)
+            embeds = run(ids[: len(tokenizers.TEXTS)]).text_embeds
+            theirs |= {"token_ids": ids, "encode_text": embeds.numpy()}
+    other = f"{kind}, {torch_module.torch_versions()}"
+    return parity.report(parity.compare(ours, theirs), other, inputs)

@@ -1,6 +1,6 @@
 """The model card (README.md) of a converted model, from the files of its run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -49,7 +49,6 @@ def write(
     missing: str = "",
     *,
     library: str = "transformers",
-    losses: Mapping[str, Any] | None = None,
     repo: str | None = None,
 ) -> str:
     """The text of the card: Markdown with the front matter of the Hugging Face Hub.
@@ -61,7 +60,6 @@ def write(
       use: code that loads FOLDER.
       missing: why the folder has no tokenizer, or "".
       library: that loads the folder, as the Hub names it.
-      losses: weights and options of the losses in the modeling file.
       repo: ORG/NAME on the Hub, in place of FOLDER.
     """
     notes = ["```", *([f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else [])]
@@ -69,16 +67,13 @@ def write(
         notes.append(f"The folder has {missing}. Another tokenizer would give other token ids.")
     training = "Not recorded: the model came without the config of its run."
     if "optim" in run.config:
-        training = _table(_training(run, losses or {}))
+        training = _table(_training(run))
     elif run.source:
         training = f"Converted from {run.source}, which does not record the training."
     evaluation = "The run evaluated nothing. Evaluate the model before you rely on it."
     if run.metrics:
         measured = _table((name, f"{value:.4g}") for name, value in sorted(run.metrics.items()))
         evaluation = f"During training, at step {run.measured_at}:\n\n{measured}"
-    regions = ""
-    if model.decoder is not None:
-        regions = f"- The model predicts {model.decoder.queries} regions for every image, even if it shows no object.\n"
     is_proven = proof.verdict != parity.NOT_PROVEN
     return _CARD.format(
         library=library,
@@ -88,8 +83,6 @@ def write(
         training=training,
         evaluation=evaluation,
         parity=proof.text if is_proven else proof.text.splitlines()[-1],
-        regions=regions,
-        context=model.text.context_length,
     )
 
 
@@ -131,10 +124,8 @@ Parity of the conversion:
 
 ## Limits
 
-{regions}- Images are resized to a square without keeping the aspect ratio; small objects may disappear.
-- Texts are cut to {context} tokens. Scores are cosine similarities, not probabilities.
-- Captions and descriptions of such training sets come from the web and from other models. Their errors, gaps and biases
-  are in this model. Do not use it for decisions about people.
+Images are resized to a square, and scores are cosine similarities, not probabilities. The errors, gaps and biases of the
+captions and descriptions are in this model: do not use it for decisions about people.
 
 ## Licence
 
@@ -147,16 +138,14 @@ def _table(rows: Iterable[tuple[str, Any]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
-def _training(run: TrainedRun, losses: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    config, decay, optim = run.config, run.config["ema_decay"], run.config["optim"]
-    steps = config.get("total_steps")
-    length = f"{config['total_epochs']:g} epochs" if steps is None else f"{steps} steps"
-    return [
-        ("dataset", config["input"]["name"] or config["input"]["source"]),
-        ("length", f"{length}; these weights are of step {run.step}"),
-        ("batch size", config["batch_size"]),
-        ("learning rate, weight decay", f"{optim['learning_rate']:g}, {optim['weight_decay']:g}"),
-        ("moving average", f"these weights, with decay {decay:g}" if decay else "none"),
-        ("activation dtype", config["dtype"]),
-        *((f"loss: {key}", value) for key, value in losses.items()),
-    ]
+_KEYS = (
+    *("input.name", "input.source", "total_steps", "total_epochs", "batch_size"),
+    *("optim.learning_rate", "optim.weight_decay", "ema_decay", "dtype"),
+)
+
+
+def _training(run: TrainedRun) -> list[tuple[str, Any]]:
+    stored = config_lib.flatten(run.config)
+    keys = [*_KEYS, *(key for key in stored if key.startswith("loss."))]
+    rows = [(key, stored[key]) for key in keys if stored.get(key)]
+    return [("step of these weights", run.step), *rows]

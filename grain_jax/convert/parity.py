@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax import tree_util
 
 from grain_jax import config as config_lib
 from grain_jax import inference
@@ -58,13 +57,6 @@ class Report(NamedTuple):
     def after(self, *lines: str) -> "Report":
         """The report with these lines before it."""
         return self._replace(text="\n".join([*lines, "", self.text]))
-
-    def but(self, why: str) -> "Report":
-        """The report where something could not be compared, for a reason; "": nothing."""
-        if not why or self.verdict != PROVEN:
-            return self
-        text = f"{self.text.removesuffix(PROVEN)}{NOT_PROVEN}. {why}"
-        return self._replace(text=text, verdict=NOT_PROVEN)
 
 
 def inputs(
@@ -206,17 +198,6 @@ def report(comparisons: list[Comparison], other_side: str, batch: Inputs | None 
     return Report("\n".join(lines), not failed, verdict, tuple(comparisons))
 
 
-def not_proven(params: Any, why: str) -> Report:
-    """The report without another side: the table of the parameters, and the reason."""
-    text = "\n".join([*table(params), f"parity: {NOT_PROVEN}. {why}"])
-    return Report(text, True, NOT_PROVEN)
-
-
-def table(params: Any) -> list[str]:
-    """Names, shapes and norms of a nested dict of arrays, one line each."""
-    lines = [f"{'parameter':55} {'shape':24} {'norm':>12}"]
-    for path, leaf in tree_util.tree_flatten_with_path(params)[0]:
-        name = tree_util.keystr(path, simple=True, separator="/")
-        norm = np.linalg.norm(np.asarray(leaf, np.float64))
-        lines.append(f"{name:55} {str(tuple(np.shape(leaf))):24} {norm:12.6g}")
-    return lines
+def not_proven(why: str) -> Report:
+    """The report without another side, for a reason."""
+    return Report(f"parity: {NOT_PROVEN}. {why}", True, NOT_PROVEN)

@@ -25,7 +25,7 @@ _DTYPES = {
     "IntStorage": "int32",
     "BoolStorage": "bool",
 }
-_MAX_DEPTH, _MAX_MODULES = 50, 100_000  # nesting of modules, and their number
+_MAX_DEPTH = 50  # nesting of modules
 
 
 class _Module:
@@ -98,19 +98,16 @@ def read(file: IO[bytes], spend: Callable[[int], None]) -> dict[str, np.ndarray]
         data = next(x for x in archive.namelist() if x.endswith("/data.pkl"))
         top = _Unpickler(archive, data.removesuffix("data.pkl"), spend).load()
     out: dict[str, np.ndarray] = {}
-    # The modules around the one that is read, each with what of it is left: names may be long and many.
-    waiting, entered = [("", iter(top.attributes.items()))], 1
+    waiting: list[tuple[str, Any]] = [("", top)]
+    entered: set[int] = set()
     while waiting:
-        prefix, rest = waiting[-1]
-        for name, value in rest:
+        prefix, module = waiting.pop()
+        if id(module) in entered or prefix.count(".") > _MAX_DEPTH:
+            raise ConvertError("its modules hold each other without end, expected a tree")
+        entered.add(id(module))
+        for name, value in module.attributes.items():
             if isinstance(value, _Module):
-                entered += 1
-                if len(waiting) > _MAX_DEPTH or entered > _MAX_MODULES:
-                    raise ConvertError("its modules hold each other without end, expected a tree")
-                waiting.append((f"{prefix}{name}.", iter(value.attributes.items())))
-                break
-            if isinstance(value, np.ndarray):
+                waiting.append((f"{prefix}{name}.", value))
+            elif isinstance(value, np.ndarray):
                 out[f"{prefix}{name}"] = value.astype(np.float32)
-        else:
-            waiting.pop()
     return out

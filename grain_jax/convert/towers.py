@@ -185,10 +185,6 @@ def write(
             lines += (f"tokenizer {file}, copied",)
         else:
             lines += (f"tokenizer NOT FOUND; copy it to {folder / name}",)
-    if (scale := np.exp(params["logit_scale"])) > 100.5:  # CLIP stops near 100
-        lines += (
-            f"logit scale {scale:.4g}; training clips it at 100 unless it is in optim.frozen",
-        )
     output.save(folder, model, params, source, proof, files=files, has_texts=imported.has_texts)
     return proof.after(f"{command}: {source} -> {folder}", *lines)
 

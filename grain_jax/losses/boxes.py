@@ -22,7 +22,7 @@ def xyxy_to_cxcywh(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
 
 
 def area(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    """Width times height; negative where one of them is."""
+    """Width times height; negative if one of them is."""
     size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
     return size[..., 0] * size[..., 1]
 

@@ -23,7 +23,7 @@ EXACT_UP_TO = 6  # 6! = 720 candidates
 class Match(NamedTuple):
     """The query of each region."""
 
-    query_index: Int[Array, "B R"]  # 0 where not valid
+    query_index: Int[Array, "B R"]  # 0 if not valid
     valid: Bool[Array, "B R"]  # real and matched
 
 
@@ -88,7 +88,7 @@ def _hungarian(cost, mask):
     spread = jnp.max(cost, axis=(1, 2), keepdims=True)
     spread = jnp.where(spread == 0, 1, spread)
     # One unusable pair must cost more than any set of usable ones. A region that is not real costs
-    # nothing where queries suffice, else a little more than any pair, so that real ones are matched first.
+    # nothing if queries suffice, else a little more than any pair, so that real ones are matched first.
     # The penalties are no larger than that, because large ones cost float32 digits.
     unusable = mask[:, None, :] & ~real
     penalty = spread * (min(queries, regions) + 1)
@@ -106,7 +106,7 @@ def _hungarian(cost, mask):
 def match(cost: Float[Array, "B Q R"], mask: Bool[Array, "B R"]) -> Match:
     """The assignment of queries to real regions with the least total cost; no gradient flows through it.
 
-    Where regions outnumber queries, every query is matched. A pair whose cost is not finite is taken only where no
+    If regions outnumber queries, every query is matched. A pair whose cost is not finite is taken only if no
     other pair is left; its loss is not finite either, and the trainer stops.
 
     Args:

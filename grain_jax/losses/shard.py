@@ -39,7 +39,7 @@ class GroupMean(NamedTuple):
 
 
 class TermOutput(NamedTuple):
-    """The loss of a term, and numbers to log beside it (no gradient is taken of them)."""
+    """The loss of a term, and further numbers to log (without a gradient)."""
 
     loss: Mean | GroupMean
     measures: Mapping[str, Mean | GroupMean]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grain_jax.losses.ring import Block, Ring, exchange
 
-MASKED = -1e30  # stands for -inf where a difference of two must not be NaN
+MASKED = -1e30  # stands for -inf: a difference of two must not be NaN
 NO_ID = -1
 
 
@@ -192,7 +192,7 @@ def _visit(pair, here_tiles, there: Vectors, tile: int, nothing):
 
 
 def _logits(rows: Vectors, columns: Vectors, scale, bias, precision) -> Float[Array, "m k"]:
-    """MASKED where a row and a column are not each other's negatives."""
+    """The logits, MASKED for pairs that are not each other's negatives."""
     pairs = itertools.product(rows.ids.T, columns.ids.T)
     same = ((x[:, None] == y) & (y != NO_ID) for x, y in pairs)
     allowed = columns.real & ~functools.reduce(operator.or_, same)

@@ -6,7 +6,7 @@ this package is an entry of `loss.terms` (examples/loss):
 
     c.loss.terms.NAME = {"term": "module:name", "weight": 0.1, "option": 2.0}
 
-It is logged as `loss_NAME`, and what it measures beside as `NAME/MEASURE`.
+It is logged as `loss_NAME`, and its further numbers as `NAME/MEASURE`.
 """
 
 import dataclasses

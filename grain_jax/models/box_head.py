@@ -77,7 +77,7 @@ def of_kept(
     x = jnp.concatenate([patches.astype(jnp.float32), jnp.ones((*kept.shape, 1))], axis=-1)
     precision = jax.lax.Precision.HIGHEST
     x = jnp.einsum("bpn,bne->bpe", is_at.astype(jnp.float32), x, precision=precision)
-    x = x.reshape(len(x), grid, grid, -1)
+    x = x.reshape(x.shape[0], grid, grid, x.shape[-1])
     sizes = dict(bins=bins, samples=samples)
     means = roi_align(x, boxes_xyxy, **sizes)
     means, share = means[..., :-1], means[..., -1:]

@@ -89,7 +89,7 @@ class GRAIN(nn.Module):
             return self.image(image)
         if not self.image.takes_kept:
             raise errors.UserError(
-                f"model.image.keep: got a share with the tower {self.config.image.tower}, which sees all patches; expected"
+                f"model.image.keep: got a fraction with the tower {self.config.image.tower}, which sees all patches; expected"
                 " 1, or a tower with takes_kept = True"
             )
         return self.image(image, kept=kept)  # type: ignore[call-arg]
@@ -197,7 +197,7 @@ class GRAIN(nn.Module):
                 if config.pool == "map"
                 else text.masked_mean(rows, real)
             )
-            x = pooled.reshape(*end_at.shape[:-1], -1)
+            x = pooled.reshape(*end_at.shape[:-1], pooled.shape[-1])
         else:
             if config.pool == "last" and not config.mask_padding:
                 end_at = jnp.asarray(end_at).at[..., 1].set(features.shape[2] - 1)

@@ -96,7 +96,7 @@ def maps_of(
         if lora.has(tower) and not any(name.startswith(f"{tower}/") for name in chosen):
             raise errors.UserError(
                 f"optim.lora.modules: no map of the {tower} tower ({getattr(model, tower).tower}) matches"
-                f" {lora.modules!r}, and it would be frozen whole; expected patterns of the other tower alone"
+                f" {lora.modules!r}, and it would be frozen; expected a pattern that matches one, or patterns of the other tower only"
             )
     for name in chosen:
         inputs = 1 + config_lib.LAYER_MAPS[name.partition("/blocks/")[2]]

@@ -54,7 +54,7 @@ def _dot(a, b, contract):
 
 
 def _chunks(mlp_dim: int) -> list[slice]:
-    """The hidden values in equal parts of whole registers of 128 lanes; in one where there are none."""
+    """The hidden values in equal parts of whole registers of 128 lanes; or in one part, if that is impossible."""
     parts = (n for n in range(1, mlp_dim + 1) if mlp_dim % n == 0)
     size = next(
         (mlp_dim // n for n in parts if mlp_dim // n <= CHUNK and mlp_dim // n % 128 == 0), mlp_dim

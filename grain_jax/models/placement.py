@@ -1,7 +1,7 @@
 """Where activations are placed on the mesh: the trainer sets the mesh, the models apply it.
 
-Left alone, XLA may follow the sharding of fsdp's parameters and move activations between devices where it
-should gather the weights of a layer.
+Without these constraints XLA may follow the sharding of fsdp's parameters: it moves activations between devices
+instead of gathering the weights of a layer.
 """
 
 import contextlib

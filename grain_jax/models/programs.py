@@ -36,7 +36,7 @@ def of_mlp(
 ) -> str:
     """The program for the half of a layer that has the MLP: "xla" or "pallas" (mlp_kernel.py).
 
-    "auto" takes the kernel in training on TPUs, in bfloat16, where all of these hold. The core's memory holds the weights
+    "auto" takes the kernel in training on TPUs, in bfloat16, if all of these hold. The core's memory holds the weights
     of a layer, their gradients and a row. Nothing is computed again (`remat`): XLA leaves out the last product then, a
     kernel is computed whole. Weights are not cut over fsdp: a gather of the next layer does not run beside a kernel.
 

@@ -98,7 +98,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Normed tokens [B, L, E] -> [B, E]; with a mask, bool [B, 1, 1, L], of the tokens where it is true."""
+        """Normed tokens [B, L, E] -> [B, E]; with a mask, bool [B, 1, 1, L], only its true tokens count."""
         t, xavier = self.tower, nn.initializers.xavier_uniform()
         probe = parameter(self, "probe", normal(0.02), ("vector",), (t.width,))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, t.width))

@@ -32,7 +32,7 @@ class ImageTower(nn.Module):
 
     Attributes:
       config: `model.image`. Every tower has `image_size`, `pixel_mean`, `pixel_std`, `pool` and `projection`; of the
-        other keys it reads those that it likes (width, depth, ...), beside `config.options`.
+        other keys it reads what it needs (width, depth, ...), and `config.options`.
       dtype: of activations.
       remat: what the backward pass keeps, "none" or a key of `layers.REMAT`.
       attention: `model.attention`; `attention.Attention` takes it.

@@ -26,7 +26,7 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
 
 
 def resized_positions(positions: jax.Array, leading: int, grid: int) -> jax.Array:
-    """Learned positions [N, E] for `grid` x `grid` patches, bilinear, antialiased where it shrinks.
+    """Learned positions [N, E] for `grid` x `grid` patches, bilinear, antialiased if the grid shrinks.
 
     Torch has it as `interpolate` with `mode="bilinear"` and `antialias=True`. The first `leading` positions stay.
     """
@@ -152,7 +152,7 @@ class ImageTransformer(towers.ImageTower):
         """Patches [B, P, E] -> [B, N, E]: with learned positions, the class token and the registers."""
         t, own_grid = self.config, self.config.image_size // self.config.patch_size
         first = int(t.class_token)
-        as_tokens = lambda rows: jnp.broadcast_to(rows, (len(x), *rows.shape))
+        as_tokens = lambda rows: jnp.broadcast_to(rows, (x.shape[0], *rows.shape))
         if t.class_token:
             init = layers.normal(1e-6)
             token = layers.parameter(self, "class_token", init, ("vector",), (t.width,))

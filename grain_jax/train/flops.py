@@ -220,7 +220,7 @@ def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
         if name == "scan":
             times = params["length"]
         elif name == "shard_map":
-            # The body has one device's shapes where all mesh axes are manual, as everywhere here.
+            # The body has one device's shapes, because all mesh axes are manual.
             times = params["mesh"].size
         for part in jaxprs(params):
             for key, count in _by_module(part, within).items():

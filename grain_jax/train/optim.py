@@ -225,7 +225,7 @@ def average(params, average_so_far, decay: float | jax.Array, frozen: Sequence[s
 
 
 def clip_logit_scale(params, frozen: Sequence[str] = ()):
-    """Clips `logit_scale` to [0, ln 100], as the reference does after every step; not where it is frozen."""
+    """Clips `logit_scale` to [0, ln 100], as the reference does after every step; not if it is frozen."""
     if any(re.fullmatch(pattern, "logit_scale") for pattern in frozen):
         return params
     return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0, MAX_LOG_SCALE)}

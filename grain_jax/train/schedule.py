@@ -75,7 +75,7 @@ def check_best_entry(config: Config, evals: Collection[str]) -> None:
 
 
 def best_metric(config: Config, values: Mapping[str, float]) -> dict[str, float] | None:
-    """The number that the best checkpoint is chosen by, of the first process, on all; None where it is not measured."""
+    """The number that chooses the best checkpoint, the first process's on all; None if it was not measured."""
     name = config.checkpoint_best_metric
     if not name:
         return None

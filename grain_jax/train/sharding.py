@@ -81,7 +81,7 @@ def least_batch(config: config_lib.Config, shards: int, group: int = 1) -> int:
     Args:
       config: of the run.
       shards: parts that the batch is cut into (data x fsdp).
-      group: images of a packing group, where the config leaves that open.
+      group: images of a packing group, if the config leaves that open.
     """
     group = (config.text.pack_group or group) if config.text.packing else 1
     return math.lcm(
@@ -180,7 +180,7 @@ def lanes_needed(sharding: NamedSharding, batch_size: int) -> int:
 
 def table(abstract: Any, shardings: Any) -> str:
     """Name, shape, dtype, spec and bytes per device of every array of a state, then their sums, as lines of text."""
-    rows, per_device, everything = [("array", "shape", "dtype", "spec", "bytes a device")], 0, 0
+    rows, per_device, everything = [("array", "shape", "dtype", "spec", "bytes per device")], 0, 0
     placed = zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(shardings))
     for (path, x), sharding in placed:
         here = math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -196,7 +196,7 @@ def table(abstract: Any, shardings: Any) -> str:
     ]
     share = per_device / max(everything, 1)
     lines.append(
-        f"{per_device / 1e6:,.1f} MB a device, {share:.3f} of the {everything / 1e6:,.1f} MB of the state"
+        f"{per_device / 1e6:,.1f} MB per device, {share:.3f} of the {everything / 1e6:,.1f} MB of the state"
     )
     return "\n".join(lines)
 

@@ -182,7 +182,7 @@ def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
     """Norms of the gradient of all parameters that are not `frozen` (`Config.frozen`), and of those in each module.
 
     Returns: `grad_norm`, and `grad_norm/image`, `/text`, `/decoder` and `/heads` (projections, boxes, logit
-      scale and bias); without the modules that are frozen or that the model has not got.
+      scale and bias); without modules that are frozen or that the model does not have.
     """
     modules: dict[str, list] = {}
     paths = jax.tree_util.tree_leaves_with_path(grads)

@@ -53,34 +53,12 @@ def _stacked(params):
     return out
 
 
-def _old_layout(params):
-    """Positions and pooling head where older files have them; some positions added twice."""
-    out = dict(params)
-    out["params/img/Transformer/posembed_input/pos_embedding"] = out.pop("params/img/pos_embedding")
-    out["params/txt/Encoder_0/pos_embedding"] = out["params/txt/pos_embedding"] * 0.25
-    out["params/txt/pos_embedding"] = out["params/txt/pos_embedding"] * 0.75
-    for name in list(out):
-        if "/MAPHead_0/" in name:
-            out[name.replace("/MAPHead_0/", "/")] = out.pop(name)
-    return out
-
-
 def test_other_layouts_are_the_same_model(tmp_path):
     model, params = _converted(tmp_path, _params("map"))
-    for change in (_stacked, _old_layout):
+    for change in (_stacked,):
         other, arrays = _converted(tmp_path, change(_params("map")))
         assert other == model
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), params, arrays)
-
-
-def test_a_position_of_the_class_token(tmp_path):
-    params, name = _params("tok"), "params/img/pos_embedding"
-    token = np.full((1, 1, 32), 0.5, np.float32)
-    assert not _converted(tmp_path, params)[1]["image"]["position_embed"][0].any()
-    changed = params | {name: np.concatenate([token, params[name]], axis=1)}
-    positions = _converted(tmp_path, changed)[1]["image"]["position_embed"]
-    np.testing.assert_array_equal(positions[0], token[0, 0])
-    np.testing.assert_array_equal(positions[1:], params[name][0])
 
 
 def test_a_subtree_in_bfloat16(tmp_path):

@@ -41,8 +41,6 @@ def test_another_size_than_the_goldens(tmp_path, capsys):
     assert main(["from-torch", "--input", path, "--output", str(tmp_path / "out"), *FLAGS]) == 0
     report = capsys.readouterr().out
     assert "parity: PROVEN" in report and "ASSUMED" not in report
-    for unused in ("backbone image_projection (36, 28)", "decoder class_embed.bias (22048,)"):
-        assert unused in report
 
     model = grain_jax.load(str(tmp_path / "out"))
     assert model.model.image.image_size == 40 and model.model.image.qk_norm

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -12,12 +11,10 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from etils import epath
-from safetensors import numpy as safetensors
 
 import grain_jax
 from grain_jax.checkpoint import saved_model, states
-from grain_jax.convert import huggingface, model_card, output, parity
+from grain_jax.convert import huggingface, parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.reference import names
@@ -156,16 +153,6 @@ def refused(capsys, command, source, out):
     return capsys.readouterr().err.strip()
 
 
-def test_the_processor_that_transformers_saves_gives_the_same(converted, tmp_path):
-    processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
-    processor.save_pretrained(tmp_path / "again")
-    again = transformers.AutoProcessor.from_pretrained(tmp_path / "again", **REMOTE)
-    before, after = (p(images=raw_images(), text=TEXTS) for p in (processor, again))
-    assert before["input_ids"].shape[1] < 20
-    for name in ("pixel_values", "input_ids"):
-        assert torch.equal(before[name], after[name])
-
-
 def test_images_of_every_mode_are_resized_as_ours(converted):
     processor = transformers.AutoProcessor.from_pretrained(converted[1], **REMOTE)
     rng = np.random.default_rng(7)
@@ -176,9 +163,6 @@ def test_images_of_every_mode_are_resized_as_ours(converted):
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     levels = np.rint((pixels * std + mean) * 255)
     np.testing.assert_array_equal(levels, [images.resize(image, 40) for image in raw])
-    for wrong in (np.zeros((40, 40, 3), np.float32), np.zeros((3, 40, 40), np.uint8)):
-        with pytest.raises(ValueError, match="expected PIL images or uint8"):
-            processor(images=[wrong])
 
 
 def test_the_golden_strings_have_our_ids(converted):
@@ -192,28 +176,6 @@ def test_the_golden_strings_have_our_ids(converted):
         or set(row[len(s["ids"]) :]) - {clip_tokenizer.END_OF_TEXT}
     ]
     assert not wrong
-
-
-def test_compiled_it_gives_the_same_and_only_training_has_dropout(small):
-    ours, hf = small
-    module = transformers.AutoModel.from_pretrained(hf, **REMOTE).eval()
-    inputs = parity.inputs(40, 300, 32)
-    pixels = torch.tensor(inputs.images).permute(0, 3, 1, 2).contiguous()
-    ids = torch.tensor(inputs.token_ids).long()
-    with torch.no_grad():  # captured whole, without a break
-        out = torch.compile(module, backend="aot_eager", fullgraph=True)(pixels, ids)
-    compiled = {
-        k.replace("embeds", "embed"): v.numpy() for k, v in out.items() if "logits" not in k
-    }
-    model, params, _ = saved_model.load_model(ours)
-    report = parity.report(
-        parity.compare(parity.outputs(model, params, inputs), compiled), "compiled"
-    )
-    assert report.ok, report.text
-    with torch.no_grad():
-        still = [module.eval().get_image_features(pixels) for _ in range(2)]
-        noisy = [module.train().get_image_features(pixels) for _ in range(2)]
-    assert torch.equal(*still) and not torch.equal(*noisy)
 
 
 def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
@@ -237,70 +199,19 @@ def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
     np.testing.assert_allclose([by_label["wren"], by_label["owl"]], share, rtol=1e-5)
 
 
-def test_wrong_calls_say_what_was_expected(small):
-    module = transformers.AutoModel.from_pretrained(small[1], **REMOTE).eval()
-    pixels, ids = torch.zeros(1, 3, 40, 40), torch.zeros(1, 33, dtype=torch.long)
-    features = torch.zeros(2, 28)
-    for call, said in (
-        (
-            lambda: module.get_regions(pixels[..., :32, :32]),
-            r"\[1, 3, 32, 32\], expected\s+\[B, 3, 40",
-        ),
-        (lambda: module.zero_shot_logits(pixels, features, alpha=0.5), "alpha 0.5 needs the desc"),
-        (
-            lambda: module.zero_shot_logits(pixels, features, alpha=1.5),
-            "got 1.5, expected a number",
-        ),
-        (lambda: module.get_text_features(ids), r"got shape \[1, 33\], expected \[N, 1 to 32\]"),
-        (lambda: module(pixels, ids[:, :3], return_loss=True), "return_loss needs description_ids"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            call()
-
-
-def test_weights_that_are_not_there_get_a_beginning(small, tmp_path):
-    """transformers builds models without memory: what no file has must not be left as it was found."""
-    names = ("logit_scale", "visual.cls_token", "text_projection")
-    names = [f"backbone.{name}" for name in names] + ["decoder.obj_proj"]
-    names.append("backbone.transformer.resblocks.0.attn.in_proj_bias")
-    folder = tmp_path / "without"
-    shutil.copytree(small[1], folder)
-    arrays = safetensors.load_file(folder / "model.safetensors")
-    left = {name: array for name, array in arrays.items() if name not in names}
-    safetensors.save_file(left, folder / "model.safetensors")
-    state = transformers.AutoModel.from_pretrained(folder, **REMOTE).state_dict()
-    scale, *drawn, bias = (state[name] for name in names)
-    assert scale.item() == pytest.approx(np.log(1 / 0.07)) and not bias.any()
-    assert all(0.01 < tensor.std() < 0.03 for tensor in drawn)
-
-
 def test_models_of_another_kind_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(named.VARIABLE, "examples.tower.mixer")
     for kind in (dict(), dict(decoder=None, image__pool="mean")):
         model = perturbed.tiny(image__tower="examples.tower.mixer:Mixer", **kind)
         saved_model.save_model(tmp_path / "mixer", model, {"logit_scale": np.zeros(())})
         assert refused(capsys, "to-hf", tmp_path / "mixer", tmp_path / "hf").split("\n") == [
-            "model.image.tower: got examples.tower.mixer:Mixer, to-hf writes models with vit",
+            "model.image.tower: got examples.tower.mixer:Mixer, modeling_grain.py has vit",
             "1 fault; nothing was written",
         ]
     model = perturbed.tiny(decoder=None, image__pool="class")
     saved_model.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
     said = refused(capsys, "to-torch", tmp_path / "two", tmp_path / "to-torch").split("\n")
-    assert said[0] == "model.decoder: got none; to-torch writes models with a region decoder"
-
-
-def test_of_a_folder_in_a_store_a_copy_is_proven(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-
-    class Stored:
-        def __str__(self):
-            return "gs://bucket/hf"
-
-        def iterdir(self):
-            return epath.Path(tmp_path).iterdir()
-
-    with output.on_disk(Stored()) as path:
-        assert path != str(tmp_path) and (epath.Path(path) / "config.json").read_text() == "{}"
+    assert said[-2] == "model.decoder: got none, the reference has regions"
 
 
 METRICS = """{"step": 5, "eval/birds/accuracy": 0.25}
@@ -329,38 +240,22 @@ def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, 
     (workdir / "metrics.jsonl").write_text(METRICS)
     out = tmp_path / "hf"
     assert main(["to-hf", "--input", str(workdir), "--output", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert (
-        "\ntraining in torch lacks of the run's losses: image_description, group_size\n" in printed
-    )
     card = (out / "README.md").read_text()
     for words in (
-        "| dataset | cc12m |",
-        "| length | 10 steps; these weights are of step 9 |",
-        "| moving average | these weights, with decay 0.99 |",
-        "| loss: box | 1.5 |",
+        "| input.name | cc12m |",
+        "| step of these weights | 9 |",
+        "| ema_decay | 0.99 |",
+        "| loss.box | 1.5 |",
         "During training, at step 5:",
         "| eval/birds/accuracy | 0.25 |",
         "parity: PROVEN",
         "The folder has no tokenizer files: a vocabulary of 300 is not CLIP's",
-        "The model predicts 3 regions for every image",
         "The weights: not stated by the run",
     ):
         assert words in card
     module = transformers.AutoModel.from_pretrained(out, **REMOTE)
-    assert module.config.losses["box"] == 1.5
     kernel = average["image_projection"]["kernel"]
     np.testing.assert_array_equal(module.decoder.img_proj.detach(), kernel)
-
-
-def test_the_model_card_says_what_is_not_known(small):
-    card = (small[1] / "README.md").read_text()
-    assert "Not recorded" in card and "The run evaluated nothing" in card
-    run = model_card.TrainedRun({}, None, {}, None, "x.pth.tar")
-    proof = parity.not_proven({}, "torch is not installed")
-    card = model_card.write(perturbed.tiny(), run, proof, "x")
-    assert "Converted from x.pth.tar, which does not record the training." in card
-    assert "parity: NOT PROVEN. torch is not installed" in card and "no tokenizer" not in card
 
 
 def test_a_tokenizer_elsewhere_leaves_its_name_alone(tmp_path):

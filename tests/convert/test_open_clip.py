@@ -3,29 +3,25 @@
 import json
 
 import numpy as np
+import open_clip.model as library
 import pytest
+import timm
+import torch
+import transformers
+from timm.models.vision_transformer import VisionTransformer
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("open_clip")
-import open_clip.model as library  # noqa: E402
-import safetensors.torch  # noqa: E402
-import timm  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
-
-import grain_jax  # noqa: E402
-from grain_jax import config as config_lib  # noqa: E402
-from grain_jax.checkpoint import saved_model  # noqa: E402
-from grain_jax.configs import finetune  # noqa: E402
-from grain_jax.convert import archives, parity, towers  # noqa: E402
-from grain_jax.convert.exits.open_clip import to_open_clip  # noqa: E402
-from grain_jax.convert.faults import ConvertError  # noqa: E402
-from grain_jax.convert.from_hugging_face import from_hf  # noqa: E402
-from grain_jax.convert.from_open_clip import from_open_clip  # noqa: E402
-from grain_jax.core import errors  # noqa: E402
-from grain_jax.input_pipeline import file_tokenizer  # noqa: E402
-from grain_jax.train import initialise  # noqa: E402
-from tests import foreign  # noqa: E402
+import grain_jax
+from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
+from grain_jax.configs import finetune
+from grain_jax.convert import archives, parity, towers
+from grain_jax.convert.exits.open_clip import to_open_clip
+from grain_jax.convert.faults import ConvertError
+from grain_jax.convert.from_hugging_face import from_hf
+from grain_jax.convert.from_open_clip import from_open_clip
+from grain_jax.core import errors
+from grain_jax.train import initialise
+from tests import foreign
 
 VOCAB, LENGTH, SIZE, PATCH = 300, 16, 32, 8
 TEXT = dict(context_length=LENGTH, vocab_size=VOCAB, width=48, heads=3, layers=2)
@@ -108,8 +104,6 @@ def test_metaclip_2_ends_texts_with_an_id_that_is_not_the_highest(pad, tmp_path)
         ("model_type", "siglip2", "model_type: got 'siglip2'"),  # images in their own shape
         ("text_config__num_hidden_layers", 900, "values, its files have"),
         ("text_config__num_hidden_layers", 999_999, "999999"),
-        ("text_config__num_hidden_layers", "two", "num_hidden_layers"),
-        ("vision_config__num_attention_heads", 5, "heads"),
         ("vision_config__intermediate_size", 60, "fc1"),
         ("text_config__num_hidden_layers", 1, "layers.1."),
     ],
@@ -120,24 +114,6 @@ def test_a_config_that_does_not_fit_is_an_error(key, value, said, tmp_path):
     with pytest.raises(errors.UserError, match=said):
         from_hf(tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
-
-
-@pytest.mark.parametrize(
-    "name, vocab, is_first",
-    [
-        ("", VOCAB, True),
-        ("SiglipTokenizer", 256000, True),
-        ("GemmaTokenizer", VOCAB, False),  # SigLIP 2 at a fixed size
-        ("", 256000, False),
-    ],
-)
-def test_the_librarys_files_tell_siglip_from_siglip_2(name, vocab, is_first, tmp_path):
-    for file in ("spiece.model", "tokenizer.json"):
-        (tmp_path / file).write_text("{}")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
-    fields = towers.text_fields(tmp_path, vocab, siglip=True)
-    expected = ("spiece.model", "canonical", 1) if is_first else ("tokenizer.json", "lower", 0)
-    assert (fields["tokenizer"], fields["cleaning"], fields["pad_id"]) == expected
 
 
 @pytest.mark.parametrize("gated, registers", [(False, 4), (True, 0)])
@@ -257,32 +233,6 @@ def test_a_worldwide_config_of_open_clip(clean, cleaning, tmp_path):
     if clean is None:
         report = to_open_clip(tmp_path / "a" / "ours", tmp_path / "back")
         assert report.verdict == "PROVEN", report.text
-
-
-def test_the_tokenizer_of_metaclip_2_gives_the_same_ids(tmp_path):
-    """Texts as they are, and padding on the right, as `from-hf` sets for both."""
-    pieces = [(x, 0.0) for x in ("<s>", "<pad>", "</s>", "<unk>")]
-    pieces += [(x, -2.0) for x in "▁abcdefghijklmnopqrstuvwxyz,!189"]
-    pieces += [("▁wren", -1.0), ("▁a", -1.0), ("<mask>", 0.0)]
-    tokenizer = transformers.XLMRobertaTokenizer(vocab=pieces)
-    tokenizer.save_pretrained(tmp_path)
-    texts = ["a photo of a wren", "A Photo of  A café &amp; wren, 1998! ", "x", "long " * 100]
-    options = dict(padding="max_length", truncation=True, max_length=16, return_tensors="np")
-    theirs = tokenizer(texts, **options)["input_ids"]
-    ours = file_tokenizer.FileTokenizer(tmp_path / "tokenizer.json", "none", 1)
-    np.testing.assert_array_equal(ours(texts, 16), theirs)
-    text = config_lib.TextTower(pool="end", end_id=2)
-    np.testing.assert_array_equal(text.ends(theirs), ours.encode(texts, 16).lengths - 1)
-
-
-def test_half_precision_is_read(tmp_path):
-    numbers = torch.tensor([1.0, -0.15625, 3e4])
-    kinds = {"b": torch.bfloat16, "h": torch.float16, "d": torch.float64}
-    stored = {name: numbers.to(kind) for name, kind in kinds.items()}
-    safetensors.torch.save_file(stored, tmp_path / "m.safetensors")
-    for name, array in archives.read_weights(tmp_path / "m.safetensors", ()).items():
-        assert array.dtype == np.float32
-        np.testing.assert_array_equal(array, stored[name].float().numpy())
 
 
 class _Program(torch.nn.Module):

@@ -93,13 +93,6 @@ def test_a_converted_folder_keeps_all_tokens(workdir, tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["parity"] == "PROVEN"
 
 
-@pytest.mark.parametrize("met", [[298, 299], [299], [5, 299]])
-def test_a_run_that_met_hardly_a_token_is_packed(tmp_path, monkeypatch, met):
-    monkeypatch.setitem(globals(), "MET", met)
-    report = pack(_run(tmp_path / "run"), tmp_path / "small")
-    assert f"{len(met)} of 300 tokens" in report.text and report.verdict == "PROVEN", report.text
-
-
 def test_texts_keep_the_id_that_ends_them_and_their_tokenizer(tmp_path):
     assert pack(_run(tmp_path / "run", end_id=2), tmp_path / "small").ok
     model = perturbed.tiny(text__tokenizer=str(tmp_path / "ours" / "tokenizer.json"))

@@ -6,18 +6,6 @@ import pytest
 from grain_jax.convert import parity
 
 
-def test_inputs_start_and_end_as_texts_do():
-    inputs = parity.inputs(13, 50, 9, count=5)
-    assert inputs.images.shape == (5, 13, 13, 3) and inputs.images.dtype == np.float32
-    assert inputs.token_ids.shape == (5, 9) and inputs.token_ids.dtype == np.int32
-    assert (inputs.token_ids[:, 0] == 48).all() and (inputs.token_ids == 49).sum(1).tolist() == [
-        1
-    ] * 5
-    assert inputs.token_ids[0].tolist() == [48, 49, *[0] * 7] and inputs.token_ids[1, -1] == 49
-    for a, b in zip(inputs, parity.inputs(13, 50, 9, count=5)):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_the_error_is_relative_to_the_other_sides_largest():
     b = np.array([[3.0, 4.0], [0.0, -10.0]])
     a = b + np.array([[0.0, 0.0], [0.5, 0.0]])
@@ -64,7 +52,6 @@ def test_the_verdict_is_the_last_line():
     assert report.text.split("\n")[0] == "parity: our outputs against open_clip 3.3.0"
     assert report.text.split("\n")[-1] == "parity: FAILED: y"
     assert parity.report(good, "x").text.endswith("parity: PROVEN")
-    report = parity.not_proven({"a": {"b": np.array([3.0, 4.0])}}, "open_clip is not installed")
+    report = parity.not_proven("open_clip is not installed")
     assert (report.ok, report.verdict) == (True, "NOT PROVEN")
-    assert report.text.split("\n")[1].split() == ["a/b", "(2,)", "5"]
     assert report.text.endswith("parity: NOT PROVEN. open_clip is not installed")

@@ -4,7 +4,6 @@ import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,7 +11,6 @@ import pytest
 import grain_jax
 from examples.captioner import __main__ as captioner
 from examples.captioner import config as captioner_config
-from examples.captioner import decoder as decoder_lib
 from examples.captioner import evaluator, term, writer
 from grain_jax import config as config_lib
 from grain_jax.core import images
@@ -23,39 +21,6 @@ from tests.losses import fake
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
-
-
-def test_sequences():
-    vocabulary = decoder_lib.Vocabulary(words=50, bins=10)
-    assert (vocabulary.caption, vocabulary.point, vocabulary.first_bin, vocabulary.size) == (
-        50,
-        51,
-        52,
-        64,
-    )
-    text = jnp.array([[[7, 8, 9, 0, 0]]])
-    tokens, predicted = term.caption_sequences(vocabulary, text, jnp.array([[3]]))
-    assert tokens.tolist() == [[[50, 7, 8, 9, 0, 0]]]
-    assert predicted.tolist() == [[[True, True, True, False, False]]]
-    box = jnp.array([[[0.0, 0.25, 0.5, 1.0]]])
-    tokens, predicted = term.box_sequences(vocabulary, text, jnp.array([[3]]), box)
-    assert tokens[0, 0, :8].tolist() == [51, 7, 8, 9, 52, 54, 57, 61]
-    assert predicted[0, 0].tolist() == [False] * 3 + [True] * 4 + [False] * 2
-    assert not term.box_sequences(vocabulary, text, jnp.array([[0]]), box)[1].any()  # there is none
-    np.testing.assert_allclose(
-        vocabulary.boxes_of(np.array([52, 54, 57, 61])), [0.05, 0.25, 0.55, 0.95]
-    )
-    # Texts of a packed batch, each with as many tokens as its last position says.
-    c = tiny.config()
-    batch = tiny.batch(c)
-    output, count = term.texts_of(batch, batch.description_at, 9)
-    group = np.arange(len(batch.image)) // (len(batch.image) // len(batch.text_tokens))
-    row, end = np.moveaxis(batch.description_at, -1, 0)
-    expected = batch.text_tokens[
-        group[:, None, None], row[..., None], end[..., None] - 6 + np.arange(7)
-    ]
-    np.testing.assert_array_equal(output[..., :7], expected)
-    assert (count == 7).all() and (term.texts_of(batch, batch.description_at, 6)[1] == 0).all()
 
 
 def test_the_term_learns_captions_and_boxes_by_heart():

@@ -20,18 +20,6 @@ def test_the_points_are_arms_times_rates_times_seeds(tmp_path):
     points = sweep_runs.load_points(ROOT / "examples/claim/sweep.py")
     assert points == [run.point for run in sweep.runs()] and len(points) == 72
     assert len(set(sweep_runs.name_points(points))) == 72
-    # One rate and seed of each arm stand for the others.
-    chosen = [sweep.Run(arm, 1e-3, 2) for arm in sweep.ARMS]
-    runs = sweep_runs.make_runs(CONFIG, (), [run.point for run in chosen], tmp_path)
-    configs = {run.arm: made.config for run, made in zip(chosen, runs, strict=True)}
-    settings = {(c.total_steps, c.seed, c.optim.learning_rate) for c in configs.values()}
-    assert settings == {(500, 2, 1e-3)}
-    chosen_by = lambda holds: {arm for arm, c in configs.items() if holds(c)}
-    with_regions = chosen_by(lambda c: c.input.max_regions and c.loss.region_description)
-    assert with_regions == {arm for arm in configs if arm.startswith("grain")}
-    pooled = chosen_by(lambda c: c.model.decoder.image_pool == "all" and c.loss.image_description)
-    assert pooled == {"clip_pooled", "grain_pooled", "grain_boxes"}
-    assert chosen_by(lambda c: c.model.boxes.kind != "none") == {"grain_boxes"}
 
 
 def result(unseen, seen=0.9, validation=0.5):

@@ -1,6 +1,5 @@
 """examples/data_source: an online source of a user through the real trainer."""
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -8,12 +7,9 @@ import sys
 
 import jax
 import numpy as np
-import pytest
 
-from examples.data_source import shapes
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.core import errors
 from grain_jax.input_pipeline import sources
 from grain_jax.train import run, set_up, sharding
 from tests import record_sets, runs, tiny
@@ -39,16 +35,6 @@ def test_a_batch_is_a_function_of_seed_lane_and_step():
     assert whole[2].texts_dropped.sum() == 0
 
 
-def test_the_boxes_are_those_of_the_rectangles():
-    c = config(model__image__image_size=32)
-    batch = next(sources.open_source(c).batches(c))
-    assert batch.region_mask[:, 0].all()
-    for image, boxes, mask in zip(batch.image, batch.region_boxes_cxcywh, batch.region_mask):
-        x, y, width, height = (boxes[mask][-1] * 32).round().astype(int)  # the last is in front
-        inside = image[y - height // 2 + 1, x - width // 2 + 1].tolist()
-        assert inside in [[220, 40, 40], [40, 70, 220]]
-
-
 def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatch):
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: device)
@@ -72,22 +58,3 @@ def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatc
     monkeypatch.delitem(sys.modules, "examples.data_source.shapes")
     assert inference.load(tmp_path / "cut").model == config().model
     assert "examples.data_source.shapes" not in sys.modules
-
-
-class Small(shapes.Shapes):
-    """Images of another size."""
-
-    def lane_batch(self, config, lane, step):
-        batch = super().lane_batch(config, lane, step)
-        return batch._replace(image=batch.image[:, ::2, ::2])
-
-
-def test_a_source_of_other_shapes_is_one_line():
-    name = f"{__name__}:Small"
-    c = dataclasses.replace(config(), input=dataclasses.replace(config().input, source=name))
-    with pytest.raises(errors.UserError) as error:
-        next(sources.batches_of_run(Small(), c))
-    (line,) = str(error.value).splitlines()
-    assert line.startswith(
-        f"input.source: {name}: got images [B, 8, 8, 3] in step 0, expected [B, 16"
-    )

@@ -46,8 +46,8 @@ def test_the_term_equals_a_float64_replica():
 
 
 def smoothness_replica(patches, image, edge):
-    """(the loss, the mean cosine, the gradient of the patches) in float64: patches [B, P, E], uint8 images."""
-    x = torch.tensor(np.asarray(patches), dtype=torch.float64, requires_grad=True)
+    """(the loss, the mean cosine) in float64: patches [B, P, E], uint8 images."""
+    x = torch.tensor(np.asarray(patches), dtype=torch.float64)
     grid = round(x.shape[1] ** 0.5)
     unit = torch.nn.functional.normalize(x, dim=-1).reshape(len(x), grid, grid, -1)
     colours = torch.nn.functional.interpolate(
@@ -63,9 +63,7 @@ def smoothness_replica(patches, image, edge):
                         apart = (colours[n, :, i, j] - colours[n, :, k, m]).abs().mean()
                         losses_.append(torch.exp(-edge * apart) * (1 - cosine))
                         cosines.append(cosine.item())
-    loss = torch.stack(losses_).mean()
-    loss.backward()
-    return loss.item(), np.mean(cosines), x.grad.numpy()
+    return torch.stack(losses_).mean().item(), np.mean(cosines)
 
 
 def test_the_local_term_equals_a_float64_replica():
@@ -76,12 +74,7 @@ def test_the_local_term_equals_a_float64_replica():
         result = term.apply({}, seen._replace(tokens=tokens))
         return result.loss.sum.sum() / result.loss.count.sum(), result.measures["cosine"]
 
-    (loss, measured), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(seen.tokens)
-    expected, cosine, expected_gradient = smoothness_replica(
-        seen.tokens[:, 1:], seen.batch.image, edge=4.0
-    )
+    loss, measured = jax.jit(run)(seen.tokens)
+    expected, cosine = smoothness_replica(seen.tokens[:, 1:], seen.batch.image, edge=4.0)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(measured.sum.sum() / measured.count.sum(), cosine, atol=1e-6)
-    assert not np.any(gradient[:, 0])
-    top = np.abs(expected_gradient).max()
-    np.testing.assert_allclose(gradient[:, 1:], expected_gradient, rtol=0, atol=1e-5 * top)

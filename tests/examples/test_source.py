@@ -58,10 +58,3 @@ def test_the_command_converts_the_file_and_builds_records(folder, capsys):
     np.testing.assert_array_equal(first["image"], np.asarray(record_sets.picture(0, SIZE)))
     assert second["captions"].tolist() == [b"an empty road"]
     assert len(second["regions"]["score"]) == 0
-
-
-def test_a_box_that_is_no_number_is_a_fault_of_its_image(folder, capsys):
-    (folder / "boxes.csv").write_text(HEADER + ROWS.replace("0.75;1;", "wide;1;"))
-    assert command.main(arguments(folder, "--option=delimiter=;", "--option=unit=share")) == 2
-    assert "1 of 2 images have a fault" in capsys.readouterr().err
-    assert '"cause": "bad annotation"' in (folder / "out/failed.jsonl").read_text()

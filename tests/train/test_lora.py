@@ -205,7 +205,7 @@ def test_no_gradient_of_a_matrix_is_computed_and_no_product_of_the_factors(more)
         plain = tiny.config(**TWO, **UNLIKE)
         assert made(plain) & matrices >= {(48, 80), (4, 12, 48), (40, 72)}
         ours, full = flops.per_image(c), flops.per_image(plain)
-        assert full.forward < ours.forward and ours.train < 0.8 * full.train
+        assert full.forward < ours.forward and ours.train < 0.9 * full.train
     shapes = made(c)
     assert not shapes & matrices
     assert {(RANK, 80), (4, RANK, 12), (RANK, 48), (RANK, 72)} <= shapes  # of the factors
@@ -278,7 +278,9 @@ def test_towers_of_users_have_no_factors():
     assert lora.maps_of(model, alone, shapes) == ["image/blocks/mlp/in"]
     # One in which the default names nothing would be frozen whole, without a word.
     shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/stem/kernel": (32, 64)}
-    message = "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*frozen whole"
+    message = (
+        "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*would be frozen"
+    )
     with pytest.raises(errors.UserError, match=message):
         lora.maps_of(model, c.optim.lora, shapes)
 

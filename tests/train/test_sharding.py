@@ -43,7 +43,7 @@ def test_moments_follow_their_parameters():
 
 
 @pytest.mark.parametrize(
-    "mesh,to,overrides,told",
+    "mesh,to,overrides,message",
     [
         ((8, 1, 1), "no rule", {}, r"mlp/in/kernel: `sharding` has no rule for its axis 'mlp'"),
         ((4, 2, 1), "model", {}, r"'mlp' to 'model', expected one of data, fsdp, tensor"),
@@ -77,7 +77,7 @@ def test_fsdp_keeps_an_eighth_of_the_state():
         here += np.prod(placed.shard_shape(leaf.shape)) * 4
         whole += np.prod(leaf.shape) * 4
     assert here / whole <= 0.15
-    assert lines[-1].startswith(f"{here / 1e6:,.1f} MB a device, {here / whole:.3f} of")
+    assert lines[-1].startswith(f"{here / 1e6:,.1f} MB per device, {here / whole:.3f} of")
     row = next(line for line in lines if "params/image/blocks/mlp/in/kernel" in line)
     assert row.split() == [
         "params/image/blocks/mlp/in/kernel", "12x768x3072", "float32", "(None,", "fsdp,", "tensor)",

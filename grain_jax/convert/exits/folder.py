@@ -17,8 +17,7 @@ from grain_jax.convert.tables import Arrays, NamePair
 from grain_jax.core import images
 from grain_jax.models import grain
 
-MARK = "converted_from.json"  # in every folder of an export: where the model comes from
-SCALARS = [NamePair(name, name) for name in ("logit_scale", "logit_bias")]
+MARK = "converted_from.json"  # in every folder of an export; published with it, so it names no path
 
 
 class SourceModel(NamedTuple):
@@ -46,7 +45,7 @@ def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parit
             return prove(target, source, *args, **options)
         except ImportError as error:
             reason = str(error).strip().partition("\n")[0]
-            return parity.not_proven(source.params, f"{reason}; pip install 'grain_jax[interop]'")
+            return parity.not_proven(f"{reason}; pip install 'grain_jax[interop]'")
 
     return proved
 
@@ -87,12 +86,12 @@ def write(
     Raises:
       ConvertError: safetensors is missing, or the folder cannot be written.
     """
-    with output.replacing(target, MARK) as new:
+    with output.replacing(target) as new:
         write_files(new, *arrays, files)
         proof = prove(new)
         text = model_card.write(source.model, model_card.read_run(source.folder), proof, **card)
         write_file(new / "README.md", text)
-        write_file(new / MARK, {"source": str(source.folder), "parity": proof.verdict})
+        write_file(new / MARK, {"parity": proof.verdict})
     name, state = arrays
     size = f"{name}: {sum(x.size for x in state.values()):,} values, float32"
     return proof.after(lines[0], size, *lines[1:])

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from grain_jax import config as config_lib
-from grain_jax.convert.reference import names
 
 
 class Format(NamedTuple):
@@ -19,9 +18,12 @@ class Format(NamedTuple):
         """A line for each key that the format cannot express."""
         lines = []
         for key, values in self.values.items():
-            got = operator.attrgetter(key)(model)
+            try:
+                got = operator.attrgetter(key)(model)
+            except AttributeError:  # of a part that the model lacks
+                continue
             if got not in values:
-                shown = got if got is None or isinstance(got, str | int | float) else "one"
+                shown = got if got is None or isinstance(got, str | int | float | tuple) else "one"
                 has = " or ".join(map(str, values))
                 lines.append(f"model.{key}: got {shown}, {self.name} has {has}")
         return lines + [fault for fault in [self.rule(model)] if fault]
@@ -32,15 +34,35 @@ def nearest(model: config_lib.Model, *formats: Format) -> tuple[Format, list[str
     return min(((each, each.faults(model)) for each in formats), key=lambda pair: len(pair[1]))
 
 
+# What an image tower of CLIP, SigLIP or the reference has.
+_PLAIN_IMAGE: dict[str, Any] = dict(
+    image__positions=True,
+    image__rope="none",
+    image__registers=0,
+    image__layer_scale=False,
+    image__mlp="plain",
+    image__key_bias=True,
+)
+
+
 def _format(name: str, rule: Callable[[config_lib.Model], str] | None = None, **values: Any):
     """A format of two plain towers; image__pool="map", or a tuple of values, is what it has for `image.pool`."""
     plain = dict(decoder=None, boxes__kind="none", image__tower="vit", text__tower="transformer")
-    values = plain | names.PLAIN_IMAGE | dict(text__mask_padding=False) | values
-    keys = {
+    values = plain | _PLAIN_IMAGE | dict(text__mask_padding=False) | values
+    return Format(name, _keys(values), rule) if rule else Format(name, _keys(values))
+
+
+def _keys(values: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    return {
         key.replace("__", "."): value if isinstance(value, tuple) else (value,)
         for key, value in values.items()
     }
-    return Format(name, keys, rule) if rule else Format(name, keys)
+
+
+def _queries(model: config_lib.Model) -> str:
+    if model.decoder is not None and model.decoder.queries:
+        return ""
+    return f"model.decoder: got {'none' if model.decoder is None else 'no queries'}, the reference has regions"
 
 
 def _highest_id(model: config_lib.Model) -> str:
@@ -124,6 +146,34 @@ BIG_VISION = _format(
 )
 
 
-def of_hugging_face(model: config_lib.Model) -> tuple[Format, list[str]]:
-    """The class of transformers that lacks the fewest keys of a model, and its faults."""
-    return nearest(model, CLIP, SIGLIP)
+_CODE = dict(image__tower="vit", text__tower="transformer")
+MODELING = Format("modeling_grain.py", _keys(_CODE))
+TORCH = Format(
+    "the PyTorch reference",
+    _keys(
+        _CODE
+        | _PLAIN_IMAGE
+        | dict(
+            logit_bias_init=None,
+            image__norm_eps=1e-6,
+            image__class_token=True,
+            image__patch_bias=True,
+            image__pre_norm=False,
+            image__activation="gelu",
+            image__pixel_mean=(config_lib.ImageTower.pixel_mean,),
+            image__pixel_std=(config_lib.ImageTower.pixel_std,),
+            text__norm_eps=1e-5,
+            text__causal=True,
+            text__activation="quick_gelu",
+            text__pool="end",
+            text__mask_padding=False,
+            text__projection="matrix",
+            text__tokenizer="clip",
+            text__end_id=None,
+            decoder__norm_eps=1e-5,
+            decoder__image_pool="query",
+            boxes__kind="none",
+        )
+    ),
+    _queries,
+)

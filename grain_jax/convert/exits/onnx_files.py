@@ -10,10 +10,9 @@ import numpy as np
 from etils import epath
 
 from grain_jax import __version__, inference
-from grain_jax import config as config_lib
 from grain_jax.convert import export, output, parity
-from grain_jax.convert.exits import folder, tokenizers
-from grain_jax.convert.faults import needing
+from grain_jax.convert.exits import folder, needs, tokenizers
+from grain_jax.convert.faults import needing, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 
@@ -25,8 +24,8 @@ _PREPARE = "RGB / 255, minus pixel_mean, divided by pixel_std; float32 [batch, 3
 def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """to-onnx: a model that `grain_jax.load` reads to image.onnx, text.onnx, and boxes.onnx, maps.onnx if it has them.
 
-    The numbers of images, texts and boxes are free. `onnx.json` says what the files take, and the opset; the tokenizer's
-    files go with them.
+    The numbers of images, texts and boxes are free. `onnx.json` says how to prepare images and texts; the
+    tokenizer's files go with them.
 
     Args:
       source: a workdir, a checkpoint or a converted folder.
@@ -37,8 +36,8 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, DESCRIPTION)
-    stored, unknown = tokenizers.with_end(folder.read(source))
-    names.refuse(stored.model, "to-onnx")
+    stored = tokenizers.with_end(folder.read(source))
+    raise_any(needs.MODELING.faults(stored.model))
     with needing("torch, transformers, onnx or onnxscript", "to-onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -50,17 +49,14 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         stored.model.text.tokenizer == "clip"
     ):  # transformers would pad with another id than onnx.json
         token_files.pop("tokenizer_config.json", None)
-    with output.replacing(target, DESCRIPTION) as new:
+    with output.replacing(target) as new:
         with _quiet():
             module.export_onnx(str(new))
         described = _description(stored, new)
         for name, content in {DESCRIPTION: described, **token_files}.items():
             folder.write_file(new / name, content)
-        proof = _prove(new, stored).but(unknown)
-    lines = [f"to-onnx: {stored.folder} -> {target}, opset {described['opset']}"]
-    for name, sides in described["files"].items():
-        shown = (", ".join(f"{n} {kind}" for n, kind in side.items()) for side in sides.values())
-        lines.append(f"{name}: {' -> '.join(shown)}")
+        proof = _prove(new, stored)
+    lines = [f"to-onnx: {stored.folder} -> {target}: {', '.join(described['files'])}"]
     return proof.after(*lines, *([missing] if missing else []))
 
 
@@ -78,30 +74,13 @@ def _quiet() -> Iterator[None]:
 
 def _description(source: folder.SourceModel, path: epath.Path) -> dict[str, Any]:
     """What `onnx.json` says of the files in `path`."""
-    import onnx
     import torch
 
-    def type_of(value):
-        tensor = value.type.tensor_type
-        name = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-        return f"{name}[{', '.join(x.dim_param or str(x.dim_value) for x in tensor.shape.dim)}]"
-
-    files, opset = {}, 0
-    for file in (path / f"{part}.onnx" for part in PARTS):
-        if file.exists():
-            model = onnx.load(str(file), load_external_data=False)
-            opset = next(x.version for x in model.opset_import if x.domain in ("", "ai.onnx"))
-            sides = {"inputs": model.graph.input, "outputs": model.graph.output}
-            files[file.name] = {
-                side: {value.name: type_of(value) for value in values}
-                for side, values in sides.items()
-            }
     image, text, learnt = export.describe(inference.Predictor(source.model, source.params))
     return {
         "grain_jax": __version__,
         "torch": torch.__version__,
-        "opset": opset,
-        "files": files,
+        "files": [f"{part}.onnx" for part in PARTS if (path / f"{part}.onnx").exists()],
         "image": image | {"normalised_by": f"you: {_PREPARE}"},
         "text": text | {"end": "found by the file"},
         **learnt,
@@ -129,13 +108,6 @@ def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
     if "similarity_map" in theirs:
         texts = [ours["text_embed"]] * len(inputs.images)
         ours["similarity_map"] = np.stack(predictor.similarity_maps(inputs.images, texts))
-    ids = _token_ids(target, source.model.text)
-    if ids is not None:
-        session = onnxruntime.InferenceSession(f"{target}/text.onnx")
-        embeds = _run(session, {"input_ids": ids.astype(np.int64)})["text_embed"]
-        theirs |= {"token_ids": ids, "encode_text": embeds}
-        ours["token_ids"] = tokenizers.own_ids(source.model.text, source.folder)
-        ours["encode_text"] = tokenizers.our_embeddings(source)
     other = f"onnxruntime {onnxruntime.__version__}"
     return parity.report(parity.compare(ours, theirs), other, inputs)
 
@@ -151,21 +123,3 @@ def _run(session: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         x.name.removesuffix("s"): np.concatenate(both)
         for x, both in zip(session.get_outputs(), zip(*parts))
     }
-
-
-def _token_ids(path: epath.Path, tower: config_lib.TextTower) -> np.ndarray | None:
-    """The ids of `tokenizers.TEXTS` by the files, used as docs/howto/onnx.md says; None if there are none."""
-    if (path / "tokenizer.json").exists():
-        from tokenizers import Tokenizer
-
-        library = Tokenizer.from_file(str(path / "tokenizer.json"))
-        library.enable_truncation(tower.context_length)
-        library.enable_padding(length=tower.context_length, pad_id=tower.pad_id)
-        return np.array([x.ids for x in library.encode_batch(tokenizers.TEXTS)])
-    if (path / "spiece.model").exists():
-        import transformers
-
-        library = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-        ids = library(tokenizers.TEXTS, padding="max_length", truncation=True)["input_ids"]
-        return np.array(ids)
-    return None

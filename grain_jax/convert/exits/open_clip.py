@@ -9,10 +9,9 @@ import PIL.Image
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats, output, parity
+from grain_jax.convert import formats, output, parity, towers
 from grain_jax.convert.exits import arrays, folder, needs, timm_trunk, tokenizers
 from grain_jax.convert.faults import raise_any
-from grain_jax.convert.library_configs import open_clip_config
 from grain_jax.convert.tables import Arrays
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -30,7 +29,7 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, folder.MARK)
-    stored, unknown = tokenizers.with_end(folder.read(source))
+    stored = tokenizers.with_end(folder.read(source))
     model, image = stored.model, stored.model.image
     kind, faults = needs.nearest(model, needs.OPEN_CLIP, needs.OPEN_CLIP_TIMM)
     raise_any(faults)
@@ -59,7 +58,7 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         stored,
         (WEIGHTS, _arrays(folder.flat(stored), model, bool(trunk))),
         {"open_clip_config.json": config, **token_files},
-        lambda new: _prove(new, stored, has_tokenizer=not missing).but(unknown),
+        lambda new: _prove(new, stored, has_tokenizer=not missing),
         [to, missing] if missing else [to],
         use=_USE,
         missing=missing,
@@ -83,7 +82,7 @@ with torch.no_grad():
 
 def _config(model: config_lib.Model, trunk: str, has_tokenizer: bool) -> dict[str, Any]:
     """model_cfg of open_clip_config.json."""
-    vision_cfg, text_cfg = open_clip_config(model)
+    vision_cfg, text_cfg = _sizes(model)
     for cfg, tower in ((vision_cfg, model.image), (text_cfg, model.text)):
         if int(tower.width * cfg["mlp_ratio"]) != tower.mlp_dim:  # it cuts the product
             cfg["mlp_ratio"] = (tower.mlp_dim + 0.5) / tower.width
@@ -110,6 +109,38 @@ def _config(model: config_lib.Model, trunk: str, has_tokenizer: bool) -> dict[st
     return {**stated, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
 
 
+def _sizes(model: config_lib.Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`vision_cfg` and `text_cfg` of open_clip's own towers for a two-tower model."""
+    image, text = model.image, model.text
+    shared = lambda tower: dict(
+        width=tower.width,
+        layers=tower.depth,
+        mlp_ratio=tower.mlp_dim / tower.width,
+        act_kwargs=dict(approximate="tanh") if tower.activation == "gelu_tanh" else {},
+    )
+    vision_cfg = shared(image) | dict(
+        image_size=image.image_size,
+        head_width=image.width // image.heads,
+        patch_size=image.patch_size,
+        no_ln_pre=not image.pre_norm,
+        pool_type="avg" if image.pool == "mean" else "tok",
+        qk_norm=image.qk_norm,
+        norm_kwargs=dict(eps=image.norm_eps),
+    )
+    text_cfg = shared(text) | dict(
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        heads=text.heads,
+        no_causal_mask=not text.causal,
+        proj_bias=text.projection == "affine",
+        pool_type="argmax" if text.pool == "end" else text.pool,
+        norm_kwargs=dict(eps=text.norm_eps),
+    )
+    if text.pool == "end" and text.end_id is not None:
+        text_cfg |= dict(pool_type="eos", eos_id=text.end_id)
+    return vision_cfg, text_cfg
+
+
 def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
     """The arrays of open_clip's own towers, or around a trunk of timm; the identity stands in for no projection."""
     flat = arrays.with_projection(flat, "text", model.text.width, bias=False)
@@ -120,7 +151,7 @@ def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
         flat, image = arrays.without_patch_bias(flat), formats.openai_image()
         flat = arrays.with_projection(flat, "image", model.image.width, bias=False)
     text = formats.openai_text("text." * has_trunk, has_matrix)
-    return folder.entries([*image, *text, *folder.SCALARS], flat)
+    return folder.entries([*image, *text, *towers.SCALARS], flat)
 
 
 @folder.needing_packages

@@ -3,6 +3,7 @@
 from typing import Any
 
 from grain_jax import config as config_lib
+from grain_jax.convert import from_open_clip
 from grain_jax.convert.faults import ConvertError, needing
 
 SIZES = {768: "base", 1024: "large", 1152: "so400m", 1536: "giantopt"}  # by width
@@ -22,14 +23,11 @@ def name_of(image: config_lib.ImageTower) -> str:
     if timm.is_model(name):
         with torch.device("meta"):
             trunk: Any = timm.create_model(name, pretrained=False, num_classes=0)
-        block = trunk.blocks[0]
-        sizes = len(trunk.blocks), block.attn.num_heads, block.mlp.fc1.out_features
-        habits = trunk.norm.eps, "tanh" in repr(block.mlp.act).lower()
-        if sizes == (image.depth, image.heads, image.mlp_dim):
-            if habits == (image.norm_eps, image.activation == "gelu_tanh"):
-                return name
+        fields = from_open_clip.timm_fields(trunk)
+        del fields["patch_bias"]  # zeros stand in for none
+        if all(getattr(image, key) == value for key, value in fields.items()):
+            return name
     raise ConvertError(
-        f"model.image: got {image.image_size} px, patch {image.patch_size}, width {image.width}, depth {image.depth}, heads"
-        f" {image.heads}, MLP {image.mlp_dim} {image.activation}, norm epsilon {image.norm_eps:g}; open_clip takes such towers of timm by"
-        f" name, and timm has no such {name}"
+        f"model.image: open_clip takes such towers of timm by name, and timm has no {name} of depth {image.depth}, {image.heads}"
+        f" heads, MLP {image.mlp_dim} {image.activation} and norm epsilon {image.norm_eps:g}"
     )

@@ -10,7 +10,6 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.convert import hf_tokenizer
 from grain_jax.convert.exits.folder import SourceModel
 from grain_jax.convert.faults import ConvertError
 from grain_jax.input_pipeline import clip_tokenizer, tokenizer
@@ -33,7 +32,7 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
     """
     size, path = tower.vocab_size, None
     if tower.tokenizer == "clip" and size == clip_tokenizer.VOCAB_SIZE:
-        return hf_tokenizer.files(tower.context_length), ""
+        return _of_clip(tower.context_length), ""
     if tower.tokenizer == "clip":
         why = (
             f"a vocabulary of {size} is not CLIP's of {clip_tokenizer.VOCAB_SIZE}; give the model"
@@ -53,8 +52,8 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
     return {}, f"no tokenizer files: {why}"
 
 
-def with_end(source: SourceModel) -> tuple[SourceModel, str]:
-    """The model with the id that ends its texts, if its tower seeks it; and why the id is not known, or "".
+def with_end(source: SourceModel) -> SourceModel:
+    """The model with the id that ends its texts, if its tower seeks it and the file of its tokenizer tells it.
 
     Ours reads a text where its tokenizer ends it; exported files read it at the first `end_id`, or at the highest id.
 
@@ -63,15 +62,9 @@ def with_end(source: SourceModel) -> tuple[SourceModel, str]:
       UserError: the file of the tokenizer cannot be read.
     """
     tower = source.model.text
-    if not tower.seeks_end or tower.tokenizer == "clip":
-        return source, ""
-    path = tokenizer.own_file(tower, source.folder)
-    if path is None:
-        unknown = (
-            f"Texts: {epath.Path(tower.tokenizer).name} is no file in the folder of the model, so nobody knows whether"
-            " they end with the highest id; put it there, or set model.text.end_id"
-        )
-        return source, unknown if tower.end_id is None else ""
+    path = tokenizer.own_file(tower, source.folder) if tower.seeks_end else None
+    if path is None or tower.tokenizer == "clip":
+        return source
     library = tokenizer.FileTokenizer(path, tower.cleaning, tower.pad_id)
     ids = library(TEXTS, tower.context_length)
     ends = library.encode(TEXTS, tower.context_length).lengths - 1
@@ -83,7 +76,7 @@ def with_end(source: SourceModel) -> tuple[SourceModel, str]:
             f"model.text.end_id: got {tower.end_id}, but {path} ends texts with the ids {sorted(last)[:5]}; set"
             " model.text.end_id to the one id that ends each text, or model.text.tokenizer to another file"
         )
-    return source._replace(model=dataclasses.replace(source.model, text=tower)), ""
+    return source._replace(model=dataclasses.replace(source.model, text=tower))
 
 
 def of_transformers(
@@ -118,6 +111,41 @@ def _config(kind: str, tower: config_lib.TextTower, **more: Any) -> dict[str, An
         "model_input_names": ["input_ids"],
         "padding_side": "right",
         **more,
+    }
+
+
+def _of_clip(context_length: int) -> dict[str, Any]:
+    """tokenizer.json and tokenizer_config.json, as nested dicts; texts are padded with the end token, as in its CLIP."""
+    from tokenizers import AddedToken, Regex, decoders, normalizers, processors
+
+    start, end = clip_tokenizer.SPECIAL
+    library = clip_tokenizer.byte_pairs()
+    library.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Lowercase(),
+        ]
+    )
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        special_tokens=[(start, clip_tokenizer.START_OF_TEXT), (end, clip_tokenizer.END_OF_TEXT)],
+    )
+    library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
+    # Normalised: the reference reads these names as special tokens in upper and lower case.
+    library.add_special_tokens([AddedToken(t, special=True, normalized=True) for t in (start, end)])
+    return {
+        "tokenizer.json": json.loads(library.to_str()),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": start,
+            "eos_token": end,
+            "pad_token": end,
+            "model_max_length": context_length,
+            "model_input_names": ["input_ids"],
+            "clean_up_tokenization_spaces": False,
+        },
     }
 
 

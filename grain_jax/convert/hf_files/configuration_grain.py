@@ -1,4 +1,4 @@
-"""The configuration of a GRAIN model: sizes of its towers, weights and options of its losses."""
+"""The configuration of a GRAIN model: sizes of its towers."""
 
 from transformers import PreTrainedConfig
 
@@ -8,12 +8,10 @@ class GrainConfig(PreTrainedConfig):
 
     Args:
       towers: sizes and options of the image tower, the text tower and the region decoder.
-      losses: weights and options of the training losses.
     """
 
     model_type = "grain"
 
-    def __init__(self, towers=None, losses=None, **kwargs):
+    def __init__(self, towers=None, **kwargs):
         self.towers = towers
-        self.losses = losses
         super().__init__(**kwargs)

@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, is_scipy_available, requires_backends
+from transformers.utils import ModelOutput
 
 from .configuration_grain import GrainConfig
 
-if is_scipy_available():  # the loss alone needs it
-    from scipy.optimize import linear_sum_assignment
-
-_NO_COST = 1e6  # for a pair whose cost is no number
 LAYER_SCALE = 1e-5  # initial value
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -490,16 +486,12 @@ class GrainOutput(ModelOutput):
     """The outputs of `GrainModel.forward`.
 
     Args:
-      loss: weighted sum of the losses; only with `return_loss`.
-      losses: image_caption and, with a region decoder, region_description and box.
       logits_per_image, logits_per_text: scaled cosines [B, N] and [N, B].
       image_embeds, text_embeds: unit length, [B, D] and [N, D].
       region_embeds: unit length, [B, Q, D]; with a region decoder, as the boxes.
       boxes_xyxy: [B, Q, 4], corners in [0, 1].
     """
 
-    loss: torch.FloatTensor | None = None
-    losses: dict[str, torch.FloatTensor] | None = None
     logits_per_image: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
@@ -537,7 +529,7 @@ class GrainPreTrainedModel(PreTrainedModel):
 
 
 class GrainModel(GrainPreTrainedModel):
-    """Embeddings of images, texts and regions, zero-shot scores, and the training loss."""
+    """Embeddings of images, texts and regions, and zero-shot scores."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -620,124 +612,20 @@ class GrainModel(GrainPreTrainedModel):
         """For each class the token ids of its texts, [n, L] -> [C, D], ready for `zero_shot_logits`."""
         return torch.stack([_unit(self.get_text_features(ids)).mean(0) for ids in input_ids])
 
-    def clip_logit_scale(self):
-        """Keeps the factor within 1 and 100; call it after every step of the optimizer."""
-        self.backbone.logit_scale.data.clamp_(0, math.log(100))
-
-    def forward(
-        self,
-        pixel_values,
-        input_ids,
-        description_ids=None,
-        region_boxes_cxcywh=None,
-        region_mask=None,
-        return_loss=False,
-    ):
-        """Images and texts -> `GrainOutput`.
-
-        Args:
-          pixel_values: [B, 3, S, S].
-          input_ids: texts [N, L]; for the loss N = B, the images' captions.
-          description_ids: [B, R, L], the regions' descriptions.
-          region_boxes_cxcywh: [B, R, 4], centre and size in [0, 1].
-          region_mask: bool [B, R], True where there is a region.
-          return_loss: whether to compute the loss; with a region decoder it needs the three arguments above, which other
-            models do not read.
-        """
-        described = (description_ids, region_boxes_cxcywh, region_mask)
+    def forward(self, pixel_values, input_ids):
+        """Images [B, 3, S, S] and texts [N, L] -> `GrainOutput`."""
         image, regions, boxes = self.decoder(self.backbone.visual(pixel_values))
-        if return_loss and regions is not None and any(x is None for x in described):
-            raise ValueError(
-                "return_loss needs description_ids, region_boxes_cxcywh and region_mask"
-            )
         image, text = _unit(image), _unit(self.get_text_features(input_ids))
-        logits = self._logits(image, text)
-        embeds = {"image_embeds": image, "text_embeds": text}
+        logits = self.backbone.logit_scale.exp() * _cosines(image, text)
+        if self.backbone.logit_bias is not None:
+            logits = logits + self.backbone.logit_bias
+        out = GrainOutput(
+            logits_per_image=logits, logits_per_text=logits.T, image_embeds=image, text_embeds=text
+        )
         if regions is not None:
-            embeds["region_embeds"] = _unit(regions)
-            embeds["boxes_xyxy"] = _corners(boxes[-1]).clamp(0, 1)
-        losses = loss = None
-        if return_loss:
-            losses = {"image_caption": self._image_caption(image, text, input_ids)}
-            if regions is not None:
-                losses |= self._region_losses(embeds["region_embeds"], boxes, *described)
-            loss = sum(self.config.losses[name] * value for name, value in losses.items())
-        return GrainOutput(
-            loss=loss, losses=losses, logits_per_image=logits, logits_per_text=logits.T, **embeds
-        )
-
-    def _logits(self, rows, columns):
-        logits = self.backbone.logit_scale.exp() * _cosines(rows, columns)
-        return logits if self.backbone.logit_bias is None else logits + self.backbone.logit_bias
-
-    def _image_caption(self, image, text, input_ids):
-        """The loss of images [B, D] and their captions [B, D]; negatives come from this batch."""
-        positive = torch.arange(len(image), device=image.device)
-        forbidden = torch.zeros(len(positive), len(positive), dtype=torch.bool, device=image.device)
-        if self.config.losses["mask_duplicates"]:  # equal texts are not negatives of each other
-            forbidden = (input_ids[:, None] == input_ids).all(-1)
-        loss = self._contrast(image, text, positive, forbidden)
-        if self.config.losses["contrast"] == "softmax":
-            loss = (loss + self._contrast(text, image, positive, forbidden)) / 2
-        return loss.mean()
-
-    def _contrast(self, rows, columns, positive, forbidden):
-        """Contrastive loss per row: `positive` is its positive column, and forbidden columns are not negatives."""
-        logits = self._logits(rows, columns)
-        is_positive = F.one_hot(positive, columns.shape[0]).bool()
-        logits = logits.masked_fill(forbidden & ~is_positive, -math.inf)
-        if self.config.losses["contrast"] == "softmax":
-            return F.cross_entropy(logits, positive, reduction="none")
-        return F.softplus(torch.where(is_positive, -logits, logits)).sum(-1)
-
-    def _region_losses(self, region_embeds, boxes, description_ids, target, mask):
-        """The losses of the regions by name: embeddings [B, Q, D] and boxes [T, B, Q, 4], and what they should be."""
-        c = self.config.losses
-        mask = mask.bool() & (target[..., 2:] > 0).all(-1)  # a box without area is no target
-        slots = mask.shape[1]
-        texts = description_ids.flatten(0, 1)
-        descriptions = _unit(self.get_text_features(texts))
-        cosine = _cosines(region_embeds, descriptions.unflatten(0, mask.shape))
-        image, region, query = self._match(boxes[-1], target, cosine, mask)
-        box = self._box_loss(boxes[-1], target, image, region, query)
-        if c["deep_supervision"]:
-            for earlier in boxes[:-1]:
-                pairs = self._match(earlier, target, cosine, mask)
-                box = box + self._box_loss(earlier, target, *pairs)
-        label = image * slots + region
-        forbidden = ~mask.flatten().expand(len(label), -1)
-        if c["mask_duplicates"]:
-            forbidden = forbidden | (texts[label][:, None] == texts).all(-1)
-        matched = region_embeds[image, query]
-        region_description = self._contrast(matched, descriptions, label, forbidden)
-        return dict(
-            region_description=region_description.sum() / max(len(label), 1),
-            box=box / mask.sum().clamp(min=1),
-        )
-
-    @torch.no_grad()
-    def _match(self, boxes, target, cosine, mask):
-        """The matching of least cost of queries and real regions: image, region and query of each pair."""
-        requires_backends(self, "scipy")
-        c = self.config.losses
-        pred, real = boxes[:, :, None], target[:, None]
-        cost = c["match_l1"] * (pred - real).abs().sum(-1)
-        cost = cost - c["match_giou"] * _giou(pred, real, c["iou_epsilon"])
-        cost = (cost - c["match_description"] * cosine).double().cpu()
-        cost = cost.nan_to_num(nan=_NO_COST, posinf=_NO_COST, neginf=_NO_COST)  # taken last
-        pairs = []
-        for image, here in enumerate(mask.cpu()):
-            regions = here.nonzero()[:, 0]
-            queries, chosen = linear_sum_assignment(cost[image][:, regions])
-            matched = sorted(zip(regions[chosen].tolist(), queries.tolist()))
-            pairs += [(image, region, query) for region, query in matched]
-        return torch.tensor(pairs, dtype=torch.long, device=boxes.device).view(-1, 3).unbind(1)
-
-    def _box_loss(self, boxes, target, image, region, query):
-        """L1 + (1 - GIoU), summed over the pairs."""
-        pred, real = boxes[image, query], target[image, region]
-        overlap = _giou(pred, real, self.config.losses["iou_epsilon"])
-        return (pred - real).abs().sum() + (1 - overlap).sum()
+            out["region_embeds"] = _unit(regions)
+            out["boxes_xyxy"] = _corners(boxes[-1]).clamp(0, 1)
+        return out
 
     def export_onnx(self, folder):
         """Writes `image.onnx`, `text.onnx`, `maps.onnx` and, with a box head, `boxes.onnx` to `folder`, which is made.
@@ -842,14 +730,3 @@ def _region_maps(cosines, boxes_xyxy, grid):
     lowest = cosines.amin(-1, keepdim=True)
     above = ((cosines - lowest)[..., None, None] * share[:, None]).amax(2)
     return lowest[..., None] + above
-
-
-def _giou(a_cxcywh, b_cxcywh, epsilon):
-    """Generalised IoU (Rezatofighi et al. 2019); `epsilon` is added to the union in the IoU only."""
-    a, b = _corners(a_cxcywh), _corners(b_cxcywh)
-    area = lambda box: (box[..., 2:] - box[..., :2]).prod(-1)
-    inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    overlap, hull = inner.clamp(min=0).prod(-1), outer.clamp(min=0).prod(-1)
-    union = area(a) + area(b) - overlap
-    return overlap / (union + epsilon) - (hull - union) / hull

@@ -50,13 +50,7 @@ class GrainImageProcessor(ImageProcessingMixin):
     def _image(self, image):
         """A PIL image, upright and RGB."""
         if not isinstance(image, PIL.Image.Image):
-            array = np.asarray(image)
-            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-                raise ValueError(
-                    f"images: got an array {array.dtype} {list(array.shape)}, expected PIL images"
-                    " or uint8 [H, W, 3]"
-                )
-            image = PIL.Image.fromarray(array)
+            image = PIL.Image.fromarray(np.asarray(image))
         image = PIL.ImageOps.exif_transpose(image)
         return image.convert("RGB")  # before the resize: palette indices cannot be interpolated
 

@@ -37,11 +37,7 @@ def from_torch(
         params = names.to_params(states["backbone"], states["decoder"], model)
     proof = prove(model, params, states)
     output.save(folder, model, params, source, proof)
-    lines = [*towers.describe(model, assumed), "left out, since no output of GRAIN depends on it:"]
-    for module, unused in names.UNUSED.items():
-        for name in unused:
-            shape = states[module][name].shape if name in states[module] else "not in the file"
-            lines.append(f"  {module} {name} {shape}")
+    lines = towers.describe(model, assumed)
     return proof.after(f"from-torch: {source} -> {folder}", *lines)
 
 
@@ -66,12 +62,7 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         write(path, states)
     proof = prove(model, params, read(path))
     lines = [f"to-torch: {stored_model.folder} -> {path}"]
-    for module, key in KEYS.items():
-        size = sum(array.size for array in states[module].values())
-        lines.append(f"{key}: {len(states[module])} entries, {size:,} values, names with module.")
     lines += [_heads_line(tower, getattr(model, tower)) for tower in names.TOWERS]
-    zeros = ", ".join(f"{m} {name}" for m, unused in names.UNUSED.items() for name in unused)
-    lines.append(f"zeros, for the entries that the reference never uses: {zeros}")
     return proof.after(*lines)
 
 

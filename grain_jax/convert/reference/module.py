@@ -1,7 +1,6 @@
 """The torch module of a model (`hf_files/modeling_grain.py`) as the other side of the parity."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from grain_jax.convert.reference import names
 from grain_jax.convert.reference.names import StateDicts
 
 
-def make_module(model: config_lib.Model, losses: Mapping[str, Any] | None = None) -> Any:
+def make_module(model: config_lib.Model) -> Any:
     """The torch module of a model, in eval mode, with random weights.
 
     Raises:
@@ -20,7 +19,7 @@ def make_module(model: config_lib.Model, losses: Mapping[str, Any] | None = None
     """
     from grain_jax.convert.hf_files import configuration_grain, modeling_grain
 
-    config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model), losses=losses)
+    config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model))
     return modeling_grain.GrainModel(config).eval()
 
 
@@ -74,7 +73,7 @@ def prove(model: config_lib.Model, params: Any, states: StateDicts) -> parity.Re
     try:
         module = make_module(model)
     except ImportError as error:
-        return parity.not_proven(params, f"{error}; pip install 'grain_jax[interop]'")
+        return parity.not_proven(f"{error}; pip install 'grain_jax[interop]'")
     load_states(module, states)
     return prove_module(model, params, module)
 

@@ -5,7 +5,6 @@ projections, the box head; `hf_files/modeling_grain.py` has all. Its "decoder" o
 tokens.
 """
 
-import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables, towers
+from grain_jax.convert.exits import needs
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.formats import linear, norm
 from grain_jax.convert.tables import Entries, NamePair
@@ -85,63 +85,6 @@ REFERENCE_HEADS = {
     ("text", 512): 8,
     ("decoder", 512): 8,
 }
-# What an image tower of CLIP, SigLIP or the reference has.
-PLAIN_IMAGE = {
-    "image.positions": True,
-    "image.rope": "none",
-    "image.registers": 0,
-    "image.layer_scale": False,
-    "image.mlp": "plain",
-    "image.key_bias": True,
-}
-# What the models of the reference have: key, value; True: the modeling file of to-hf has nothing else either.
-_FIXED = (
-    ("logit_bias_init", None, False),
-    ("image.tower", "vit", True),
-    ("text.tower", "transformer", True),
-    ("image.norm_eps", 1e-6, False),
-    ("image.class_token", True, False),
-    ("image.patch_bias", True, False),
-    ("image.pre_norm", False, False),
-    ("image.activation", "gelu", False),
-    *((key, value, False) for key, value in PLAIN_IMAGE.items()),
-    ("image.pixel_mean", config_lib.ImageTower.pixel_mean, False),
-    ("image.pixel_std", config_lib.ImageTower.pixel_std, False),
-    ("text.norm_eps", 1e-5, False),
-    ("text.causal", True, False),
-    ("text.activation", "quick_gelu", False),
-    ("text.pool", "end", False),
-    ("text.mask_padding", False, False),
-    ("text.projection", "matrix", False),
-    ("text.tokenizer", "clip", False),
-    ("text.end_id", None, False),
-    ("decoder.norm_eps", 1e-5, False),
-    ("decoder.image_pool", "query", False),
-    ("boxes.kind", "none", False),
-)
-
-
-def faults(model: config_lib.Model, command: str) -> list[str]:
-    """One line per reason why "to-torch" or "to-hf" cannot express a model; to-hf here is the modeling file of GRAIN."""
-    lines = []
-    if model.decoder is None and command == "to-torch":
-        lines.append(f"model.decoder: got none; {command} writes models with a region decoder")
-    for key, expected, always in _FIXED:
-        if model.decoder is None and key.startswith("decoder."):
-            continue
-        got = operator.attrgetter(key)(model)
-        if got != expected and (always or command == "to-torch"):
-            lines.append(f"model.{key}: got {got}, {command} writes models with {expected}")
-    if command == "to-torch" and model.decoder is not None and model.decoder.queries == 0:
-        lines.append(
-            "model.decoder.queries: got 0, expected at least 1; without queries the reference's model has other parameters"
-        )
-    return lines
-
-
-def refuse(model: config_lib.Model, command: str) -> None:
-    """Raises ConvertError with the lines of `faults`, where there are any."""
-    raise_any(faults(model, command))
 
 
 def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:
@@ -191,7 +134,7 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
     Raises:
       ConvertError: the reference cannot express the model; one line per reason.
     """
-    refuse(model, "to-torch")
+    raise_any(needs.TORCH.faults(model))
     assert model.decoder is not None  # else refused
     image, decoder = model.image, model.decoder
     used = state_dicts(params)

@@ -132,7 +132,9 @@ def test_a_folder_of_to_hf_is_pushed_with_its_card(there, tmp_path, capsys):
     assert re.search(r"^pushed to https://hub/org/new$", "".join(capsys.readouterr()), re.M)
     assert there.private == ["org/new"]
     code = {f"{kind}_grain.py" for kind in ("configuration", "modeling", "processing")}
-    settings = {f"{kind}config.json" for kind in ("", "preprocessor_", "processor_")}
+    settings = {f"{kind}config.json" for kind in ("", "preprocessor_", "processor_")} | {
+        "converted_from.json"
+    }
     assert set(there.files["org/new"]) == code | settings | {"README.md", "model.safetensors"}
     card = there.files["org/new"]["README.md"].decode()
     assert 'AutoModel.from_pretrained("org/new", trust_remote_code=True)' in card
