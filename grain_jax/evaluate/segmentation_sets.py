@@ -84,7 +84,7 @@ def open_set(
     Args:
       images: the root of the dataset.
       layout: a name in LAYOUTS.
-      ignore: the id that does not count, even if it is a class; None: the layout's.
+      ignore: a further id that does not count, even if it is a class.
       get: how to get the data, for errors.MissingData.
 
     Raises:
