@@ -61,7 +61,11 @@ class HardNegatives(AnnotatedImages):
             seen.records[image].regions[region]
             for image, region in zip(described.image, described.region)
         )
-        descriptions = [self._descriptions(region) for region in regions]
+        count = self.negatives
+        descriptions = [
+            (x.description, *x.negatives[:count]) if len(x.negatives) >= count else ()
+            for x in regions
+        ]
         use = np.array([bool(texts) for texts in descriptions], bool)
         if not use.any():
             raise errors.UserError(
@@ -89,28 +93,11 @@ class HardNegatives(AnnotatedImages):
         out = {}
         for way, box_embed in embeds.items():
             boxes = scores.unit(box_embed[use])
-            cosines = [text_embed[of_box] @ box for of_box, box in zip(text, boxes)]
-            out[way] = _ranked(np.stack(cosines))
+            cosines = np.stack([text_embed[of_box] @ box for of_box, box in zip(text, boxes)])
+            rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
+            out[way] = {
+                **rates.rate("top1", rates.topk_hits(cosines, np.zeros(len(cosines), int), 1)),
+                "mean_rank": float(rank.mean()),
+                "median_rank": float(np.median(rank)),
+            }
         return out
-
-    def _descriptions(self, region: annotations_lib.Region) -> tuple[str, ...]:
-        """The description of a box and its N negatives, or nothing."""
-        negatives = region.negatives[: self.negatives]
-        return () if len(negatives) < self.negatives else (region.description, *negatives)
-
-
-def _ranked(cosines: np.ndarray) -> dict[str, float]:
-    """The right one of candidates, which is the first.
-
-    Args:
-      cosines: [M, 1 + N].
-
-    Returns: `top1`, with a 95% interval (`_low`, `_high`; ties count as if broken at random), `mean_rank` and
-      `median_rank` (1 is best; ties count as lost).
-    """
-    rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
-    return {
-        **rates.rate("top1", rates.topk_hits(cosines, np.zeros(len(cosines), int), 1)),
-        "mean_rank": float(rank.mean()),
-        "median_rank": float(np.median(rank)),
-    }
