@@ -164,15 +164,17 @@ class Segmentation(Evaluator):
                 raise image_files.ImageError(f"{pair.image}: {error}") from None
 
         def maps_of(windows: np.ndarray) -> tuple[np.ndarray]:
-            options = dict(by=self.by, patch_features=self.patch_features)
-            return (predictor.class_maps(windows, classes, **options),)
+            how = dict(by=self.by, patch_features=self.patch_features)
+            return (predictor.class_maps(windows, classes, **how),)
 
         def count(batch: encode.Batch) -> dict[str, np.ndarray]:
             windows, masks = zip(*batch.pixels)
             (maps,) = scores.in_parts(maps_of, np.concatenate([x.pixels for x in windows]))
             stream.check_finite(maps)
             maps = np.split(maps, np.cumsum([len(each.pixels) for each in windows])[:-1])
-            how = dict(background=self.background_threshold, scale=predictor.logit_scale, skip=skip)
+            how: dict[str, Any] = dict(
+                background=self.background_threshold, scale=predictor.logit_scale, skip=skip
+            )
             pixels = []
             for cells, each, mask in zip(maps, windows, masks, strict=True):
                 labels = segmenting.labels(cells, each, **how)
