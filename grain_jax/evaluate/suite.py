@@ -62,6 +62,7 @@ def run(
     predictor = processes.run_together(load)
     folder = str(predictor.folder or checkpoint)
     about = {"checkpoint": checkpoint, "folder": folder, "digest": predictor.digests}
+    about["processes"] = processes.process_info()[1]
     results = about | results
     if before and before.get("digest") == results["digest"]:
         results["ran"] = {
