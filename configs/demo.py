@@ -58,7 +58,6 @@ def get_config():
     )
     c.evals.retrieval = evaluator("retrieval", f"{data}/test", **test)
     c.evals.grounding = evaluator("grounding", f"{data}/test", **test)
-    c.evals.maps = evaluator("maps", f"{data}/test", **test)
     c.evals.parts = evaluator(
         "segmentation",
         f"{data}/segmentation/unseen",

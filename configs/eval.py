@@ -57,12 +57,6 @@ _FEWER_NEGATIVES = {"fg_ovd_pattern": 7, "fg_ovd_transparency": 2}
 SEGMENTED = {
     "ade20k": ("ade20k", "ADEChallengeData2016.zip of data.csail.mit.edu/places/ADEchallenge"),
     "voc2012": ("voc", "VOCdevkit/VOC2012 of VOCtrainval_11-May-2012.tar, host.robots.ox.ac.uk"),
-    "pascal_context": ("context59", "VOCdevkit/VOC2010, with SegmentationClassContext by Detail"),
-    "cityscapes": ("cityscapes", "leftImg8bit and gtFine of cityscapes-dataset.com"),
-    "coco_stuff": (
-        "coco_stuff",
-        "val2017.zip in images/, stuffthingmaps_trainval2017.zip in annotations/",
-    ),
 }
 SETS = (*TFDS, "products2023", *ANNOTATED, *SEGMENTED)
 PROBES = tuple(f"{name}_probe" for name in TFDS)  # linear probes, trained on `train`

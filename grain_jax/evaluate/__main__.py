@@ -23,15 +23,15 @@ from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import distributed, processes
 
 
-def _output(path: str, name: str = "--output") -> epath.Path:
+def _output(path: str) -> epath.Path:
     output = epath.Path(path)
     if output.is_dir():
-        raise InputError(f"{name}: {output} is a folder, expected a file to write")
+        raise InputError(f"--output: {output} is a folder, expected a file to write")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         atomic.check(output)
     except OSError as error:
-        raise InputError(f"{name}: {output}: {error.strerror or error}") from None
+        raise InputError(f"--output: {output}: {error.strerror or error}") from None
     return output
 
 
@@ -78,19 +78,17 @@ def _run_one(args: argparse.Namespace) -> int:
     cls = kinds.find(args.command.replace("-", "_"))
     flags = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
     flags = {name: value for name, value in flags.items() if value is not None}
-    wanted = getattr(args, "predictions", None)
 
     def check():  # everything, before the checkpoint is read
-        files = _output(args.output), wanted and _output(wanted, "--predictions")
-        entry = cls.of_flags(**flags)
+        file, entry = _output(args.output), cls.of_flags(**flags)
         saved_model.find(args.checkpoint)
         entry.check()
-        return *files, entry
+        return file, entry
 
-    output, predictions, entry = processes.run_together(check)
+    output, entry = processes.run_together(check)
     predictor = processes.run_together(lambda: inference.load(args.checkpoint))
     began = time.monotonic()
-    result = entry.evaluate(predictor, Context(args.batch_size, predictions=predictions))
+    result = entry.evaluate(predictor, Context(args.batch_size))
     result |= {"kind": entry.kind, "seconds": round(time.monotonic() - began, 1)}
     if processes.process_info()[0]:
         return 0

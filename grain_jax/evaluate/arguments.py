@@ -67,9 +67,6 @@ def _of_evaluator(name: str) -> type[Command]:
         default = None if "parse" in options else field.default
         default = dataclasses.MISSING if options.get("required") else default
         declared[field.name] = flag(default, **options)
-    if cls.writes_predictions:
-        lines.append("--predictions FILE  file to write: one line of JSON per image")
-        annotations["predictions"], declared["predictions"] = str | None, None
     about = (cls.__doc__ or name).splitlines()[0]
     example = f"grain-jax evaluate {command} --checkpoint runs/demo {cls.example} \\\n    --output {command}.json"
     text = f"{about}\n\nExample:\n{example}\n\nwhat is measured:\n" + "\n".join(lines)

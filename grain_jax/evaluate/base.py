@@ -14,10 +14,6 @@ class Context(typing.NamedTuple):
     """What an evaluation is told beside its options."""
 
     batch_size: int = 64  # images at a time
-    # Where a run keeps a file for this entry (an etils epath.Path), and the step of the run; None outside of a run.
-    state_path: Any = None
-    step: int | None = None
-    predictions: Any = None  # path of a file to write, of an evaluator that `writes_predictions`
 
 
 STANDALONE = Context()
@@ -56,7 +52,6 @@ class Evaluator(abc.ABC):
     """
 
     example: ClassVar[str] = ""  # flags of the command, to copy
-    writes_predictions: ClassVar[bool] = False  # whether `evaluate` takes `Context.predictions`
     table: ClassVar[Sequence[TableRow]] = ()  # rows of the table, of an evaluator of the package
     lower_is_better: ClassVar[Sequence[str]] = ()  # last words of such metrics: mean_rank
 
@@ -142,7 +137,7 @@ class Evaluator(abc.ABC):
 
         Args:
           predictor: the model: an `inference.Predictor`.
-          context: the batch size, and the state of the run.
+          context: the batch size.
 
         Returns: JSON-ready, the same on every process. Its numbers, also of nested dicts, become metrics; a
           number beside `KEY_low` and `KEY_high` is shown with that interval.
@@ -165,11 +160,6 @@ def expanduser(path: str) -> str:
 def exists(path: str) -> bool:
     """Whether there is a file or folder, local or remote."""
     return _path(path).exists()
-
-
-def same_place(a: str, b: str) -> bool:
-    """Whether two paths are the same file or folder."""
-    return _path(a).expanduser().resolve() == _path(b).expanduser().resolve()
 
 
 def _path(path: str) -> Any:

@@ -61,7 +61,6 @@ class Model:
     """`init` and `apply` as two_towers.Model of big_vision has them, with the parameters of `grain.GRAIN`."""
 
     checkpoint: str  # workdir, checkpoint or converted folder
-    dtype: str = "float32"  # of activations, "float32" (at full precision) or "bfloat16"
 
     def init(self, key: jax.Array, *_: Any, **__: Any) -> dict[str, Any]:
         """{"params": new parameters}; the images and texts that big_vision passes do not matter."""
@@ -96,7 +95,7 @@ class Model:
         if "logit_bias" in params:
             out["b"] = jnp.asarray(params["logit_bias"])[None]
         if image is not None:
-            encode = jitted.program(model, self.dtype, "encode_image")
+            encode = jitted.program(model, "float32", "encode_image")
             out["img/normalized"] = zimg = encode(params, jnp.asarray(image))[0]
         if text is not None:
             out["txt/normalized"] = ztxt = self._encode_text(model, params, jnp.asarray(text))
@@ -114,7 +113,7 @@ class Model:
         if tower.mask_padding and tower.end_id is not None:
             ends = tower.ends(tokens)
         tokens = jnp.where(real, tokens, tower.pad_id)
-        embed = jitted.text_program(model, self.dtype)(params, tokens, ends)
+        embed = jitted.text_program(model, "float32")(params, tokens, ends)
         known = ((tokens >= 0) & (tokens < tower.vocab_size)).all(axis=1)
         return jnp.where(known[:, None], embed, jnp.nan)
 
@@ -125,24 +124,16 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
     Args:
       init_params: unused, since the checkpoint has every parameter.
       init_file: workdir, checkpoint or converted folder.
-      model_cfg: the arguments of `Model`; its `checkpoint` may differ from `init_file` if the model is the same.
+      model_cfg: the arguments of `Model`.
 
     Raises:
-      BigVisionError: the models of the two checkpoints differ.
+      BigVisionError: `init_file` is not the checkpoint of `model_cfg`.
       checkpoint.CheckpointError: there is no checkpoint.
     """
     del init_params
-    if not isinstance(init_file, str):
-        raise BigVisionError(f"model_init: got {init_file!r}, expected the path of one checkpoint")
-    models = []
-    for path in (init_file, model_cfg["checkpoint"]):
-        model, _ = _stored(path)
-        image = dataclasses.replace(model.image, keep=1.0)  # of the training alone
-        models.append(dataclasses.replace(model, image=image))
-    if models[0] != models[1]:
+    if init_file != model_cfg["checkpoint"]:
         raise BigVisionError(
-            f"model_init: {init_file} has another model than model.checkpoint,"
-            f" {model_cfg['checkpoint']}; expected the same towers"
+            f"model_init: got {init_file!r}, expected model.checkpoint, {model_cfg['checkpoint']}"
         )
     return saved_model.load_model(init_file)[1]
 

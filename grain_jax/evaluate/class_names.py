@@ -15,8 +15,6 @@ from etils import epath
 from grain_jax.core import errors, regular_file
 
 SHIPPED = epath.Path(__file__).parent / "classes"
-# A value of `classes`: the ImageNet class names of the package open_clip. Two names occur twice (missile, sunglasses).
-OPEN_CLIP = "open_clip"
 _IMAGENET = "imagenet2012"
 # Where open_clip names a class of ImageNet otherwise than classes/imagenet2012.txt, by WordNet id.
 OPEN_CLIP_NAMES = {
@@ -49,7 +47,7 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
     Args:
       labels: the label names of the dataset; None where it has none. Numbers (0, 1, ...) count as none.
       count: the number of classes of the dataset.
-      classes: a class file: its path, the name of a file in `classes/`, or OPEN_CLIP; None: names made from
+      classes: a class file: its path or the name of a file in `classes/`; None: names made from
         the labels. If the dataset and the file both have labels, each label is looked up in the file, which
         may have more labels. Otherwise the file must have the classes in the order of the dataset.
 
@@ -88,8 +86,6 @@ def read(classes: str) -> list[Line]:
     Raises:
       ClassNameError: no such file, an empty file, a repeated label, or lines with different numbers of columns.
     """
-    if classes == OPEN_CLIP:
-        return _open_clip()
     path = SHIPPED / f"{classes}.txt"
     if "/" in classes or not path.exists():
         path = epath.Path(classes).expanduser()
@@ -121,9 +117,8 @@ def composed(name: str) -> str:
 
 
 def shipped() -> str:
-    """The values of `classes` that are not paths, for messages: the files in `classes/`, and OPEN_CLIP."""
-    files = (path.stem for path in SHIPPED.iterdir() if path.suffix == ".txt")
-    return ", ".join([*sorted(files), OPEN_CLIP])
+    """The values of `classes` that are not paths, for messages: the files in `classes/`."""
+    return ", ".join(sorted(path.stem for path in SHIPPED.iterdir() if path.suffix == ".txt"))
 
 
 def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None:
@@ -187,15 +182,3 @@ def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
 def twice(names: Sequence[str]) -> str:
     """The first name that is there twice; "": none."""
     return next((name for name in names if names.count(name) > 1), "")
-
-
-def _open_clip() -> list[Line]:
-    try:
-        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-    except ImportError:
-        raise ClassNameError(
-            f"classes {OPEN_CLIP}: got no package open_clip, expected it;"
-            " pip install 'grain_jax[interop]'"
-        ) from None
-    wnids = [line.label for line in read(_IMAGENET)]  # sorted, as the names of open_clip are
-    return [Line(*pair) for pair in zip(wnids, IMAGENET_CLASSNAMES, strict=True)]

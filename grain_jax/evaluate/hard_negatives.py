@@ -4,14 +4,11 @@ The protocol is FG-OVD's (Bianchi et al., CVPR 2024, "The Devil is in the Fine-G
 box is compared with its description and its first N negatives; boxes with fewer are left out. The rank of the
 description is 1 + the number of negatives whose score is at least its own (but for `rates.TIE`), as in
 lorebianchi98/FG-OVD, evaluation/ranks.py. There detectors find the boxes, and a missed box has the last rank.
-
-Captions are compared with the image as a whole: in a wrong one a negative stands for the description.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,25 +36,13 @@ class HardNegatives(AnnotatedImages):
         " annotate --passes negatives makes; or ask for fewer"
     )
     lower_is_better = ("mean_rank", "median_rank")
-    table = (
-        *(
-            TableRow(f"{way}/top1", f"right description, by the {by}", "chance", "boxes", "boxes")
-            for way, by in (("box_head", "box head"), ("region", "region"), ("image", "image"))
-        ),
-        TableRow(
-            "captions/image/top1",
-            "right caption, by the image",
-            "chance",
-            "captions/boxes",
-            "captions",
-        ),
+    table = tuple(
+        TableRow(f"{way}/top1", f"right description, by the {by}", "chance", "boxes", "boxes")
+        for way, by in (("box_head", "box head"), ("region", "region"), ("image", "image"))
     )
     kind: str = "hard_negatives"
     negatives: int = option(
         10, "Negatives per box, 10 as in FG-OVD; boxes with fewer are left out.", "N", low=1
-    )
-    captions: bool = option(
-        False, "Whether captions with a negative in place of the description are compared too."
     )
 
     def usable(self, record: annotations_lib.Annotation) -> bool:
@@ -68,22 +53,25 @@ class HardNegatives(AnnotatedImages):
 
         Returns: counts; `chance`, `chance_mean_rank`; and by the embeddings `box_head`, `region` and `image`, as in
           `box_classes`: `top1`, the share of boxes whose description is the best of the N + 1 texts, with a 95% interval;
-          `mean_rank` and `median_rank`. Rank 1 is best; ties count as lost. `captions` has the same for captions that hold
-          the description, by the image, and their number `boxes`.
+          `mean_rank` and `median_rank`. Rank 1 is best; ties count as lost.
         """
         seen = box_classes.encode_boxes(self, predictor, context)
         described = seen.described
-        pairs = [
-            (seen.records[image], seen.records[image].regions[region])
+        regions = (
+            seen.records[image].regions[region]
             for image, region in zip(described.image, described.region)
+        )
+        count = self.negatives
+        descriptions = [
+            (x.description, *x.negatives[:count]) if len(x.negatives) >= count else ()
+            for x in regions
         ]
-        descriptions = [self._descriptions(region) for _, region in pairs]
         use = np.array([bool(texts) for texts in descriptions], bool)
         if not use.any():
             raise errors.UserError(
                 f"{self.annotations}: no box with {self.negatives} negatives or more lies in its image"
             )
-        result = {
+        return {
             **seen.counts,
             "boxes": int(use.sum()),
             "boxes_outside": described.outside,
@@ -93,12 +81,6 @@ class HardNegatives(AnnotatedImages):
             "chance_mean_rank": 1 + self.negatives / 2,
             **self._measured(predictor, descriptions, seen.embeds),
         }
-        if self.captions:
-            captions = [self._captions(*pair) for pair in pairs]
-            if any(captions):
-                by_image = self._measured(predictor, captions, {"image": seen.embeds["image"]})
-                result["captions"] = {"boxes": sum(map(bool, captions)), **by_image}
-        return result
 
     def _measured(
         self, predictor: Any, texts: Sequence[Sequence[str]], embeds: Mapping[str, np.ndarray]
@@ -111,41 +93,11 @@ class HardNegatives(AnnotatedImages):
         out = {}
         for way, box_embed in embeds.items():
             boxes = scores.unit(box_embed[use])
-            cosines = [text_embed[of_box] @ box for of_box, box in zip(text, boxes)]
-            out[way] = _ranked(np.stack(cosines))
+            cosines = np.stack([text_embed[of_box] @ box for of_box, box in zip(text, boxes)])
+            rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
+            out[way] = {
+                **rates.rate("top1", rates.topk_hits(cosines, np.zeros(len(cosines), int), 1)),
+                "mean_rank": float(rank.mean()),
+                "median_rank": float(np.median(rank)),
+            }
         return out
-
-    def _descriptions(self, region: annotations_lib.Region) -> tuple[str, ...]:
-        """The description of a box and its N negatives, or nothing."""
-        negatives = region.negatives[: self.negatives]
-        return () if len(negatives) < self.negatives else (region.description, *negatives)
-
-    def _captions(
-        self, record: annotations_lib.Annotation, region: annotations_lib.Region
-    ) -> tuple[str, ...]:
-        """A caption that holds the description of a box, and the same with each negative in its place; or nothing."""
-        phrase = r"\s+".join(map(re.escape, region.description.split()))
-        pattern = re.compile(rf"(?<!\w){phrase}(?!\w)", re.IGNORECASE)
-        matches = map(pattern.search, (*record.captions, record.synthetic_caption))
-        match, texts = next(filter(None, matches), None), self._descriptions(region)
-        if match is None or not texts:
-            return ()
-        start, end = match.string[: match.start()], match.string[match.end() :]
-        return match.string, *(start + text + end for text in texts[1:])
-
-
-def _ranked(cosines: np.ndarray) -> dict[str, float]:
-    """The right one of candidates, which is the first.
-
-    Args:
-      cosines: [M, 1 + N].
-
-    Returns: `top1`, with a 95% interval (`_low`, `_high`; ties count as if broken at random), `mean_rank` and
-      `median_rank` (1 is best; ties count as lost).
-    """
-    rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
-    return {
-        **rates.rate("top1", rates.topk_hits(cosines, np.zeros(len(cosines), int), 1)),
-        "mean_rank": float(rank.mean()),
-        "median_rank": float(np.median(rank)),
-    }

@@ -23,9 +23,7 @@ KINDS = {
     "grounding": "grain_jax.evaluate.grounding:Grounding",
     "boxes": "grain_jax.evaluate.box_classes:Boxes",
     "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
-    "maps": "grain_jax.evaluate.maps:Maps",
     "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
-    "diagnostics": "grain_jax.evaluate.diagnostics:Diagnostics",
 }
 
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import warnings
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option, same_place
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, expanduser, option
 from grain_jax.evaluate.evaluators import LabelledImages
 
 with epy.lazy_imports():
@@ -38,7 +37,6 @@ EXPONENTS = tuple(range(-6, 7, 2))
 _HALVINGS = 4  # of the step of the search: from 2 decades to 1/8 decade
 _SEED = 0  # of the splits
 _TIE = 1e-9  # of the largest logit of an image: logits of float64 nearer than this are equal but for rounding
-_ONE_THREAD = 10**9  # multiplications per iteration; fewer are faster by one thread than several
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ class LinearProbe(LabelledImages):
         if self.tfds is None and self.train is None:
             return None
         train, test = self.train or "train", self.images if self.tfds is None else self.split
-        if (train == test) if self.tfds is not None else same_place(train, test):
+        if (train == test) if self.tfds is not None else expanduser(train) == expanduser(test):
             raise errors.UserError(
                 f"train: got {train}, which are the test's images, expected others, or none to split them"
             )
@@ -80,16 +78,11 @@ class LinearProbe(LabelledImages):
             )
         test, train = self.open(), self.open_train()
         if train is not None and list(train.classes) != list(test.classes):
-            a, b = set(train.classes), set(test.classes)
-            only, others = (test_sets.listed(sorted(x)) or "none" for x in (a - b, b - a))
+            others = sorted({*train.classes} ^ {*test.classes})
             raise errors.UserError(
-                "train: got other classes than the test's, expected the same; only in train:"
-                f" {only}; only in the test: {others}"
+                "train: got other classes than the test's, expected the same; only in one of them:"
+                f" {test_sets.listed(others)}"
             )
-        # The sizes of the classes of a TFDS dataset are known only once it is read.
-        if (labels := getattr(train or test, "labels", None)) is not None:
-            counts = np.bincount(labels, minlength=len(test.classes))
-            _check_counts(counts if train else np.array([_part(n, TRAIN_SHARE) for n in counts]))
         return len(test) + (len(train) if train else 0)
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
@@ -115,10 +108,15 @@ class LinearProbe(LabelledImages):
         test, train = self.open(), self.open_train()
         classes, tested = list(test.classes), encoded(test)
         if train is None:
-            learnt, tested = _split(tested, classes)
+            chosen = hold_out(tested.label, TRAIN_SHARE)
+            learnt, tested = tested.select(chosen), tested.select(~chosen)
         else:
             learnt = encoded(train)
-        _check_counts(np.bincount(learnt.label, minlength=len(classes)))
+        counts = np.bincount(learnt.label, minlength=len(classes))
+        if (counts > 0).sum() < 2 or counts.max() < 2:
+            raise errors.UserError(
+                f"train: got {(counts > 0).sum()} classes with images, expected two at least, one of them with two images"
+            )
         result = {
             "kind": "linear_probe",
             **rates.counts_of_classes(tested.label, classes),
@@ -127,14 +125,6 @@ class LinearProbe(LabelledImages):
         }
         # Only the first process fits; the others wait for its result.
         return result | processes.of_first(lambda: _probe(learnt, tested, classes))
-
-
-def _check_counts(counts: np.ndarray) -> None:
-    """Raises errors.UserError unless two classes have training images, `counts` [C], and one of them two."""
-    if (counts > 0).sum() < 2 or counts.max() < 2:
-        raise errors.UserError(
-            f"train: got {(counts > 0).sum()} classes with images, expected two at least, one of them with two images"
-        )
 
 
 class Data(NamedTuple):
@@ -176,29 +166,12 @@ def fit(learnt: Data, validation: Data, final: Data) -> tuple[Any, float]:
 
 
 def hold_out(label: np.ndarray, share: float) -> np.ndarray:
-    """A share of the images of each class, one at least and never all of them; bool [N]."""
+    """A share of the images of each class, never all of them, and one at least if there are two; bool [N]."""
     chosen = np.zeros(len(label), bool)
     for c in np.unique(label):  # in a random order that no other class influences
         images = np.random.default_rng([_SEED, int(c)]).permutation(np.flatnonzero(label == c))
-        chosen[images[: _part(len(images), share)]] = True
+        chosen[images[: min(len(images) - 1, max(1, round(share * len(images))))]] = True
     return chosen
-
-
-def _part(count: int, share: float) -> int:
-    """So many of `count` images: one at least, and not all of them."""
-    return min(count - 1, max(1, round(share * count)))
-
-
-def _split(data: Data, classes: Sequence[str]) -> tuple[Data, Data]:
-    """The training and the test images of one set. Raises errors.UserError where a class has a single image."""
-    counts = np.bincount(data.label, minlength=len(classes))
-    if single := [name for name, n in zip(classes, counts) if n < 2]:
-        raise errors.UserError(
-            "train: got none, so that the images are split; expected two or more readable images per class; too few:"
-            f" {test_sets.listed(single)}"
-        )
-    train = hold_out(data.label, TRAIN_SHARE)
-    return data.select(train), data.select(~train)
 
 
 def _probe(learnt: Data, tested: Data, classes: list[str]) -> dict[str, Any]:
@@ -224,12 +197,10 @@ def _hits(scores: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:
 
 def _regression(data: Data, c: float) -> Any:
     """scikit-learn's regression at that C."""
-    import threadpoolctl  # comes with scikit-learn
     from sklearn import exceptions, linear_model
 
-    small = data.embed.size * len(np.unique(data.label)) < _ONE_THREAD
     model = linear_model.LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
-    with threadpoolctl.threadpool_limits(1 if small else None), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # The result counts such fits.
         warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
         return model.fit(*data)

@@ -8,16 +8,13 @@ else it fails.
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
 from grain_jax import config as config_lib
@@ -27,7 +24,6 @@ from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
-_PACKAGES = ("grain_jax", "jax", "flax", "numpy", "pillow", "tensorflow-datasets")
 FAILED, NOTHING = 1, 2  # exit statuses
 
 
@@ -64,7 +60,10 @@ def run(
         return FAILED if results["failed"] else NOTHING
 
     predictor = processes.run_together(load)
-    results = _identity(checkpoint, predictor) | results
+    folder = str(predictor.folder or checkpoint)
+    about = {"checkpoint": checkpoint, "folder": folder, "digest": predictor.digests}
+    about["processes"] = processes.process_info()[1]
+    results = about | results
     if before and before.get("digest") == results["digest"]:
         results["ran"] = {
             name: result
@@ -168,25 +167,6 @@ def _digest_of_file(path: str) -> str | None:
     """A digest of the bytes of a file; None for the name of a class file of the package."""
     file = epath.Path(path).expanduser()
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if regular_file.is_one(file) else None
-
-
-def _identity(path: str, predictor: Any) -> dict[str, Any]:
-    """The checkpoint, the package versions and the devices of the results."""
-    folder = str(predictor.folder or path)
-    step = re.fullmatch(r"\d+", epath.Path(folder).name)
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "checkpoint": path,
-        "folder": folder,
-        "step": int(step.group()) if step else None,
-        "digest": predictor.digests,
-        "versions": versions,
-        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        "processes": processes.process_info()[1],
-    }
 
 
 def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:

@@ -39,10 +39,6 @@ class TestSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def name(self, position: int) -> str:
-        """The path of an image, or its position in the TFDS set."""
-        ...
-
     def images(self, positions: range) -> Iterable[Image]:
         """The images at consecutive positions, in order. Raises InputError if they cannot be read."""
         ...
@@ -113,9 +109,6 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def name(self, position: int) -> str:
-        return str(self.paths[position])
-
     def images(self, positions: range) -> Iterable[Image]:
         return (of_path(self.paths[i], int(self.labels[i])) for i in positions)
 
@@ -171,16 +164,13 @@ class TfdsSet:
     def __len__(self) -> int:
         return len(self._range)
 
-    def name(self, position: int) -> str:
-        return f"{self._name} {self._split} {self._range[position]}"
-
     def images(self, positions: range) -> Iterable[Image]:
         rows = self._range[positions.start : positions.stop]
         if not rows:
             return
         try:
             for position, example in zip(positions, self._examples(rows), strict=True):
-                name = self.name(position)
+                name = f"{self._name} {self._split} {self._range[position]}"
                 load = functools.partial(image_files.decode_image, example["image"], name, "file")
                 yield Image(name, load, int(example["label"]))
         # A damaged or missing file; the errors of TensorFlow have no common class.
@@ -212,9 +202,7 @@ def of_path(path: epath.PathLike, label: int = -1, orientation: str = "exif") ->
 def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:
     """The folder of a prepared TFDS set: of the version that `name` gives, or the newest.
 
-    Raises:
-      errors.MissingData: there is none; the message has the command that gets it.
-      InputError: `name` has no config, and the set has several.
+    Raises errors.MissingData if there is none; the message has the command that gets it.
     """
     base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     base = base.expanduser()
@@ -223,30 +211,18 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
         '.download_and_prepare()"'
     )
     path, _, version = name.partition(":")
-    configs = [base / path]
-    if "/" not in path and configs[0].is_dir():
-        configs += sorted(sub for sub in configs[0].iterdir() if sub.is_dir())
-    folders = {config: folder for config in configs if (folder := _newest(config, version))}
-    if not folders:
+    wanted = re.compile(re.escape(version) if version else r"\d+\.\d+\.\d+")
+    versions = [
+        sub
+        for sub in ((base / path).iterdir() if (base / path).is_dir() else ())
+        if wanted.fullmatch(sub.name) and (sub / "dataset_info.json").exists()
+    ]
+    if not versions:
         raise errors.MissingData(
             f"no TFDS set {name} (looked for {base / path}/{version or 'VERSION'}/dataset_info.json);"
             f" to get it: {get}"
         )
-    if len(folders) > 1:
-        names = ", ".join(f"{path}/{config.name}" for config in folders)
-        raise InputError(f"{name}: has several configs, expected one of {names}")
-    return next(iter(folders.values()))
-
-
-def _newest(folder: epath.Path, version: str) -> epath.Path | None:
-    """The folder of `version`, or if that is "" of the newest prepared version; None if there is none."""
-    wanted = re.compile(re.escape(version) if version else r"\d+\.\d+\.\d+")
-    versions = [
-        sub
-        for sub in (folder.iterdir() if folder.is_dir() else ())
-        if wanted.fullmatch(sub.name) and (sub / "dataset_info.json").exists()
-    ]
-    return max(versions, key=lambda sub: tuple(map(int, sub.name.split("."))), default=None)
+    return max(versions, key=lambda sub: tuple(map(int, sub.name.split("."))))
 
 
 def _tensorflow_datasets(name: str) -> Any:

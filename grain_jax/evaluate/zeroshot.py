@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -25,13 +24,11 @@ with epy.lazy_imports():
     import numpy as np
     from etils import epath
 
-    from grain_jax.core import atomic, regular_file
+    from grain_jax.core import regular_file
     from grain_jax.evaluate import class_names, encode, rates, test_sets
     from grain_jax.inference import prompts, scores
-    from grain_jax.runtime import processes
 
 BY_NAME = "by_name"  # key of the results by names alone, if there are descriptions too
-BEST = 5  # classes that the prediction of an image lists
 
 
 def _parse_alphas(text: str) -> tuple[float, ...]:
@@ -48,7 +45,6 @@ class ZeroShot(LabelledImages):
     """Classifies a folder with one sub-folder per class."""
 
     example = "--images runs/aviary/unseen \\\n    --descriptions runs/aviary/unseen.json"
-    writes_predictions = True
     kind: str = "zeroshot"
     descriptions: str | None = option(
         None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
@@ -147,9 +143,6 @@ class ZeroShot(LabelledImages):
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Classifies every image by alpha * global score + (1 - alpha) * region score.
 
-        With `context.predictions`, the first process writes there one JSON object per image: its name, its right class,
-        the five best classes.
-
         Returns: counts, `chance`, `chance_top5`, and for each alpha, under `alpha_A`, the rates of `rates.of_classes`.
           With names and descriptions the global score uses both together. `by_name` has the same keys with names alone
           in the global score, at alpha 1 and at each other alpha.
@@ -158,10 +151,11 @@ class ZeroShot(LabelledImages):
         scorer = self.scorer(predictor, test_set)
 
         def answers(batch: encode.Batch) -> dict[str, np.ndarray]:
-            part = {"index": batch.index, "target": batch.labels}
+            part = {"target": batch.labels}
             arrays = encode.embed(predictor, batch, regions=scorer.with_regions)
+            right = np.maximum(batch.labels, 0)  # no label: `evaluate` raises UserError below
             for way, cosines in scorer.of_images(arrays["image_embed"], arrays["embed"]).items():
-                part |= {f"{way} {key}": x for key, x in _answers(cosines, batch.labels).items()}
+                part |= {f"{way} top{k}": rates.topk_hits(cosines, right, k) for k in (1, 5)}
             return part
 
         arrays, unreadable = encode.over_images(
@@ -176,8 +170,6 @@ class ZeroShot(LabelledImages):
             raise errors.UserError(
                 "the test set has images without a label, expected another split"
             )
-        if context.predictions is not None and processes.process_info()[0] == 0:
-            _write(epath.Path(context.predictions), test_set, arrays)
         result = {
             "kind": "zeroshot",
             **rates.counts_of_classes(target, classes),
@@ -240,34 +232,6 @@ class Scorer(NamedTuple):
             )
             for way, features in self.features.items()
         }
-
-
-def _answers(cosines: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores [B, C] and right classes [B] -> the hits, and the best classes with their scores, best first."""
-    best = np.argpartition(-cosines, min(BEST, cosines.shape[1]) - 1, axis=1)[:, :BEST]
-    order = np.argsort(-np.take_along_axis(cosines, best, axis=1), axis=1, kind="stable")
-    best = np.take_along_axis(best, order, axis=1)
-    right = np.maximum(target, 0)  # no label: any class will do, since `evaluate` raises UserError
-    return {
-        "top1": rates.topk_hits(cosines, right, 1),
-        "top5": rates.topk_hits(cosines, right, 5),
-        "best": best.astype(np.int32),
-        "best_scores": np.take_along_axis(cosines, best, axis=1),
-    }
-
-
-def _write(path: epath.Path, test_set: test_sets.TestSet, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes one line per image: {"picture", "class", "alpha_1.0": [[class, score], ...], ...}."""
-    classes = test_set.classes
-    lines = []
-    for row, (index, target) in enumerate(zip(arrays["index"], arrays["target"])):
-        line = {"picture": test_set.name(index), "class": classes[target]}
-        for key in arrays:
-            if key.endswith(" best"):
-                pairs = zip(arrays[key][row].tolist(), arrays[f"{key}_scores"][row].tolist())
-                line[key.removesuffix(" best")] = [[classes[i], score] for i, score in pairs]
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    atomic.write_text(path, "".join(lines))
 
 
 def read_descriptions(

@@ -109,7 +109,7 @@ class Journal:
             self._log.progress(step, values)
         if due.evaluates:
             with watch.pause(), self.pause():
-                self.results = evaluate_all(self._config, self._run.evals, state, self._workdir)
+                self.results = evaluate_all(self._config, self._run.evals, state)
             values |= self.results
             if self.results and schedule.best_is_evaluated(self._config):
                 schedule.check_best_metric(self._config, self.results)
@@ -170,15 +170,12 @@ def evaluate_all(
     config: config_lib.Config,
     evals: Mapping[str, Evaluator],
     state: train_step.TrainState,
-    workdir: epath.Path,
 ) -> dict[str, float]:
     """The numbers of the evaluators `evals`; the processes share the images, and all get the numbers."""
-    results, step = {}, int(state.step)
+    results = {}
     with errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER):
         predictor = make_predictor(config, state)
         for name, entry in evals.items():
-            state_path = workdir / "diagnostics" / f"{name}.json"
-            context = Context(encode.BATCH_SIZE, state_path, step)
-            numbers = tables.scalars(entry.evaluate(predictor, context))
+            numbers = tables.scalars(entry.evaluate(predictor, Context(encode.BATCH_SIZE)))
             results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
     return results

@@ -152,7 +152,7 @@ def _train(
     # 6. Final evaluation and report.
     results = log.results
     if not results and run.evals:  # the run was complete already
-        results = journal.evaluate_all(config, run.evals, state, workdir)
+        results = journal.evaluate_all(config, run.evals, state)
     predictor = journal.make_predictor(config, state)
     if jax.process_index() == 0:
         report(config, workdir, predictor, results)

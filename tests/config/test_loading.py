@@ -108,7 +108,7 @@ def test_the_command_line_wins_over_the_file():
     assert load("total_steps=100", "total_epochs=None").total_steps == 100
     assert load("total_epochs=None", "total_epochs=3").total_epochs == 3
     assert list(load("evals=None", file="demo").evals) == []
-    others = ["grounding", "maps", "parts", "retrieval", "unseen"]
+    others = ["grounding", "parts", "retrieval", "unseen"]
     assert list(load("evals.seen=None", file="demo").evals) == others
 
 

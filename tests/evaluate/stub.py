@@ -71,10 +71,7 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def measure(
-    kind, predictor, *, batch_size=64, state_path=None, step=None, predictions=None, **options
-):
+def measure(kind, predictor, *, batch_size=64, **options):
     """The result of an evaluator of the package with those options, of which paths may be paths."""
     texts = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in options.items()}
-    context = base.Context(batch_size, state_path, step, predictions)
-    return kinds.find(kind)(**texts).evaluate(predictor, context)
+    return kinds.find(kind)(**texts).evaluate(predictor, base.Context(batch_size))

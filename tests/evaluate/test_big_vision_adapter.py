@@ -113,13 +113,6 @@ def test_pictures_are_resized_as_ours(clip):
         assert got["label"] == 3
 
 
-def test_the_patches_that_training_saw_make_no_other_model(clip, tmp_path):
-    folder = perturbed.saved(tmp_path / "kept", text__vocab_size=49408, image__keep=0.5)
-    params = big_vision.load(None, clip, {"checkpoint": folder})
-    expected = big_vision.load(None, clip, {"checkpoint": clip})
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
-
-
 def test_register_makes_the_names_known(monkeypatch):
     monkeypatch.setitem(sys.modules, "big_vision", None)
     with pytest.raises(big_vision.BigVisionError, match="^big_vision: not on the path"):
@@ -139,20 +132,8 @@ def test_register_makes_the_names_known(monkeypatch):
     }
 
 
-ERRORS = {
-    "^train: this adapter evaluates": lambda a, b: big_vision.Model(checkpoint=a).apply(
-        {}, None, None, train=True
-    ),
-    "^model_init: got {'img'": lambda a, b: big_vision.load(None, {"img": a}, {"checkpoint": a}),
-    "^model_init: .* has another model than model.checkpoint, ": lambda a, b: big_vision.load(
-        None, a, {"checkpoint": b}
-    ),
-    "none: no such folder": lambda a, b: big_vision.load(None, "none", {"checkpoint": a}),
-}
-
-
-@pytest.mark.parametrize("said", ERRORS)
-def test_errors_are_one_line(clip, other, said):
-    with pytest.raises(ValueError, match=said) as error:
-        ERRORS[said](clip, other)
-    assert "\n" not in str(error.value)
+def test_another_checkpoint_and_training_are_refused(clip):
+    with pytest.raises(big_vision.BigVisionError, match="^model_init: "):
+        big_vision.load(None, clip, {"checkpoint": "other"})
+    with pytest.raises(big_vision.BigVisionError, match="^train: "):
+        big_vision.Model(checkpoint=clip).apply({}, None, None, train=True)

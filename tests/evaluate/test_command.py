@@ -79,7 +79,6 @@ FAULTS = {
     "zeroshot --checkpoint x": "--images DIR, --output OUT.json: missing",
     "zeroshot --alpha half": "got 'half', expected a number from 0 to 1",
     "zeroshot --alpha 0.5 {rest}": "expected a file (D.json) for alpha 0.5",
-    "zeroshot --batch-size 0 {rest}": "got '0', expected a whole number in 1..2147483647",
     "grounding --annotations no.jsonl {rest}": "no.jsonl: no such file",
 }
 

@@ -1,10 +1,8 @@
 import json
 
-import numpy as np
 import pytest
-import scipy.optimize
 
-from grain_jax.evaluate import encode, grounding
+from grain_jax.evaluate import encode
 from grain_jax.inference import prompts
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
@@ -65,39 +63,6 @@ def test_more_boxes_than_queries_keep_the_highest_scores(tmp_path):
     assert result["regions"] == 3 and result["regions_matched"] == 2
     assert result["box_iou"] == pytest.approx((1 + 0.04) / 2)
     assert 0 < result["chance_box_iou"] < 1  # of one image, too
-
-
-def _iou_and_giou(a, b):
-    low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
-    overlap = np.prod(np.maximum(high - low, 0))
-    union = np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - overlap
-    hull = np.prod(np.maximum(a[2:], b[2:]) - np.minimum(a[:2], b[:2]))
-    return overlap / union, overlap / union - (hull - union) / hull
-
-
-def test_matching_is_scipys_of_the_training_cost():
-    random = np.random.default_rng(0)
-    pred = np.sort(random.random((9, 5, 2, 2)), axis=2).reshape(9, 5, 4).astype(np.float32)
-    counts = [1, 2, 3, 4, 5, 5, 3, 2, 1]
-    true = [np.sort(random.random((n, 2, 2)), axis=1).reshape(n, 4) for n in counts]
-    rank, text = np.concatenate([np.arange(n) for n in counts]), np.arange(sum(counts))
-    boxes_xyxy = np.concatenate(true).astype(np.float32)
-    image = np.repeat(np.arange(9), counts)
-    described = grounding.Described(image, rank, boxes_xyxy, rank, text, [], 0)
-    matched, text = grounding.match(pred, described)
-    assert text.tolist() == list(range(sum(counts)))
-    centre = lambda b: np.concatenate([(b[:2] + b[2:]) / 2, b[2:] - b[:2]])
-    expected_query, expected_iou = [], []
-    for i in range(9):
-        cost = [
-            [5 * np.abs(centre(p) - centre(t)).sum() - 2 * _iou_and_giou(p, t)[1] for p in pred[i]]
-            for t in true[i]
-        ]
-        region, query = scipy.optimize.linear_sum_assignment(cost)
-        expected_query += query.tolist()
-        expected_iou += [_iou_and_giou(pred[i, q], true[i][r])[0] for r, q in zip(region, query)]
-    assert matched.query.tolist() == expected_query
-    np.testing.assert_allclose(matched.iou, expected_iou, atol=1e-5)
 
 
 def test_distinct_keeps_the_first():

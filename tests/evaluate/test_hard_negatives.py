@@ -53,23 +53,3 @@ def test_fewer_negatives_take_the_first(data):
     got = measure("hard_negatives", predictor, **options, negatives=1)
     assert (got["boxes"], got["negatives"]) == (4, 1)
     assert got["region"]["top1"] == pytest.approx(3 / 4)  # of blue, pale is not asked for
-
-
-def test_captions_with_a_negative_in_place_of_the_description(tmp_path):
-    blue = region([0, 0, 9, 9], "blue", negatives=["red", "pale"])
-    options = annotate(
-        tmp_path,
-        [
-            {"caption": "bluebird", "synthetic_caption": "A Blue tail", "regions": [blue]},
-            {"caption": "a tail", "regions": [blue]},  # holds it not
-        ],
-    )
-    texts = TEXTS | {"A Blue tail": [1, 0, 1], "A red tail": [1, 0, 0], "A pale tail": [0, 1, 0]}
-    predictor = StubPredictor(texts=texts, regions={i: ([LEFT], [[1, 0, 0]]) for i in (0, 1)})
-    predictor.images = {0: [1, 0, 0], 1: [0, 1, 0]}
-    got = measure("hard_negatives", predictor, **options, negatives=2, captions=True)
-    assert got["boxes"] == 2 and got["captions"]["boxes"] == 1
-    assert got["captions"]["image"]["mean_rank"] == 2 and got["captions"]["image"]["top1"] == 0
-    labels = [row.label for row in tables.rows_of(got["kind"], tables.scalars(got))]
-    assert labels[-1] == "right caption, by the image"
-    assert "captions" not in measure("hard_negatives", predictor, **options, negatives=2)

@@ -184,7 +184,6 @@ def test_usage_and_inputs_that_cannot_be_used_are_status_2(suite, capsys):
     assert fault("--only", "food101", "--again") == "nothing could be run"
     split = "--config.evals.food101.split=train"  # asked for: not skipped
     assert suite("--only", "food101", "--again", split)[0] == 1
-    assert "food101.split?" in fault("--config.evals.food101.splitt=train")
     assert "holds something else than a suite's results" in fault("--only", "cifar10")
     (suite.folder / "out.json").write_text('{"digest": "x", "folder": "OLD", "ran": {}}')
     assert suite("--only", "products2023")[0] == 2
@@ -201,12 +200,7 @@ def test_entries_serve_a_training_config():
     assert (one.tfds, one.data_dir, one.alphas) == ("cifar10", "D", (1.0,))
     assert evals["lvis"].annotations == "F/lvis/A.jsonl" and evals["lvis"].missing == "skip"
     assert set(eval_config.get_config().evals) == set(benchmarks.SETS)
-    assert len(benchmarks.SETS) == 34
-    c.evals.cifar10.images = "x"
-    with pytest.raises(
-        config_lib.ConfigError, match="evals.cifar10.tfds: got 'cifar10' with images"
-    ):
-        kinds.from_entries(config_lib.from_dict(c).evals)
+    assert len(benchmarks.SETS) == 31
 
 
 def _read(test_set, positions):
@@ -235,11 +229,9 @@ def test_faults_of_tfds_sets(data, tmp_path):
     with pytest.raises(errors.MissingData, match="dtd/9.9.9/dataset_info.json"):
         test_sets.TfdsSet("dtd:9.9.9", "test", str(folder))
     assert test_sets.find_tfds("dtd:3.0.1", str(folder)).name == "3.0.1"
-    for place in ("a/9.0.0", "a/10.0.0", "b/9.0.0", "b/10.0.0"):
-        (tmp_path / "set" / place).mkdir(parents=True)
-        (tmp_path / "set" / place / "dataset_info.json").write_text("{}")
-    with pytest.raises(errors.UserError, match="expected one of set/a, set/b"):
-        test_sets.find_tfds("set", str(tmp_path))
+    for version in ("9.0.0", "10.0.0"):
+        (tmp_path / "set/b" / version).mkdir(parents=True)
+        (tmp_path / "set/b" / version / "dataset_info.json").write_text("{}")
     assert test_sets.find_tfds("set/b", str(tmp_path)) == tmp_path / "set" / "b" / "10.0.0"
     shutil.copytree(folder / "cifar10", tmp_path / "cifar10")
     for path in (tmp_path / "cifar10" / "3.0.2").glob("*tfrecord*"):
@@ -247,13 +239,3 @@ def test_faults_of_tfds_sets(data, tmp_path):
     broken = test_sets.TfdsSet("cifar10", "test", str(tmp_path), "cifar10")
     with pytest.raises(errors.UserError, match="cifar10 test: cannot be read: "):
         list(broken.images(range(9)))
-
-
-def test_probes_stand_beside_the_suite_where_they_are_asked_for():
-    c = eval_config.get_config("probes")
-    c.data_dir = "D"
-    entries = kinds.suite_from_dict(c.copy_and_resolve_references())
-    assert entries["dtd_probe"].kind == "linear_probe" and entries["dtd_probe"].data_dir == "D"
-    assert not any(name.endswith("_probe") for name in eval_config.get_config().evals)
-    with pytest.raises(ValueError, match="got :probe, expected :probes"):
-        eval_config.get_config("probe")

@@ -10,8 +10,7 @@ from grain_jax import config as config_lib
 from grain_jax.config import loading
 from grain_jax.configs import demo
 from grain_jax.core import errors
-from grain_jax.evaluate import diagnostics, kinds, suite
-from grain_jax.evaluate.base import Context
+from grain_jax.evaluate import kinds, suite
 from grain_jax.train import journal, run
 from tests.evaluate import train_config
 from tests.evaluate.stub import StubPredictor, region, write_lines, write_picture
@@ -48,7 +47,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     monkeypatch.setattr(journal, "make_predictor", lambda *_: predictor)
     state = types.SimpleNamespace(step=np.int32(7))
     evaluators = suite.present(kinds.from_entries(config.evals))
-    results = journal.evaluate_all(config, evaluators, state, tmp_path)
+    results = journal.evaluate_all(config, evaluators, state)
     assert {key.split("/")[1] for key in results} == {"classes", "probe", "retrieval", "grounding"}
     assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
     assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
@@ -62,7 +61,7 @@ def test_the_demo_on_other_data_skips_its_aviary(tmp_path, monkeypatch, capfd):
     assert suite.present(kinds.from_entries(config.evals)) == {}
     lines = capfd.readouterr().err.splitlines()
     get = "not there; to get it: grain-jax aviary --output runs/aviary"
-    assert len(lines) == 6
+    assert len(lines) == 5
     assert lines[-1] == f"evals.unseen: skipped: runs/aviary/unseen: {get}"
 
 
@@ -80,14 +79,3 @@ def test_what_the_command_line_asks_for_is_not_skipped(tmp_path, monkeypatch):
             present(override)
         assert str(found.value).startswith(f"evals.{override.partition('.')[0]}: {said}")
     assert present("seen.missing=skip", "seen.images=/nope") == {}
-
-
-def test_diagnostics_know_the_run_and_its_step(data, tmp_path, monkeypatch):
-    config = config_lib.from_dict(train_config.get_config(data))
-    seen = diagnostics.Diagnostics(images="x", annotations="A.jsonl")
-    state = types.SimpleNamespace(params=None, ema_params=None, step=np.int32(7))
-    monkeypatch.setattr(journal, "make_predictor", lambda *_: None)
-    given = []
-    monkeypatch.setattr(type(seen), "evaluate", lambda *told: given.append(told[2]) or {})
-    assert journal.evaluate_all(config, {"seen": seen}, state, tmp_path) == {}
-    assert given == [Context(64, tmp_path / "diagnostics" / "seen.json", 7)]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import kinds, tables
+from examples.evaluator import neighbours
+from grain_jax.evaluate import tables
 from tests.evaluate.stub import StubPredictor, write_picture
 
 KIND = "examples.evaluator.neighbours:Neighbours"
@@ -35,7 +36,7 @@ def predictor():
     "k, cats, dogs", [(1, [1, 1], [1, 0]), (2, [1, 0.5], [1, 0]), (3, [1, 0], [1, 0])]
 )
 def test_accuracy_is_the_one_counted_by_hand(folder, predictor, k, cats, dogs):
-    numbers = tables.scalars(kinds.from_entry(entry(folder, k=k)).evaluate(predictor))
+    numbers = tables.scalars(neighbours.Neighbours(**entry(folder, k=k)).evaluate(predictor))
     assert numbers["top1"] == pytest.approx(np.mean(cats + dogs))
     assert numbers["mean_per_class"] == pytest.approx((np.mean(cats) + np.mean(dogs)) / 2)
     assert (numbers["pictures"], numbers["train_pictures"], numbers["chance"]) == (4, 5, 0.5)

@@ -56,16 +56,6 @@ def test_any_number_of_boxes_an_image(predictor):
     close([image_embed, *embeds], [predictor.encode_image(PICTURES), *expected])
 
 
-def test_boxes_from_a_generator_and_of_no_image(predictor):
-    (expected,) = predictor.encode_boxes(PICTURES[:1], BOXES[:1])
-    images = (PIL.Image.fromarray(PICTURES[0]) for _ in range(70))  # more than a batch
-    close(predictor.encode_boxes(images, [BOXES[0]] * 70)[69:], [expected])
-    assert predictor.encode_boxes([], []) == []
-    none = predictor.encode_tokens([])
-    assert predictor.encode_boxes(none, []) == [] == predictor.similarity_maps([], [])
-    assert predictor.encode_image(none).shape == (0, 28)
-
-
 def test_one_image_and_the_classes_of_its_boxes(predictor):
     single, boxes = PIL.Image.fromarray(PICTURES[0]), BOXES[0]
     (expected,) = predictor.encode_boxes(PICTURES[:1], [boxes])
@@ -81,11 +71,9 @@ def test_one_image_and_the_classes_of_its_boxes(predictor):
 
 FAULTS = {  # of the boxes of three images
     "boxes_xyxy: got boxes of 2 images, expected of 3, as many as images": [BOXES[0]] * 2,
-    r"boxes_xyxy\[1\]: got array.*, expected finite numbers": [BOXES[0], BOXES[0, 0], BOXES[0]],
     r"boxes_xyxy\[0\]: got \[0.0, 0.0, 20.0, 40.0\], .* divide": [[[0, 0, 20, 40]], [], []],
     r"boxes_xyxy\[1\]: .* expected x1 <= x2": [[], [[0.5, 0, 0.2, 1]], []],
     r"boxes_xyxy\[2\]: .* expected finite numbers": [[], [], [[0.5, 0, np.nan, 1]]],
-    r"boxes_xyxy\[0\]: .* expected finite numbers": ["a box", [], []],
 }
 
 
@@ -109,11 +97,6 @@ def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
     mean = both.sum(axis=0) / np.linalg.norm(both.sum(axis=0))
     patches = predictor.encode_patches(PICTURES[:1], sides=(1, 3))
     np.testing.assert_allclose(patches[0, 1, 3], mean, atol=3e-6)
-    for wrong in ((), (2, 0)):
-        with pytest.raises(
-            inference.InputError, match="sides: got .* expected numbers of patches, 1 or more"
-        ):
-            predictor.encode_patches(PICTURES[:1], sides=wrong)
     regions = predictor.encode_regions(PICTURES[:1])
     of_regions = scores.region_map(text @ regions.embed[0].T, regions.boxes_xyxy[0], 5)
     expected = ((text @ embed.T)[:, 0] + of_regions[:, 1, 3]) / 2

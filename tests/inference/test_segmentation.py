@@ -1,6 +1,5 @@
 """Maps of classes and labels of pixels, against torch, transformers and plain loops."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -205,12 +204,6 @@ def test_segment():
     expected = scores.resize_map(maps, 40, 40).argmax(0)
     assert (got[1] == expected).mean() > 0.999
     np.testing.assert_array_equal(predictor.segment(PICTURES[1], classes), got[1])
-    # An upright image is meant.
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    turned = large.copy()
-    turned.info["exif"] = exif.tobytes()
-    assert predictor.segment(turned, classes).shape == (97, 71)
     assert (predictor.segment(PICTURES[1], classes, background=1.0) == -1).all()
 
 
@@ -235,9 +228,3 @@ def test_what_a_model_cannot_do_and_images_that_cannot_be_used():
     with pytest.raises(image_files.TooLargeError, match="at most 1,048,576 .* of 512 .*short_side"):
         segmentation.cut(plain, 16, 1025, classes=512)
     assert segmentation.cut(plain, 512, 1024, 512, 512).canvas == (1024, 1024)
-    external: Any = dataclasses.replace(
-        two.model, image=dataclasses.replace(two.model.image, tower="module:Class")
-    )
-    with pytest.raises(InputError, match="^patch_features: got 'values' with the tower module:C"):
-        segmentation.maps_by(external, "auto", "values")
-    assert segmentation.maps_by(external, "auto", "auto") == ("patches", "tokens")

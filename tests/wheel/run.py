@@ -120,7 +120,7 @@ import grain_jax
 
 assert "site-packages" in grain_jax.__file__, grain_jax.__file__
 # What other extras bring, and programs that ask for them at once.
-without = {"apache_beam", "big_vision", "clip_benchmark", "gradio", "open_clip", "torch", "transformers"}
+without = {"apache_beam", "big_vision", "gradio", "open_clip", "torch", "transformers"}
 imported, left_out = 0, []
 for found in pkgutil.walk_packages(grain_jax.__path__, "grain_jax.", onerror=lambda name: None):
     if found.name.endswith("__main__"):

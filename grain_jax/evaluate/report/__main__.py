@@ -18,7 +18,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = page.write(
                 args.workdir,
                 output=args.output,
-                results=args.results,
                 num_images=args.num_images,
                 model=args.model,
             )

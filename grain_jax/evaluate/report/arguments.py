@@ -1,6 +1,5 @@
 """The flags of `grain-jax report`."""
 
-from grain_jax.cli.flags import many
 from grain_jax.cli.parser import Command
 
 NUM_IMAGES = 300  # of an evaluation that the model runs on
@@ -17,13 +16,11 @@ class Report(Command, name="report"):
     the page:
       WORKDIR             folder of the run
       --output FILE.html  page to write (default: report.html in the workdir)
-      --results OUT.json  further results of grain-jax evaluate; repeatable
       --num-images N      images per evaluation that the model runs on
       --[no-]model        load the model; --no-model shows only what the files hold
     """
 
     workdir: str
     output: str | None = None
-    results: list[str] = many()
     num_images: int = NUM_IMAGES
     model: bool = True

@@ -1,6 +1,5 @@
 """The curves of a run: which of them share a chart, and the chart as SVG."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -28,7 +27,6 @@ class Chart(NamedTuple):
 
     title: str
     labels: dict[str, str]  # key of metrics.jsonl -> label
-    log: bool = False  # whether the scale is logarithmic
 
 
 def charts(series: Mapping[str, Curve]) -> list[Chart]:
@@ -58,7 +56,7 @@ def _grouped(series: Mapping[str, Curve]) -> Iterator[Chart]:
     matching = ("query_", "matched_", "region_description_accuracy")
     yield Chart("Regions", {k: k.replace("_", " ") for k in series if k.startswith(matching)})
     norms = {key: key.removeprefix("grad_norm/") for key in series if key.startswith("grad_norm")}
-    yield Chart("Gradient norms", norms, log=True)
+    yield Chart("Gradient norms", norms)
     yield Chart("Waiting for input", {k: k for k in series if k.startswith("input_wait_")})
 
 
@@ -70,7 +68,7 @@ def _headline(key: str, label: str) -> str:
 
 def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
     """A chart as a figure, with the last value of each curve below."""
-    curves = {key: _thinned(series[key], chart.log) for key in chart.labels}
+    curves = {key: _thinned(series[key]) for key in chart.labels}
     steps = [x for curve in curves.values() for x in curve[0]]
     values = [y for curve in curves.values() for y in curve[1]]
     if not values:
@@ -89,14 +87,12 @@ def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
         shape = f'points="{points}" style="stroke:{colour}"'
         lines.append(f"<polyline {shape}><title>{escape(said)}</title></polyline>")
         legend.append(f'<span><i style="background:{colour}"></i>{escape(said)}</span>')
-    shown = [10**y if chart.log else y for y in (low, high)]
     ends = (
         f'<text x="{_LEFT - 5}" y="{y}" text-anchor="end">{value:.3g}</text>'
-        for y, value in ((_HEIGHT - _BOTTOM, shown[0]), (16, shown[1]))
+        for y, value in ((_HEIGHT - _BOTTOM, low), (16, high))
     )
-    scale = ", logarithmic" if chart.log else ""
     return (
-        f"<figure><h3>{escape(chart.title)}{scale}</h3>"
+        f"<figure><h3>{escape(chart.title)}</h3>"
         f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(chart.title)}">'
         f'<path class="axis" d="M{_LEFT} 10V{_HEIGHT - _BOTTOM}H{_WIDTH - 8}"/>{"".join(ends)}'
         f'<text x="{_LEFT}" y="{_HEIGHT - 5}">step {first:,}</text>'
@@ -105,9 +101,9 @@ def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
     )
 
 
-def _thinned(curve: Curve, log: bool) -> Curve:
-    """At most _POINTS evenly spaced points of a curve, the last one included; on a log scale the positive ones."""
-    points = [(x, math.log10(y) if log else y) for x, y in zip(*curve) if y > 0 or not log]
-    every = -(-len(points) // _POINTS) or 1
-    kept = points[(len(points) - 1) % every :: every] if points else []
-    return [x for x, _ in kept], [y for _, y in kept]
+def _thinned(curve: Curve) -> Curve:
+    """At most _POINTS evenly spaced points of a curve, the last one included."""
+    steps, values = curve
+    every = -(-len(steps) // _POINTS) or 1
+    first = (len(steps) - 1) % every
+    return steps[first::every], values[first::every]

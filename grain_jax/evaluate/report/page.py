@@ -9,7 +9,6 @@ from etils import epath
 
 from grain_jax.core import atomic, html
 from grain_jax.evaluate import tables
-from grain_jax.evaluate.base import TableRow
 from grain_jax.evaluate.report import charts, look, run_files
 from grain_jax.evaluate.report.arguments import NUM_IMAGES
 
@@ -22,7 +21,6 @@ def write(
     predictor: Any = None,
     *,
     output: epath.PathLike | None = None,
-    results: Sequence[epath.PathLike] = (),
     num_images: int = NUM_IMAGES,
     model: bool = True,
 ) -> epath.Path:
@@ -32,7 +30,6 @@ def write(
       workdir: workdir of a run.
       predictor: the model of the run, if it is in memory already; else the newest checkpoint is loaded.
       output: the file to write; default: `report.html` in `workdir`.
-      results: files that `grain_jax.evaluate` wrote for the run.
       num_images: images of each evaluation that the model runs on.
       model: False: no model is loaded, and the page shows only what the files hold.
 
@@ -41,7 +38,7 @@ def write(
     Raises:
       run_files.InputError: the folder holds no run.
     """
-    run = run_files.read(workdir, results)
+    run = run_files.read(workdir)
     looked = look.Looked({}, [], ["no model was loaded"])
     if model and run.config is not None:
         looked = look.look(workdir, predictor, run.config.get("evals", {}), num_images)
@@ -67,7 +64,7 @@ def render(run: run_files.RunFiles, looked: look.Looked) -> str:
         (
             "results",
             "Results",
-            "The last evaluations. The bar is the value, the thin line its 95% interval, the upright line chance.",
+            "The last evaluations.",
             _results(run.results),
         ),
         (
@@ -107,7 +104,7 @@ def render(run: run_files.RunFiles, looked: look.Looked) -> str:
 
 def _results(results: Sequence[run_files.Result]) -> str:
     rows = [
-        f'<tr><th scope="row">{escape(label)}</th><td class="value">{_cell(result.numbers, row, *cells)}</td>'
+        f'<tr><th scope="row">{escape(label)}</th><td class="value">{_cell(*cells)}</td>'
         f"<td>{escape(result.source)}</td></tr>"
         for result in results
         for row in tables.rows_of(result.kind, result.numbers)
@@ -119,23 +116,10 @@ def _results(results: Sequence[run_files.Result]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _cell(
-    numbers: Mapping[str, float], row: TableRow, value: str, between: str, chance: str, count: str
-) -> str:
-    """A number with its interval, chance level and count; numbers in [0, 1] get a bar too."""
+def _cell(value: str, between: str, chance: str, count: str) -> str:
+    """A number with its interval, chance level and count."""
     parts = [between, f"chance {chance}" if chance else "", f"of {count}" if count else ""]
-    text = f"<b>{escape(value)}</b> <small>{escape('; '.join(filter(None, parts)))}</small>"
-    number = numbers[row.key]
-    if not (row.is_share or row.chance) or not 0 <= number <= 1:
-        return text
-    bar = f'<i class="value" style="width:{100 * number:.2f}%"></i>'
-    low, high = numbers.get(f"{row.key}_low"), numbers.get(f"{row.key}_high")
-    if low is not None and high is not None:
-        position = f"left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"
-        bar += f'<i class="between" style="{position}"></i>'
-    if row.chance and row.chance in numbers:
-        bar += f'<i class="chance" style="left:{100 * numbers[row.chance]:.2f}%"></i>'
-    return f'{text}<span class="scale" aria-hidden="true">{bar}</span>'
+    return f"<b>{escape(value)}</b> <small>{escape('; '.join(filter(None, parts)))}</small>"
 
 
 def _classes(per_class: Mapping[str, Mapping[str, float]]) -> str:

@@ -1,7 +1,7 @@
 """Reads the files of a workdir: curves, results, config. Needs no model."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -38,15 +38,13 @@ class RunFiles(NamedTuple):
     unmeasured: list[str]  # a line for each thing that is missing
 
 
-def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> RunFiles:
+def read(workdir: epath.PathLike) -> RunFiles:
     """Reads the files of a run; each that is missing becomes a line of `unmeasured`.
 
-    Args:
-      workdir: workdir of a run.
-      results: files that `grain_jax.evaluate` wrote, in addition to those in the workdir.
+    Results are also those that `grain_jax.evaluate` wrote into the workdir, as NAME.json.
 
     Raises:
-      InputError: there is no such folder, it holds no run, or one of `results` cannot be read.
+      InputError: there is no such folder, or it holds no run.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
@@ -64,11 +62,7 @@ def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> Run
     measured = _of_training(workdir, series, evals)
     if not measured:
         unmeasured.append("the run has not evaluated yet")
-    further = [epath.Path(file) for file in results]
-    for file in further:
-        if _json(file) is None:
-            raise InputError(f"{file}: cannot be read, expected the results of an evaluation")
-    for file in [*sorted(workdir.glob("*.json")), *further]:
+    for file in sorted(workdir.glob("*.json")):
         if file.name not in _OTHERS:
             _of_evaluations(file, measured, unmeasured)
     names = {result.name for result in measured}

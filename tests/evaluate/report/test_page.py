@@ -121,10 +121,7 @@ def test_what_is_missing_is_a_line(run, tmp_path):
 def test_wrong_use(tmp_path, capsys):
     assert command.main([str(tmp_path / "none")]) == 2
     assert command.main([str(tmp_path)]) == 2
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}')
-    assert command.main([str(tmp_path), "--results", str(tmp_path / "gone.json")]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and f"{tmp_path / 'gone.json'}: cannot be read" in lines[2]
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_which_curves_share_a_chart():
@@ -153,8 +150,5 @@ def test_the_line_of_a_curve():
     drawn = charts.svg(chart, {"x": ([0.0, 10.0], [1.0, 3.0])})
     assert '<polyline points="52.0,170.0 412.0,10.0"' in drawn and "a &lt; b" in drawn
     assert ">1</text>" in drawn and ">3</text>" in drawn and "curve 3</span>" in drawn
-    log = charts.svg(chart._replace(log=True), {"x": ([0.0, 5.0, 10.0], [1.0, 10.0, 100.0])})
-    assert '"52.0,170.0 232.0,90.0 412.0,10.0"' in log and ">100</text>" in log
-    assert charts.svg(chart._replace(log=True), {"x": ([1.0], [0.0])}) == ""
     many = charts.svg(chart, {"x": (list(range(2000)), [0.0] * 1999 + [1.0])})
     assert many.count(",170.0") == 399 and many.count(",10.0") == 1  # the last point stays
