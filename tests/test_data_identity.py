@@ -14,6 +14,8 @@ from grain_jax.input_pipeline import record_files, records
 from grain_jax.train import run as run_training
 from tests import record_sets, tiny
 
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("records")]
+
 
 def _build(folder, output, *, shards=4):
     shutil.rmtree(output, ignore_errors=True)

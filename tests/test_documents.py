@@ -14,6 +14,8 @@ from grain_jax.config import loading
 from grain_jax.core import errors
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.quick
+
 WIDTH = 120  # columns of a document's line, tables and lines with a URL apart
 FOLDERS = ".ci .github grain_jax configs data launch tests benchmarks examples docs".split()
 SUFFIXES = "py md sh js css yaml yml toml sbatch".split()

@@ -16,6 +16,8 @@ from tests.evaluate.stub import StubPredictor, write_picture
 from tests.losses.test_losses import random_outputs
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.quick
+
 PAGES = sorted((ROOT / "docs/howto").glob("*.md"))
 
 

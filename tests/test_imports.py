@@ -9,6 +9,8 @@ import pytest
 
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.quick
+
 HEAVY = (
     "sklearn jax flax tensorflow torch transformers ml_collections tensorflow_datasets matplotlib"
 )

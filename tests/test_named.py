@@ -6,6 +6,8 @@ import pytest
 
 from grain_jax.core import errors, named
 
+pytestmark = pytest.mark.quick
+
 TABLE = {"coco": 1, "folder": 2}
 
 

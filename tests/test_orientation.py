@@ -17,7 +17,7 @@ from grain_jax.data.annotate import __main__ as annotate
 from grain_jax.data.inspect import __main__ as inspect
 from tests import record_sets, turned
 
-pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
+pytestmark = [pytest.mark.filterwarnings("ignore:label:DeprecationWarning"), pytest.mark.long]
 WHICH = ("turned", "upright")
 COUNT, TURNED = 40, 35
 

@@ -6,6 +6,8 @@ import pytest
 from benchmarks.parity import comparison, goldens, groups
 from grain_jax.convert.reference import names as torch_names
 
+pytestmark = [pytest.mark.long, pytest.mark.quick]
+
 
 @pytest.mark.parametrize("group", groups.GROUPS)
 def test_equals_the_reference(group):

@@ -23,6 +23,8 @@ from grain_jax.evaluate.report import __main__ as report
 from grain_jax.train import run
 from tests import record_sets, tiny
 
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("records")]
+
 PICTURES, DATA, RUN = "schöne Bilder", "Sätze, gebaut", "mein Lauf 1"
 ANNOTATED = ["--annotations", f"{PICTURES}/A.jsonl", "--images", PICTURES]
 CHECKPOINT, CLASSES = ["--checkpoint", RUN], ["--images", "Klassen ä"]

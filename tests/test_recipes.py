@@ -23,7 +23,10 @@ from grain_jax.train import initialise
 from tests import tiny
 from tests.evaluate.stub import write_picture
 
+pytestmark = pytest.mark.long
 
+
+@pytest.mark.quick
 @pytest.mark.parametrize("size", own.SIZES)
 @pytest.mark.parametrize("batch_size", [8, 24])
 def test_the_own_recipe_takes_these_batch_sizes_without_other_flags(size, batch_size):

@@ -20,6 +20,8 @@ import commands
 import config_keys
 import hook
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "link,file,page,expected",

@@ -6,6 +6,8 @@ from grain_jax.cli.flags import flag, many, share
 from grain_jax.cli.parser import Command, Configured, Parser
 from grain_jax.core import errors
 
+pytestmark = pytest.mark.quick
+
 
 class X(Command, name="x"):
     """Does x.

@@ -17,6 +17,8 @@ from grain_jax.evaluate import base, kinds
 from tests import tiny
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.quick
+
 SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 
 

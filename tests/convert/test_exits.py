@@ -24,6 +24,8 @@ from grain_jax.convert.reference import names
 from tests import foreign, perturbed
 from tests.paths import GOLDENS
 
+pytestmark = pytest.mark.long
+
 torch.set_num_threads(1)
 TWO = dict(decoder=None, image__depth=1, text__depth=1)
 CLIP = TWO | dict(

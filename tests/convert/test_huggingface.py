@@ -23,6 +23,8 @@ from grain_jax.input_pipeline import clip_tokenizer
 from tests import perturbed, tiny
 from tests.paths import GOLDENS
 
+pytestmark = pytest.mark.long
+
 torch.set_num_threads(1)  # small matrices; threads would only wait for each other
 REMOTE = dict(trust_remote_code=True, local_files_only=True)
 TEXTS = ["a photo of a wren", "Blue &amp; WHITE,  1998!", "x"]

@@ -23,6 +23,8 @@ from grain_jax.core import errors
 from grain_jax.train import initialise
 from tests import foreign
 
+pytestmark = pytest.mark.long
+
 VOCAB, LENGTH, SIZE, PATCH = 300, 16, 32, 8
 TEXT = dict(context_length=LENGTH, vocab_size=VOCAB, width=48, heads=3, layers=2)
 VISION = dict(layers=2, width=64, head_width=32, mlp_ratio=2.0, patch_size=PATCH, image_size=SIZE)

@@ -5,6 +5,8 @@ import pytest
 
 from grain_jax.convert import parity
 
+pytestmark = pytest.mark.quick
+
 
 def test_the_error_is_relative_to_the_other_sides_largest():
     b = np.array([[3.0, 4.0], [0.0, -10.0]])

@@ -20,6 +20,8 @@ from tests import perturbed
 from tests.foreign import close
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.long
+
 SIGLIP = dict(
     decoder=None,
     embed_dim=48,

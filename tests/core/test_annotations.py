@@ -4,6 +4,8 @@ import pytest
 
 from grain_jax.core import annotations
 
+pytestmark = pytest.mark.quick
+
 
 def _write(tmp_path, *lines):
     path = tmp_path / "A.jsonl"

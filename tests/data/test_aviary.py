@@ -22,6 +22,8 @@ from grain_jax.data.aviary.settings import Settings
 from grain_jax.data.aviary.species import distance, species_of
 from grain_jax.data.aviary.vocabulary import PARTS, Trait
 
+pytestmark = pytest.mark.quick
+
 FEW = dict(genera=4, species_per_genus=3, held_out_genera=2, held_out_species_per_genus=2)
 SMALL = Settings(images=70, seen_per_species=1, unseen_per_species=1, test_images=10, **FEW)
 

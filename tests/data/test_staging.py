@@ -4,6 +4,8 @@ import pytest
 
 from grain_jax.data import staging
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def target(tmp_path):

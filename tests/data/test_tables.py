@@ -12,9 +12,7 @@ from grain_jax.data import build, sources
 from tests.data import test_sources
 from tests.data.test_sources import COUNT, boxes, encoded, xywh
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:label:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:label:DeprecationWarning"), pytest.mark.long]
 NAMES = ["bird", "left wing"]
 
 

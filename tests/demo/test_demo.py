@@ -49,6 +49,7 @@ def picture(tmp_path):
     return str(tmp_path / "noise.png")
 
 
+@pytest.mark.quick
 def test_scores_are_those_of_classify(predictor, picture):
     views, image = page.Views(predictor), PIL.Image.open(picture)
     for alpha in (0.0, 0.5, 1.0):
@@ -116,6 +117,7 @@ def test_wrong_input_is_one_line(predictor, tmp_path, picture):
     assert "&lt;b&gt;" in fault.value.message and "<b>" not in fault.value.message
 
 
+@pytest.mark.quick
 def test_classes_of_a_file_and_of_a_run(tmp_path, monkeypatch):
     assert class_lists.parse(TEXT) == CLASSES
     (tmp_path / "names.txt").write_text("wren\n\nkite\n")

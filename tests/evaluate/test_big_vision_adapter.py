@@ -113,6 +113,7 @@ def test_pictures_are_resized_as_ours(clip):
         assert got["label"] == 3
 
 
+@pytest.mark.quick
 def test_register_makes_the_names_known(monkeypatch):
     monkeypatch.setitem(sys.modules, "big_vision", None)
     with pytest.raises(big_vision.BigVisionError, match="^big_vision: not on the path"):

@@ -17,6 +17,8 @@ from tests import tiny
 from tests.evaluate.stub import StubPredictor, annotate, measure, region, write_picture
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.quick
+
 
 def _faults(entry):
     with pytest.raises(config.ConfigError) as found:

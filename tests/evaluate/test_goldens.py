@@ -12,6 +12,8 @@ from grain_jax.inference import prompts
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.paths import GOLDENS
 
+pytestmark = pytest.mark.quick
+
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 

@@ -6,6 +6,8 @@ import scipy.stats
 
 from grain_jax.evaluate import rates
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "successes, count", [(0, 1), (0, 40), (1, 1), (7, 9), (776, 1000), (50, 50)]

@@ -5,6 +5,8 @@ from grain_jax.evaluate import rates
 from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, annotate, measure
 
+pytestmark = pytest.mark.quick
+
 
 def test_hand_computed(tmp_path):
     options = annotate(

@@ -8,6 +8,8 @@ from grain_jax.core import errors
 from grain_jax.evaluate import rates, test_sets, zeroshot
 from tests.evaluate.stub import StubPredictor, measure, write_picture
 
+pytestmark = pytest.mark.quick
+
 BOXES = np.zeros((2, 4))
 
 

@@ -7,12 +7,15 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.input_pipeline import sources
 from grain_jax.train import run, set_up, sharding
 from tests import record_sets, runs, tiny
+
+pytestmark = pytest.mark.xdist_group("records")
 
 SOURCE = "examples.data_source.shapes:Shapes"
 

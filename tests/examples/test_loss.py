@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import torch
 
 from examples.loss.smoothness import Options, Smoothness
@@ -11,6 +12,8 @@ from grain_jax.train import sharding
 from tests import tiny
 from tests.losses import fake
 from tests.losses.test_losses import random_outputs
+
+pytestmark = pytest.mark.long
 
 TERM = f"{uniformity.__module__}:{uniformity.__name__}"
 ENTRY = {"term": TERM, "weight": 0.25, "t": 3.0}

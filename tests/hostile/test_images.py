@@ -8,6 +8,8 @@ from grain_jax.core import images
 from grain_jax.data.sources import base, join
 from tests.hostile import image_files
 
+pytestmark = pytest.mark.quick
+
 MB = 1 << 20
 # name -> (file, what the error says). Each would take minutes or gigabytes, or run something.
 REFUSED = {

@@ -12,6 +12,8 @@ from grain_jax.convert import export
 from grain_jax.train import run
 from tests import runs, tiny
 
+pytestmark = pytest.mark.xdist_group("records")
+
 RUN = dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_data_identity.py
 
 

@@ -6,6 +6,8 @@ import pytest
 from grain_jax.inference import prompts
 from tests.paths import GOLDENS
 
+pytestmark = pytest.mark.quick
+
 
 def test_default_templates():
     templates = prompts.load_templates()

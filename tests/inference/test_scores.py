@@ -1,6 +1,9 @@
 import numpy as np
+import pytest
 
 from grain_jax.inference import scores
+
+pytestmark = pytest.mark.quick
 
 
 def test_unit_keeps_zeros():

@@ -9,6 +9,8 @@ from grain_jax.input_pipeline import assemble, tokenizer
 from grain_jax.train import forward
 from tests import record_sets
 
+pytestmark = pytest.mark.quick
+
 CLIP, IMAGE = tokenizer.ClipTokenizer(), np.zeros((16, 16, 3), np.uint8)
 
 

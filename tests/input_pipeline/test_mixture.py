@@ -10,7 +10,7 @@ from grain_jax.input_pipeline import order, record_files, records
 from tests import record_sets
 from tests.record_sets import numbers, take
 
-pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
+pytestmark = [pytest.mark.filterwarnings("ignore:label:DeprecationWarning"), pytest.mark.long]
 
 COUNTS = {"birds": 24, "stones": 8, "trees": 16}
 FIRST = {"birds": 0, "stones": 24, "trees": 32}  # number of each set's first image

@@ -1,6 +1,9 @@
 import numpy as np
+import pytest
 
 from grain_jax.input_pipeline import order
+
+pytestmark = pytest.mark.quick
 
 
 def shards(*lengths):

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from grain_jax.input_pipeline import packing
 
+pytestmark = pytest.mark.quick
+
 END = 99
 
 

@@ -13,7 +13,7 @@ from grain_jax.input_pipeline import record_files, records, text_lengths, tokeni
 from tests import record_sets
 from tests.record_sets import numbers, take
 
-pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # TFDS with protobuf 6
+pytestmark = [pytest.mark.filterwarnings("ignore:label:DeprecationWarning"), pytest.mark.long]
 
 CLIP = tokenizer.ClipTokenizer()
 COUNT, LANES, BATCH = 43, 4, 8  # shards of unequal lengths

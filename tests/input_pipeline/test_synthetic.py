@@ -1,9 +1,12 @@
 import itertools
 
 import numpy as np
+import pytest
 
 from grain_jax.input_pipeline import synthetic
 from tests import record_sets
+
+pytestmark = pytest.mark.quick
 
 
 def take(count, *, seed=0, captions=1, **arguments):

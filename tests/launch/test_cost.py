@@ -6,6 +6,8 @@ from grain_jax.core import errors
 from grain_jax.launch import chips, cost, hlo_work
 from grain_jax.launch.hlo_collectives import Collective
 
+pytestmark = pytest.mark.quick
+
 V5E = chips.CHIPS["v5e"]
 
 

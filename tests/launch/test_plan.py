@@ -18,6 +18,8 @@ from grain_jax.models import grain
 from grain_jax.train import flops, forward, run, sharding, train_step
 from tests import tiny
 
+pytestmark = pytest.mark.long
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no TPU compiler for this platform"
 )

@@ -17,6 +17,8 @@ from grain_jax.core import errors
 from grain_jax.launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.long
+
 RATES = (1e-3, 2e-3)
 
 

@@ -1,10 +1,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grain_jax.losses import boxes
+
+pytestmark = pytest.mark.quick
 
 unit = st.floats(0, 1, width=32)
 size = st.floats(0.0625, 1, width=32)

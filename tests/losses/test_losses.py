@@ -14,6 +14,8 @@ from grain_jax.losses import matching
 from grain_jax.train import sharding
 from tests import tiny
 
+pytestmark = [pytest.mark.long, pytest.mark.quick]
+
 D, Q = 16, 5
 
 

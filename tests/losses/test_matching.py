@@ -12,6 +12,8 @@ from grain_jax.train import sharding
 from tests import tiny
 from tests.paths import GOLDENS
 
+pytestmark = pytest.mark.long
+
 match = jax.jit(matching.match)
 
 
@@ -62,6 +64,7 @@ def test_random_masks_equal_scipy(queries, regions):
         np.testing.assert_array_equal(np.nonzero(valid)[0], np.sort(numbers))
 
 
+@pytest.mark.quick
 def test_permuting_regions_permutes_the_answer():
     rng = np.random.default_rng(0)
     cost, mask = rng.normal(size=(8, 5, 5)).astype(np.float32), rng.random((8, 5)) < 0.7
@@ -70,6 +73,7 @@ def test_permuting_regions_permutes_the_answer():
     np.testing.assert_array_equal(plain.query_index[:, order], permuted.query_index)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("queries,regions", [(5, 5), (3, 5), (8, 8), (7, 9)])
 @pytest.mark.parametrize("broken", [np.inf, -np.inf, np.nan])
 def test_pairs_without_a_finite_cost_are_taken_only_where_nothing_else_is_left(
@@ -93,6 +97,7 @@ def test_pairs_without_a_finite_cost_are_taken_only_where_nothing_else_is_left(
     assert int(everything.valid.sum()) == min(queries, regions)
 
 
+@pytest.mark.quick
 def test_no_regions():
     matched = match(np.zeros((2, 5, 0), np.float32), np.zeros((2, 0), bool))
     assert matched.query_index.shape == (2, 0)

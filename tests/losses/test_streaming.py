@@ -19,6 +19,8 @@ from grain_jax.train import sharding
 from tests import tiny
 from tests.losses.test_losses import random_outputs
 
+pytestmark = pytest.mark.long
+
 M, K, D = 24, 13, 16  # rows and columns per device, size of the vectors
 SCALE, BIAS = 20.0, -1.5
 

@@ -8,6 +8,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax.models import attention, attention_kernel, layers, placement
 
+pytestmark = pytest.mark.long
+
 
 def _replica(q, k, v, heads, norms, eps, ids, causal):
     """The same in float64, a head at a time; float64 must be enabled."""

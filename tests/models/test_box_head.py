@@ -10,6 +10,8 @@ import torchvision
 from grain_jax.models import box_head, grain
 from tests import tiny
 
+pytestmark = pytest.mark.long
+
 
 def _boxes(rng):
     """Any boxes, of which some lie over the edge or outside, and one is a point: float32 xyxy [2, 40, 4]."""

@@ -15,6 +15,8 @@ from grain_jax.models import layers, placement, tower_layer, vit
 from grain_jax.train import sharding
 from tests import tiny
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def draw():

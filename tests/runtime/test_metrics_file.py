@@ -2,10 +2,14 @@
 
 import json
 
+import pytest
+
 from grain_jax.evaluate.report import run_files
 from grain_jax.launch import sweep_runs
 from grain_jax.runtime import metrics_file
 from grain_jax.train import metrics_writer
+
+pytestmark = pytest.mark.quick
 
 HOSTILE = [  # each ended the trainer, the report or the table in a traceback
     b'{"step": "x"}',

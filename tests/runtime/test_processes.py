@@ -22,6 +22,8 @@ from grain_jax.runtime import processes
 from tests import tiny
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.long
+
 CLASSES = ("cat", "dog", "red_fox")
 
 

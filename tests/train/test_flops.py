@@ -15,6 +15,8 @@ from grain_jax.models.grain import GRAIN
 from grain_jax.train import flops, forward, optim, train_step
 from tests import tiny
 
+pytestmark = pytest.mark.long
+
 
 def unplanned(size: str = "B/16", **overrides) -> config_lib.Config:
     c = recipes.base(size)

@@ -19,6 +19,8 @@ from tests import siglip as siglip_keys
 from tests import tiny
 from tests.paths import GOLDENS
 
+pytestmark = pytest.mark.long
+
 
 def test_image_positions_are_resized_as_big_vision_does():
     # A plane is what bilinear resizing keeps: with corners on corners, a plane over [0, 1] stays one.

@@ -18,6 +18,8 @@ from grain_jax.train import flops, forward, sharding, train_step
 from tests import tiny
 from tests.train import terms
 
+pytestmark = pytest.mark.long
+
 DECODER = dict(
     loss__group_size=4,
     input__captions_per_image=3,

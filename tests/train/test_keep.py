@@ -15,6 +15,8 @@ from grain_jax.train import flops, forward, sharding, train_step
 from tests import perturbed, tiny
 from tests.models.test_towers import Colours
 
+pytestmark = pytest.mark.long
+
 SIDE, PATCH = 4, 8
 TWO_TOWERS = {
     "model__decoder": None,

@@ -12,6 +12,8 @@ from grain_jax.models import grain, lora
 from grain_jax.train import run
 from tests import tiny
 
+pytestmark = pytest.mark.long
+
 RUN = dict(
     optim__lora__rank=4,
     optim__lora__alpha=6.0,

@@ -11,6 +11,8 @@ import pytest
 from grain_jax.train import metrics_writer
 from tests import tiny
 
+pytestmark = pytest.mark.quick
+
 TERMS = {"loss_image_caption": "caption", "loss_box": "box", "loss_uniform": "uniform"}
 CHECKED = (*TERMS, "loss", "grad_norm")
 METRICS = {term: 1.0 for term in CHECKED} | {"matched_iou": 0.5, "texts_dropped_share": 0}

@@ -11,6 +11,8 @@ from grain_jax.models import grain
 from grain_jax.train import optim, sharding
 from tests import tiny
 
+pytestmark = pytest.mark.quick
+
 
 def test_cosine_reaches_its_end_at_the_last_step():
     c = tiny.config(optim__warmup_steps=10)

@@ -18,6 +18,8 @@ from grain_jax.train import metrics_writer, run
 from tests import runs, tiny
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.long
+
 TIMINGS = runs.TIMINGS[:-1]  # the peak of this machine is not known
 # One image a packing group, so that 16 devices have one each.
 RUN = {"text.pack_group": 1, "text.pack_rows": 6, "checkpoint_every": 2, "checkpoint_keep": 4}

@@ -8,6 +8,8 @@ from grain_jax.core import errors
 from grain_jax.train import schedule
 from tests import tiny
 
+pytestmark = pytest.mark.quick
+
 
 def _due(steps=12, *, evals=True, preempted_at=0, minutes_are_over=lambda minutes: False, **keys):
     """(steps that are logged, evaluated, saved)."""

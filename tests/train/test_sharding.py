@@ -14,6 +14,8 @@ from grain_jax.models.grain import GRAIN
 from grain_jax.train import optim, sharding, train_step
 from tests import tiny
 
+pytestmark = pytest.mark.quick
+
 
 def _abstract(c):
     model = GRAIN(c.model)

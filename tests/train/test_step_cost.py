@@ -17,6 +17,8 @@ from grain_jax.launch import hlo, hlo_collectives, hlo_work
 from grain_jax.train import flops, sharding, train_step
 from tests import paths, tiny
 
+pytestmark = pytest.mark.long
+
 GOLDEN = epath.Path(paths.GOLDENS) / "step_cost.json"
 MESHES = {
     "data": dict(mesh__data=8),

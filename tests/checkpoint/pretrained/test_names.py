@@ -14,6 +14,8 @@ from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.samples import birds
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def model():

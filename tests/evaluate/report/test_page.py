@@ -124,6 +124,7 @@ def test_wrong_use(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+@pytest.mark.quick
 def test_which_curves_share_a_chart():
     keys = "mfu eval/d/query/0/cx eval/s/miou eval/s/by_name/alpha_0.5/top1 query_share/1"
     keys += " input_wait_fraction matched_iou50 loss_x loss grad_norm grad_norm/image"
@@ -145,6 +146,7 @@ def test_which_curves_share_a_chart():
     }
 
 
+@pytest.mark.quick
 def test_the_line_of_a_curve():
     chart = charts.Chart("a < b", {"x": "curve"})
     drawn = charts.svg(chart, {"x": ([0.0, 10.0], [1.0, 3.0])})
