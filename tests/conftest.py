@@ -31,7 +31,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # How long compiling takes is no matter of the code: tests that read stderr see no line about it.
 progress.COMPILING_SECONDS = 1e6
 
-# Tracing makes millions of objects that live for seconds, beside those of the modules, which live for ever.
+# Tracing makes millions of objects that live for seconds, beside the objects of the modules, which live for ever.
 gc.set_threshold(50_000, 10, 10)
 
 

@@ -16,7 +16,7 @@ TIMINGS = (
     "model_flops_per_second",
     "mfu",
 )
-# Of tests/run_config.py: as little to compile as there can be.
+# Settings of tests/run_config.py: as little to compile as there can be.
 SMALL = {
     "model.text.vocab_size": 600,
     **{f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")},

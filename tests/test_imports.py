@@ -14,7 +14,7 @@ pytestmark = pytest.mark.quick
 HEAVY = (
     "sklearn jax flax tensorflow torch transformers ml_collections tensorflow_datasets matplotlib"
 )
-# Of one process each: modules in the order of their imports, with what none of them, nor those before, may load.
+# For one process each: modules in the order of their imports, with what none of them, nor those before, may load.
 CHAINS = (
     (
         ("grain_jax, grain_jax.core.schema, grain_jax.config, grain_jax.cli.commands", HEAVY),

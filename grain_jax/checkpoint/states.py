@@ -316,7 +316,7 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
 
 
 def _differences(stored: Any, expected: Any) -> list[str]:
-    """A line for each array that differs; those of parameters first, as what the optimiser keeps for one repeats them."""
+    """A line for each array that differs, parameters first: the arrays of the optimiser repeat their names."""
 
     def flat(tree: Any) -> dict[str, str]:
         return {

@@ -1,9 +1,10 @@
 """How the process of a trainer ends: told by a signal, standing still, by a fault, or done.
 
-SIGTERM and Ctrl-C save the state after a step that all processes agree on, and end the run (`PreemptionHandler`); a
-run that stands still names where (`Watchdog`); a full disk is one line (`in_a_line`); and `leave` waits for no thread.
-An ordinary exit would join them all: those of Orbax wait for 300 s after a save that failed, and a reader at a hung
-disk never ends.
+* `PreemptionHandler`: SIGTERM and Ctrl-C save the state after a step that all processes agree on, and end the run.
+* `Watchdog`: a run that stands still says where.
+* `in_a_line`: a full disk is one line.
+* `leave` waits for no thread. An ordinary exit joins all threads: Orbax's wait for 300 s after a failed save, and a
+  reader at a hung disk never ends.
 """
 
 import atexit
@@ -120,9 +121,9 @@ def take_sigterm_back(*, leaves_last: bool) -> None:
 class PreemptionHandler:
     """Handles SIGTERM and Ctrl-C; inactive until `listen`.
 
-    A first signal in training asks all processes to save and end after a step. One outside training, where there is
-    nothing to save, ends the process at once, and so does a second one more than a second after the first, also
-    where the main thread hangs.
+    A first signal in training asks all processes to save and end after a step. A signal outside training ends the
+    process at once: there is nothing to save. So does a second signal more than a second after the first, even if the
+    main thread hangs.
 
     Attributes:
       status: exit status of a run that was told to end: PREEMPTED or INTERRUPTED.
@@ -244,7 +245,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Does not count the time inside, such as that of an evaluation."""
+        """Does not count the time inside, such as an evaluation."""
         self._paused += 1
         try:
             yield

@@ -1,7 +1,7 @@
 """What a run tells: `metrics.jsonl`, TensorBoard, Weights & Biases, a progress line, and the stop on NaN.
 
-An object store cannot append to a file: where the workdir is one, the files grow in a folder on this
-machine and are uploaded at checkpoints and now and then (`_Upload`).
+An object store cannot append to a file. If the workdir is in one, the files grow in a folder on this machine. They are
+uploaded at checkpoints and every half minute (`_Upload`).
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class TextCounts:
     The step counts modulo 2**32, this class without.
 
     Args:
-      last: those of NAMES at the last line, or at the start where there is none.
+      last: the counts of NAMES at the last line; without a line, at the start.
       max_share: of the texts, above which `check` ends the run.
     """
 
@@ -72,8 +72,8 @@ class TextCounts:
         """What a line says of the texts, from the `metrics` of its step.
 
         Returns:
-          NAMES since step 0; and the shares of the texts since the line before that were dropped or cut to fit into
-          rows (`texts_dropped_share`), and that the tokenizer cut (`texts_too_long_share`).
+          The counts of NAMES since step 0, and shares of the texts since the last line: `texts_dropped_share` were
+          dropped or cut to fit into rows, `texts_too_long_share` were cut by the tokenizer.
         """
         self._new = {n: (int(metrics[n]) - self._last[n]) % 2**32 for n in self.NAMES}
         self._last = {n: self._last[n] + self._new[n] for n in self.NAMES}
@@ -89,7 +89,7 @@ class TextCounts:
         return dropped - 2 * math.sqrt(dropped) > share * self._new["texts"]
 
     def check(self, step: int, advice: Callable[[], str]) -> str | None:
-        """A warning about the texts of the last line, that of `step`, or None; `advice` says what to set.
+        """A warning about the texts of the last line, which is of `step`, or None; `advice` says what to set.
 
         Raises:
           TextsLost: the share is above `max_share`.
@@ -174,7 +174,7 @@ class _Events:
             self.close()
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # The suffix tells files of one second apart, those of a restart too, and keeps them in order.
+            # The suffix tells files of one second apart, also after a restart, and keeps them in order.
             suffix = f".{self._purge_step:09d}.{self._files:05d}"
             self._writer = EventsWriter(str(self.folder / "events"), suffix)
             if not self._files:

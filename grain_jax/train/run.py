@@ -1,7 +1,7 @@
 """The trainer: grain-jax train --config FILE|NAME --workdir DIR [--config.a.b=value ...]
 
-`_train` is a run from top to bottom. The same command again resumes from the last checkpoint: the order of the
-data is a function of the step (docs/method.md, Order of the data), so a checkpoint needs no position in the data.
+`_train` is a run from top to bottom. The same command again resumes from the last checkpoint. The order of the data is a
+function of the step (docs/method.md, Order of the data), so a checkpoint needs no position in the data.
 After SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (ending.py), after a second one without
 saving. One trainer at a time has a workdir (lock.py). A run that does no step for long ends itself (ending.py).
 """

@@ -34,7 +34,7 @@ class SetUp(NamedTuple):
 
     @property
     def terms(self) -> list[losses.LossTerm]:
-        """Of its loss."""
+        """The terms of its loss."""
         return [term for term, _ in losses.terms_of(self.config.loss)]
 
 

@@ -40,7 +40,7 @@ def _write_pictures(folder, counts):
     for name, count in zip(CLASSES, counts):
         (folder / name).mkdir(parents=True)
         for i in range(count):
-            # Of one colour and some noise: a random tower tells these apart.
+            # One colour and some noise: a random tower tells these apart.
             pixels = rng.integers(0, 256, 3) * 0.8 + rng.integers(0, 50, (9, 7, 3))
             paths.append(folder / name / f"{i:03d}.png")
             PIL.Image.fromarray(pixels.astype(np.uint8)).save(paths[-1])
