@@ -89,8 +89,8 @@ class Output(NamedTuple):
           JobError: an earlier run noted another value.
         """
         known, settings = self.read_json(SETTINGS), json.loads(json.dumps(settings))
-        for key in settings.keys() & known.keys():
-            old, new = known[key], settings[key]
+        for key, new in settings.items():
+            old = known.get(key, new)
             if isinstance(old, dict) and isinstance(new, dict):  # those of its keys that differ
                 names = [name for name in old | new if old.get(name) != new.get(name)]
                 old, new = ({name: x.get(name) for name in names} for x in (old, new))

@@ -11,6 +11,7 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.core import named
 from grain_jax.input_pipeline import sources
 from grain_jax.train import run, set_up, sharding
 from tests import record_sets, runs, tiny
@@ -25,7 +26,8 @@ def config(**overrides):
         total_steps=2, checkpoint_every=1, input__source=SOURCE, **tiny.SHALLOW, **overrides
     )
     c.input.options = dict(colours=("red", "blue"))
-    return config_lib.from_dict(c)
+    with named.importing():
+        return config_lib.from_dict(c)
 
 
 def test_a_batch_is_a_function_of_seed_lane_and_step():
@@ -58,6 +60,7 @@ def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatc
     assert runs.lines(tmp_path / "cut") == whole
 
     # The model is there for those who do not have the source.
+    model = config().model
     monkeypatch.delitem(sys.modules, "examples.data_source.shapes")
-    assert inference.load(tmp_path / "cut").model == config().model
+    assert inference.load(tmp_path / "cut").model == model
     assert "examples.data_source.shapes" not in sys.modules

@@ -157,7 +157,9 @@ def test_flops_are_those_of_the_kept_tokens():
 
 @pytest.mark.parametrize("keep", [0, 1.5])
 def test_other_shares_are_refused(keep):
-    with pytest.raises(errors.UserError, match=r"^model\.image\.keep: got .*, expected 0\.01 to 1"):
+    with pytest.raises(
+        errors.UserError, match=r"^model\.image\.keep: got .*, expected float, 0\.01 to 1"
+    ):
         config(model__image__keep=keep)
 
 

@@ -290,7 +290,6 @@ def test_towers_of_users_have_no_factors():
     [
         (dict(optim__layer_decay=0.75), "optim.layer_decay: got 0.75, expected 1"),
         (dict(optim__lora__modules=("(",)), r"optim.lora.modules: got \('\(',\), expected regular"),
-        (dict(optim__lora__modules=()), r"optim.lora.modules: got \(\), expected names"),
     ],
 )
 def test_configs_that_contradict_themselves(changes, line):

@@ -181,10 +181,10 @@ def test_faults_are_counted_and_another_begin_is_refused(images, tmp_path, capsy
     refusals.append((embed(source, out, "--shard-size=2"), "with shard_size 4096, got 2"))
     settings = note.read_text()
     note.write_text(re.sub('"params": "[^"]*"', '"params": "0"', settings))
-    refusals.append((embed(source, out), 'with model params "0", got "'))
+    refusals.append((embed(source, out), 'with model {"params": "0"}, got {'))
     note.write_text(settings)
     (source / "00005.png").unlink()
-    refusals.append((embed(source, out), "with source image_list "))
+    refusals.append((embed(source, out), 'with source {"image_list": '))
     for (status, line), err in zip(refusals, capsys.readouterr().err.splitlines(), strict=True):
         assert status == 2 and line in err
 
@@ -214,7 +214,7 @@ def many(tmp_path, monkeypatch):
     folder.mkdir()
     for number in range(30):
         record_sets.picture(number, (8, 8)).save(folder / f"{number:05d}.png")
-    monkeypatch.setattr(pipeline.predictor_lib, "MAX_BATCH", 1)
+    monkeypatch.setattr(pipeline.encoder_lib, "MAX_BATCH", 1)
     monkeypatch.setattr(pipeline.jax, "local_device_count", lambda: 3)
     return folder
 
