@@ -1,0 +1,1 @@
+"""Training checkpoints, finished models, and models by name."""
