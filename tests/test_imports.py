@@ -136,6 +136,12 @@ def _package(module):
     return (module.split(".") + [""])[1]
 
 
+def test_every_folder_of_modules_is_a_package():
+    """A wheel leaves others out."""
+    folders = {path.parent for path in _modules().values()} - {ROOT / "grain_jax"}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
+
+
 def test_every_package_has_a_layer():
     assert {_package(module) for module in _modules()} - {""} == set(LAYER)
 
