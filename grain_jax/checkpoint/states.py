@@ -255,7 +255,7 @@ def check_same_data(
 
     Args:
       step: of the checkpoint.
-      stored: the identities in it, as `read_data` gives them.
+      stored: the identities in it (`files.Items.data`).
       data: the identities of the sets of the config.
     """
     faults = []

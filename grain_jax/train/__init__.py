@@ -1,1 +1,1 @@
-"""One training step: optimiser, sharding, and what the step costs in FLOPs and memory."""
+"""The run from top to bottom (run.py), and its step: optimiser, sharding, cost in FLOPs and memory."""

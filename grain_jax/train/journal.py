@@ -150,7 +150,7 @@ def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict
 
 
 def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
-    """What to set where too many texts do not fit: rows by the lengths of the data set's texts."""
+    """What to set where too many texts do not fit: rows by the lengths of the dataset's texts."""
     group, rows = config.text_layout
     enough = derived.rows_of(config, group, source.text_lengths(config))[0]
     return (

@@ -20,7 +20,7 @@ from grain_jax.train import initialise, metrics_writer, schedule, sharding
 
 
 class SetUp(NamedTuple):
-    """A run before it has a state: what `set_up` finds."""
+    """A run before it has a state, as `set_up` returns it."""
 
     config: config_lib.Config  # without open numbers
     derived_from: str  # how the open numbers were derived, or ""
@@ -41,9 +41,9 @@ class SetUp(NamedTuple):
 def set_up(
     config: config_lib.Config, workdir: epath.Path, handler: ending.PreemptionHandler
 ) -> SetUp:
-    """Opens all that the run needs before anything is computed, and makes the data set where it is missing.
+    """Opens all that the run needs before anything is computed, and makes the dataset if it is missing.
 
-    What needs no data set comes first, since making one takes long.
+    What needs no dataset comes first, since making one takes long.
     """
     losses.terms_of(config.loss)
     evaluators = kinds.from_entries(config.evals, config.model)
@@ -79,7 +79,7 @@ def tell(text: str) -> None:
 
 
 def prepare_missing_data(config: config_lib.Config, handler: ending.PreemptionHandler) -> None:
-    """Runs `input.prepare` where a record set is missing.
+    """Runs `input.prepare` if a record set is missing.
 
     Only the trainer calls this, with the config that its user passed: a stored config may come from anyone.
     """
@@ -89,14 +89,14 @@ def prepare_missing_data(config: config_lib.Config, handler: ending.PreemptionHa
         except errors.MissingData:
             words = shlex.split(config.input.prepare)
             command = ["python", "-m", *(word.format(**vars(config.input)) for word in words)]
-            tell(f"No data set yet: {shlex.join(command)}")
+            tell(f"No dataset yet: {shlex.join(command)}")
             with subprocess.Popen([sys.executable, *command[1:]]) as handler.child:
                 status = handler.child.wait()
             handler.child = None
             if status:
                 told = f"input.prepare: {shlex.join(command)} ended with {status}"
                 raise errors.UserError(told) from None
-    processes.wait_for_all("data set prepared")
+    processes.wait_for_all("dataset prepared")
 
 
 def derive(
