@@ -1,10 +1,10 @@
-"""Fine-tuning on your own images: of your own run, or of pretrained towers with a new region decoder.
+"""Fine-tuning on your own images: of your own run, or of a published model with a new region decoder.
 
 COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
 FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder that grain-jax convert
-          wrote, or a model of the Hugging Face Hub, e.g. hf://openai/clip-vit-base-patch32: the towers are loaded, the
-          decoder is new.
+          wrote, or a model of the Hugging Face Hub, e.g. hf://openai/clip-vit-base-patch32: its towers, their pooling
+          and their logit scale are loaded, the decoder is new. configs/regions.py leaves such a model as it is.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
 LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors beside the towers' matrices.
 HARDWARE  one GPU; docs/own_images.md lists what fits where.
@@ -60,9 +60,10 @@ def take_folder(c, source):
         c.model.decoder.update(decoder)
         c.input.max_regions = c.model.decoder.queries
         c.init.decoder = source
-    else:  # two towers, whose pooling the decoder replaces
+    elif has_texts:  # two towers, which go on to pool and score whole images
+        c.model.decoder.image_pool = "tower"
+    else:
         c.model.image.pool, c.model.image.projection = "none", "matrix"
-        c.model.logit_bias_init = None
     if c.model.logit_bias_init is not None:
         c.loss.contrast = "sigmoid"
     if c.model.boxes.kind != "none":

@@ -63,7 +63,7 @@ def _model(model: Model) -> Iterator[Fault]:
     if is_vit and image.rope == "none" and not image.positions:
         yield "model.image.positions", "True, or model.image.rope=centres"
     for name, tower in (("image", image), ("text", text)):
-        to_joint_space = name == "text" or decoder is None
+        to_joint_space = name == "text" or model.tower_pools
         if to_joint_space and tower.projection == "none" and model.embed_dim != tower.width:
             yield "model.embed_dim", f"{tower.width}, since model.{name}.projection=none"
     yield from _pooling(model)
@@ -87,12 +87,13 @@ def _pooling(model: Model) -> Iterator[Fault]:
             yield "model.decoder", f"None, {pools}"
         if image.pool != "none":
             yield "model.image.pool", f"none, {pools}"
-    elif decoder is not None:
+    elif not model.tower_pools:
         if image.pool != "none" or image.projection != "matrix":
             decoder_pools = "none, matrix, since model.decoder pools and projects"
             yield "model.image.pool, model.image.projection", decoder_pools
     elif image.pool == "none" and named.may_import(image.tower):
-        yield "model.image.pool", "class, map or mean if model.decoder is None"
+        expected = "class, map or mean if model.decoder is None or its image_pool is tower"
+        yield "model.image.pool", expected
     if _pools(text) and text.pool != "end":
         yield "model.text.pool", f"end, since the tower {text.tower} pools its rows"
     if not named.is_external(image.tower) and image.pool == "class" and not image.class_token:

@@ -251,7 +251,7 @@ class Config:
 
         These are `optim.frozen`, and everything but the factors in a tower with factors of `optim.lora`.
         """
-        image = "image" if self.model.decoder is not None else "image(_pool|_projection)?"
+        image = "image(_pool|_projection)?" if self.model.tower_pools else "image"
         towers = {"image": image, "text": "text(_norm|_pool|_projection)?"}
         of_lora = [parts for tower, parts in towers.items() if self.optim.lora.has(tower)]
         return (*self.optim.frozen, *(f"{parts}/(?!.*/lora_[ab]$).*" for parts in of_lora))

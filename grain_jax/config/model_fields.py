@@ -117,7 +117,16 @@ class RegionDecoder:
     norm_eps: float = key(1e-5, "Epsilon of the LayerNorms.")
     qkv_init_gain: float = key(1.0, "Factor on initial query, key and value weights.", low=0)
     unroll: int = layers(1, "Layers per turn of the loop over layers.")
-    image_pool: str = key("query", "Queries of the image embedding.", choices=("query", "all"))
+    image_pool: str = key(
+        "query",
+        "Image embedding: of the image query, the sum of all queries, or of the image tower.",
+        choices=("query", "all", "tower"),
+    )
+
+    @property
+    def inputs(self) -> int:
+        """The learned vectors: Q region queries, and the image query unless the tower pools."""
+        return self.queries + (self.image_pool != "tower")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,3 +161,13 @@ class Model:
         choices=("auto", "xla", "pallas"),
         role="free",
     )
+
+    @property
+    def tower_pools(self) -> bool:
+        """Whether the image embedding is the image tower's own, by `image.pool` and `image.projection`."""
+        return self.decoder is None or self.decoder.image_pool == "tower"
+
+    @property
+    def regions_have_scale(self) -> bool:
+        """Whether regions have a logit scale and bias of their own: those of the towers stay as published."""
+        return self.decoder is not None and self.decoder.image_pool == "tower"

@@ -117,7 +117,7 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
     """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]); None if the model has none."""
     model, dtype = predictor.model, predictor.dtype
     has_head = model.boxes.kind != "none"
-    has_patches = has_head or model.decoder is None
+    has_patches = has_head or model.tower_pools
     if not (has_patches or predictor.has_regions):
         return None
     try:

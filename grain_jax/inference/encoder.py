@@ -99,7 +99,7 @@ class Encoder:
     @property
     def has_patches(self) -> bool:
         """Whether patches have embeddings in the space of the texts."""
-        return self.has_box_head or self.model.decoder is None
+        return self.has_box_head or self.model.tower_pools
 
     def need_regions(self, argument: str) -> None:
         """Raises InputError if the model has no region queries; `argument` begins the message."""
@@ -239,7 +239,7 @@ class Encoder:
             tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
             boxes = [_boxes_around(grid, sides)] * len(tokens.values)
             patches = np.array([_means(x, sides) for x in self.encode_boxes(tokens, boxes)])
-        elif self.model.decoder is not None:
+        elif not self.model.tower_pools:
             raise InputError(
                 "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the"
                 " regions"

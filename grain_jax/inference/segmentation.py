@@ -231,7 +231,7 @@ def maps_by(model: config_lib.Model, by: str, patch_features: str) -> tuple[str,
         if value not in known:
             raise InputError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
     has_head, external = model.boxes.kind != "none", named.is_external(model.image.tower)
-    has_patches = has_head or model.decoder is None
+    has_patches = has_head or model.tower_pools
     has_regions = model.decoder is not None and model.decoder.queries > 0
     if by == "auto":
         by = "patches" if not has_regions else "both" if has_patches else "regions"

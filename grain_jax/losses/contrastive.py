@@ -52,9 +52,9 @@ def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutp
 
     Args: texts [b, S, D], their ids [b, S], and where they are real, bool [b, S].
     """
-    outputs = shard.outputs
-    image, one_each = outputs.image_embed, texts.shape[1] == 1
-    own_logits = outputs.logit_scale * jnp.sum(image[:, None] * texts, axis=-1) + outputs.logit_bias
+    image, one_each = shard.outputs.image_embed, texts.shape[1] == 1
+    scale, bias = shard.outputs.logit_scale, shard.outputs.logit_bias
+    own_logits = scale * jnp.sum(image[:, None] * texts, axis=-1) + bias
     rows = Vectors(image, jnp.where(real, ids, streaming.NO_ID), jnp.ones(len(image), bool))
     columns = _flat(texts, ids, real)
     if one_each:
@@ -62,7 +62,9 @@ def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutp
         own_logits = jnp.where(real, own_logits, -streaming.MASKED)
     else:
         rows, columns = columns, rows
-    loss, right = _both_ways(shard, shard.layout.everywhere, rows, columns, own_logits)
+    loss, right = _both_ways(
+        shard, shard.layout.everywhere, rows, columns, own_logits, scale, bias
+    )
     output = _mean_over_texts(accuracy, loss, right, real)
     if one_each:
         output = output._replace(loss=Mean(loss.sum(), output.loss.count))
@@ -74,17 +76,13 @@ def _flat(embed, ids, real) -> Vectors:
     return Vectors(embed.reshape(-1, embed.shape[-1]), ids.reshape(-1, 1), real.reshape(-1))
 
 
-def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_logits):
+def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_logits, scale, bias):
     """(loss of each pair, whether its row is nearest to its column), of the form of the pairs' logits `own` [b, S].
 
     There is a row for each pair, and a column for each pair or for each of the b images. The mean of both directions for
     "softmax"; "sigmoid" is symmetric, so one direction suffices.
     """
-    contrast, scale, bias = (
-        shard.config.contrast,
-        shard.outputs.logit_scale,
-        shard.outputs.logit_bias,
-    )
+    contrast = shard.config.contrast
     both = contrast == "softmax"
     costs: Any = streaming.negatives(
         contrast, both, shard.config.tile, ring, rows, columns, scale, bias
@@ -143,7 +141,7 @@ def _region_description_of_group(
     """(loss of each region, 0 where none is matched; whether its own description is nearest), [b, R] each."""
     if 0 in (id_.shape[1], region_embed.shape[1]):  # no regions, or no queries
         return jnp.zeros(id_.shape), jnp.zeros(id_.shape, bool)
-    config, scale, bias = shard.config, shard.outputs.logit_scale, shard.outputs.logit_bias
+    config, (scale, bias) = shard.config, shard.outputs.region_scale_and_bias
     pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
     own_logits = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
@@ -168,12 +166,14 @@ def box_description(shard: Shard) -> TermOutput:
     Measures `box_description_accuracy`, the share of boxes nearest to their own description.
     """
     outputs, targets = shard.outputs, shard.targets
-    scale, bias = outputs.logit_scale, outputs.logit_bias
+    scale, bias = outputs.region_scale_and_bias
 
     def of_group(boxes, texts, id_, real, described):
         own_logits = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
         rows, columns = _flat(boxes, id_, real), _flat(texts, id_, described)
-        loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own_logits)
+        loss, right = _both_ways(
+            shard, shard.layout.in_group, rows, columns, own_logits, scale, bias
+        )
         return jnp.where(real, loss, 0), real & right
 
     arrays = outputs.box_embed, outputs.region_text_embed, targets.description_id
@@ -225,8 +225,7 @@ def _among_own_negatives(shard: Shard, embed, text, negatives, negative_mask):
       negatives: [b, R, H, D].
       negative_mask: bool [b, R, H].
     """
-    outputs, contrast = shard.outputs, shard.config.contrast
-    scale, bias = outputs.logit_scale, outputs.logit_bias
+    contrast, (scale, bias) = shard.config.contrast, shard.outputs.region_scale_and_bias
     # Sums of products, not matrix products: a text and the same text as a negative then round alike.
     own_logits = scale * jnp.sum(embed * text, axis=-1) + bias
     logits = scale * jnp.sum(embed[:, :, None] * negatives, axis=-1) + bias

@@ -55,8 +55,9 @@ class GRAIN(nn.Module):
         if c.decoder is not None:
             self.decoder = region_decoder.QueryDecoder(c.decoder, dtype, self.remat)
             self.box_mlp = region_decoder.BoxMLP(c.decoder.width, dtype)
-            self.image_projection = project(c.decoder.width, "matrix")
             self.region_projection = project(c.decoder.width, "matrix")
+        if not c.tower_pools:
+            self.image_projection = project(c.decoder.width, "matrix")
         else:
             if c.image.pool == "map":
                 self.image_pool = tower_layer.AttentionPool(c.image, dtype)
@@ -68,11 +69,17 @@ class GRAIN(nn.Module):
                 c.embed_dim, ("width",), ("embed",), dtype=dtype, kernel_init=xavier, use_bias=False
             )
         # In log space, as in CLIP; Outputs hold its exponential.
-        scale = nn.initializers.constant(np.log(c.logit_scale_init))
-        self.logit_scale = layers.parameter(self, "logit_scale", scale, (), ())
-        if c.logit_bias_init is not None:
-            bias = nn.initializers.constant(c.logit_bias_init)
-            self.logit_bias = layers.parameter(self, "logit_bias", bias, (), ())
+        scalar = lambda name, value: layers.parameter(
+            self, name, nn.initializers.constant(value), (), ()
+        )
+        self.logit_scale = scalar("logit_scale", np.log(c.logit_scale_init))
+        sigmoid = c.logit_bias_init is not None
+        if sigmoid:
+            self.logit_bias = scalar("logit_bias", c.logit_bias_init)
+        if c.regions_have_scale:
+            # The published scale fits trained embeddings; new ones start as CLIP and SigLIP started.
+            self.region_logit_scale = scalar("region_logit_scale", np.log(10 if sigmoid else 1 / 0.07))
+            self.region_logit_bias = scalar("region_logit_bias", -10.0) if sigmoid else jnp.zeros(())
 
     def image_tokens(self, image: jax.Array, kept: jax.Array | None = None) -> jax.Array:
         """Images to their tokens. Raises UserError: the tower takes neither this size nor some of the patches.
@@ -128,11 +135,15 @@ class GRAIN(nn.Module):
             no_regions = jnp.zeros((batch, 0, self.config.embed_dim)), jnp.zeros((1, batch, 0, 4))
             return normalize(self._pooled_image(tokens)), *no_regions
         hidden = self.decoder(tokens, dropout_keys)
-        image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
-        region_embed = normalize(self.region_projection(hidden[-1, :, :-1]))
+        regions = hidden[:, :, : decoder.queries]
+        if decoder.image_pool == "tower":
+            image_embed = normalize(self._pooled_image(tokens))
+        else:
+            image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
+        region_embed = normalize(self.region_projection(regions[-1]))
         if decoder.image_pool == "all":
             image_embed = normalize(image_embed + region_embed.sum(axis=1))
-        return image_embed, region_embed, self.box_mlp(hidden[:, :, :-1])
+        return image_embed, region_embed, self.box_mlp(regions)
 
     def encode_boxes(self, image: jax.Array, boxes_xyxy: jax.Array) -> jax.Array:
         """Images and boxes [B, R, 4], corners in [0, 1] -> [B, R, D], unit length; needs a box head."""
@@ -153,7 +164,7 @@ class GRAIN(nn.Module):
         return normalize(self.box_projection(self.box_head(tokens, boxes_xyxy, leading, kept)))
 
     def encode_patches(self, image: jax.Array) -> jax.Array:
-        """Images -> [B, P, D], each patch pooled and projected alone, row by row; of a model without a decoder."""
+        """Images -> [B, P, D], each patch pooled and projected alone, row by row; of a tower that pools."""
         return self.patch_embeddings(self.image_tokens(image))
 
     def patch_embeddings(self, tokens: jax.Array) -> jax.Array:
@@ -233,6 +244,7 @@ class GRAIN(nn.Module):
         embed = lambda at: normalize(self._read_texts(text_features, batch.text_segments, at))
         # Flat, since an axis of one caption would be padded to a register's eight rows.
         text_embed = embed(batch.caption_at.reshape(b * captions, 2)).reshape(b, captions, -1)
+        own = self.config.regions_have_scale
         outputs = schema.Outputs(
             image_embed=image_embed,
             text_embed=text_embed,
@@ -241,6 +253,8 @@ class GRAIN(nn.Module):
             pred_boxes_cxcywh=boxes,
             logit_scale=jnp.exp(self.logit_scale),
             logit_bias=jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
+            region_logit_scale=jnp.exp(self.region_logit_scale) if own else None,
+            region_logit_bias=self.region_logit_bias if own else None,
             box_embed=box_embed,
             negative_text_embed=None if batch.negative_at is None else embed(batch.negative_at),
         )

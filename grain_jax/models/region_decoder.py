@@ -1,4 +1,4 @@
-"""Region decoder: learned queries attend to the image tokens; the last query stands for the whole image.
+"""Region decoder: learned queries attend to the image tokens; the last one may stand for the whole image.
 
 docs/method.md, Model; the layer is DETR's pre-norm one (Carion et al. 2020), without positions on the memory.
 """
@@ -71,7 +71,7 @@ class QueryDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, image_tokens, dropout_keys=None):
-        """image_tokens [B, N, E_image], dropout_keys: PRNG keys [B] or None -> [T, B, Q+1, E], normed."""
+        """image_tokens [B, N, E_image], dropout_keys: PRNG keys [B] or None -> [T, B, Q+1 or Q, E], normed."""
         t = self.tower
         memory = layers.dense(
             t.width,
@@ -84,7 +84,7 @@ class QueryDecoder(nn.Module):
         )(image_tokens)
         memory = layers.LayerNorm(t.norm_eps, name="memory_norm")(memory)
         query_embed = layers.parameter(
-            self, "query_embed", layers.normal(1.0), ("queries", "width"), (t.queries + 1, t.width)
+            self, "query_embed", layers.normal(1.0), ("queries", "width"), (t.inputs, t.width)
         ).astype(self.dtype)
         content = jnp.zeros((memory.shape[0], *query_embed.shape), self.dtype)
         every = nn.broadcast

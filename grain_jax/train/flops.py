@@ -154,7 +154,7 @@ def _frozen(config: Config) -> frozenset[str]:
 
 def _part(module: str, model: config_lib.Model) -> str:
     """The field of FlopsPerImage that counts the products of a module, by its name in GRAIN; "" for a scalar."""
-    if module in ("logit_scale", "logit_bias"):
+    if "logit_" in module:
         return ""
     if module == forward_lib.TERMS:
         return "terms"
@@ -162,7 +162,8 @@ def _part(module: str, model: config_lib.Model) -> str:
         return "text"
     if module in ("box_head", "box_projection"):
         return "decoder"
-    return "image" if module == "image" or model.decoder is None else "decoder"
+    of_image = ("image", "image_pool", "image_projection") if model.tower_pools else ("image",)
+    return "image" if module in of_image else "decoder"
 
 
 def matmul_flops(function, *arguments: Any) -> int:

@@ -21,13 +21,14 @@ from grain_jax.models import grain
 from grain_jax.train import train_step
 
 _KEPT_POSITIONS = 20  # see `resize_text_positions`
-# Part -> prefixes of its parameters. A model without a decoder also takes _POOLED from an image tower.
+# Part -> prefixes of its parameters. A model whose image tower pools also takes _POOLED from it.
 _PREFIXES = {
     "image": ("image/",),
     "text": ("text/", "text_norm/", "text_pool/", "text_projection/"),
 }
 _POOLED = ("image_pool/", "image_projection/")
 _BOX_HEAD = ("box_head/", "box_projection/")
+_SCALE = ("logit_scale", "logit_bias")  # of two towers that were trained together
 # Keys of a part that may differ from the model's: what only training reads, sizes that are resized, and what is reported.
 _FREE = {
     *(
@@ -150,7 +151,7 @@ def load(config: config_lib.Config) -> Loaded:
             continue
         stored, merged, _ = read(path)
         flat = {name: np.asarray(x, np.float32) for name, x in grain.flat(merged).items()}
-        names = _names(part, model, stored, shapes)
+        names = _names(part, config, stored, shapes)
         faults = _differences(part, stored, model)
         faults += [f"{name}: missing" for name in names if name not in flat]
         lines, arrays = [], {}
@@ -171,15 +172,20 @@ def load(config: config_lib.Config) -> Loaded:
     return Loaded(params, report)
 
 
-def _names(part: str, model: config_lib.Model, stored: config_lib.Model, shapes: Any) -> list[str]:
-    """The parameters of `model` that a part of a stored model gives."""
-    pooled = _POOLED if model.decoder is None else ()
+def _names(
+    part: str, config: config_lib.Config, stored: config_lib.Model, shapes: Any
+) -> list[str]:
+    """The parameters of the config's model that a part of a stored model gives."""
+    model, init = config.model, config.init
+    pooled = _POOLED if model.tower_pools else ()
     if part == "decoder":  # all but the towers; a box head where both have the same
         others = sum(
             _PREFIXES.values(), pooled + (_BOX_HEAD if stored.boxes != model.boxes else ())
         )
         return [name for name in shapes if not name.startswith(others)]
     prefixes = _PREFIXES[part] + (pooled if part == "image" else ())
+    if part == "text" and model.tower_pools and init.image == init.text and not init.decoder:
+        prefixes += _SCALE
     return [name for name in shapes if name.startswith(prefixes)]
 
 
@@ -189,7 +195,7 @@ def _differences(part: str, stored: config_lib.Model, model: config_lib.Model) -
     if (got is None) != (wanted is None):
         return ["one of the two models has a region decoder, the other none"]
     fields = [] if got is None else [field.name for field in dataclasses.fields(got)]
-    replaced = model.decoder is not None and part == "image"
+    replaced = not model.tower_pools and part == "image"
     free = {*_FREE, *_TOLD, *(("pool", "projection") if replaced else ())}
     values = [(key, getattr(got, key), getattr(wanted, key)) for key in fields if key not in free]
     return [

@@ -224,8 +224,8 @@ def average(params, average_so_far, decay: float | jax.Array, frozen: Sequence[s
     return jax.tree_util.tree_map_with_path(choose, moved, average_so_far)
 
 
-def clip_logit_scale(params, frozen: Sequence[str] = ()):
-    """Clips `logit_scale` to [0, ln 100], as the reference does after every step; not if it is frozen."""
-    if any(re.fullmatch(pattern, "logit_scale") for pattern in frozen):
-        return params
-    return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0, MAX_LOG_SCALE)}
+def clip_logit_scales(params, frozen: Sequence[str] = ()):
+    """Clips the logit scales to [0, ln 100], as the reference does after every step; not what is frozen."""
+    names = [name for name in ("logit_scale", "region_logit_scale") if name in params]
+    free = [n for n in names if not any(re.fullmatch(pattern, n) for pattern in frozen)]
+    return {**params, **{name: jnp.clip(params[name], 0, MAX_LOG_SCALE) for name in free}}

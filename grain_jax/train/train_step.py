@@ -225,7 +225,7 @@ def make_train_step(
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        params = optim.clip_logit_scale(params, config.frozen)
+        params = optim.clip_logit_scales(params, config.frozen)
         ema = state.ema_params
         if config.ema_decay:
             ema = optim.average(params, ema, config.ema_decay, config.frozen)
@@ -235,7 +235,11 @@ def make_train_step(
         text_counts = state.text_counts + sums[1:].astype(jnp.uint32)
         metrics = {
             **loss_metrics(losses),
-            "logit_scale": jnp.exp(state.params["logit_scale"]),
+            **{
+                name: jnp.exp(state.params[name])
+                for name in ("logit_scale", "region_logit_scale")
+                if name in state.params
+            },
             "learning_rate": schedule(state.step),
             **grad_norms(grads, config.frozen),
             "texts_dropped": dropped,

@@ -1,0 +1,30 @@
+"""Regions for a published model: its towers stay as they are, and a decoder and a box head learn beside them.
+
+COMMAND   grain-jax train --config regions:START --workdir runs/regions \
+              --config.input.data_dir=records --config.input.name=mine
+START     a model with two towers: of the Hugging Face Hub, e.g. hf://google/siglip2-base-patch16-224, a folder that
+          grain-jax convert wrote, or a run of yours. Scores of whole images stay those of START at every step.
+NEGATIVES --config.input.negatives_per_region=4 --config.loss.hard_negative=1 if the dataset has hard negatives.
+TOWERS    --config.optim.lora.rank=8 trains low-rank factors beside the towers, --config.optim.frozen="()" everything.
+HARDWARE  one GPU; a step costs less than half of one that trains everything.
+"""
+
+from grain_jax.configs import finetune
+
+
+def get_config(start="aviary-tiny"):
+    c = finetune.get_config(start)
+    if c.init.decoder is not None or c.init.text is None:
+        raise ValueError(
+            f"got {start!r}, expected a model with two towers and no region decoder; finetune:{start} trains others"
+        )
+    c.optim.frozen = (r"(image|text)(_\w+)?/(?!.*/lora_[ab]$).*", "logit_(scale|bias)")
+    c.optim.layer_decay = 1.0
+    c.optim.learning_rate = 1e-3
+    c.optim.clip_norm = 1.0
+    c.loss.image_caption = 0.0
+    c.loss.deep_supervision = True
+    c.model.boxes.kind = "roi_align"
+    c.model.boxes.bins = 3
+    c.loss.box_description = 1.0
+    return c
