@@ -50,7 +50,11 @@ class Segmentation(Evaluator):
         FORMATS[0], "Layout of the dataset; folder: images/, masks/, classes.txt.", choices=FORMATS
     )
     ignore: int | None = option(
-        None, "A further id whose pixels do not count, beside the format's.", "ID", low=0
+        None,
+        "A further id whose pixels do not count, beside the format's.",
+        "ID",
+        low=0,
+        high=65535,
     )
     descriptions: str | None = option(
         None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
