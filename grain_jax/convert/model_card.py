@@ -34,7 +34,7 @@ def read_run(folder: epath.PathLike) -> TrainedRun:
         return TrainedRun({}, None, {}, None, str(notes.get("source", "")))
     workdir, step = folder.parent.parent, int(folder.name) if folder.name.isdigit() else None
     metrics, measured_at = {}, None
-    for line in metrics_file.read(metrics_file.files(workdir))[0]:
+    for line in metrics_file.read(workdir)[0]:
         here = {key: value for key, value in metrics_file.numbers(line) if key.startswith("eval/")}
         if here and step is not None and line.step <= step:
             metrics, measured_at = here, line.step

@@ -51,7 +51,7 @@ class Segmentation(Evaluator):
     )
     ignore: int | None = option(
         None,
-        "A further id of pixels that do not count, beside the format's.",
+        "A further id whose pixels do not count, beside the format's.",
         "ID",
         low=0,
         high=65535,
@@ -125,7 +125,7 @@ class Segmentation(Evaluator):
             attempt(self._described, opened)
         attempt(prompts.load_templates, self.templates)
         attempt.done()
-        return len(opened.pairs) if opened else 0
+        return len(opened.masks) if opened else 0
 
     def _described(self, opened: segmentation_sets.Segmented) -> list[list[str]] | None:
         if self.descriptions is None:
@@ -154,37 +154,35 @@ class Segmentation(Evaluator):
         )
         skip = opened.background if self.background_threshold is not None else None
         options = (self.short_side, self.stride, len(opened.names))
+        maps_by = dict(by=self.by, patch_features=self.patch_features)
+        of_pixels = dict(
+            background=self.background_threshold, scale=predictor.logit_scale, skip=skip
+        )
 
         def prepare(position: int, image: PIL.Image.Image) -> tuple[Any, np.ndarray]:
-            pair = opened.pairs[position]
-            mask = segmentation_sets.read_mask(pair, opened.class_of, image.size)
+            mask = segmentation_sets.read_mask(opened.masks[position], opened.class_of, image.size)
             try:
                 return segmenting.cut(image, size, *options), mask
             except image_files.ImageError as error:
-                raise image_files.ImageError(f"{pair.image}: {error}") from None
-
-        def maps_of(windows: np.ndarray) -> tuple[np.ndarray]:
-            how = dict(by=self.by, patch_features=self.patch_features)
-            return (predictor.class_maps(windows, classes, **how),)
+                name = opened.images[position].name
+                raise image_files.ImageError(f"{name}: {error}") from None
 
         def count(batch: encode.Batch) -> dict[str, np.ndarray]:
             windows, masks = zip(*batch.pixels)
+            maps_of = lambda part: (predictor.class_maps(part, classes, **maps_by),)
             (maps,) = scores.in_parts(maps_of, np.concatenate([x.pixels for x in windows]))
             stream.check_finite(maps)
             maps = np.split(maps, np.cumsum([len(each.pixels) for each in windows])[:-1])
-            how: dict[str, Any] = dict(
-                background=self.background_threshold, scale=predictor.logit_scale, skip=skip
-            )
             pixels = []
             for cells, each, mask in zip(maps, windows, masks, strict=True):
-                labels = segmenting.labels(cells, each, **how)
+                labels = segmenting.labels(cells, each, **of_pixels)
                 if skip is not None:
                     labels[labels == segmenting.BACKGROUND] = skip
                 pixels.append(count_pixels(mask, labels, len(opened.names)))
             return {"index": batch.index, "pixels": np.stack(pixels)}
 
         arrays, unreadable = encode.over_images(
-            opened.images(),
+            opened.images,
             prepare,
             count,
             label="segmentation",

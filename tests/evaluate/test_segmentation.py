@@ -244,7 +244,7 @@ def test_masks_of_public_sets_are_of_the_pixels_as_stored(tmp_path, monkeypatch)
 def test_class_files(name, count):
     lines = class_names.read(name)
     assert len(lines) == count == len({line.label for line in lines})
-    _, labels = segmentation_sets._classes(name)
+    _, labels = segmentation_sets.class_labels(name)
     assert len(set(labels)) == count
 
 
@@ -315,8 +315,6 @@ def test_data_that_cannot_be_used(tmp_path):
     (tmp_path / "classes.txt").unlink()
     fault("classes.txt: no such file", images=tmp_path)
     _voc(voc)
-    (voc / "ImageSets/Segmentation/val.txt").write_text("../../secret\n")
-    fault("name 1: got '../../secret'", images=voc, format="voc")
     (voc / "ImageSets/Segmentation/val.txt").write_text("of_the_training\n")
     fault("none of its 1 images has a mask", images=voc, format="voc")
 

@@ -50,7 +50,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
     if not workdir.is_dir():
         raise InputError(f"{workdir}: no such folder; expected the workdir of a run")
     config = _json(workdir / "config.json")
-    lines, unmeasured = metrics_file.read(metrics_file.files(workdir))
+    lines, unmeasured = metrics_file.read(workdir)
     if config is None and not lines:
         raise InputError(
             f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
