@@ -160,7 +160,7 @@ def prove(checkpoint: BigVisionCheckpoint, model: config_lib.Model, params: Any)
         image, text, _ = theirs.apply({"params": tree}, inputs.images, inputs.token_ids)
         return dict(image_embed=np.asarray(image), text_embed=np.asarray(text))
 
-    return parity.prove(model, params, "big_vision's two_towers", outputs)
+    return parity.prove(model, params, "big_vision's two_towers", (), outputs)
 
 
 _ATTENTION = ("query", "key", "value", "out")
