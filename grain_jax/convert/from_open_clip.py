@@ -5,6 +5,7 @@ names. OpenAI's files have none, so the rules of OpenAI's own loader give it. Th
 weights, is the other side of the parity.
 """
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ WEIGHTS = (
     "open_clip_pytorch_model.bin",
     "model.safetensors",
 )
+PACKAGES = ("open_clip_torch", "torch")
 _CONFIG = "open_clip_config.json"
 _OPENAI = ("input_resolution", "context_length", "vocab_size")  # sizes in OpenAI's files
 _POOLS = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
@@ -245,26 +247,26 @@ def timm_fields(trunk: Any) -> dict[str, Any]:
 
 def _prove(checkpoint: OpenClipCheckpoint, imported: towers.Imported) -> parity.Report:
     """Our model against open_clip's, with the same weights."""
-    import open_clip
     import torch
 
     with archives.reading(checkpoint.path, "what open_clip takes, by the config"):
         module = _module(checkpoint).eval()
-    shapes = {name: x.shape for name, x in module.state_dict().items()}
-    state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
-    state = {
-        k: v.reshape(shapes[k]) if v.numel() == 1 and k in shapes else v for k, v in state.items()
-    }
-    with archives.reading(checkpoint.path, "what open_clip takes, by the config"):
-        module.load_state_dict(state)
+        shapes = {name: x.shape for name, x in module.state_dict().items()}
+        state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
+        one = {k for k, v in state.items() if v.numel() == 1 and k in shapes}
+        module.load_state_dict(state | {k: state[k].reshape(shapes[k]) for k in one})
+    run = functools.partial(module_outputs, module)
+    return parity.prove(imported.model, imported.params, "open_clip", PACKAGES, run)
 
-    def outputs(inputs: parity.Inputs) -> dict[str, np.ndarray]:
-        images, ids = parity.for_torch(inputs)
-        with torch.no_grad():
-            image = module.encode_image(images, normalize=True).numpy()
-            return dict(
-                image_embed=image, text_embed=module.encode_text(ids, normalize=True).numpy()
-            )
 
-    other = f"open_clip {open_clip.__version__}"
-    return parity.prove(imported.model, imported.params, other, outputs)
+def module_outputs(module: Any, inputs: parity.Inputs) -> dict[str, np.ndarray]:
+    """The outputs of a module of open_clip."""
+    import torch
+
+    images, ids = parity.for_torch(inputs)
+    with torch.no_grad():
+        return {
+            "image_embed": module.encode_image(images, normalize=True).numpy(),
+            "text_embed": module.encode_text(ids, normalize=True).numpy(),
+            "logits": module.get_logits(images, ids)[0].numpy(),
+        }

@@ -17,7 +17,6 @@ from grain_jax.convert import formats, output, parity, towers
 from grain_jax.convert.exits import arrays, needs, tokenizers
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.faults import raise_any
-from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.convert.tables import Arrays
 
@@ -260,45 +259,40 @@ def _siglip(source: exits.SourceModel) -> Arrays:
     return state | {row.theirs: state[row.theirs].reshape(1) for row in towers.SCALARS}
 
 
-@exits.needing_packages
 def _prove(
     target: epath.Path, source: exits.SourceModel, kind: str, has_tokenizer: bool
 ) -> parity.Report:
     """Our model against a class of transformers on the folder, from raw images and texts.
 
-    `AutoModel` is our modeling file, which has regions and boxes, too, and whose processor cleans texts.
+    `AutoModel` is our modeling file, whose processor cleans texts.
     """
-    import torch
-    import transformers
+    options: Any = dict(local_files_only=True)
+    is_own = kind == "AutoModel"
+    texts = [*tokenizers.TEXTS, *(_UNCLEAN if is_own else ())]
+    ours = {"pixels": exits.our_pixels(source.model.image)}
+    if has_tokenizer:
+        ours |= tokenizers.ours(source, texts, pads_with_end=True)
 
-    inputs, path, is_own = parity.inputs_of(source.model), str(target), kind == "AutoModel"
-    options = dict(trust_remote_code=True) if is_own else dict(backend="pil")
-    load = lambda auto, **more: auto.from_pretrained(path, local_files_only=True, **more)
-    module = load(getattr(transformers, kind), **(options if is_own else {})).eval()
-    images, ids = parity.for_torch(inputs)
-    run = lambda ids: module(input_ids=torch.as_tensor(ids).long(), pixel_values=images)
-    with torch.no_grad():
-        if is_own:
-            ours = torch_module.outputs(source.model, source.params, inputs)
-            ours["pixels"] = exits.our_pixels(source.model.image)
-            theirs = torch_module.run_module(module, inputs)
-        else:
-            ours, out = exits.our_outputs(source, inputs), run(ids)
-            theirs = dict(image_embed=out.image_embeds.numpy(), text_embed=out.text_embeds.numpy())
-            theirs["logits"] = out.logits_per_image.numpy()
-        processor = load(transformers.AutoImageProcessor, **options)
+    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        import transformers
+
+        of_processor = options | (dict(trust_remote_code=True) if is_own else dict(backend="pil"))
+        of_model = of_processor if is_own else options
+        module = getattr(transformers, kind).from_pretrained(str(target), **of_model).eval()
+        theirs = parity.clip_outputs(module, inputs)
+        load = lambda auto: auto.from_pretrained(str(target), **of_processor)
+        processor = load(transformers.AutoImageProcessor)
         pixels = processor(exits.raw_images(), return_tensors="pt")["pixel_values"]
         theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
         if has_tokenizer:
-            texts = [*tokenizers.TEXTS, *(_UNCLEAN if is_own else ())]
-            processor, padded = (
-                load(transformers.AutoProcessor, **options),
-                dict(padding="max_length"),
-            )
-            ids = processor(text=texts, truncation=True, return_tensors="np", **padded)["input_ids"]
-            ours["token_ids"] = tokenizers.our_ids(source.model.text, source.folder, texts)
-            ours["encode_text"] = tokenizers.our_embeddings(source)
-            embeds = run(ids[: len(tokenizers.TEXTS)]).text_embeds
-            theirs |= {"token_ids": ids, "encode_text": embeds.numpy()}
-    other = f"{kind}, {torch_module.torch_versions()}"
-    return parity.report(parity.compare(ours, theirs), other, inputs)
+            as_ours = dict(truncation=True, padding="max_length", return_tensors="np")
+            ids = load(transformers.AutoProcessor)(text=texts, **as_ours)["input_ids"]
+            cleaned = ids[: len(tokenizers.TEXTS)]
+            images = np.repeat(inputs.images[:1], len(cleaned), axis=0)
+            theirs["encode_text"] = parity.clip_outputs(module, parity.Inputs(images, cleaned))[
+                "text_embed"
+            ]
+            theirs["token_ids"] = ids
+        return theirs
+
+    return parity.prove(source.model, source.params, kind, ("transformers", "torch"), run, ours)

@@ -33,8 +33,7 @@ def _side(shape: Shape) -> int:
 
 # Theirs <- ours.
 SAME = ArrayLayout(lambda s: s)
-BATCHED = ArrayLayout(lambda s: (1, *s))
-TOKEN = ArrayLayout(lambda s: (1, 1, *s))
+THREE_AXES = ArrayLayout(lambda s: (1,) * (3 - len(s)) + s)
 LINEAR = ArrayLayout(lambda s: s[::-1], (1, 0))
 HEADS_IN = ArrayLayout(lambda s: (s[1] * s[2], s[0]), (1, 0))  # [K h, E] <- [E, K, h]
 HEADS_BIAS = ArrayLayout(lambda s: (s[0] * s[1],))  # [K h] <- [K, h]

@@ -46,7 +46,7 @@ def converted(tmp_path_factory):
     report = huggingface.to_hf(root / "ours", root / "hf")
     assert report.ok and report.text.endswith("parity: PROVEN"), report.text
     embeds = "image_embed", "text_embed", "region_embed", "boxes_xyxy"
-    for name in (*embeds, "logit_scale", "pixels", "token_ids"):
+    for name in (*embeds, "logits", "pixels", "token_ids"):
         assert f"\n{name} " in report.text
     return root / "ours", root / "hf"
 

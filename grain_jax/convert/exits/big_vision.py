@@ -58,8 +58,7 @@ def _state(flat: Arrays) -> Arrays:
     for tower in ("image", "text"):
         if f"{tower}_projection/kernel" in flat:
             flat = arrays.with_projection(flat, tower, 0, bias=True)
-    rows = [*big_vision.image_rows(), *big_vision.text_rows(), *big_vision.SCALARS]
-    state = folder.entries(rows, flat)
+    state = folder.entries(big_vision.ROWS, flat)
     return state | {
         row.theirs: state[row.theirs].reshape(1) for row in big_vision.SCALARS if row.ours in flat
     }

@@ -1,6 +1,5 @@
 """What the exports that write a folder share: the model to write, its files, and our side of the parity."""
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +8,6 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax import inference
 from grain_jax.checkpoint import saved_model
 from grain_jax.convert import model_card, output, parity, tables
 from grain_jax.convert.faults import needing
@@ -32,22 +30,6 @@ def read(path: epath.PathLike) -> SourceModel:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
     model, params, folder = saved_model.load_model(path)
     return SourceModel(model, params, epath.Path(folder))
-
-
-def needing_packages(prove: Callable[..., parity.Report]) -> Callable[..., parity.Report]:
-    """`prove(target, source, ...)`, whose report is NOT PROVEN if an import inside fails."""
-
-    @functools.wraps(prove)
-    def proved(
-        target: epath.Path, source: SourceModel, *args: Any, **options: Any
-    ) -> parity.Report:
-        try:
-            return prove(target, source, *args, **options)
-        except ImportError as error:
-            reason = str(error).strip().partition("\n")[0]
-            return parity.not_proven(f"{reason}; pip install 'grain_jax[interop]'")
-
-    return proved
 
 
 def flat(source: SourceModel) -> Arrays:
@@ -129,12 +111,3 @@ def our_pixels(tower: config_lib.ImageTower) -> np.ndarray:
     mean, std = np.array(tower.pixel_mean), np.array(tower.pixel_std)
     resized = np.stack([images.resize(image, tower.image_size) for image in raw_images()])
     return (resized / 255 - mean) / std
-
-
-def our_outputs(source: SourceModel, inputs: parity.Inputs) -> dict[str, np.ndarray]:
-    """The outputs of a two-tower model, its logits [images, texts], and its pixels of `raw_images`."""
-    predictor = inference.Predictor(source.model, source.params)
-    ours = parity.outputs_of(predictor, inputs)
-    logits = predictor.logit_scale * ours["image_embed"] @ ours["text_embed"].T
-    pixels = our_pixels(source.model.image)
-    return ours | {"logits": logits + (predictor.logit_bias or 0.0), "pixels": pixels}

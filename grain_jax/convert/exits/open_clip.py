@@ -9,7 +9,7 @@ import PIL.Image
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats, output, parity, towers
+from grain_jax.convert import formats, from_open_clip, output, parity, towers
 from grain_jax.convert.exits import arrays, folder, needs, timm_trunk, tokenizers
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.tables import Arrays
@@ -154,32 +154,28 @@ def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
     return folder.entries([*image, *text, *towers.SCALARS], flat)
 
 
-@folder.needing_packages
 def _prove(target: epath.Path, source: folder.SourceModel, has_tokenizer: bool) -> parity.Report:
     """Our model against what open_clip makes of the folder, from raw images and texts."""
-    import open_clip
-    import torch
+    ours = {"pixels": folder.our_pixels(source.model.image)}
+    if has_tokenizer:
+        ours |= tokenizers.ours(source, tokenizers.TEXTS, pads_with_end=False)
 
-    inputs, name = parity.inputs_of(source.model), f"local-dir:{target}"
-    ours = folder.our_outputs(source, inputs)
-    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-        loaded: Any = open_clip.create_model_and_transforms(name)
-        module, _, preprocess = loaded
-        module.eval()
-        images = torch.from_numpy(inputs.images.transpose(0, 3, 1, 2).copy())
-        ids = torch.from_numpy(inputs.token_ids).long()
-        pixels = torch.stack([preprocess(PIL.Image.fromarray(x)) for x in folder.raw_images()])
-        theirs = {
-            "image_embed": module.encode_image(images, normalize=True).numpy(),
-            "text_embed": module.encode_text(ids, normalize=True).numpy(),
-            "logits": module.get_logits(images, ids)[0].numpy(),
-            "pixels": pixels.permute(0, 2, 3, 1).numpy(),
-        }
-        if has_tokenizer:
-            tokens: Any = open_clip.get_tokenizer(name)(tokenizers.TEXTS)
-            theirs["token_ids"] = np.asarray(tokens)
-            theirs["encode_text"] = module.encode_text(tokens, normalize=True).numpy()
-            ours["token_ids"] = tokenizers.own_ids(source.model.text, source.folder)
-            ours["encode_text"] = tokenizers.our_embeddings(source)
-    other = f"open_clip {open_clip.__version__}, torch {torch.__version__}"
-    return parity.report(parity.compare(ours, theirs), other, inputs)
+    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        import open_clip
+        import torch
+
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+            loaded: Any = open_clip.create_model_and_transforms(f"local-dir:{target}")
+            module, _, preprocess = loaded
+            module.eval()
+            pixels = torch.stack([preprocess(PIL.Image.fromarray(x)) for x in folder.raw_images()])
+            theirs = from_open_clip.module_outputs(module, inputs)
+            theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
+            if has_tokenizer:
+                tokens: Any = open_clip.get_tokenizer(f"local-dir:{target}")(tokenizers.TEXTS)
+                theirs["token_ids"] = np.asarray(tokens)
+                theirs["encode_text"] = module.encode_text(tokens, normalize=True).numpy()
+        return theirs
+
+    packages = from_open_clip.PACKAGES
+    return parity.prove(source.model, source.params, "open_clip", packages, run, ours)

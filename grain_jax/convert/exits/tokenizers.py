@@ -195,25 +195,22 @@ def _of_json(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:
     }
 
 
-def own_ids(
-    tower: config_lib.TextTower, folder: epath.PathLike, texts: Sequence[str] = TEXTS
-) -> np.ndarray:
-    """The ids of texts by our tokenizer, int32 [N, L]."""
-    return tokenizer.of_tower(tower, folder)(texts, tower.context_length)
+def ours(
+    source: SourceModel, texts: Sequence[str], *, pads_with_end: bool
+) -> dict[str, np.ndarray]:
+    """Our side of the parity: token ids of texts, int32 [N, L], and embeddings of TEXTS, float32 [N, D].
 
+    Each text is read where our tokenizer ends it.
 
-def our_embeddings(source: SourceModel) -> np.ndarray:
-    """Our embeddings of TEXTS, each read where our tokenizer ends it, float32 [N, D] of unit length."""
-    return inference.Predictor(source.model, source.params, folder=source.folder).encode_text(TEXTS)
-
-
-def our_ids(
-    tower: config_lib.TextTower, folder: epath.PathLike, texts: Sequence[str] = TEXTS
-) -> np.ndarray:
-    """As `own_ids`, with the padding of the files."""
-    ids = own_ids(tower, folder, texts)
-    if tower.tokenizer != "clip" or _knows_padding(tower):
-        return ids
-    # Ours pads with 0, transformers with the end token; the model reads neither.
-    after = np.arange(tower.context_length) > ids.argmax(axis=1)[:, None]
-    return np.where(after, clip_tokenizer.END_OF_TEXT, ids)
+    Args:
+      source: the model.
+      texts: for the token ids.
+      pads_with_end: whether the files pad CLIP's texts with the end token; no model reads it.
+    """
+    tower = source.model.text
+    ids = tokenizer.of_tower(tower, source.folder)(texts, tower.context_length)
+    if pads_with_end and tower.tokenizer == "clip":
+        after = np.arange(tower.context_length) > ids.argmax(axis=1)[:, None]
+        ids = np.where(after, clip_tokenizer.END_OF_TEXT, ids)
+    predictor = inference.Predictor(source.model, source.params, folder=source.folder)
+    return {"token_ids": ids, "encode_text": predictor.encode_text(TEXTS)}

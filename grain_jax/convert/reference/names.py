@@ -14,7 +14,6 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables, towers
 from grain_jax.convert.exits import needs
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
-from grain_jax.convert.formats import linear, norm
 from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.models import grain
 
@@ -22,43 +21,42 @@ TOWERS = ("image", "text", "decoder")
 StateDicts = Mapping[str, Mapping[str, np.ndarray]]  # {"backbone": ..., "decoder": ...}
 
 
-def _attention(ours: str, theirs: str) -> list[NamePair]:
-    return formats.attention(ours, (f"{theirs}.in_proj_{{kind}}",), f"{theirs}.out_proj")
-
-
-def _pool(ours: str, theirs: str) -> list[NamePair]:
-    qkv = ("attention.in_proj_{kind}",)
-    return formats.pool(theirs, "probe", qkv, "attention.out_proj", "norm", ours)
-
-
-_LAYER = "transformer.decoder.layers.{}."
+_POOL = formats.pool("attention.in_proj_ attention.out_proj")
+_DECODER = {
+    "norm_1": "norm1",
+    "self_attention": "self_attn.in_proj_ self_attn.out_proj",
+    "norm_2": "norm2",
+    "cross_attention": "multihead_attn.in_proj_ multihead_attn.out_proj",
+    "norm_3": "norm3",
+    "mlp/in": "linear1",
+    "mlp/out": "linear2",
+}
 TABLES: dict[str, list[NamePair]] = {  # by state dict
     "backbone": [
         *formats.own_image("visual.", key_bias=True),
         *formats.openai_text(),
-        NamePair("text_projection/bias", "text_projection_bias"),
-        *_pool("text_pool", "text_pool."),
-        NamePair("logit_scale", "logit_scale"),
-        NamePair("logit_bias", "logit_bias"),
+        *formats.rows("", "", {"text_projection/bias": "text_projection_bias"}),
+        *formats.rows("text_pool/", "text_pool.", _POOL),
+        *towers.SCALARS,
     ],
     "decoder": [
-        NamePair("decoder/memory_projection/kernel", "proj.weight", tables.LINEAR),
-        *norm("decoder/memory_norm", "transformer.pre_norm"),
-        NamePair("decoder/query_embed", "query_embed.weight"),
-        *norm("decoder/blocks/norm_1", _LAYER + "norm1"),
-        *_attention("decoder/blocks/self_attention", _LAYER + "self_attn"),
-        *norm("decoder/blocks/norm_2", _LAYER + "norm2"),
-        *_attention("decoder/blocks/cross_attention", _LAYER + "multihead_attn"),
-        *norm("decoder/blocks/norm_3", _LAYER + "norm3"),
-        *linear("decoder/blocks/mlp/in", _LAYER + "linear1"),
-        *linear("decoder/blocks/mlp/out", _LAYER + "linear2"),
-        *norm("decoder/norm", "transformer.decoder.norm"),
-        *(x for i in range(3) for x in linear(f"box_mlp/layer_{i}", f"bbox_embed.layers.{i}")),
-        NamePair("image_projection/kernel", "img_proj"),
-        NamePair("image_projection/bias", "img_proj_bias"),
-        *_pool("image_pool", "pool."),
-        NamePair("region_projection/kernel", "obj_proj"),
-        NamePair("box_projection/kernel", "boxes.proj"),
+        *formats.rows("decoder/blocks/", "transformer.decoder.layers.{}.", _DECODER),
+        *formats.rows(
+            "",
+            "",
+            {
+                "decoder/memory_projection": "proj",
+                "decoder/memory_norm": "transformer.pre_norm",
+                "decoder/query_embed": "query_embed.weight",
+                "decoder/norm": "transformer.decoder.norm",
+                **{f"box_mlp/layer_{i}": f"bbox_embed.layers.{i}" for i in range(3)},
+                "image_projection/kernel": "img_proj",
+                "image_projection/bias": "img_proj_bias",
+                "region_projection/kernel": "obj_proj",
+                "box_projection/kernel": "boxes.proj",
+            },
+        ),
+        *formats.rows("image_pool/", "pool.", _POOL),
     ],
 }
 _KEY_BIAS = "image/blocks/attention/key/bias"
