@@ -30,7 +30,7 @@ def _heads(args: argparse.Namespace) -> dict[str, int | None]:
 COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
     "from-torch": lambda args: reference.from_torch(args.input, args.output, _heads(args)),
     "to-torch": lambda args: reference.to_torch(args.input, args.output),
-    "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push),
+    "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push, args.part),
     "to-open-clip": lambda args: to_open_clip(args.input, args.output),
     "to-big-vision": lambda args: to_big_vision(args.input, args.output),
     "to-onnx": lambda args: to_onnx(args.input, args.output),

@@ -73,11 +73,15 @@ class ToHf(_OfCheckpoint, name="convert to-hf"):
     Example:
       grain-jax convert to-hf --checkpoint runs/demo --output demo_hf
 
+    what is written:
+      --part all|towers  towers: a published model without the regions that were added to it
+
     the Hugging Face Hub:
       --push ORG/NAME   upload the folder to this repository, which is made if it is not there
       --[no-]private    a new repository is a private one
     """
 
+    part: str = flag("all", choices=("all", "towers"))
     push: str | None = None
     private: bool = False
 

@@ -30,7 +30,9 @@ _UNCLEAN = ["Two DOGS  &amp; a cat's   bowl, 1998!", ""]
 _SIGLIP_CONTEXT = 64  # tokens to which the pipeline of transformers pads SigLIP's texts
 
 
-def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = None) -> parity.Report:
+def to_hf(
+    source: epath.PathLike, folder: epath.PathLike, repo: str | None = None, part: str = "all"
+) -> parity.Report:
     """to-hf: a model that `grain_jax.load` reads to a folder for `AutoModel` and `AutoProcessor`.
 
     A model without a region decoder becomes transformers' own CLIP or SigLIP where these can hold it.
@@ -39,6 +41,7 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
       source: a workdir (the model card reports its config and metrics), a checkpoint, or a converted folder.
       folder: new, or an older conversion.
       repo: ORG/NAME where `push` will publish it; the model card names it.
+      part: "all", or "towers": without the regions that were added to a published model.
 
     Raises:
       hub.HubError: `push` to that `repo` could not work.
@@ -47,7 +50,7 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, repo: str | None = Non
     """
     if repo is not None:
         hub.check_push(repo)
-    stored = tokenizers.with_end(exits.read(source))
+    stored = tokenizers.with_end((exits.read_towers if part == "towers" else exits.read)(source))
     model, kind, lines = stored.model, "AutoModel", []
     if model.decoder is None:
         nearest, faults = needs.nearest(model, needs.CLIP, needs.SIGLIP)

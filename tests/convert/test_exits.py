@@ -49,6 +49,12 @@ SIGLIP = TWO | WORDS | dict(
 IDS = np.array([[298, 7, 8, 299] + [0] * 28, [298, *range(20, 50), 299]], np.int64)
 
 
+def beside(towers):
+    """The changes of a model that adds regions to these two towers."""
+    regions = dict(decoder__image_pool="tower", decoder__depth=1, boxes__kind="roi_align")
+    return {name: x for name, x in towers.items() if name != "decoder"} | regions
+
+
 def made(folder, **changes):
     """(the folder, the model as `grain_jax.load` gives it)."""
     model = perturbed.tiny(**changes)
@@ -58,9 +64,9 @@ def made(folder, **changes):
     return folder, grain_jax.load(folder)
 
 
-def run(capsys, command, source, output):
+def run(capsys, command, source, output, *options):
     """What the command prints; its parity is proven."""
-    status = main([command, "--input", str(source), "--output", str(output)])
+    status = main([command, "--input", str(source), "--output", str(output), *options])
     printed = capsys.readouterr()
     assert status == 0 and "parity: PROVEN" in printed.out, printed.out + printed.err
     return printed.out
@@ -122,12 +128,14 @@ TABLE = {
     "clip folded": ("CLIPModel", CLIP | dict(text__projection="none", embed_dim=40)),
     "siglip": ("SiglipModel", SIGLIP | dict(text__projection="affine")),
     "siglip filled": ("SiglipModel", SIGLIP | dict(image__patch_bias=False, logit_bias_init=None)),
+    "regions of siglip": ("SiglipModel", beside(SIGLIP) | dict(text__projection="affine")),
     "qk norm": ("open_clip", CLIP | dict(image__qk_norm=True, image__pre_norm=False)
                 | dict(text__activation="gelu")),
     "mean": ("open_clip", CLIP | dict(image__pool="mean", text__projection="affine", logit_bias_init=-2.0)
              | dict(image__activation="gelu_tanh", text__activation="gelu")),
     "last": ("open_clip", QUICK | dict(text__causal=False, text__pool="last")),
     "timm": ("open_clip", SIGLIP | dict(text__projection="affine")),
+    "regions of clip": ("open_clip", beside(QUICK)),
     "timm projected": ("open_clip", SIGLIP | dict(image__projection="affine", embed_dim=28)),
 }  # fmt: skip
 
@@ -137,7 +145,8 @@ def test_the_class_that_loads_an_export_gives_our_outputs(start, trunk, tmp_path
     kind, changes = TABLE[start]
     source, ours = made(tmp_path / "ours", **changes)
     command = "to-open-clip" if kind == "open_clip" else "to-hf"
-    printed = run(capsys, command, source, tmp_path / "out")
+    part = ["--part", "towers"] if kind != "open_clip" else []
+    printed = run(capsys, command, source, tmp_path / "out", *part)
     assert "\npixels " in printed and "\nlogits " in printed
     assert ("\ntoken_ids " in printed) == ("text__tokenizer" in changes)
     for one, other in zip(logits(ours), logits_in_torch(kind, tmp_path / "out"), strict=True):

@@ -36,6 +36,7 @@ SIGLIP = DEPTH | dict(
 TWO = DEPTH | dict(decoder=None)
 KINDS = {
     "siglip": SIGLIP | dict(boxes__kind="roi_align", boxes__bins=2),
+    "beside": SIGLIP | dict(decoder__image_pool="tower", image__pool="map", boxes__kind="roi_align"),
     "regions": DEPTH | dict(decoder__depth=1),
     "own": TWO | dict(image__pool="class", image__projection="affine", text__causal=False),
     "maps": TWO

@@ -27,7 +27,7 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     path = epath.Path(path)
     if path.suffix != ".npz" or path.is_dir():
         raise ConvertError(f"{path}: expected the name of a file that ends in .npz")
-    source_model = folder.read(source)
+    source_model = folder.read_towers(source)
     model = source_model.model
     raise_any(needs.BIG_VISION.faults(model))
     state = _state(folder.flat(source_model))

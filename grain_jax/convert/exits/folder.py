@@ -1,5 +1,6 @@
 """What the exports that write a folder share: the model to write, its files, and our side of the parity."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,17 @@ def read(path: epath.PathLike) -> SourceModel:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
     model, params, folder = saved_model.load_model(path)
     return SourceModel(model, params, epath.Path(folder))
+
+
+def read_towers(path: epath.PathLike) -> SourceModel:
+    """As `read`; a model whose tower pools beside regions without them: its two towers, as they were published."""
+    source = read(path)
+    if source.model.decoder is None or not source.model.tower_pools:
+        return source
+    model = dataclasses.replace(source.model, decoder=None, boxes=config_lib.BoxHead())
+    kept = grain.parameter_shapes(model)
+    params = {name: x for name, x in grain.flat(source.params).items() if name in kept}
+    return SourceModel(model, tables.nested(params), source.folder)
 
 
 def flat(source: SourceModel) -> Arrays:

@@ -29,7 +29,7 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, folder.MARK)
-    stored = tokenizers.with_end(folder.read(source))
+    stored = tokenizers.with_end(folder.read_towers(source))
     model, image = stored.model, stored.model.image
     kind, faults = needs.nearest(model, needs.OPEN_CLIP, needs.OPEN_CLIP_TIMM)
     raise_any(faults)

@@ -392,52 +392,8 @@ def _box_head(towers):
     return BoxHead(towers) if towers["boxes"]["kind"] != "none" else None
 
 
-class Decoder(nn.Module):
-    """Learned queries attend to the image tokens; the last one, or the sum of all, embeds the whole image."""
-
-    def __init__(self, towers):
-        super().__init__()
-        tower, out = towers["decoder"], towers["embed_dim"]
-        width = tower["width"]
-        self.proj = nn.Linear(towers["image"]["width"], width, bias=False)
-        self.query_embed = nn.Embedding(tower["queries"] + 1, width)
-        self.transformer = nn.Module()
-        self.transformer.pre_norm = nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.transformer.decoder = nn.Module()
-        layers = (DecoderLayer(tower) for _ in range(tower["depth"]))
-        self.transformer.decoder.layers = nn.ModuleList(layers)
-        self.transformer.decoder.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.bbox_embed = nn.Module()
-        self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
-        self.sums_all = tower.get("image_pool", "query") == "all"
-        self.img_proj = nn.Parameter(torch.empty(width, out))
-        self.obj_proj = nn.Parameter(torch.empty(width, out))
-        self.boxes = _box_head(towers)
-
-    def forward(self, tokens):
-        """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
-        memory = self.transformer.pre_norm(self.proj(tokens))
-        positions = self.query_embed.weight
-        x = memory.new_zeros(memory.shape[0], *positions.shape)
-        hidden = []
-        for layer in self.transformer.decoder.layers:
-            x = layer(x, memory, positions)
-            hidden.append(self.transformer.decoder.norm(x))
-        first, second, last = self.bbox_embed.layers
-        queries = torch.stack(hidden)[:, :, :-1]
-        boxes = last(F.relu(second(F.relu(first(queries))))).float().sigmoid()
-        image, regions = hidden[-1][:, -1] @ self.img_proj, hidden[-1][:, :-1] @ self.obj_proj
-        if self.sums_all:
-            image = _unit(image) + _unit(regions).sum(dim=1)
-        return image, regions, boxes
-
-    def patches(self, tokens):
-        """Embeddings of the patches by the box head, [B, patches, D]; None without one."""
-        return None if self.boxes is None else self.boxes.patches(tokens)
-
-
 class PooledImage(nn.Module):
-    """In the place of the decoder where there is none: the pooled tokens embed the image."""
+    """The pooled tokens embed the image."""
 
     def __init__(self, towers):
         super().__init__()
@@ -466,6 +422,62 @@ class PooledImage(nn.Module):
         else:
             x = tokens[:, 0] if self.kind == "class" else tokens[:, leading:].mean(dim=1)
         return _projected(x, self.img_proj, self.img_proj_bias)
+
+
+class Decoder(PooledImage):
+    """Learned queries attend to the image tokens.
+
+    The whole image is embedded by the last query, by the sum of all, or as without a decoder.
+    """
+
+    def __init__(self, towers):
+        super().__init__(towers)
+        tower, out = towers["decoder"], towers["embed_dim"]
+        width, pool = tower["width"], tower.get("image_pool", "query")
+        self.queries = tower["queries"]
+        self.tower_pools, self.sums_all = pool == "tower", pool == "all"
+        self.proj = nn.Linear(towers["image"]["width"], width, bias=False)
+        self.query_embed = nn.Embedding(tower["queries"] + (not self.tower_pools), width)
+        self.transformer = nn.Module()
+        self.transformer.pre_norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.transformer.decoder = nn.Module()
+        layers = (DecoderLayer(tower) for _ in range(tower["depth"]))
+        self.transformer.decoder.layers = nn.ModuleList(layers)
+        self.transformer.decoder.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.bbox_embed = nn.Module()
+        self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
+        self.obj_proj = nn.Parameter(torch.empty(width, out))
+        self.logit_scale = self.logit_bias = None  # of regions
+        if self.tower_pools:
+            self.logit_scale = nn.Parameter(torch.zeros(()))
+            if towers["logit_bias_init"] is not None:
+                self.logit_bias = nn.Parameter(torch.zeros(()))
+        else:
+            self.img_proj = nn.Parameter(torch.empty(width, out))
+
+    def forward(self, tokens):
+        """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
+        memory = self.transformer.pre_norm(self.proj(tokens))
+        positions = self.query_embed.weight
+        x = memory.new_zeros(memory.shape[0], *positions.shape)
+        hidden = []
+        for layer in self.transformer.decoder.layers:
+            x = layer(x, memory, positions)
+            hidden.append(self.transformer.decoder.norm(x))
+        first, second, last = self.bbox_embed.layers
+        queries = torch.stack(hidden)[:, :, : self.queries]
+        boxes = last(F.relu(second(F.relu(first(queries))))).float().sigmoid()
+        regions = queries[-1] @ self.obj_proj
+        if self.tower_pools:
+            return self._embed(tokens, self.leading), regions, boxes
+        image = hidden[-1][:, -1] @ self.img_proj
+        if self.sums_all:
+            image = _unit(image) + _unit(regions).sum(dim=1)
+        return image, regions, boxes
+
+    def patches(self, tokens):
+        """As without a decoder; None if neither the tower nor a box head embeds patches."""
+        return super().patches(tokens) if self.tower_pools or self.boxes is not None else None
 
 
 @dataclass
@@ -668,7 +680,8 @@ class GrainModel(GrainPreTrainedModel):
         if decoder.boxes is not None:
             head = (visual, decoder.boxes)
             parts["boxes"] = (of_boxes, head, pixels | corners, ["box_embeds"])
-        if has_regions or of_decoder is None or decoder.boxes is not None:
+        pools = of_decoder is None or decoder.tower_pools
+        if has_regions or pools or decoder.boxes is not None:
             parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training

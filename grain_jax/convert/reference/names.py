@@ -57,6 +57,8 @@ TABLES: dict[str, list[NamePair]] = {  # by state dict
             },
         ),
         *formats.rows("image_pool/", "pool.", _POOL),
+        NamePair("region_logit_scale", "logit_scale"),
+        NamePair("region_logit_bias", "logit_bias"),
     ],
 }
 _KEY_BIAS = "image/blocks/attention/key/bias"
