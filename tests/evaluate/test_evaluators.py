@@ -60,7 +60,7 @@ FAULTS = [
     (
         {"kind": "zeroshott"},
         "kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes,"
-        " grounding, hard_negatives, linear_probe, retrieval, segmentation, zeroshot; or module:Name of your own",
+        " detection, grounding, hard_negatives, linear_probe, retrieval, segmentation, zeroshot; or module:Name of your own",
     ),
     (
         {"kind": "zeroshot", "descriptoins": "D.json"},
