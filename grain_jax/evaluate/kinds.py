@@ -25,6 +25,7 @@ KINDS = {
     "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
     "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
     "detection": "grain_jax.evaluate.detection:Detection",
+    "calibrate": "grain_jax.evaluate.calibrate:Calibrate",
 }
 
 

@@ -188,6 +188,25 @@ def test_queries(files):
     json.dumps(got)
 
 
+def test_a_file_of_lvis(files):
+    """Its images have URLs, an image has up to 300 detections, and classes have groups."""
+    predictor, options, folder = files
+    content = json.loads((folder / "truth.json").read_text())
+    urls = "http://images.cocodataset.org/val2017"
+    content["images"] = [
+        {"id": 12, "coco_url": f"{urls}/1.png", "neg_category_ids": [7]},
+        {"id": 11, "coco_url": f"{urls}/0.png"},
+    ]
+    content["categories"] = [
+        {"id": 7, "name": "dog", "frequency": "r"},
+        {"id": 3, "name": "cat", "frequency": "f"},
+    ]
+    options["annotations"].write_text(json.dumps(content))
+    got = measure("detection", predictor, **options)
+    assert got["rare"]["ap"] == got["per_class"]["dog"] == 1.0 == got["ar300"]
+    assert got["frequent"]["boxes"] == 2 and "common" not in got and "seen" not in got
+
+
 def test_proposals(files):
     predictor, options, folder = files
     path = folder / "proposals.json"
@@ -233,7 +252,7 @@ def test_the_command(files, capsys):
     assert result["kind"] == "detection" and result["boxes"] == 3
     assert 0 <= result["ap"] <= result["ap50"] <= 1 and result["seen"]["boxes"] == 2
     assert result["most_boxes_per_picture"] == c.model.decoder.queries
-    assert "detection: unseen/AR at 100" in out and "oading" not in out + err
+    assert "detection: unseen/AR100" in out and "oading" not in out + err
 
 
 def _edited(folder, **changes):
