@@ -28,7 +28,7 @@ with epy.lazy_imports():
 
 BINS = 15  # of the probabilities, for the ECE
 MAX_SCALE = 1000.0  # if the cosines separate the classes, no finite scale is best
-MAX_CLASSES = 1000  # distinct descriptions, those of most images
+MAX_CLASSES = 1000  # distinct descriptions: the most frequent ones
 
 
 class Pairs(NamedTuple):
@@ -87,7 +87,7 @@ class Calibrate(AnnotatedImages):
         pairs = self._pairs(predictor, context)
         encode_all = lambda texts: encode.encode_distinct(predictor, texts)
         text_embeds = calibration.embed_texts(encode_all, pairs.classes, templates)
-        own = {
+        model_logits = {  # scale and bias
             "image": (predictor.logit_scale, predictor.logit_bias),
             "regions": (predictor.region_logit_scale, predictor.region_logit_bias),
         }
@@ -105,23 +105,23 @@ class Calibrate(AnnotatedImages):
             for way, embeds in pairs.embeds.items():
                 cosines = calibration.cosines(embeds, text_embeds)
                 scale, bias = fit(cosines[fits], right)
-                score = calibration.Score(
-                    logit_scale=scale, logit_bias=bias, threshold=0.5, templates=templates
-                )
-                probabilities = score.probabilities(cosines[fits])
-                common, of_class = best_threshold(probabilities, right), {}
-                if self.thresholds == "class":
-                    of_class = {
-                        name: best_threshold(p, y) if y.any() else common
-                        for name, p, y in zip(pairs.classes, probabilities.T, right.T)
-                    }
-                score = msgspec.structs.replace(score, threshold=common, thresholds=of_class)
-                before = own[way][0] * cosines.astype(np.float64) + (own[way][1] or 0)
-                logits = {"before": before, "after": score.logits(cosines)}
+                before = model_logits[way]
+                logits = {"before": before[0] * cosines.astype(np.float64) + (before[1] or 0)}
+                logits["after"] = scale * cosines.astype(np.float64) + bias
                 out[way] = {
                     k: reliability(x[~fits], pairs.present[~fits]) for k, x in logits.items()
                 }
-                stored[way] = score
+                p, of_class = special.expit(logits["after"][fits]), {}
+                common = best_threshold(p, right)
+                for name, p_class, y in zip(pairs.classes, p.T, right.T):
+                    of_class[name] = best_threshold(p_class, y) if y.any() else common
+                stored[way] = calibration.Score(
+                    logit_scale=scale,
+                    logit_bias=bias,
+                    threshold=common,
+                    thresholds=of_class if self.thresholds == "class" else {},
+                    templates=templates,
+                )
             digest = predictor.digests.get("params", "")
             content = calibration.Calibration(params=digest, **stored)
             return out | {"calibration": msgspec.to_builtins(content)}

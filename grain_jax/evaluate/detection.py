@@ -1,7 +1,7 @@
 """Detection by COCO's rules: average precision (AP) and recall (AR) on files of COCO, LVIS or Objects365.
 
-A detection is a pair of a box and a class. Its score is the share of the class in the softmax of the scaled cosines of
-the box and all classes, times the score of the proposal if it has one. The library faster-coco-eval counts.
+A detection is a pair of a box and a class. Its score is the softmax over the classes of the scaled cosines with the box.
+A proposal multiplies it by its own score. The library faster-coco-eval counts.
 """
 
 from __future__ import annotations
@@ -240,11 +240,11 @@ def _detect(
     for i, embed, share, weight, size in zip(batch.index, embeds, shares, weights, sizes):
         logits = predictor.region_logit_scale * scores.global_scores(embed, features)
         share_of_class = special.softmax(logits.astype(np.float64), axis=1)
-        score = (weight[:, None] * share_of_class).ravel()  # [n * K]
+        score = (np.reshape(weight, (-1, 1)) * share_of_class).ravel()  # [n * K]
         best = np.argpartition(-score, most)[:most] if len(score) > most else np.arange(len(score))
         best = best[np.lexsort((best, -score[best]))]
         box, category = np.divmod(best, len(features))
-        bbox: Any = np.asarray(share, np.float64)[box] * size
+        bbox = np.take(share, box, axis=0) * np.array(size, np.float64)
         bbox[:, 2:] -= bbox[:, :2]
         parts.append((np.full(len(best), i), category, score[best], bbox))
     out = dict(zip(("image", "category", "score", "bbox"), map(np.concatenate, zip(*parts))))
@@ -290,12 +290,12 @@ def curves(
     """Compares detections with the truth. With LVIS_LIMITS as LVIS does: a class is annotated in some images only.
 
     Args:
-      truth: `images`, `annotations` and `categories` in COCO's form, or in that of LVIS.
+      truth: `images`, `annotations` and `categories` in COCO's or LVIS's form.
       detections: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels) and `score`; may be none.
       limits: of detections per image and class, M numbers: LIMITS or LVIS_LIMITS.
 
-    Returns: precision float64 [10 IoUs from 0.5 to 0.95, 101 recalls, K, 4 sizes, M] and recall [10, K, 4, M] of the
-      classes in the order of their ids; -1 for classes without boxes.
+    Returns: precision float64 [10 IoUs from 0.5 to 0.95, 101 recalls, K, 4 sizes, M] and recall [10, K, 4, M]. The
+      K classes have the order of their ids; those without boxes have -1.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 

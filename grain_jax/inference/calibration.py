@@ -23,13 +23,10 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     thresholds: dict[str, float] = {}  # for each text of the validation set; may be empty
     templates: list[str] = []  # prompts of class names; empty: texts are read as they are
 
-    def logits(self, cosines: np.ndarray) -> np.ndarray:
-        """float64, of the shape of `cosines`."""
-        return self.logit_scale * np.asarray(cosines, np.float64) + self.logit_bias
-
     def probabilities(self, cosines: np.ndarray) -> np.ndarray:
         """float32 in [0, 1], of the shape of `cosines`."""
-        return special.expit(self.logits(cosines)).astype(np.float32)
+        logits = self.logit_scale * np.asarray(cosines, np.float64) + self.logit_bias
+        return special.expit(logits).astype(np.float32)
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
