@@ -15,6 +15,7 @@ DISTRIBUTION = {
     "PIL": "pillow",
     "absl": "absl-py",
     "apache_beam": "apache-beam",
+    "faster_coco_eval": "faster-coco-eval",
     "jaxlib": "jax",  # requires it
     "open_clip": "open_clip_torch",
     "orbax": "orbax-checkpoint",
@@ -29,6 +30,7 @@ DISTRIBUTION = {
 # What the base installation has not -> the extras that bring it.
 EXTRAS = {
     "apache-beam": {"annotate"},
+    "faster-coco-eval": {"detection"},
     "gradio": {"demo"},
     "httpx": {"annotate"},
     "huggingface_hub": {"hub"},

@@ -93,6 +93,8 @@ def _run_one(args: argparse.Namespace) -> int:
     if processes.process_info()[0]:
         return 0
     print(tables.describe({args.command: (entry.kind, tables.scalars(result))}), flush=True)
+    for line in (*result.get("notes", ()), entry.keep(predictor, result)):
+        print(line, end="\n" if line else "", flush=True)
     for reason in result.get("unreadable_pictures", ()):
         print(f"left out: {reason}", file=sys.stderr)
     result |= entry.on_top(result)

@@ -79,7 +79,7 @@ _KINDS = {n.replace("_", "-"): functools.partial(_of_evaluator, n) for n in kind
 
 
 class Evaluate(Command, name="evaluate", kinds={**_KINDS, "suite": Suite}):
-    """Measures a checkpoint: classification, retrieval, grounding, segmentation.
+    """Measures a checkpoint: classification, retrieval, grounding, segmentation, detection; calibrates it.
 
     Example:
       grain-jax evaluate zeroshot --checkpoint runs/demo --images runs/aviary/unseen \\

@@ -76,6 +76,11 @@ class Evaluator(abc.ABC):
         """What the file of the command has beside the result, on top."""
         return {}
 
+    def keep(self, predictor: Any, result: dict[str, Any]) -> str:
+        """Stores what the command leaves beside the model; returns a line about it, or ""."""
+        del predictor, result
+        return ""
+
     def faults(self) -> list[str]:
         """Options that contradict each other, without a look at files: lines that begin with the option."""
         return []

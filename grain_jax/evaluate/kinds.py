@@ -24,6 +24,8 @@ KINDS = {
     "boxes": "grain_jax.evaluate.box_classes:Boxes",
     "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
     "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
+    "detection": "grain_jax.evaluate.detection:Detection",
+    "calibrate": "grain_jax.evaluate.calibrate:Calibrate",
 }
 
 

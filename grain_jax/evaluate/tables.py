@@ -7,7 +7,8 @@ from grain_jax.core import printable
 from grain_jax.evaluate import kinds
 from grain_jax.evaluate.base import TableRow
 
-_OF_CLASSES = ("per_class", "pictures_per_class")  # a number per class: too many for a table
+# A number per class: too many for a table.
+_OF_CLASSES = ("per_class", "pictures_per_class", "thresholds")
 _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; the rest is cut off
 HEADER = ("measured", "value", _INTERVAL, "chance", "of")

@@ -87,6 +87,20 @@ class Encoder:
         return float(self.params["logit_bias"]) if "logit_bias" in self.params else None
 
     @property
+    def region_logit_scale(self) -> float:
+        """The factor of the cosines of regions in their losses; without one of their own that of images."""
+        own = self.params.get("region_logit_scale")
+        return self.logit_scale if own is None else float(jnp.exp(own))
+
+    @property
+    def region_logit_bias(self) -> float | None:
+        """What a sigmoid model adds to the scaled cosines of regions; None for others."""
+        if "region_logit_scale" not in self.params:
+            return self.logit_bias
+        own = self.params.get("region_logit_bias")
+        return None if own is None else float(own)
+
+    @property
     def has_regions(self) -> bool:
         """Whether the model has region queries, which find regions."""
         return self.model.decoder is not None and self.model.decoder.queries > 0

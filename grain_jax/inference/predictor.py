@@ -14,7 +14,7 @@ import PIL.Image
 from etils import epath
 
 from grain_jax.checkpoint import saved_model
-from grain_jax.inference import inputs, prompts, scores, segmentation
+from grain_jax.inference import calibration, inputs, prompts, scores, segmentation
 from grain_jax.inference.encoder import Encoder
 from grain_jax.inference.inputs import ClassTexts, Images, InputError, OneOrMany, Texts, Tokens
 
@@ -151,6 +151,43 @@ class Predictor(Encoder):
         return [
             Grounding(regions.boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)
         ]
+
+    def present(self, images: OneOrMany, texts: str | Iterable[str], by: str = "image") -> Any:
+        """Probabilities that texts are true of images, float32 [B, N]; one image -> [N], one text -> [B].
+
+        It needs calibration.json in the model's folder, which `grain-jax evaluate calibrate` makes.
+
+        Args:
+          images: see `Predictor`.
+          texts: strings; names of classes if class folders made the calibration.
+          by: "image", the embedding of the image, or "regions", the region that fits best.
+        """
+        if inputs.is_one_image(images):
+            return self.present(inputs.one_image(images), texts, by)[0]
+        if isinstance(texts, str):
+            return self.present(images, [texts], by)[:, 0]
+        if by not in ("image", "regions"):
+            raise InputError(f"by: got {by!r}, expected image or regions")
+        score = self._calibrated(by)
+        embeds = self.encode_image(images) if by == "image" else self.encode_regions(images).embed
+        text_embeds = calibration.embed_texts(self.encode_text, list(texts), score.templates)
+        return score.probabilities(calibration.cosines(embeds, text_embeds))
+
+    def _calibrated(self, by: str) -> calibration.Score:
+        """The calibration of a score. Raises InputError: there is none."""
+        fault, stored = "nothing", None
+        if self.folder is not None and (epath.Path(self.folder) / calibration.NAME).exists():
+            stored, fault = calibration.read(self.folder), f"one without {by}"
+            if stored.params != self.digests["params"]:
+                stored, fault = None, "that of other parameters"
+        score = getattr(stored, by, None)
+        if score is None:
+            data = "--images DIR" + " --annotations A.jsonl" * (by == "regions")
+            raise InputError(
+                f"{self.folder}/{calibration.NAME}: got {fault}, expected a calibration; make it by: grain-jax evaluate"
+                f" calibrate --checkpoint {self.folder} {data} --output OUT.json"
+            )
+        return score
 
     def similarity_map(self, image: PIL.Image.Image | np.ndarray, texts: Texts) -> np.ndarray:
         """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].

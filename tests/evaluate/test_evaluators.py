@@ -42,7 +42,7 @@ def test_a_config_is_parsed_without_the_libraries_that_compute():
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    names = "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Segmentation"
+    names = "ZeroShot LinearProbe Retrieval Grounding Boxes HardNegatives Segmentation Detection Calibrate"
     assert done.stdout == f"{names}\n\n"
 
 
@@ -60,7 +60,7 @@ FAULTS = [
     (
         {"kind": "zeroshott"},
         "kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes,"
-        " grounding, hard_negatives, linear_probe, retrieval, segmentation, zeroshot; or module:Name of your own",
+        " calibrate, detection, grounding, hard_negatives, linear_probe, retrieval, segmentation, zeroshot; or module:Name of your own",
     ),
     (
         {"kind": "zeroshot", "descriptoins": "D.json"},

@@ -23,6 +23,7 @@ def test_the_snippet_runs(capsys):
     )
     right = names["scores"].argmax(axis=1) == np.arange(4)
     assert right.sum() >= 3  # it knows 79% of such birds
+    assert names["present"].shape == (4, 1) and 0 < names["present"].min() < 1
     assert len(names["answers"]) == 1 and names["maps"].ndim == 3
     counts = [len(boxes) for boxes in names["boxes_xyxy"]]
     assert [x.shape for x in names["boxes"]] == [(n, dim) for n in counts]

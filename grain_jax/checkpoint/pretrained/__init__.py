@@ -44,6 +44,11 @@ def folder_of(path: epath.PathLike) -> epath.Path:
     return _FOLDER / text if text in NAMES and not path.is_dir() else path
 
 
+def is_packaged(path: epath.PathLike) -> bool:
+    """Whether a folder is a model of the package, whose files nothing changes."""
+    return epath.Path(path).parent == _FOLDER
+
+
 def conversion(path: epath.PathLike) -> str:
     """The command that converts the weights in a file or folder into a model for `load`; or "" if none does."""
     path = epath.Path(path)

@@ -1,0 +1,222 @@
+"""Calibration: from cosines to the probability that a class is present, and thresholds (docs/evaluate.md).
+
+A share of the images fits two numbers, scale and bias, by the log loss of all pairs of image and class. The other images
+measure the probabilities: log loss, Brier score and expected calibration error (ECE, 15 bins of equal width).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any, NamedTuple
+
+import msgspec
+from etils import epy
+
+from grain_jax.core import errors
+from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
+from grain_jax.evaluate.evaluators import AnnotatedImages
+
+with epy.lazy_imports():
+    import numpy as np
+    from scipy import optimize, special
+
+    from grain_jax.checkpoint import pretrained
+    from grain_jax.evaluate import encode, test_sets
+    from grain_jax.inference import calibration, prompts
+    from grain_jax.runtime import processes
+
+BINS = 15  # of the probabilities, for the ECE
+MAX_SCALE = 1000.0  # if the cosines separate the classes, no finite scale is best
+MAX_CLASSES = 1000  # distinct descriptions: the most frequent ones
+
+
+class Pairs(NamedTuple):
+    """Images and classes."""
+
+    names: list[str]  # of N images
+    classes: list[str]  # C
+    present: np.ndarray  # bool [N, C]
+    embeds: dict[str, np.ndarray]  # "image" [N, D], and "regions" [N, Q, D] if the model has them
+    counts: dict[str, Any]  # for the result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrate(AnnotatedImages):
+    """Probabilities and thresholds from the cosines of a validation set; stored beside the model."""
+
+    table = tuple(
+        TableRow(
+            f"{way}/{when}/{key}", f"{way}, {label} {when}", None, "held_out", "pictures", False
+        )
+        for way in ("image", "regions")
+        for key, label in (("ece", "ECE"), ("log_loss", "log loss"))
+        for when in ("before", "after")
+    )
+    lower_is_better = ("ece", "log_loss", "brier")
+    kind: str = "calibrate"
+    images: str = option(
+        "", "Class folders, or what the annotations' paths start from.", "DIR", required=True
+    )
+    annotations: str | None = option(
+        None, "Images whose descriptions are the classes; default: class folders.", "A.jsonl"
+    )
+    templates: str | None = option(
+        None, "Prompts of class folders, one per line; default: inference/templates.txt.", "FILE"
+    )
+    thresholds: str = option("class", "Thresholds with the best F1.", choices=("class", "common"))
+    share: float = option(0.5, "Share of the images that fit; the others measure.", "P")
+
+    def faults(self) -> list[str]:
+        expected = "expected a number between 0 and 1"
+        return [] if 0 < self.share < 1 else [f"share: got {self.share}, {expected}"]
+
+    def check(self) -> int:
+        if self.faults():
+            raise errors.UserError(self.faults()[0])
+        prompts.load_templates(self.templates)
+        return super().check() if self.annotations else len(test_sets.ClassFolders(self.images))
+
+    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+        """Fits and measures each score that the data has: `image`, and with annotations `regions`.
+
+        Returns: counts; `image` and `regions`, each with `before` (the model's own scale and bias) and `after`: their
+          `ece`, `log_loss` and `brier`; `notes`; and `calibration`, the content of the file.
+        """
+        templates = [] if self.annotations else prompts.load_templates(self.templates)
+        pairs = self._pairs(predictor, context)
+        encode_all = lambda texts: encode.encode_distinct(predictor, texts)
+        text_embeds = calibration.embed_texts(encode_all, pairs.classes, templates)
+        model_logits = {  # scale and bias
+            "image": (predictor.logit_scale, predictor.logit_bias),
+            "regions": (predictor.region_logit_scale, predictor.region_logit_bias),
+        }
+        fits = np.array([_is_below(name, self.share) for name in pairs.names])
+        right = pairs.present[fits]
+        if fits.all() or not right.any() or right.all():
+            raise errors.UserError(
+                f"{self.images}: got {fits.sum()} images to fit and {(~fits).sum()} to measure, expected some of each,"
+                " with and without a class; take more images or another --share"
+            )
+        without = [pairs.classes[i] for i in np.flatnonzero(right.sum(axis=0) == 0)]
+
+        def measured() -> dict[str, Any]:
+            out, stored = {}, {}
+            for way, embeds in pairs.embeds.items():
+                cosines = calibration.cosines(embeds, text_embeds)
+                scale, bias = fit(cosines[fits], right)
+                before = model_logits[way]
+                logits = {"before": before[0] * cosines.astype(np.float64) + (before[1] or 0)}
+                logits["after"] = scale * cosines.astype(np.float64) + bias
+                out[way] = {
+                    k: reliability(x[~fits], pairs.present[~fits]) for k, x in logits.items()
+                }
+                p, of_class = special.expit(logits["after"][fits]), {}
+                common = best_threshold(p, right)
+                for name, p_class, y in zip(pairs.classes, p.T, right.T):
+                    of_class[name] = best_threshold(p_class, y) if y.any() else common
+                stored[way] = calibration.Score(
+                    logit_scale=scale,
+                    logit_bias=bias,
+                    threshold=common,
+                    thresholds=of_class if self.thresholds == "class" else {},
+                    templates=templates,
+                )
+            digest = predictor.digests.get("params", "")
+            content = calibration.Calibration(params=digest, **stored)
+            return out | {"calibration": msgspec.to_builtins(content)}
+
+        note = f"{len(without)} classes without images to fit have the common threshold: "
+        return {
+            **pairs.counts,
+            "classes": len(pairs.classes),
+            "fitted": int(fits.sum()),
+            "held_out": int((~fits).sum()),
+            **processes.of_first(measured),
+            "notes": [note + test_sets.listed(without)] if without else [],
+        }
+
+    def _pairs(self, predictor: Any, context: Context) -> Pairs:
+        if not self.annotations:
+            folders = test_sets.ClassFolders(self.images)
+            seen = encode.gather_images(
+                predictor, folders, label=self.kind, batch_size=context.batch_size
+            )
+            names = ["/".join(folders.paths[i].parts[-2:]) for i in seen.index]
+            present = seen.labels[:, None] == np.arange(len(folders.classes))
+            counts = {"pictures": len(names), **encode.report_unreadable(seen.unreadable)}
+            return Pairs(names, folders.classes, present, {"image": seen.image_embed}, counts)
+        records, seen, counts = self.gather(predictor, context, regions=predictor.has_regions)
+        owner = np.repeat(np.arange(len(records)), [len(x.regions) for x in records])
+        every = [region.description for record in records for region in record.regions]
+        texts, text = prompts.distinct(every, encode.as_read)
+        present = np.zeros((len(records), len(texts)), bool)
+        present[owner, text] = True
+        kept = np.sort(np.argsort(-present.sum(axis=0), kind="stable")[:MAX_CLASSES])
+        embeds = {"image": seen.image_embed}
+        embeds |= {"regions": seen.regions.embed} if predictor.has_regions else {}
+        counts["classes_left_out"] = len(texts) - len(kept)
+        names = [record.image for record in records]
+        return Pairs(names, [texts[i] for i in kept], present[:, kept], embeds, counts)
+
+    def keep(self, predictor: Any, result: dict[str, Any]) -> str:
+        content = msgspec.convert(result["calibration"], calibration.Calibration)
+        folder, reason = str(predictor.folder), "the model comes with the package"
+        if "://" in folder:
+            reason = "the folder is remote"
+        elif not pretrained.is_packaged(folder):
+            try:
+                calibration.write(folder, content)
+                return f"stored: {folder}/{calibration.NAME}"
+            except OSError as error:
+                reason = error.strerror or str(error)
+        return f"not stored beside the model ({folder}: {reason}); `calibration` of --output has it"
+
+
+def _is_below(name: str, share: float) -> bool:
+    """Whether the hash of a name, a number in [0, 1), is below a share: so an image is always on the same side."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") < share * 2**48
+
+
+def fit(cosines: np.ndarray, present: np.ndarray) -> tuple[float, float]:
+    """The scale, in [0, MAX_SCALE], and the bias with the smallest log loss; arrays of one shape, `present` bool."""
+    x, y = cosines.astype(np.float64).ravel(), present.ravel().astype(np.float64)
+    middle, width = x.mean(), max(x.std(), 1e-6)
+    x = (x - middle) / width
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = parameters[0] * x + parameters[1]
+        error = special.expit(logits) - y
+        value = (np.logaddexp(0, logits) - y * logits).mean()
+        return value, np.array([(error * x).mean(), error.mean()])
+
+    start, bounds = [1.0 * (MAX_SCALE * width > 1), special.logit(y.mean())], (0, MAX_SCALE * width)
+    best = optimize.minimize(
+        loss, start, jac=True, method="L-BFGS-B", bounds=[bounds, (None, None)],
+        options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000},
+    )  # fmt: skip
+    scale = float(best.x[0] / width)
+    return scale, float(best.x[1] - scale * middle)
+
+
+def best_threshold(probabilities: np.ndarray, present: np.ndarray) -> float:
+    """The threshold with the best F1, midway between two probabilities; arrays of one shape, some present."""
+    order = np.argsort(-probabilities, axis=None, kind="stable")
+    p, y = probabilities.ravel()[order].astype(np.float64), present.ravel()[order]
+    after = np.append(p[1:], 0.0)
+    f1 = 2 * np.cumsum(y) / (np.arange(1, len(y) + 1) + y.sum())
+    cut = np.where(p > after, f1, -1.0).argmax()  # equal ones stay together
+    return float((p[cut] + after[cut]) / 2)
+
+
+def reliability(logits: np.ndarray, present: np.ndarray) -> dict[str, float]:
+    """`ece` over BINS bins, `log_loss` in nats and `brier`; arrays of one shape, `present` bool."""
+    z, y = logits.astype(np.float64).ravel(), present.ravel().astype(np.float64)
+    p = special.expit(z)
+    which = np.minimum((p * BINS).astype(int), BINS - 1)
+    gap = np.bincount(which, weights=p - y, minlength=BINS)
+    return {
+        "ece": float(np.abs(gap).sum() / len(p)),
+        "log_loss": float((np.logaddexp(0, z) - y * z).mean()),
+        "brier": float(((p - y) ** 2).mean()),
+    }
