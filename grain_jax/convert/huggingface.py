@@ -13,12 +13,13 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.convert import formats, from_hugging_face, output, parity, towers
+from grain_jax.convert import formats, from_hugging_face, output, parity, tables, towers
 from grain_jax.convert.exits import arrays, needs, tokenizers
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.tables import Arrays
+from grain_jax.models import grain
 
 WEIGHTS = "model.safetensors"
 # Patterns of the names of all files of such a folder.
@@ -194,21 +195,21 @@ def _preprocessor(tower: config_lib.ImageTower, name: str) -> dict[str, Any]:
 
 def _clip(source: exits.SourceModel) -> Arrays:
     """The arrays of CLIPModel, whose patches have no bias."""
-    flat = arrays.without_patch_bias(exits.flat(source))
+    flat = arrays.without_patch_bias(grain.flat(source.params))
     for tower in towers.TOWERS:
         width = getattr(source.model, tower).width
         flat = arrays.with_projection(flat, tower, width, bias=False)
     rows = [*formats.hf_image(), *formats.hf_text("text_projection"), *towers.SCALARS]
-    return exits.entries(rows, flat)
+    return tables.write(rows, flat)
 
 
 def _siglip(source: exits.SourceModel) -> Arrays:
     """The arrays of SiglipModel, whose patches have one."""
-    flat = arrays.with_patch_bias(exits.flat(source))
+    flat = arrays.with_patch_bias(grain.flat(source.params))
     flat = {"logit_bias": np.zeros((), np.float32), **flat}
     flat = arrays.with_projection(flat, "text", source.model.text.width, bias=True)
     rows = [*formats.hf_image(), *formats.hf_text("text_model.head"), *towers.SCALARS]
-    state = exits.entries(rows, flat)
+    state = tables.write(rows, flat)
     return state | {row.theirs: state[row.theirs].reshape(1) for row in towers.SCALARS}
 
 

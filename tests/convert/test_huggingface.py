@@ -213,7 +213,7 @@ def test_models_of_another_kind_are_refused(tmp_path, capsys, monkeypatch):
     model = perturbed.tiny(decoder=None, image__pool="class")
     saved_model.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
     said = refused(capsys, "to-torch", tmp_path / "two", tmp_path / "to-torch").split("\n")
-    assert said[-2] == "model.decoder: got none, the reference has regions"
+    assert said[-2] == "model.decoder: got None, the PyTorch reference has regions"
 
 
 METRICS = """{"step": 5, "eval/birds/accuracy": 0.25}

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import big_vision, output, parity, towers
+from grain_jax.convert import big_vision, output, parity, tables, towers
 from grain_jax.convert.exits import arrays, folder, needs
 from grain_jax.convert.faults import ConvertError, raise_any
 from grain_jax.convert.tables import Arrays
 from grain_jax.core import atomic
+from grain_jax.models import grain
 
 
 def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
@@ -30,7 +31,7 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     source_model = folder.read(source)
     model = source_model.model
     raise_any(needs.BIG_VISION.faults(model))
-    state = _state(folder.flat(source_model))
+    state = _state(grain.flat(source_model.params))
     content = io.BytesIO()
     named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
     np.savez(content, **named)
@@ -58,7 +59,7 @@ def _state(flat: Arrays) -> Arrays:
     for tower in ("image", "text"):
         if f"{tower}_projection/kernel" in flat:
             flat = arrays.with_projection(flat, tower, 0, bias=True)
-    state = folder.entries(big_vision.ROWS, flat)
+    state = tables.write(big_vision.ROWS, flat)
     return state | {
         row.theirs: state[row.theirs].reshape(1) for row in big_vision.SCALARS if row.ours in flat
     }

@@ -9,10 +9,11 @@ import PIL.Image
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats, from_open_clip, output, parity, towers
+from grain_jax.convert import formats, from_open_clip, output, parity, tables, towers
 from grain_jax.convert.exits import arrays, folder, needs, timm_trunk, tokenizers
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.tables import Arrays
+from grain_jax.models import grain
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -56,7 +57,7 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     return folder.write(
         target,
         stored,
-        (WEIGHTS, _arrays(folder.flat(stored), model, bool(trunk))),
+        (WEIGHTS, _arrays(grain.flat(stored.params), model, bool(trunk))),
         {"open_clip_config.json": config, **token_files},
         lambda new: _prove(new, stored, has_tokenizer=not missing),
         [to, missing] if missing else [to],
@@ -151,7 +152,7 @@ def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
         flat, image = arrays.without_patch_bias(flat), formats.openai_image()
         flat = arrays.with_projection(flat, "image", model.image.width, bias=False)
     text = formats.openai_text("text." * has_trunk, has_matrix)
-    return folder.entries([*image, *text, *towers.SCALARS], flat)
+    return tables.write([*image, *text, *towers.SCALARS], flat)
 
 
 def _prove(target: epath.Path, source: folder.SourceModel, has_tokenizer: bool) -> parity.Report:

@@ -115,11 +115,13 @@ def state_dicts(params: Any) -> dict[str, dict[str, np.ndarray]]:
       ValueError: a parameter that no row has.
     """
     flat = grain.flat(params)
-    tables_of = {module: rows_of(module, flat) for module in TABLES}
-    lost = flat.keys() - {row.ours for rows in tables_of.values() for row in rows}
-    if lost:
-        raise ValueError(f"parameters without a name in torch: {', '.join(sorted(lost))}")
-    return {module: tables.write(rows, flat) for module, rows in tables_of.items()}
+    rows = {module: rows_of(module, flat) for module in TABLES}
+    of_backbone = {row.ours for row in rows["backbone"]}
+    parts = {
+        "backbone": {name: x for name, x in flat.items() if name in of_backbone},
+        "decoder": {name: x for name, x in flat.items() if name not in of_backbone},
+    }
+    return {module: tables.write(rows[module], part) for module, part in parts.items()}
 
 
 def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.ndarray]]:
