@@ -22,8 +22,8 @@ from grain_jax.convert.tables import Arrays
 from grain_jax.models import grain
 
 WEIGHTS = "model.safetensors"
-# Patterns of the names of all files of such a folder.
-_FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
+# Patterns of the names of all files of such a folder, its model card included.
+FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
 CODE = epath.Path(__file__).parent / "hf_files"
 # Tokenizer files; `grain_jax.load` reads the first two.
 _TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
@@ -112,11 +112,6 @@ with torch.no_grad():
                        return_tensors="pt")
     scores = model(**inputs).logits_per_image
 """
-
-
-def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
-    """Publishes a folder of to-hf, its model card included, as ORG/NAME; returns the address. Raises hub.HubError."""
-    return hub.push(str(folder), repo, _FILES, private)
 
 
 def _own_files(model: config_lib.Model, token_files: dict[str, Any]) -> dict[str, Any]:

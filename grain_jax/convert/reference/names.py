@@ -187,10 +187,9 @@ def infer(
         number = next((x for x in (flag, stated, usual) if x is not None), None)
         if number is None:
             faults.append(f"--{tower}-heads: must be given; the width {width} does not tell them")
-        elif stated not in (None, number):
-            faults.append(f"{tower} heads: got {number}, but the checkpoint says {stated}")
-        elif number < 1 or width % number:
-            faults.append(f"{tower} heads: got {number}, expected a divisor of the width {width}")
+        elif number < 1 or width % number or stated not in (None, number):
+            expected = f"a divisor of the width {width}" if stated is None else stated
+            faults.append(f"{tower} heads: got {number}, expected {expected}")
         elif flag is stated is None:
             assumed[tower].append(f"{number} heads; --{tower}-heads says otherwise")
         fields["heads"] = number
