@@ -88,7 +88,7 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
         with archives.reading(path, "a CLIP of OpenAI with a vision transformer"):
             config = _openai_config(state)
     elif regular_file.is_one(file):
-        stated = regular_file.read_json(file, dict[str, dict[str, Any]], "open_clip's config")
+        stated = regular_file.read_json(file, dict[str, Any], "open_clip's config")
         with archives.reading(file, "open_clip's config"):
             config, processor = stated["model_cfg"], stated.get("preprocess_cfg", {})
             pixels = tuple(

@@ -1,11 +1,11 @@
 """The exports against the classes that load them, which we did not write; each model has perturbed weights."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
 import numpy as np
-import open_clip
 import pytest
 import tokenizers
 import torch
@@ -84,20 +84,6 @@ def logits(ours):
     return image, text, ours.logit_scale * image @ text.T + (ours.logit_bias or 0)
 
 
-def logits_in_torch(kind, folder):
-    """As `logits`, by a class of transformers or by open_clip."""
-    images, ids = foreign.torch_images(pixels()), torch.tensor(IDS)
-    module: Any
-    with torch.no_grad():
-        if kind != "open_clip":
-            module = getattr(transformers, kind).from_pretrained(folder).eval()
-            out = module(input_ids=ids, pixel_values=images)
-            return [x.numpy() for x in (out.image_embeds, out.text_embeds, out.logits_per_image)]
-        module = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0].eval()
-        encoded = module.encode_image(images, normalize=True), module.encode_text(ids, True)
-        return [x.numpy() for x in (*encoded, module.get_logits(images, ids)[0])]
-
-
 @pytest.fixture
 def trunk(monkeypatch):
     """A model of timm as small as ours, by its class; open_clip takes trunks by name alone."""
@@ -131,13 +117,14 @@ TABLE = {
 @pytest.mark.parametrize("start", TABLE)
 def test_the_class_that_loads_an_export_gives_our_outputs(start, trunk, tmp_path, capsys):
     kind, changes = TABLE[start]
-    source, ours = made(tmp_path / "ours", **changes)
+    source, _ = made(tmp_path / "ours", **changes)
     command = "to-open-clip" if kind == "open_clip" else "to-hf"
     printed = run(capsys, command, source, tmp_path / "out")
-    assert "\npixels " in printed and "\nlogits " in printed
+    assert f"our outputs against {kind}, " in printed
+    compared = set(re.findall(r"^(\w+) +\d.* 1\.0e-05$", printed, re.M))
+    of_texts = {"encode_text"} if "text__tokenizer" in changes else set()
+    assert compared == {"image_embed", "text_embed", "logits", "pixels"} | of_texts
     assert ("\ntoken_ids " in printed) == ("text__tokenizer" in changes)
-    for one, other in zip(logits(ours), logits_in_torch(kind, tmp_path / "out"), strict=True):
-        foreign.close(one, other)
     assert "PROVEN" in (tmp_path / "out" / "README.md").read_text()
     if kind != "open_clip":
         report = from_hf(tmp_path / "out", tmp_path / "back")

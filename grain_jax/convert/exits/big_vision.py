@@ -38,7 +38,6 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     with output.writing(path):
         atomic.write_bytes(path, content.getvalue())
     proof = big_vision.prove(big_vision.read(path), model, source_model.params)
-    size = sum(array.size for array in state.values())
     mean, std = model.image.pixel_mean, model.image.pixel_std
     pixels = f"pixels not in a .npz: ([0, 1] - {list(mean)}) / {list(std)}"
     if (tuple(mean), tuple(std)) != towers.SIGLIP_PIXELS:
@@ -46,7 +45,6 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     tokenizer = f"tokenizer not in a .npz: {model.text.tokenizer}, texts {model.text.cleaning}"
     return proof.after(
         f"to-big-vision: {source_model.folder} -> {path}, its sub-trees img and txt",
-        f"{len(state)} arrays, {size:,} values, float32",
         f"{tokenizer}, padded with the id {model.text.pad_id}",
         pixels,
         f"for its config: {big_vision.sizes_of(model)}",

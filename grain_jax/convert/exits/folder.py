@@ -65,8 +65,7 @@ def write(
         text = model_card.write(source.model, source.folder, proof, **card)
         write_file(new / "README.md", text)
         write_file(new / MARK, {"parity": proof.verdict})
-    size = f"{name}: {sum(x.size for x in state.values()):,} values, float32"
-    return proof.after(lines[0], size, *lines[1:])
+    return proof.after(*lines)
 
 
 def write_file(path: epath.Path, content: Any) -> None:

@@ -37,7 +37,7 @@ def from_torch(
         params = names.to_params(states["backbone"], states["decoder"], model)
     proof = prove(model, params, states)
     output.save(folder, model, params, source, proof)
-    lines = towers.describe(model, assumed)
+    lines = [*towers.describe(model), *assumed]
     return proof.after(f"from-torch: {source} -> {folder}", *lines)
 
 

@@ -148,8 +148,8 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
 
 def infer(
     states: StateDicts, heads: Mapping[str, int | None]
-) -> tuple[config_lib.Model, dict[str, list[str]]]:
-    """The model that these state dicts are the parameters of, and the assumptions in it, by tower.
+) -> tuple[config_lib.Model, list[str]]:
+    """The model that these state dicts are the parameters of, and a line for each assumption in it.
 
     The number of heads is in no state dict: it comes by flag, from the size of the qk-norm, or is assumed.
 
@@ -176,8 +176,7 @@ def infer(
             unroll=1,
         ),
     }
-    assumed: dict[str, list[str]] = {tower: [] for tower in TOWERS}
-    faults = []
+    assumed, faults = [], []
     for tower, fields in sizes.items():
         width, stated = fields["width"], None
         if tower == "image" and fields["qk_norm"]:  # the norm has the size of a head
@@ -191,7 +190,7 @@ def infer(
             expected = f"a divisor of the width {width}" if stated is None else stated
             faults.append(f"{tower} heads: got {number}, expected {expected}")
         elif flag is stated is None:
-            assumed[tower].append(f"{number} heads; --{tower}-heads says otherwise")
+            assumed.append(f"ASSUMED  {tower}: {number} heads; --{tower}-heads says otherwise")
         fields["heads"] = number
     raise_any(faults)
     model = config_lib.Model(
