@@ -90,8 +90,7 @@ def _unstacked(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _towers(state: Mapping[str, np.ndarray]) -> towers.Towers:
     """What shapes and habits say of the towers."""
-    rows = [*image_rows(), *text_rows(), *SCALARS]
-    entries = Entries(state, rows)
+    entries = Entries(state, ROWS)
     heads = lambda which: entries.shape(f"{which}/blocks/attention/query/kernel", 3)[1]
     pool = lambda which, other: "map" if f"{which}_pool/probe" in entries else other
     habits: dict[str, Any] = dict(norm_eps=1e-6, activation="gelu_tanh")
@@ -116,7 +115,7 @@ def _towers(state: Mapping[str, np.ndarray]) -> towers.Towers:
     )
     has_matrix = image.projection != "none"
     embed_dim = entries.width("image_projection/kernel") if has_matrix else image.width
-    return towers.Towers(embed_dim, image, text, rows)
+    return towers.Towers(embed_dim, image, text, ROWS)
 
 
 def sizes_of(model: config_lib.Model) -> dict[str, Any]:
@@ -161,60 +160,45 @@ def prove(checkpoint: BigVisionCheckpoint, model: config_lib.Model, params: Any)
         image, text, _ = theirs.apply({"params": tree}, inputs.images, inputs.token_ids)
         return dict(image_embed=np.asarray(image), text_embed=np.asarray(text))
 
-    return parity.prove(model, params, "big_vision's two_towers", outputs)
+    return parity.prove(model, params, "big_vision's two_towers", (), outputs)
 
 
-def image_rows() -> list[NamePair]:
-    """The table of the image tower."""
+_ATTENTION = ("query", "key", "value", "out")
+_BLOCK = {
+    **{f"attention/{x}": f"MultiHeadDotProductAttention_0/{x}" for x in _ATTENTION},
+    "mlp/in": "MlpBlock_0/Dense_0",
+    "mlp/out": "MlpBlock_0/Dense_1",
+}
+
+
+def _tower(tower: str, encoder: str, norm: str) -> list[NamePair]:
+    """The rows of what both towers have."""
+    prefix = encoder.partition("/")[0]
+    norms = {"norm_1": "LayerNorm_0", "norm_2": "LayerNorm_1"}
     return [
-        NamePair("image/patch_embed/kernel", "img/embedding/kernel", tables.PATCHES_LAST),
-        NamePair("image/patch_embed/bias", "img/embedding/bias"),
-        NamePair("image/class_token", "img/cls", tables.TOKEN),
-        NamePair("image/position_embed", "img/pos_embedding", tables.BATCHED),
-        *_encoder("image/blocks", "img/Transformer", "image/norm"),
-        *_head("image", "img"),
+        *_rows(f"{tower}/blocks/", f"{encoder}/encoderblock_{{}}/", norms | _BLOCK),
+        *_rows("", "", {norm: f"{encoder}/encoder_norm", f"{tower}_projection": f"{prefix}/head"}),
+        NamePair(f"{tower}/position_embed", f"{prefix}/pos_embedding", tables.THREE_AXES),
+        NamePair(f"{tower}_pool/probe", f"{prefix}/MAPHead_0/probe", tables.THREE_AXES),
+        *_rows(f"{tower}_pool/", f"{prefix}/MAPHead_0/", {"norm": "LayerNorm_0"} | _BLOCK),
     ]
 
 
-def text_rows() -> list[NamePair]:
-    """The table of the text tower."""
+def _rows(ours: str, theirs: str, names: Mapping[str, str]) -> list[NamePair]:
+    """The rows of modules, whose arrays have our layout."""
     return [
-        NamePair("text/token_embed/embedding", "txt/Embed_0/embedding"),
-        NamePair("text/position_embed", "txt/pos_embedding", tables.BATCHED),
-        *_encoder("text/blocks", "txt/Encoder_0", "text_norm"),
-        *_head("text", "txt"),
+        NamePair(f"{ours}{part}/{leaf}", f"{theirs}{name}/{leaf}")
+        for part, name in names.items()
+        for leaf in ("scale" if "norm" in part else "kernel", "bias")
     ]
 
 
-def _same(ours: str, theirs: str, *leaves: str) -> list[NamePair]:
-    return [NamePair(f"{ours}/{leaf}", f"{theirs}/{leaf}") for leaf in leaves]
-
-
-def _attention_and_mlp(ours: str, theirs: str) -> list[NamePair]:
-    attention = ("query", "key", "value", "out")
-    parts = {f"attention/{x}": f"MultiHeadDotProductAttention_0/{x}" for x in attention}
-    parts |= {"mlp/in": "MlpBlock_0/Dense_0", "mlp/out": "MlpBlock_0/Dense_1"}
-    return [
-        row
-        for name, other in parts.items()
-        for row in _same(f"{ours}/{name}", theirs + other, "kernel", "bias")
-    ]
-
-
-def _encoder(ours: str, theirs: str, norm: str) -> list[NamePair]:
-    layer = theirs + "/encoderblock_{}/"
-    return [
-        *_same(f"{ours}/norm_1", f"{layer}LayerNorm_0", "scale", "bias"),
-        *_same(f"{ours}/norm_2", f"{layer}LayerNorm_1", "scale", "bias"),
-        *_attention_and_mlp(ours, layer),
-        *_same(norm, f"{theirs}/encoder_norm", "scale", "bias"),
-    ]
-
-
-def _head(tower: str, prefix: str) -> list[NamePair]:
-    return [
-        NamePair(f"{tower}_pool/probe", f"{prefix}/MAPHead_0/probe", tables.TOKEN),
-        *_same(f"{tower}_pool/norm", f"{prefix}/MAPHead_0/LayerNorm_0", "scale", "bias"),
-        *_attention_and_mlp(f"{tower}_pool", f"{prefix}/MAPHead_0/"),
-        *_same(f"{tower}_projection", f"{prefix}/head", "kernel", "bias"),
-    ]
+ROWS = (
+    NamePair("image/patch_embed/kernel", "img/embedding/kernel", tables.PATCHES_LAST),
+    NamePair("image/patch_embed/bias", "img/embedding/bias"),
+    NamePair("image/class_token", "img/cls", tables.THREE_AXES),
+    *_tower("image", "img/Transformer", "image/norm"),
+    NamePair("text/token_embed/embedding", "txt/Embed_0/embedding"),
+    *_tower("text", "txt/Encoder_0", "text_norm"),
+    *SCALARS,
+)

@@ -1,51 +1,19 @@
-"""The tables of the towers in PyTorch's packages: OpenAI and open_clip, timm, transformers."""
+"""The tables of the towers in PyTorch's packages: OpenAI and open_clip, timm, transformers.
 
-from typing import NamedTuple
+A table names modules; their parameters and layouts follow from our names (`rows`).
+"""
+
+from collections.abc import Mapping
 
 from grain_jax.convert import tables
 from grain_jax.convert.tables import NamePair
 
-
-class LayerNames(NamedTuple):
-    """Names inside a layer; {kind} is weight or bias."""
-
-    norms: tuple[str, str]
-    qkv: tuple[str, ...]  # one entry for query, key and value, or three
-    out: str
-    mlp: tuple[str, str]
-    qk_norms: tuple[str, ...] = ()
-    gate: str = ""  # of a gated MLP
-    scales: tuple[str, ...] = ()  # of layer scale
-
-
-_OPENAI = LayerNames(
-    ("ln_1", "ln_2"),
-    ("attn.in_proj_{kind}",),
-    "attn.out_proj",
-    ("mlp.c_fc", "mlp.c_proj"),
-    ("attn.ln_q", "attn.ln_k"),
-)
-_TIMM = LayerNames(
-    ("norm1", "norm2"),
-    ("attn.qkv.{kind}",),
-    "attn.proj",
-    ("mlp.fc1", "mlp.fc2"),
-    ("attn.q_norm", "attn.k_norm"),
-)
-_OURS = _TIMM._replace(gate="mlp.gate", scales=("ls1.gamma", "ls2.gamma"))  # of our modeling file
-_HF = LayerNames(
-    ("layer_norm1", "layer_norm2"),
-    ("self_attn.q_proj.{kind}", "self_attn.k_proj.{kind}", "self_attn.v_proj.{kind}"),
-    "self_attn.out_proj",
-    ("mlp.fc1", "mlp.fc2"),
-)
-_DINOV3 = LayerNames(
-    ("norm1", "norm2"),
-    ("attention.q_proj.{kind}", "attention.k_proj.{kind}", "attention.v_proj.{kind}"),
-    "attention.o_proj",
-    ("mlp.up_proj", "mlp.down_proj"),
-    gate="mlp.gate_proj",
-    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+Names = Mapping[str, str]  # our part of a model -> its name elsewhere
+_TOKENS = ("class_token", "registers", "position_embed")
+# Parts that are one parameter.
+_PARAMETERS = (
+    *_TOKENS,
+    *("probe", "embedding", "query_embed", "kernel", "bias", "layer_scale_1", "layer_scale_2"),
 )
 # Number of entries for query, key and value -> for each of these (entry, (part, parts of the entry)).
 _QKV = {
@@ -53,117 +21,129 @@ _QKV = {
     2: ((0, (0, 1)), (1, (0, 2)), (1, (1, 2))),
     3: ((0, (0, 1)), (1, (0, 1)), (2, (0, 1))),
 }
+_OPENAI = {
+    "norm_1": "ln_1",
+    "attention": "attn.in_proj_ attn.out_proj",
+    "attention/query_norm": "attn.ln_q",
+    "attention/key_norm": "attn.ln_k",
+    "norm_2": "ln_2",
+    "mlp/in": "mlp.c_fc",
+    "mlp/out": "mlp.c_proj",
+}
+_TIMM = {
+    "norm_1": "norm1",
+    "attention": "attn.qkv attn.proj",
+    "attention/query_norm": "attn.q_norm",
+    "attention/key_norm": "attn.k_norm",
+    "norm_2": "norm2",
+    "mlp/in": "mlp.fc1",
+    "mlp/out": "mlp.fc2",
+}
+_OURS = {"mlp/gate": "mlp.gate", "layer_scale_1": "ls1.gamma", "layer_scale_2": "ls2.gamma"}
+_HF = {
+    "norm_1": "layer_norm1",
+    "attention": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj",
+    "norm_2": "layer_norm2",
+    "mlp/in": "mlp.fc1",
+    "mlp/out": "mlp.fc2",
+}
+_DINOV3 = {
+    "norm_1": "norm1",
+    "attention": "attention.q_proj attention.k_proj attention.v_proj attention.o_proj",
+    "norm_2": "norm2",
+    "mlp/in": "mlp.up_proj",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/out": "mlp.down_proj",
+    "layer_scale_1": "layer_scale1.lambda1",
+    "layer_scale_2": "layer_scale2.lambda1",
+}
 
 
-def linear(ours: str, theirs: str, layout: tables.ArrayLayout = tables.LINEAR) -> list[NamePair]:
-    """The rows of a linear layer or, with PATCHES, of a convolution."""
-    return [
-        NamePair(f"{ours}/kernel", f"{theirs}.weight", layout),
-        NamePair(f"{ours}/bias", f"{theirs}.bias"),
-    ]
-
-
-def norm(ours: str, theirs: str) -> list[NamePair]:
-    """The rows of a LayerNorm."""
-    return [
-        NamePair(f"{ours}/scale", f"{theirs}.weight"),
-        NamePair(f"{ours}/bias", f"{theirs}.bias"),
-    ]
-
-
-def attention(ours: str, qkv: tuple[str, ...], out: str) -> list[NamePair]:
-    """The rows of an attention; the entries `qkv` hold query, key and value together or apart."""
-    return [
-        *(
-            NamePair(f"{ours}/{name}/{leaf}", qkv[entry].replace("{kind}", kind), layout, part)
-            for name, (entry, part) in zip(("query", "key", "value"), _QKV[len(qkv)])
-            for leaf, kind, layout in (
-                ("kernel", "weight", tables.HEADS_IN),
-                ("bias", "bias", tables.HEADS_BIAS),
-            )
-        ),
-        NamePair(f"{ours}/out/kernel", f"{out}.weight", tables.HEADS_OUT),
-        NamePair(f"{ours}/out/bias", f"{out}.bias"),
-    ]
-
-
-def _blocks(ours: str, layer: str, parts: LayerNames) -> list[NamePair]:
-    return [
-        *norm(f"{ours}/norm_1", layer + parts.norms[0]),
-        *attention(f"{ours}/attention", tuple(layer + x for x in parts.qkv), layer + parts.out),
-        *(
-            row
-            for name, theirs in zip(("query_norm", "key_norm"), parts.qk_norms)
-            for row in norm(f"{ours}/attention/{name}", layer + theirs)
-        ),
-        *norm(f"{ours}/norm_2", layer + parts.norms[1]),
-        *linear(f"{ours}/mlp/in", layer + parts.mlp[0]),
-        *(linear(f"{ours}/mlp/gate", layer + parts.gate) if parts.gate else ()),
-        *linear(f"{ours}/mlp/out", layer + parts.mlp[1]),
-        *(
-            NamePair(f"{ours}/layer_scale_{i}", layer + theirs)
-            for i, theirs in enumerate(parts.scales, 1)
-        ),
-    ]
-
-
-def pool(
-    theirs: str,
-    probe: str,
-    qkv: tuple[str, ...],
-    out: str,
-    norm_name: str,
-    ours: str = "image_pool",
+def rows(
+    ours: str, theirs: str, names: Names, tokens: tables.ArrayLayout = tables.SAME
 ) -> list[NamePair]:
-    """The rows of a pooling head; `ours` is "image_pool" or "text_pool"."""
-    return [
-        NamePair(f"{ours}/probe", theirs + probe, tables.TOKEN),
-        *attention(f"{ours}/attention", tuple(theirs + x for x in qkv), theirs + out),
-        *norm(f"{ours}/norm", theirs + norm_name),
-        *linear(f"{ours}/mlp/in", theirs + "mlp.fc1"),
-        *linear(f"{ours}/mlp/out", theirs + "mlp.fc2"),
-    ]
+    """The table of a model, or of a part of one, in PyTorch.
+
+    Args:
+      ours, theirs: what all names begin with; "{}" in `theirs` is the layer.
+      names: of modules and parameters. An attention has its entries for query, key and value (together or apart) and
+        its output, with a space between.
+      tokens: how class token, registers and positions are held.
+    """
+    out = []
+    for part, name in names.items():
+        last = part.rpartition("/")[2]
+        if last.endswith("attention"):
+            out += _attention(ours + part, [theirs + each for each in name.split()])
+        elif last in _PARAMETERS:
+            layout = tables.THREE_AXES if last == "probe" else tables.SAME
+            layout = tokens if last in _TOKENS else layout
+            out.append(NamePair(ours + part, theirs + name, layout))
+        else:
+            is_norm = "norm" in last
+            layout = tables.PATCHES if last == "patch_embed" else tables.LINEAR
+            layout = tables.SAME if is_norm else layout
+            kernel = "scale" if is_norm else "kernel"
+            out.append(NamePair(f"{ours}{part}/{kernel}", f"{theirs}{name}.weight", layout))
+            out.append(NamePair(f"{ours}{part}/bias", f"{theirs}{name}.bias"))
+    return out
+
+
+def _attention(ours: str, theirs: list[str]) -> list[NamePair]:
+    *qkv, projection = theirs
+    out = []
+    for name, (entry, part) in zip(("query", "key", "value"), _QKV[len(qkv)]):
+        prefix = qkv[entry] if qkv[entry].endswith("_") else f"{qkv[entry]}."
+        out.append(NamePair(f"{ours}/{name}/kernel", f"{prefix}weight", tables.HEADS_IN, part))
+        out.append(NamePair(f"{ours}/{name}/bias", f"{prefix}bias", tables.HEADS_BIAS, part))
+    out.append(NamePair(f"{ours}/out/kernel", f"{projection}.weight", tables.HEADS_OUT))
+    out.append(NamePair(f"{ours}/out/bias", f"{projection}.bias"))
+    return out
+
+
+def pool(attention: str, **names: str) -> Names:
+    """The parts of a pooling head; `names` of other parts than the attention may differ."""
+    mlp = {"mlp/in": "mlp.fc1", "mlp/out": "mlp.fc2"}
+    return {"probe": "probe", "attention": attention, "norm": "norm", **mlp, **names}
 
 
 def openai_image() -> list[NamePair]:
     """The image tower of OpenAI and open_clip."""
-    return [
-        *linear("image/patch_embed", "visual.conv1", tables.PATCHES),
-        NamePair("image/class_token", "visual.class_embedding"),
-        NamePair("image/position_embed", "visual.positional_embedding"),
-        *norm("image/pre_norm", "visual.ln_pre"),
-        *_blocks("image/blocks", "visual.transformer.resblocks.{}.", _OPENAI),
-        *norm("image/norm", "visual.ln_post"),
-        NamePair("image_projection/kernel", "visual.proj"),
-    ]
+    names = {
+        "image/patch_embed": "conv1",
+        "image/class_token": "class_embedding",
+        "image/position_embed": "positional_embedding",
+        "image/pre_norm": "ln_pre",
+        "image/norm": "ln_post",
+        "image_projection/kernel": "proj",
+    }
+    layers = rows("image/blocks/", "visual.transformer.resblocks.{}.", _OPENAI)
+    return rows("", "visual.", names) + layers
 
 
 def openai_text(prefix: str = "", matrix: bool = True) -> list[NamePair]:
     """The text tower of OpenAI, open_clip and the PyTorch reference; `matrix`: its projection is no linear layer."""
-    projection = f"{prefix}text_projection"
-    return [
-        NamePair("text/token_embed/embedding", f"{prefix}token_embedding.weight"),
-        NamePair("text/position_embed", f"{prefix}positional_embedding"),
-        *_blocks("text/blocks", prefix + "transformer.resblocks.{}.", _OPENAI),
-        *norm("text_norm", f"{prefix}ln_final"),
-        *(
-            [NamePair("text_projection/kernel", projection)]
-            if matrix
-            else linear("text_projection", projection)
-        ),
-    ]
+    names = {
+        "text/token_embed/embedding": "token_embedding.weight",
+        "text/position_embed": "positional_embedding",
+        "text_norm": "ln_final",
+        "text_projection/kernel" if matrix else "text_projection": "text_projection",
+    }
+    layers = rows("text/blocks/", prefix + "transformer.resblocks.{}.", _OPENAI)
+    return rows("", prefix, names) + layers
 
 
-def timm_image(prefix: str, parts: LayerNames = _TIMM) -> list[NamePair]:
-    """The vision transformer of timm, alone: without a pooling head or a projection."""
-    return [
-        *linear("image/patch_embed", f"{prefix}patch_embed.proj", tables.PATCHES),
-        NamePair("image/class_token", f"{prefix}cls_token", tables.TOKEN),
-        NamePair("image/position_embed", f"{prefix}pos_embed", tables.BATCHED),
-        *norm("image/pre_norm", f"{prefix}norm_pre"),
-        *_blocks("image/blocks", prefix + "blocks.{}.", parts),
-        *norm("image/norm", f"{prefix}norm"),
-    ]
+def _timm_image(prefix: str, layer: Names) -> list[NamePair]:
+    names = {
+        "patch_embed": "patch_embed.proj",
+        "class_token": "cls_token",
+        "registers": "reg_token",
+        "position_embed": "pos_embed",
+        "pre_norm": "norm_pre",
+        "norm": "norm",
+    }
+    layers = rows("image/blocks/", prefix + "blocks.{}.", layer)
+    return rows("image/", prefix, names, tables.THREE_AXES) + layers
 
 
 def own_image(prefix: str, *, key_bias: bool) -> list[NamePair]:
@@ -171,65 +151,63 @@ def own_image(prefix: str, *, key_bias: bool) -> list[NamePair]:
 
     Without key biases, the biases of queries and values have separate entries.
     """
-    rows, layer = timm_image(prefix, _OURS), prefix + "blocks.{}."
+    table, layer = _timm_image(prefix, _TIMM | _OURS), prefix + "blocks.{}."
     if not key_bias:
-        rows = [row for row in rows if row.theirs != f"{layer}attn.qkv.bias"]
-        rows += [
-            NamePair(
-                f"image/blocks/attention/{name}/bias",
-                f"{layer}attn.{name[0]}_bias",
-                tables.HEADS_BIAS,
-            )
-            for name in ("query", "value")
-        ]
-    return [*rows, NamePair("image/registers", f"{prefix}reg_token", tables.BATCHED)]
+        table = [row for row in table if row.theirs != f"{layer}attn.qkv.bias"]
+        for name in ("query", "value"):
+            ours = f"image/blocks/attention/{name}/bias"
+            table.append(NamePair(ours, f"{layer}attn.{name[0]}_bias", tables.HEADS_BIAS))
+    return table
 
 
 def timm_image_in_open_clip() -> list[NamePair]:
     """The image tower of open_clip around a transformer of timm."""
-    qkv = ("q.{kind}", "kv.{kind}")
     return [
-        *timm_image("visual.trunk."),
-        *pool("visual.trunk.attn_pool.", "latent", qkv, "proj", "norm"),
-        *linear("image_projection", "visual.head.proj"),
+        *_timm_image("visual.trunk.", _TIMM),
+        *rows("image_pool/", "visual.trunk.attn_pool.", pool("q kv proj", probe="latent")),
+        *rows("", "visual.head.", {"image_projection": "proj"}),
     ]
 
 
 def hf_dinov3(layers: str = "") -> list[NamePair]:
     """DINOv3 in transformers; `layers`: the first part of the names of its layers in memory, which files leave out."""
-    embeddings = "embeddings."
-    return [
-        *linear("image/patch_embed", embeddings + "patch_embeddings", tables.PATCHES),
-        NamePair("image/class_token", embeddings + "cls_token", tables.TOKEN),
-        NamePair("image/registers", embeddings + "register_tokens", tables.BATCHED),
-        *_blocks("image/blocks", layers + "layer.{}.", _DINOV3),
-        *norm("image/norm", "norm"),
-    ]
+    names = {
+        "patch_embed": "embeddings.patch_embeddings",
+        "class_token": "embeddings.cls_token",
+        "registers": "embeddings.register_tokens",
+        "norm": "norm",
+    }
+    table = rows("image/", "", names, tables.THREE_AXES)
+    return table + rows("image/blocks/", layers + "layer.{}.", _DINOV3)
 
 
 def hf_image() -> list[NamePair]:
     """The image tower of CLIP and SigLIP in transformers."""
-    embeddings, head = "vision_model.embeddings.", "vision_model.head."
-    qkv = ("attention.in_proj_{kind}",)
+    names = {
+        "patch_embed": "embeddings.patch_embedding",
+        "class_token": "embeddings.class_embedding",
+        "position_embed": "embeddings.position_embedding.weight",
+        "pre_norm": "pre_layrnorm",
+        "norm": "post_layernorm",
+    }
+    head = pool("attention.in_proj_ attention.out_proj", norm="layernorm")
     return [
-        *linear("image/patch_embed", embeddings + "patch_embedding", tables.PATCHES),
-        NamePair("image/class_token", embeddings + "class_embedding"),
-        NamePair("image/position_embed", embeddings + "position_embedding.weight"),
-        *norm("image/pre_norm", "vision_model.pre_layrnorm"),
-        *_blocks("image/blocks", "vision_model.encoder.layers.{}.", _HF),
-        *norm("image/norm", "vision_model.post_layernorm"),
-        *pool(head, "probe", qkv, "attention.out_proj", "layernorm"),
-        *linear("image_projection", "visual_projection"),
+        *rows("image/", "vision_model.", names),
+        *rows("image/blocks/", "vision_model.encoder.layers.{}.", _HF),
+        *rows("image_pool/", "vision_model.head.", head),
+        *rows("", "", {"image_projection": "visual_projection"}),
     ]
 
 
 def hf_text(projection: str) -> list[NamePair]:
     """The text tower of CLIP ("text_projection") and SigLIP ("text_model.head") in transformers."""
-    embeddings = "text_model.embeddings."
+    names = {
+        "text/token_embed/embedding": "embeddings.token_embedding.weight",
+        "text/position_embed": "embeddings.position_embedding.weight",
+        "text_norm": "final_layer_norm",
+    }
     return [
-        NamePair("text/token_embed/embedding", embeddings + "token_embedding.weight"),
-        NamePair("text/position_embed", embeddings + "position_embedding.weight"),
-        *_blocks("text/blocks", "text_model.encoder.layers.{}.", _HF),
-        *norm("text_norm", "text_model.final_layer_norm"),
-        *linear("text_projection", projection),
+        *rows("", "text_model.", names),
+        *rows("text/blocks/", "text_model.encoder.layers.{}.", _HF),
+        *rows("", "", {"text_projection": projection}),
     ]

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 import numpy as np
 from etils import epath
 
@@ -17,7 +16,6 @@ from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import archives, formats, output, parity, towers
 from grain_jax.convert.exits import needs
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
-from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.core import regular_file
 
@@ -39,18 +37,14 @@ _IMAGENET = config_lib.ImageTower.pixel_mean, config_lib.ImageTower.pixel_std
 _DINOV3_GRID = 14  # patches a side; no array depends on it
 
 
-class _HuggingFacePixels(msgspec.Struct):
-    """How a processor of transformers normalises an image."""
-
-    image_mean: tuple[float, float, float] | None = None
-    image_std: tuple[float, float, float] | None = None
-    do_normalize: bool | None = None
-
-
-class _HuggingFaceProcessor(msgspec.Struct):
-    """processor_config.json of transformers 5."""
-
-    image_processor: _HuggingFacePixels | None = None
+# Our keys of a tower -> keys of the configs of transformers.
+SIZES = dict(
+    width="hidden_size",
+    depth="num_hidden_layers",
+    heads="num_attention_heads",
+    mlp_dim="intermediate_size",
+    norm_eps="layer_norm_eps",
+)
 
 
 def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
@@ -65,12 +59,9 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     file = path / "config.json"
     stated = regular_file.read_json(file, dict[str, Any], "the config.json of transformers")
     with needing("transformers", path):
-        import torch
         import transformers
     if stated.get("model_type") == "grain":
-        imported, module = _read_grain(path, stated)
-        proof = torch_module.prove_module(imported.model, imported.params, module)
-        return towers.write("from-hf", path, target, imported, proof)
+        return _write(path, target, "GrainModel", *_read_grain(path, stated))
     family = _FAMILIES.get(str(stated.get("model_type")))
     if family is None:
         raise ConvertError(
@@ -86,19 +77,23 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     with prefixed(f"{path}: "):
         imported = towers.build(stated_towers, state)
 
-    def outputs(inputs: parity.Inputs) -> dict[str, np.ndarray]:
-        images, ids = parity.for_torch(inputs)
-        with torch.no_grad():
-            if imported.has_texts:
-                out = module(input_ids=ids, pixel_values=images)
-                return dict(
-                    image_embed=out.image_embeds.numpy(), text_embed=out.text_embeds.numpy()
-                )
-            pooled = module(images).pooler_output
-            return dict(image_embed=(pooled / pooled.norm(dim=-1, keepdim=True)).numpy())
+    return _write(path, target, f"{family}Model", imported, module)
 
-    other = f"{family}Model, {torch_module.torch_versions()}"
-    proof = parity.prove(imported.model, imported.params, other, outputs)
+
+def _write(
+    path: epath.Path, target: epath.Path, kind: str, imported: towers.Imported, module: Any
+) -> parity.Report:
+    """Writes the model; the module of transformers is the other side of the parity."""
+
+    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        if imported.has_texts:
+            return parity.clip_outputs(module, inputs)
+        pooled = module(parity.for_torch(inputs)[0]).pooler_output.detach()
+        return dict(image_embed=(pooled / pooled.norm(dim=-1, keepdim=True)).numpy())
+
+    model, params, has_texts = imported
+    packages = ("transformers", "torch")
+    proof = parity.prove(model, params, kind, packages, run, has_texts=has_texts)
     return towers.write("from-hf", path, target, imported, proof)
 
 
@@ -177,15 +172,9 @@ def _two_towers(path: epath.Path, family: str, config: Any) -> towers.Towers:
 
 
 def _sizes(config: Any) -> dict[str, Any]:
-    return dict(
-        width=config.hidden_size,
-        depth=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        mlp_dim=config.intermediate_size,
-        activation=_ACTIVATIONS.get(config.hidden_act, config.hidden_act),
-        norm_eps=config.layer_norm_eps,
-        unroll=1,
-    )
+    sizes = {ours: getattr(config, theirs) for ours, theirs in SIZES.items()}
+    activation = _ACTIVATIONS.get(config.hidden_act, config.hidden_act)
+    return sizes | dict(activation=activation, unroll=1)
 
 
 def _dinov3(path: epath.Path, family: str, config: Any) -> towers.Towers:
@@ -213,20 +202,16 @@ def _dinov3(path: epath.Path, family: str, config: Any) -> towers.Towers:
 
 def _pixels(path: epath.Path, default: Any) -> Any:
     """Mean and standard deviation of the pixels, by the processor beside the weights."""
-    pixels = _HuggingFacePixels()
-    old, new = path / "preprocessor_config.json", path / "processor_config.json"
-    expected = "a processor of transformers"
-    if regular_file.is_one(old):
-        pixels = regular_file.read_json(old, _HuggingFacePixels, expected)
-    elif regular_file.is_one(new):
-        pixels = (
-            regular_file.read_json(new, _HuggingFaceProcessor, expected).image_processor or pixels
-        )
-    if pixels.do_normalize is False:
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if pixels.image_mean is None or pixels.image_std is None:
-        return default
-    return pixels.image_mean, pixels.image_std
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if regular_file.is_one(path / name):
+            expected = "a processor of transformers"
+            stated = regular_file.read_json(path / name, dict[str, Any], expected)
+            stated = stated.get("image_processor") or stated
+            if stated.get("do_normalize") is False:
+                return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+            mean, std = stated.get("image_mean"), stated.get("image_std")
+            return (tuple(mean), tuple(std)) if mean and std else default
+    return default
 
 
 def _read_grain(path: epath.Path, stated: Mapping[str, Any]) -> tuple[towers.Imported, Any]:

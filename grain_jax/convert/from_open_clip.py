@@ -5,10 +5,10 @@ names. OpenAI's files have none, so the rules of OpenAI's own loader give it. Th
 weights, is the other side of the parity.
 """
 
+import functools
 import re
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from etils import epath
 
@@ -24,22 +24,11 @@ WEIGHTS = (
     "open_clip_pytorch_model.bin",
     "model.safetensors",
 )
+PACKAGES = ("open_clip_torch", "torch")
 _CONFIG = "open_clip_config.json"
 _OPENAI = ("input_resolution", "context_length", "vocab_size")  # sizes in OpenAI's files
 _POOLS = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
 _TIMM_POOLS = {"map": "map", "token": "class", "avg": "mean"}
-
-
-class _OpenClipPixels(msgspec.Struct):
-    mean: tuple[float, float, float] = towers.CLIP_PIXELS[0]
-    std: tuple[float, float, float] = towers.CLIP_PIXELS[1]
-
-
-class _OpenClipConfig(msgspec.Struct):
-    """open_clip_config.json."""
-
-    model_cfg: dict[str, Any]
-    preprocess_cfg: _OpenClipPixels = msgspec.field(default_factory=_OpenClipPixels)
 
 
 class OpenClipCheckpoint(NamedTuple):
@@ -47,7 +36,8 @@ class OpenClipCheckpoint(NamedTuple):
 
     path: epath.Path  # the folder or the file of weights
     state: dict[str, np.ndarray]
-    config: _OpenClipConfig
+    config: dict[str, Any]  # `model_cfg` of open_clip_config.json
+    pixels: tuple[Any, Any]  # their mean and standard deviation
 
     @property
     def is_custom(self) -> bool:
@@ -82,7 +72,7 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
         raise ConvertError(
             f"{path}: got weights of transformers; grain-jax convert from-hf reads them"
         )
-    is_openai = _OPENAI[0] in state
+    is_openai, pixels = _OPENAI[0] in state, towers.CLIP_PIXELS
     ignored = (*_OPENAI, "attn_mask", "text.attn_mask")
     state = {key: x for key, x in state.items() if key not in ignored}
     file = (path if path.is_dir() else path.parent) / _CONFIG
@@ -92,20 +82,23 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
         named_config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
         if named_config is None:
             raise ConvertError(f"--model: got {name!r}, expected a name of open_clip.list_models()")
-        siglip = "SigLIP" in name
-        config = _OpenClipConfig(
-            named_config, _OpenClipPixels(*towers.SIGLIP_PIXELS) if siglip else _OpenClipPixels()
-        )
+        config = named_config
+        pixels = towers.SIGLIP_PIXELS if "SigLIP" in name else pixels
     elif is_openai:
         with archives.reading(path, "a CLIP of OpenAI with a vision transformer"):
-            config = _OpenClipConfig(_openai_config(state))
+            config = _openai_config(state)
     elif regular_file.is_one(file):
-        config = regular_file.read_json(file, _OpenClipConfig, "open_clip's config")
+        stated = regular_file.read_json(file, dict[str, Any], "open_clip's config")
+        with archives.reading(file, "open_clip's config"):
+            config, processor = stated["model_cfg"], stated.get("preprocess_cfg", {})
+            pixels = tuple(
+                tuple(processor.get(key, default)) for key, default in zip(("mean", "std"), pixels)
+            )
     else:
         raise ConvertError(
             f"{path}: has no {_CONFIG} beside it; --model NAME says which model of open_clip it is, such as ViT-B-32"
         )
-    return OpenClipCheckpoint(path, state, config)
+    return OpenClipCheckpoint(path, state, config, pixels)
 
 
 def _openai_config(state: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -131,7 +124,7 @@ def _module(checkpoint: OpenClipCheckpoint) -> Any:
     """The model of open_clip with random weights; nothing is downloaded."""
     from open_clip import model as library
 
-    config = checkpoint.config.model_cfg
+    config = checkpoint.config
     vision = library.CLIPVisionCfg(**config["vision_cfg"] | {"timm_model_pretrained": False})
     text = library.CLIPTextCfg(**config["text_cfg"])
     return (library.CustomTextCLIP if checkpoint.is_custom else library.CLIP)(
@@ -148,7 +141,7 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
     import torch
     from open_clip import model as library
 
-    config, pixels = checkpoint.config.model_cfg, checkpoint.config.preprocess_cfg
+    config, (mean, std) = checkpoint.config, checkpoint.pixels
     vision = library.CLIPVisionCfg(**config["vision_cfg"])
     text_config = library.CLIPTextCfg(**config["text_cfg"])
     quick = bool(config.get("quick_gelu"))
@@ -180,8 +173,8 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
     image = config_lib.ImageTower(
         **fields,
         image_size=size,
-        pixel_mean=pixels.mean,
-        pixel_std=pixels.std,
+        pixel_mean=mean,
+        pixel_std=std,
     )
     end_id = text_config.eos_id if text_config.pool_type == "eos" else None
     end_id = end_id if end_id is not None and 0 <= end_id < text_config.vocab_size - 1 else None
@@ -245,26 +238,26 @@ def timm_fields(trunk: Any) -> dict[str, Any]:
 
 def _prove(checkpoint: OpenClipCheckpoint, imported: towers.Imported) -> parity.Report:
     """Our model against open_clip's, with the same weights."""
-    import open_clip
     import torch
 
     with archives.reading(checkpoint.path, "what open_clip takes, by the config"):
         module = _module(checkpoint).eval()
-    shapes = {name: x.shape for name, x in module.state_dict().items()}
-    state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
-    state = {
-        k: v.reshape(shapes[k]) if v.numel() == 1 and k in shapes else v for k, v in state.items()
-    }
-    with archives.reading(checkpoint.path, "what open_clip takes, by the config"):
-        module.load_state_dict(state)
+        shapes = {name: x.shape for name, x in module.state_dict().items()}
+        state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
+        one = {k for k, v in state.items() if v.numel() == 1 and k in shapes}
+        module.load_state_dict(state | {k: state[k].reshape(shapes[k]) for k in one})
+    run = functools.partial(module_outputs, module)
+    return parity.prove(imported.model, imported.params, "open_clip", PACKAGES, run)
 
-    def outputs(inputs: parity.Inputs) -> dict[str, np.ndarray]:
-        images, ids = parity.for_torch(inputs)
-        with torch.no_grad():
-            image = module.encode_image(images, normalize=True).numpy()
-            return dict(
-                image_embed=image, text_embed=module.encode_text(ids, normalize=True).numpy()
-            )
 
-    other = f"open_clip {open_clip.__version__}"
-    return parity.prove(imported.model, imported.params, other, outputs)
+def module_outputs(module: Any, inputs: parity.Inputs) -> dict[str, np.ndarray]:
+    """The outputs of a module of open_clip."""
+    import torch
+
+    images, ids = parity.for_torch(inputs)
+    with torch.no_grad():
+        return {
+            "image_embed": module.encode_image(images, normalize=True).numpy(),
+            "text_embed": module.encode_text(ids, normalize=True).numpy(),
+            "logits": module.get_logits(images, ids)[0].numpy(),
+        }

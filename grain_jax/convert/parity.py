@@ -4,7 +4,8 @@ The other side is an independent implementation: transformers, open_clip, big_vi
 its package the report says NOT PROVEN; a round trip through our own code would prove nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,13 +160,53 @@ def prove(
     model: config_lib.Model,
     params: Any,
     other_side: str,
-    outputs_of_other: Callable[[Inputs], Mapping[str, np.ndarray]],
+    packages: Sequence[str],
+    outputs_of_other: Callable[[Inputs], dict[str, np.ndarray]],
+    more: Mapping[str, np.ndarray] = {},
+    has_texts: bool = True,
 ) -> Report:
-    """Compares our model with another side, of which `outputs_of_other` gives all outputs that it has."""
+    """Compares our model with another side; NOT PROVEN if a package is missing.
+
+    Args:
+      model: its sizes.
+      params: its parameters.
+      other_side: its name.
+      packages: that run the other side; the report has their versions.
+      outputs_of_other: gives all outputs of `outputs`; maybe `logits`, [images, texts], too.
+      more: further outputs of ours.
+      has_texts: False if the text tower is a placeholder.
+    """
     batch = inputs_of(model)
-    theirs = outputs_of_other(batch)
-    ours = {name: x for name, x in outputs(model, params, batch).items() if name in theirs}
-    return report(compare(ours, theirs), other_side, batch)
+    try:
+        versions = [f"{package} {metadata.version(package)}" for package in packages]
+        theirs = outputs_of_other(batch)
+    except ImportError as error:
+        reason = str(error).strip().partition("\n")[0]
+        return not_proven(f"{reason}; pip install 'grain_jax[interop]'")
+    ours = outputs(model, params, batch)
+    if "logits" in theirs:
+        scale, bias = np.exp(params["logit_scale"]), params.get("logit_bias", 0)
+        ours["logits"] = scale * ours["image_embed"] @ ours["text_embed"].T + bias
+    if not has_texts:
+        del ours["text_embed"]
+    return report(compare({**ours, **more}, theirs), ", ".join([other_side, *versions]), batch)
+
+
+def clip_outputs(module: Any, batch: Inputs) -> dict[str, np.ndarray]:
+    """The outputs of a class of transformers that is called as CLIPModel; our modeling file's is one."""
+    import torch
+
+    images, ids = for_torch(batch)
+    with torch.no_grad():
+        out = module(input_ids=ids, pixel_values=images)
+        theirs = dict(image_embed=out.image_embeds, text_embed=out.text_embeds)
+        theirs["logits"] = out.logits_per_image
+        if out.get("region_embeds") is not None and out.region_embeds.shape[1]:
+            theirs |= dict(region_embed=out.region_embeds, boxes_xyxy=out.boxes_xyxy)
+        if hasattr(module, "decoder") and module.decoder.boxes is not None:
+            boxes = images.new_tensor(BOXES).expand(len(images), -1, -1)
+            theirs["box_embed"] = module.get_boxes(images, boxes)
+    return {name: value.numpy() for name, value in theirs.items()}
 
 
 def for_torch(batch: Inputs) -> tuple[Any, Any]:

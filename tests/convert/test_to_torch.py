@@ -5,6 +5,7 @@ import torch
 from benchmarks.parity import comparison
 from benchmarks.parity import goldens as goldens_parity
 from grain_jax.checkpoint import saved_model
+from grain_jax.convert import parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import commands as files
 from grain_jax.convert.reference import module as torch_module
@@ -90,15 +91,15 @@ def test_a_failed_parity_is_exit_status_1_and_other_heads_are_told(tmp_path, cap
     model = perturbed.tiny()
     saved_model.save_model(tmp_path / "model", model, perturbed.params(model))
     monkeypatch.setattr(names, "REFERENCE_HEADS", {("decoder", 36): 9, ("image", 48): 4})
-    right = torch_module.run_module
+    right = parity.clip_outputs
     wrong = lambda *args: right(*args) | {"text_embed": right(*args)["text_embed"] * 1.001}
     arguments = ["--input", str(tmp_path / "model"), "--output", str(tmp_path / "x.pth.tar")]
-    monkeypatch.setattr(torch_module, "run_module", wrong)
+    monkeypatch.setattr(parity, "clip_outputs", wrong)
     assert main(["to-torch", *arguments]) == 1
     out, err = capsys.readouterr()
     assert out.endswith("parity: FAILED: text_embed\n") and "nothing was written" not in err
     (line,) = [line for line in out.splitlines() if "ATTENTION" in line]
     assert line.startswith("decoder: width 36, depth 2, 3 heads") and " 9 " in line
-    monkeypatch.setattr(torch_module, "run_module", lambda *args: {})
+    monkeypatch.setattr(parity, "clip_outputs", lambda *args: {})
     assert main(["to-torch", *arguments]) == 1
     assert "text_embed: only one side gives it" in capsys.readouterr().err

@@ -104,7 +104,8 @@ def by_transformers(model, params, pool, weights):
     """As `with_gradients`, in float64: SigLIP's text tower of transformers with an attention mask, each text padded alone."""
     text, flat = model.text, {n: np.asarray(x) for n, x in grain.flat(params).items()}
     table = formats.hf_text("text_model.head")
-    state = {n.removeprefix("text_model."): torch.tensor(x) for n, x in tables.write(table, flat).items()}  # fmt: skip
+    written = tables.write(table, {x.ours: flat[x.ours] for x in table if x.ours in flat})
+    state = {n.removeprefix("text_model."): torch.tensor(x) for n, x in written.items()}
     config_of: Any = transformers.SiglipTextConfig
     config = config_of(
         vocab_size=text.vocab_size,

@@ -15,7 +15,6 @@ from grain_jax.convert.exits import folder, needs, tokenizers
 from grain_jax.convert.faults import needing, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.core.version import __version__
 
 DESCRIPTION = "onnx.json"  # marks the folder
 PARTS = ("image", "text", "boxes", "maps")  # texts before maps, which take their embeddings
@@ -77,40 +76,40 @@ def _description(source: folder.SourceModel, path: epath.Path) -> dict[str, Any]
     """What `onnx.json` says of the files in `path`."""
     import torch
 
-    image, text, learnt = export.describe(inference.Predictor(source.model, source.params))
+    predictor = inference.Predictor(source.model, source.params)
     return {
-        "grain_jax": __version__,
         "torch": torch.__version__,
         "files": [f"{part}.onnx" for part in PARTS if (path / f"{part}.onnx").exists()],
-        "image": image | {"normalised_by": f"you: {_PREPARE}"},
-        "text": text | {"end": "found by the file"},
-        **learnt,
+        **export.describe(predictor, f"you: {_PREPARE}", "found by the file"),
     }
 
 
-@folder.needing_packages
 def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
     """Our model against ONNX Runtime on the files, with other numbers of images, texts and boxes than were traced."""
-    import onnxruntime
-
-    inputs = parity.inputs_of(source.model)
-    predictor = inference.Predictor(source.model, source.params)
-    ours, theirs = parity.outputs_of(predictor, inputs), {}
-    feeds: dict[str, np.ndarray] = {
-        "pixel_values": np.ascontiguousarray(inputs.images.transpose(0, 3, 1, 2)),
-        "input_ids": inputs.token_ids.astype(np.int64),
-        "boxes_xyxy": np.repeat(parity.BOXES[None], len(inputs.images), axis=0),
-    }
-    for file in (target / f"{part}.onnx" for part in PARTS):
-        if file.exists():
-            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-            theirs |= _run(session, feeds)
-            feeds["text_embeds"] = theirs.get("text_embed", np.empty(0))
-    if "similarity_map" in theirs:
-        texts = [ours["text_embed"]] * len(inputs.images)
+    inputs, ours = parity.inputs_of(source.model), {}
+    if (target / "maps.onnx").exists():
+        predictor = inference.Predictor(source.model, source.params)
+        texts = [predictor.encode_text(inputs.token_ids)] * len(inputs.images)
         ours["similarity_map"] = np.stack(predictor.similarity_maps(inputs.images, texts))
-    other = f"onnxruntime {onnxruntime.__version__}"
-    return parity.report(parity.compare(ours, theirs), other, inputs)
+
+    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        import onnxruntime
+
+        theirs: dict[str, np.ndarray] = {}
+        feeds: dict[str, np.ndarray] = {
+            "pixel_values": np.ascontiguousarray(inputs.images.transpose(0, 3, 1, 2)),
+            "input_ids": inputs.token_ids.astype(np.int64),
+            "boxes_xyxy": np.repeat(parity.BOXES[None], len(inputs.images), axis=0),
+        }
+        providers = ["CPUExecutionProvider"]
+        for file in (target / f"{part}.onnx" for part in PARTS):
+            if file.exists():
+                theirs |= _run(onnxruntime.InferenceSession(str(file), providers=providers), feeds)
+                feeds["text_embeds"] = theirs.get("text_embed", np.empty(0))
+        return theirs
+
+    packages = ("onnxruntime",)
+    return parity.prove(source.model, source.params, "ONNX files", packages, run, ours)
 
 
 def _run(session: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

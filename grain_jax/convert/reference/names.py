@@ -14,7 +14,6 @@ from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables, towers
 from grain_jax.convert.exits import needs
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
-from grain_jax.convert.formats import linear, norm
 from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.models import grain
 
@@ -22,43 +21,42 @@ TOWERS = ("image", "text", "decoder")
 StateDicts = Mapping[str, Mapping[str, np.ndarray]]  # {"backbone": ..., "decoder": ...}
 
 
-def _attention(ours: str, theirs: str) -> list[NamePair]:
-    return formats.attention(ours, (f"{theirs}.in_proj_{{kind}}",), f"{theirs}.out_proj")
-
-
-def _pool(ours: str, theirs: str) -> list[NamePair]:
-    qkv = ("attention.in_proj_{kind}",)
-    return formats.pool(theirs, "probe", qkv, "attention.out_proj", "norm", ours)
-
-
-_LAYER = "transformer.decoder.layers.{}."
+_POOL = formats.pool("attention.in_proj_ attention.out_proj")
+_DECODER = {
+    "norm_1": "norm1",
+    "self_attention": "self_attn.in_proj_ self_attn.out_proj",
+    "norm_2": "norm2",
+    "cross_attention": "multihead_attn.in_proj_ multihead_attn.out_proj",
+    "norm_3": "norm3",
+    "mlp/in": "linear1",
+    "mlp/out": "linear2",
+}
 TABLES: dict[str, list[NamePair]] = {  # by state dict
     "backbone": [
         *formats.own_image("visual.", key_bias=True),
         *formats.openai_text(),
-        NamePair("text_projection/bias", "text_projection_bias"),
-        *_pool("text_pool", "text_pool."),
-        NamePair("logit_scale", "logit_scale"),
-        NamePair("logit_bias", "logit_bias"),
+        *formats.rows("", "", {"text_projection/bias": "text_projection_bias"}),
+        *formats.rows("text_pool/", "text_pool.", _POOL),
+        *towers.SCALARS,
     ],
     "decoder": [
-        NamePair("decoder/memory_projection/kernel", "proj.weight", tables.LINEAR),
-        *norm("decoder/memory_norm", "transformer.pre_norm"),
-        NamePair("decoder/query_embed", "query_embed.weight"),
-        *norm("decoder/blocks/norm_1", _LAYER + "norm1"),
-        *_attention("decoder/blocks/self_attention", _LAYER + "self_attn"),
-        *norm("decoder/blocks/norm_2", _LAYER + "norm2"),
-        *_attention("decoder/blocks/cross_attention", _LAYER + "multihead_attn"),
-        *norm("decoder/blocks/norm_3", _LAYER + "norm3"),
-        *linear("decoder/blocks/mlp/in", _LAYER + "linear1"),
-        *linear("decoder/blocks/mlp/out", _LAYER + "linear2"),
-        *norm("decoder/norm", "transformer.decoder.norm"),
-        *(x for i in range(3) for x in linear(f"box_mlp/layer_{i}", f"bbox_embed.layers.{i}")),
-        NamePair("image_projection/kernel", "img_proj"),
-        NamePair("image_projection/bias", "img_proj_bias"),
-        *_pool("image_pool", "pool."),
-        NamePair("region_projection/kernel", "obj_proj"),
-        NamePair("box_projection/kernel", "boxes.proj"),
+        *formats.rows("decoder/blocks/", "transformer.decoder.layers.{}.", _DECODER),
+        *formats.rows(
+            "",
+            "",
+            {
+                "decoder/memory_projection": "proj",
+                "decoder/memory_norm": "transformer.pre_norm",
+                "decoder/query_embed": "query_embed.weight",
+                "decoder/norm": "transformer.decoder.norm",
+                **{f"box_mlp/layer_{i}": f"bbox_embed.layers.{i}" for i in range(3)},
+                "image_projection/kernel": "img_proj",
+                "image_projection/bias": "img_proj_bias",
+                "region_projection/kernel": "obj_proj",
+                "box_projection/kernel": "boxes.proj",
+            },
+        ),
+        *formats.rows("image_pool/", "pool.", _POOL),
     ],
 }
 _KEY_BIAS = "image/blocks/attention/key/bias"
@@ -117,11 +115,13 @@ def state_dicts(params: Any) -> dict[str, dict[str, np.ndarray]]:
       ValueError: a parameter that no row has.
     """
     flat = grain.flat(params)
-    tables_of = {module: rows_of(module, flat) for module in TABLES}
-    lost = flat.keys() - {row.ours for rows in tables_of.values() for row in rows}
-    if lost:
-        raise ValueError(f"parameters without a name in torch: {', '.join(sorted(lost))}")
-    return {module: tables.write(rows, flat) for module, rows in tables_of.items()}
+    rows = {module: rows_of(module, flat) for module in TABLES}
+    of_backbone = {row.ours for row in rows["backbone"]}
+    parts = {
+        "backbone": {name: x for name, x in flat.items() if name in of_backbone},
+        "decoder": {name: x for name, x in flat.items() if name not in of_backbone},
+    }
+    return {module: tables.write(rows[module], part) for module, part in parts.items()}
 
 
 def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -148,8 +148,8 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
 
 def infer(
     states: StateDicts, heads: Mapping[str, int | None]
-) -> tuple[config_lib.Model, dict[str, list[str]]]:
-    """The model that these state dicts are the parameters of, and the assumptions in it, by tower.
+) -> tuple[config_lib.Model, list[str]]:
+    """The model that these state dicts are the parameters of, and a line for each assumption in it.
 
     The number of heads is in no state dict: it comes by flag, from the size of the qk-norm, or is assumed.
 
@@ -176,8 +176,7 @@ def infer(
             unroll=1,
         ),
     }
-    assumed: dict[str, list[str]] = {tower: [] for tower in TOWERS}
-    faults = []
+    assumed, faults = [], []
     for tower, fields in sizes.items():
         width, stated = fields["width"], None
         if tower == "image" and fields["qk_norm"]:  # the norm has the size of a head
@@ -187,12 +186,11 @@ def infer(
         number = next((x for x in (flag, stated, usual) if x is not None), None)
         if number is None:
             faults.append(f"--{tower}-heads: must be given; the width {width} does not tell them")
-        elif stated not in (None, number):
-            faults.append(f"{tower} heads: got {number}, but the checkpoint says {stated}")
-        elif number < 1 or width % number:
-            faults.append(f"{tower} heads: got {number}, expected a divisor of the width {width}")
+        elif number < 1 or width % number or stated not in (None, number):
+            expected = f"a divisor of the width {width}" if stated is None else stated
+            faults.append(f"{tower} heads: got {number}, expected {expected}")
         elif flag is stated is None:
-            assumed[tower].append(f"{number} heads; --{tower}-heads says otherwise")
+            assumed.append(f"ASSUMED  {tower}: {number} heads; --{tower}-heads says otherwise")
         fields["heads"] = number
     raise_any(faults)
     model = config_lib.Model(
