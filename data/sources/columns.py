@@ -8,7 +8,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -66,8 +66,6 @@ class TableOptions:
     id: str = ""
     box_format: Literal["xyxy", "xywh", "cxcywh"] = "xyxy"
     unit: Literal["pixel", "share"] = "pixel"  # share: of the image's width and height
-
-    has_labels: ClassVar[bool] = True
 
     def named(self, where: object, known: Sequence[str], options: base.Options) -> Named:
         """Finds the columns in the table `where`. Raises SourceError: one is missing."""

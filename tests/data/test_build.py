@@ -209,7 +209,6 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
     ("argument", "expected"),
     [
         ("--encoding=jpeg:101", "expected original, png or jpeg:Q"),
-        ("--annotations=second.jsonl", "got 2 files, expected A.jsonl"),
         ("--num-shards=9", "at most one shard each"),
         ("--holdout=1", "of 3 images 0 are left for train and 3 for validation"),
     ],
