@@ -8,11 +8,12 @@ from typing import Any
 
 from etils import epath
 
-from grain_jax.core import atomic, errors, images, printable, progress
+from grain_jax.core import atomic, errors, printable, progress
 from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data import example, parallel, sources
 from grain_jax.data.inspect import page, statistics
 from grain_jax.data.inspect.arguments import Inspect
+from grain_jax.data.sources import join
 
 _BATCH = 256  # items that are counted together
 _LINES_PER_TASK = 32  # their images are held in memory
@@ -55,12 +56,10 @@ def _read(shard: sources.SourceShard) -> list[Annotation | Fault]:
     """The images of a shard that can be decoded, and the faults of the others."""
     items = []
     for item in sources.read(shard):
-        try:
-            if isinstance(item, Annotation) and shard.source == "annotations":
-                images.decode_image(item.encoded, item.image)
-        except images.ImageError as error:
-            item = Fault(item.image, "unreadable", str(error), item.where)
-        items.append(item)
+        decoded = None
+        if isinstance(item, Annotation) and shard.source == "annotations":
+            decoded = join.decode(item)
+        items.append(decoded if isinstance(decoded, Fault) else item)
     return items
 
 

@@ -34,8 +34,8 @@ def plant_files(folder: pathlib.Path) -> dict[str, str | None]:
     picture = PIL.Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 50).convert("RGB")
     jpeg, png = _encode(picture, "JPEG"), _encode(picture, "PNG")
     contents = {
-        "file_truncated.jpg": (jpeg[: len(jpeg) // 2], "image: damaged"),
-        "file_truncated.png": (png[: len(png) // 2], "image: damaged"),
+        "file_truncated.jpg": (jpeg[: len(jpeg) // 2], "image: unreadable"),
+        "file_truncated.png": (png[: len(png) // 2], "image: unreadable"),
         "file_empty.jpg": (b"", "image: empty file"),
         "file_text.jpg": (b"404 Not Found\n" * 9, "image: unreadable"),
         "file_1x1.png": (_encode(picture.resize((1, 1)), "PNG"), "image: too small"),
