@@ -109,7 +109,7 @@ class Build(Stored, name="build"):
 
     annotations: list[str] = many()
     images: str = ""
-    source: str | None = None
+    source: str = "annotations"
     option: list[tuple[str, str]] = many(parse=option)
     split: str = ""
     label_text: str = flag("", parse=label_text)
@@ -120,16 +120,3 @@ class Build(Stored, name="build"):
     holdout: float = share(0.0)
     exclude_duplicates_of: list[str] = many()
     workers: int | None = None
-
-    def __post_init__(self):
-        """Raises ValueError for flags that contradict each other."""
-        for name in ("option", "split", "label_text"):
-            if getattr(self, name) and not self.source:
-                flag_name = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag_name}: got no --source, expected the one that has it")
-        if not self.source and len(self.annotations) != 1:
-            raise ValueError(
-                f"--annotations: got {len(self.annotations)} files, expected A.jsonl; or name a --source"
-            )
-        if not self.source and not self.images:
-            raise ValueError("--images DIR: missing; folder that the paths in A.jsonl start from")

@@ -9,7 +9,6 @@ are named before the set is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0 
 """
 
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -23,10 +22,9 @@ import numpy as np
 from etils import epath
 
 from grain_jax.cli.parser import Command
-from grain_jax.core import errors, printable, progress, regular_file
+from grain_jax.core import errors, printable, progress
 from grain_jax.data import duplicates, example, parallel, sources, staging, survey
 from grain_jax.data.arguments import Build, Encoding
-from grain_jax.data.sources import annotations
 from grain_jax.data.survey import BuildError
 
 SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
@@ -45,12 +43,8 @@ def _default_shards(surveyed: survey.Survey, images: np.ndarray, encoding: Encod
     return min(wanted, len(images))
 
 
-def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
+def build(args: Build) -> str:
     """Builds the set; returns a line about it.
-
-    Args:
-      args: as `Build.parse` gives them.
-      shards: of the images, if the caller has them already.
 
     Raises:
       errors.UserError: wrong usage or wrong input.
@@ -59,45 +53,24 @@ def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
     """
     start = time.monotonic()
     target = epath.Path(args.output) / args.name / example.VERSION
-    # Said before a check that may take hours.
-    if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise BuildError("grain-jax build needs tensorflow_datasets: pip install 'grain_jax[data]'")
-    _check_paths(args)
     with staging.locked(target), tempfile.TemporaryDirectory() as scratch:
         staging.recover(target)
         if target.exists() and not args.overwrite:
             raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
-        shards = shards or _shards(args, scratch)
+        options = sources.Options(
+            images=args.images,
+            annotations=tuple(args.annotations),
+            split=args.split,
+            scratch=scratch,
+            shard_size=IMAGES_PER_PART,
+            label_text=args.label_text,
+        )
+        shards = sources.shards(args.source, options, dict(args.option))
         with staging.replacing(target) as folder:
             surveyed, written = _build(args, shards, target, folder)
         # After the records: the list is of the set there.
         surveyed.write_faults(target.parent / FAULTS)
     return f"{target}: {written}, {time.monotonic() - start:.1f} s"
-
-
-def _check_paths(args: Build) -> None:
-    """Raises BuildError if the lines or the images are not there; a source says so of its own files."""
-    if not args.source and not regular_file.is_one(args.annotations[0]):
-        raise BuildError(
-            f"--annotations {args.annotations[0]}: no such file, expected one JSON object a line"
-        )
-    if args.images and not epath.Path(args.images).exists():
-        raise BuildError(f"--images {args.images}: no such folder, expected the images")
-
-
-def _shards(args: Build, scratch: str) -> list[sources.SourceShard]:
-    """The images in pieces. Raises errors.UserError: there are none."""
-    if not args.source:
-        return annotations.of_file(args.annotations[0], args.images, IMAGES_PER_PART)
-    options = sources.Options(
-        images=args.images,
-        annotations=tuple(args.annotations),
-        split=args.split,
-        scratch=scratch,
-        shard_size=IMAGES_PER_PART,
-        label_text=args.label_text,
-    )
-    return sources.shards(args.source, options, dict(args.option))
 
 
 def _build(
@@ -113,7 +86,8 @@ def _build(
     prepare = functools.partial(survey.prepare, parts=str(folder / "parts"), encoding=args.stored)
     prepared = parallel.ordered_map(prepare, enumerate(shards), workers=workers)
     images = itertools.chain.from_iterable(prepared)
-    surveyed = survey.Survey(args.source or args.annotations[0])
+    of_lines = args.source == "annotations"
+    surveyed = survey.Survey(args.annotations[0] if of_lines else args.source)
     for image in progress.over(images, total=sum(sizes) if known else None, what="reading"):
         surveyed.add(image)
     _check_faults(surveyed, args, target)

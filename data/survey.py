@@ -53,7 +53,7 @@ def prepare(
     """Checks the images of a shard and writes their examples to its part.
 
     Args:
-      job: the number of the part, and the shard; without a source it is a part of an A.jsonl.
+      job: the number of the part, and the shard.
       parts: the folder of the parts.
       encoding: of the images.
     """
@@ -93,7 +93,7 @@ def _checked(
     shard: sources.SourceShard,
 ) -> Iterator[tuple[int, str, example.Checked, tuple[str, ...]]]:
     """(number of the line, where it stands, the image, faults of regions) for each image."""
-    if not shard.source:
+    if shard.source == "annotations":
         folder = epath.Path(shard.arguments["file"]).parent
         for line, name in annotations_source.lines(shard):
             number, where = int(name.rpartition(":")[2]), str(folder / name)

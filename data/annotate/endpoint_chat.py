@@ -87,8 +87,9 @@ class EndpointChat:
             timeout=httpx.Timeout(None, connect=0.9 * args.request_seconds),
             limits=httpx.Limits(keepalive_expiry=IDLE),
         )
-        self._loop = asyncio.Runner()
-        weakref.finalize(self, _close, self._loop, self._client)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=_serve, args=(self._loop, self._client), daemon=True).start()
+        weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
         self._next_start = 0.0  # on the monotonic clock: no request starts earlier
 
     def answer(
@@ -102,7 +103,8 @@ class EndpointChat:
         Raises:
           EndpointError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
-        return self._loop.run(self._answer(images, prompts))
+        answers = self._answer(images, prompts)
+        return asyncio.run_coroutine_threadsafe(answers, self._loop).result()
 
     async def _answer(self, images: Any, prompts: Any) -> list[chat.Answer | chat.Failure]:
         free = asyncio.Semaphore(self._args.concurrency)
@@ -209,20 +211,8 @@ class EndpointChat:
         return chat.one_line(self._without_key(text), limit)
 
 
-def _close(loop: asyncio.Runner, client: Any) -> None:
-    """Closes the connections and the loop, unless a thread still asks while the process ends."""
-
-    def close() -> None:
-        loop.run(client.aclose())
-        loop.close()
-
-    if loop.get_loop().is_running():
-        return
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        close()
-    else:  # the collector called this inside another client's loop
-        thread = threading.Thread(target=close)
-        thread.start()
-        thread.join()
+def _serve(loop: asyncio.AbstractEventLoop, client: Any) -> None:
+    """Runs the loop until it is stopped, then closes the connections."""
+    loop.run_forever()
+    loop.run_until_complete(client.aclose())
+    loop.close()

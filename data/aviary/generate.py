@@ -103,8 +103,6 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
         )
     (output / "README.md").write_text(_readme(settings, aviary))
     write_lines(output / "A.jsonl", lines["training"])
-    if settings.test_images:
-        masks.finish(output)
     write_json(output / STAMP, values)
     return True
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from grain_jax import config
-from grain_jax.core import named, regular_file
+from grain_jax.core import named
 from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data.sources.base import CAUSES, Options, Source, SourceError, SourceShard
 
@@ -81,18 +81,12 @@ def shards(
     workers must be able to read. `own` are the source's own options.
 
     Raises:
-      errors.UserError: as `make`; SourceError: the source's files are not as expected.
+      errors.UserError: as `make`; the source's files are not as expected.
     """
     made = make(source, own_options)
     if not options.images and getattr(made, "needs_images", True):
         raise SourceError(f"source {source}: got no --images, expected the folder of the images")
-    if options.label_text and not getattr(made, "has_labels", False):
-        got = f"--label-text: the regions of source {source} have descriptions, no labels"
-        raise SourceError(f"{got}, expected none")
-    try:
-        pieces = made.shards(options)
-    except regular_file.FileError as error:
-        raise SourceError(str(error)) from None
+    pieces = made.shards(options)
     if not pieces:
         named_files = options.images or ", ".join(options.annotations)
         raise SourceError(f"source {source}: got no images from {named_files}, expected some")

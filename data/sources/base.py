@@ -85,8 +85,7 @@ class Source(Protocol):
     """
 
     images_are_files: ClassVar[bool]  # below `Options.images`; False: they come out of larger files
-    # `has_labels = True`: the regions have labels, which become `Options.described`. `needs_images = False`: the
-    # source can do without `Options.images`.
+    # `needs_images = False`: the source can do without `Options.images`.
 
     def shards(self, options: Options) -> list[SourceShard]:
         """The source in pieces, in order; the same again as long as its files are the same.

@@ -4,7 +4,7 @@ A region is an object: its description is the category's name. Boxes around crow
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
@@ -58,7 +58,6 @@ class Coco(staged.ListedSource):
     """Images of one or several files, which are joined by the images' file names."""
 
     needs = "COCO's captions or instances"
-    has_labels: ClassVar[bool] = True
 
     def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
         by_name: dict[str, Annotation] = {}
@@ -120,4 +119,3 @@ class FgOvd(Coco):
     """
 
     needs = "a benchmark of FG-OVD"
-    has_labels = False

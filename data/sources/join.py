@@ -6,6 +6,7 @@ stays.
 
 from typing import Any
 
+import PIL.Image
 from etils import epath
 
 from grain_jax.core import annotations, images, regular_file
@@ -73,6 +74,14 @@ def join(annotation: Annotation) -> Annotation | Fault:
     )
 
 
+def decode(item: Annotation) -> PIL.Image.Image | Fault:
+    """The upright image of an annotation; a Fault, "too large" or "unreadable", if it has none."""
+    try:
+        return images.decode_image(item.encoded, item.image)
+    except images.ImageError as error:
+        return _unreadable(item.image, error, item.where)
+
+
 def text(value: Any) -> str:
     """`value` without white space at its ends; "" if it is no text. Half surrogates are taken out."""
     return value.encode("utf-8", "ignore").decode().strip() if isinstance(value, str) else ""
@@ -80,10 +89,10 @@ def text(value: Any) -> str:
 
 def _unreadable(image: str, error: Exception, where: str) -> Fault:
     cause = "too large" if isinstance(error, images.TooLargeError) else "unreadable"
-    reason = f"{getattr(error, 'strerror', None) or error}, expected an image"
-    return Fault(
-        image, cause, str(error) if isinstance(error, images.ImageError) else reason, where
-    )
+    reason = str(error)
+    if not isinstance(error, images.ImageError):
+        reason = f"{getattr(error, 'strerror', None) or error}, expected an image"
+    return Fault(image, cause, reason, where)
 
 
 def _region(

@@ -453,32 +453,6 @@ def test_tars_that_are_damaged_or_incomplete(tmp_path):
     assert items[-1].image == "00001/a/3.jpg" and items[-1].captions == ("of the json",)
 
 
-def test_splits_of_refcoco(tmp_path):
-    sample = refcoco_sample(tmp_path)
-    assert len(read_all("refcoco", sample._replace(split="testA"))) == 1
-    with pytest.raises(sources.SourceError, match="got --split val, expected one of: testA, train"):
-        sources.shards("refcoco", sample._replace(split="val"))
-
-
-def test_descriptions_of_one_box_take_turns_with_those_of_others(tmp_path):
-    sample = flickr30k_entities_sample(tmp_path)
-    (tmp_path / "Sentences/3.txt").write_text(
-        "[/EN#13/people A man] at [/EN#23/other a table] .\n"
-        "[/EN#13/people/other An old man] sits .\n[/EN#13/people A man] rests .\n"
-    )
-    (tmp_path / "train.txt").write_text("3\n4\n")
-    (tmp_path / "Annotations/4.xml").write_text("<annotation></annotation>")
-    picture, fault = read_all("flickr30k_entities", sample._replace(split="train"))
-    assert (fault.image, fault.cause) == ("4.jpg", "bad annotation")
-    assert picture.captions == ("A man at a table .", "An old man sits .", "A man rests .")
-    left, right = boxes(3)
-    assert [(region.box_xyxy, region.description) for region in picture.regions] == [
-        (left, "A man"),
-        (right, "a table"),
-        (left, "An old man"),
-    ]
-
-
 @dataclasses.dataclass(frozen=True)
 class Numbers(staged.ListedSource):
     count: int = 1
@@ -492,18 +466,28 @@ class Numbers(staged.ListedSource):
 
 
 def test_own_options():
-    name = f"{__name__}:Numbers"
-    assert sources.make(name, {"count": "3"}) == Numbers(3)
-    for texts, line in (
-        ({"conut": "3"}, "--option conut of data source .*: no such key; did you mean count"),
-        ({"count": "-1"}, "count: got -1, expected at least 0"),
-    ):
-        with pytest.raises(sources.SourceError, match=line):
-            sources.make(name, texts)
+    assert sources.make(f"{__name__}:Numbers", {"count": "3"}) == Numbers(3)
 
 
-def test_a_file_of_another_form(tmp_path):
-    sample = karpathy_sample(tmp_path)
-    write_json(pathlib.Path(sample.annotations[0]), {"images": [{"filename": "1.jpg"}]})
-    with pytest.raises(errors.UserError, match="field `split` .*expected dataset_flickr30k"):
-        read_all("karpathy", sample)
+@pytest.mark.parametrize(
+    "source, fields, own_options, line",
+    [
+        ("refcoco", {"split": "val"}, {}, "got --split val, expected one of: testA, train"),
+        (
+            "flickr30k_entities",
+            {"split": "val"},
+            {},
+            "val.txt: no such file, expected a list of ids",
+        ),
+        ("karpathy", {}, {}, "field `split` .*expected dataset_flickr30k"),
+        ("csv", {}, {"bxoes": "b"}, "--option bxoes of .*: no such key; did you mean boxes"),
+        ("csv", {}, {"unit": "inch"}, "Invalid enum value 'inch'"),
+        (f"{__name__}:Numbers", {}, {"count": "-1"}, "count: got -1, expected at least 0"),
+    ],
+)
+def test_wrong_input_is_one_line(source, fields, own_options, line, tmp_path):
+    sample = SAMPLES.get(source, csv_sample)(tmp_path)._replace(**fields)
+    if source == "karpathy":
+        write_json(pathlib.Path(sample.annotations[0]), {"images": [{"filename": "1.jpg"}]})
+    with pytest.raises(errors.UserError, match=line):
+        sources.shards(source, sample, own_options)
