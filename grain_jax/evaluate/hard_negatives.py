@@ -15,7 +15,7 @@ from typing import Any
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
+from grain_jax.evaluate.base import STANDALONE, Context, option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -36,10 +36,6 @@ class HardNegatives(AnnotatedImages):
         " annotate --passes negatives makes; or ask for fewer"
     )
     lower_is_better = ("mean_rank", "median_rank")
-    table = tuple(
-        TableRow(f"{way}/top1", f"right description, by the {by}", "chance", "boxes", "boxes")
-        for way, by in (("box_head", "box head"), ("region", "region"), ("image", "image"))
-    )
     kind: str = "hard_negatives"
     negatives: int = option(
         10, "Negatives per box, 10 as in FG-OVD; boxes with fewer are left out.", "N", low=1

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow, expanduser, option
+from grain_jax.evaluate.base import STANDALONE, Context, expanduser, option
 from grain_jax.evaluate.evaluators import LabelledImages
 
 with epy.lazy_imports():
@@ -44,11 +44,6 @@ class LinearProbe(LabelledImages):
     """Classifies by a logistic regression on image embeddings."""
 
     example = "--images runs/aviary/seen"
-    table = (
-        TableRow("top1", "top-1", "chance", "pictures", "pictures"),
-        TableRow("top5", "top-5", "chance_top5", "pictures", "pictures"),
-        TableRow("mean_per_class", "mean per class", "chance", "pictures", "pictures"),
-    )
     kind: str = "linear_probe"
     train: str | None = option(
         None,

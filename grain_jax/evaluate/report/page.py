@@ -103,23 +103,17 @@ def render(run: run_files.RunFiles, looked: look.Looked) -> str:
 
 
 def _results(results: Sequence[run_files.Result]) -> str:
-    rows = [
-        f'<tr><th scope="row">{escape(label)}</th><td class="value">{_cell(*cells)}</td>'
-        f"<td>{escape(result.source)}</td></tr>"
-        for result in results
-        for row in tables.rows_of(result.kind, result.numbers)
-        for label, *cells in [tables.cells(result.name.replace("_", " "), result.numbers, row)]
-    ]
+    rows = ""
+    for result in results:
+        for row in tables.rows_of(result.kind, result.numbers):
+            parts = [row.interval, row.chance and f"chance {row.chance}"]
+            parts.append(row.pictures and f"of {row.pictures} pictures")
+            rows += f'<tr><th scope="row">{escape(f"{result.name}: {row.key}")}</th><td class="value"><b>{row.value}</b>'
+            rows += f" <small>{'; '.join(filter(None, parts))}</small></td><td>{escape(result.source)}</td></tr>"
     if not rows:
         return '<p class="none">Nothing has been evaluated.</p>'
     head = "".join(f'<th scope="col">{title}</th>' for title in ("measured", "value", "file"))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _cell(value: str, between: str, chance: str, count: str) -> str:
-    """A number with its interval, chance level and count."""
-    parts = [between, f"chance {chance}" if chance else "", f"of {count}" if count else ""]
-    return f"<b>{escape(value)}</b> <small>{escape('; '.join(filter(None, parts)))}</small>"
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _classes(per_class: Mapping[str, Mapping[str, float]]) -> str:

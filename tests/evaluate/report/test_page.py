@@ -49,10 +49,10 @@ def _evals(folder):
 def test_it_holds_the_numbers(run):
     shown = _text(run[0] / "report.html")
     for phrase in (
-        "birds: top-1, alpha 1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 pictures",
-        "boxes: matched box IoU 0.464 chance 0.200",
-        "cifar10: top-1, alpha 1 60.0% chance 10.0%; of 40 pictures",
-        "cifar10: top-1, alpha 1, by name 50.0% chance 10.0%; of 40 pictures",
+        "birds: alpha_1.0/top1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 pictures",
+        "boxes: box_iou 0.464 chance 0.200",
+        "cifar10: alpha_1.0/top1 60.0% chance 10.0%; of 40 pictures",
+        "cifar10: by_name/alpha_1.0/top1 50.0% chance 10.0%; of 40 pictures",
         "cifar10, alpha 1.0 (suite.json) cat 25.0% ship 95.0%",
         "birds, alpha 1.0 (12 of 12 images)",
         "total 0.225",
