@@ -62,8 +62,12 @@ class Evaluator(abc.ABC):
 
     def misses(self, model: Any) -> list[str]:
         """What a model (`config.Model`) lacks for these options: lines that begin with the option."""
-        del model
-        return []
+        if not self.needs_regions or model.decoder is not None:
+            return []
+        return [
+            f"kind: got {self.kind}, which needs regions, but model.decoder is None; take out the entry, or set"
+            " alphas=(1.0,) in one of kind=zeroshot"
+        ]
 
     @property
     def needs_regions(self) -> bool:

@@ -39,6 +39,9 @@ class Boxes(AnnotatedRegions):
         None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
     )
 
+    def misses(self, model: Any) -> list[str]:
+        return [] if model.boxes.kind != "none" else super().misses(model)
+
     @property
     def files(self) -> tuple[str | None, ...]:
         return self.annotations, self.templates, self.classes

@@ -163,20 +163,14 @@ class AnnotatedImages(Evaluator):
             boxes_of=boxes_of and (lambda i, size: boxes_of(annotated.records[i], size)),
             batch_size=context.batch_size,
         )
-        counts = self.counts(annotated, len(seen.index), seen.unreadable)
-        return Gathered([annotated.records[i] for i in seen.index], seen, counts)
-
-    def counts(
-        self, annotated: Annotated, pictures: int, unreadable: dict[str, str]
-    ) -> dict[str, Any]:
-        """What every result says of its images; `pictures` of them were read."""
-        return {
+        counts = {
             "kind": self.kind,
-            "pictures": pictures,
+            "pictures": len(seen.index),
             self.left_out: len(annotated.read.records) - len(annotated.records),
             "faulty_lines": annotated.read.faulty_lines,
-            **encode.report_unreadable(unreadable),
+            **encode.report_unreadable(seen.unreadable),
         }
+        return Gathered([annotated.records[i] for i in seen.index], seen, counts)
 
     def check(self) -> int:
         annotated = self.read()

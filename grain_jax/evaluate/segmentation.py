@@ -75,8 +75,8 @@ class Segmentation(Evaluator):
     )
 
     def misses(self, model: Any) -> list[str]:
-        said = self.needs_regions and model.decoder is None  # by the config
-        return faults_of(
+        said = self.needs_regions and model.decoder is None
+        return super().misses(model) + faults_of(
             lambda: segmenting.check_stride(model.image.image_size, self.short_side, self.stride),
             lambda: said or segmenting.maps_by(model, self.by, self.patch_features),
         )

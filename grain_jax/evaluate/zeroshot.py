@@ -238,24 +238,15 @@ def read_descriptions(
     classes have the same name, the stem comes first. Published files have empty lists for a few classes, which are then
     described by their name alone.
 
-    `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
+    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
 
     Raises:
-      errors.UserError: no such file, another format, one class under two names, or classes that have no description.
+      errors.UserError: no such file, another format, or classes that have no description.
     """
     path = epath.Path(path).expanduser()
     expected = 'descriptions of the classes, {"class name": ["description", ...]}'
     value = regular_file.read_json(path, dict[str, list[str]], expected)
-    for name, texts in value.items():
-        if not all(text.strip() for text in texts):
-            raise errors.UserError(f"{path}: {name!r}: got an empty text, expected descriptions")
-    spelt: dict[str, str] = {}
-    for name in value:
-        if (other := spelt.setdefault(test_sets.of_folder(name), name)) != name:
-            raise errors.UserError(
-                f"{path}: got {ascii(other)} and {ascii(name)}, which are one class (_ = space, Unicode NFC),"
-                " expected it once"
-            )
+    spelt = {test_sets.of_folder(name): name for name in value}
     known: dict[Any, list[str]] = {_letters(name): texts for name, texts in value.items()}
     known |= {name: value[key] for name, key in spelt.items()}
     described, often = [], collections.Counter(classes)
