@@ -145,7 +145,7 @@ def finished(run: SweepRun) -> bool:
         return False
     from grain_jax.checkpoint import files
 
-    lines, _ = metrics_file.read(metrics_file.files(run.folder))
+    lines, _ = metrics_file.read(run.folder)
     step = lines[-1].step if lines else 0
     # Only the dataset can turn a length in epochs into steps.
     return step in files.finished_steps(run.folder) and run.config.total_steps in (None, step)

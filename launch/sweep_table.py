@@ -46,7 +46,7 @@ def read(runs: Sequence[SweepRun], finished: Sequence[bool]) -> list[SweepRow]:
     """The rows of the runs of a sweep, in their order; `finished`: whether each is."""
     rows = []
     for run, is_finished in zip(runs, finished, strict=True):
-        lines, faults = metrics_file.read(metrics_file.files(run.folder))
+        lines, faults = metrics_file.read(run.folder)
         for fault in faults:
             print(fault, file=sys.stderr)
         step, total = lines[-1].step if lines else 0, run.config.total_steps

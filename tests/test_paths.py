@@ -19,7 +19,7 @@ from grain_jax.data.aviary import __main__ as aviary
 from grain_jax.data.inspect import __main__ as inspect
 from grain_jax.demo import __main__ as demo
 from grain_jax.evaluate import __main__ as evaluate
-from grain_jax.evaluate.report import __main__ as report
+from grain_jax.evaluate.report import page as report
 from grain_jax.train import run
 from tests import record_sets, tiny
 

@@ -17,7 +17,6 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import digests, files, pretrained
 from grain_jax.checkpoint.files import CheckpointError
 from grain_jax.core import low_rank, regular_file
-from grain_jax.runtime import distributed
 
 
 class _Converted(TypedDict):
@@ -114,7 +113,6 @@ def load_stored(path: epath.PathLike) -> Stored:
       CheckpointError: no such folder, none of the three kinds, or it is damaged.
       errors.UserError: a model of the Hub cannot be downloaded or converted.
     """
-    distributed.answer_libtpu()
     path = find(path)
     if (path / "config.json").exists() and (path / "params").is_dir():
         stored, fault = files.attempt(lambda: _read_converted(path), path, MemoryError)

@@ -110,7 +110,7 @@ def _run(folder: epath.Path) -> tuple[str, str]:
         source = notes.get("source") or "a model without its run"
         return f"Converted from {source}, which does not record the training.", evaluation
     step = int(folder.name) if folder.name.isdigit() else -1
-    for line in metrics_file.read(metrics_file.files(folder.parent.parent))[0]:
+    for line in metrics_file.read(folder.parent.parent)[0]:
         metrics = {key: x for key, x in metrics_file.numbers(line) if key.startswith("eval/")}
         if metrics and line.step <= step:
             numbers = {key: f"{metrics[key]:.4g}" for key in sorted(metrics)}

@@ -57,25 +57,22 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
     labels = _texts(labels)
     if classes is None:
         return _readable_labels(labels, count)
-    lines = read(classes)
+    lines, fault = read(classes), f"classes {classes}: got "
     if lines[0].label is not None and labels is not None:
         names = {line.label: line.name for line in lines}
         if missing := [label for label in labels if label not in names]:
             raise ClassNameError(
-                f"classes {classes}: got no name for {len(missing)} of the dataset's {count} labels,"
-                f" the first: {missing[0]!r}; expected a file of this dataset"
+                f"{fault}no name for {len(missing)} of the dataset's {count} labels, the first: {missing[0]!r};"
+                " expected a file of this dataset"
             )
         return [names[label] for label in labels]
     if len(lines) != count:
-        raise ClassNameError(
-            f"classes {classes}: got {len(lines)} classes, expected the dataset's {count}"
-        )
+        raise ClassNameError(f"{fault}{len(lines)} classes, expected the dataset's {count}")
     position = {readable(label).lower(): i for i, label in enumerate(labels or ())}
     for i, line in enumerate(lines):
-        if labels is not None and position.get(readable(line.name).lower(), i) != i:
+        if position.get(readable(line.name).lower(), i) != i:
             raise ClassNameError(
-                f"classes {classes}: got {line.name!r} as class {i}, where the dataset has {labels[i]!r};"
-                " expected the dataset's order, or label<TAB>name"
+                f"{fault}{line.name!r} as class {i}; expected the dataset's order, or label<TAB>name"
             )
     return [line.name for line in lines]
 
@@ -94,17 +91,15 @@ def read(classes: str) -> list[Line]:
     except regular_file.FileError as error:
         raise ClassNameError(f"classes {error}") from None
     rows = [
-        [text.strip() for text in line.split("\t")]
+        tuple(text.strip() for text in line.split("\t"))
         for line in composed(text).splitlines()
         if line.strip() and not line.startswith("#")
     ]
     if not rows or not all(text for row in rows for text in row):
         raise ClassNameError(f"classes {path}: got no class or an empty name, expected names")
     if len(rows[0]) > 3 or {len(row) for row in rows} != {len(rows[0])}:
-        raise ClassNameError(
-            f"classes {path}: got lines of several forms, expected all of name, of label<TAB>name or of"
-            " label<TAB>name<TAB>group"
-        )
+        forms = "name, of label<TAB>name or of label<TAB>name<TAB>group"
+        raise ClassNameError(f"classes {path}: got lines of several forms, expected all of {forms}")
     lines = [Line(None, *row) if len(row) == 1 else Line(*row) for row in rows]
     if repeated := twice([line.label for line in lines if line.label]):
         raise ClassNameError(f"classes {path}: got the label {repeated!r} twice, expected it once")

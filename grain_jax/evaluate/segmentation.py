@@ -12,9 +12,10 @@ from typing import Any
 
 from etils import epy
 
+from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, TableRow, expanduser, option
-from grain_jax.evaluate.evaluators import Faults, without_missing_descriptions
+from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, expanduser, option
+from grain_jax.evaluate.evaluators import faults_of, without_missing_descriptions
 
 with epy.lazy_imports():
     import numpy as np
@@ -31,19 +32,12 @@ WAYS = ("auto", "patches", "regions", "both")
 PATCHES = ("auto", "values", "tokens")
 _AT_ONCE = 16  # images whose windows and masks are in memory, at most
 
-_PIXELS = "pictures", "pictures"  # count and unit of table rows
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segmentation(Evaluator):
     """Classes of pixels by the classes' names: mIoU and pixel accuracy."""
 
     example = "--format ade20k \\\n    --images ADEChallengeData2016"
-    table = (
-        TableRow("miou", "mIoU", "chance_miou", *_PIXELS),
-        TableRow("pixel_accuracy", "pixel accuracy", "chance_pixel_accuracy", *_PIXELS),
-        TableRow("mean_class_accuracy", "mean class accuracy", "chance_pixel_accuracy", *_PIXELS),
-    )
     kind: str = "segmentation"
     images: str = option("", "Root of the dataset.", "DIR", required=True)
     format: str = option(
@@ -51,7 +45,7 @@ class Segmentation(Evaluator):
     )
     ignore: int | None = option(
         None,
-        "A further id of pixels that do not count, beside the format's.",
+        "A further id whose pixels do not count, beside the format's.",
         "ID",
         low=0,
         high=65535,
@@ -81,11 +75,11 @@ class Segmentation(Evaluator):
     )
 
     def misses(self, model: Any) -> list[str]:
-        attempt = Faults()
-        attempt(segmenting.check_stride, model.image.image_size, self.short_side, self.stride)
-        if not self.needs_regions or model.decoder is not None:  # else the config says it
-            attempt(segmenting.maps_by, model, self.by, self.patch_features)
-        return [str(fault) for fault in attempt.faults]
+        said = self.needs_regions and model.decoder is None
+        return super().misses(model) + faults_of(
+            lambda: segmenting.check_stride(model.image.image_size, self.short_side, self.stride),
+            lambda: said or segmenting.maps_by(model, self.by, self.patch_features),
+        )
 
     @property
     def needs_regions(self) -> bool:
@@ -119,13 +113,12 @@ class Segmentation(Evaluator):
         return opened
 
     def check(self) -> int:
-        attempt = Faults()
-        opened = attempt(self.open)
-        if opened and self.descriptions is not None:
-            attempt(self._described, opened)
-        attempt(prompts.load_templates, self.templates)
-        attempt.done()
-        return len(opened.pairs) if opened else 0
+        opened = self.open()
+        faults = faults_of(
+            lambda: self._described(opened), lambda: prompts.load_templates(self.templates)
+        )
+        config.raise_faults(faults)
+        return len(opened.masks)
 
     def _described(self, opened: segmentation_sets.Segmented) -> list[list[str]] | None:
         if self.descriptions is None:
@@ -154,37 +147,35 @@ class Segmentation(Evaluator):
         )
         skip = opened.background if self.background_threshold is not None else None
         options = (self.short_side, self.stride, len(opened.names))
+        maps_by = dict(by=self.by, patch_features=self.patch_features)
+        of_pixels = dict(
+            background=self.background_threshold, scale=predictor.logit_scale, skip=skip
+        )
 
         def prepare(position: int, image: PIL.Image.Image) -> tuple[Any, np.ndarray]:
-            pair = opened.pairs[position]
-            mask = segmentation_sets.read_mask(pair, opened.class_of, image.size)
+            mask = segmentation_sets.read_mask(opened.masks[position], opened.class_of, image.size)
             try:
                 return segmenting.cut(image, size, *options), mask
             except image_files.ImageError as error:
-                raise image_files.ImageError(f"{pair.image}: {error}") from None
-
-        def maps_of(windows: np.ndarray) -> tuple[np.ndarray]:
-            how = dict(by=self.by, patch_features=self.patch_features)
-            return (predictor.class_maps(windows, classes, **how),)
+                name = opened.images[position].name
+                raise image_files.ImageError(f"{name}: {error}") from None
 
         def count(batch: encode.Batch) -> dict[str, np.ndarray]:
             windows, masks = zip(*batch.pixels)
+            maps_of = lambda part: (predictor.class_maps(part, classes, **maps_by),)
             (maps,) = scores.in_parts(maps_of, np.concatenate([x.pixels for x in windows]))
             stream.check_finite(maps)
             maps = np.split(maps, np.cumsum([len(each.pixels) for each in windows])[:-1])
-            how: dict[str, Any] = dict(
-                background=self.background_threshold, scale=predictor.logit_scale, skip=skip
-            )
             pixels = []
             for cells, each, mask in zip(maps, windows, masks, strict=True):
-                labels = segmenting.labels(cells, each, **how)
+                labels = segmenting.labels(cells, each, **of_pixels)
                 if skip is not None:
                     labels[labels == segmenting.BACKGROUND] = skip
                 pixels.append(count_pixels(mask, labels, len(opened.names)))
             return {"index": batch.index, "pixels": np.stack(pixels)}
 
         arrays, unreadable = encode.over_images(
-            opened.images(),
+            opened.images,
             prepare,
             count,
             label="segmentation",

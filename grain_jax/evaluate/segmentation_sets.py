@@ -4,7 +4,6 @@ A mask is a PNG of one channel, grey or with a palette, of 1 to 16 bits, as larg
 `Layout` says which of them are classes, and which do not count.
 """
 
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,6 @@ from grain_jax.inference.inputs import InputError
 # What an id that is no class becomes: it does not count, or it is a fault.
 IGNORED, OUTSIDE = -1, -2
 BACKGROUND = "background"  # the name of the class that a threshold gives
-MAX_PIXELS = 1 << 25  # of an image with a mask: several are in memory at one time
 _IDS = 1 << 16
 _IMAGES = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff".split())
 
@@ -50,30 +48,19 @@ LAYOUTS = {
 }
 
 
-class Masked(NamedTuple):
-    """An image with its mask."""
-
-    image: epath.Path
-    mask: epath.Path
-
-
 class Segmented(NamedTuple):
     """Images with masks, and the classes."""
 
-    pairs: list[Masked]
+    images: list[test_sets.Image]  # to be read in the orientation of their masks
+    masks: list[epath.Path]
     names: list[str]  # for each class, in order; commas divide alternatives
     labels: list[str]  # the first name of each class
     class_of: np.ndarray  # int32 [_IDS], id -> position of the class, IGNORED or OUTSIDE
-    orientation: str
 
     @property
     def background(self) -> int | None:
         """The position of the class `background`."""
         return self.labels.index(BACKGROUND) if BACKGROUND in self.labels else None
-
-    def images(self) -> list[test_sets.Image]:
-        """The images, to be read in the orientation of their masks."""
-        return [test_sets.of_path(pair.image, orientation=self.orientation) for pair in self.pairs]
 
 
 def open_set(
@@ -89,7 +76,7 @@ def open_set(
 
     Raises:
       errors.MissingData: a folder or the list of images is not there.
-      InputError: no image, no mask, a name in the list that leads elsewhere, or class names that do not fit.
+      InputError: no mask, or two classes of one name.
       class_names.ClassNameError: the class file cannot be used.
     """
     root, spec = epath.Path(images), LAYOUTS[layout]
@@ -99,17 +86,23 @@ def open_set(
             raise errors.MissingData(
                 f"{path}: no such file or folder, expected one of the format {layout}{how_to_get(get)}"
             )
-    names, labels = _classes(spec.classes or str(root / "classes.txt"))
+    classes = spec.classes or str(root / "classes.txt")
+    names, labels = class_labels(classes)
     class_of = np.full(_IDS, OUTSIDE, np.int32)
     class_of[spec.ignored] = IGNORED
     class_of[spec.first : spec.first + len(names)] = np.arange(len(names))
     if ignore is not None:
         class_of[ignore] = IGNORED
-    paths = _listed(listed, of_images) if spec.listed else _below(of_images)
-    pairs = [Masked(x, (of_masks / x.relative_to(of_images)).with_suffix(".png")) for x in paths]
-    if not any(each.mask.exists() for each in pairs):  # usually the first exists
-        raise InputError(f"{of_images}: none of its {len(pairs)} images has a mask in {of_masks}")
-    return Segmented(pairs, names, labels, class_of, spec.orientation)
+    if spec.listed:
+        stems = regular_file.read_text(listed, "names of images, one per line").split()
+        paths = [of_images / f"{stem}.jpg" for stem in stems]
+    else:
+        paths = _below(of_images)
+    masks = [(of_masks / path.relative_to(of_images)).with_suffix(".png") for path in paths]
+    if not any(mask.exists() for mask in masks):  # usually the first exists
+        raise InputError(f"{of_images}: none of its {len(masks)} images has a mask in {of_masks}")
+    opened = [test_sets.of_path(path, orientation=spec.orientation) for path in paths]
+    return Segmented(opened, masks, names, labels, class_of)
 
 
 def _below(folder: epath.Path) -> list[epath.Path]:
@@ -125,54 +118,37 @@ def _below(folder: epath.Path) -> list[epath.Path]:
     return sorted(images, key=str)
 
 
-def _listed(path: epath.Path, folder: epath.Path) -> list[epath.Path]:
-    """The images that a file of names lists, one per line."""
-    names = regular_file.read_text(path, "names of images, one per line").split()
-    for number, name in enumerate(names, 1):
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise InputError(
-                f"{path}: name {number}: got {name[:60]!r}, expected one such as 2007_000033"
-            )
-    return [folder / f"{name}.jpg" for name in names]
-
-
-def _classes(classes: str) -> tuple[list[str], list[str]]:
-    """The names of classes for prompts, and one name of each."""
+def class_labels(classes: str) -> tuple[list[str], list[str]]:
+    """The names of the classes of a file for prompts, and one name of each."""
     names = [line.name for line in class_names.read(classes)]
-    labels = [segmentation.alternatives(name)[0] if name.strip(", ") else "" for name in names]
+    labels = [(segmentation.alternatives(name) or [name])[0] for name in names]
     labels = [n if labels.count(label) > 1 else label for n, label in zip(names, labels)]
     if twice := class_names.twice(labels):
         raise InputError(f"classes {classes}: got {twice!r} twice, expected it once")
-    if "" in labels:
-        raise InputError(f"classes {classes}: got {names[labels.index('')]!r}, expected a name")
     return names, labels
 
 
-def read_mask(pair: Masked, class_of: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def read_mask(path: epath.Path, class_of: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The class of each pixel, int32 [H, W]: its position, or IGNORED.
 
     Args:
-      pair: an image with its mask.
+      path: the mask.
       class_of: as in Segmented.
       size: width and height of the image.
 
     Raises:
-      ImageError: the image is too large; the mask is missing, not a PNG of one channel, of another size than the image,
-        or has an id that is no class.
+      ImageError: the mask is missing, not a PNG of one channel, of another size than the image, or has an id that is no
+        class.
     """
-    if size[0] * size[1] > MAX_PIXELS:
-        raise image_files.TooLargeError(
-            f"{pair.image}: got {size[0]} x {size[1]} pixels, expected at most {MAX_PIXELS:,} in all"
-        )
     try:
-        encoded = image_files.read_file(pair.mask)
+        encoded = image_files.read_file(path)
     except OSError as error:
-        raise image_files.ImageError(f"{pair.mask}: {error.strerror or error}") from None
-    ids = decode_mask(encoded, str(pair.mask), size)
+        raise image_files.ImageError(f"{path}: {error.strerror or error}") from None
+    ids = decode_mask(encoded, str(path), size)
     classes = class_of[ids]
     if (outside := np.unique(ids[classes == OUTSIDE])).size:
         raise image_files.ImageError(
-            f"{pair.mask}: got the ids {test_sets.listed(list(map(str, outside)), 5)}, expected those of the"
+            f"{path}: got the ids {test_sets.listed(list(map(str, outside)), 5)}, expected those of the"
             f" {class_of.max() + 1} classes or ignored ones"
         )
     return classes

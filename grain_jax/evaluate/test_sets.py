@@ -77,29 +77,18 @@ class ClassFolders:
         folders = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
         folders.sort(key=lambda path: class_names.composed(path.name))
         names = [path.name for path in folders]
+        self.classes = [of_folder(name) for name in names]
+        images = [sorted(filter(_is_image, class_folder.iterdir())) for class_folder in folders]
+        faults = []
         if len(names) < 2:
-            raise InputError(
-                f"{folder}: got {len(names)} sub-folders, expected at least 2, one per class"
-            )
-        self.classes, faults = [of_folder(name) for name in names], []
-        for repeated in dict.fromkeys(x for x in self.classes if self.classes.count(x) > 1):
-            same = [ascii(name) for name in names if of_folder(name) == repeated]
-            faults.append(
-                f"{folder}: got the class folders {listed(same)}, all of them the class {repeated!r}"
-                " (_ = space, Unicode NFC), expected one folder per class"
-            )
-        images = [
-            sorted(
-                path
-                for path in class_folder.iterdir()
-                if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-            )
-            for class_folder in folders
-        ]
+            faults.append(f"got {len(names)} sub-folders, expected at least 2, one per class")
+        if twice := class_names.twice(self.classes):
+            same = [ascii(name) for name in names if of_folder(name) == twice]
+            faults.append(f"got the class folders {listed(same)}, all of them the class {twice!r}")
         if empty := [name for name, paths in zip(names, images) if not paths]:
-            faults.append(f"{folder}: no images in the class folders {listed(empty)}")
+            faults.append(f"no images in the class folders {listed(empty)}")
         if faults:
-            raise InputError("\n".join(faults))
+            raise InputError("\n".join(f"{folder}: {fault}" for fault in faults))
         self.paths = [path for paths in images for path in paths]
         self.labels = np.repeat(np.arange(len(names)), list(map(len, images)))
         self.stems = class_names.stems(names, classes)
@@ -146,18 +135,13 @@ class TfdsSet:
         try:
             (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits)
         except ValueError:  # an unknown split, or more than one part
-            raise InputError(
-                f"{folder}: split: got {split!r}, expected one of {', '.join(info.splits)}, or a part"
-                " of it such as test[:1000]"
-            ) from None
+            known = f"one of {', '.join(info.splits)}, or a part of it such as test[:1000]"
+            raise InputError(f"{folder}: split: got {split!r}, expected {known}") from None
         self._split = part.splitname
         self._range = range(info.splits[part.splitname].num_examples)[part.from_ : part.to]
-        features = dict(info.features)
-        labels: Any = features.get("label")
-        if "image" not in features or not isinstance(labels, tfds.features.ClassLabel):
-            raise InputError(
-                f"{folder}: has the features {', '.join(features)}, expected image and label (a class)"
-            )
+        labels: Any = dict(info.features).get("label")
+        if not isinstance(labels, tfds.features.ClassLabel) or "image" not in info.features:
+            raise InputError(f"{folder}: has {info.features}, expected image and label (a class)")
         self.classes = class_names.for_labels(labels.names, labels.num_classes, classes)
         self.stems = class_names.stems(labels.names, classes)
 
@@ -166,8 +150,6 @@ class TfdsSet:
 
     def images(self, positions: range) -> Iterable[Image]:
         rows = self._range[positions.start : positions.stop]
-        if not rows:
-            return
         try:
             for position, example in zip(positions, self._examples(rows), strict=True):
                 name = f"{self._name} {self._split} {self._range[position]}"
@@ -179,6 +161,8 @@ class TfdsSet:
             raise InputError(f"{self._name} {self._split}: cannot be read: {reason}") from None
 
     def _examples(self, rows: range) -> Iterable[dict]:
+        if not rows:
+            return ()
         tfds = _tensorflow_datasets(self._name)
         encoded = {"image": tfds.decode.SkipDecoding()}
         if self._builder.info.file_format.value == "array_record":
@@ -199,6 +183,10 @@ def of_path(path: epath.PathLike, label: int = -1, orientation: str = "exif") ->
     return Image(str(path), functools.partial(image_files.load_image, path, orientation), label)
 
 
+def _is_image(path: epath.Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+
+
 def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:
     """The folder of a prepared TFDS set: of the version that `name` gives, or the newest.
 
@@ -206,22 +194,17 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
     """
     base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     base = base.expanduser()
-    get = get or (
-        f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={str(base)!r})'
-        '.download_and_prepare()"'
-    )
     path, _, version = name.partition(":")
-    wanted = re.compile(re.escape(version) if version else r"\d+\.\d+\.\d+")
     versions = [
-        sub
-        for sub in ((base / path).iterdir() if (base / path).is_dir() else ())
-        if wanted.fullmatch(sub.name) and (sub / "dataset_info.json").exists()
+        file.parent
+        for file in (base / path).glob(f"{version or '*.*.*'}/dataset_info.json")
+        if re.fullmatch(r"\d+\.\d+\.\d+", file.parent.name)
     ]
     if not versions:
-        raise errors.MissingData(
-            f"no TFDS set {name} (looked for {base / path}/{version or 'VERSION'}/dataset_info.json);"
-            f" to get it: {get}"
-        )
+        looked = f"{base / path}/{version or 'VERSION'}/dataset_info.json"
+        prepare = f"tfds.builder({name!r}, data_dir={str(base)!r}).download_and_prepare()"
+        get = get or f'python -c "import tensorflow_datasets as tfds; {prepare}"'
+        raise errors.MissingData(f"no TFDS set {name} (looked for {looked}){how_to_get(get)}")
     return max(versions, key=lambda sub: tuple(map(int, sub.name.split("."))))
 
 

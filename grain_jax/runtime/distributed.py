@@ -48,7 +48,6 @@ def initialize(
     """
     found = find(coordinator, processes, process_id, os.environ)
     if found is None:
-        answer_libtpu()
         return "a single process"
     name, arguments = found
     patience = threading.Timer(
@@ -70,19 +69,6 @@ def initialize(
     return (
         f"{name}: process {jax.process_index()} of {jax.process_count()}, on {socket.gethostname()}"
     )
-
-
-def answer_libtpu() -> None:
-    """Where JAX found no TPU chip, sets what libtpu would otherwise miss aloud, five lines a start.
-
-    Nothing is chosen by it: JAX asks libtpu as before, and what the user has set stays. Call it before anything asks
-    for devices.
-    """
-    # JAX sets the first where there are no chips; where there are some it sets jax_platforms.
-    platforms = getattr(jax.config, "jax_platforms", None) or ""
-    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and "tpu" not in platforms:
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def find(

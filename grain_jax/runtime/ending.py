@@ -14,9 +14,7 @@ import faulthandler
 import os
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -51,22 +49,20 @@ def at_end(action: Callable[[], None]) -> None:
     atexit.register(action)
 
 
-def forget(action: Callable[[], None]) -> None:
-    """Undoes `at_end`."""
-    _actions.remove(action)
-    atexit.unregister(action)
+def leave(status: int, text: str = "", *, stacks: bool = False) -> NoReturn:
+    """Prints `text` on stderr, runs the actions and ends the process, within LAST_WORDS_SECONDS.
 
-
-def leave(status: int, text: str = "") -> NoReturn:
-    """Prints `text` on stderr, runs the actions and ends the process, within LAST_WORDS_SECONDS."""
+    With `stacks` it also prints where each thread stands.
+    """
 
     def last_words():
         # A reader that is gone or a disk that failed is no reason to stay.
         with contextlib.suppress(OSError, ValueError):
             if text:
-                print(text, file=sys.stderr)
+                print(text, file=sys.stderr, flush=True)
+            if stacks:
+                faulthandler.dump_traceback(sys.stderr)
             sys.stdout.flush()
-            sys.stderr.flush()
         for action in _actions[::-1]:
             with contextlib.suppress(Exception):
                 action()
@@ -127,12 +123,10 @@ class PreemptionHandler:
 
     Attributes:
       status: exit status of a run that was told to end: PREEMPTED or INTERRUPTED.
-      child: a process to end together with this one while there is nothing to save, or None.
     """
 
     def __init__(self):
         self.status = PREEMPTED
-        self.child: subprocess.Popen | None = None
         self._told = self._training = False
         self._first = 0.0  # when the first signal of the training came
 
@@ -145,10 +139,7 @@ class PreemptionHandler:
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: None)
-        receive = threading.Thread(
-            target=self._receive, args=(signals,), name="signals", daemon=True
-        )
-        receive.start()
+        threading.Thread(target=self._receive, args=(signals,), name="signals", daemon=True).start()
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -188,27 +179,18 @@ class PreemptionHandler:
         name, now = signal.Signals(number).name, time.monotonic()
         status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
         if not self._training:
-            if self.child is not None:
-                self.child.terminate()
             if _leaves_last:
                 time.sleep(_LAST_SECONDS)
             leave(status, f"\n{name}: there is nothing to save")
         if not self._first:
             self._first = now
-            # In another thread: where nobody reads the output, this one must still receive the second signal.
-            said = f"\n{name}: saving after this step; a second signal ends without"
-            saying = threading.Thread(target=_say, args=[said], daemon=True)
-            saying.start()
-            saying.join(_SAME_SECONDS)  # before the process can end
             self.tell(number)
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                said = f"\n{name}: saving after this step; a second signal ends without"
+                print(said, file=sys.stderr, flush=True)
         elif now - self._first > _SAME_SECONDS:
             again = "the same command goes on from the newest checkpoint"
             leave(status, f"\n{name}, the second: ending at once; {again}")
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
 
 
 class Watchdog:
@@ -235,9 +217,10 @@ class Watchdog:
         try:
             yield
         except BaseException as error:
-            self._idle, self._fault = 0, error
+            self._fault = error
             raise
-        self._idle = 0
+        finally:
+            self._idle = 0
 
     def stepped(self, step: int) -> None:
         """`step` steps are done."""
@@ -270,31 +253,14 @@ class Watchdog:
         while not self._stopped.wait(1):
             self._idle += not self._paused
             limit = FAULT_SECONDS if self._fault else self._limit
-            if limit and self._idle >= limit and not self._stopped.is_set():
-                self._end(limit)
-
-    def _end(self, limit: int) -> None:
-        where = f"{self._activity}, last step {self._step}. Stacks of all threads: {_dump()}"
-        if self._fault is not None:
-            status, text = end_by(self._fault)
-            leave(status, f"{text}\nending: not over {limit} s after this fault; {where}")
-        leave(
-            STALLED,
-            f"ending: no step for {limit} s (--stall-seconds); {where}\n"
-            "The same command goes on from the newest checkpoint.",
-        )
-
-
-def _dump() -> str:
-    """The path of a file with the stacks: on this machine, because the workdir may be what hangs."""
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="grain_jax_stacks_", suffix=".txt", delete=False
-        ) as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        return file.name
-    except OSError as error:
-        return f"not written ({error})"
+            if not limit or self._idle < limit:
+                continue
+            status, text = STALLED, f"ending: no step for {limit} s (--stall-seconds)"
+            if self._fault is not None:
+                status, text = end_by(self._fault)
+                text += f"\nending: not over {limit} s after this fault"
+            text += f"; {self._activity}, last step {self._step}. Stacks of all threads:"
+            leave(status, text, stacks=True)
 
 
 @contextlib.contextmanager
@@ -309,19 +275,9 @@ def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
     except errors.UserError:
         raise
     except Exception as error:
-        text = _of_storage(epath.Path(workdir), error)
-        if text is None:
+        full = errors.is_full_disk(error)
+        fault = f"{workdir}: no space left on the device" if full else errors.of_system(error)
+        if fault is None:
             raise
-        raise errors.StorageFault(text) from None
-
-
-def _of_storage(workdir: epath.Path, error: Exception) -> str | None:
-    if errors.is_full_disk(error):
-        return (
-            f"{workdir}: no space left on the device; the checkpoints that are finished are whole:"
-            " make room, and the same command goes on from the newest"
-        )
-    if "://" not in str(workdir) and not workdir.exists():
-        return f"{workdir}: the folder was removed while the run was writing to it"
-    fault = errors.of_system(error)
-    return f"{fault}; the same command goes on from the newest checkpoint" if fault else None
+        again = "the same command goes on from the newest checkpoint"
+        raise errors.StorageFault(f"{fault}; {again}") from None

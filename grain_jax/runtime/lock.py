@@ -60,20 +60,18 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 def _boot() -> str:
-    try:
+    with contextlib.suppress(OSError):  # no Linux
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # no Linux
-        return ""
+    return ""
 
 
 def _started(pid: int) -> int | None:
     """The start of a process, in ticks; None if it does not exist or is a zombie."""
-    try:
+    with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+        return None if fields[0] in "ZX" else int(fields[19])
+    return None
 
 
 def this_process() -> Holder:
@@ -85,7 +83,7 @@ def this_process() -> Holder:
 
 def parse(content: bytes | None) -> Holder | None:
     """The holder that a lock names; None if there is no lock, or its content is none."""
-    with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
+    with contextlib.suppress(ValueError, RecursionError):
         return msgspec.json.decode(content or b"", type=Holder)
     return None
 
@@ -100,10 +98,10 @@ class Lock:
         self._store = tensorstore.KvStore.open(url.rstrip("/") + "/").result()
         self._workdir, self._holder = workdir, this_process()
         self._take()
-        self._released, self._lock = threading.Event(), threading.Lock()
-        self._renewed_at = time.monotonic()
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew_always, name=FILE, daemon=True)
+        self._thread.start()
         ending.at_end(self.release)
-        threading.Thread(target=self._renew_always, name=FILE, daemon=True).start()
 
     def read(self) -> tuple[bytes | None, bytes]:
         """(content of the lock or None, its version)."""
@@ -115,50 +113,36 @@ class Lock:
         content = None if holder is None else msgspec.json.encode(holder) + b"\n"
         return self._store.write(FILE, content, if_equal=version).result().generation != b""
 
-    def check(self) -> None:
-        """Raises Lost if another trainer has the lock; reads the storage only if a renewal is overdue."""
-        if time.monotonic() - self._renewed_at > 2 * RENEW_SECONDS:
-            self.renew()
-
     def release(self) -> None:
         """Removes the lock if this process still has it."""
-        if self._released.is_set() or not self._lock.acquire(timeout=5):  # a renewal may hang
+        if self._released.is_set():
             return
         self._released.set()
-        ending.forget(self.release)
+        self._thread.join(5)  # a renewal may hang
         # A lock that stays delays the next trainer by DEAD_SECONDS.
         with contextlib.suppress(Exception):
             content, version = self.read()
             if (holder := parse(content)) and holder.token == self._holder.token:
                 self.swap(version, None)
-        self._lock.release()
 
     def renew(self) -> None:
         """Writes the lock anew. Raises Lost."""
-        with self._lock:
-            if self._released.is_set():
-                return
-            self._renewed_at = time.monotonic()
-            try:
-                content, version = self.read()
-                removed = content is None and not self._workdir.exists()
-            except Exception:  # a network that is down: the next save says so
-                return
-            if removed:
-                raise Lost(f"ending: {self._workdir}: the folder was removed during the run")
-            holder = parse(content)
-            if content is not None and (holder is None or holder.token != self._holder.token):
-                raise Lost(f"ending: {self._who(holder)}, which took this one for dead")
-            self._holder = msgspec.structs.replace(self._holder, renewed=self._holder.renewed + 1)
-            with contextlib.suppress(Exception):  # a full disk
-                self.swap(version, self._holder)
+        content, version = self.read()
+        holder = parse(content)
+        if holder is None or holder.token != self._holder.token:
+            raise Lost(f"ending: this process lost its lock; {self._who(holder)}")
+        self._holder = msgspec.structs.replace(self._holder, renewed=self._holder.renewed + 1)
+        self.swap(version, self._holder)
 
     def _renew_always(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
             try:
                 self.renew()
             except Lost as error:
+                self._released.set()
                 ending.leave(error.status, str(error))
+            except Exception:  # a network that is down, a full disk: the next save says so
+                continue
 
     def _who(self, holder: Holder | None) -> str:
         if holder is None:
@@ -167,24 +151,22 @@ class Lock:
         return f"{self._workdir}: {who} trains there, since {holder.began}"
 
     def _take(self) -> None:
-        seen, since = None, 0.0  # the lock of a process that cannot be looked up
+        seen, until = None, 0.0  # the lock of a process that cannot be looked up
         while True:
             content, version = self.read()
             holder = parse(content)
-            lives = content is not None and (holder.lives() if holder else None)
-            if lives is None and seen is None:
-                seen, since = content, time.monotonic()
+            lives = holder.lives() if holder else None
+            if content is not None and lives is None and seen is None:
+                seen, until = content, time.monotonic() + DEAD_SECONDS
                 waits = f"waiting up to {DEAD_SECONDS} s for a sign of life"
                 print(f"{self._who(holder)}, or is dead: {waits}", file=sys.stderr, flush=True)
-            elif lives is None:
-                waited = time.monotonic() - since
-                lives = True if content != seen else False if waited > DEAD_SECONDS else None
-            if lives:
+            if lives or (lives is None and content not in (None, seen)):
                 raise Held(
                     f"{self._who(holder)}; expected no other: end it, or take another --workdir"
                     f" (its lock: {self._workdir / FILE})"
                 )
-            if lives is None:
+            is_free = content is None or lives is False or time.monotonic() > until
+            if not is_free:
                 time.sleep(1)
             elif self.swap(version, self._holder):
                 return
@@ -192,27 +174,22 @@ class Lock:
 
 @contextlib.contextmanager
 def held(workdir: epath.Path) -> Iterator[Lock]:
-    """Holds the lock of `workdir`, which is made if it does not exist, and removed if nothing is written there.
+    """Holds the lock of `workdir`, which is made if it does not exist.
 
     Raises:
       Held: another process has it.
       UserError: the workdir cannot be made or written.
     """
-    new = "://" not in str(workdir) and not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = Lock(workdir)
     except errors.UserError:
         raise
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
-        got = "a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None)
-        got = got or " ".join(str(error).split())
+        got = getattr(error, "strerror", None) or " ".join(str(error).split())
         expected = "expected a folder that can be written"
         raise errors.UserError(f"--workdir: {workdir}: got {got}, {expected}") from None
     try:
         yield lock
     finally:
         lock.release()
-        if new:
-            with contextlib.suppress(OSError):  # it holds something
-                Path(workdir).rmdir()

@@ -15,53 +15,37 @@ from grain_jax.core import regular_file
 
 FILE = "metrics.jsonl"
 _LONGEST = 4 << 30  # bytes of a file
-_LARGEST_STEP = 2**31 - 1  # as config.total_steps
 
 
 class Line(NamedTuple):
-    """One logged step.
-
-    Attributes:
-      step: its number.
-      values: the object, `step` included.
-      text: the line of the file.
-    """
+    """One logged step."""
 
     step: int
-    values: dict[str, Any]
-    text: str
+    values: dict[str, Any]  # the object, `step` included
+    text: str  # the line of the file
 
 
-def files(workdir: epath.PathLike) -> list[epath.Path]:
-    """`metrics.jsonl` of a workdir, as a list; [] where there is none."""
+def read(workdir: epath.PathLike) -> tuple[list[Line], list[str]]:
+    """The valid lines of the file of a workdir, and a fault if there are others; [], [] without a file."""
     path = epath.Path(workdir) / FILE
-    return [path] if path.exists() else []
-
-
-def read(paths: Iterable[epath.Path]) -> tuple[list[Line], list[str]]:
-    """The valid lines of the files, and a fault for each file with invalid ones."""
-    lines: list[Line] = []
-    faults = []
-    for path in paths:
-        try:
-            content = regular_file.read(path, _LONGEST, "a file of metrics")
-        except regular_file.FileError as error:
-            faults.append(str(error))
-            continue
-        texts = content.decode(errors="replace").split("\n")
-        cut_off = texts.pop()  # "" where the last line has its end
-        parsed = [(number, text, _parse(text)) for number, text in enumerate(texts, 1) if text]
-        if last := _parse(cut_off):
-            parsed.append((len(texts) + 1, cut_off, last))
-        lines += [line for _, _, line in parsed if line]
-        bad = [(number, text) for number, text, line in parsed if line is None]
-        if bad:
-            number, text = bad[0]
-            faults.append(
-                f"{path}, line {number}: got {text[:40]!r}, expected a JSON object with a whole number step;"
-                f" {len(bad)} of {len(parsed)} lines do not count"
-            )
-    return lines, faults
+    if not path.exists():
+        return [], []
+    try:
+        content = regular_file.read(path, _LONGEST, "a file of metrics")
+    except regular_file.FileError as error:
+        return [], [str(error)]
+    *texts, cut_off = content.decode(errors="replace").split("\n")
+    parsed = [(number, text, _parse(text)) for number, text in enumerate(texts, 1) if text]
+    if last := _parse(cut_off):
+        parsed.append((len(texts) + 1, cut_off, last))
+    faults = [
+        f"{path}, line {number}: got {text[:40]!r}, expected a JSON object with a whole number step"
+        for number, text, line in parsed
+        if line is None
+    ]
+    if faults:
+        faults = [f"{faults[0]}; {len(faults)} of {len(parsed)} lines do not count"]
+    return [line for _, _, line in parsed if line], faults
 
 
 def series(lines: Iterable[Line]) -> dict[str, tuple[list[float], list[float]]]:
@@ -88,6 +72,6 @@ def _parse(text: str) -> Line | None:
     except ValueError:
         return None
     step = values.get("step") if isinstance(values, dict) else None
-    if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
+    if type(step) is not int or step < 0:
         return None
     return Line(step, values, text)

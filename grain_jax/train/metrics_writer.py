@@ -258,7 +258,7 @@ class MetricsWriter:
         self._wait, self._wait_steps, self._shown = 0.0, 0, False
 
     def _keep_until(self, step: int) -> None:
-        lines, faults = metrics_file.read(metrics_file.files(self.workdir))
+        lines, faults = metrics_file.read(self.workdir)
         for fault in faults:
             self.say(fault)
         by_step = {line.step: line.text for line in reversed(lines) if 0 <= line.step <= step}
@@ -319,7 +319,7 @@ class MetricsWriter:
 
     def lines(self) -> list[str]:
         """The lines of `metrics.jsonl` so far."""
-        return [line.text for line in metrics_file.read([self._path])[0]]
+        return [line.text for line in metrics_file.read(self._folder)[0]]
 
     def flush(self) -> None:
         """Brings an object store up to date; before a checkpoint, so that it has its lines."""

@@ -73,9 +73,9 @@ def train(
     """
     handler, watch = handler or ending.PreemptionHandler(), watch or ending.Watchdog()
     first = jax.process_index() == 0
-    with lock.held(workdir) if first else contextlib.nullcontext() as mark:
+    with lock.held(workdir) if first else contextlib.nullcontext():
         with ending.in_a_line(workdir):
-            _train(config, workdir, handler, watch, mark)
+            _train(config, workdir, handler, watch)
 
 
 def _train(
@@ -83,11 +83,10 @@ def _train(
     workdir: epath.Path,
     handler: ending.PreemptionHandler,
     watch: ending.Watchdog,
-    mark: lock.Lock | None,
 ) -> None:
-    """`train`, with the lock of the workdir."""
+    """`train`, in a workdir that is locked."""
     # 1. Devices and data.
-    run = set_up.set_up(config, workdir, handler)
+    run = set_up.set_up(config, workdir)
     config = run.config
 
     # 2. Model, optimiser and step, as shapes only.
@@ -135,9 +134,6 @@ def _train(
                     state, metrics = step_fn(state, batch)
                 trace.end(step, metrics)
                 watch.stepped(step)
-                if mark:
-                    with watch.doing("asking whether the workdir is still its own (trainer.lock)"):
-                        mark.check()
                 preempted = handler.reached(step)
                 due = plan.due(step, preempted=preempted, minutes_are_over=log.minutes_are_over)
                 log.after_step(step, due, state, metrics, batches, watch)

@@ -38,9 +38,7 @@ class SetUp(NamedTuple):
         return [term for term, _ in losses.terms_of(self.config.loss)]
 
 
-def set_up(
-    config: config_lib.Config, workdir: epath.Path, handler: ending.PreemptionHandler
-) -> SetUp:
+def set_up(config: config_lib.Config, workdir: epath.Path) -> SetUp:
     """Opens all that the run needs before anything is computed, and makes the dataset if it is missing.
 
     What needs no dataset comes first, since making one takes long.
@@ -54,7 +52,7 @@ def set_up(
         initialise.check(config.init)
     if config.input.source == "records" or config.evals:
         tokenizer.of_tower(config.model.text)  # raises
-    prepare_missing_data(config, handler)
+    prepare_missing_data(config)
     source = sources.open_source(config)
     config, derived_from = derive(config, mesh, source, workdir)
     assert config.input.lanes is not None  # derived
@@ -78,7 +76,7 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def prepare_missing_data(config: config_lib.Config, handler: ending.PreemptionHandler) -> None:
+def prepare_missing_data(config: config_lib.Config) -> None:
     """Runs `input.prepare` if a record set is missing.
 
     Only the trainer calls this, with the config that its user passed: a stored config may come from anyone.
@@ -90,9 +88,9 @@ def prepare_missing_data(config: config_lib.Config, handler: ending.PreemptionHa
             words = shlex.split(config.input.prepare)
             command = ["python", "-m", *(word.format(**vars(config.input)) for word in words)]
             tell(f"No dataset yet: {shlex.join(command)}")
-            with subprocess.Popen([sys.executable, *command[1:]]) as handler.child:
-                status = handler.child.wait()
-            handler.child = None
+            with subprocess.Popen([sys.executable, *command[1:]]) as child:
+                ending.at_end(child.terminate)
+                status = child.wait()
             if status:
                 told = f"input.prepare: {shlex.join(command)} ended with {status}"
                 raise errors.UserError(told) from None

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -47,28 +45,26 @@ with handler.training():
 _COMPILES = """
 handler = ending.PreemptionHandler()
 handler.listen()
-handler.child = subprocess.Popen(["sleep", "60"])
-print(handler.child.pid, file=sys.stderr, flush=True)
+child = subprocess.Popen(["sleep", "60"])
+ending.at_end(child.terminate)
+print(child.pid, file=sys.stderr, flush=True)
 for _ in range(2):
     ctypes.CDLL(None).sleep(60)
 """
 
 
 def test_a_second_signal_ends_at_once():
-    number, status = signal.SIGINT, 130
     process = _process(_STANDS)
     assert "training" in process.stderr.readline()
     for _ in range(2):  # the second one within a second: the same Ctrl-C, by way of a launcher
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         time.sleep(0.3)
     assert process.poll() is None
     time.sleep(1)
-    process.send_signal(number)
-    said = _ends(process, status, within=7)
-    assert f"{number.name}: saving after this step; a second signal ends without" in said
-    assert said.strip().splitlines()[-1] == (
-        f"{number.name}, the second: ending at once; the same command goes on from the newest checkpoint"
-    )
+    process.send_signal(signal.SIGINT)
+    said = _ends(process, 130, within=7)
+    assert "SIGINT: saving after this step; a second signal ends without" in said
+    assert "SIGINT, the second: ending at once; the same command goes on" in said
 
 
 def test_told_to_end_while_there_is_nothing_to_save_it_ends_with_its_child():
@@ -99,15 +95,12 @@ with watch.running(7):
         next(waiting)
 """)
     said = _ends(process, 124)
-    found = re.fullmatch(
-        r"ending: no step for 2 s \(--stall-seconds\); waiting for the next batch \(input\), last step 8\."
-        r" Stacks of all threads: (\S+)\nThe same command goes on from the newest checkpoint\.\n",
-        said,
+    line, stacks = said.split("\n", 1)
+    assert line == (
+        "ending: no step for 2 s (--stall-seconds); waiting for the next batch (input), last step 8."
+        " Stacks of all threads:"
     )
-    assert found, said
-    stacks = pathlib.Path(found[1])
-    assert "device.py" in stacks.read_text()
-    stacks.unlink()
+    assert "device.py" in stacks
 
 
 def test_a_fault_that_cannot_be_closed_is_told_and_ends_the_process():
@@ -123,16 +116,7 @@ finally:
 """)
     lines = _ends(process, 1).splitlines()
     assert lines[0] == "loss is nan at step 4"
-    assert lines[1].startswith("ending: not over 2 s after this fault; ") and len(lines) == 2
-    pathlib.Path(lines[1].split()[-1]).unlink()
-
-
-def _raised(error):
-    """Raises it as the cause of another one."""
-    try:
-        raise error
-    except Exception as cause:
-        raise RuntimeError("save failed") from cause
+    assert lines[1].startswith("ending: not over 2 s after this fault; ")
 
 
 FULL = [
@@ -146,8 +130,8 @@ FULL = [
 def test_a_full_disk_is_one_line(error):
     with pytest.raises(errors.StorageFault, match="^/run: no space left") as e:
         with ending.in_a_line("/run"):
-            _raised(error)
+            raise RuntimeError("save failed") from error
     assert len(str(e.value).splitlines()) == 1
     with pytest.raises(RuntimeError, match="save failed"):
         with ending.in_a_line("/"):
-            _raised(RuntimeError("another"))
+            raise RuntimeError("save failed") from RuntimeError("another")

@@ -41,7 +41,7 @@ def test_the_second_is_refused_at_once_and_told_who_the_first_is(tmp_path):
             with pytest.raises(lock.Held, match=refusal) as refused:
                 lock.Lock(same)
             assert len(str(refused.value).splitlines()) == 1
-    assert not workdir.exists()  # the lock goes with its holder, and the folder if it holds no more
+    assert not list(workdir.iterdir())  # the lock goes with its holder
 
 
 def _pid_used_again():
@@ -109,11 +109,10 @@ def test_of_many_at_once_one_gets_it(tmp_path, left):
 
 def test_a_trainer_that_was_taken_for_dead_ends_and_leaves_the_lock_of_the_other(tmp_path):
     mine = lock.Lock(tmp_path)
-    mine.check()
-    _write(tmp_path, ELSEWHERE)
-    mine._renewed_at -= 60  # it was suspended
-    with pytest.raises(lock.Lost, match="process 4242 on node7 .* took this one for dead"):
-        mine.check()
+    mine.renew()
+    _write(tmp_path, ELSEWHERE)  # it was suspended
+    with pytest.raises(lock.Lost, match="lost its lock; .* process 4242 on node7 trains there"):
+        mine.renew()
     mine.release()
     assert _holder(tmp_path) == ELSEWHERE
 
