@@ -1,6 +1,6 @@
 """The batches of this process -> global `jax.Array`s on the devices, made ahead of time in a thread.
 
-The only file of the input pipeline that needs JAX.
+Beside preparation.py the only file of the input pipeline that needs JAX.
 """
 
 import contextlib

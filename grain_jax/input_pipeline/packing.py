@@ -103,10 +103,9 @@ def pack(
         raise ValueError(
             f"text {slot} of image {image} has {by_image[image, slot]} tokens, expected {MIN_TEXT_LENGTH}..{row_length}"
         )
-    slots = _Slots(
-        kind=np.repeat(np.arange(3), (captions, regions, regions * negatives)),
-        number=np.append(np.zeros(captions + regions, int), np.tile(np.arange(negatives), regions)),
-    )
+    kind = np.repeat(np.arange(3), (captions, regions, regions * negatives))
+    number = np.append(np.zeros(captions + regions, int), np.tile(np.arange(negatives), regions))
+    slots = np.stack([kind, number])
     scores = np.zeros(by_image.shape, np.float32)
     scores[:, captions:] = np.append(
         region_scores, np.repeat(region_scores, negatives, axis=1), axis=1
@@ -191,13 +190,6 @@ def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
     return np.stack([tokens, positions, segments]).reshape(3, *shape)
 
 
-class _Slots(NamedTuple):
-    """The slots of an image, [S]."""
-
-    kind: np.ndarray
-    number: np.ndarray  # which negative of its region it is; else 0
-
-
 def _first_fit(
     lengths: np.ndarray, rows: int, row_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -237,14 +229,14 @@ def _first_fit(
     return row.reshape(lengths.shape), start.reshape(lengths.shape), fits
 
 
-def _order_of_dropping(lengths: np.ndarray, scores: np.ndarray, slots: _Slots) -> np.ndarray:
+def _order_of_dropping(lengths: np.ndarray, scores: np.ndarray, slots: np.ndarray) -> np.ndarray:
     """The slots [F, N] of each group in the order in which their texts are dropped; those that stay are last.
 
-    Args: lengths i32[F, N], scores f32[F, N].
+    Args: lengths i32[F, N], scores f32[F, N], slots [2, S] as of `_shrink`.
     """
     groups, texts = lengths.shape
-    images = texts // len(slots.kind)
-    kind, number = np.tile(slots.kind, images), np.tile(slots.number, images)
+    images = texts // slots.shape[1]
+    kind, number = np.tile(slots, images)
     is_region = (kind == _DESCRIPTION) & (lengths > 0)
     # The rank of a region in its image, 0 for the best; of equal scores the earlier region is better.
     by_image = np.where(is_region, -scores, np.inf).reshape(groups, images, -1)
@@ -252,19 +244,20 @@ def _order_of_dropping(lengths: np.ndarray, scores: np.ndarray, slots: _Slots) -
     when = np.where(is_region, np.where(rank > 0, 0, 1), 2)
     when[(kind == _NEGATIVE) & (lengths > 0)] = -1
     # Multiples of 2^32 / golden ratio: neighbours in this order are far apart in the group.
-    turn = np.arange(texts) // len(slots.kind) * 2654435761 % 2**32
+    turn = np.arange(texts) // slots.shape[1] * 2654435761 % 2**32
     return np.lexsort(np.broadcast_arrays(turn, -rank, scores, -number, when))
 
 
 def _shrink(
-    lengths: np.ndarray, scores: np.ndarray, slots: _Slots, rows: int, row_length: int
+    lengths: np.ndarray, scores: np.ndarray, slots: np.ndarray, rows: int, row_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drops negatives, then regions, then cuts captions, of groups that do not fit, until each fits.
 
-    Args: lengths and scores [F, N] of the failing groups.
+    Args: lengths and scores [F, N] of the failing groups; for the slots of an image [2, S], the kind of each and which
+      negative of its region it is.
     Returns: lengths (0 if dropped), row, start, each [F, N].
     """
-    is_caption = np.tile(slots.kind == _CAPTION, lengths.shape[1] // len(slots.kind))
+    is_caption = np.tile(slots[0] == _CAPTION, lengths.shape[1] // slots.shape[1])
     can_go = ~is_caption & (lengths > 0)
     dropping = _order_of_dropping(lengths, scores, slots)
     drop_rank = dropping.argsort(axis=1)

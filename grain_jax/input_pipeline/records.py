@@ -107,7 +107,6 @@ def _sample(record_set: record_files.RecordSet, tower: TextTower) -> text_length
         images,
         tokenizer.of_tower(tower),
         name=repr(record_set.source.name),
-        tokenizer=tower.tokenizer,
         records=sum(shard.num_records for shard in shards),
     )
 

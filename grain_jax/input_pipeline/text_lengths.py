@@ -39,7 +39,6 @@ class TextLengths(NamedTuple):
 
     Attributes:
       name: of the dataset, for messages.
-      tokenizer: `model.text.tokenizer`.
       records: images of the set; N or more.
       captions: int32 [N, C], the web captions.
       synthetic: int32 [N], the synthetic caption.
@@ -48,7 +47,6 @@ class TextLengths(NamedTuple):
     """
 
     name: str
-    tokenizer: str
     records: int
     captions: np.ndarray
     synthetic: np.ndarray
@@ -65,7 +63,7 @@ class _LengthsFile(msgspec.Struct):
 
 
 def of_texts(
-    images: Sequence[ImageTexts], text_tokenizer: Any, *, name: str, tokenizer: str, records: int
+    images: Sequence[ImageTexts], text_tokenizer: Any, *, name: str, records: int
 ) -> TextLengths:
     """The lengths of the texts of a dataset.
 
@@ -73,10 +71,9 @@ def of_texts(
       images: a sample.
       text_tokenizer: makes the tokens.
       name: of the dataset.
-      tokenizer: `model.text.tokenizer`.
       records: images of the set.
     """
-    return _table(_count(images, text_tokenizer), name, tokenizer, records)
+    return _table(_count(images, text_tokenizer), name, records)
 
 
 def _count(images: Sequence[ImageTexts], text_tokenizer: Any) -> list[ImageTexts]:
@@ -95,7 +92,7 @@ def _count(images: Sequence[ImageTexts], text_tokenizer: Any) -> list[ImageTexts
     return [ImageTexts(*each(image)) for image in images]
 
 
-def _table(images: Sequence[ImageTexts], name: str, tokenizer: str, records: int) -> TextLengths:
+def _table(images: Sequence[ImageTexts], name: str, records: int) -> TextLengths:
     captions, synthetic, descriptions, negatives = zip(*images, strict=True)
     captions, descriptions = _padded(captions), _padded(descriptions)
     most = max((len(texts) for regions in negatives for texts in regions), default=0)
@@ -104,7 +101,7 @@ def _table(images: Sequence[ImageTexts], name: str, tokenizer: str, records: int
         for j, texts in enumerate(regions):
             of_negatives[i, j, : len(texts)] = texts
     synthetic = np.array(synthetic, np.int32)
-    return TextLengths(name, tokenizer, records, captions, synthetic, descriptions, of_negatives)
+    return TextLengths(name, records, captions, synthetic, descriptions, of_negatives)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -179,4 +176,4 @@ def read(source: Dataset, tokenizer: str) -> TextLengths | None:
     content = regular_file.read_json(folder / FILE, _LengthsFile, "lengths of texts", 4 << 30)
     if content.tokenizer != tokenizer:
         return None
-    return _table(content.images, repr(source.name), tokenizer, content.records)
+    return _table(content.images, repr(source.name), content.records)

@@ -195,7 +195,8 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
                 f"model.text.pad_id: got {tower.pad_id}, expected {tokenizer.pad_id}, CLIP's tokenizer's"
             )
     else:
-        tokenizer = FileTokenizer(file_of(tower, folder), tower.cleaning, tower.pad_id)
+        path = file_of(tower, folder)
+        tokenizer = FileTokenizer(path, tower.cleaning, tower.pad_id)
     if tokenizer.vocab_size > tower.vocab_size:
         raise TokenizerError(
             f"model.text.tokenizer: {tower.tokenizer} has ids up to {tokenizer.vocab_size - 1}, but"

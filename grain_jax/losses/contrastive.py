@@ -80,15 +80,10 @@ def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_lo
     There is a row for each pair, and a column for each pair or for each of the b images. The mean of both directions for
     "softmax"; "sigmoid" is symmetric, so one direction suffices.
     """
-    contrast, scale, bias = (
-        shard.config.contrast,
-        shard.outputs.logit_scale,
-        shard.outputs.logit_bias,
-    )
+    contrast, tile = shard.config.contrast, shard.config.tile
+    scale, bias = shard.outputs.logit_scale, shard.outputs.logit_bias
     both = contrast == "softmax"
-    costs: Any = streaming.negatives(
-        contrast, both, shard.config.tile, ring, rows, columns, scale, bias
-    )
+    costs: Any = streaming.negatives(contrast, both, tile, ring, rows, columns, scale, bias)
     of_rows, of_columns = costs
     loss = streaming.loss_of_rows(contrast, own_logits, of_rows.cost.reshape(own_logits.shape))
     if both:

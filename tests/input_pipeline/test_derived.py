@@ -1,6 +1,7 @@
 """What a config leaves open: lanes, packing groups and rows."""
 
 import dataclasses
+import functools
 import json
 
 import jax.numpy as jnp
@@ -10,9 +11,16 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import states
 from grain_jax.core import errors
-from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
+from grain_jax.input_pipeline import (
+    derived,
+    packing,
+    preparation,
+    records,
+    synthetic,
+    text_lengths,
+)
 from grain_jax.input_pipeline.text_lengths import TextLengths
-from grain_jax.train import set_up, sharding, train_step
+from grain_jax.train import sharding, train_step
 from tests import record_sets, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of TFDS
@@ -40,7 +48,6 @@ def lengths(captions, descriptions, synthetic=None, records=None):
     descriptions = np.asarray(descriptions, np.int32).reshape(count, -1)
     return TextLengths(
         name="'birds'",
-        tokenizer="clip",
         records=records or count,
         captions=captions,
         synthetic=np.zeros(count, np.int32) if synthetic is None else np.asarray(synthetic),
@@ -173,8 +180,9 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=4") == 0
     source = dict(input__source="records", input__name="tiny_set", input__data_dir=str(tmp_path))
     config = open_config(batch_size=8, **source)
-    mesh = sharding.make_mesh(config.mesh)  # 8 devices, one image each
-    derive = lambda workdir: set_up.derive(config, mesh, records, workdir)
+    limits = derived.Limits(8)  # one image each
+    stored = lambda workdir: functools.partial(states.newest_config, workdir)
+    derive = lambda workdir: preparation.derive(config, limits, records, stored(workdir))
 
     derived_config, line = derive(tmp_path / "run")
     assert numbers(derived_config) == (1, 1, 1)
