@@ -1,9 +1,13 @@
 """8 virtual CPU devices for every test, compiled quickly rather than well; set before JAX starts."""
 
 import atexit
+import contextlib
+import ctypes
+import functools
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -40,6 +44,33 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory_of_a_file(request):
+    """What a file traced, compiled and cached goes with it; its programs stay in the folder of compiled ones."""
+    yield
+    for value in vars(request.module).values():
+        if isinstance(value, functools._lru_cache_wrapper):
+            if value.__module__ == request.module.__name__:
+                value.cache_clear()
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps what is freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """JAX has one device until the end of the file: a program for it compiles in half the time."""
+    import jax
+
+    device = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: device)
+        yield
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Files marked `long` come first: what starts last, ends last. A process takes a whole file, or a group of files."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

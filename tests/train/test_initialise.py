@@ -262,25 +262,28 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
 @pytest.mark.parametrize(
     "change,message",
     [
-        (
-            {"model.text.causal": False},
-            "text.packing: got True, expected False",
-        ),
+        ({"model.text.causal": False}, "text.packing: got True, expected False"),
         ({"model.text.pool": "last"}, "text.packing: got True, expected False"),
-        (
-            {"model.text.pool": "map"},
-            "or model.text.mask_padding=True",
-        ),
+        ({"model.text.pool": "map"}, "or model.text.mask_padding=True"),
         ({"input.text_length": 33}, "input.text_length: got 33, expected 3 to model.text.context"),
-        (
-            {"model.image.pool": "map"},
-            "model.image.pool, model.image.projection: got 'map', 'matrix'",
-        ),
-        (
-            {"model.text.cleaning": "none"},
-            "model.text.cleaning: got 'none', expected lower, which is",
-        ),
+        ({"model.image.pool": "map"}, "image.pool, model.image.projection: got 'map', 'matrix'"),
+        ({"model.text.cleaning": "none"}, "text.cleaning: got 'none', expected lower, which is"),
         ({"model.text.end_id": 10**6}, "model.text.end_id: got 1000000, expected less than"),
+        ({"model.image.keep": 1.5}, "model.image.keep: got 1.5, expected float, 0.01 to 1"),
+        (
+            {"model.image.rope": "centres", "model.image.heads": 16},
+            "model.image.rope: got 'centres', expected none unless",
+        ),
+        ({"model.image.positions": False}, "model.image.positions: got False, expected True"),
+        ({"model.image.rope": "axial"}, "rope: got 'axial', expected one of none, centres"),
+        (
+            {"optim.lora.rank": 4, "optim.layer_decay": 0.75},
+            "optim.layer_decay: got 0.75, expected 1",
+        ),
+        (
+            {"optim.lora.rank": 4, "optim.lora.modules": ("(",)},
+            "optim.lora.modules: got ('(',), expected regular",
+        ),
     ],
 )
 def test_configs_that_contradict_themselves(change, message):

@@ -18,7 +18,7 @@ from grain_jax.train import metrics_writer, run
 from tests import runs, tiny
 from tests.paths import ROOT
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("run")]  # test_memory.py has this program
 
 TIMINGS = runs.TIMINGS[:-1]  # the peak of this machine is not known
 # One image a packing group, so that 16 devices have one each.
@@ -178,8 +178,3 @@ def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, w
     shutil.rmtree(workdir / "checkpoints/10")
     run.train(_config(), workdir)
     _assert_goes_on(finished, workdir)
-
-
-def test_a_misspelt_best_metric_is_refused_before_it_compiles(tmp_path):
-    with pytest.raises(errors.UserError, match="got 'los', .* did you mean 'loss'"):
-        run.train(_config(checkpoint_best_metric="los"), tmp_path)
