@@ -231,7 +231,8 @@ def read_descriptions(
     classes have the same name, the stem comes first. Published files have empty lists for a few classes, which are then
     described by their name alone.
 
-    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
+    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`); with `names`,
+    a list may be empty.
 
     Raises:
       errors.UserError: no such file, another format, or classes that have no description.
