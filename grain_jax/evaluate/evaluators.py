@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -192,15 +193,24 @@ class AnnotatedRegions(AnnotatedImages):
         return True
 
 
-def without_missing_descriptions(entry: Any) -> tuple[Any, str]:
-    """The entry without its file of descriptions, and a line, if the file is not there and may be missing."""
-    if entry.missing != "skip" or entry.descriptions is None:
-        return entry, ""
-    path = expanduser(entry.descriptions)
-    if exists(path):
-        return entry, ""
-    line = f"{path}: not there, expected descriptions of the classes"
-    return dataclasses.replace(entry, descriptions=None), f"{line}; evaluated by names alone"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithPrompts(Evaluator):
+    """Base of the evaluators whose classes are names in prompts, perhaps with descriptions."""
+
+    descriptions: str | None = option(
+        None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
+    )
+    templates: str | None = option(
+        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
+    )
+
+    def available(self) -> tuple[typing.Self, str]:
+        super().available()
+        path = expanduser(self.descriptions or "")
+        if self.missing != "skip" or not self.descriptions or exists(path):
+            return self, ""
+        line = f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
+        return dataclasses.replace(self, descriptions=None), line
 
 
 def _report_left_out(path: str, read: Any) -> None:

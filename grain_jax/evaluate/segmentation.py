@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import typing
 from typing import Any
 
 from etils import epy
 
 from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, expanduser, option
-from grain_jax.evaluate.evaluators import faults_of, without_missing_descriptions
+from grain_jax.evaluate.base import STANDALONE, Context, expanduser, option
+from grain_jax.evaluate.evaluators import WithPrompts, faults_of
 
 with epy.lazy_imports():
     import numpy as np
@@ -34,7 +33,7 @@ _AT_ONCE = 16  # images whose windows and masks are in memory, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Segmentation(Evaluator):
+class Segmentation(WithPrompts):
     """Classes of pixels by the classes' names: mIoU and pixel accuracy."""
 
     example = "--format ade20k \\\n    --images ADEChallengeData2016"
@@ -49,12 +48,6 @@ class Segmentation(Evaluator):
         "ID",
         low=0,
         high=65535,
-    )
-    descriptions: str | None = option(
-        None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
-    )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
     )
     by: str = option(
         WAYS[0], "Maps of patches, regions, or both; auto: what the model has.", choices=WAYS
@@ -93,10 +86,6 @@ class Segmentation(Evaluator):
     def files(self) -> tuple[str | None, ...]:
         classes = f"{expanduser(self.images)}/classes.txt" if self.format == FORMATS[0] else None
         return classes, self.descriptions, self.templates
-
-    def available(self) -> tuple[typing.Self, str]:
-        super().available()
-        return without_missing_descriptions(self)
 
     def open(self) -> segmentation_sets.Segmented:
         """The images, masks and classes; raises as segmentation_sets.open_set."""
@@ -148,7 +137,7 @@ class Segmentation(Evaluator):
         skip = opened.background if self.background_threshold is not None else None
         options = (self.short_side, self.stride, len(opened.names))
         maps_by = dict(by=self.by, patch_features=self.patch_features)
-        of_pixels = dict(
+        of_pixels: dict[str, Any] = dict(
             background=self.background_threshold, scale=predictor.logit_scale, skip=skip
         )
 

@@ -66,7 +66,7 @@ def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
     rows = []
     for key, value in numbers.items():
         group, _, last = key.rpartition("/")
-        names = f"{group}/chance_{last}", f"chance_{last}", _CHANCE_OF.get(last)
+        names = f"{group}/chance_{last}", f"chance_{last}", _CHANCE_OF.get(last, "")
         chance = next((numbers[name] for name in names if name in numbers), None)
         interval = _interval(numbers, key)
         if kind not in kinds.KINDS:

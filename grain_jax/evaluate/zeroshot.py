@@ -19,7 +19,7 @@ from etils import epy
 from grain_jax import config
 from grain_jax.core import errors
 from grain_jax.evaluate.base import STANDALONE, Context, option
-from grain_jax.evaluate.evaluators import LabelledImages, faults_of, without_missing_descriptions
+from grain_jax.evaluate.evaluators import LabelledImages, WithPrompts, faults_of
 
 with epy.lazy_imports():
     import numpy as np
@@ -42,14 +42,11 @@ def _parse_alphas(text: str) -> tuple[float, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ZeroShot(LabelledImages):
+class ZeroShot(WithPrompts, LabelledImages):
     """Classifies a folder with one sub-folder per class."""
 
     example = "--images runs/aviary/unseen \\\n    --descriptions runs/aviary/unseen.json"
     kind: str = "zeroshot"
-    descriptions: str | None = option(
-        None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
-    )
     alphas: tuple[float, ...] = option(
         (1.0, 0.5),
         "Shares of the global score, such as 0.5,1; default: 1, with descriptions 1,0.5.",
@@ -62,9 +59,6 @@ class ZeroShot(LabelledImages):
     )
     unit_features: bool = option(
         False, "Whether class features have unit length, as in CLIP; else they are means."
-    )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
     )
 
     @classmethod
@@ -110,10 +104,9 @@ class ZeroShot(LabelledImages):
         )
 
     def available(self) -> tuple[typing.Self, str]:
-        super().available()
-        entry, line = without_missing_descriptions(self)
+        entry, line = super().available()
         if line and not self.names:
-            raise errors.MissingData(line)
+            raise errors.MissingData(line.rpartition(";")[0])
         return entry, line
 
     def check(self) -> int:
@@ -238,7 +231,8 @@ def read_descriptions(
     classes have the same name, the stem comes first. Published files have empty lists for a few classes, which are then
     described by their name alone.
 
-    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
+    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`); with `names`,
+    a list may be empty.
 
     Raises:
       errors.UserError: no such file, another format, or classes that have no description.

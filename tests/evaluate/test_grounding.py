@@ -37,7 +37,8 @@ def test_hand_computed(tmp_path):
     # Matched regions: tail right; beak's says tail, wrong; the second image's beak right.
     assert result["region_to_description_r1"] == pytest.approx(2 / 3)
     assert result["chance_region_to_description_r1"] == 0.5
-    # Phrases: tail -> query 0 (IoU 1); beak -> both queries score 0: a tie of IoU 0 and .5; image 1: beak -> query 0 (1 against .994), which lies elsewhere (IoU 0).
+    # Phrases: tail -> query 0 (IoU 1); beak -> both queries score 0: a tie of IoU 0 and .5;
+    # image 1: beak -> query 0 (1 against .994), which lies elsewhere (IoU 0).
     assert result["phrase_iou"] == pytest.approx((1 + 0.25 + 0) / 3)
     assert result["phrase_acc50"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert result["chance_phrase_iou"] == pytest.approx((1 + 0.5 + 1) / 6)  # the others have 0

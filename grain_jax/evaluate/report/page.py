@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = Report.parse(arguments)
     advice = f"give a smaller --num-images, or --no-model; or {errors.MORE_MEMORY}"
     with errors.out_of_memory_in_a_line("report", lambda: advice):
-        options = dict(num_images=args.num_images, model=args.model)
-        print(write(args.workdir, output=args.output, **options))
+        path = write(args.workdir, output=args.output, num_images=args.num_images, model=args.model)
+    print(path)
     return 0
 
 
