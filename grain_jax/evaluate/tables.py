@@ -10,7 +10,7 @@ from grain_jax.evaluate import kinds
 _OF_CLASSES = ("per_class", "pictures_per_class")  # a number per class: too many for a table
 _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; the rest is cut off
-HEADER = ("measured", "value", _INTERVAL, "chance", "pictures")
+HEADER = ("measured", "value", _INTERVAL, "chance", "images")
 _CHANCE_OF = {"top1": "chance", "mean_per_class": "chance"}
 _IN_PARTS = ("groups/", "found_boxes/")  # of `boxes`: the same numbers for some of the boxes
 _RATES = ("top1", "top5", "mean_per_class")
