@@ -70,10 +70,28 @@ def one_device():
         yield
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Files marked `long` come first: what starts last, ends last. A process takes a whole file, or a group of files."""
+    """Files marked `long` come first: what starts last, ends last."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+# Files whose programs are the same; they are traced once in a process.
+TOGETHER = {
+    "tests/examples/test_data_source.py": "tests/test_data_identity.py",
+    "tests/hostile/test_stored_runs.py": "tests/test_data_identity.py",
+    "tests/test_paths.py": "tests/test_data_identity.py",
+    "tests/train/test_memory.py": "tests/train/test_run.py",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process takes a whole file, or files of one program. xdist 3.8 forgets its groups under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OfFiles(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return TOGETHER.get(file, file)
+
+    return OfFiles(config, log)

@@ -7,7 +7,7 @@ from grain_jax.core import errors
 from grain_jax.train import memory_check, run, sharding, train_step
 from tests import tiny
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("run")]
+pytestmark = pytest.mark.long
 
 XLA = "RESOURCE_EXHAUSTED: Out of memory allocating 315363503480 bytes."
 LIBTPU = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.29G of 15.75G hbm."

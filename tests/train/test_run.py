@@ -18,7 +18,7 @@ from grain_jax.train import metrics_writer, run
 from tests import runs, tiny
 from tests.paths import ROOT
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("run")]  # test_memory.py has this program
+pytestmark = pytest.mark.long
 
 TIMINGS = runs.TIMINGS[:-1]  # the peak of this machine is not known
 # One image a packing group, so that 16 devices have one each.
