@@ -5,9 +5,7 @@ import json
 import shutil
 import sys
 
-import jax
 import numpy as np
-import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference
@@ -15,8 +13,6 @@ from grain_jax.core import named
 from grain_jax.input_pipeline import derived, preparation, sources
 from grain_jax.train import run
 from tests import record_sets, runs, tiny
-
-pytestmark = pytest.mark.xdist_group("records")
 
 SOURCE = "examples.data_source.shapes:Shapes"
 
@@ -40,9 +36,7 @@ def test_a_batch_is_a_function_of_seed_lane_and_step():
     assert whole[2].texts_dropped.sum() == 0
 
 
-def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatch):
-    device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: device)
+def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatch, one_device):
     plain = config(text__pack_group=None, text__pack_rows=None)
     stored, source = lambda: (None, ""), sources.open_source(plain)
     filled, _ = preparation.derive(plain, derived.Limits(), source, stored)

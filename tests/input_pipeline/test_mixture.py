@@ -125,11 +125,10 @@ def test_a_batch_is_a_function_of_step_and_lane(folder):
     """Not of the processes, nor of the step that a run resumed from."""
     config = mixture(folder, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
     whole = take(config, 24)
-    parts = [take(config, 6, start_step=5, lanes=[lane]) for lane in range(LANES)]
+    parts = [take(config, 6, start_step=5, lanes=lanes) for lanes in ([0], [1, 2, 3])]
     for expected, *of_lanes in zip(whole[5:11], *parts, strict=True):
         record_sets.assert_batches_equal(record_sets.join(of_lanes), expected)
-    for step in (1, 23):  # inside and at the ends of blocks and of epochs
-        record_sets.assert_batches_equal(take(config, 1, start_step=step)[0], whole[step])
+    record_sets.assert_batches_equal(take(config, 1, start_step=23)[0], whole[23])
     for got, expected in zip(take(config, 5, start_step=13), whole[13:18], strict=True):
         record_sets.assert_batches_equal(got, expected)
 
