@@ -103,12 +103,7 @@ def _train(
     step_fn = compile_step(run, program, log)
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
-    on_host = sources.batches_of_run(
-        run.source,
-        config,
-        lanes=run.lanes,
-        start_step=start_step,
-    )
+    on_host = sources.batches_of_run(run.source, config, lanes=run.lanes, start_step=start_step)
     batches = device.Prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
     plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))
