@@ -71,7 +71,7 @@ _WORD = re.compile(
 _ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)  # right before the exchanged word
 
 
-def make(description: str, number: int, *, others: Iterable[str] = (), seed: int = 0) -> list[str]:
+def make(description: str, number: int, *, others: Iterable[str] = ()) -> list[str]:
     """Up to `number` texts that differ from the description in one word, which makes them wrong.
 
     The kinds of words take turns. The result depends on the arguments alone; fewer negatives are the first of more.
@@ -80,9 +80,8 @@ def make(description: str, number: int, *, others: Iterable[str] = (), seed: int
       description: of a region.
       number: of texts, at most. A description without a word of the lists has none.
       others: the other descriptions of the image; no negative equals one, in lower case.
-      seed: which texts, and in which order.
     """
-    rng = random.Random(f"negatives {seed}/{description}")
+    rng = random.Random(f"negatives 0/{description}")
     by_kind = {kind: list(_of_kind(description, kind)) for kind in KINDS}
     order = [kind for kind, texts in by_kind.items() if texts]
     rng.shuffle(order)

@@ -37,7 +37,7 @@ def annotate(args: Annotate) -> str:
         ) from None
     if not args.images and not args.source:
         raise errors.UserError("--images DIR: missing; folder of images, or of tar shards")
-    args.source = args.source or _source_of(epath.Path(args.images))
+    args.source = args.source or sources.of_path(epath.Path(args.images))
     source = sources.make(args.source, dict(args.option))
     args.keep_images &= not source.images_are_files
     output, marks = job.Output(args.output), passes.marks(args)
@@ -66,12 +66,6 @@ def annotate(args: Annotate) -> str:
                     " not done; give the same command again"
                 )
         return _finish(args, output, shards, todo, time.monotonic() - start)
-
-
-def _source_of(images: epath.Path) -> str:
-    """`webdataset` for tar files and `folder` for images."""
-    tars = images.suffix == ".tar" or (images.is_dir() and any(images.glob("*.tar")))
-    return "webdataset" if tars else "folder"
 
 
 def _settings(args: Annotate) -> dict[str, dict[str, Any]]:
@@ -122,11 +116,10 @@ def _finish(
         left=total["annotated"],
         most=args.max_faults,
     )
-    images = passes.counts(output, [shard.name for shard in todo])["images"]
     return (
         f"{output.path(LINES)}: {total['annotated']} of {total['images']} images,"
         f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
-        f" {images} images in {seconds:.1f} s"
+        f" {seconds:.1f} s"
     )
 
 

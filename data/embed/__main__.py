@@ -19,10 +19,10 @@ from etils import epath
 
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
-from grain_jax.core import errors, regular_file
+from grain_jax.core import errors
 from grain_jax.data import job, sources
 from grain_jax.data.embed import arguments, output, pipeline
-from grain_jax.data.sources import arrow_tables, tfds
+from grain_jax.data.sources import arrow_tables
 from grain_jax.runtime import distributed, processes
 
 FAULTS = "faults.jsonl"
@@ -81,7 +81,7 @@ def find(
       sources.SourceError: there is no such source, or it holds no image.
     """
     path = absolute(args.source)
-    kind = _kind(path)
+    kind = sources.of_path(path)
     images = absolute(args.images or path.parent) if kind == "annotations" else path
     scratch = str(folder.path("lists"))
     options = sources.Options(str(images), (str(path),), args.split, scratch, args.shard_size)
@@ -96,22 +96,6 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """`path` from the root, ~ expanded and links followed; a URL stays."""
     path = epath.Path(path)
     return path if "://" in str(path) else epath.Path(os.path.realpath(path.expanduser()))
-
-
-def _kind(path: epath.Path) -> str:
-    """The data source of what lies at a path. Raises SourceError if nothing does."""
-    if regular_file.is_one(path):
-        return "webdataset" if path.suffix == ".tar" else "annotations"
-    if not path.is_dir():
-        expected = "a folder of images, a .tar or a folder of them, a record set, or an A.jsonl"
-        raise sources.SourceError(f"{path}: no such file or folder, expected {expected}")
-    if any(path.glob("*.tar")):
-        return "webdataset"
-    try:
-        tfds.directory(path)
-    except sources.SourceError:
-        return "folder"
-    return "tfds"
 
 
 def _finish(args: arguments.Embed, result: output.Embeddings, count: int, seconds: float) -> str:

@@ -10,7 +10,7 @@ from etils import epath
 
 from grain_jax.core import atomic, errors, printable, progress
 from grain_jax.core.annotations import Annotation, Fault
-from grain_jax.data import example, parallel, sources
+from grain_jax.data import build, example, parallel, sources
 from grain_jax.data.inspect import page, statistics
 from grain_jax.data.inspect.arguments import Inspect
 from grain_jax.data.sources import join
@@ -90,13 +90,7 @@ def _summary(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    try:
-        print(inspect(Inspect.parse(argv)))
-    except (errors.UserError, OSError) as error:
-        name = "grain-jax inspect: "
-        print(f"{name}{str(error).removeprefix(name)}", file=sys.stderr)
-        return 2
-    return 0
+    return build.console(Inspect, inspect, argv)
 
 
 if __name__ == "__main__":

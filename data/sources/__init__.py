@@ -11,9 +11,10 @@ import importlib
 from collections.abc import Iterator, Mapping
 
 import msgspec
+from etils import epath
 
 from grain_jax import config
-from grain_jax.core import named
+from grain_jax.core import named, regular_file
 from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data.sources.base import CAUSES, Options, Source, SourceError, SourceShard
 
@@ -70,6 +71,19 @@ def make(source: str, options: Mapping[str, str] | None = None) -> Source:
         return msgspec.convert(dict(options), cls, strict=False) if options else cls()
     except ValueError as error:
         raise SourceError(f"--option of data source {source!r}: {error}") from None
+
+
+def of_path(path: epath.Path) -> str:
+    """The name of the source that reads what lies at a path. Raises SourceError if nothing does."""
+    if regular_file.is_one(path):
+        return "webdataset" if path.suffix == ".tar" else "annotations"
+    if not path.is_dir():
+        expected = "a folder of images, a .tar or a folder of them, a record set, or an A.jsonl"
+        raise SourceError(f"{path}: no such file or folder, expected {expected}")
+    if any(path.glob("*.tar")):
+        return "webdataset"
+    is_set = any(path.glob("dataset_info.json")) or any(path.glob("*/dataset_info.json"))
+    return "tfds" if is_set else "folder"
 
 
 def shards(
