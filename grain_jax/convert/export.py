@@ -175,7 +175,7 @@ def describe(predictor: inference.Predictor, normalised_by: str, end: str) -> di
     """
     image, text = predictor.model.image, predictor.model.text
     is_clip = text.tokenizer == "clip"
-    about = {
+    about: dict[str, Any] = {
         "grain_jax": __version__,
         "image": {
             "size": image.image_size,
@@ -194,8 +194,9 @@ def describe(predictor: inference.Predictor, normalised_by: str, end: str) -> di
         },
         "logit_scale": float(np.exp(predictor.params["logit_scale"])),
     }
-    has_bias = predictor.logit_bias is not None
-    return about | ({"logit_bias": float(predictor.logit_bias)} if has_bias else {})
+    if predictor.logit_bias is not None:
+        about["logit_bias"] = float(predictor.logit_bias)
+    return about
 
 
 def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:

@@ -91,9 +91,8 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
         stated = regular_file.read_json(file, dict[str, Any], "open_clip's config")
         with archives.reading(file, "open_clip's config"):
             config, processor = stated["model_cfg"], stated.get("preprocess_cfg", {})
-            pixels = tuple(
-                tuple(processor.get(key, default)) for key, default in zip(("mean", "std"), pixels)
-            )
+            mean, std = (processor.get(key, x) for key, x in zip(("mean", "std"), pixels))
+            pixels = tuple(mean), tuple(std)
     else:
         raise ConvertError(
             f"{path}: has no {_CONFIG} beside it; --model NAME says which model of open_clip it is, such as ViT-B-32"
