@@ -14,7 +14,7 @@ from grain_jax.core import errors
 from grain_jax.evaluate import kinds, suite
 from grain_jax.evaluate.base import Evaluator
 from grain_jax.input_pipeline import derived, preparation, sources, tokenizer
-from grain_jax.runtime import ending, processes
+from grain_jax.runtime import processes
 from grain_jax.train import metrics_writer, schedule, sharding
 
 
