@@ -57,15 +57,7 @@ def build(args: Build) -> str:
         staging.recover(target)
         if target.exists() and not args.overwrite:
             raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
-        options = sources.Options(
-            images=args.images,
-            annotations=tuple(args.annotations),
-            split=args.split,
-            scratch=scratch,
-            shard_size=IMAGES_PER_PART,
-            label_text=args.label_text,
-        )
-        shards = sources.shards(args.source, options, dict(args.option))
+        shards = sources.of_flags(args, scratch, IMAGES_PER_PART)
         with staging.replacing(target) as folder:
             surveyed, written = _build(args, shards, target, folder)
         # After the records: the list is of the set there.

@@ -8,7 +8,7 @@ The same command again resumes an interrupted job. Further arguments, from --run
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -45,19 +45,17 @@ def annotate(args: Annotate) -> str:
     with output.locked(LINES):
         start = time.monotonic()
         output.agree(_settings(args))
-        options = sources.Options(
-            images=args.images,
-            annotations=tuple(args.annotations),
-            split=args.split,
-            scratch=str(output.path("lists")),
-            shard_size=args.shard_size,
-            label_text=args.label_text,
-        )
-        shards = sources.shards(args.source, options, dict(args.option))
+        shards = sources.of_flags(args, str(output.path("lists")), args.shard_size)
         done = output.done(*marks)
         todo = [shard for shard in shards if shard.name not in done]
         if todo:
-            _check_earlier_pass(args, output, todo)
+            first = args.passes[0] if args.passes else ""
+            needed = passes.NEEDS.get(first)
+            if needed and (missing := {x.name for x in todo} - output.done(f"passes/{needed}")):
+                raise job.JobError(
+                    f"--passes {','.join(args.passes)}: {len(missing)} shards have no results of"
+                    f" the pass {needed} yet; run --passes {needed} first"
+                )
             pipeline.run(args, todo)
             missing = {shard.name for shard in todo} - output.done(*marks)
             if missing:  # runners return from a job that somebody cancelled
@@ -65,7 +63,12 @@ def annotate(args: Annotate) -> str:
                     f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards"
                     " not done; give the same command again"
                 )
-        return _finish(args, output, shards, todo, time.monotonic() - start)
+        total = _finish(args, output, [shard.name for shard in shards])
+    return (
+        f"{output.path(LINES)}: {total['annotated']} of {total['images']} images,"
+        f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
+        f" {time.monotonic() - start:.1f} s"
+    )
 
 
 def _settings(args: Annotate) -> dict[str, dict[str, Any]]:
@@ -81,26 +84,8 @@ def _settings(args: Annotate) -> dict[str, dict[str, Any]]:
     return {name: settings[name] for name in ("source", *args.passes)}
 
 
-def _check_earlier_pass(
-    args: Annotate, output: job.Output, todo: Sequence[sources.SourceShard]
-) -> None:
-    needed = passes.NEEDS.get(args.passes[0]) if args.passes else None
-    if needed and (missing := {shard.name for shard in todo} - output.done(f"passes/{needed}")):
-        raise job.JobError(
-            f"--passes {','.join(args.passes)}: {len(missing)} shards have no results of the pass"
-            f" {needed} yet; run --passes {needed} first"
-        )
-
-
-def _finish(
-    args: Annotate,
-    output: job.Output,
-    shards: Sequence[sources.SourceShard],
-    todo: Sequence[sources.SourceShard],
-    seconds: float,
-) -> str:
-    """Joins the files of the shards; returns a line about them. Raises JobError for too many faults."""
-    names = [shard.name for shard in shards]
+def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping[str, int]:
+    """Joins the files of the shards; returns their numbers. Raises JobError for too many faults."""
     output.join("annotations", names, LINES)
     output.join("failed", names, FAILED)
     total = passes.counts(output, names)
@@ -116,11 +101,7 @@ def _finish(
         left=total["annotated"],
         most=args.max_faults,
     )
-    return (
-        f"{output.path(LINES)}: {total['annotated']} of {total['images']} images,"
-        f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
-        f" {seconds:.1f} s"
-    )
+    return total
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -114,13 +114,6 @@ def merged(
         if box is None or min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
             continue
         better = [region.box_xyxy for region in regions if region.description == description]
-        if all(_iou(other, box) <= MERGE_IOU for other in better):
+        if all(annotations.iou(other, box) <= MERGE_IOU for other in better):
             regions.append(annotations.Region(box, description, score))
     return regions
-
-
-def _iou(a: annotations.Box, b: annotations.Box) -> float:
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)]
-    return width * height / (sum(areas) - width * height)

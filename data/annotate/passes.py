@@ -208,15 +208,16 @@ class Passes:
         return line
 
 
-def check(item: sources.Image, args: Annotate) -> PIL.Image.Image | sources.Fault:
+def check(item: sources.Image | sources.Fault, args: Annotate) -> PIL.Image.Image | sources.Fault:
     """The image as RGB, or its fault: "unreadable", "too small" or "too large"."""
     image = join.decode(item)
     if isinstance(image, sources.Fault):
         return image
-    sides, bounds = sorted(image.size), f"sides from {args.min_side} to {args.max_side}"
-    if args.min_side <= sides[0] and sides[1] <= args.max_side:
+    low, high = sorted(image.size)
+    if args.min_side <= low and high <= args.max_side:
         return images.to_rgb(image)
-    cause = "too small" if sides[0] < args.min_side else "too large"
+    cause = "too small" if low < args.min_side else "too large"
+    bounds = f"sides from {args.min_side} to {args.max_side}"
     got = f"got {image.width} x {image.height} pixels, expected {bounds}"
     return sources.Fault(item.image, cause, got)
 
@@ -224,13 +225,10 @@ def check(item: sources.Image, args: Annotate) -> PIL.Image.Image | sources.Faul
 def _work(item: sources.Image | sources.Fault, known: dict[str, Any], args: Annotate) -> Work:
     """An image, decoded and with what earlier runs noted of it."""
     faults = {name: fault for name, fault in known.get("faults", {}).items() if name in PASSES}
-    work = Work(item, None, known.get("results", {}), faults)
-    checked = check(item, args) if isinstance(item, sources.Image) else item
-    if isinstance(checked, sources.Fault):
-        work.faults["image"] = [checked.cause, checked.detail]
-    else:
-        work.image = checked
-    return work
+    image = check(item, args)
+    if isinstance(image, sources.Fault):
+        faults["image"], image = [image.cause, image.detail], None
+    return Work(item, image, known.get("results", {}), faults)
 
 
 def _faults(work: Work) -> Iterator[tuple[str, str, str]]:
@@ -272,13 +270,8 @@ def counts(output: job.Output, shards: Iterable[str]) -> collections.Counter[str
 
 
 def _region(described: annotations.Region) -> dict[str, Any]:
-    """The object of a region in a line."""
-    out = {
-        "box": described.box_xyxy,
-        "description": described.description,
-        "score": described.score,
-    }
-    return out | ({"negatives": described.negatives} if described.negatives else {})
+    """The object of a region in a line; one without negatives has no such key."""
+    return {key: x for key, x in zip(annotations.REGION_KEYS, described, strict=True) if x != ()}
 
 
 def _line(item: annotations.Annotation) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
 
 STAMP = "settings.json"  # written last: if it exists, the dataset is complete
-LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +78,14 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     output = epath.Path(output)
     aviary = species_of(settings)
     values = dataclasses.asdict(settings)
-    if is_complete(output, values):
-        return False
+    if (stamp := output / STAMP).exists():
+        if stamp.read_text() == json.dumps(values, indent=1) + "\n":
+            return False
+    if stamp.exists() or (output / "A.jsonl").exists():
+        raise errors.UserError(
+            f"{output}: holds another dataset, expected an empty folder or one made with the same settings;"
+            " remove it or choose another --output"
+        )
     tasks = list(tasks_of(settings))
     for folder in sorted({(task.folder + "/" + task.image).rpartition("/")[0] for task in tasks}):
         (output / folder).mkdir(parents=True, exist_ok=True)
@@ -103,7 +108,7 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
         )
     (output / "README.md").write_text(_readme(settings, aviary))
     write_lines(output / "A.jsonl", lines["training"])
-    write_json(output / STAMP, values)
+    write_json(stamp, values)
     return True
 
 
@@ -159,24 +164,6 @@ def _make(output, settings, task):
     return record_of(settings, task, drawn)
 
 
-def is_complete(output: epath.Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the whole dataset of these settings, which are written last.
-
-    Raises:
-      errors.UserError: it holds something else.
-    """
-    stamp = output / STAMP
-    described = json.dumps(settings, indent=1) + "\n"
-    if stamp.exists() and stamp.read_text() == described:
-        return True
-    if stamp.exists() or (output / "A.jsonl").exists():
-        raise errors.UserError(
-            f"{output}: holds another dataset, expected an empty folder or one made with the same settings;"
-            " remove it or choose another --output"
-        )
-    return False
-
-
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes a value as JSON."""
     path.write_text(json.dumps(value, indent=1) + "\n")
@@ -191,7 +178,8 @@ def write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
 def _readme(settings, aviary):
     return f"""# Aviary: drawn birds of invented species
 
-Made by `grain-jax aviary` (settings: `settings.json`; seed {settings.seed}). {LICENCE}.
+Made by `grain-jax aviary` (settings: `settings.json`; seed {settings.seed}). \
+CC0 1.0 (drawn by a program; no rights reserved).
 
 | | |
 |---|---|

@@ -54,13 +54,11 @@ def inspect(args: Inspect) -> str:
 
 def _read(shard: sources.SourceShard) -> list[Annotation | Fault]:
     """The images of a shard that can be decoded, and the faults of the others."""
-    items = []
-    for item in sources.read(shard):
-        decoded = None
-        if isinstance(item, Annotation) and shard.source == "annotations":
-            decoded = join.decode(item)
-        items.append(decoded if isinstance(decoded, Fault) else item)
-    return items
+    items = list(sources.read(shard))
+    if shard.source != "annotations":
+        return items
+    decoded = map(join.decode, items)
+    return [image if isinstance(image, Fault) else item for image, item in zip(decoded, items)]
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@
 import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgspec
 from etils import epath
@@ -84,6 +85,14 @@ def of_path(path: epath.Path) -> str:
         return "webdataset"
     is_set = any(path.glob("dataset_info.json")) or any(path.glob("*/dataset_info.json"))
     return "tfds" if is_set else "folder"
+
+
+def of_flags(args: Any, scratch: str, shard_size: int) -> list[SourceShard]:
+    """The shards of the source that the flags of build or annotate name; raises as `shards`."""
+    options = Options(
+        args.images, tuple(args.annotations), args.split, scratch, shard_size, args.label_text
+    )
+    return shards(args.source, options, dict(args.option))
 
 
 def shards(

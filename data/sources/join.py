@@ -74,8 +74,10 @@ def join(annotation: Annotation) -> Annotation | Fault:
     )
 
 
-def decode(item: Annotation) -> PIL.Image.Image | Fault:
+def decode(item: Annotation | Fault) -> PIL.Image.Image | Fault:
     """The upright image of an annotation; a Fault, "too large" or "unreadable", if it has none."""
+    if isinstance(item, Fault):
+        return item
     try:
         return images.decode_image(item.encoded, item.image)
     except images.ImageError as error:
