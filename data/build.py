@@ -15,17 +15,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from etils import epath
 
-from grain_jax.cli.parser import Command
+from grain_jax.cli import process
 from grain_jax.core import errors, printable, progress
 from grain_jax.data import duplicates, example, parallel, sources, staging, survey
 from grain_jax.data.arguments import Build, Encoding
-from grain_jax.data.survey import BuildError
 
 SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
@@ -56,7 +53,7 @@ def build(args: Build) -> str:
     with staging.locked(target), tempfile.TemporaryDirectory() as scratch:
         staging.recover(target)
         if target.exists() and not args.overwrite:
-            raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
+            raise errors.UserError(f"{target}: a set is there already; --overwrite replaces it")
         shards = sources.of_flags(args, scratch, IMAGES_PER_PART)
         with staging.replacing(target) as folder:
             surveyed, written = _build(args, shards, target, folder)
@@ -92,18 +89,18 @@ def _build(
 
 
 def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> None:
-    """Prints what is known about the images. Raises BuildError: more faults than --max-faults allows."""
+    """Prints what is known about the images. Raises errors.UserError: more faults than --max-faults allows."""
     if surveyed.turned:
         turned = f"{surveyed.turned} of {surveyed.lines} images {example.TURNED}"
         print(printable.plain(f"{surveyed.name}: {turned}"), file=sys.stderr)
     print(printable.plain(surveyed.summary()), file=sys.stderr)
     if not surveyed.lines:
-        raise BuildError(f"{surveyed.name}: got no images, expected some")
+        raise errors.UserError(f"{surveyed.name}: got no images, expected some")
     if surveyed.faulty_lines <= args.max_faults * surveyed.lines and surveyed.ids:
         return
     if not target.exists():  # a set that stays keeps the list of its own faults
         surveyed.write_faults(target.parent / FAULTS)
-    raise BuildError(
+    raise errors.UserError(
         f"{surveyed.name}: {surveyed.faulty_lines} of {surveyed.lines} lines are faulty, more than"
         f" --max-faults {args.max_faults:g} allows; no records were written"
     )
@@ -116,11 +113,11 @@ def _write(
     target: epath.Path,
     folder: epath.Path,
 ) -> int:
-    """Writes the set; returns the number of shards of train. Raises BuildError."""
+    """Writes the set; returns the number of shards of train. Raises errors.UserError."""
     encoding, counts = args.stored, surveyed.counts
     num_shards = args.num_shards or _default_shards(surveyed, divided.train, encoding)
     if num_shards > len(divided.train):
-        raise BuildError(
+        raise errors.UserError(
             f"--num-shards {num_shards}: there are {len(divided.train)} good lines, expected at most"
             " one shard each"
         )
@@ -161,25 +158,9 @@ def _write(
     return num_shards
 
 
-def console(declared: type[Command], run: Callable[[Any], str], argv: list[str] | None) -> int:
-    """Runs a command that writes to its --output; returns its exit status."""
-    try:
-        args = declared.parse(argv)
-        try:
-            print(run(args))
-        except OSError as error:  # a full or read-only disk, a file in a folder's place
-            reason = f"{error.filename or args.output}: {error.strerror or error}"
-            advice = "no set was changed; make room, or give another --output"
-            raise errors.UserError(f"{reason}; {advice}") from None
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return console(Build, build, argv)
+    return process.console(Build, build, argv)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from typing import Any
 
 from etils import epath
 
+from grain_jax.cli import process
 from grain_jax.core import errors
-from grain_jax.data import build, job, negatives, sources
+from grain_jax.data import job, negatives, sources
 from grain_jax.data.annotate import LINES, chat, local_models, passes
 from grain_jax.data.annotate.arguments import Annotate
 
@@ -106,7 +107,7 @@ def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return build.console(Annotate, annotate, argv)
+    return process.console(Annotate, annotate, argv)
 
 
 if __name__ == "__main__":

@@ -44,10 +44,6 @@ FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the 
 NEEDS = {"describe": "caption", "ground": "describe"}
 
 
-class ModelDown(errors.UserError):
-    """A model or its server failed for many images in a row; the message is one line."""
-
-
 def marks(args: Annotate) -> list[str]:
     """The folders whose files mark a shard as done."""
     return [f"passes/{name}" for name in args.passes or ("none",)]
@@ -149,7 +145,7 @@ class Passes:
                     work.results[name] = result
                 self._failures = self._failures + 1 if failed else 0
                 if self._failures >= FAILURES_IN_A_ROW:
-                    raise ModelDown(
+                    raise errors.UserError(
                         f"pass {name}: {self._failures} images in a row failed, the last by"
                         f" {result.cause} ({result.detail}); fix it, then give the same command again"
                     )

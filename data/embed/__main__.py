@@ -19,6 +19,7 @@ from etils import epath
 
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
+from grain_jax.cli import process
 from grain_jax.core import errors
 from grain_jax.data import job, sources
 from grain_jax.data.embed import arguments, output, pipeline
@@ -133,26 +134,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of record sets and object stores
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    try:
-        args = arguments.Embed.parse(argv)
-        distributed.keep_compiled_programs()
-        distributed.initialize(
-            args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
-        )
-        with distributed.ending_together(args.heartbeat_seconds):
-            try:
-                said = embed(args)
-            except OSError as error:
-                reason = f"{error.filename or args.output}: {error.strerror or error}"
-                raise errors.UserError(
-                    f"{reason}; make room or allow it, then give the same command again"
-                ) from None
-        if processes.process_info()[0] == 0:
-            print(said)
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    return 0
+    return process.console(arguments.Embed, _in_processes, argv)
+
+
+def _in_processes(args: arguments.Embed) -> str:
+    distributed.keep_compiled_programs()
+    distributed.initialize(
+        args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
+    )
+    with distributed.ending_together(args.heartbeat_seconds):
+        line = embed(args)
+    return "" if processes.process_info()[0] else line
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from typing import Any
 
 from etils import epath
 
+from grain_jax.cli import process
 from grain_jax.core import atomic, errors, printable, progress
 from grain_jax.core.annotations import Annotation, Fault
-from grain_jax.data import build, example, parallel, sources
+from grain_jax.data import example, parallel, sources
 from grain_jax.data.inspect import page, statistics
 from grain_jax.data.inspect.arguments import Inspect
 from grain_jax.data.sources import join
@@ -88,7 +89,7 @@ def _summary(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return build.console(Inspect, inspect, argv)
+    return process.console(Inspect, inspect, argv)
 
 
 if __name__ == "__main__":

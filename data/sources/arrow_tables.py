@@ -117,7 +117,8 @@ class _Tables(columns.TableOptions):
             if "labels" in named.paths:
                 names = _label_names(schema, named.paths["labels"], arguments["file"])
                 named = named._replace(names=names)
-            rows = map(_rows, self._batches(reader, named.columns, arguments))
+            read = list(dict.fromkeys(path[0] for path in named.paths.values()))
+            rows = map(_rows, self._batches(reader, read, arguments))
             rows = itertools.chain.from_iterable(rows)
             for number, row in enumerate(rows, arguments["first_row"]):
                 where = f"{arguments['file']}:row {number}"

@@ -195,7 +195,7 @@ TWO += " --species-per-genus 1 --held-out-genera 0 --processes 1"
 
 def test_records_of_a_build_that_was_cut_off_are_built_again(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(build, "main", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr(build, "build", lambda flags: asked.append(flags) or "")
     arguments = ["--output", str(tmp_path / "x"), "--records", str(tmp_path / "r")]
     arguments += ["--name", "birds", "--size=160", *TWO.split()]
     assert main(arguments) == 0 and len(asked) == 1
@@ -209,7 +209,7 @@ def test_records_of_a_build_that_was_cut_off_are_built_again(tmp_path, monkeypat
 
 
 def test_records_that_another_process_exchanges_are_left_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build, "main", lambda arguments: pytest.fail("it was built"))
+    monkeypatch.setattr(build, "build", lambda flags: pytest.fail("it was built"))
     assert main(["--output", str(tmp_path / "x"), *TWO.split()]) == 0
     target = epath.Path(tmp_path / "r" / "birds" / "1.0.0")
     with staging.locked(target):
