@@ -53,14 +53,14 @@ def annotate(args: Annotate) -> str:
             first = args.passes[0] if args.passes else ""
             needed = passes.NEEDS.get(first)
             if needed and (missing := {x.name for x in todo} - output.done(f"passes/{needed}")):
-                raise job.JobError(
+                raise errors.UserError(
                     f"--passes {','.join(args.passes)}: {len(missing)} shards have no results of"
                     f" the pass {needed} yet; run --passes {needed} first"
                 )
             pipeline.run(args, todo)
             missing = {shard.name for shard in todo} - output.done(*marks)
             if missing:  # runners return from a job that somebody cancelled
-                raise job.JobError(
+                raise errors.UserError(
                     f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards"
                     " not done; give the same command again"
                 )
@@ -86,7 +86,7 @@ def _settings(args: Annotate) -> dict[str, dict[str, Any]]:
 
 
 def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping[str, int]:
-    """Joins the files of the shards; returns their numbers. Raises JobError for too many faults."""
+    """Joins the files of the shards; returns their numbers. Raises errors.UserError for too many faults."""
     output.join("annotations", names, LINES)
     output.join("failed", names, FAILED)
     total = passes.counts(output, names)

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 from etils import epy
 
-from grain_jax.core import annotations
+from grain_jax.core import annotations, errors
 from grain_jax.data.annotate import chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
 
@@ -27,7 +27,7 @@ class Detector:
     """Grounds descriptions in images.
 
     Raises:
-      ModelError: the model cannot be loaded, or is no OWLv2.
+      UserError: the model cannot be loaded, or is no OWLv2.
     """
 
     def __init__(self, args: Annotate):
@@ -38,7 +38,7 @@ class Detector:
         )
         kind = self._model.config.model_type
         if kind != "owlv2":
-            raise local_models.ModelError(f"{args.detector}: got {kind!r}, expected an owlv2")
+            raise errors.UserError(f"{args.detector}: got {kind!r}, expected an owlv2")
         self._threshold, self._batch_size = args.threshold, args.batch_size
 
     def detect(

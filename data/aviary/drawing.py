@@ -28,9 +28,8 @@ class Drawing:
     boxes_xyxy: dict[str, tuple[float, float, float, float]]
     areas: dict[str, float]  # part -> the share of the image that it covers
     scene: scenery.Scene  # in words
-    labels: (
-        np.ndarray
-    )  # uint8 [side, side] of the supersampled canvas: 0, or i for the i-th of PARTS
+    # uint8 [side, side] of the supersampled canvas: 0, or i for the i-th of PARTS
+    labels: np.ndarray
 
     def part_mask(self) -> np.ndarray:
         """The label that covers most of each pixel, the lower one of two equal ones: uint8 [size, size]."""

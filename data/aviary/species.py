@@ -38,12 +38,6 @@ class Species:
         """The plain phrases of all parts: the entry of the class in a descriptions file."""
         return [trait.phrase for trait in self.traits]
 
-    def replace(self, trait: Trait) -> "Species":
-        """The same species with another look of one part."""
-        return dataclasses.replace(
-            self, traits=tuple(trait if trait.part == old.part else old for old in self.traits)
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class AllSpecies:

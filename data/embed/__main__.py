@@ -30,13 +30,18 @@ FAULTS = "faults.jsonl"
 
 
 def embed(args: arguments.Embed) -> str:
-    """Embeds the source; returns a line about what was done. Every process calls it. Raises UserError."""
+    """Embeds the source; returns a line about what was done, "" if another process says it. Raises UserError."""
     arrow_tables.pyarrow()  # before the model is read: it may be missing
     folder = job.Output(str(absolute(args.output)))
-    processes.run_together(lambda: saved_model.find(args.checkpoint))
-    with contextlib.ExitStack() as stack:
+    distributed.keep_compiled_programs()
+    distributed.initialize(
+        args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
+    )
+    with distributed.ending_together(args.heartbeat_seconds), contextlib.ExitStack() as stack:
+        processes.run_together(lambda: saved_model.find(args.checkpoint))
         processes.of_first(lambda: stack.enter_context(folder.locked(FAULTS)))
-        return _embed(args, folder)
+        line = _embed(args, folder)
+    return "" if processes.process_info()[0] else line
 
 
 def _embed(args: arguments.Embed, folder: job.Output) -> str:
@@ -100,11 +105,11 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def _finish(args: arguments.Embed, result: output.Embeddings, count: int, seconds: float) -> str:
-    """Writes the faults if all parts are there; returns a line. Raises JobError."""
+    """Writes the faults if all parts are there; returns a line. Raises errors.UserError."""
     done = result.done()
     missing = [index for index in range(len(result.parts)) if index not in done]
     if missing:
-        raise job.JobError(
+        raise errors.UserError(
             f"--output {args.output}: {result.path('metadata', missing[0])} is missing, one of"
             f" {len(missing)} files; give the same command again"
         )
@@ -134,17 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of record sets and object stores
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    return process.console(arguments.Embed, _in_processes, argv)
-
-
-def _in_processes(args: arguments.Embed) -> str:
-    distributed.keep_compiled_programs()
-    distributed.initialize(
-        args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
-    )
-    with distributed.ending_together(args.heartbeat_seconds):
-        line = embed(args)
-    return "" if processes.process_info()[0] else line
+    return process.console(arguments.Embed, embed, argv)
 
 
 if __name__ == "__main__":

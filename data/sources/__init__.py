@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ SOURCES = {
     "annotations": "annotations:AnnotationLines",
     "coco": "coco:Coco",
     "csv": "csv:Csv",
-    "fg_ovd": "coco:FgOvd",
+    "fg_ovd": "coco:Coco",
     "finehard": "json_sets:FineHard",
     "flickr30k_entities": "flickr30k_entities:Flickr30kEntities",
     "folder": "folder:Folder",
@@ -55,11 +54,9 @@ def make(source: str, options: Mapping[str, str] | None = None) -> Source:
       SourceError: there is no such option, or a value is of another type or refused by the class (a ValueError of its
         `__post_init__`).
     """
+    name = f"{__name__}.{SOURCES[source]}" if source in SOURCES else source
     with named.importing():  # the name is the user's, from the command line
-        cls = named.find("data source", source, SOURCES)
-    if source in SOURCES:
-        module, _, name = SOURCES[source].partition(":")
-        cls = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        cls = named.find("data source", name, SOURCES)
     if not hasattr(cls, "shards"):
         expected = "a class as data/sources/base.py: Source describes"
         raise SourceError(f"data source {source!r}: has no shards, expected {expected}")

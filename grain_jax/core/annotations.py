@@ -67,7 +67,7 @@ class Annotation(NamedTuple):
     left_out: Sequence[Fault] = ()  # regions of the source that cannot be used
     where: str = ""  # as Fault.where
     # Width and height of the image that the boxes were drawn on, if known. (1, 1): boxes are shares of both.
-    drawn_on: Sequence[float] | None = None
+    drawn_on: Sequence[float | None] | None = None
 
 
 class Parsed(NamedTuple):
