@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax.core import atomic, errors, printable, progress, regular_file
-from grain_jax.data import staging
 
 SETTINGS = "settings.json"
 _SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder: each look lists all shards
@@ -28,14 +27,6 @@ class Output(NamedTuple):
     def path(self, *names: str) -> epath.Path:
         """A file or folder below the output."""
         return epath.Path(self.folder).joinpath(*names)
-
-    def locked(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Keeps other runs out while the block runs; `name` is a result, which the refusal names.
-
-        Raises:
-          staging.BusyError: another process has the folder. Object stores have no lock.
-        """
-        return staging.locked(self.path(name), "--output")
 
     def put(self, content: str | bytes, *names: str) -> None:
         """Writes a file whole: a kill or a full disk leaves the old one."""

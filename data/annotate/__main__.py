@@ -15,7 +15,7 @@ from etils import epath
 
 from grain_jax.cli import process
 from grain_jax.core import errors
-from grain_jax.data import job, negatives, sources
+from grain_jax.data import job, negatives, sources, staging
 from grain_jax.data.annotate import LINES, chat, local_models, passes
 from grain_jax.data.annotate.arguments import Annotate
 
@@ -43,7 +43,7 @@ def annotate(args: Annotate) -> str:
     args.keep_images &= not source.images_are_files
     output, marks = job.Output(args.output), passes.marks(args)
     # A shard's lines are composed of the results of all passes, so two runs would overwrite each other's.
-    with output.locked(LINES):
+    with staging.locked(output.path(LINES), "--output"):
         start = time.monotonic()
         output.agree(_settings(args))
         shards = sources.of_flags(args, str(output.path("lists")), args.shard_size)

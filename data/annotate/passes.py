@@ -204,27 +204,20 @@ class Passes:
         return line
 
 
-def check(item: sources.Image | sources.Fault, args: Annotate) -> PIL.Image.Image | sources.Fault:
-    """The image as RGB, or its fault: "unreadable", "too small" or "too large"."""
-    image = join.decode(item)
-    if isinstance(image, sources.Fault):
-        return image
-    low, high = sorted(image.size)
-    if args.min_side <= low and high <= args.max_side:
-        return images.to_rgb(image)
-    cause = "too small" if low < args.min_side else "too large"
-    bounds = f"sides from {args.min_side} to {args.max_side}"
-    got = f"got {image.width} x {image.height} pixels, expected {bounds}"
-    return sources.Fault(item.image, cause, got)
-
-
 def _work(item: sources.Image | sources.Fault, known: dict[str, Any], args: Annotate) -> Work:
     """An image, decoded and with what earlier runs noted of it."""
     faults = {name: fault for name, fault in known.get("faults", {}).items() if name in PASSES}
-    image = check(item, args)
+    work = Work(item, None, known.get("results", {}), faults)
+    image = join.decode(item)
     if isinstance(image, sources.Fault):
-        faults["image"], image = [image.cause, image.detail], None
-    return Work(item, image, known.get("results", {}), faults)
+        faults["image"] = [image.cause, image.detail]
+    elif args.min_side <= min(image.size) and max(image.size) <= args.max_side:
+        work.image = images.to_rgb(image)
+    else:
+        bounds = f"sides from {args.min_side} to {args.max_side}"
+        got = f"got {image.width} x {image.height} pixels, expected {bounds}"
+        faults["image"] = ["too small" if min(image.size) < args.min_side else "too large", got]
+    return work
 
 
 def _faults(work: Work) -> Iterator[tuple[str, str, str]]:

@@ -21,7 +21,7 @@ from grain_jax import inference
 from grain_jax.checkpoint import saved_model
 from grain_jax.cli import process
 from grain_jax.core import errors
-from grain_jax.data import job, sources
+from grain_jax.data import job, sources, staging
 from grain_jax.data.embed import arguments, output, pipeline
 from grain_jax.data.sources import arrow_tables
 from grain_jax.runtime import distributed, processes
@@ -39,7 +39,8 @@ def embed(args: arguments.Embed) -> str:
     )
     with distributed.ending_together(args.heartbeat_seconds), contextlib.ExitStack() as stack:
         processes.run_together(lambda: saved_model.find(args.checkpoint))
-        processes.of_first(lambda: stack.enter_context(folder.locked(FAULTS)))
+        lock = staging.locked(folder.path(FAULTS), "--output")
+        processes.of_first(lambda: stack.enter_context(lock))
         line = _embed(args, folder)
     return "" if processes.process_info()[0] else line
 

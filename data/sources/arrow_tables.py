@@ -179,13 +179,8 @@ class Parquet(_Tables):
             raise base.SourceError("got no --annotations, expected Parquet files, or a folder")
         files = []
         for path in map(epath.Path, options.annotations):
-            inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-            if options.split:  # the Hub's files are called train-00000-of-00008.parquet
-                begins = (f"{options.split}-", f"{options.split}.")
-                inside = [x for x in inside if path.is_dir() and x.name.startswith(begins)]
-            if not inside:
-                raise base.SourceError(f"{path}: got no .parquet file of --split {options.split!r}")
-            files += inside
+            base.check_split(path, options.split, ())
+            files += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         return files
 
     def _reader(self, file: Any) -> Any:
