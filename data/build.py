@@ -22,7 +22,7 @@ from etils import epath
 from grain_jax.cli import process
 from grain_jax.core import errors, printable, progress
 from grain_jax.data import duplicates, example, parallel, sources, staging, survey
-from grain_jax.data.arguments import Build, Encoding
+from grain_jax.data.arguments import Build
 
 SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
@@ -30,12 +30,10 @@ IMAGES_PER_PART = 250
 FAULTS = "faults.jsonl"  # beside the version's folder
 
 
-def _default_shards(surveyed: survey.Survey, images: np.ndarray, encoding: Encoding) -> int:
+def _default_shards(surveyed: survey.Survey, images: np.ndarray) -> int:
     """64 MB per shard, in multiples of 16; few examples make at most one shard each."""
-    bytes_each = surveyed.counts["image_bytes"] / len(surveyed.ids)
-    if encoding.size:  # what photographs of that size take
-        bytes_each = encoding.size**2 * (0.4 if encoding.kind == "jpeg" else 1.8)
-    num_bytes = int(len(images) * bytes_each)
+    _, starts, ends = np.asarray(surveyed.parts, np.int64).reshape(-1, 3)[images].T
+    num_bytes = int((ends - starts).sum())
     wanted = max(1, -(-num_bytes // (SHARD_BYTES * SHARD_MULTIPLE))) * SHARD_MULTIPLE
     return min(wanted, len(images))
 
@@ -115,7 +113,7 @@ def _write(
 ) -> int:
     """Writes the set; returns the number of shards of train. Raises errors.UserError."""
     encoding, counts = args.stored, surveyed.counts
-    num_shards = args.num_shards or _default_shards(surveyed, divided.train, encoding)
+    num_shards = args.num_shards or _default_shards(surveyed, divided.train)
     if num_shards > len(divided.train):
         raise errors.UserError(
             f"--num-shards {num_shards}: there are {len(divided.train)} good lines, expected at most"
@@ -136,7 +134,7 @@ def _write(
         target.parent.name,
         splits={
             "train": (lengths.watch(train), num_shards),
-            "validation": (validation, _default_shards(surveyed, divided.validation, encoding)),
+            "validation": (validation, _default_shards(surveyed, divided.validation)),
         },
         encoding_format=encoding.tfds_format,
         metadata={

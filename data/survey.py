@@ -67,7 +67,6 @@ def prepare(
                     id=annotation.id,
                     left_out=tuple(map(_in_words, annotation.left_out)),
                     counts={
-                        "image_bytes": len(annotation.encoded),
                         "boxes_clipped": checked.boxes_clipped,
                         "regions": len(annotation.regions),
                         "negatives": sum(len(region.negatives) for region in annotation.regions),

@@ -424,10 +424,7 @@ def test_bad_regions_are_left_out_by_name_and_their_picture_stays(tmp_path):
     assert picture.regions[-1].box_xyxy == (-4, 3, 16, 8) and picture.regions[-1].score == 0.5
 
 
-def test_tars_that_are_damaged_or_incomplete(tmp_path):
-    sample = webdataset_sample(tmp_path)
-    whole = (tmp_path / "images/00000.tar").read_bytes()
-    (tmp_path / "images/00000.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512])
+def test_samples_of_tars_that_are_incomplete(tmp_path):
     members = [
         ("a/1.txt", b"alone"),
         ("a/2.jpg", encoded(2)),
@@ -437,13 +434,8 @@ def test_tars_that_are_damaged_or_incomplete(tmp_path):
         ("a/3.json", json.dumps({"caption": "of the json"}).encode()),
     ]
     write_tar(tmp_path / "images/00001.tar", members)
-    items = read_all("webdataset", sample)
-    assert causes(items) == {
-        "00000.tar": "damaged shard",
-        "00001/a/1": "no image",
-        "00001/a/2.jpg": "bad annotation",
-    }
-    assert items[0].captions == (caption(0),) and items[0].image == "00000/000000000.jpg"
+    items = read_all("webdataset", options(tmp_path))
+    assert causes(items) == {"00001/a/1": "no image", "00001/a/2.jpg": "bad annotation"}
     assert items[-1].image == "00001/a/3.jpg" and items[-1].captions == ("of the json",)
 
 
