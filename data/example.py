@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import PIL.Image
 from etils import epath
 
-from grain_jax.core import annotations, images, regular_file
-from grain_jax.core.annotations import Annotation
+from grain_jax.core import annotations, images
+from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data.arguments import Encoding
+from grain_jax.data.sources import join
 
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 
@@ -36,7 +37,8 @@ class Checked(NamedTuple):
 
 def check_line(line: bytes, folder: epath.PathLike) -> Checked:
     """Checks a line of A.jsonl and its image, a file below `folder`."""
-    return _check(annotations.parse_line(line, text_required=True), folder)
+    parsed = annotations.parse_line(line, text_required=True)
+    return _check(parsed, join.load(Annotation(parsed.image), folder) if parsed.image else None)
 
 
 def check(item: Annotation) -> Checked:
@@ -45,34 +47,25 @@ def check(item: Annotation) -> Checked:
     if not (item.captions or item.synthetic_caption or item.regions):
         faults.append(annotations.NO_TEXT)
     boxes_xyxy = [region.box_xyxy for region in item.regions]
-    return _check(annotations.Parsed(item, faults, [], item.image, boxes_xyxy), "")
+    return _check(annotations.Parsed(item, faults, [], item.image, boxes_xyxy), item)
 
 
-def _check(parsed: annotations.Parsed, folder: epath.PathLike) -> Checked:
+def _check(parsed: annotations.Parsed, item: Annotation | Fault | None) -> Checked:
+    """Checks what a line says with its image; `item` has the image or its fault, None without a name."""
     faults, unknown = list(parsed.faults), tuple(parsed.unknown_keys)
-    encoded = parsed.annotation.encoded if parsed.annotation else b""
-    image, turned, boxes_xyxy = None, False, []
-    if parsed.image:
-        got = f"image: got {annotations.show(parsed.image)}"
-        path = epath.Path(folder) / parsed.image
-        try:
-            path = regular_file.named(folder, parsed.image)
-            encoded = encoded or images.read_file(path, got)
-            image = images.decode_image(encoded, got)
-            turned = images.header(encoded, got).turned
-            boxes_xyxy = _clipped(parsed.boxes_xyxy, image, faults)
-        except FileNotFoundError:
-            faults.append(f"{got}, expected a file; there is no {path}")
-        except OSError as error:
-            faults.append(f"{got}, {error.strerror or error}, expected an image")
-        except images.ImageError as error:
-            faults.append(str(error))
+    image, turned, boxes_xyxy = item and join.decode(item), False, []
+    if isinstance(image, Fault):
+        detail = image.detail.removeprefix(f"{parsed.image}: ")
+        faults.append(f"image: got {annotations.show(parsed.image)}, {detail}")
+    elif image is not None:
+        turned = images.header(item.encoded).turned
+        boxes_xyxy = _clipped(parsed.boxes_xyxy, image, faults)
     if faults:
         return Checked(None, None, faults, turned, unknown_keys=unknown)
     before = parsed.annotation.regions
     regions = tuple(old._replace(box_xyxy=new) for old, new in zip(before, boxes_xyxy, strict=True))
     clipped = sum(old.box_xyxy != new.box_xyxy for old, new in zip(before, regions))
-    checked = parsed.annotation._replace(regions=regions, encoded=encoded)
+    checked = parsed.annotation._replace(regions=regions, encoded=item.encoded)
     return Checked(checked, image, [], turned, clipped, unknown)
 
 

@@ -26,10 +26,6 @@ from grain_jax.data.sources import annotations as annotations_source
 MOST_PRINTED = 20  # faults
 
 
-class BuildError(errors.UserError):
-    """The set cannot be built from this input; the message is one line."""
-
-
 class Prepared(NamedTuple):
     """An image that a worker has checked, without the image itself: one is sent between processes for every image."""
 
@@ -71,7 +67,6 @@ def prepare(
                     id=annotation.id,
                     left_out=tuple(map(_in_words, annotation.left_out)),
                     counts={
-                        "image_bytes": len(annotation.encoded),
                         "boxes_clipped": checked.boxes_clipped,
                         "regions": len(annotation.regions),
                         "negatives": sum(len(region.negatives) for region in annotation.regions),
@@ -213,7 +208,7 @@ def divide(surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[
       exclude_duplicates_of: folders of sets that grain-jax build wrote.
 
     Raises:
-      BuildError: nothing is left for one of the splits.
+      errors.UserError: nothing is left for one of the splits.
       data.sources.SourceError: one of the other sets is not there.
     """
     ids, prints = surveyed.ids, np.asarray(surveyed.fingerprints, np.uint64).reshape(-1, 2)
@@ -229,7 +224,7 @@ def divide(surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[
         aside |= more
     train, validation = (np.nonzero(chosen)[0] for chosen in (kept & ~aside, aside))
     if not len(train) or (holdout and not len(validation)):
-        raise BuildError(
+        raise errors.UserError(
             f"--holdout {holdout:g}, {len(exclude_duplicates_of)} sets excluded: of"
             f" {len(ids)} images {len(train)} are left for train and {len(validation)} for"
             " validation, expected at least one; no records were written"

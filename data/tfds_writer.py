@@ -5,7 +5,6 @@ Each split has its own number of shards, and the records of two builds have the 
 
 import contextlib
 import dataclasses
-import errno
 import io
 import itertools
 import tempfile
@@ -120,12 +119,7 @@ def write(
     tfds.disable_progress_bar()  # our own shows the time left
     # TFDS prints to stdout, and wants a folder for downloads although there are none.
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-        try:
-            builder.download_and_prepare(download_dir=downloads, download_config=config)
-        except RuntimeError as error:  # TFDS turns TensorFlow's errors into it
-            if "No space left on device" not in str(error):
-                raise
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from None
+        builder.download_and_prepare(download_dir=downloads, download_config=config)
     digests = {
         split: record_files.digest_of_split(builder.info.splits[split].filepaths, negatives)
         for split in splits

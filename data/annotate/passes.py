@@ -44,10 +44,6 @@ FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the 
 NEEDS = {"describe": "caption", "ground": "describe"}
 
 
-class ModelDown(errors.UserError):
-    """A model or its server failed for many images in a row; the message is one line."""
-
-
 def marks(args: Annotate) -> list[str]:
     """The folders whose files mark a shard as done."""
     return [f"passes/{name}" for name in args.passes or ("none",)]
@@ -149,7 +145,7 @@ class Passes:
                     work.results[name] = result
                 self._failures = self._failures + 1 if failed else 0
                 if self._failures >= FAILURES_IN_A_ROW:
-                    raise ModelDown(
+                    raise errors.UserError(
                         f"pass {name}: {self._failures} images in a row failed, the last by"
                         f" {result.cause} ({result.detail}); fix it, then give the same command again"
                     )
@@ -208,28 +204,19 @@ class Passes:
         return line
 
 
-def check(item: sources.Image, args: Annotate) -> PIL.Image.Image | sources.Fault:
-    """The image as RGB, or its fault: "unreadable", "too small" or "too large"."""
-    image = join.decode(item)
-    if isinstance(image, sources.Fault):
-        return image
-    sides, bounds = sorted(image.size), f"sides from {args.min_side} to {args.max_side}"
-    if args.min_side <= sides[0] and sides[1] <= args.max_side:
-        return images.to_rgb(image)
-    cause = "too small" if sides[0] < args.min_side else "too large"
-    got = f"got {image.width} x {image.height} pixels, expected {bounds}"
-    return sources.Fault(item.image, cause, got)
-
-
 def _work(item: sources.Image | sources.Fault, known: dict[str, Any], args: Annotate) -> Work:
     """An image, decoded and with what earlier runs noted of it."""
     faults = {name: fault for name, fault in known.get("faults", {}).items() if name in PASSES}
     work = Work(item, None, known.get("results", {}), faults)
-    checked = check(item, args) if isinstance(item, sources.Image) else item
-    if isinstance(checked, sources.Fault):
-        work.faults["image"] = [checked.cause, checked.detail]
+    image = join.decode(item)
+    if isinstance(image, sources.Fault):
+        faults["image"] = [image.cause, image.detail]
+    elif args.min_side <= min(image.size) and max(image.size) <= args.max_side:
+        work.image = images.to_rgb(image)
     else:
-        work.image = checked
+        bounds = f"sides from {args.min_side} to {args.max_side}"
+        got = f"got {image.width} x {image.height} pixels, expected {bounds}"
+        faults["image"] = ["too small" if min(image.size) < args.min_side else "too large", got]
     return work
 
 
@@ -272,13 +259,8 @@ def counts(output: job.Output, shards: Iterable[str]) -> collections.Counter[str
 
 
 def _region(described: annotations.Region) -> dict[str, Any]:
-    """The object of a region in a line."""
-    out = {
-        "box": described.box_xyxy,
-        "description": described.description,
-        "score": described.score,
-    }
-    return out | ({"negatives": described.negatives} if described.negatives else {})
+    """The object of a region in a line; one without negatives has no such key."""
+    return {key: x for key, x in zip(annotations.REGION_KEYS, described, strict=True) if x != ()}
 
 
 def _line(item: annotations.Annotation) -> dict[str, Any]:

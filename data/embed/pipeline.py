@@ -49,8 +49,6 @@ def encoder(predictor: Any) -> Encode:
 
 def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sources.Fault:
     """Decodes an image and resizes it to a square."""
-    if isinstance(item, sources.Fault):
-        return item
     image = join.decode(item)
     if isinstance(image, sources.Fault):
         return image

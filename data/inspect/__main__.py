@@ -8,9 +8,10 @@ from typing import Any
 
 from etils import epath
 
+from grain_jax.cli import process
 from grain_jax.core import atomic, errors, printable, progress
 from grain_jax.core.annotations import Annotation, Fault
-from grain_jax.data import build, example, parallel, sources
+from grain_jax.data import example, parallel, sources
 from grain_jax.data.inspect import page, statistics
 from grain_jax.data.inspect.arguments import Inspect
 from grain_jax.data.sources import join
@@ -54,13 +55,11 @@ def inspect(args: Inspect) -> str:
 
 def _read(shard: sources.SourceShard) -> list[Annotation | Fault]:
     """The images of a shard that can be decoded, and the faults of the others."""
-    items = []
-    for item in sources.read(shard):
-        decoded = None
-        if isinstance(item, Annotation) and shard.source == "annotations":
-            decoded = join.decode(item)
-        items.append(decoded if isinstance(decoded, Fault) else item)
-    return items
+    items = list(sources.read(shard))
+    if shard.source != "annotations":
+        return items
+    decoded = map(join.decode, items)
+    return [image if isinstance(image, Fault) else item for image, item in zip(decoded, items)]
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -90,7 +89,7 @@ def _summary(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return build.console(Inspect, inspect, argv)
+    return process.console(Inspect, inspect, argv)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 """
 
 import dataclasses
-import importlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgspec
 from etils import epath
@@ -26,7 +26,7 @@ SOURCES = {
     "annotations": "annotations:AnnotationLines",
     "coco": "coco:Coco",
     "csv": "csv:Csv",
-    "fg_ovd": "coco:FgOvd",
+    "fg_ovd": "coco:Coco",
     "finehard": "json_sets:FineHard",
     "flickr30k_entities": "flickr30k_entities:Flickr30kEntities",
     "folder": "folder:Folder",
@@ -54,11 +54,9 @@ def make(source: str, options: Mapping[str, str] | None = None) -> Source:
       SourceError: there is no such option, or a value is of another type or refused by the class (a ValueError of its
         `__post_init__`).
     """
+    name = f"{__name__}.{SOURCES[source]}" if source in SOURCES else source
     with named.importing():  # the name is the user's, from the command line
-        cls = named.find("data source", source, SOURCES)
-    if source in SOURCES:
-        module, _, name = SOURCES[source].partition(":")
-        cls = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        cls = named.find("data source", name, SOURCES)
     if not hasattr(cls, "shards"):
         expected = "a class as data/sources/base.py: Source describes"
         raise SourceError(f"data source {source!r}: has no shards, expected {expected}")
@@ -84,6 +82,14 @@ def of_path(path: epath.Path) -> str:
         return "webdataset"
     is_set = any(path.glob("dataset_info.json")) or any(path.glob("*/dataset_info.json"))
     return "tfds" if is_set else "folder"
+
+
+def of_flags(args: Any, scratch: str, shard_size: int) -> list[SourceShard]:
+    """The shards of the source that the flags of build or annotate name; raises as `shards`."""
+    options = Options(
+        args.images, tuple(args.annotations), args.split, scratch, shard_size, args.label_text
+    )
+    return shards(args.source, options, dict(args.option))
 
 
 def shards(

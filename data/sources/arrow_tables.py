@@ -117,7 +117,8 @@ class _Tables(columns.TableOptions):
             if "labels" in named.paths:
                 names = _label_names(schema, named.paths["labels"], arguments["file"])
                 named = named._replace(names=names)
-            rows = map(_rows, self._batches(reader, named.columns, arguments))
+            read = list(dict.fromkeys(path[0] for path in named.paths.values()))
+            rows = map(_rows, self._batches(reader, read, arguments))
             rows = itertools.chain.from_iterable(rows)
             for number, row in enumerate(rows, arguments["first_row"]):
                 where = f"{arguments['file']}:row {number}"
@@ -178,13 +179,8 @@ class Parquet(_Tables):
             raise base.SourceError("got no --annotations, expected Parquet files, or a folder")
         files = []
         for path in map(epath.Path, options.annotations):
-            inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-            if options.split:  # the Hub's files are called train-00000-of-00008.parquet
-                begins = (f"{options.split}-", f"{options.split}.")
-                inside = [x for x in inside if path.is_dir() and x.name.startswith(begins)]
-            if not inside:
-                raise base.SourceError(f"{path}: got no .parquet file of --split {options.split!r}")
-            files += inside
+            base.check_split(path, options.split, ())
+            files += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         return files
 
     def _reader(self, file: Any) -> Any:

@@ -129,11 +129,6 @@ def items(
             yield position, Fault(position, "bad annotation", str(error), position)
 
 
-def size(width: float | None, height: float | None) -> tuple[float, float] | None:
-    """(width, height); None if one of them is not known."""
-    return None if width is None or height is None else (width, height)
-
-
 def xywh(box: Any) -> Any:
     """COCO's (left, top, width, height) as (x1, y1, x2, y2); any other value is returned unchanged."""
     try:

@@ -46,11 +46,6 @@ class Named(NamedTuple):
     names: Sequence[str]  # of labels that are numbers
     described: Callable[[str], str]  # a label -> the description
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the table that are read."""
-        return list(dict.fromkeys(path[0] for path in self.paths.values()))
-
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions:

@@ -8,7 +8,7 @@ import contextlib
 import csv
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -20,13 +20,9 @@ from grain_jax.data.sources import base, columns, staged
 class Csv(columns.TableOptions, staged.ListedSource):
     """Images of CSV files in UTF-8, with a row of names first."""
 
-    delimiter: str = ","
+    delimiter: Annotated[str, msgspec.Meta(pattern=r'\A[^\r\n"]\Z')] = ","
 
     needs = "a CSV file"
-
-    def __post_init__(self):
-        if len(self.delimiter) != 1 or not self.delimiter.isprintable() and self.delimiter != "\t":
-            raise ValueError(f"delimiter: got {self.delimiter!r}, expected one character")
 
     def entries(self, options: base.Options) -> Iterator[base.Annotation | base.Fault]:
         base.check_split("a CSV file", options.split, ())

@@ -11,6 +11,7 @@ from etils import epath
 
 from grain_jax.core import annotations, images, regular_file
 from grain_jax.core.annotations import Annotation, Fault, Region
+from grain_jax.data.sources import base
 
 
 def load(annotation: Annotation, folder: epath.PathLike) -> Annotation | Fault:
@@ -48,11 +49,11 @@ def join(annotation: Annotation) -> Annotation | Fault:
         except images.ImageError as error:
             return _unreadable(image, error, where)
         drawn_on = tuple(annotation.drawn_on or size)
-        if drawn_on not in (size, (1, 1)):
+        if None not in drawn_on and drawn_on not in (size, base.SHARES):
             expected = f"expected {drawn_on[0]} x {drawn_on[1]}, which its boxes were drawn on"
             got = f"got {size[0]} x {size[1]}, {expected}"
             return Fault(image, "another size", got, where)
-        scale = size if drawn_on == (1, 1) else (1, 1)
+        scale = size if drawn_on == base.SHARES else (1, 1)
         for position, values in enumerate(annotation.regions):
             region = _region(*values, size=size, scale=scale)
             if isinstance(region, Region):
@@ -74,8 +75,10 @@ def join(annotation: Annotation) -> Annotation | Fault:
     )
 
 
-def decode(item: Annotation) -> PIL.Image.Image | Fault:
+def decode(item: Annotation | Fault) -> PIL.Image.Image | Fault:
     """The upright image of an annotation; a Fault, "too large" or "unreadable", if it has none."""
+    if isinstance(item, Fault):
+        return item
     try:
         return images.decode_image(item.encoded, item.image)
     except images.ImageError as error:

@@ -67,7 +67,7 @@ class Annotation(NamedTuple):
     left_out: Sequence[Fault] = ()  # regions of the source that cannot be used
     where: str = ""  # as Fault.where
     # Width and height of the image that the boxes were drawn on, if known. (1, 1): boxes are shares of both.
-    drawn_on: Sequence[float] | None = None
+    drawn_on: Sequence[float | None] | None = None
 
 
 class Parsed(NamedTuple):
@@ -177,6 +177,14 @@ def clip_box(box_xyxy: Box, width: int, height: int) -> ClippedBox:
     kept = inside / ((x2 - x1) * (y2 - y1))
     box = (left, top, float(right), float(bottom)) if kept >= MIN_INSIDE else None
     return ClippedBox(box, kept)
+
+
+def iou(a_xyxy: Sequence[float], b_xyxy: Sequence[float]) -> float:
+    """Intersection over union of two boxes."""
+    width = max(0.0, min(a_xyxy[2], b_xyxy[2]) - max(a_xyxy[0], b_xyxy[0]))
+    height = max(0.0, min(a_xyxy[3], b_xyxy[3]) - max(a_xyxy[1], b_xyxy[1]))
+    areas = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a_xyxy, b_xyxy))
+    return width * height / (areas - width * height)
 
 
 _NOTHING: Any = object()  # in the place of a key that is not there

@@ -84,7 +84,8 @@ def test_box_holds_exactly_what_another_colour_changes(aviary, part):
         old = species[part]
         plain = "black" if old.colour != "black" else "white"
         before = _draw(species, number)
-        after = _draw(species.replace(Trait(part, old.shape, plain)), number)
+        traits = tuple(Trait(part, t.shape, plain) if t == old else t for t in species.traits)
+        after = _draw(dataclasses.replace(species, traits=traits), number)
         assert before.boxes_xyxy == after.boxes_xyxy
         differs = np.any(np.asarray(before.image) != np.asarray(after.image), -1)
         ys, xs = np.nonzero(differs)
@@ -176,7 +177,7 @@ def test_pictures_depend_on_seed_and_number_only(small, tmp_path):
     generate.write(tmp_path / "other", dataclasses.replace(SMALL, images=50), processes=2)
     before, after = _hashes(small), _hashes(tmp_path / "other")
     different = {name for name, digest in after.items() if before[name] != digest}
-    assert different == {"A.jsonl", "README.md", "settings.json"}
+    assert different == {"A.jsonl", "settings.json"}
     lines = (small / "A.jsonl").read_text().splitlines()
     assert (tmp_path / "other" / "A.jsonl").read_text().splitlines() == lines[:50]
 
@@ -195,7 +196,7 @@ TWO += " --species-per-genus 1 --held-out-genera 0 --processes 1"
 
 def test_records_of_a_build_that_was_cut_off_are_built_again(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(build, "main", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr(build, "build", lambda flags: asked.append(flags) or "")
     arguments = ["--output", str(tmp_path / "x"), "--records", str(tmp_path / "r")]
     arguments += ["--name", "birds", "--size=160", *TWO.split()]
     assert main(arguments) == 0 and len(asked) == 1
@@ -209,7 +210,7 @@ def test_records_of_a_build_that_was_cut_off_are_built_again(tmp_path, monkeypat
 
 
 def test_records_that_another_process_exchanges_are_left_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build, "main", lambda arguments: pytest.fail("it was built"))
+    monkeypatch.setattr(build, "build", lambda flags: pytest.fail("it was built"))
     assert main(["--output", str(tmp_path / "x"), *TWO.split()]) == 0
     target = epath.Path(tmp_path / "r" / "birds" / "1.0.0")
     with staging.locked(target):

@@ -115,18 +115,8 @@ def test_the_page_loads_nothing_and_trusts_no_text(tmp_path, capsys):
     assert not re.search(r"https?:|url\(", text)
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["{}/in"], "got no dataset_info.json there, expected a TFDS set"),
-        (
-            ["{}/in/A.jsonl", "--images={}/nothing"],
-            "none of 40 images could be read; A.jsonl:1: there is no",
-        ),
-        (["{}/in/A.jsonl", "--output={}/in/A.jsonl"], "A.jsonl"),
-    ],
-)
-def test_wrong_input_is_one_line_and_status_2(record_set, capsys, arguments, message):
-    assert command.main([argument.format(record_set) for argument in arguments]) == 2
-    printed = capsys.readouterr().err.strip().splitlines()
-    assert len(printed) == 1 and message in printed[0]
+def test_a_folder_without_the_images_is_one_line_and_status_2(record_set, capsys):
+    assert command.main([f"{record_set}/in/A.jsonl", f"--images={record_set}/nothing"]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert "none of 40 images could be read; A.jsonl:1: there is no" in printed
+    assert "\n" not in printed

@@ -128,19 +128,6 @@ def test_what_columns_may_be(tmp_path):
     assert (second.captions, second.regions) == ((), ())
 
 
-def test_splits_are_files_by_name(tmp_path):
-    for split, image in (("train", "a.jpg"), ("test", "b.jpg")):
-        table = pa.table({"image": [image], "caption": ["a"]})
-        pyarrow.parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
-    base_options = options(tmp_path, tmp_path)
-    names = lambda split: [
-        s.arguments["file"] for s in sources.shards("parquet", base_options._replace(split=split))
-    ]
-    assert [len(names(split)) for split in ("", "train", "test")] == [2, 1, 1]
-    with pytest.raises(sources.SourceError, match="--split 'dev'"):
-        names("dev")
-
-
 def run_build(folder, capsys, *flags):
     """(status, lines on stderr) of a build of the flags, with images in FOLDER/images."""
     arguments = [f"--images={folder / 'images'}", f"--output={folder / 'out'}", "--name=x"]

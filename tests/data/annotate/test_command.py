@@ -96,20 +96,6 @@ def arguments(folder, output, *more):
     return [f"--images={folder}", f"--output={output}", *annotated, *more]
 
 
-def test_what_a_source_has_is_taken_over(pictures, tmp_path):
-    output = tmp_path / "out"
-    assert command.main(arguments(pictures, output, "--shard-size=4", "--passes=none")) == 0
-    lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
-    assert [line["image"] for line in lines] == [f"{i:05d}.png" for i in range(6)]
-    source = [json.loads(line) for line in (pictures / "A.jsonl").read_text().splitlines()]
-    for line, original in zip(lines, source, strict=True):
-        assert line["captions"] == [original["caption"], *original["captions"]]
-        assert line["synthetic_caption"] == original["synthetic_caption"]
-        descriptions = [[r["description"] for r in x["regions"]] for x in (line, original)]
-        assert descriptions[0] == descriptions[1]
-    assert len(list((output / "annotations").iterdir())) == 2
-
-
 def test_pictures_of_tar_shards_become_files(pictures, tmp_path):
     paths, output = [pictures / f"0000{i}.png" for i in range(2)], tmp_path / "out"
     for number in range(2):
