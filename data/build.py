@@ -23,6 +23,7 @@ from grain_jax.cli import process
 from grain_jax.core import errors, printable, progress
 from grain_jax.data import duplicates, example, parallel, sources, staging, survey
 from grain_jax.data.arguments import Build
+from grain_jax.input_pipeline import text_lengths
 
 SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
@@ -47,7 +48,7 @@ def build(args: Build) -> str:
       OSError: the output cannot be written.
     """
     start = time.monotonic()
-    target = epath.Path(args.output) / args.name / example.VERSION
+    target = epath.Path(args.output) / args.name / text_lengths.VERSION
     with staging.locked(target), tempfile.TemporaryDirectory() as scratch:
         staging.recover(target)
         if target.exists() and not args.overwrite:
@@ -120,7 +121,7 @@ def _write(
             " one shard each"
         )
     from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
-    from grain_jax.input_pipeline import text_lengths, tokenizer
+    from grain_jax.input_pipeline import tokenizer
 
     has_negatives = counts["negatives"] > 0
     lengths = text_lengths.TextSample()

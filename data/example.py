@@ -16,8 +16,6 @@ from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data.arguments import Encoding
 from grain_jax.data.sources import join
 
-VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
-
 # What tf.data decodes to the same RGB pixels as PIL: (format, modes). The rest is stored as PNG.
 _STORED_AS_THEY_ARE = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1", "RGBA", "LA")}
 
@@ -75,16 +73,18 @@ def _clipped(
     """Each box clipped to the image; None, and a fault, for a box with too little area inside."""
     out = []
     for index, box_xyxy in enumerate(boxes_xyxy):
-        clipped = box_xyxy and annotations.clip_box(box_xyxy, *image.size)  # None has its own fault
-        if clipped and clipped.box_xyxy is None:
+        box, share = None, 1.0  # None has its own fault
+        if box_xyxy:
+            box, share = annotations.clip_box(box_xyxy, *image.size)
+        if box_xyxy and box is None:
             typed = [int(x) if x.is_integer() else x for x in box_xyxy]
-            kept = math.floor(100 * clipped.kept)  # so that 49.9% is not shown as 50%
+            kept = math.floor(100 * share)  # so that 49.9% is not shown as 50%
             faults.append(
                 f"regions[{index}].box: got {annotations.show(typed)}, {kept}% of it"
                 f" in the image of {image.width} x {image.height},"
                 f" expected at least {annotations.MIN_INSIDE:.0%}"
             )
-        out.append(clipped and clipped.box_xyxy)
+        out.append(box)
     return out
 
 
@@ -123,11 +123,12 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
         return encoded
     if encoding.size:
         image = PIL.Image.fromarray(images.resize(image, encoding.size))
-    if encoding.kind != "jpeg":
-        return images.encode_png(image)
+    options: dict[str, Any] = {"format": "PNG"}
+    if encoding.kind == "jpeg":
+        # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/performance.md).
+        options = dict(format="JPEG", quality=encoding.quality, subsampling=0)
     out = io.BytesIO()
-    # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/performance.md).
-    images.to_rgb(image).save(out, "JPEG", quality=encoding.quality, subsampling=0)
+    images.to_rgb(image).save(out, **options)
     return out.getvalue()
 
 

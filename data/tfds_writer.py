@@ -19,8 +19,7 @@ from etils import epath
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.core.utils import shard_utils
 
-from grain_jax.data import example
-from grain_jax.input_pipeline import record_files
+from grain_jax.input_pipeline import record_files, text_lengths
 
 
 def features(encoding_format: str | None, negatives: bool) -> tfds.features.FeaturesDict:
@@ -88,7 +87,7 @@ def write(
     splits = {split: pair for split, pair in splits.items() if pair[1]}
 
     class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(example.VERSION)
+        VERSION = tfds.core.Version(text_lengths.VERSION)
 
         def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(

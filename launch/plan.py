@@ -87,7 +87,7 @@ def _of_program(compiled: compiler.Compiled, plan, topology) -> dict[str, Any]:
         "fits": memory["total_bytes"] <= limit,
         "largest": _largest(hlo_work.arrays(module)),
         "flops": round(hlo_work.dot_flops(module) * topology.count),
-        "unknown_loops": len(module.unknown_loops),
+        "unknown_loops": list(module.trips.values()).count(None),
         "hbm_bytes": round(traffic),
         "collectives": by_kind(sums),
         "roofline": roofline._asdict(),

@@ -4,21 +4,19 @@ import csv
 import dataclasses
 import io
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from grain_jax import config as config_lib
-from grain_jax.core import named
+from grain_jax.core import metrics_file, named
 from grain_jax.evaluate import kinds, tables
 from grain_jax.launch.sweep_runs import SweepRun, short
-from grain_jax.runtime import metrics_file
 
 SEED = "seed"
 _HEADLINES = ("/top1", "/r1", "/box_iou", "/miou")  # endings of the keys that rank unasked
 # Metrics of training, beside the losses, that rank by their least value.
-LOWER = ("grad_norm", "input_wait_fraction", "input_wait_steps", "texts_dropped", "texts_too_long")
+LOWER = ("grad_norm", "input_wait_fraction", "texts_dropped", "texts_too_long")
 _LAST = 5  # logged steps that a training metric is averaged over: a single batch is noisy
 
 
@@ -46,9 +44,7 @@ def read(runs: Sequence[SweepRun], finished: Sequence[bool]) -> list[SweepRow]:
     """The rows of the runs of a sweep, in their order; `finished`: whether each is."""
     rows = []
     for run, is_finished in zip(runs, finished, strict=True):
-        lines, faults = metrics_file.read(run.folder)
-        for fault in faults:
-            print(fault, file=sys.stderr)
+        lines = metrics_file.read(run.folder)
         step, total = lines[-1].step if lines else 0, run.config.total_steps
         state = f"step {step}" + f" of {total}" * bool(total) if step else "not started"
         state = "finished" if is_finished else state

@@ -109,7 +109,7 @@ def merged(
     for score, (x1, y1, x2, y2), description in sorted(scored, key=lambda entry: -entry[0]):
         if min(x2 - x1, y2 - y1) <= 0:
             continue
-        box = annotations.clip_box((x1, y1, x2, y2), width, height).box_xyxy
+        box, _ = annotations.clip_box((x1, y1, x2, y2), width, height)
         # None: most of it lies beside the image, in the padding.
         if box is None or min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
             continue

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from etils import epath
 
 from grain_jax.cli import process
-from grain_jax.data import example, staging
+from grain_jax.data import staging
 from grain_jax.data.arguments import Build
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.arguments import Aviary
+from grain_jax.input_pipeline import text_lengths
 
 
 def aviary(args: Aviary) -> str:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_built(args: Aviary) -> bool:
     """Whether the records are there: the folder of a set exists only after a complete build."""
-    target = epath.Path(args.records) / args.name / example.VERSION
+    target = epath.Path(args.records) / args.name / text_lengths.VERSION
     if not target.exists():
         with staging.locked(target):
             staging.recover(target)

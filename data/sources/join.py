@@ -112,7 +112,7 @@ def _region(
     if fault := annotations.box_fault(box):
         return "bad box", f"{got}, {fault}"
     x1, y1, x2, y2 = (float(x) * by for x, by in zip(box, scale * 2))
-    if annotations.clip_box((x1, y1, x2, y2), *size).box_xyxy is None:
+    if annotations.clip_box((x1, y1, x2, y2), *size)[0] is None:
         inside = f"at least {annotations.MIN_INSIDE:.0%} of it in the image"
         return "bad box", f"{got}, expected {inside} of {size[0]} x {size[1]}"
     if not text(description):

@@ -8,8 +8,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import files
 from grain_jax.convert import parity, towers
-from grain_jax.core import regular_file
-from grain_jax.runtime import metrics_file
+from grain_jax.core import metrics_file, regular_file
 
 _KEYS = (
     *("input.name", "input.source", "total_steps", "total_epochs", "batch_size"),
@@ -110,7 +109,7 @@ def _run(folder: epath.Path) -> tuple[str, str]:
         source = notes.get("source") or "a model without its run"
         return f"Converted from {source}, which does not record the training.", evaluation
     step = int(folder.name) if folder.name.isdigit() else -1
-    for line in metrics_file.read(folder.parent.parent)[0]:
+    for line in metrics_file.read(folder.parent.parent):
         metrics = {key: x for key, x in metrics_file.numbers(line) if key.startswith("eval/")}
         if metrics and line.step <= step:
             numbers = {key: f"{metrics[key]:.4g}" for key in sorted(metrics)}

@@ -185,7 +185,7 @@ def described_boxes(
     for i, (record, size) in enumerate(zip(records, np.asarray(sizes).tolist())):
         box_of: dict[int, int] = {}  # position of a region in the record -> position of its box
         for position, region in sorted(enumerate(record.regions), key=lambda pair: -pair[1].score):
-            box_xyxy = annotations_lib.clip_box(region.box_xyxy, *size).box_xyxy
+            box_xyxy, _ = annotations_lib.clip_box(region.box_xyxy, *size)
             if box_xyxy is None:
                 outside += 1
                 continue

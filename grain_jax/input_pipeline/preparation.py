@@ -50,7 +50,7 @@ def derive(
       stored: returns the config of the newest checkpoint and its name; called if a number is open.
 
     Raises:
-      DerivedError: no number is possible. DataError: a record cannot be read.
+      UserError: no number is possible. DataError: a record cannot be read.
     """
     if not derived.is_open(config):
         return config, ""

@@ -14,7 +14,7 @@ import abc
 import importlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypedDict, cast
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -159,7 +159,15 @@ def open_source(config: Config) -> DataSource:
     name = config.input.source
     source = named.find("input.source", name, _BUILT_IN)
     if name in _BUILT_IN:
-        source = _built_in(source)
+        module_name, _, attribute = source.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise errors.UserError(
+                f"input.source={name} needs {error.name}: pip install 'grain_jax[data]', or take"
+                " --config.input.source=synthetic"
+            ) from None
+        source = getattr(module, attribute)() if attribute else module
     else:
         missing = [method for method in _METHODS if not callable(getattr(source, method, None))]
         if not isinstance(source, type) or missing:
@@ -170,15 +178,3 @@ def open_source(config: Config) -> DataSource:
         source = source()
     source.check(config)
     return source
-
-
-def _built_in(name: str) -> DataSource:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise errors.UserError(
-            f"input.source=records needs {error.name}: pip install 'grain_jax[data]', or take"
-            " --config.input.source=synthetic"
-        ) from None
-    return getattr(module, attribute)() if attribute else cast(DataSource, module)

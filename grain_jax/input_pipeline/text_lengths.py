@@ -5,7 +5,6 @@
 
 import hashlib
 import heapq
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,10 +16,9 @@ from grain_jax.config import Dataset
 from grain_jax.core import regular_file
 
 FILE = "text_lengths.json"
+VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 IMAGES = 4096  # in a sample, at most
 LONGEST = 1024  # tokens; a longer text counts as this long
-_CHUNK = 2048  # texts per call of the tokenizer
-
 
 Value = TypeVar("Value")
 
@@ -86,9 +84,7 @@ def _count(images: Sequence[ImageTexts], text_tokenizer: Any) -> list[ImageTexts
     lengths: dict[str | bytes, int] = {}
     each(images)  # notes the texts
     flat = [text for text in lengths if text]
-    for first in range(0, len(flat), _CHUNK):
-        part = flat[first : first + _CHUNK]
-        lengths |= zip(part, text_tokenizer.encode(part, LONGEST).lengths.tolist(), strict=True)
+    lengths |= zip(flat, text_tokenizer.encode(flat, LONGEST).lengths.tolist(), strict=True)
     return [ImageTexts(*each(image)) for image in images]
 
 
@@ -151,17 +147,10 @@ class TextSample:
         return msgspec.json.encode(content) + b"\n"
 
 
-def newest_version(source: Dataset) -> epath.Path | None:
-    """The folder of the newest version of the set, or None if there is none."""
-    folder = epath.Path(source.data_dir) / source.name
-    if not source.name or not folder.is_dir():
-        return None
-    versions = [
-        (tuple(map(int, path.name.split("."))), path)
-        for path in folder.iterdir()
-        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
-    ]
-    return max(versions)[1] if versions else None
+def folder_of(source: Dataset) -> epath.Path | None:
+    """The folder of the records of a set, or None if there is no complete one."""
+    folder = epath.Path(source.data_dir) / source.name / VERSION
+    return folder if source.name and (folder / "dataset_info.json").exists() else None
 
 
 def read(source: Dataset, tokenizer: str) -> TextLengths | None:
@@ -170,7 +159,7 @@ def read(source: Dataset, tokenizer: str) -> TextLengths | None:
     Raises:
       regular_file.FileError: the file is damaged.
     """
-    folder = newest_version(source)
+    folder = folder_of(source)
     if folder is None or source.split != "train" or not (folder / FILE).exists():
         return None
     content = regular_file.read_json(folder / FILE, _LengthsFile, "lengths of texts", 4 << 30)

@@ -106,7 +106,7 @@ class Journal:
         if due.logs:
             values |= self._text_counts.add(values)
         if self._log and due.logs:
-            values |= self._log.rates(step, batches.wait_seconds, batches.wait_steps)
+            values |= self._log.rates(step, batches.wait_seconds)
             self._log.progress(step, values)
         if due.evaluates:
             with watch.pause(), self.pause():
@@ -163,7 +163,7 @@ def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict
 def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
     """What to set where too many texts do not fit: rows by the lengths of the dataset's texts."""
     group, rows = config.text_layout
-    enough = derived.rows_of(config, group, source.text_lengths(config))[0]
+    enough = derived.rows_of(config, group, source.text_lengths(config))
     return (
         f"set --config.text.pack_rows={max(enough, rows + 1)} (got {rows}, for groups of {group})"
     )

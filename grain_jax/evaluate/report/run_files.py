@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax.core import errors
+from grain_jax.core import errors, metrics_file
 from grain_jax.evaluate import tables
-from grain_jax.runtime import metrics_file
 
 _OTHERS = ("config.json", "results.json")  # JSON files that are no results of an evaluation
 
@@ -46,7 +45,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
     if not workdir.is_dir():
         raise errors.UserError(f"{workdir}: no such folder; expected the workdir of a run")
     config = _json(workdir / "config.json")
-    lines, unmeasured = metrics_file.read(workdir)
+    lines, unmeasured = metrics_file.read(workdir), []
     if config is None and not lines:
         raise errors.UserError(
             f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
