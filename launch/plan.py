@@ -1,6 +1,5 @@
 """Plans a run for chips that this machine does not have: grain-jax plan --config X --topology v5e:16x16"""
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -37,7 +36,6 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
     steps = config.total_steps or max(round(config.total_epochs * EPOCH), 1)
     epoch = float(config.total_steps or EPOCH)
     compiled = compiler.compile_step(config, topology, total_steps=steps, steps_per_epoch=epoch)
-    values = config_lib.flatten(dataclasses.asdict(config))
     plan: dict[str, Any] = {
         "chips": topology.chips,
         "devices": topology.count,
@@ -46,7 +44,6 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
         "chip": topology.chip.name,
         "mesh": compiled.mesh,
         "batch_size": config.batch_size,
-        "levers": {key: values[key] for key in plan_text.LEVERS},
         "derived": derived_from,
         "versions": compiled.versions,
         "program": compiled.program,

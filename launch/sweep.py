@@ -46,7 +46,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
 
 def tabulate(runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None) -> None:
     """Prints the table and writes sweep.csv."""
-    rows = sweep_table.read(runs, [finished(run) for run in runs])
+    rows = sweep_table.read(runs)
     metric = metric or sweep_table.default_metric(rows)
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     if keys and metric not in keys:

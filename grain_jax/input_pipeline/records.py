@@ -111,7 +111,7 @@ def _sample(record_set: record_files.RecordSet, tower: TextTower) -> text_length
 
 
 def _texts(fields: dict[str, Any]) -> text_lengths_lib.ImageTexts:
-    scores = fields["regions/score"]
+    order_of_scores = np.argsort(-fields["regions/score"], kind="stable")  # the best first
     descriptions, negatives = fields["regions/description"], []
     if fields.keys() >= transforms.NEGATIVES.keys():
         flat, counts = (fields[name] for name in transforms.NEGATIVES)
@@ -119,8 +119,8 @@ def _texts(fields: dict[str, Any]) -> text_lengths_lib.ImageTexts:
     return text_lengths_lib.ImageTexts(
         [text for text in fields["captions"] if text],
         fields["synthetic_caption"],
-        text_lengths_lib.best_first(descriptions, scores),
-        text_lengths_lib.best_first(negatives, scores) if negatives else [],
+        descriptions[order_of_scores].tolist(),
+        [negatives[i] for i in order_of_scores] if negatives else [],
     )
 
 

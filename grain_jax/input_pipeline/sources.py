@@ -122,26 +122,6 @@ class LaneSource(DataSource):
             yield Batch(*(None if x[0] is None else np.concatenate(x) for x in fields))
 
 
-def batches_of_run(
-    source: DataSource, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
-) -> Iterator[Batch]:
-    """`source.batches`, with a check of the images' shape.
-
-    Raises:
-      UserError: the images of a batch do not have the shape that the config says.
-    """
-    size = config.model.image.image_size
-    batches = source.batches(config, lanes=lanes, start_step=start_step)
-    for step, batch in enumerate(batches, start_step):
-        if batch.image.shape[1:] != (size, size, 3):
-            shape = ", ".join(map(str, batch.image.shape[1:]))
-            raise errors.UserError(
-                f"input.source: {config.input.source}: got images [B, {shape}] in step {step}, expected"
-                f" [B, {size}, {size}, 3] by model.image.image_size; assemble.of_examples makes such batches"
-            )
-        yield batch
-
-
 def num_lanes(config: Config) -> int:
     """`input.lanes` as a number; derived.resolve has set it."""
     if config.input.lanes is None:

@@ -6,7 +6,7 @@
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,8 +19,6 @@ FILE = "text_lengths.json"
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 IMAGES = 4096  # in a sample, at most
 LONGEST = 1024  # tokens; a longer text counts as this long
-
-Value = TypeVar("Value")
 
 
 class ImageTexts(NamedTuple):
@@ -107,11 +105,6 @@ def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return out
 
 
-def best_first(values: Sequence[Value], scores: Sequence[float]) -> list[Value]:
-    """A value of each region, the highest score first; among equals the first comes first."""
-    return [values[int(i)] for i in np.argsort(-np.asarray(scores), kind="stable")]
-
-
 class TextSample:
     """Chooses the images of a sample while a set is written: those whose ids have the lowest hashes.
 
@@ -129,7 +122,7 @@ class TextSample:
             self.records += 1
             key = -int.from_bytes(hashlib.sha256(item["id"].encode()).digest()[:8], "big")
             if len(self._heap) < IMAGES or key > self._heap[0][0]:
-                regions = best_first(item["regions"], [r["score"] for r in item["regions"]])
+                regions = sorted(item["regions"], key=lambda region: -region["score"])
                 texts = ImageTexts(
                     [text for text in item["captions"] if text],
                     item["synthetic_caption"],

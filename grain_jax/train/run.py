@@ -21,7 +21,7 @@ from grain_jax.checkpoint import states
 from grain_jax.cli import process
 from grain_jax.config import loading
 from grain_jax.core import errors, progress
-from grain_jax.input_pipeline import derived, device, sources
+from grain_jax.input_pipeline import derived, device
 from grain_jax.models import attention, placement
 from grain_jax.runtime import distributed, ending, lock, processes
 from grain_jax.train import (
@@ -103,7 +103,7 @@ def _train(
     step_fn = compile_step(run, program, log)
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
-    on_host = sources.batches_of_run(run.source, config, lanes=run.lanes, start_step=start_step)
+    on_host = run.source.batches(config, lanes=run.lanes, start_step=start_step)
     batches = device.Prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
     plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))

@@ -240,18 +240,17 @@ def test_slurm_gets_an_array_of_the_unfinished_runs(tmp_path):
         sweep_clusters.write("slurm", runs, epath.Path(tmp_path), None)
 
 
-@pytest.mark.parametrize("launcher, variables", [("gke", "SLICES TOPOLOGY"), ("gke-gpu", "")])
-def test_gke_gets_a_jobset_for_each_unfinished_run(tmp_path, monkeypatch, launcher, variables):
+def test_gke_gets_a_jobset_for_each_unfinished_run(tmp_path, monkeypatch):
     runs = make(tmp_path / "My_Sweep", [{"seed": s} for s in range(3)])
     pretend(runs[0], 10)
     workdir = runs[0].folder.parent
-    for name in [*variables.split(), "HOSTS", "CHIPS", "IMAGE"]:
+    for name in ("HOSTS", "CHIPS", "IMAGE"):
         monkeypatch.setenv(name, "2")
     monkeypatch.delenv("ACCELERATOR", raising=False)
     with pytest.raises(errors.UserError, match="set ACCELERATOR in the environment"):
-        sweep_clusters.write(launcher, runs, workdir, None)
+        sweep_clusters.write("gke-gpu", runs, workdir, None)
     monkeypatch.setenv("ACCELERATOR", "x")
-    *command, path = sweep_clusters.write(launcher, runs, workdir, None).split()
+    *command, path = sweep_clusters.write("gke-gpu", runs, workdir, None).split()
     assert command == ["kubectl", "apply", "-f"]
     pages = list(yaml.safe_load_all(epath.Path(path).read_text()))
     names = [page["metadata"]["name"] for page in pages]
@@ -267,7 +266,7 @@ def test_the_table_is_sorted_and_averages_over_seeds(tmp_path):
     for run, top1 in zip(runs, (0.5, 0.7, 0.8, 0.9)):
         pretend(run, 10, **{"eval/seen/chance": 0.1, "eval/seen/alpha_1.0/top1": top1})
     pretend(runs[3], 4, saved=False, **{"eval/seen/alpha_1.0/top1": 0.9})
-    rows = sweep_table.read(runs, [sweep_runs.finished(run) for run in runs])
+    rows = sweep_table.read(runs)
     metric = sweep_table.default_metric(rows)
     assert metric == "eval/seen/alpha_1.0/top1"
     first, *lines = sweep_table.text(rows, metric, False).splitlines()
