@@ -137,7 +137,7 @@ def open_source(config: Config) -> DataSource:
       UserError: there is no such source, or it cannot be used.
     """
     name = config.input.source
-    source = named.find("input.source", name, _BUILT_IN)
+    source: Any = named.find("input.source", name, _BUILT_IN)
     if name in _BUILT_IN:
         module_name, _, attribute = source.partition(":")
         try:
