@@ -56,27 +56,7 @@ def option(text: str) -> tuple[str, str]:
     return key, value
 
 
-class Stored(Command):
-    """Base of the commands that build a set.
-
-    how images are stored:
-      --store-size S           resize images to S x S pixels (default: keep their size)
-      --encoding original|png|jpeg:Q  original keeps files that need no change; Q is JPEG's quality, 1 to 100
-      --num-shards N           number of shards (default: 64 MB each, a multiple of 16)
-    """
-
-    last = True
-    store_size: int | None = None
-    encoding: Encoding = flag(Encoding(), parse=encoding)
-    num_shards: int | None = None
-
-    @property
-    def stored(self) -> Encoding:
-        """How an image is stored, by all of these flags."""
-        return dataclasses.replace(self.encoding, size=self.store_size or 0)
-
-
-class Build(Stored, name="build"):
+class Build(Command, name="build"):
     """Makes TFRecords to train on from images and annotations.
 
     It names all faults, by file and line, before it writes the dataset.
@@ -105,11 +85,16 @@ class Build(Stored, name="build"):
 
     speed:
       --workers N              processes (default: one per core; none for small datasets)
+
+    how images are stored:
+      --store-size S           resize images to S x S pixels (default: keep their size)
+      --encoding original|png|jpeg:Q  original keeps files that need no change; Q is JPEG's quality, 1 to 100
+      --num-shards N           number of shards (default: 64 MB each, a multiple of 16)
     """
 
     annotations: list[str] = many()
     images: str = ""
-    source: str | None = None
+    source: str = "annotations"
     option: list[tuple[str, str]] = many(parse=option)
     split: str = ""
     label_text: str = flag("", parse=label_text)
@@ -120,16 +105,11 @@ class Build(Stored, name="build"):
     holdout: float = share(0.0)
     exclude_duplicates_of: list[str] = many()
     workers: int | None = None
+    store_size: int | None = None
+    encoding: Encoding = flag(Encoding(), parse=encoding)
+    num_shards: int | None = None
 
-    def __post_init__(self):
-        """Raises ValueError for flags that contradict each other."""
-        for name in ("option", "split", "label_text"):
-            if getattr(self, name) and not self.source:
-                flag_name = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag_name}: got no --source, expected the one that has it")
-        if not self.source and len(self.annotations) != 1:
-            raise ValueError(
-                f"--annotations: got {len(self.annotations)} files, expected A.jsonl; or name a --source"
-            )
-        if not self.source and not self.images:
-            raise ValueError("--images DIR: missing; folder that the paths in A.jsonl start from")
+    @property
+    def stored(self) -> Encoding:
+        """How an image is stored, by all flags about it."""
+        return dataclasses.replace(self.encoding, size=self.store_size or 0)

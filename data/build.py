@@ -9,25 +9,21 @@ are named before the set is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0 
 """
 
 import functools
-import importlib.util
 import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from etils import epath
 
-from grain_jax.cli.parser import Command
-from grain_jax.core import errors, printable, progress, regular_file
+from grain_jax.cli import process
+from grain_jax.core import errors, printable, progress
 from grain_jax.data import duplicates, example, parallel, sources, staging, survey
-from grain_jax.data.arguments import Build, Encoding
-from grain_jax.data.sources import annotations
-from grain_jax.data.survey import BuildError
+from grain_jax.data.arguments import Build
+from grain_jax.input_pipeline import text_lengths
 
 SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
@@ -35,22 +31,16 @@ IMAGES_PER_PART = 250
 FAULTS = "faults.jsonl"  # beside the version's folder
 
 
-def _default_shards(surveyed: survey.Survey, images: np.ndarray, encoding: Encoding) -> int:
+def _default_shards(surveyed: survey.Survey, images: np.ndarray) -> int:
     """64 MB per shard, in multiples of 16; few examples make at most one shard each."""
-    bytes_each = surveyed.counts["image_bytes"] / len(surveyed.ids)
-    if encoding.size:  # what photographs of that size take
-        bytes_each = encoding.size**2 * (0.4 if encoding.kind == "jpeg" else 1.8)
-    num_bytes = int(len(images) * bytes_each)
+    _, starts, ends = np.asarray(surveyed.parts, np.int64).reshape(-1, 3)[images].T
+    num_bytes = int((ends - starts).sum())
     wanted = max(1, -(-num_bytes // (SHARD_BYTES * SHARD_MULTIPLE))) * SHARD_MULTIPLE
     return min(wanted, len(images))
 
 
-def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
+def build(args: Build) -> str:
     """Builds the set; returns a line about it.
-
-    Args:
-      args: as `Build.parse` gives them.
-      shards: of the images, if the caller has them already.
 
     Raises:
       errors.UserError: wrong usage or wrong input.
@@ -58,46 +48,17 @@ def build(args: Build, shards: list[sources.SourceShard] | None = None) -> str:
       OSError: the output cannot be written.
     """
     start = time.monotonic()
-    target = epath.Path(args.output) / args.name / example.VERSION
-    # Said before a check that may take hours.
-    if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise BuildError("grain-jax build needs tensorflow_datasets: pip install 'grain_jax[data]'")
-    _check_paths(args)
+    target = epath.Path(args.output) / args.name / text_lengths.VERSION
     with staging.locked(target), tempfile.TemporaryDirectory() as scratch:
         staging.recover(target)
         if target.exists() and not args.overwrite:
-            raise BuildError(f"{target}: a set is there already; --overwrite replaces it")
-        shards = shards or _shards(args, scratch)
+            raise errors.UserError(f"{target}: a set is there already; --overwrite replaces it")
+        shards = sources.of_flags(args, scratch, IMAGES_PER_PART)
         with staging.replacing(target) as folder:
             surveyed, written = _build(args, shards, target, folder)
         # After the records: the list is of the set there.
         surveyed.write_faults(target.parent / FAULTS)
     return f"{target}: {written}, {time.monotonic() - start:.1f} s"
-
-
-def _check_paths(args: Build) -> None:
-    """Raises BuildError if the lines or the images are not there; a source says so of its own files."""
-    if not args.source and not regular_file.is_one(args.annotations[0]):
-        raise BuildError(
-            f"--annotations {args.annotations[0]}: no such file, expected one JSON object a line"
-        )
-    if args.images and not epath.Path(args.images).exists():
-        raise BuildError(f"--images {args.images}: no such folder, expected the images")
-
-
-def _shards(args: Build, scratch: str) -> list[sources.SourceShard]:
-    """The images in pieces. Raises errors.UserError: there are none."""
-    if not args.source:
-        return annotations.of_file(args.annotations[0], args.images, IMAGES_PER_PART)
-    options = sources.Options(
-        images=args.images,
-        annotations=tuple(args.annotations),
-        split=args.split,
-        scratch=scratch,
-        shard_size=IMAGES_PER_PART,
-        label_text=args.label_text,
-    )
-    return sources.shards(args.source, options, dict(args.option))
 
 
 def _build(
@@ -113,7 +74,8 @@ def _build(
     prepare = functools.partial(survey.prepare, parts=str(folder / "parts"), encoding=args.stored)
     prepared = parallel.ordered_map(prepare, enumerate(shards), workers=workers)
     images = itertools.chain.from_iterable(prepared)
-    surveyed = survey.Survey(args.source or args.annotations[0])
+    of_lines = args.source == "annotations"
+    surveyed = survey.Survey(args.annotations[0] if of_lines else args.source)
     for image in progress.over(images, total=sum(sizes) if known else None, what="reading"):
         surveyed.add(image)
     _check_faults(surveyed, args, target)
@@ -126,18 +88,18 @@ def _build(
 
 
 def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> None:
-    """Prints what is known about the images. Raises BuildError: more faults than --max-faults allows."""
+    """Prints what is known about the images. Raises errors.UserError: more faults than --max-faults allows."""
     if surveyed.turned:
         turned = f"{surveyed.turned} of {surveyed.lines} images {example.TURNED}"
         print(printable.plain(f"{surveyed.name}: {turned}"), file=sys.stderr)
     print(printable.plain(surveyed.summary()), file=sys.stderr)
     if not surveyed.lines:
-        raise BuildError(f"{surveyed.name}: got no images, expected some")
+        raise errors.UserError(f"{surveyed.name}: got no images, expected some")
     if surveyed.faulty_lines <= args.max_faults * surveyed.lines and surveyed.ids:
         return
     if not target.exists():  # a set that stays keeps the list of its own faults
         surveyed.write_faults(target.parent / FAULTS)
-    raise BuildError(
+    raise errors.UserError(
         f"{surveyed.name}: {surveyed.faulty_lines} of {surveyed.lines} lines are faulty, more than"
         f" --max-faults {args.max_faults:g} allows; no records were written"
     )
@@ -150,16 +112,16 @@ def _write(
     target: epath.Path,
     folder: epath.Path,
 ) -> int:
-    """Writes the set; returns the number of shards of train. Raises BuildError."""
+    """Writes the set; returns the number of shards of train. Raises errors.UserError."""
     encoding, counts = args.stored, surveyed.counts
-    num_shards = args.num_shards or _default_shards(surveyed, divided.train, encoding)
+    num_shards = args.num_shards or _default_shards(surveyed, divided.train)
     if num_shards > len(divided.train):
-        raise BuildError(
+        raise errors.UserError(
             f"--num-shards {num_shards}: there are {len(divided.train)} good lines, expected at most"
             " one shard each"
         )
     from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
-    from grain_jax.input_pipeline import text_lengths, tokenizer
+    from grain_jax.input_pipeline import tokenizer
 
     has_negatives = counts["negatives"] > 0
     lengths = text_lengths.TextSample()
@@ -173,7 +135,7 @@ def _write(
         target.parent.name,
         splits={
             "train": (lengths.watch(train), num_shards),
-            "validation": (validation, _default_shards(surveyed, divided.validation, encoding)),
+            "validation": (validation, _default_shards(surveyed, divided.validation)),
         },
         encoding_format=encoding.tfds_format,
         metadata={
@@ -195,25 +157,9 @@ def _write(
     return num_shards
 
 
-def console(declared: type[Command], run: Callable[[Any], str], argv: list[str] | None) -> int:
-    """Runs a command that writes to its --output; returns its exit status."""
-    try:
-        args = declared.parse(argv)
-        try:
-            print(run(args))
-        except OSError as error:  # a full or read-only disk, a file in a folder's place
-            reason = f"{error.filename or args.output}: {error.strerror or error}"
-            advice = "no set was changed; make room, or give another --output"
-            raise errors.UserError(f"{reason}; {advice}") from None
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return console(Build, build, argv)
+    return process.console(Build, build, argv)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import PIL.Image
 from etils import epath
 
-from grain_jax.core import annotations, images, regular_file
-from grain_jax.core.annotations import Annotation
+from grain_jax.core import annotations, images
+from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data.arguments import Encoding
-
-VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
+from grain_jax.data.sources import join
 
 # What tf.data decodes to the same RGB pixels as PIL: (format, modes). The rest is stored as PNG.
 _STORED_AS_THEY_ARE = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "L", "P", "1", "RGBA", "LA")}
@@ -36,44 +35,35 @@ class Checked(NamedTuple):
 
 def check_line(line: bytes, folder: epath.PathLike) -> Checked:
     """Checks a line of A.jsonl and its image, a file below `folder`."""
-    return _check(annotations.parse_line(line, text_required=True), folder)
+    parsed = annotations.parse_line(line, text_required=True)
+    return _check(parsed, join.load(Annotation(parsed.image), folder) if parsed.image else None)
 
 
 def check(item: Annotation) -> Checked:
     """Checks the annotation of a data source, which has its image."""
-    path = regular_file.inside(item.image)
-    faults = [] if path else [f"image: got {annotations.show(item.image)}, expected a path"]
+    faults = []
     if not (item.captions or item.synthetic_caption or item.regions):
         faults.append(annotations.NO_TEXT)
     boxes_xyxy = [region.box_xyxy for region in item.regions]
-    return _check(annotations.Parsed(item._replace(image=path), faults, [], path, boxes_xyxy), "")
+    return _check(annotations.Parsed(item, faults, [], item.image, boxes_xyxy), item)
 
 
-def _check(parsed: annotations.Parsed, folder: epath.PathLike) -> Checked:
+def _check(parsed: annotations.Parsed, item: Annotation | Fault | None) -> Checked:
+    """Checks what a line says with its image; `item` has the image or its fault, None without a name."""
     faults, unknown = list(parsed.faults), tuple(parsed.unknown_keys)
-    encoded = parsed.annotation.encoded if parsed.annotation else b""
-    image, turned, boxes_xyxy = None, False, []
-    if parsed.image:
-        got = f"image: got {annotations.show(parsed.image)}"
-        path = epath.Path(folder) / parsed.image
-        try:
-            path = regular_file.named(folder, parsed.image)
-            encoded = encoded or images.read_file(path, got)
-            image = images.decode_image(encoded, got)
-            turned = images.header(encoded, got).turned
-            boxes_xyxy = _clipped(parsed.boxes_xyxy, image, faults)
-        except FileNotFoundError:
-            faults.append(f"{got}, expected a file; there is no {path}")
-        except OSError as error:
-            faults.append(f"{got}, {error.strerror or error}, expected an image")
-        except images.ImageError as error:
-            faults.append(str(error))
+    image, turned, boxes_xyxy = item and join.decode(item), False, []
+    if isinstance(image, Fault):
+        detail = image.detail.removeprefix(f"{parsed.image}: ")
+        faults.append(f"image: got {annotations.show(parsed.image)}, {detail}")
+    elif image is not None:
+        turned = images.header(item.encoded).turned
+        boxes_xyxy = _clipped(parsed.boxes_xyxy, image, faults)
     if faults:
         return Checked(None, None, faults, turned, unknown_keys=unknown)
     before = parsed.annotation.regions
     regions = tuple(old._replace(box_xyxy=new) for old, new in zip(before, boxes_xyxy, strict=True))
     clipped = sum(old.box_xyxy != new.box_xyxy for old, new in zip(before, regions))
-    checked = parsed.annotation._replace(regions=regions, encoded=encoded)
+    checked = parsed.annotation._replace(regions=regions, encoded=item.encoded)
     return Checked(checked, image, [], turned, clipped, unknown)
 
 
@@ -83,16 +73,18 @@ def _clipped(
     """Each box clipped to the image; None, and a fault, for a box with too little area inside."""
     out = []
     for index, box_xyxy in enumerate(boxes_xyxy):
-        clipped = box_xyxy and annotations.clip_box(box_xyxy, *image.size)  # None has its own fault
-        if clipped and clipped.box_xyxy is None:
+        box, share = None, 1.0  # None has its own fault
+        if box_xyxy:
+            box, share = annotations.clip_box(box_xyxy, *image.size)
+        if box_xyxy and box is None:
             typed = [int(x) if x.is_integer() else x for x in box_xyxy]
-            kept = math.floor(100 * clipped.kept)  # so that 49.9% is not shown as 50%
+            kept = math.floor(100 * share)  # so that 49.9% is not shown as 50%
             faults.append(
                 f"regions[{index}].box: got {annotations.show(typed)}, {kept}% of it"
                 f" in the image of {image.width} x {image.height},"
                 f" expected at least {annotations.MIN_INSIDE:.0%}"
             )
-        out.append(clipped and clipped.box_xyxy)
+        out.append(box)
     return out
 
 
@@ -131,11 +123,12 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
         return encoded
     if encoding.size:
         image = PIL.Image.fromarray(images.resize(image, encoding.size))
-    if encoding.kind != "jpeg":
-        return images.encode_png(image)
+    options: dict[str, Any] = {"format": "PNG"}
+    if encoding.kind == "jpeg":
+        # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/performance.md).
+        options = dict(format="JPEG", quality=encoding.quality, subsampling=0)
     out = io.BytesIO()
-    # Colours at full resolution: halved, they cost quality 95 nine decibels (docs/performance.md).
-    images.to_rgb(image).save(out, "JPEG", quality=encoding.quality, subsampling=0)
+    images.to_rgb(image).save(out, **options)
     return out.getvalue()
 
 

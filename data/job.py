@@ -14,14 +14,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from grain_jax.core import atomic, errors, printable, progress, regular_file
-from grain_jax.data import staging
 
 SETTINGS = "settings.json"
 _SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder: each look lists all shards
-
-
-class JobError(errors.UserError):
-    """The job cannot run, or too many images have a fault; the message is one line."""
 
 
 class Output(NamedTuple):
@@ -32,14 +27,6 @@ class Output(NamedTuple):
     def path(self, *names: str) -> epath.Path:
         """A file or folder below the output."""
         return epath.Path(self.folder).joinpath(*names)
-
-    def locked(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Keeps other runs out while the block runs; `name` is a result, which the refusal names.
-
-        Raises:
-          staging.BusyError: another process has the folder. Object stores have no lock.
-        """
-        return staging.locked(self.path(name), "--output")
 
     def put(self, content: str | bytes, *names: str) -> None:
         """Writes a file whole: a kill or a full disk leaves the old one."""
@@ -86,7 +73,7 @@ class Output(NamedTuple):
         """Notes the settings that results depend on; a key that no earlier run noted is added.
 
         Raises:
-          JobError: an earlier run noted another value.
+          UserError: an earlier run noted another value.
         """
         known, settings = self.read_json(SETTINGS), json.loads(json.dumps(settings))
         for key, new in settings.items():
@@ -95,7 +82,7 @@ class Output(NamedTuple):
                 names = [name for name in old | new if old.get(name) != new.get(name)]
                 old, new = ({name: x.get(name) for name in names} for x in (old, new))
             if old != new:
-                raise JobError(
+                raise errors.UserError(
                     f"--output {self.folder}: was begun with {key} {json.dumps(old)}, got"
                     f" {json.dumps(new)}; give another --output, or delete this one"
                 )
@@ -124,14 +111,14 @@ def check_faults(
     """Prints how many images have each fault, by cause; `file` names them.
 
     Raises:
-      JobError: no image is left, or `faulty` of all `images` are more than the share `most`.
+      UserError: no image is left, or `faulty` of all `images` are more than the share `most`.
     """
     for cause, count in sorted(causes.items()):
         print(f"{file}: {count} {printable.plain(cause, 80)}", file=sys.stderr)
     if not left:
-        raise JobError(f"{file}: none of {images} images could be used")
+        raise errors.UserError(f"{file}: none of {images} images could be used")
     if faulty > most * images:
-        raise JobError(
+        raise errors.UserError(
             f"{file}: {faulty} of {images} images have a fault, more than --max-faults {most:g} allows;"
             " the results have the others"
         )

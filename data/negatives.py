@@ -42,24 +42,21 @@ _IRREGULAR = {"leaf": "leaves", "branch": "branches"}
 
 def _lists() -> dict[str, dict[str, tuple[str, ...]]]:
     """Kind -> word -> the words that may replace it."""
-    lists: dict[str, dict[str, tuple[str, ...]]] = {}
-    for kind, text in _EXCLUSIVE.items():
-        lines = [line.split() for line in text.split(";")]
-        lists[kind] = {
-            word: tuple(other[0] for other in lines if other is not line)
-            for line in lines
-            for word in line
-        }
+    lists = {kind: {} for kind in (*_EXCLUSIVE, *_OPPOSITES, "part")}
+    exclusive = [(kind, text.split(";")) for kind, text in _EXCLUSIVE.items()]
+    for line in map(str.split, _PARTS):
+        exclusive += [("part", line), ("part", [_IRREGULAR.get(x, f"{x}s") for x in line])]
+    for kind, texts in exclusive:
+        groups = [text.split() for text in texts]
+        for group in groups:
+            others = tuple(other[0] for other in groups if other is not group)
+            for word in group:  # a hood is a part of cars and of clothes
+                words = lists[kind].get(word, ()) + others
+                lists[kind][word] = tuple(dict.fromkeys(words))
     for kind, text in _OPPOSITES.items():
         pairs = (pair.split(":") for pair in text.split(";"))
         lists[kind] = {word.strip(): tuple(others.split()) for word, others in pairs}
-    parts: dict[str, tuple[str, ...]] = {}
-    for line in map(str.split, _PARTS):
-        for line_words in (line, [_IRREGULAR.get(word, f"{word}s") for word in line]):
-            for word in line_words:  # a hood is a part of cars and of clothes
-                others = tuple(other for other in line_words if other != word)
-                parts[word] = tuple(dict.fromkeys(parts.get(word, ()) + others))
-    return lists | {"part": parts}
+    return lists
 
 
 _REPLACEMENTS = _lists()
@@ -71,7 +68,7 @@ _WORD = re.compile(
 _ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)  # right before the exchanged word
 
 
-def make(description: str, number: int, *, others: Iterable[str] = (), seed: int = 0) -> list[str]:
+def make(description: str, number: int, *, others: Iterable[str] = ()) -> list[str]:
     """Up to `number` texts that differ from the description in one word, which makes them wrong.
 
     The kinds of words take turns. The result depends on the arguments alone; fewer negatives are the first of more.
@@ -80,9 +77,8 @@ def make(description: str, number: int, *, others: Iterable[str] = (), seed: int
       description: of a region.
       number: of texts, at most. A description without a word of the lists has none.
       others: the other descriptions of the image; no negative equals one, in lower case.
-      seed: which texts, and in which order.
     """
-    rng = random.Random(f"negatives {seed}/{description}")
+    rng = random.Random(f"negatives 0/{description}")
     by_kind = {kind: list(_of_kind(description, kind)) for kind in KINDS}
     order = [kind for kind, texts in by_kind.items() if texts]
     rng.shuffle(order)

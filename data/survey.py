@@ -26,10 +26,6 @@ from grain_jax.data.sources import annotations as annotations_source
 MOST_PRINTED = 20  # faults
 
 
-class BuildError(errors.UserError):
-    """The set cannot be built from this input; the message is one line."""
-
-
 class Prepared(NamedTuple):
     """An image that a worker has checked, without the image itself: one is sent between processes for every image."""
 
@@ -53,34 +49,34 @@ def prepare(
     """Checks the images of a shard and writes their examples to its part.
 
     Args:
-      job: the number of the part, and the shard; without a source it is a part of an A.jsonl.
+      job: the number of the part, and the shard.
       parts: the folder of the parts.
       encoding: of the images.
     """
     number, shard = job
     out, position = [], 0
     with part_file(parts, number).open("wb") as file:
-        for line, where, checked, left_out in _checked(shard):
-            annotation = checked.annotation
-            if annotation is None:
-                faults = tuple(checked.faults)
-                out.append(Prepared(line, where, faults, checked.turned, checked.unknown_keys))
-                continue
-            content = msgspec.msgpack.encode(example.encode(checked, encoding))
-            file.write(content)
-            end = position + len(content)
-            counts = {
-                "image_bytes": len(annotation.encoded),
-                "boxes_clipped": checked.boxes_clipped,
-                "regions": len(annotation.regions),
-                "negatives": sum(len(region.negatives) for region in annotation.regions),
-                "left_out": len(left_out),
-            }
-            prints = duplicates.fingerprint(annotation.encoded, checked.image)
-            of_image = annotation.image, annotation.id, left_out, counts, prints
-            known = line, where, (), checked.turned, checked.unknown_keys
-            out.append(Prepared(*known, *of_image, (number, position, end)))
-            position = end
+        for line, where, checked in _checked(shard):
+            faults, annotation = tuple(checked.faults), checked.annotation
+            prepared = Prepared(line, where, faults, checked.turned, checked.unknown_keys)
+            if annotation is not None:
+                content = msgspec.msgpack.encode(example.encode(checked, encoding))
+                file.write(content)
+                prepared = prepared._replace(
+                    image=annotation.image,
+                    id=annotation.id,
+                    left_out=tuple(map(_in_words, annotation.left_out)),
+                    counts={
+                        "boxes_clipped": checked.boxes_clipped,
+                        "regions": len(annotation.regions),
+                        "negatives": sum(len(region.negatives) for region in annotation.regions),
+                        "left_out": len(annotation.left_out),
+                    },
+                    fingerprint=duplicates.fingerprint(annotation.encoded, checked.image),
+                    part=(number, position, position + len(content)),
+                )
+                position += len(content)
+            out.append(prepared)
     return out
 
 
@@ -89,21 +85,18 @@ def part_file(parts: str, number: int) -> epath.Path:
     return epath.Path(parts) / f"{number:06d}"
 
 
-def _checked(
-    shard: sources.SourceShard,
-) -> Iterator[tuple[int, str, example.Checked, tuple[str, ...]]]:
-    """(number of the line, where it stands, the image, faults of regions) for each image."""
-    if not shard.source:
+def _checked(shard: sources.SourceShard) -> Iterator[tuple[int, str, example.Checked]]:
+    """(number of the line, where it stands, the image) for each image."""
+    if shard.source == "annotations":
         folder = epath.Path(shard.arguments["file"]).parent
         for line, name in annotations_source.lines(shard):
             number, where = int(name.rpartition(":")[2]), str(folder / name)
-            yield number, where, example.check_line(line, shard.arguments["images"]), ()
+            yield number, where, example.check_line(line, shard.arguments["images"])
         return
     for item in sources.read(shard):
-        if isinstance(item, Fault):
-            yield 0, item.where, example.Checked(None, None, [_in_words(item)]), ()
-        else:
-            yield 0, item.where, example.check(item), tuple(map(_in_words, item.left_out))
+        fault = isinstance(item, Fault)
+        faulty = example.Checked(None, None, [_in_words(item)]) if fault else None
+        yield 0, item.where, faulty or example.check(item)
 
 
 def _in_words(fault: Fault) -> str:
@@ -215,7 +208,7 @@ def divide(surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[
       exclude_duplicates_of: folders of sets that grain-jax build wrote.
 
     Raises:
-      BuildError: nothing is left for one of the splits.
+      errors.UserError: nothing is left for one of the splits.
       data.sources.SourceError: one of the other sets is not there.
     """
     ids, prints = surveyed.ids, np.asarray(surveyed.fingerprints, np.uint64).reshape(-1, 2)
@@ -231,7 +224,7 @@ def divide(surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[
         aside |= more
     train, validation = (np.nonzero(chosen)[0] for chosen in (kept & ~aside, aside))
     if not len(train) or (holdout and not len(validation)):
-        raise BuildError(
+        raise errors.UserError(
             f"--holdout {holdout:g}, {len(exclude_duplicates_of)} sets excluded: of"
             f" {len(ids)} images {len(train)} are left for train and {len(validation)} for"
             " validation, expected at least one; no records were written"

@@ -5,7 +5,6 @@ Each split has its own number of shards, and the records of two builds have the 
 
 import contextlib
 import dataclasses
-import errno
 import io
 import itertools
 import tempfile
@@ -20,8 +19,7 @@ from etils import epath
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.core.utils import shard_utils
 
-from grain_jax.data import example
-from grain_jax.input_pipeline import record_files
+from grain_jax.input_pipeline import record_files, text_lengths
 
 
 def features(encoding_format: str | None, negatives: bool) -> tfds.features.FeaturesDict:
@@ -89,7 +87,7 @@ def write(
     splits = {split: pair for split, pair in splits.items() if pair[1]}
 
     class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(example.VERSION)
+        VERSION = tfds.core.Version(text_lengths.VERSION)
 
         def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(
@@ -120,12 +118,7 @@ def write(
     tfds.disable_progress_bar()  # our own shows the time left
     # TFDS prints to stdout, and wants a folder for downloads although there are none.
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
-        try:
-            builder.download_and_prepare(download_dir=downloads, download_config=config)
-        except RuntimeError as error:  # TFDS turns TensorFlow's errors into it
-            if "No space left on device" not in str(error):
-                raise
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from None
+        builder.download_and_prepare(download_dir=downloads, download_config=config)
     digests = {
         split: record_files.digest_of_split(builder.info.splits[split].filepaths, negatives)
         for split in splits

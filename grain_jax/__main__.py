@@ -14,7 +14,7 @@ COMMANDS = {
     "inspect": ("data.inspect.arguments:Inspect", "data.inspect.__main__:main"),
     "convert": ("convert.arguments:Convert", "convert.__main__:main"),
     "export": ("convert.arguments:Export", "convert.export:main"),
-    "report": ("evaluate.report.arguments:Report", "evaluate.report.__main__:main"),
+    "report": ("evaluate.report.arguments:Report", "evaluate.report.page:main"),
     "demo": ("demo.arguments:Demo", "demo.__main__:main"),
     "plan": ("launch.arguments:Plan", "launch.plan:main"),
     "sweep": ("launch.arguments:Sweep", "launch.sweep:main"),

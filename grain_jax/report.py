@@ -1,8 +1,7 @@
 """`python -m grain_jax.report` is `grain-jax report`."""
 
-import sys
-
-from grain_jax.evaluate.report.__main__ import main
+from grain_jax.cli import process
+from grain_jax.evaluate.report import page
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(page.main)

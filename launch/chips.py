@@ -111,11 +111,6 @@ class Chip:
         """
         return (2 if self.is_tpu else 1) * self.link_bytes_per_second
 
-    @property
-    def chips_per_host(self) -> int:
-        """Chips of one machine (TPU: of one VM of a slice of many machines)."""
-        return 4 if self.gpu is None else self.gpu.machine
-
 
 _A100_40 = Gpu((8, 0), 108, 1.41, 164 * 1024, 40, 40_370, 1555e9)
 _A100_80 = _A100_40._replace(memory=81_157, memory_rate=2039e9)
@@ -156,7 +151,8 @@ class Topology(NamedTuple):
     def hosts(self) -> int:
         """Machines that hold the chips."""
         a_slice = self.chips // self.slices
-        return self.slices * math.ceil(a_slice / self.chip.chips_per_host)
+        machine = self.chip.gpu.machine if self.chip.gpu else 4  # of TPUs: one VM of a slice
+        return self.slices * math.ceil(a_slice / machine)
 
 
 def parse_topology(text: str) -> Topology:

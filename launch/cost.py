@@ -51,7 +51,13 @@ def roofline(
         within, across = seconds(collective, chip)
         interconnect_s += within
         dcn_s += across
-        exposed_s += max(within + across - _hidden(collective, chip), 0.0)
+        hidden = 0.0
+        if collective.overlapped:
+            work = collective.work
+            hidden = math.inf  # behind work that is unknown
+            if work is not None:
+                hidden = max(work.flops / chip.bf16_flops, work.bytes / chip.hbm_bytes_per_second)
+        exposed_s += max(within + across - hidden, 0.0)
     parts = {
         "compute": compute_s,
         "HBM": hbm_s,
@@ -60,16 +66,6 @@ def roofline(
     }
     step_s = max(max(compute_s, hbm_s) + exposed_s, interconnect_s, dcn_s)
     return Roofline(*parts.values(), exposed_s, max(parts, key=parts.get), step_s)
-
-
-def _hidden(collective: Collective, chip: Chip) -> float:
-    """Seconds of the work that the transfers run beside."""
-    if not collective.overlapped:
-        return 0.0
-    if collective.work is None:
-        return math.inf
-    flops, traffic = collective.work
-    return max(flops / chip.bf16_flops, traffic / chip.hbm_bytes_per_second)
 
 
 def seconds(collective: Collective, chip: Chip) -> tuple[float, float]:

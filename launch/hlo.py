@@ -134,11 +134,6 @@ class Module:
     across_slices: bool
     trips: dict[str, int | None]
 
-    @property
-    def unknown_loops(self) -> tuple[str, ...]:
-        """Loops whose number of trips is unknown."""
-        return tuple(name for name, trips in self.trips.items() if trips is None)
-
     def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
         """(computation, instruction, runs per step) of everything that a step runs."""
         for computation in self.computations.values():

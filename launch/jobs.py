@@ -4,9 +4,8 @@ import dataclasses
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from shlex import join
 from shutil import which
@@ -18,7 +17,6 @@ from etils import epath
 from grain_jax.core import errors, progress
 
 PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
-POLL = 0.5  # seconds between two looks whether a job may start
 SHOW = 5.0  # between two lines of progress
 
 
@@ -72,7 +70,6 @@ class Runner:
       jobs: in the order in which they start.
       free: as many jobs run at a time, each on one of these.
       screen: gets a line whenever a job starts or ends, and the progress.
-      ready: whether a job may start beside the running ones of these names.
       environment: of the jobs.
       done, failed: names of jobs.
       stopped_by: the signal that ended them all, or None.
@@ -81,14 +78,12 @@ class Runner:
     jobs: list[LocalJob]
     free: list[Slot]
     screen: progress.ProgressLine
-    ready: Callable[[LocalJob, frozenset[str]], bool] = lambda job, running: True
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
     done: list[str] = dataclasses.field(default_factory=list)
     failed: list[str] = dataclasses.field(default_factory=list)
     stopped_by: int | None = None
 
     def __post_init__(self):
-        self._lock = threading.Lock()  # while it is decided whether a job may start
         self._began: dict[str, float] = {}  # when each running job was started
         self._processes: dict[str, subprocess.Popen] = {}
         self._took: list[float] = []  # seconds of each whole run that has finished
@@ -113,13 +108,8 @@ class Runner:
         """Runs a job until it is not preempted any more."""
         slot, status = self.free.pop(0), PREEMPTED
         while status == PREEMPTED and not self.stopped_by:
-            with self._lock:
-                if may_start := self.ready(job, frozenset(self._began)):
-                    self._began[job.name] = time.monotonic()
-            if may_start:
-                status = self._try(job, slot)
-            else:
-                time.sleep(POLL)
+            self._began[job.name] = time.monotonic()
+            status = self._try(job, slot)
         self.free.append(slot)
 
     def _try(self, job: LocalJob, slot: Slot) -> int:

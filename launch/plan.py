@@ -1,6 +1,5 @@
 """Plans a run for chips that this machine does not have: grain-jax plan --config X --topology v5e:16x16"""
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -37,7 +36,6 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
     steps = config.total_steps or max(round(config.total_epochs * EPOCH), 1)
     epoch = float(config.total_steps or EPOCH)
     compiled = compiler.compile_step(config, topology, total_steps=steps, steps_per_epoch=epoch)
-    values = config_lib.flatten(dataclasses.asdict(config))
     plan: dict[str, Any] = {
         "chips": topology.chips,
         "devices": topology.count,
@@ -46,7 +44,6 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
         "chip": topology.chip.name,
         "mesh": compiled.mesh,
         "batch_size": config.batch_size,
-        "levers": {key: values[key] for key in plan_text.LEVERS},
         "derived": derived_from,
         "versions": compiled.versions,
         "program": compiled.program,
@@ -87,7 +84,7 @@ def _of_program(compiled: compiler.Compiled, plan, topology) -> dict[str, Any]:
         "fits": memory["total_bytes"] <= limit,
         "largest": _largest(hlo_work.arrays(module)),
         "flops": round(hlo_work.dot_flops(module) * topology.count),
-        "unknown_loops": len(module.unknown_loops),
+        "unknown_loops": list(module.trips.values()).count(None),
         "hbm_bytes": round(traffic),
         "collectives": by_kind(sums),
         "roofline": roofline._asdict(),

@@ -6,10 +6,6 @@ from typing import Any
 WIDTH = 96
 # Keys that trade memory against time; when memory runs out, the first cost the least time (docs/performance.md).
 REMEDIES = ("remat=qkv", "microbatches=2", "mesh.fsdp=8", "optim.moment_dtype=bfloat16")
-LEVERS = (
-    *(remedy.partition("=")[0] for remedy in REMEDIES),
-    *("loss.tile", "model.attention", "model.mlp", "mesh.tensor", "loss.gather"),
-)
 _NOTES = {  # of memory
     "arguments": "held from step to step",
     "temporaries": "gradients, activations",
@@ -81,7 +77,6 @@ def _heading(plan: dict[str, Any], unit: str) -> str:
         f"{plan['topology']}: {plan['chips']} chips, {plan['devices']} devices on"
         f" {plan['hosts']} host(s) in {plan['slices']} slice(s) or node(s)",
         f"mesh {axes}; {plan['batch_size']} images a step, {images} a {unit}",
-        " ".join(f"{key}={value}" for key, value in plan["levers"].items()),
         f"compiled for {plan['chip'].upper()} without one; {versions}",
         f"derived: {plan['derived']}" if plan["derived"] else "",
         "given: " + " ".join(plan["overrides"]) if plan["overrides"] else "",

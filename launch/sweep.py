@@ -6,6 +6,7 @@ Every point is checked before anything starts; the same command again goes on wi
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -22,27 +23,20 @@ from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
 
 def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> jobs.Runner:
     """Trains the runs that are not finished on this machine, `parallel` at a time."""
-    by_name = {run.name: run for run in runs}
     left = [run for run in runs if not finished(run)]
     if done := len(runs) - len(left):
         print(f"sweep: {done} of {len(runs)} runs finished before", file=sys.stderr)
 
-    def ready(job: jobs.LocalJob, running: frozenset[str]) -> bool:
-        """Whether a run may start: the first run that makes a dataset runs alone until the dataset is complete."""
-        makes = lambda run: (run.config.input.data_dir, run.config.input.name)
-        mine = by_name[job.name]
-        same = [run for run in runs if makes(run) == makes(mine)]
-        # config.json is written after the data is found.
-        made = any((run.folder / "config.json").exists() for run in same)
-        alone = not any(run.name in running for run in same)
-        return made or alone or not mine.config.input.prepare
-
+    for run in left:  # two runs that start at once would both make it
+        if command := sweep_runs.makes_dataset(run):
+            if status := subprocess.run([sys.executable, "-m", *command]).returncode:
+                said = f"python -m {shlex.join(command)} ended with {status}"
+                raise errors.UserError(f"input.prepare: {said}")
     here, start = local_folder(workdir), (sys.executable, "-m", "grain_jax.train")
     runner = jobs.Runner(
         [jobs.LocalJob(x.name, (*start, *x.arguments), here / x.name / "log.txt") for x in left],
         jobs.slots(parallel),
         progress.ProgressLine("sweep: "),
-        ready=ready,
         # Runs that differ in their seed alone share a compiled program.
         environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ},
     )
@@ -52,7 +46,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
 
 def tabulate(runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None) -> None:
     """Prints the table and writes sweep.csv."""
-    rows = sweep_table.read(runs, [finished(run) for run in runs])
+    rows = sweep_table.read(runs)
     metric = metric or sweep_table.default_metric(rows)
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     if keys and metric not in keys:

@@ -9,29 +9,24 @@ from collections.abc import Sequence
 from etils import epath
 
 from grain_jax.core import atomic, errors
-from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
+from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder, makes_dataset
 
 HERE = epath.Path(__file__).parent
 
 
-def _unfinished(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """The unfinished runs; a cluster splits their arguments at blanks."""
-    left = [run for run in runs if not finished(run)]
-    for run in left:
+def _check(runs: Sequence[SweepRun]) -> None:
+    for run in runs:
         for argument in run.arguments:
             if shlex.quote(argument) != argument:
                 raise errors.UserError(
                     f"{run.name}: got {argument!r}, expected arguments without blanks, quotes and brackets,"
                     " which clusters take apart"
                 )
-        data = run.config.input
-        folder = epath.Path(data.data_dir) / data.name
-        if data.source == "records" and data.prepare and not folder.exists():
+        if command := makes_dataset(run):
             raise errors.UserError(
-                f"{folder}: no dataset yet, and every run would make it (input.prepare); make it first: "
-                f"python -m {data.prepare.format(**vars(data))}"
+                f"{run.name}: no dataset yet, and every run would make it (input.prepare); make it first:"
+                f" python -m {shlex.join(command)}"
             )
-    return left
 
 
 def jobset_name(run: SweepRun) -> str:
@@ -65,7 +60,8 @@ def write(
       launcher: "slurm" (a line of arguments for each task of an array), "gke" or "gke-gpu" (a JobSet for each run).
       parallel: tasks of an array that run at a time; None: all.
     """
-    left = _unfinished(runs)
+    left = [run for run in runs if not finished(run)]
+    _check(left)
     if not left:
         raise errors.UserError("all runs are finished; --table shows them")
     folder = local_folder(workdir)

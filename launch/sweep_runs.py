@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,9 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.config import loading
-from grain_jax.core import errors
+from grain_jax.core import errors, metrics_file
 from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import derived
-from grain_jax.runtime import metrics_file
 
 DEFINING = {"order", "numbers", "result"}  # roles of the keys that may not change between two calls
 
@@ -145,10 +145,17 @@ def finished(run: SweepRun) -> bool:
         return False
     from grain_jax.checkpoint import files
 
-    lines, _ = metrics_file.read(run.folder)
+    lines = metrics_file.read(run.folder)
     step = lines[-1].step if lines else 0
     # Only the dataset can turn a length in epochs into steps.
     return step in files.finished_steps(run.folder) and run.config.total_steps in (None, step)
+
+
+def makes_dataset(run: SweepRun) -> list[str]:
+    """The words after `python -m` that make the dataset of a run (`input.prepare`), if it is missing; else []."""
+    data = run.config.input
+    there = data.source != "records" or (epath.Path(data.data_dir) / data.name).exists()
+    return [] if there else [w.format(**vars(data)) for w in shlex.split(data.prepare or "")]
 
 
 def local_folder(workdir: epath.Path) -> epath.Path:

@@ -4,21 +4,18 @@ import csv
 import dataclasses
 import io
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from grain_jax import config as config_lib
-from grain_jax.core import named
+from grain_jax.core import metrics_file, named
 from grain_jax.evaluate import kinds, tables
-from grain_jax.launch.sweep_runs import SweepRun, short
-from grain_jax.runtime import metrics_file
+from grain_jax.launch.sweep_runs import SweepRun, finished, short
 
 SEED = "seed"
 _HEADLINES = ("/top1", "/r1", "/box_iou", "/miou")  # endings of the keys that rank unasked
 # Metrics of training, beside the losses, that rank by their least value.
-LOWER = ("grad_norm", "input_wait_fraction", "input_wait_steps", "texts_dropped", "texts_too_long")
+LOWER = ("grad_norm", "input_wait_fraction", "texts_dropped", "texts_too_long")
 _LAST = 5  # logged steps that a training metric is averaged over: a single batch is noisy
 
 
@@ -26,8 +23,7 @@ _LAST = 5  # logged steps that a training metric is averaged over: a single batc
 class SweepRow:
     """A run and its metrics."""
 
-    name: str
-    swept: Mapping[str, Any]
+    run: SweepRun
     state: str  # "finished", "step 40 of 100" or "not started"
     step: int
     values: Mapping[str, float]
@@ -42,17 +38,15 @@ def _values(lines: Sequence[metrics_file.Line]) -> dict[str, float]:
     return values  # the last value of a metric that the recent lines lack
 
 
-def read(runs: Sequence[SweepRun], finished: Sequence[bool]) -> list[SweepRow]:
-    """The rows of the runs of a sweep, in their order; `finished`: whether each is."""
+def read(runs: Sequence[SweepRun]) -> list[SweepRow]:
+    """The rows of the runs of a sweep, in their order."""
     rows = []
-    for run, is_finished in zip(runs, finished, strict=True):
-        lines, faults = metrics_file.read(run.folder)
-        for fault in faults:
-            print(fault, file=sys.stderr)
+    for run in runs:
+        lines = metrics_file.read(run.folder)
         step, total = lines[-1].step if lines else 0, run.config.total_steps
         state = f"step {step}" + f" of {total}" * bool(total) if step else "not started"
-        state = "finished" if is_finished else state
-        rows.append(SweepRow(run.name, run.swept, state, step, _values(lines)))
+        state = "finished" if finished(run) else state
+        rows.append(SweepRow(run, state, step, _values(lines)))
     return rows
 
 
@@ -82,14 +76,14 @@ def ranked(rows: Sequence[SweepRow], metric: str, lower: bool) -> list[SweepRow]
 
 def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
     """The table, best first, and below it the means over several seeds."""
-    axes = list(dict.fromkeys(key for row in rows for key in row.swept))
+    axes = list(dict.fromkeys(key for row in rows for key in row.run.swept))
     leaves = [axis.rpartition(".")[2] for axis in axes]
     label = {a: a if leaves.count(leaf) > 1 else leaf for a, leaf in zip(axes, leaves)}
     shown = [metric] if metric == "loss" else [metric, "loss"]
     cells = [
         [
-            row.name,
-            *(short(row.swept[axis]) if axis in row.swept else "" for axis in axes),
+            row.run.name,
+            *(short(row.run.swept[axis]) if axis in row.run.swept else "" for axis in axes),
             *(f"{row.values[key]:.4f}" if key in row.values else "" for key in shown),
             row.state,
         ]
@@ -100,7 +94,7 @@ def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
     groups: dict[str, list[float]] = {}  # all that differs but the seed -> the metric of each seed
     for row in rows:
         if row.state == "finished" and metric in row.values:
-            others = [f"{label[k]}={short(v)}" for k, v in row.swept.items() if k != SEED]
+            others = [f"{label[k]}={short(v)}" for k, v in row.run.swept.items() if k != SEED]
             groups.setdefault(", ".join(others), []).append(row.values[metric])
     if SEED in axes and len(axes) > 1 and groups:
         means = [
@@ -114,13 +108,13 @@ def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
 
 def csv_text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
     """The table with every metric that the runs have, the sorting one first."""
-    axes = list(dict.fromkeys(key for row in rows for key in row.swept))
+    axes = list(dict.fromkeys(key for row in rows for key in row.run.swept))
     keys = dict.fromkeys([metric, *(key for row in rows for key in row.values)])
     page = io.StringIO()
     header = ["run", "state", "step", *axes, *keys]
     writer = csv.DictWriter(page, header, restval="", lineterminator="\n")
     writer.writeheader()
     for row in ranked(rows, metric, lower):
-        cells = {"run": row.name, "state": row.state, "step": row.step}
-        writer.writerow(cells | {**row.swept, **row.values})
+        cells = {"run": row.run.name, "state": row.state, "step": row.step}
+        writer.writerow(cells | {**row.run.swept, **row.values})
     return page.getvalue()

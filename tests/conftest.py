@@ -1,9 +1,13 @@
 """8 virtual CPU devices for every test, compiled quickly rather than well; set before JAX starts."""
 
 import atexit
+import contextlib
+import ctypes
+import functools
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -40,9 +44,54 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory_of_a_file(request):
+    """What a file traced, compiled and cached goes with it; its programs stay in the folder of compiled ones."""
+    yield
+    for value in vars(request.module).values():
+        if isinstance(value, functools._lru_cache_wrapper):
+            if value.__module__ == request.module.__name__:
+                value.cache_clear()
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps what is freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """JAX has one device until the end of the file: a program for it compiles in half the time."""
+    import jax
+
+    device = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: device)
+        yield
+
+
 def pytest_collection_modifyitems(items):
-    """Files marked `long` come first: what starts last, ends last. A process takes a whole file, or a group of files."""
+    """Files marked `long` come first: what starts last, ends last."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+# Files whose programs are the same; they are traced once in a process.
+TOGETHER = {
+    "tests/examples/test_data_source.py": "tests/test_data_identity.py",
+    "tests/hostile/test_stored_runs.py": "tests/test_data_identity.py",
+    "tests/test_paths.py": "tests/test_data_identity.py",
+    "tests/train/test_memory.py": "tests/train/test_run.py",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process takes a whole file, or files of one program. xdist 3.8 forgets its groups under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OfFiles(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return TOGETHER.get(file, file)
+
+    return OfFiles(config, log)

@@ -12,7 +12,6 @@ from tests import compiling
 TIMINGS = (
     "images_per_second",
     "input_wait_fraction",
-    "input_wait_steps",
     "model_flops_per_second",
     "mfu",
 )

@@ -9,8 +9,8 @@ from grain_jax.checkpoint import files
 from grain_jax.configs import demo
 from grain_jax.core import errors
 from grain_jax.evaluate.__main__ import main as evaluate
-from grain_jax.input_pipeline import record_files
-from grain_jax.train import run, set_up
+from grain_jax.input_pipeline import preparation, record_files
+from grain_jax.train import run
 from tests import record_sets, tiny
 
 
@@ -37,7 +37,7 @@ def test_what_needs_no_data_is_said_before_the_data_set_is_made(
     tmp_path, monkeypatch, overrides, message
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(set_up, "prepare_missing_data", _too_late)
+    monkeypatch.setattr(preparation, "open_or_make", _too_late)
     workdir = tmp_path / overrides.pop("workdir", "workdir")
     if workdir.name == "a file":
         workdir.write_text("")
@@ -117,7 +117,7 @@ def test_evaluate_looks_for_its_model_and_its_output_before_the_images(
 
 
 def test_a_resume_needs_no_weights_that_the_run_began_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(set_up, "prepare_missing_data", _too_late)
+    monkeypatch.setattr(preparation, "open_or_make", _too_late)
     monkeypatch.setattr(files, "finished_steps", lambda workdir: [2])
     with pytest.raises(TooLate):
         run.train(tiny.config(init__image="/nope"), tmp_path / "workdir")

@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import pytest
 import tensorflow as tf
 
@@ -14,7 +13,7 @@ from grain_jax.input_pipeline import record_files, records
 from grain_jax.train import run as run_training
 from tests import record_sets, tiny
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("records")]
+pytestmark = pytest.mark.long
 
 
 def _build(folder, output, *, shards=4):
@@ -27,14 +26,6 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     record_sets.write_annotations(folder, 16)
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device():
-    device = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: device)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +85,7 @@ def _config(output, **overrides):
 
 
 @pytest.fixture(scope="module")
-def run(built_there, tmp_path_factory):
+def run(built_there, tmp_path_factory, one_device):
     """(workdir of 2 steps, its data)."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(built_there, folder / "data")

@@ -84,7 +84,8 @@ def test_paths_go_through_epath():
 LAYERS = (
     ("core",),
     ("config",),
-    ("runtime", "cli", "input_pipeline", "models"),
+    ("runtime",),
+    ("cli", "input_pipeline", "models"),
     ("checkpoint", "losses"),
     ("inference",),
     ("evaluate", "convert"),

@@ -5,7 +5,6 @@ One tiny run is shared by all.
 
 import shutil
 
-import jax
 import pytest
 from etils import epath
 
@@ -19,11 +18,11 @@ from grain_jax.data.aviary import __main__ as aviary
 from grain_jax.data.inspect import __main__ as inspect
 from grain_jax.demo import __main__ as demo
 from grain_jax.evaluate import __main__ as evaluate
-from grain_jax.evaluate.report import __main__ as report
+from grain_jax.evaluate.report import page as report
 from grain_jax.train import run
 from tests import record_sets, tiny
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("records")]
+pytestmark = pytest.mark.long
 
 PICTURES, DATA, RUN = "schöne Bilder", "Sätze, gebaut", "mein Lauf 1"
 ANNOTATED = ["--annotations", f"{PICTURES}/A.jsonl", "--images", PICTURES]
@@ -33,7 +32,7 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
-def working_directory(tmp_path_factory):
+def working_directory(tmp_path_factory, one_device):
     """The working directory, with images, records and a run of two steps."""
     folder = tmp_path_factory.mktemp("anderer Ordner ß")
     with pytest.MonkeyPatch.context() as patch:
@@ -44,10 +43,7 @@ def working_directory(tmp_path_factory):
             shutil.copy(f"{PICTURES}/00003.png", folder / "Klassen ä" / name)
         flags = ["--output", DATA, "--name", "tiny_set", "--num-shards", "4"]
         assert build.main([*ANNOTATED, *flags]) == 0
-        with pytest.MonkeyPatch.context() as devices:
-            device = jax.devices()[:1]
-            devices.setattr(jax, "devices", lambda: device)
-            run.train(tiny.config(**KEYS), epath.Path(RUN))
+        run.train(tiny.config(**KEYS), epath.Path(RUN))
         yield folder
 
 

@@ -70,7 +70,7 @@ def _compiled(config: config_lib.Config) -> str:
 
 def once(build):
     """`train_step.build` that gives one Program for configs whose programs are equal; its step is compiled once."""
-    programs = {}
+    programs = {}  # the last two: each holds its traces and its executable
 
     @functools.wraps(build)
     def built(config, mesh, *, total_steps, steps_per_epoch):
@@ -80,6 +80,8 @@ def once(build):
         key = _compiled(config), mesh, total_steps, steps_per_epoch
         if key not in programs:
             program = build(config, mesh, **steps)
+            for old in list(programs)[:-1]:
+                del programs[old]
             programs[key] = program._replace(step=Once(program.step, "lower"))
         return programs[key]
 

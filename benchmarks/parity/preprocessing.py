@@ -62,7 +62,9 @@ def expected(name: str) -> np.ndarray:
 
 def pil_distance(name: str) -> np.ndarray:
     """|our PIL path - the reference| in levels, int [64, 64, 3]."""
-    ours = images.resize(image(name), SIZE, convert_first=False)
+    # As the reference does: the conversion to RGB comes last.
+    resized = image(name).resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC)
+    ours = np.asarray(resized.convert("RGB"))
     return np.abs(ours.astype(int) - expected(name))
 
 

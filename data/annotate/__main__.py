@@ -8,13 +8,14 @@ The same command again resumes an interrupted job. Further arguments, from --run
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from grain_jax.cli import process
 from grain_jax.core import errors
-from grain_jax.data import build, job, negatives, sources
+from grain_jax.data import job, negatives, sources, staging
 from grain_jax.data.annotate import LINES, chat, local_models, passes
 from grain_jax.data.annotate.arguments import Annotate
 
@@ -37,41 +38,38 @@ def annotate(args: Annotate) -> str:
         ) from None
     if not args.images and not args.source:
         raise errors.UserError("--images DIR: missing; folder of images, or of tar shards")
-    args.source = args.source or _source_of(epath.Path(args.images))
+    args.source = args.source or sources.of_path(epath.Path(args.images))
     source = sources.make(args.source, dict(args.option))
     args.keep_images &= not source.images_are_files
     output, marks = job.Output(args.output), passes.marks(args)
     # A shard's lines are composed of the results of all passes, so two runs would overwrite each other's.
-    with output.locked(LINES):
+    with staging.locked(output.path(LINES), "--output"):
         start = time.monotonic()
         output.agree(_settings(args))
-        options = sources.Options(
-            images=args.images,
-            annotations=tuple(args.annotations),
-            split=args.split,
-            scratch=str(output.path("lists")),
-            shard_size=args.shard_size,
-            label_text=args.label_text,
-        )
-        shards = sources.shards(args.source, options, dict(args.option))
+        shards = sources.of_flags(args, str(output.path("lists")), args.shard_size)
         done = output.done(*marks)
         todo = [shard for shard in shards if shard.name not in done]
         if todo:
-            _check_earlier_pass(args, output, todo)
+            first = args.passes[0] if args.passes else ""
+            needed = passes.NEEDS.get(first)
+            if needed and (missing := {x.name for x in todo} - output.done(f"passes/{needed}")):
+                raise errors.UserError(
+                    f"--passes {','.join(args.passes)}: {len(missing)} shards have no results of"
+                    f" the pass {needed} yet; run --passes {needed} first"
+                )
             pipeline.run(args, todo)
             missing = {shard.name for shard in todo} - output.done(*marks)
             if missing:  # runners return from a job that somebody cancelled
-                raise job.JobError(
+                raise errors.UserError(
                     f"--output {args.output}: the job ended with {len(missing)} of {len(shards)} shards"
                     " not done; give the same command again"
                 )
-        return _finish(args, output, shards, todo, time.monotonic() - start)
-
-
-def _source_of(images: epath.Path) -> str:
-    """`webdataset` for tar files and `folder` for images."""
-    tars = images.suffix == ".tar" or (images.is_dir() and any(images.glob("*.tar")))
-    return "webdataset" if tars else "folder"
+        total = _finish(args, output, [shard.name for shard in shards])
+    return (
+        f"{output.path(LINES)}: {total['annotated']} of {total['images']} images,"
+        f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
+        f" {time.monotonic() - start:.1f} s"
+    )
 
 
 def _settings(args: Annotate) -> dict[str, dict[str, Any]]:
@@ -87,26 +85,8 @@ def _settings(args: Annotate) -> dict[str, dict[str, Any]]:
     return {name: settings[name] for name in ("source", *args.passes)}
 
 
-def _check_earlier_pass(
-    args: Annotate, output: job.Output, todo: Sequence[sources.SourceShard]
-) -> None:
-    needed = passes.NEEDS.get(args.passes[0]) if args.passes else None
-    if needed and (missing := {shard.name for shard in todo} - output.done(f"passes/{needed}")):
-        raise job.JobError(
-            f"--passes {','.join(args.passes)}: {len(missing)} shards have no results of the pass"
-            f" {needed} yet; run --passes {needed} first"
-        )
-
-
-def _finish(
-    args: Annotate,
-    output: job.Output,
-    shards: Sequence[sources.SourceShard],
-    todo: Sequence[sources.SourceShard],
-    seconds: float,
-) -> str:
-    """Joins the files of the shards; returns a line about them. Raises JobError for too many faults."""
-    names = [shard.name for shard in shards]
+def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping[str, int]:
+    """Joins the files of the shards; returns their numbers. Raises errors.UserError for too many faults."""
     output.join("annotations", names, LINES)
     output.join("failed", names, FAILED)
     total = passes.counts(output, names)
@@ -122,17 +102,12 @@ def _finish(
         left=total["annotated"],
         most=args.max_faults,
     )
-    images = passes.counts(output, [shard.name for shard in todo])["images"]
-    return (
-        f"{output.path(LINES)}: {total['annotated']} of {total['images']} images,"
-        f" {total['regions']} regions, {len(todo)} of {len(shards)} shards in this run,"
-        f" {images} images in {seconds:.1f} s"
-    )
+    return total
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return build.console(Annotate, annotate, argv)
+    return process.console(Annotate, annotate, argv)
 
 
 if __name__ == "__main__":

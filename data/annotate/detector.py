@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 from etils import epy
 
-from grain_jax.core import annotations
+from grain_jax.core import annotations, errors
 from grain_jax.data.annotate import chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
 
@@ -27,7 +27,7 @@ class Detector:
     """Grounds descriptions in images.
 
     Raises:
-      ModelError: the model cannot be loaded, or is no OWLv2.
+      UserError: the model cannot be loaded, or is no OWLv2.
     """
 
     def __init__(self, args: Annotate):
@@ -38,7 +38,7 @@ class Detector:
         )
         kind = self._model.config.model_type
         if kind != "owlv2":
-            raise local_models.ModelError(f"{args.detector}: got {kind!r}, expected an owlv2")
+            raise errors.UserError(f"{args.detector}: got {kind!r}, expected an owlv2")
         self._threshold, self._batch_size = args.threshold, args.batch_size
 
     def detect(
@@ -109,18 +109,11 @@ def merged(
     for score, (x1, y1, x2, y2), description in sorted(scored, key=lambda entry: -entry[0]):
         if min(x2 - x1, y2 - y1) <= 0:
             continue
-        box = annotations.clip_box((x1, y1, x2, y2), width, height).box_xyxy
+        box, _ = annotations.clip_box((x1, y1, x2, y2), width, height)
         # None: most of it lies beside the image, in the padding.
         if box is None or min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
             continue
         better = [region.box_xyxy for region in regions if region.description == description]
-        if all(_iou(other, box) <= MERGE_IOU for other in better):
+        if all(annotations.iou(other, box) <= MERGE_IOU for other in better):
             regions.append(annotations.Region(box, description, score))
     return regions
-
-
-def _iou(a: annotations.Box, b: annotations.Box) -> float:
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)]
-    return width * height / (sum(areas) - width * height)

@@ -2,7 +2,7 @@
 
 httpx follows the proxies of the environment (HTTP_PROXY and so on) and no redirects. It bounds neither the time nor the
 bytes of a whole response, so requests run in an event loop, whose timers end them. A worker has one client. Whatever a
-server sends, a request ends in an answer, a failure with a fixed name, or EndpointError, and none of them has the key.
+server sends, a request ends in an answer, a failure with a fixed name, or UserError, and none of them has the key.
 """
 
 import asyncio
@@ -47,10 +47,6 @@ _RETRIED = {408: TIME_OUT, 425: SERVER_ERROR, 429: RATE_LIMIT}  # and all from 5
 _Result = tuple[chat.Answer | chat.Failure, float | None]
 
 
-class EndpointError(errors.UserError):
-    """The endpoint cannot be used at all."""
-
-
 class _Message(msgspec.Struct):
     content: str
 
@@ -68,7 +64,7 @@ class EndpointChat:
     """A client. One thread at a time may use it.
 
     Raises:
-      EndpointError: the key is not valid; nothing is asked yet.
+      UserError: the key is not valid; nothing is asked yet.
     """
 
     def __init__(self, args: Annotate):
@@ -76,7 +72,7 @@ class EndpointChat:
         self._url = f"{(args.endpoint or '').rstrip('/')}/chat/completions"
         key = os.environ.get(KEY, "").strip()  # key files end with a new line
         if key and not re.fullmatch("[!-~]+", key):
-            raise EndpointError(f"{KEY}: holds white space or other than ASCII, expected a key")
+            raise errors.UserError(f"{KEY}: holds white space or other than ASCII, expected a key")
         # The key as it stands, with the escapes of JSON, and percent-encoded.
         forms = (rf"(?:\\?{re.escape(x)}|\\u{ord(x):04x}|%{ord(x):02x})" for x in key)
         self._key = re.compile("".join(forms) or "(?!)", re.IGNORECASE)
@@ -87,8 +83,9 @@ class EndpointChat:
             timeout=httpx.Timeout(None, connect=0.9 * args.request_seconds),
             limits=httpx.Limits(keepalive_expiry=IDLE),
         )
-        self._loop = asyncio.Runner()
-        weakref.finalize(self, _close, self._loop, self._client)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=_serve, args=(self._loop, self._client), daemon=True).start()
+        weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
         self._next_start = 0.0  # on the monotonic clock: no request starts earlier
 
     def answer(
@@ -100,9 +97,10 @@ class EndpointChat:
         "request rejected" (this image or prompt) and "no answer in the response".
 
         Raises:
-          EndpointError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
+          UserError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
-        return self._loop.run(self._answer(images, prompts))
+        answers = self._answer(images, prompts)
+        return asyncio.run_coroutine_threadsafe(answers, self._loop).result()
 
     async def _answer(self, images: Any, prompts: Any) -> list[chat.Answer | chat.Failure]:
         free = asyncio.Semaphore(self._args.concurrency)
@@ -185,12 +183,12 @@ class EndpointChat:
     def _refused(self, status: int, headers: Mapping[str, str], content: bytearray) -> _Result:
         detail = self._line(f"status {status}: {content.decode(errors='replace')}")
         if status < 400 and (elsewhere := headers.get("Location")):
-            raise EndpointError(
+            raise errors.UserError(
                 f"{self._url}: redirects to {self._line(elsewhere)} (status {status}), where"
                 " neither images nor the key are sent; if you trust that address, give it as --endpoint"
             )
         if status in _FATAL:
-            raise EndpointError(
+            raise errors.UserError(
                 f"{self._url}: {_FATAL[status]} (model {self._args.chat!r}, key from {KEY}): {detail}"
             )
         cause = SERVER_ERROR if status >= 500 else _RETRIED.get(status)
@@ -209,20 +207,8 @@ class EndpointChat:
         return chat.one_line(self._without_key(text), limit)
 
 
-def _close(loop: asyncio.Runner, client: Any) -> None:
-    """Closes the connections and the loop, unless a thread still asks while the process ends."""
-
-    def close() -> None:
-        loop.run(client.aclose())
-        loop.close()
-
-    if loop.get_loop().is_running():
-        return
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        close()
-    else:  # the collector called this inside another client's loop
-        thread = threading.Thread(target=close)
-        thread.start()
-        thread.join()
+def _serve(loop: asyncio.AbstractEventLoop, client: Any) -> None:
+    """Runs the loop until it is stopped, then closes the connections."""
+    loop.run_forever()
+    loop.run_until_complete(client.aclose())
+    loop.close()

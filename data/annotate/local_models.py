@@ -24,10 +24,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class ModelError(errors.UserError):
-    """A model cannot be loaded, or is of another kind."""
-
-
 def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
     """Loads a model for inference, on the accelerator if there is one, else on the CPU.
 
@@ -37,7 +33,7 @@ def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
       half: bfloat16 on an accelerator; on the CPU it is always float32.
 
     Raises:
-      ModelError: there is no such model, or the class does not know it.
+      UserError: there is no such model, or the class does not know it.
     """
     # A torch that was built for CUDA names it even on machines that have none: ask first.
     accelerated = torch.accelerator.is_available()
@@ -54,7 +50,7 @@ def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
             processor = transformers.AutoProcessor.from_pretrained(path)
             model = getattr(transformers, auto_class).from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ModelError(
+        raise errors.UserError(
             f"{name}: cannot be loaded by transformers' {auto_class}: {chat.one_line(error)}"
         ) from error
     return model.to(device).eval(), processor, device
@@ -96,7 +92,7 @@ class LocalChat:
     """A chat model that takes one image and a text; it does not sample, so a second run gives the same answers.
 
     Raises:
-      ModelError: the model cannot be loaded, or has no chat template.
+      UserError: the model cannot be loaded, or has no chat template.
     """
 
     def __init__(self, args: Annotate):
@@ -105,7 +101,9 @@ class LocalChat:
             name, "AutoModelForImageTextToText", half=True
         )
         if not getattr(self._processor, "chat_template", None):
-            raise ModelError(f"{name}: its processor has no chat template, expected a chat model")
+            raise errors.UserError(
+                f"{name}: its processor has no chat template, expected a chat model"
+            )
         # Answers start where the prompt ends, so the prompts of a batch must end at the same place.
         tokenizer = self._processor.tokenizer
         tokenizer.padding_side = "left"

@@ -20,8 +20,8 @@ from typing import Any
 
 import PIL.Image
 
-from grain_jax.core import errors, images
-from grain_jax.data import job, negatives, source_lines, sources
+from grain_jax.core import annotations, errors, images
+from grain_jax.data import job, negatives, sources
 from grain_jax.data.annotate import (
     PASSES,
     answers,
@@ -31,6 +31,7 @@ from grain_jax.data.annotate import (
     local_models,
 )
 from grain_jax.data.annotate.arguments import Annotate
+from grain_jax.data.sources import join
 
 BATCH_PIXELS = 1 << 27  # 400 MB as RGB; 64 photographs of 24 MP would be 4.6 GB
 # Images per request that an endpoint answers at a time, so that none waits long for a slow one.
@@ -41,10 +42,6 @@ FAULT = "fault: "  # begins the counter of a cause
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the job ends
 # A pass -> the one whose results it takes. Negatives are of regions of the source, too, and come after the others.
 NEEDS = {"describe": "caption", "ground": "describe"}
-
-
-class ModelDown(errors.UserError):
-    """A model or its server failed for many images in a row; the message is one line."""
 
 
 def marks(args: Annotate) -> list[str]:
@@ -64,7 +61,7 @@ class Work:
     def regions(self) -> list[dict[str, Any]]:
         """The regions of the source and of the pass ground, with negatives."""
         texts = self.results.get("negatives", {})
-        regions = [*map(source_lines.region, self.item.regions), *self.results.get("ground", [])]
+        regions = [*map(_region, self.item.regions), *self.results.get("ground", [])]
         return [
             region | {"negatives": texts[region["description"]]}
             if "negatives" not in region and texts.get(region["description"])
@@ -148,7 +145,7 @@ class Passes:
                     work.results[name] = result
                 self._failures = self._failures + 1 if failed else 0
                 if self._failures >= FAILURES_IN_A_ROW:
-                    raise ModelDown(
+                    raise errors.UserError(
                         f"pass {name}: {self._failures} images in a row failed, the last by"
                         f" {result.cause} ({result.detail}); fix it, then give the same command again"
                     )
@@ -172,7 +169,7 @@ class Passes:
         texts = [work.results["describe"] for work in works]
         for result in self.detector.detect([work.image for work in works], texts):
             is_list = isinstance(result, list)
-            yield list(map(source_lines.region, result)) if is_list else result
+            yield list(map(_region, result)) if is_list else result
 
     def _negatives(self, works: list[Work]) -> Iterator:
         for work in works:
@@ -186,7 +183,7 @@ class Passes:
             return None
         item = work.item
         synthetic = work.results.get("caption", {}).get("caption", item.synthetic_caption)
-        line = source_lines.line(item._replace(synthetic_caption=synthetic))
+        line = _line(item._replace(synthetic_caption=synthetic))
         line |= {"regions": work.regions()}
         if not (item.captions or synthetic or line["regions"]):
             if not work.faults and not item.left_out:
@@ -207,34 +204,19 @@ class Passes:
         return line
 
 
-def check(item: sources.Image, args: Annotate) -> PIL.Image.Image | sources.Fault:
-    """The image as RGB, or its fault: "empty file", "unreadable", "damaged", "too small", "too large"."""
-    cause = "unreadable" if item.encoded else "empty file"
-    try:
-        width, height = images.open_image(item.encoded).size
-        if args.min_side <= min(width, height) and max(width, height) <= args.max_side:
-            cause = "damaged"
-            return images.to_rgb(images.decode_image(item.encoded))
-        cause = "too small" if min(width, height) < args.min_side else "too large"
-        bounds = f"sides from {args.min_side} to {args.max_side}"
-        detail = f"got {width} x {height} pixels, expected {bounds}"
-    except images.ImageError as error:
-        cause, detail = (
-            "too large" if isinstance(error, images.TooLargeError) else cause,
-            str(error),
-        )
-    return sources.Fault(item.image, cause, detail)
-
-
 def _work(item: sources.Image | sources.Fault, known: dict[str, Any], args: Annotate) -> Work:
     """An image, decoded and with what earlier runs noted of it."""
     faults = {name: fault for name, fault in known.get("faults", {}).items() if name in PASSES}
     work = Work(item, None, known.get("results", {}), faults)
-    checked = check(item, args) if isinstance(item, sources.Image) else item
-    if isinstance(checked, sources.Fault):
-        work.faults["image"] = [checked.cause, checked.detail]
+    image = join.decode(item)
+    if isinstance(image, sources.Fault):
+        faults["image"] = [image.cause, image.detail]
+    elif args.min_side <= min(image.size) and max(image.size) <= args.max_side:
+        work.image = images.to_rgb(image)
     else:
-        work.image = checked
+        bounds = f"sides from {args.min_side} to {args.max_side}"
+        got = f"got {image.width} x {image.height} pixels, expected {bounds}"
+        faults["image"] = ["too small" if min(image.size) < args.min_side else "too large", got]
     return work
 
 
@@ -274,3 +256,25 @@ def counts(output: job.Output, shards: Iterable[str]) -> collections.Counter[str
     for shard in shards:
         total.update(output.read_json("counts", f"{shard}.json"))
     return total
+
+
+def _region(described: annotations.Region) -> dict[str, Any]:
+    """The object of a region in a line; one without negatives has no such key."""
+    return {key: x for key, x in zip(annotations.REGION_KEYS, described, strict=True) if x != ()}
+
+
+def _line(item: annotations.Annotation) -> dict[str, Any]:
+    """The object of an image's line."""
+    out: dict[str, Any] = {"image": item.image}
+    if len(item.captions) == 1:
+        out["caption"] = item.captions[0]
+    elif item.captions:
+        out["captions"] = list(item.captions)
+    if item.synthetic_caption:
+        out["synthetic_caption"] = item.synthetic_caption
+    out["regions"] = list(map(_region, item.regions))
+    if item.phrases is not None:
+        out["phrases"] = list(map(list, item.phrases))
+    if item.id is not None:
+        out["id"] = item.id
+    return out

@@ -23,10 +23,6 @@ _MARK = "#user-error#"
 _LOCAL = ("directrunner", "direct", "switchingdirectrunner", "fnapirunner")
 
 
-class PipelineError(errors.UserError):
-    """The pipeline ended before its work was done; the message is the cause."""
-
-
 class AnnotateShards(beam.DoFn):
     """Annotates shards with models that are loaded once per worker process, however many threads it has."""
 
@@ -50,7 +46,7 @@ def run(args: Annotate, shards: Sequence[sources.SourceShard]) -> None:
     """Runs the passes over the shards that are to be done.
 
     Raises:
-      PipelineError: a worker met wrong usage or wrong input.
+      errors.UserError: a worker met wrong usage or wrong input.
     """
     options = pipeline_options.PipelineOptions(args.beam)
     # Beam logs the traceback of every error; user errors are printed as one line.
@@ -72,7 +68,7 @@ def run(args: Annotate, shards: Sequence[sources.SourceShard]) -> None:
         except Exception as error:
             marked = re.search(f"{_MARK}(.*?){_MARK}", str(error), re.DOTALL)
             if marked:
-                raise PipelineError(marked.group(1)) from None
+                raise errors.UserError(marked.group(1)) from None
             raise
 
 

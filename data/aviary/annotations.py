@@ -4,31 +4,26 @@ Every kind of noise draws from its own random stream, and draws the same numbers
 a higher rate keeps the errors of a lower one, adds more, and changes no other kind of noise.
 """
 
+import collections
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
 
 from etils import epath
 
+from grain_jax.core.annotations import iou
 from grain_jax.data.aviary.drawing import Drawing
 from grain_jax.data.aviary.settings import Noise
 from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, hard_negatives
 
-
-def templates(file: epath.Path) -> dict[str, list[str]]:
-    """The captions in a table, by kind; names in braces are filled in later."""
-    kinds: dict[str, list[str]] = {}
-    for kind, caption in (line.split("\t") for line in file.read_text().splitlines()[1:]):
-        kinds.setdefault(kind, []).append(caption)
-    return kinds
-
-
+# Captions by kind; names in braces are filled in later.
+_CAPTIONS: dict[str, list[str]] = collections.defaultdict(list)
+for _line in epath.Path(__file__).with_name("captions.tsv").read_text().splitlines()[1:]:
+    _kind, _caption = _line.split("\t")
+    _CAPTIONS[_kind].append(_caption)
 _ALL_TRAITS = tuple(trait for part in PARTS for trait in TRAITS[part])
 _LEAST_AREA = 0.001  # share of the image; a smaller part counts as hidden
-
-_CAPTIONS = templates(epath.Path(__file__).with_name("captions.tsv"))
 EXACT = Noise(**dict.fromkeys((field.name for field in dataclasses.fields(Noise)), 0.0))
 
 
@@ -70,9 +65,8 @@ def synthetic_caption(
         for part in seen[:parts]
     ]
     scene = drawing.scene
-    caption = template.format(
-        parts=listed(phrases), perch=scene.perch_phrase, background=scene.background
-    )
+    listed = " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))
+    caption = template.format(parts=listed, perch=scene.perch_phrase, background=scene.background)
     things = scene.thing_phrases
     if things and rng.random() < 0.4:
         caption += f", next to {things[0]}"
@@ -104,7 +98,7 @@ def regions(
         description, wrong = _describe(
             species, part, word_rng, noise.wrong_descriptions, noise.paraphrased
         )
-        score = 0.88 - 0.6 * (1 - box_iou(box, true_box)) - 0.22 * wrong
+        score = 0.88 - 0.6 * (1 - iou(box, true_box)) - 0.22 * wrong
         score = round(min(0.99, max(0.3, score + noise.score_noise * error.gauss(0, 1))), 3)
         made.append({"box": box, "description": description, "score": score})
     return made
@@ -115,15 +109,6 @@ def negatives(species: Species, description: str, key: str, number: int) -> list
     wrong = [text for text, trait in hard_negatives(description) if trait not in species.traits]
     random.Random(f"{key}/negatives/{description}").shuffle(wrong)
     return wrong[:number]
-
-
-def box_iou(first, second) -> float:
-    """Intersection over union of two (x1, y1, x2, y2)."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    common = max(0.0, width) * max(0.0, height)
-    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
-    return common / (areas - common)
 
 
 def _describe(species, part, rng, wrong_rate, paraphrase_rate):
@@ -145,8 +130,3 @@ def _jittered(box, size, rng, jitter):
         edges.append((low, min(max(high, low + 1.0), float(size[axis]))))
     (x1, x2), (y1, y2) = edges
     return [math.floor(value * 100 + 0.5) / 100 for value in (x1, y1, x2, y2)]
-
-
-def listed(phrases: Sequence[str]) -> str:
-    """Phrases as "a, b and c"."""
-    return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))

@@ -29,18 +29,3 @@ class Aviary(Command, name="aviary"):
     name: str = "aviary"
     processes: int = flag(_CORES, high=1024)
     settings: Settings = Settings()
-
-    def __post_init__(self):
-        """Raises ValueError for settings that contradict each other."""
-        settings, noise = self.settings, self.settings.noise
-        for low, high, least, most in (
-            ("--least-parts", "--most-parts", settings.least_parts, settings.most_parts),
-            ("--scale-from", "--scale-to", settings.pose.scale_from, settings.pose.scale_to),
-        ):
-            if least > most:
-                raise ValueError(f"{low}: got {least}, expected at most {high} {most}")
-        both = noise.wrong_names + noise.missing_names
-        if both > 1:
-            raise ValueError(
-                f"--wrong-names and --missing-names: got a sum of {both}, expected at most 1"
-            )

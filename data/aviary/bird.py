@@ -185,14 +185,8 @@ EYE = [(ellipse(*EYE_AT, 4.0, count=20), "ink"), (ellipse(*EYE_AT, 3.3, count=20
 
 def bird_layers(species):
     """Yields (part, outline, tone) from back to front; part is None for the body and the eye."""
-    def layers_of(part):
-        return ((part, *layer) for layer in PART_LAYERS[part, species[part].shape])
-    yield from layers_of("tail")
-    yield from layers_of("legs")
-    yield from layers_of("crest")
-    yield from ((None, *layer) for layer in BODY_BACK)
-    for part in ("breast", "throat", "eye"):
-        yield from layers_of(part)
-    yield from ((None, *layer) for layer in EYE)
-    yield from layers_of("beak")
-    yield from layers_of("wing")
+    for part in ("tail", "legs", "crest", BODY_BACK, "breast", "throat", "eye", EYE, "beak", "wing"):
+        if isinstance(part, str):
+            yield from ((part, *layer) for layer in PART_LAYERS[part, species[part].shape])
+        else:
+            yield from ((None, *layer) for layer in part)

@@ -28,9 +28,8 @@ class Drawing:
     boxes_xyxy: dict[str, tuple[float, float, float, float]]
     areas: dict[str, float]  # part -> the share of the image that it covers
     scene: scenery.Scene  # in words
-    labels: (
-        np.ndarray
-    )  # uint8 [side, side] of the supersampled canvas: 0, or i for the i-th of PARTS
+    # uint8 [side, side] of the supersampled canvas: 0, or i for the i-th of PARTS
+    labels: np.ndarray
 
     def part_mask(self) -> np.ndarray:
         """The label that covers most of each pixel, the lower one of two equal ones: uint8 [size, size]."""
@@ -51,33 +50,26 @@ class _Canvas:
         self.supersampling, self._side = supersampling, size * supersampling
         self._image = Image.new("P", (self._side, self._side), 0)
         self._draw = ImageDraw.Draw(self._image)
-        self._colours = [(0, 0, 0)]
-        self._owners = [None]
-        self._index = {}
+        self._indices = {((0, 0, 0), ""): 0}  # (colour, part) -> palette index, in their order
 
     def polygon(self, points, rgb, part=None):
         """Fills the outline `points` [n, 2]; its pixels belong to `part`."""
-        key = (rgb, part)
-        if key not in self._index:
-            self._index[key] = len(self._colours)
-            self._colours.append(rgb)
-            self._owners.append(part)
+        index = self._indices.setdefault((rgb, part), len(self._indices))
         points = points * (self._side / 100)
-        self._draw.polygon(points.ravel().tolist(), fill=self._index[key])
+        self._draw.polygon(points.ravel().tolist(), fill=index)
 
     def layer(self, light):
         """(colours on black, coverage): RGB and L images of the final size."""
-        self._image.putpalette([value for rgb in self._colours for value in rgb])
+        self._image.putpalette([value for rgb, _ in self._indices for value in rgb])
         colours = self._image.convert("RGB").reduce(self.supersampling)
         coverage = Image.fromarray((np.asarray(self._image) > 0).view(np.uint8) * np.uint8(255))
         return ImageChops.multiply(colours, light), coverage.reduce(self.supersampling)
 
     def visible(self):
         """`boxes_xyxy`, `areas` and `labels` of a Drawing."""
-        numbers = np.array(
-            [PARTS.index(owner) + 1 if owner else 0 for owner in self._owners], np.uint8
-        )
-        shown = numbers[np.asarray(self._image)]  # [side, side]: 0, or 1 + the part's index
+        numbers = [PARTS.index(part) + 1 if part else 0 for _, part in self._indices]
+        # [side, side]: 0, or 1 + the part's index
+        shown = np.array(numbers, np.uint8)[np.asarray(self._image)]
         boxes, areas = {}, {}
         for number, part in enumerate(PARTS, 1):
             mask = shown == number

@@ -11,14 +11,15 @@ from typing import Any
 from etils import epath
 
 from grain_jax.core import errors, progress
+from grain_jax.data import aviary as package
 from grain_jax.data import parallel
 from grain_jax.data.aviary import annotations, drawing, masks
 from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
 
+_LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)."
 STAMP = "settings.json"  # written last: if it exists, the dataset is complete
-LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,14 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     output = epath.Path(output)
     aviary = species_of(settings)
     values = dataclasses.asdict(settings)
-    if is_complete(output, values):
-        return False
+    if (stamp := output / STAMP).exists():
+        if stamp.read_text() == json.dumps(values, indent=1) + "\n":
+            return False
+    if stamp.exists() or (output / "A.jsonl").exists():
+        raise errors.UserError(
+            f"{output}: holds another dataset, expected an empty folder or one made with the same settings;"
+            " remove it or choose another --output"
+        )
     tasks = list(tasks_of(settings))
     for folder in sorted({(task.folder + "/" + task.image).rpartition("/")[0] for task in tasks}):
         (output / folder).mkdir(parents=True, exist_ok=True)
@@ -101,11 +108,10 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
         write_json(
             output / f"{name}.json", {species.name: species.descriptions for species in group}
         )
-    (output / "README.md").write_text(_readme(settings, aviary))
+    made_by = f"# Aviary\n\nMade by `grain-jax aviary`, seed {settings.seed}. {_LICENCE}\n\n"
+    (output / "README.md").write_text(made_by + package.__doc__)
     write_lines(output / "A.jsonl", lines["training"])
-    if settings.test_images:
-        masks.finish(output)
-    write_json(output / STAMP, values)
+    write_json(stamp, values)
     return True
 
 
@@ -161,24 +167,6 @@ def _make(output, settings, task):
     return record_of(settings, task, drawn)
 
 
-def is_complete(output: epath.Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the whole dataset of these settings, which are written last.
-
-    Raises:
-      errors.UserError: it holds something else.
-    """
-    stamp = output / STAMP
-    described = json.dumps(settings, indent=1) + "\n"
-    if stamp.exists() and stamp.read_text() == described:
-        return True
-    if stamp.exists() or (output / "A.jsonl").exists():
-        raise errors.UserError(
-            f"{output}: holds another dataset, expected an empty folder or one made with the same settings;"
-            " remove it or choose another --output"
-        )
-    return False
-
-
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes a value as JSON."""
     path.write_text(json.dumps(value, indent=1) + "\n")
@@ -188,25 +176,3 @@ def write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes one record per line, and the folders above the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def _readme(settings, aviary):
-    return f"""# Aviary: drawn birds of invented species
-
-Made by `grain-jax aviary` (settings: `settings.json`; seed {settings.seed}). {LICENCE}.
-
-| | |
-|---|---|
-| `A.jsonl`, `images/` | {settings.images} annotated training images of {len(aviary.training)} \
-species; noisy on purpose |
-| `seen/`, `seen.json` | new images of these species, a folder each; their descriptions |
-| `unseen/`, `unseen.json` | images of {len(aviary.held_out)} species that training never \
-shows or names; their descriptions |
-| `test/A.jsonl`, `test/images/` | {settings.test_images} images with exact boxes and words, half \
-of them of unseen species; each region has {TEST_NEGATIVES} `negatives`, wrong by its colour or its shape; \
-`test/seen.jsonl` and `test/unseen.jsonl` are its two halves |
-| `segmentation/` | the test images with the part and the look that each pixel shows |
-
-A species is a look of each of 8 parts (crest, beak, eye, throat, breast, wing, tail, legs). Names
-are invented. Held-out species combine looks, all of which occur in training, in new ways.
-"""

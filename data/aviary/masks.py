@@ -30,20 +30,6 @@ CLASSES = {
 }
 FILES = {"masks": "classes.txt", "looks": "looks.txt"}
 TEMPLATES = "templates.txt"  # the prompt for all classes: the phrase alone
-_README = """# Label images of the test images
-
-`seen/` and `unseen/` hold the test images of these species, each with
-
-| | |
-|---|---|
-| `images/` | the images, copies of those in `test/images/` |
-| `masks/`, `classes.txt` | which of the 8 parts each pixel shows; the name of each part and all phrases of its looks |
-| `looks/`, `looks.txt` | which of 101 looks it shows; the phrases that describe them |
-
-A label image is a PNG of 8 bits: the number of the class that covers most of a pixel, 0 for whatever is no part. A list
-of classes has a class a line, the first with number 0; commas stand between names of one class. `templates.txt` is the
-prompt for them, the name alone.
-"""
 
 
 def labels_of(kind: str, species: Species, drawn: Drawing) -> np.ndarray:
@@ -76,8 +62,3 @@ def save(
         labels = io.BytesIO()
         Image.fromarray(labels_of(kind, species, drawn)).save(labels, "PNG")
         (folder / kind / f"{name.rpartition('.')[0]}.png").write_bytes(labels.getvalue())
-
-
-def finish(output: epath.Path) -> None:
-    """Writes the page about them."""
-    (output / FOLDER / "README.md").write_text(_README)

@@ -10,6 +10,7 @@ import functools
 import itertools
 import random
 
+from grain_jax.core import errors
 from grain_jax.data.aviary.settings import Settings
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS, Trait
 
@@ -37,12 +38,6 @@ class Species:
         """The plain phrases of all parts: the entry of the class in a descriptions file."""
         return [trait.phrase for trait in self.traits]
 
-    def replace(self, trait: Trait) -> "Species":
-        """The same species with another look of one part."""
-        return dataclasses.replace(
-            self, traits=tuple(trait if trait.part == old.part else old for old in self.traits)
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class AllSpecies:
@@ -65,7 +60,7 @@ def species_of(settings: Settings) -> AllSpecies:
     independent of its genus.
 
     Raises:
-      ValueError: so many different species cannot be made.
+      errors.UserError: so many different species cannot be made.
     """
     rng = random.Random(f"aviary species {settings.seed}")
     count = settings.genera * settings.species_per_genus
@@ -99,7 +94,7 @@ def _add(made, names, traits, genera, parts_changed, rng):
                     made.append(species)
                     break
             else:
-                raise ValueError(
+                raise errors.UserError(
                     f"species: found no further one after {len(made)} that differs from each in {least} parts;"
                     " use more training species, fewer per genus, or more parts_changed"
                 )
@@ -123,5 +118,5 @@ def invent_names(count: int, rng: random.Random) -> list[str]:
             taken |= masked
     names = chosen + [name for name in alike if name not in _WORDS]
     if count > len(names):
-        raise ValueError(f"species: got {count}, expected at most {len(names)}")
+        raise errors.UserError(f"species: got {count}, expected at most {len(names)}")
     return names[:count]

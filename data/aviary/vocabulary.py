@@ -42,44 +42,37 @@ class Trait:
     @property
     def phrase(self) -> str:
         """The plain description, e.g. "an orange eye stripe"."""
-        return _Wording(self, 0, reworded=False).text
+        return self.worded(0, self.colour)
 
     def paraphrase(self, rng: random.Random) -> str:
         """Another wording, drawn with `rng`; three in ten use another word for the colour."""
-        others = range(1, len(_LOOKS[self.part, self.shape]) - 1)
-        return _Wording(self, rng.choice(others), reworded=rng.random() < 0.3).text
+        template = rng.choice(range(1, len(_LOOKS[self.part, self.shape]) - 1))
+        reworded = rng.random() < 0.3
+        return self.worded(template, COLOUR_SYNONYMS[self.colour] if reworded else self.colour)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Wording:
-    """How a description says a trait."""
-
-    trait: Trait
-    template: int  # which of the phrases of the part and shape
-    reworded: bool  # by another word for the colour
-
-    @property
-    def text(self) -> str:
-        colour = self.trait.colour
-        template = _LOOKS[self.trait.part, self.trait.shape][1 + self.template]
-        known_words = template.format(COLOUR_SYNONYMS[colour] if self.reworded else colour).split()
+    def worded(self, template: int, colour: str) -> str:
+        """The phrase with this number of the part and shape, with this word for the colour."""
+        words = _LOOKS[self.part, self.shape][1 + template].format(colour).split()
         return " ".join(  # "a orange beak" -> "an orange beak", wherever the article stands
             "an" if word == "a" and after[:1] in "aeiou" else word
-            for word, after in zip(known_words, known_words[1:] + ["."], strict=True)
+            for word, after in zip(words, words[1:] + ["."], strict=True)
         )
 
 
 @functools.cache
-def _wordings() -> dict[str, _Wording]:
-    """Description -> its trait, for every part, shape and colour, also if no bird has that look."""
-    others = (
-        _Wording(Trait(part, shape, colour), template, reworded)
-        for (part, shape), (_, *templates) in _LOOKS.items()
+def _wordings() -> dict[str, tuple[Trait, int, bool]]:
+    """Description -> trait, phrase, other word for the colour; also for looks that no bird has."""
+    return {
+        Trait(*look, colour).worded(template, word): (
+            Trait(*look, colour),
+            template,
+            word != colour,
+        )
+        for look, (_, *templates) in _LOOKS.items()
         for template in range(len(templates))
-        for colour in COLOUR_SYNONYMS
-        for reworded in (False, True)
-    )
-    return {wording.text: wording for wording in others}
+        for colour, synonym in COLOUR_SYNONYMS.items()
+        for word in (colour, synonym)
+    }
 
 
 def hard_negatives(description: str) -> list[tuple[str, Trait]]:
@@ -88,12 +81,13 @@ def hard_negatives(description: str) -> list[tuple[str, Trait]]:
     Args:
       description: a phrase or paraphrase of a trait.
     """
-    wording = _wordings()[description]
-    trait = wording.trait
+    trait, template, reworded = _wordings()[description]
     others = [dataclasses.replace(trait, colour=colour) for colour in COLOUR_SYNONYMS]
     others += [Trait(part, shape, trait.colour) for part, shape in _LOOKS if part == trait.part]
-    others = [other for other in others if other != trait]
-    return [(dataclasses.replace(wording, trait=other).text, other) for other in others]
+    words = COLOUR_SYNONYMS if reworded else {colour: colour for colour in COLOUR_SYNONYMS}
+    return [
+        (other.worded(template, words[other.colour]), other) for other in others if other != trait
+    ]
 
 
 _ALL = [Trait(*look, colour) for look, row in _LOOKS.items() for colour in row[0].split()]

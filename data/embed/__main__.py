@@ -19,23 +19,30 @@ from etils import epath
 
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
-from grain_jax.core import errors, regular_file
-from grain_jax.data import job, sources
+from grain_jax.cli import process
+from grain_jax.core import errors
+from grain_jax.data import job, sources, staging
 from grain_jax.data.embed import arguments, output, pipeline
-from grain_jax.data.sources import arrow_tables, tfds
+from grain_jax.data.sources import arrow_tables
 from grain_jax.runtime import distributed, processes
 
 FAULTS = "faults.jsonl"
 
 
 def embed(args: arguments.Embed) -> str:
-    """Embeds the source; returns a line about what was done. Every process calls it. Raises UserError."""
+    """Embeds the source; returns a line about what was done, "" if another process says it. Raises UserError."""
     arrow_tables.pyarrow()  # before the model is read: it may be missing
     folder = job.Output(str(absolute(args.output)))
-    processes.run_together(lambda: saved_model.find(args.checkpoint))
-    with contextlib.ExitStack() as stack:
-        processes.of_first(lambda: stack.enter_context(folder.locked(FAULTS)))
-        return _embed(args, folder)
+    distributed.keep_compiled_programs()
+    distributed.initialize(
+        args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
+    )
+    with distributed.ending_together(args.heartbeat_seconds), contextlib.ExitStack() as stack:
+        processes.run_together(lambda: saved_model.find(args.checkpoint))
+        lock = staging.locked(folder.path(FAULTS), "--output")
+        processes.of_first(lambda: stack.enter_context(lock))
+        line = _embed(args, folder)
+    return "" if processes.process_info()[0] else line
 
 
 def _embed(args: arguments.Embed, folder: job.Output) -> str:
@@ -81,7 +88,7 @@ def find(
       sources.SourceError: there is no such source, or it holds no image.
     """
     path = absolute(args.source)
-    kind = _kind(path)
+    kind = sources.of_path(path)
     images = absolute(args.images or path.parent) if kind == "annotations" else path
     scratch = str(folder.path("lists"))
     options = sources.Options(str(images), (str(path),), args.split, scratch, args.shard_size)
@@ -98,28 +105,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if "://" in str(path) else epath.Path(os.path.realpath(path.expanduser()))
 
 
-def _kind(path: epath.Path) -> str:
-    """The data source of what lies at a path. Raises SourceError if nothing does."""
-    if regular_file.is_one(path):
-        return "webdataset" if path.suffix == ".tar" else "annotations"
-    if not path.is_dir():
-        expected = "a folder of images, a .tar or a folder of them, a record set, or an A.jsonl"
-        raise sources.SourceError(f"{path}: no such file or folder, expected {expected}")
-    if any(path.glob("*.tar")):
-        return "webdataset"
-    try:
-        tfds.directory(path)
-    except sources.SourceError:
-        return "folder"
-    return "tfds"
-
-
 def _finish(args: arguments.Embed, result: output.Embeddings, count: int, seconds: float) -> str:
-    """Writes the faults if all parts are there; returns a line. Raises JobError."""
+    """Writes the faults if all parts are there; returns a line. Raises errors.UserError."""
     done = result.done()
     missing = [index for index in range(len(result.parts)) if index not in done]
     if missing:
-        raise job.JobError(
+        raise errors.UserError(
             f"--output {args.output}: {result.path('metadata', missing[0])} is missing, one of"
             f" {len(missing)} files; give the same command again"
         )
@@ -149,26 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of record sets and object stores
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    try:
-        args = arguments.Embed.parse(argv)
-        distributed.keep_compiled_programs()
-        distributed.initialize(
-            args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
-        )
-        with distributed.ending_together(args.heartbeat_seconds):
-            try:
-                said = embed(args)
-            except OSError as error:
-                reason = f"{error.filename or args.output}: {error.strerror or error}"
-                raise errors.UserError(
-                    f"{reason}; make room or allow it, then give the same command again"
-                ) from None
-        if processes.process_info()[0] == 0:
-            print(said)
-    except errors.UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    return 0
+    return process.console(arguments.Embed, embed, argv)
 
 
 if __name__ == "__main__":

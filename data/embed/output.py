@@ -75,17 +75,16 @@ class Embeddings(NamedTuple):
             path = self.path("metadata", index)
             try:
                 if path.exists():
-                    parts[index] = self._read(index)
+                    parts[index] = self._read(index, path.read_bytes())
             except (OSError, ValueError, LookupError, TypeError) as error:  # of pyarrow, too
                 reason = printable.plain(" ".join(str(error).split()), 200)
                 print(f"{path}: damaged ({reason}); its part is made again", file=sys.stderr)
                 path.unlink()
         return parts
 
-    def _read(self, index: int) -> Part:
+    def _read(self, index: int, content: bytes) -> Part:
         """What a part's files hold. Raises OSError, ValueError, ... if one is damaged or missing."""
         pa = arrow_tables.pyarrow()
-        content = self.path("metadata", index).read_bytes()
         metadata = pa.parquet.read_metadata(pa.BufferReader(content))
         part = Part(metadata.num_rows, **json.loads(metadata.metadata[_NOTE]))
         for kind, length in part.bytes.items():

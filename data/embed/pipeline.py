@@ -15,6 +15,7 @@ import numpy as np
 from grain_jax.core import images, progress
 from grain_jax.data import sources
 from grain_jax.data.embed import output
+from grain_jax.data.sources import join
 from grain_jax.inference import encoder as encoder_lib
 from grain_jax.inference import stream
 from grain_jax.runtime import processes
@@ -48,14 +49,10 @@ def encoder(predictor: Any) -> Encode:
 
 def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sources.Fault:
     """Decodes an image and resizes it to a square."""
-    if isinstance(item, sources.Fault):
-        return item
-    try:
-        image = images.decode_image(item.encoded, item.image)
-        pixels = images.resize(image, size)
-    except images.ImageError as error:
-        too_large = isinstance(error, images.TooLargeError)
-        return sources.Fault(item.image, "too large" if too_large else "unreadable", str(error))
+    image = join.decode(item)
+    if isinstance(image, sources.Fault):
+        return image
+    pixels = images.resize(image, size)
     caption = next(iter(item.captions), "")
     return output.Row(item.image, caption, item.id or item.image, *image.size, pixels)
 

@@ -8,7 +8,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from grain_jax.core import annotations, html, images, printable
-from grain_jax.data.inspect import problems, statistics
+from grain_jax.data.inspect import statistics
 
 SIDE = 300  # pixels of the longer side of an image on the sheet
 SHOWN_REGIONS = 10
@@ -18,26 +18,21 @@ td { overflow-wrap: anywhere; } b.number { color: white; padding: 0 .35rem; }
 """
 
 
-def render(
-    result: dict[str, Any],
-    problem_list: Sequence[problems.Problem],
-    sample: Sequence[annotations.Annotation],
-) -> str:
-    """The HTML of the page: what `statistics.Statistics.result` returns, the problems, some images."""
+def render(result: dict[str, Any], sample: Sequence[annotations.Annotation]) -> str:
+    """The HTML of the page: what `statistics.Statistics.result` returns, and some images."""
     rows = [
-        (p.what, f"{p.count:,}", f"{p.count / p.total:.2%}" if p.total else "", p.example, p.advice)
-        for p in problem_list
+        (problem["what"], f"{problem['count']:,}", problem["example"], problem["advice"])
+        for problem in result["problems"]
     ]
-    titles = ("what", "count", "share", "first example", "what to do")
+    titles = ("what", "count", "first example", "what to do")
+    count = f"{len(sample)} of {result['images']['count']:,} images"
     figures = f'<div class="sheet">{"".join(map(_figure, sample))}</div>'
     return html.document(
         title=printable.plain(result["set"]["path"]),
         header=f"<style>{_STYLE}</style><h1>{_text(result['set']['path'])}</h1>",
         sections=[
             html.Section("problems", "Problems", _table(titles, rows) if rows else "None."),
-            html.Section(
-                "images", f"{len(sample)} of {result['images']['count']:,} images", figures
-            ),
+            html.Section("images", count, figures),
         ],
         files=[],
     )

@@ -1,11 +1,10 @@
-"""Collects the numbers of a set in one pass, in bounded memory; `result` returns the content of statistics.json."""
+"""The numbers of a set, collected in one pass in bounded memory, and the problems that they show."""
 
 import collections
 import hashlib
 import itertools
-import re
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,17 +13,31 @@ from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data.annotate import answers
 from grain_jax.input_pipeline import tokenizer
 
-ROW_LENGTH = 77  # tokens of a row in CLIP; training cuts longer texts
-LONG_DESCRIPTION = 24  # tokens; descriptions have 4 to 12
 LONGEST = 256  # tokens; longer texts count as this long
+KINDS = {"web": 77, "synthetic": 77, "description": 24}  # of texts, with the tokens that are usual
 TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patch
 WHOLE = 0.95  # share of the image
+COMMON = 0.1  # a text is a problem if it is in more of the images
 TOP = 3  # most frequent texts and sizes
 MOST_HELD = 250_000  # copies are sought among this number of different texts or images
-_LEFTOVER = re.compile(
-    r"[-*\u2022\u00b7#>]\s|\(?\d{1,2}[.):]\s|\*\*|(?:sure|certainly|of course)[,!]|here (?:are|is) "
-    r"|(?:caption|description|subject|answer)s?\s*:"
-)
+
+# Problem -> advice; faults and texts that are too long have others.
+_ADVICE = {
+    "images without any caption": "nothing, if they have regions: the caption loss leaves them out",
+    "images without regions": "nothing, if you know it: they train the caption loss alone",
+    "refusals of a model": "run the model's pass again for these, or take the text out",
+    f"boxes under {TINY:.1%} of their image": "drop them: at 224 pixels they are less than 7 x 7",
+    f"boxes of {WHOLE:.0%} of their image or more": "drop them if the text is of a part",
+}
+
+
+class Problem(NamedTuple):
+    """One line of the list of problems."""
+
+    what: str
+    count: int
+    example: str
+    advice: str
 
 
 class Numbers(collections.Counter[int]):
@@ -41,66 +54,36 @@ class Numbers(collections.Counter[int]):
         return {"count": total, "mean": float((values * counts).sum() / total), **quantiles}
 
 
-class Copies:
-    """Counts items that occur several times, among the first MOST_HELD different ones."""
+class Copies(collections.Counter[Hashable]):
+    """Counts the first MOST_HELD different items, and how many items are copies of one of them."""
 
-    def __init__(self):
-        self.total = self.copies = 0
-        self.example = ""  # a copy, and what it is a copy of
-        self.held: dict[Hashable, list] = {}  # item -> [count, where it is first]
+    copies = 0
+    example = ""  # the first copy
 
     def add(self, item: Hashable, where: str) -> None:
         """Counts an item; `where` names it."""
-        self.total += 1
-        if item in self.held:
+        if item in self:
             self.copies += 1
-            self.held[item][0] += 1
-            self.example = self.example or f"{where} is {self.held[item][1]}"
-        elif len(self.held) < MOST_HELD:
-            self.held[item] = [1, where]
-
-    def result(self) -> dict[str, Any]:
-        """total, different (of those that were held), copies, example."""
-        numbers = {"total": self.total, "different": len(self.held), "copies": self.copies}
-        return {**numbers, "example": self.example}
-
-    def top(self, number: int) -> list[list]:
-        """The `number` most frequent items as [item, count]."""
-        counts = collections.Counter({item: count for item, (count, _) in self.held.items()})
-        return list(map(list, counts.most_common(number)))
-
-
-class TextStatistics:
-    """What is counted about the texts of a kind."""
-
-    def __init__(self):
-        self.tokens, self.copies = Numbers(), Copies()
-        self.images = 0  # that have some
-
-    def result(self) -> dict[str, Any]:
-        """The results, for statistics.json; in `copies` an image counts once for each different text."""
-        counted = {"tokens": self.tokens.result(), "copies": self.copies.result()}
-        return {"images": self.images, **counted, "most_frequent": self.copies.top(TOP)}
+            self.example = self.example or where
+        if item in self or len(self) < MOST_HELD:
+            self[item] += 1
 
 
 class Statistics:
-    """Call `add` with batches of items, then `result`.
-
-    `issues` has possible problems by name (see `problems`), each with its count and its first example; the names of
-    faults are `fault: CAUSE`.
-    """
+    """Call `add` with batches of items, then `result` and `problems`."""
 
     def __init__(self):
-        self.issues: dict[str, tuple[int, str]] = {}
         self.images = self.image_bytes = self.turned = 0
+        self.issues: dict[str, tuple[int, str]] = {}  # problem -> its count and its first example
         self.sizes, self.copies = Copies(), Copies()
         self.area, self.regions = Numbers(), Numbers()
-        self.texts = {kind: TextStatistics() for kind in ("web", "synthetic", "description")}
+        self.tokens = {kind: Numbers() for kind in KINDS}
+        self.texts = {kind: Copies() for kind in KINDS}  # an image counts once for each text
         self._tokenizer = tokenizer.ClipTokenizer()
 
-    def _note(self, issue: str, example: str) -> None:
-        count, first = self.issues.get(issue, (0, example))
-        self.issues[issue] = count + 1, first
+    def _note(self, problem: str, example: str) -> None:
+        count, first = self.issues.get(problem, (0, example))
+        self.issues[problem] = count + 1, first
 
     def add(self, items: Sequence[Annotation | Fault]) -> list[Annotation]:
         """Counts items, fastest with a few hundred at a time; returns the images that can be read."""
@@ -114,7 +97,9 @@ class Statistics:
                 except images.ImageError as error:
                     faults.append(Fault(item.image, "image", str(error)))
             for fault in faults:
-                self._note(f"fault: {fault.cause}", f"{fault.where or fault.image}: {fault.detail}")
+                self._note(
+                    f"faulty: {fault.cause}", f"{fault.where or fault.image}: {fault.detail}"
+                )
         texts = [texts_of(item) for item, _ in headers]
         flat = [text for of_image in texts for _, text in of_image]
         lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist() if flat else ())
@@ -130,40 +115,58 @@ class Statistics:
         self.image_bytes += len(item.encoded)
         self.turned += header.turned
         self.sizes.add(f"{header.size[0]} x {header.size[1]}", where)
-        digest = hashlib.blake2b(item.encoded, digest_size=8).digest()
-        self.copies.add(digest, item.id or item.image)
+        self.copies.add(hashlib.blake2b(item.encoded, digest_size=8).digest(), where)
 
     def _add_texts(self, where: str, texts: list[tuple[str, str]], lengths: list[int]) -> None:
-        seen: dict[str, dict[str, None]] = {kind: {} for kind in self.texts}
         for (kind, text), tokens in zip(texts, lengths, strict=True):
-            plain = tokenizer.clean(text).lower()
-            name = "description" if kind == "description" else f"{kind} caption"
-            if kind == "description" and plain in seen[kind]:
-                self._note("repeated description", f"{where}: {text!r}")
-            seen[kind][plain] = None
-            self.texts[kind].tokens[tokens] += 1
-            for issue in flaws(kind, plain, tokens):
-                self._note(f"{issue} {name}", f"{where}: {text[:90]!r}")
-        for kind, different in seen.items():
-            self.texts[kind].images += bool(different)
-            for text in different:
-                self.texts[kind].copies.add(text, where)
-        if not seen["web"] and not seen["synthetic"]:
-            self._note("no caption", where)
+            self.tokens[kind][tokens] += 1
+            example = f"{where}: {text[:90]!r}"
+            if tokens > KINDS[kind]:
+                self._note(f"{kind} texts over {KINDS[kind]} tokens", example)
+            # No model wrote web texts.
+            if kind != "web" and answers.is_refusal(tokenizer.clean(text)):
+                self._note("refusals of a model", example)
+        for kind, plain in dict.fromkeys(
+            (kind, tokenizer.clean(text).lower()) for kind, text in texts
+        ):
+            self.texts[kind].add(plain, where)
+        if not any(kind != "description" for kind, _ in texts):
+            self._note("images without any caption", where)
 
     def _add_regions(self, item: Annotation, size: tuple[int, int], where: str) -> None:
         self.regions[len(item.regions)] += 1
         if not item.regions:
-            self._note("no region", where)
+            self._note("images without regions", where)
         for region in item.regions:
             x1, y1, x2, y2 = region.box_xyxy
             area = (x2 - x1) * (y2 - y1) / (size[0] * size[1])
             box = f"{where}: {region.description[:90]!r}, [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
             if area < TINY:
-                self._note("tiny box", box)
+                self._note(f"boxes under {TINY:.1%} of their image", box)
             elif area >= WHOLE:
-                self._note("whole-image box", box)
+                self._note(f"boxes of {WHOLE:.0%} of their image or more", box)
             self.area[round(1000 * area)] += 1
+
+    def problems(self) -> list[Problem]:
+        """All problems; faults come first."""
+        out = []
+        for what, (count, example) in self.issues.items():
+            advice = _ADVICE.get(what, "shorten them if many: training cuts long captions")
+            if what.startswith("faulty: "):
+                advice = "fix them: grain-jax build leaves such lines out"
+            out.append(Problem(what, count, example, advice))
+        out.sort(key=lambda problem: not problem.what.startswith("faulty: "))
+        if self.copies.copies:
+            advice = "drop them, or merge their texts into one line"
+            what = "images that are copies, byte by byte, of earlier ones"
+            out.append(Problem(what, self.copies.copies, self.copies.example, advice))
+        for kind, texts in self.texts.items():
+            for text, count in texts.most_common(1):
+                if count > max(1, COMMON * self.images):
+                    what = f"images that share one {kind} text (over {COMMON:.0%} of all)"
+                    advice = "drop it if it is a placeholder, or repeats the model's prompt"
+                    out.append(Problem(what, count, repr(text), advice))
+        return out
 
     def result(self, path: str, total: int) -> dict[str, Any]:
         """All numbers of the set at `path`, which claims `total` images, as JSON can hold them."""
@@ -174,33 +177,24 @@ class Statistics:
                 "left_out": total - self.images,
                 "bytes": self.image_bytes,
                 "turned": self.turned,
-                "sizes": self.sizes.top(TOP),
-                "copies": self.copies.result(),
+                "sizes": list(map(list, self.sizes.most_common(TOP))),
+                "copies": self.copies.copies,
             },
-            "texts": {kind: texts.result() for kind, texts in self.texts.items()},
+            "texts": {
+                kind: {
+                    "tokens": self.tokens[kind].result(),
+                    "different": len(texts),
+                    "most_frequent": list(map(list, texts.most_common(TOP))),
+                }
+                for kind, texts in self.texts.items()
+            },
             "regions": {
                 "count": self.area.total(),
                 "per_image": self.regions.result(),
                 "area_per_mille": self.area.result(),
             },
+            "problems": [problem._asdict() for problem in self.problems()],
         }
-
-
-def flaws(kind: str, plain: str, tokens: int) -> list[str]:
-    """Flaws of a text, `plain` in lower case, with so many tokens: "refusal in" or "markup in", "cut" or "long".
-
-    No model wrote web texts, so these are not checked for its refusals and markup.
-    """
-    names = []
-    if kind != "web" and answers.is_refusal(plain):
-        names.append("refusal in")
-    elif kind != "web" and _LEFTOVER.match(plain):
-        names.append("markup in")
-    if kind == "description":
-        names += ["long"] if tokens > LONG_DESCRIPTION else []
-    elif tokens > ROW_LENGTH:
-        names.append("cut")
-    return names
 
 
 def texts_of(item: Annotation) -> list[tuple[str, str]]:

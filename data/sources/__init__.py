@@ -7,10 +7,11 @@
 """
 
 import dataclasses
-import importlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgspec
+from etils import epath
 
 from grain_jax import config
 from grain_jax.core import named, regular_file
@@ -25,7 +26,7 @@ SOURCES = {
     "annotations": "annotations:AnnotationLines",
     "coco": "coco:Coco",
     "csv": "csv:Csv",
-    "fg_ovd": "coco:FgOvd",
+    "fg_ovd": "coco:Coco",
     "finehard": "json_sets:FineHard",
     "flickr30k_entities": "flickr30k_entities:Flickr30kEntities",
     "folder": "folder:Folder",
@@ -53,11 +54,9 @@ def make(source: str, options: Mapping[str, str] | None = None) -> Source:
       SourceError: there is no such option, or a value is of another type or refused by the class (a ValueError of its
         `__post_init__`).
     """
+    name = f"{__name__}.{SOURCES[source]}" if source in SOURCES else source
     with named.importing():  # the name is the user's, from the command line
-        cls = named.find("data source", source, SOURCES)
-    if source in SOURCES:
-        module, _, name = SOURCES[source].partition(":")
-        cls = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        cls = named.find("data source", name, SOURCES)
     if not hasattr(cls, "shards"):
         expected = "a class as data/sources/base.py: Source describes"
         raise SourceError(f"data source {source!r}: has no shards, expected {expected}")
@@ -72,6 +71,27 @@ def make(source: str, options: Mapping[str, str] | None = None) -> Source:
         raise SourceError(f"--option of data source {source!r}: {error}") from None
 
 
+def of_path(path: epath.Path) -> str:
+    """The name of the source that reads what lies at a path. Raises SourceError if nothing does."""
+    if regular_file.is_one(path):
+        return "webdataset" if path.suffix == ".tar" else "annotations"
+    if not path.is_dir():
+        expected = "a folder of images, a .tar or a folder of them, a record set, or an A.jsonl"
+        raise SourceError(f"{path}: no such file or folder, expected {expected}")
+    if any(path.glob("*.tar")):
+        return "webdataset"
+    is_set = any(path.glob("dataset_info.json")) or any(path.glob("*/dataset_info.json"))
+    return "tfds" if is_set else "folder"
+
+
+def of_flags(args: Any, scratch: str, shard_size: int) -> list[SourceShard]:
+    """The shards of the source that the flags of build or annotate name; raises as `shards`."""
+    options = Options(
+        args.images, tuple(args.annotations), args.split, scratch, shard_size, args.label_text
+    )
+    return shards(args.source, options, dict(args.option))
+
+
 def shards(
     source: str, options: Options, own_options: Mapping[str, str] | None = None
 ) -> list[SourceShard]:
@@ -81,18 +101,12 @@ def shards(
     workers must be able to read. `own` are the source's own options.
 
     Raises:
-      errors.UserError: as `make`; SourceError: the source's files are not as expected.
+      errors.UserError: as `make`; the source's files are not as expected.
     """
     made = make(source, own_options)
     if not options.images and getattr(made, "needs_images", True):
         raise SourceError(f"source {source}: got no --images, expected the folder of the images")
-    if options.label_text and not getattr(made, "has_labels", False):
-        got = f"--label-text: the regions of source {source} have descriptions, no labels"
-        raise SourceError(f"{got}, expected none")
-    try:
-        pieces = made.shards(options)
-    except regular_file.FileError as error:
-        raise SourceError(str(error)) from None
+    pieces = made.shards(options)
     if not pieces:
         named_files = options.images or ", ".join(options.annotations)
         raise SourceError(f"source {source}: got no images from {named_files}, expected some")

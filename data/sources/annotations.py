@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from etils import epath
 
-from grain_jax.core import annotations, errors, regular_file
+from grain_jax.core import annotations, regular_file
 from grain_jax.data.sources import base, join
 
 
@@ -40,21 +40,13 @@ class AnnotationLines:
     def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
         """The part's images; a line with a fault is left out whole, as grain-jax build does."""
         for line, where in lines(shard):
-            yield image(line, where, shard.arguments["images"])
-
-
-def of_file(
-    path: epath.PathLike, images: epath.PathLike, shard_size: int
-) -> list[base.SourceShard]:
-    """The parts of an A.jsonl, without the name of a source: its lines are checked as `lines` gives them.
-
-    Raises errors.UserError: there are no lines; regular_file.FileError.
-    """
-    options = base.Options(str(images), (str(path),), shard_size=shard_size)
-    shards = AnnotationLines().shards(options)
-    if not any(shard.arguments["lines"] for shard in shards):
-        raise errors.UserError(f"{path}: the file is empty, expected {annotations.EXPECTED}")
-    return shards
+            parsed = annotations.parse_line(line, text_required=False)
+            if parsed.annotation is None:
+                detail = "; ".join(parsed.faults)
+                yield base.Fault(parsed.image or where, "bad annotation", detail, where)
+            else:
+                annotation = parsed.annotation._replace(where=where)
+                yield join.load(annotation, shard.arguments["images"])
 
 
 def lines(shard: base.SourceShard) -> Iterator[tuple[bytes, str]]:
@@ -69,12 +61,3 @@ def lines(shard: base.SourceShard) -> Iterator[tuple[bytes, str]]:
                 yield line, f"{path.name}:{number}"
             if position >= stop:
                 return
-
-
-def image(line: bytes, where: str, folder: str) -> base.Annotation | base.Fault:
-    """The image of a line, which stands at `where`, with its file below `folder`."""
-    parsed = annotations.parse_line(line, text_required=False)
-    if parsed.annotation is None:
-        detail = "; ".join(parsed.faults)
-        return base.Fault(parsed.image or where, "bad annotation", detail, where)
-    return join.load(parsed.annotation._replace(where=where), folder)

@@ -6,6 +6,7 @@ or the Hub's struct of both. Numbers as labels have their names in the file, as 
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -69,16 +70,11 @@ class _Tables(columns.TableOptions):
         stems = [path.stem for path in files]
         for index, path in enumerate(files):
             with self._opened(path) as reader:
-                schema = self._schema(reader)
-                named = self.named(path, schema.names, options)
+                known = self._schema(reader).names
+                named = self.named(path, known, options)
                 if not index:
-                    columns.warn_of_boxes(path, schema.names, named)
-                if named.row_is_box and len(files) > 1:
-                    got = f"{path}: got a box per row in several files"
-                    raise base.SourceError(f"{got}, expected one file")
-                # Rows of an image may lie in two groups.
-                size = 1 << 62 if named.row_is_box else options.shard_size
-                parts = self._groups(reader, size)
+                    columns.warn_of_boxes(path, known, named)
+                parts = self._groups(reader, options.shard_size)
             # If there are several files, names of images begin with the file's.
             name = f"{index:05d}-{path.stem}" if stems.count(path.stem) > 1 else path.stem
             shared = {
@@ -119,20 +115,21 @@ class _Tables(columns.TableOptions):
             schema = self._schema(reader)
             named = self.named(arguments["file"], schema.names, options)
             if "labels" in named.paths:
-                names = _label_names(schema, named.paths["labels"][0], arguments["file"])
+                names = _label_names(schema, named.paths["labels"], arguments["file"])
                 named = named._replace(names=names)
-            rows = self._rows(self._batches(reader, named.columns, arguments), arguments)
-            for image, annotation in self.annotations(rows, named):
+            read = list(dict.fromkeys(path[0] for path in named.paths.values()))
+            rows = map(_rows, self._batches(reader, read, arguments))
+            rows = itertools.chain.from_iterable(rows)
+            for number, row in enumerate(rows, arguments["first_row"]):
+                where = f"{arguments['file']}:row {number}"
+                image, annotation = self.annotation(where, row, named)
                 fault = isinstance(annotation, base.Fault)
                 yield annotation if fault else _with_image(image, annotation, arguments, seen)
 
-    def _rows(self, batches: Iterator, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        number = arguments["first_row"]
-        for batch in batches:
-            batch.validate(full=True)  # texts that are no UTF-8; offsets that lead anywhere
-            for row in batch.to_pylist():
-                yield f"{arguments['file']}:row {number}", row
-                number += 1
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    batch.validate(full=True)  # texts that are no UTF-8; offsets that lead anywhere
+    return batch.to_pylist()
 
 
 class HfDataset(_Tables):
@@ -182,13 +179,8 @@ class Parquet(_Tables):
             raise base.SourceError("got no --annotations, expected Parquet files, or a folder")
         files = []
         for path in map(epath.Path, options.annotations):
-            inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-            if options.split:  # the Hub's files are called train-00000-of-00008.parquet
-                begins = (f"{options.split}-", f"{options.split}.")
-                inside = [x for x in inside if path.is_dir() and x.name.startswith(begins)]
-            if not inside:
-                raise base.SourceError(f"{path}: got no .parquet file of --split {options.split!r}")
-            files += inside
+            base.check_split(path, options.split, ())
+            files += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         return files
 
     def _reader(self, file: Any) -> Any:

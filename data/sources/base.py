@@ -85,8 +85,7 @@ class Source(Protocol):
     """
 
     images_are_files: ClassVar[bool]  # below `Options.images`; False: they come out of larger files
-    # `has_labels = True`: the regions have labels, which become `Options.described`. `needs_images = False`: the
-    # source can do without `Options.images`.
+    # `needs_images = False`: the source can do without `Options.images`.
 
     def shards(self, options: Options) -> list[SourceShard]:
         """The source in pieces, in order; the same again as long as its files are the same.
@@ -128,11 +127,6 @@ def items(
             yield position, msgspec.json.decode(value, type=kind)
         except (ValueError, RecursionError) as error:
             yield position, Fault(position, "bad annotation", str(error), position)
-
-
-def size(width: float | None, height: float | None) -> tuple[float, float] | None:
-    """(width, height); None if one of them is not known."""
-    return None if width is None or height is None else (width, height)
 
 
 def xywh(box: Any) -> Any:

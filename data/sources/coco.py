@@ -4,7 +4,7 @@ A region is an object: its description is the category's name. Boxes around crow
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
@@ -55,10 +55,13 @@ class File(msgspec.Struct):
 
 
 class Coco(staged.ListedSource):
-    """Images of one or several files, which are joined by the images' file names."""
+    """Images of one or several files, which are joined by the images' file names.
 
-    needs = "COCO's captions or instances"
-    has_labels: ClassVar[bool] = True
+    FG-OVD (Bianchi et al., CVPR 2024; lorebianchi98/FG-OVD, gt/transparency.json and evaluation/ranks.py) describes a
+    box by a sentence as the name of its category. The names of `neg_category_ids` are its negatives.
+    """
+
+    needs = "COCO's captions or instances, or a benchmark of FG-OVD"
 
     def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
         by_name: dict[str, Annotation] = {}
@@ -67,7 +70,7 @@ class Coco(staged.ListedSource):
             names = {x.id: options.described(self.label(x.name)) for x in content.categories}
             by_id = {}
             for image in content.images:
-                size = base.size(image.width, image.height)
+                size = (image.width, image.height)
                 new = Annotation(image.file_name, [], regions=[], left_out=[], drawn_on=size)
                 by_id[image.id] = by_name.setdefault(image.file_name, new)
             for where, item in base.items(content.annotations, Object, f"{path}:annotations"):
@@ -109,15 +112,3 @@ class Lvis(Coco):
 
     def label(self, name: str) -> str:
         return name.replace("_", " ")
-
-
-class FgOvd(Coco):
-    """FG-OVD (Bianchi et al., CVPR 2024): a file of its benchmarks, 1_attributes.json ... transparency.json.
-
-    A description is the name of its category, a sentence, and its negatives are the names of `neg_category_ids`. The
-    images are COCO's, below train2017/ and val2017/. Source of these names: lorebianchi98/FG-OVD, gt/transparency.json
-    and evaluation/ranks.py.
-    """
-
-    needs = "a benchmark of FG-OVD"
-    has_labels = False

@@ -1,13 +1,14 @@
-"""CSV files, one row per image, or one row per box; the options that name the columns: `data/sources/columns.py`.
+"""CSV files, one row per image; the options that name the columns: `data/sources/columns.py`.
 
 The image is a path below --images. A cell that holds a list (captions; boxes, labels, descriptions, scores of an image)
 is JSON: `[[12, 30, 80, 64]]`.
 """
 
+import contextlib
 import csv
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -19,14 +20,9 @@ from grain_jax.data.sources import base, columns, staged
 class Csv(columns.TableOptions, staged.ListedSource):
     """Images of CSV files in UTF-8, with a row of names first."""
 
-    delimiter: str = ","
+    delimiter: Annotated[str, msgspec.Meta(pattern=r'\A[^\r\n"]\Z')] = ","
 
     needs = "a CSV file"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if len(self.delimiter) != 1 or not self.delimiter.isprintable() and self.delimiter != "\t":
-            raise ValueError(f"delimiter: got {self.delimiter!r}, expected one character")
 
     def entries(self, options: base.Options) -> Iterator[base.Annotation | base.Fault]:
         base.check_split("a CSV file", options.split, ())
@@ -35,38 +31,29 @@ class Csv(columns.TableOptions, staged.ListedSource):
             _, header = next(rows, ("", []))
             named = self.named(path, header, options)
             columns.warn_of_boxes(path, header, named)
-            short = []  # faults of rows
-
-            def whole(rows=rows, header=header, named=named, short=short):
-                for where, cells in rows:
-                    if len(cells) == len(header):
-                        yield where, self._row(dict(zip(header, cells)), named)
-                    else:
-                        got = f"got {len(cells)} cells, expected {len(header)} as in the first row"
-                        short.append(base.Fault(where, "bad annotation", got, where))
-
-            for image, annotation in self.annotations(whole(), named):
+            for where, cells in rows:
+                if len(cells) != len(header):
+                    got = f"got {len(cells)} cells, expected {len(header)} as in the first row"
+                    yield base.Fault(where, "bad annotation", got, where)
+                    continue
+                row = self._row(dict(zip(header, cells)), named)
+                image, annotation = self.annotation(where, row, named)
                 if isinstance(annotation, base.Fault):
                     yield annotation
                 elif image:
                     yield annotation._replace(image=image)
                 else:
-                    got = "got no image, expected a path"
-                    yield base.Fault(annotation.where, "bad annotation", got, annotation.where)
-            yield from short
+                    yield base.Fault(
+                        where, "bad annotation", "got no image, expected a path", where
+                    )
 
     def _row(self, cells: Mapping[str, str], named: columns.Named) -> dict[str, Any]:
-        """The cells; JSON is read in cells of lists and numbers. What is no JSON stays as it is."""
+        """The cells; lists are JSON. What is no JSON stays as it is: the row's form says what is wrong."""
         row: dict[str, Any] = {column: text or None for column, text in cells.items()}
-        texts = ["image", "caption", "id"]
-        if named.row_is_box:
-            texts += ["labels", "descriptions"]
-        for name in named.paths.keys() - texts:
-            for column, *_ in named.paths[name]:
-                try:
-                    row[column] = msgspec.json.decode(cells[column]) if cells[column] else None
-                except msgspec.DecodeError:
-                    pass  # the row's form says what is wrong with it
+        for name in named.paths.keys() - {"image", "caption", "id"}:
+            column = named.paths[name][0]
+            with contextlib.suppress(msgspec.DecodeError):
+                row[column] = msgspec.json.decode(cells[column]) if cells[column] else None
         return row
 
 

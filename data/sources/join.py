@@ -6,10 +6,12 @@ stays.
 
 from typing import Any
 
+import PIL.Image
 from etils import epath
 
 from grain_jax.core import annotations, images, regular_file
 from grain_jax.core.annotations import Annotation, Fault, Region
+from grain_jax.data.sources import base
 
 
 def load(annotation: Annotation, folder: epath.PathLike) -> Annotation | Fault:
@@ -47,11 +49,11 @@ def join(annotation: Annotation) -> Annotation | Fault:
         except images.ImageError as error:
             return _unreadable(image, error, where)
         drawn_on = tuple(annotation.drawn_on or size)
-        if drawn_on not in (size, (1, 1)):
+        if None not in drawn_on and drawn_on not in (size, base.SHARES):
             expected = f"expected {drawn_on[0]} x {drawn_on[1]}, which its boxes were drawn on"
             got = f"got {size[0]} x {size[1]}, {expected}"
             return Fault(image, "another size", got, where)
-        scale = size if drawn_on == (1, 1) else (1, 1)
+        scale = size if drawn_on == base.SHARES else (1, 1)
         for position, values in enumerate(annotation.regions):
             region = _region(*values, size=size, scale=scale)
             if isinstance(region, Region):
@@ -73,6 +75,16 @@ def join(annotation: Annotation) -> Annotation | Fault:
     )
 
 
+def decode(item: Annotation | Fault) -> PIL.Image.Image | Fault:
+    """The upright image of an annotation; a Fault, "too large" or "unreadable", if it has none."""
+    if isinstance(item, Fault):
+        return item
+    try:
+        return images.decode_image(item.encoded, item.image)
+    except images.ImageError as error:
+        return _unreadable(item.image, error, item.where)
+
+
 def text(value: Any) -> str:
     """`value` without white space at its ends; "" if it is no text. Half surrogates are taken out."""
     return value.encode("utf-8", "ignore").decode().strip() if isinstance(value, str) else ""
@@ -80,10 +92,10 @@ def text(value: Any) -> str:
 
 def _unreadable(image: str, error: Exception, where: str) -> Fault:
     cause = "too large" if isinstance(error, images.TooLargeError) else "unreadable"
-    reason = f"{getattr(error, 'strerror', None) or error}, expected an image"
-    return Fault(
-        image, cause, str(error) if isinstance(error, images.ImageError) else reason, where
-    )
+    reason = str(error)
+    if not isinstance(error, images.ImageError):
+        reason = f"{getattr(error, 'strerror', None) or error}, expected an image"
+    return Fault(image, cause, reason, where)
 
 
 def _region(
@@ -100,7 +112,7 @@ def _region(
     if fault := annotations.box_fault(box):
         return "bad box", f"{got}, {fault}"
     x1, y1, x2, y2 = (float(x) * by for x, by in zip(box, scale * 2))
-    if annotations.clip_box((x1, y1, x2, y2), *size).box_xyxy is None:
+    if annotations.clip_box((x1, y1, x2, y2), *size)[0] is None:
         inside = f"at least {annotations.MIN_INSIDE:.0%} of it in the image"
         return "bad box", f"{got}, expected {inside} of {size[0]} x {size[1]}"
     if not text(description):

@@ -138,7 +138,7 @@ class VisualGenome(staged.ListedSource):
                 elif item.regions is not None:
                     described.append(item)
                 else:
-                    sizes[item.image_id] = base.size(item.width, item.height)
+                    sizes[item.image_id] = (item.width, item.height)
         if not described:
             named_files = ", ".join(options.annotations)
             raise base.SourceError(f"{named_files}: expected region_descriptions.json among them")

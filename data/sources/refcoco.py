@@ -77,7 +77,7 @@ class RefCoco(staged.ListedSource):
             yield Annotation(
                 image.file_name,
                 regions=[Region(*pair, base.WHOLE) for pair in position],
-                drawn_on=base.size(image.width, image.height),
+                drawn_on=(image.width, image.height),
                 phrases=[[position[pair]] for pair in pairs],
             )
 

@@ -62,7 +62,6 @@ class Shapes(sources.LaneSource):
                 [text_lengths.ImageTexts([x.caption], "", x.descriptions) for x in drawn],
                 _tokenizer(config.model.text),
                 name="rectangles",
-                tokenizer=config.model.text.tokenizer,
                 records=self.num_examples(config),
             )
         ]

@@ -49,6 +49,28 @@ def fail(message: object, status: int = USAGE_ERROR) -> NoReturn:
     sys.exit(status)
 
 
+def console(
+    declared: Any, command: Callable[[Any], str | None], arguments: Sequence[str] | None
+) -> int:
+    """Runs a command with its flags, prints the line that it returns, and returns its exit status.
+
+    Args:
+      declared: the `cli.parser.Command` with the flags.
+      command: takes the flags.
+      arguments: as of `run`.
+    """
+    try:
+        if line := command(declared.parse(arguments)):
+            print(line)
+    except Exception as error:
+        fault = error if isinstance(error, errors.UserError) else errors.of_system(error)
+        if fault is None:
+            raise
+        print(fault, file=sys.stderr)
+        return fault.status
+    return 0
+
+
 def run(
     main: Callable[[Sequence[str] | None], int | None], arguments: Sequence[str] | None = None
 ) -> NoReturn:

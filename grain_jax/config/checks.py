@@ -125,9 +125,6 @@ def _run(config: Config) -> Iterator[Fault]:
                 yield f"optim.{key}", f"regular expressions ({pattern!r}: {error})"
     if config.mesh.data == 0:
         yield "mesh.data", "at least 1, or -1 for all devices that the other axes leave"
-    for name, entry in config.evals.items():
-        if not isinstance(entry.get("kind"), str):
-            yield f"evals.{name}.kind", "the name of an evaluator, such as zeroshot"
     if config.optim.lora.rank and config.optim.layer_decay != 1:
         yield "optim.layer_decay", "1 with optim.lora, which freezes the layers of the towers"
 

@@ -31,7 +31,6 @@ class Init:
 
     image: str | None = key(None, "Folder with the weights of the image tower.")
     text: str | None = key(None, "Folder with the weights of the text tower.")
-    resize: str = key("bilinear", "Resizing of positions.", choices=("bilinear", "bicubic"))
     decoder: str | None = key(None, "Folder with the weights of decoder, heads and logit scale.")
 
 

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{line}; install what it needs, and convert again", file=sys.stderr)
             return 0
         try:
-            print("pushed to", huggingface.push(args.output, args.push, args.private))
+            print("pushed to", hub.push(args.output, args.push, huggingface.FILES, args.private))
         except hub.HubError as error:
             print(f"{error}\n{args.output}: was written, not pushed", file=sys.stderr)
             return 2

@@ -71,7 +71,6 @@ def average(
     assert first is not None
     raise_any([f"{n}: the sum is not finite" for n, x in sums.items() if not np.isfinite(x).all()])
     lines = [f"average: {len(sources)} models -> {folder}", *lines]
-    lines += [f"{len(sums)} arrays, {sum(x.size for x in sums.values()):,} values, float32"]
     report = parity.Report("\n".join(lines), True, "a sum: no other side")
     made_of = ", ".join(map(str, sources))
     output.save(folder, first.model, tables.nested(sums), made_of, report, first.folder)

@@ -129,11 +129,9 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
         all_maps, params = [], tables.nested(params)
         with jax.default_matmul_precision("highest"):  # of cosines
             if has_patches:
-                method, boxes = "encode_patches", ()
-                if has_head:
-                    cells = box_head.token_boxes(grid * grid, 0)
-                    method = "encode_boxes"
-                    boxes = (jnp.broadcast_to(cells, (image.shape[0], *cells.shape)),)
+                cells = box_head.token_boxes(grid * grid, 0)
+                boxes = [jnp.broadcast_to(cells, (image.shape[0], *cells.shape))] * has_head
+                method = "encode_boxes" if has_head else "encode_patches"
                 patches = jitted.program(model, dtype, method)(params, image, *boxes)
                 cosines = jnp.einsum("nd,bpd->bnp", text_embed, patches.astype(np.float32))
                 all_maps.append(cosines.reshape(*cosines.shape[:2], grid, grid))
@@ -152,43 +150,53 @@ def _description(predictor: inference.Predictor, exported: Mapping[str, Any]) ->
     program, tower = exported["image"][0], predictor.model.text
     end = "not looked at: zeros will do"
     if tower.seeks_end:
-        last = f"the id {tower.end_id}"
-        which = "; for CLIP's ids tokens.argmax(1)" if tower.end_id is None else f", {last}"
+        which = (
+            "; for CLIP's ids tokens.argmax(1)"
+            if tower.end_id is None
+            else f", the id {tower.end_id}"
+        )
         end = f"position of each text's last token{which}"
-    image, text, learnt = describe(predictor)
     return {
-        "grain_jax": __version__,
         "jax": jax.__version__,
         "platforms": list(program.platforms),
         "activations": predictor.dtype,
         "functions": {name: ["params", *inputs] for name, (_, inputs) in exported.items()},
-        "image": image | {"normalised_by": "the function: give it the uint8 values"},
-        "text": text | {"end": end},
-        **learnt,
+        **describe(predictor, "the function: give it the uint8 values", end),
     }
 
 
-def describe(predictor: inference.Predictor) -> tuple[dict[str, Any], ...]:
-    """What a user of exported files must know of the images, of the texts, and of the scores, as values of JSON."""
+def describe(predictor: inference.Predictor, normalised_by: str, end: str) -> dict[str, Any]:
+    """What a user of exported files must know of the images, of the texts, and of the scores, as values of JSON.
+
+    Args:
+      predictor: the model.
+      normalised_by: who subtracts the mean of pixels and divides by their deviation.
+      end: how the end of a text is known.
+    """
     image, text = predictor.model.image, predictor.model.text
     is_clip = text.tokenizer == "clip"
-    about_images = {
-        "size": image.image_size,
-        "prepare": "turned by the EXIF orientation, RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
-        "pixel_mean": list(image.pixel_mean),
-        "pixel_std": list(image.pixel_std),
+    about: dict[str, Any] = {
+        "grain_jax": __version__,
+        "image": {
+            "size": image.image_size,
+            "prepare": "turned by the EXIF orientation, RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
+            "pixel_mean": list(image.pixel_mean),
+            "pixel_std": list(image.pixel_std),
+            "normalised_by": normalised_by,
+        },
+        "text": {
+            "context_length": text.context_length,
+            "vocab_size": text.vocab_size,
+            "tokenizer": "CLIP's byte pairs" if is_clip else epath.Path(text.tokenizer).name,
+            "cleaning": text.cleaning,
+            "pad_id": text.pad_id,
+            "end": end,
+        },
+        "logit_scale": float(np.exp(predictor.params["logit_scale"])),
     }
-    about_texts = {
-        "context_length": text.context_length,
-        "vocab_size": text.vocab_size,
-        "tokenizer": "CLIP's byte pairs" if is_clip else epath.Path(text.tokenizer).name,
-        "cleaning": text.cleaning,
-        "pad_id": text.pad_id,
-    }
-    learnt = {"logit_scale": float(np.exp(predictor.params["logit_scale"]))}
     if predictor.logit_bias is not None:
-        learnt["logit_bias"] = float(predictor.logit_bias)
-    return about_images, about_texts, learnt
+        about["logit_bias"] = float(predictor.logit_bias)
+    return about
 
 
 def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:

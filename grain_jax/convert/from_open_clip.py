@@ -9,7 +9,6 @@ import functools
 import re
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from etils import epath
 
@@ -32,24 +31,13 @@ _POOLS = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
 _TIMM_POOLS = {"map": "map", "token": "class", "avg": "mean"}
 
 
-class _OpenClipPixels(msgspec.Struct):
-    mean: tuple[float, float, float] = towers.CLIP_PIXELS[0]
-    std: tuple[float, float, float] = towers.CLIP_PIXELS[1]
-
-
-class _OpenClipConfig(msgspec.Struct):
-    """open_clip_config.json."""
-
-    model_cfg: dict[str, Any]
-    preprocess_cfg: _OpenClipPixels = msgspec.field(default_factory=_OpenClipPixels)
-
-
 class OpenClipCheckpoint(NamedTuple):
     """A checkpoint of open_clip."""
 
     path: epath.Path  # the folder or the file of weights
     state: dict[str, np.ndarray]
-    config: _OpenClipConfig
+    config: dict[str, Any]  # `model_cfg` of open_clip_config.json
+    pixels: tuple[Any, Any]  # their mean and standard deviation
 
     @property
     def is_custom(self) -> bool:
@@ -84,7 +72,7 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
         raise ConvertError(
             f"{path}: got weights of transformers; grain-jax convert from-hf reads them"
         )
-    is_openai = _OPENAI[0] in state
+    is_openai, pixels = _OPENAI[0] in state, towers.CLIP_PIXELS
     ignored = (*_OPENAI, "attn_mask", "text.attn_mask")
     state = {key: x for key, x in state.items() if key not in ignored}
     file = (path if path.is_dir() else path.parent) / _CONFIG
@@ -94,20 +82,22 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
         named_config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
         if named_config is None:
             raise ConvertError(f"--model: got {name!r}, expected a name of open_clip.list_models()")
-        siglip = "SigLIP" in name
-        config = _OpenClipConfig(
-            named_config, _OpenClipPixels(*towers.SIGLIP_PIXELS) if siglip else _OpenClipPixels()
-        )
+        config = named_config
+        pixels = towers.SIGLIP_PIXELS if "SigLIP" in name else pixels
     elif is_openai:
         with archives.reading(path, "a CLIP of OpenAI with a vision transformer"):
-            config = _OpenClipConfig(_openai_config(state))
+            config = _openai_config(state)
     elif regular_file.is_one(file):
-        config = regular_file.read_json(file, _OpenClipConfig, "open_clip's config")
+        stated = regular_file.read_json(file, dict[str, Any], "open_clip's config")
+        with archives.reading(file, "open_clip's config"):
+            config, processor = stated["model_cfg"], stated.get("preprocess_cfg", {})
+            mean, std = (processor.get(key, x) for key, x in zip(("mean", "std"), pixels))
+            pixels = tuple(mean), tuple(std)
     else:
         raise ConvertError(
             f"{path}: has no {_CONFIG} beside it; --model NAME says which model of open_clip it is, such as ViT-B-32"
         )
-    return OpenClipCheckpoint(path, state, config)
+    return OpenClipCheckpoint(path, state, config, pixels)
 
 
 def _openai_config(state: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -133,7 +123,7 @@ def _module(checkpoint: OpenClipCheckpoint) -> Any:
     """The model of open_clip with random weights; nothing is downloaded."""
     from open_clip import model as library
 
-    config = checkpoint.config.model_cfg
+    config = checkpoint.config
     vision = library.CLIPVisionCfg(**config["vision_cfg"] | {"timm_model_pretrained": False})
     text = library.CLIPTextCfg(**config["text_cfg"])
     return (library.CustomTextCLIP if checkpoint.is_custom else library.CLIP)(
@@ -150,7 +140,7 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
     import torch
     from open_clip import model as library
 
-    config, pixels = checkpoint.config.model_cfg, checkpoint.config.preprocess_cfg
+    config, (mean, std) = checkpoint.config, checkpoint.pixels
     vision = library.CLIPVisionCfg(**config["vision_cfg"])
     text_config = library.CLIPTextCfg(**config["text_cfg"])
     quick = bool(config.get("quick_gelu"))
@@ -182,8 +172,8 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
     image = config_lib.ImageTower(
         **fields,
         image_size=size,
-        pixel_mean=pixels.mean,
-        pixel_std=pixels.std,
+        pixel_mean=mean,
+        pixel_std=std,
     )
     end_id = text_config.eos_id if text_config.pool_type == "eos" else None
     end_id = end_id if end_id is not None and 0 <= end_id < text_config.vocab_size - 1 else None

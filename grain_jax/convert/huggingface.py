@@ -13,21 +13,25 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.convert import formats, output, parity, towers
+from grain_jax.convert import formats, from_hugging_face, output, parity, tables, towers
 from grain_jax.convert.exits import arrays, needs, tokenizers
 from grain_jax.convert.exits import folder as exits
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.tables import Arrays
+from grain_jax.models import grain
 
 WEIGHTS = "model.safetensors"
-# Patterns of the names of all files of such a folder.
-_FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
+# Patterns of the names of all files of such a folder, its model card included.
+FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
 CODE = epath.Path(__file__).parent / "hf_files"
 # Tokenizer files; `grain_jax.load` reads the first two.
 _TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 _UNCLEAN = ["Two DOGS  &amp; a cat's   bowl, 1998!", ""]
-_SIGLIP_CONTEXT = 64  # tokens to which the pipeline of transformers pads SigLIP's texts
+_PIXELS = (
+    'images: AutoImageProcessor.from_pretrained(DIR, backend="pil") gives our pixels; the resize of torchvision,'
+    " its default, differs by up to 1 of 255 levels"
+)
 
 
 def to_hf(
@@ -60,51 +64,27 @@ def to_hf(
             lines = [f"for AutoModel with trust_remote_code: {nearest.name} cannot hold {keys}"]
     raise_any(needs.MODELING.faults(model))
     target = output.check_free(folder, exits.MARK)
-    token_files, missing, notes = tokenizers.of_transformers(model.text, stored.folder)
+    token_files, missing = tokenizers.of_transformers(model.text, stored.folder)
     if kind == "AutoModel":
-        weights, use = _own_weights(stored), _use_own(model)
-        files = _own_files(model, token_files)
+        states = names.state_dicts(stored.params)
+        weights = {f"{part}.{name}": x for part in states for name, x in states[part].items()}
+        files, use = _own_files(model, token_files), _USE_OWN
+        use += "" if model.decoder is None else _USE_REGIONS
     else:
         weights = (_clip if kind == "CLIPModel" else _siglip)(stored)
-        use, lines = _USE.format(kind=kind), _advice(model, kind)
-        files = {
-            "config.json": _config(model, kind),
-            "preprocessor_config.json": _preprocessor(model.image, kind),
-        }
+        use, lines = _USE.format(kind=kind), [_PIXELS]
+        files = _config(model, kind)
     return exits.write(
         target,
         stored,
         (WEIGHTS, weights),
         files | token_files,
         lambda new: _prove(new, stored, kind, bool(token_files)),
-        [f"to-hf: {stored.folder} -> {target}, {kind}", *lines, *notes],
+        [f"to-hf: {stored.folder} -> {target}, {kind}", *lines, *filter(None, [missing])],
         use=use,
         missing=missing,
         repo=repo,
     )
-
-
-def _advice(model: config_lib.Model, kind: str) -> list[str]:
-    """The lines of the report on what transformers prepares otherwise."""
-    lines = [
-        'images: AutoImageProcessor.from_pretrained(DIR, backend="pil") gives our pixels; the resize of torchvision,'
-        " its default, differs by up to 1 of 255 levels",
-    ]
-    if kind == "SiglipModel" and model.text.context_length != _SIGLIP_CONTEXT:
-        lines.append(
-            f"texts: the pipeline of transformers pads SigLIP's to {_SIGLIP_CONTEXT} tokens, this model has"
-            f" {model.text.context_length}; call processor and model instead"
-        )
-    return lines
-
-
-def _own_weights(source: exits.SourceModel) -> Arrays:
-    """The arrays of our modeling file."""
-    return {
-        f"{module}.{name}": np.asarray(array, np.float32)
-        for module, state in names.state_dicts(source.params).items()
-        for name, array in state.items()
-    }
 
 
 _USE_OWN = """
@@ -112,7 +92,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-# Needs torch, transformers 5 and PillowNEEDS. With ftfy, texts with broken encodings are repaired as in training.
+# Needs torch, transformers 5 and Pillow. With ftfy, texts with broken encodings are repaired as in training.
 model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
 with torch.no_grad():
@@ -121,15 +101,6 @@ with torch.no_grad():
     scores = model.zero_shot_logits(pixels, model.class_features(texts))
 """
 _USE_REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds\n"
-
-
-def _use_own(model: config_lib.Model) -> str:
-    """The code of the card."""
-    needs = ""
-    if model.text.tokenizer.endswith(".model"):
-        needs = "; sentencepiece and protobuf for the tokenizer"
-    return _USE_OWN.replace("NEEDS", needs) + ("" if model.decoder is None else _USE_REGIONS)
-
 
 _USE = """
 import torch
@@ -146,69 +117,49 @@ with torch.no_grad():
 """
 
 
-def push(folder: epath.PathLike, repo: str, private: bool = False) -> str:
-    """Publishes a folder of to-hf, its model card included, as ORG/NAME; returns the address. Raises hub.HubError."""
-    return hub.push(str(folder), repo, _FILES, private)
-
-
 def _own_files(model: config_lib.Model, token_files: dict[str, Any]) -> dict[str, Any]:
     """Our modeling file, and the JSON files that tell transformers what is in the folder."""
     name = epath.Path(model.text.tokenizer).name
     if name != "clip":
         name = next((x for x in _TOKENIZER if x in token_files), name)
     text = dataclasses.replace(model.text, tokenizer=name)
-    code = {path.name: path.read_text() for path in CODE.glob("*_grain.py")}
-    image = model.image
-    auto = ("AutoModel", "AutoModelForZeroShotImageClassification")
-    processors = {
-        "AutoImageProcessor": "processing_grain.GrainImageProcessor",
-        "AutoProcessor": "processing_grain.GrainProcessor",
-    }
-    return code | {
+    kinds = ("AutoModel", "AutoModelForZeroShotImageClassification")
+    processor = {"AutoProcessor": "processing_grain.GrainProcessor"}
+    image_processor = {"AutoImageProcessor": "processing_grain.GrainImageProcessor"}
+    return {
+        **{path.name: path.read_text() for path in CODE.glob("*_grain.py")},
         "config.json": {
             "model_type": "grain",
             "architectures": ["GrainModel"],
             "auto_map": {
                 "AutoConfig": "configuration_grain.GrainConfig",
-                **dict.fromkeys(auto, "modeling_grain.GrainModel"),
+                **dict.fromkeys(kinds, "modeling_grain.GrainModel"),
             },
             "dtype": "float32",
             "towers": dataclasses.asdict(dataclasses.replace(model, text=text)),
         },
         "preprocessor_config.json": {
-            "image_processor_type": "GrainImageProcessor",
-            "processor_class": "GrainProcessor",
-            "auto_map": processors,
-            "size": {"height": image.image_size, "width": image.image_size},
-            "image_mean": list(image.pixel_mean),
-            "image_std": list(image.pixel_std),
+            **_preprocessor(model.image, "Grain"),
+            "auto_map": image_processor | processor,
         },
         "processor_config.json": {
             "processor_class": "GrainProcessor",
-            "auto_map": {"AutoProcessor": processors["AutoProcessor"]},
+            "auto_map": processor,
             "cleaning": model.text.cleaning,
         },
     }
 
 
 def _config(model: config_lib.Model, kind: str) -> dict[str, Any]:
-    """config.json of CLIPModel or SiglipModel."""
-    family = kind.removesuffix("Model").lower()
-    image, text = model.image, model.text
-    shared = lambda tower: dict(
-        hidden_size=tower.width,
-        intermediate_size=tower.mlp_dim,
-        num_hidden_layers=tower.depth,
-        num_attention_heads=tower.heads,
-        hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(tower.activation, tower.activation),
-        layer_norm_eps=tower.norm_eps,
-        projection_dim=model.embed_dim,
-    )
-    vision = dict(
-        image_size=image.image_size,
-        patch_size=image.patch_size,
-        num_channels=3,
-    )
+    """config.json and preprocessor_config.json of CLIPModel or SiglipModel: squashed to a square, no crop."""
+    name, text = kind.removesuffix("Model"), model.text
+    shared = lambda part, tower: {
+        "model_type": f"{name.lower()}_{part}_model",
+        **{theirs: getattr(tower, ours) for ours, theirs in from_hugging_face.SIZES.items()},
+        "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(tower.activation, tower.activation),
+        "projection_dim": model.embed_dim,
+    }
+    sizes = dict(image_size=model.image.image_size, patch_size=model.image.patch_size)
     text_keys = dict(
         vocab_size=text.vocab_size,
         max_position_embeddings=text.context_length,
@@ -217,25 +168,23 @@ def _config(model: config_lib.Model, kind: str) -> dict[str, Any]:
         eos_token_id=2 if text.end_id is None else text.end_id,  # 2: CLIPModel takes the highest id
         pad_token_id=text.pad_id,
     )
-    return dict(
-        model_type=family,
+    config = dict(
+        model_type=name.lower(),
         architectures=[kind],
         dtype="float32",
         projection_dim=model.embed_dim,
-        vision_config=shared(image) | vision | dict(model_type=f"{family}_vision_model"),
-        text_config=shared(text) | text_keys | dict(model_type=f"{family}_text_model"),
+        vision_config=shared("vision", model.image) | sizes,
+        text_config=shared("text", text) | text_keys,
     )
+    of_pillow = dict(do_convert_rgb=True, do_center_crop=False, resample=3)  # 3: bicubic
+    preprocessor = _preprocessor(model.image, name) | of_pillow
+    return {"config.json": config, "preprocessor_config.json": preprocessor}
 
 
-def _preprocessor(tower: config_lib.ImageTower, kind: str) -> dict[str, Any]:
-    """preprocessor_config.json: squashed to a square by Pillow's bicubic filter, no crop."""
-    name = kind.removesuffix("Model")
+def _preprocessor(tower: config_lib.ImageTower, name: str) -> dict[str, Any]:
     return {
         "image_processor_type": f"{name}ImageProcessor",
         "processor_class": f"{name}Processor",
-        "do_convert_rgb": True,
-        "do_center_crop": False,
-        "resample": 3,
         "size": {"height": tower.image_size, "width": tower.image_size},
         "image_mean": list(tower.pixel_mean),
         "image_std": list(tower.pixel_std),
@@ -244,21 +193,21 @@ def _preprocessor(tower: config_lib.ImageTower, kind: str) -> dict[str, Any]:
 
 def _clip(source: exits.SourceModel) -> Arrays:
     """The arrays of CLIPModel, whose patches have no bias."""
-    flat = arrays.without_patch_bias(exits.flat(source))
+    flat = arrays.without_patch_bias(grain.flat(source.params))
     for tower in towers.TOWERS:
         width = getattr(source.model, tower).width
         flat = arrays.with_projection(flat, tower, width, bias=False)
     rows = [*formats.hf_image(), *formats.hf_text("text_projection"), *towers.SCALARS]
-    return exits.entries(rows, flat)
+    return tables.write(rows, flat)
 
 
 def _siglip(source: exits.SourceModel) -> Arrays:
     """The arrays of SiglipModel, whose patches have one."""
-    flat = arrays.with_patch_bias(exits.flat(source))
+    flat = arrays.with_patch_bias(grain.flat(source.params))
     flat = {"logit_bias": np.zeros((), np.float32), **flat}
     flat = arrays.with_projection(flat, "text", source.model.text.width, bias=True)
     rows = [*formats.hf_image(), *formats.hf_text("text_model.head"), *towers.SCALARS]
-    state = exits.entries(rows, flat)
+    state = tables.write(rows, flat)
     return state | {row.theirs: state[row.theirs].reshape(1) for row in towers.SCALARS}
 
 

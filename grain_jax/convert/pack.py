@@ -49,7 +49,6 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     return proof.after(
         f"pack: {read_from} -> {folder}",
         f"{trained.sum():,} of {len(trained):,} tokens were trained; the embeddings of the others are zeros",
-        f"{sum(x.size for x in jax.tree.leaves(packed)):,} values, bfloat16",
     )
 
 

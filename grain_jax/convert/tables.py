@@ -106,11 +106,17 @@ def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str
 
 
 def write(rows: Iterable[NamePair], params: Mapping[str, Any]) -> Arrays:
-    """The entries that hold our parameters (or their gradients), where they have a row; the inverse of `read`."""
+    """The entries that hold our parameters (or their gradients); the inverse of `read`.
+
+    Raises:
+      ValueError: a parameter without a row.
+    """
+    by_name = {row.ours: row for row in rows}
+    lost = params.keys() - by_name.keys()
+    if lost:
+        raise ValueError(f"parameters without a name in the format: {', '.join(sorted(lost))}")
     out: dict[str, list[np.ndarray]] = {}
-    for row in rows:
-        if row.ours not in params:
-            continue
+    for row in (row for name, row in by_name.items() if name in params):
         array = np.asarray(params[row.ours])
         for name, layer in zip(row.entries(array.shape), array if row.layered else [array]):
             shape = row.layout.shape(layer.shape)

@@ -239,8 +239,8 @@ def _projection(entries: Entries, name: str) -> str:
     return "affine" if f"{name}/bias" in entries else "matrix"
 
 
-def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]] = {}) -> list[str]:
-    """The lines of a report about a model: the keys of its parts, and what was assumed of them."""
+def describe(model: config_lib.Model) -> list[str]:
+    """The lines of a report about a model: the keys of its parts."""
     # Reports and cards are published: no path of this machine stands in them.
     text = dataclasses.replace(model.text, tokenizer=epath.Path(model.text.tokenizer).name)
     model, lines = dataclasses.replace(model, text=text), [f"embedding {model.embed_dim}"]
@@ -249,4 +249,4 @@ def describe(model: config_lib.Model, assumed: Mapping[str, Sequence[str]] = {})
         keys = {} if config is None else dataclasses.asdict(config)
         shown = [f"{key} {x}" for key, x in keys.items() if key not in (*OF_TRAINING, "options")]
         lines.append(f"{part:8} {', '.join(shown) or 'none'}")
-    return lines + [f"ASSUMED  {part}: {x}" for part, lines_of in assumed.items() for x in lines_of]
+    return lines

@@ -67,7 +67,7 @@ class Annotation(NamedTuple):
     left_out: Sequence[Fault] = ()  # regions of the source that cannot be used
     where: str = ""  # as Fault.where
     # Width and height of the image that the boxes were drawn on, if known. (1, 1): boxes are shares of both.
-    drawn_on: Sequence[float] | None = None
+    drawn_on: Sequence[float | None] | None = None
 
 
 class Parsed(NamedTuple):
@@ -80,13 +80,6 @@ class Parsed(NamedTuple):
     boxes_xyxy: list[Box | None]  # of each region of the line; None where it is faulty
 
 
-class ClippedBox(NamedTuple):
-    """A box within an image."""
-
-    box_xyxy: Box | None  # pixels; None where less than MIN_INSIDE is kept
-    kept: float  # share of the box's area that lies in the image, in [0, 1]
-
-
 class Annotations(NamedTuple):
     """The content of a file."""
 
@@ -96,12 +89,8 @@ class Annotations(NamedTuple):
     unknown_keys: dict[str, int]  # key -> number of its occurrences
 
 
-def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annotations:
+def read(path: epath.PathLike) -> Annotations:
     """The annotations in a file of JSON lines; blank lines are skipped, captions may be missing.
-
-    Args:
-      path: the file, local or remote.
-      max_faults: the largest share of faulty lines, in [0, 1], that is no error.
 
     Raises:
       AnnotationError: nothing in it, or too many faulty lines (all faults are in the message, each as
@@ -120,10 +109,10 @@ def read(path: epath.PathLike, *, max_faults: float = MAX_FAULT_SHARE) -> Annota
         if parsed.annotation is not None:
             records.append(parsed.annotation)
     if not lines:
-        raise AnnotationError(f"{path}: the file is empty, expected one JSON object a line")
+        raise AnnotationError(f"{path}: the file is empty, expected {EXPECTED}")
     faulty_lines = lines - len(records)
-    if faulty_lines > max_faults * lines:
-        limit = f"{100 * max_faults:g}%"
+    if faulty_lines > MAX_FAULT_SHARE * lines:
+        limit = f"{MAX_FAULT_SHARE:.0%}"
         summary = f"{path}: {faulty_lines} of {lines} lines are faulty, more than {limit}"
         raise AnnotationError("\n".join([*faults, summary]))
     return Annotations(records, faults, faulty_lines, unknown)
@@ -169,14 +158,22 @@ def parse_line(line: bytes, *, text_required: bool) -> Parsed:
     return Parsed(annotation, faults, unknown, image, boxes_xyxy)
 
 
-def clip_box(box_xyxy: Box, width: int, height: int) -> ClippedBox:
-    """Clips a box with an area to an image of `width` x `height` pixels."""
+def clip_box(box_xyxy: Box, width: int, height: int) -> tuple[Box | None, float]:
+    """(a box with an area clipped to an image, the share inside); None if less than MIN_INSIDE is."""
     x1, y1, x2, y2 = box_xyxy
     left, top, right, bottom = max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height)
     inside = max(0.0, right - left) * max(0.0, bottom - top)
     kept = inside / ((x2 - x1) * (y2 - y1))
     box = (left, top, float(right), float(bottom)) if kept >= MIN_INSIDE else None
-    return ClippedBox(box, kept)
+    return box, kept
+
+
+def iou(a_xyxy: Sequence[float], b_xyxy: Sequence[float]) -> float:
+    """Intersection over union of two boxes."""
+    width = max(0.0, min(a_xyxy[2], b_xyxy[2]) - max(a_xyxy[0], b_xyxy[0]))
+    height = max(0.0, min(a_xyxy[3], b_xyxy[3]) - max(a_xyxy[1], b_xyxy[1]))
+    areas = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a_xyxy, b_xyxy))
+    return width * height / (areas - width * height)
 
 
 _NOTHING: Any = object()  # in the place of a key that is not there
@@ -237,7 +234,8 @@ def _regions(
             score: Any = entry.get("score", _NOTHING)
             if not _is_text(description) or not description.strip():
                 faults.append(_wrong(f"{at}.description", description, "a text"))
-            if not _is_number(score) or not 0 <= score <= 1:
+            number = isinstance(score, int | float) and not isinstance(score, bool)
+            if not number or not 0 <= score <= 1:
                 faults.append(_wrong(f"{at}.score", score, "a number from 0 to 1"))
             negatives = _negatives(entry, at, faults)
             if box is not None and len(faults) == before:
@@ -328,15 +326,6 @@ def box_fault(box: Any) -> str:
 def _is_text(value: Any) -> TypeGuard[str]:
     # JSON can spell half of a surrogate pair, which no file can hold and no tokenizer accepts.
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer larger than every float
-        return False
 
 
 def show(value: Any) -> str:

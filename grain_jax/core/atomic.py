@@ -1,10 +1,8 @@
 """Writes a file as a whole or not at all: a process may be killed between any two bytes."""
 
-import contextlib
 import os
 import stat
 import uuid
-from collections.abc import Iterator
 
 from etils import epath
 
@@ -26,27 +24,18 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     if "://" in str(path):  # object stores replace whole objects, and some cannot rename
         path.write_bytes(content)
         return
-    with _named(path):
-        if is_special(path):
-            with path.open("ab") as file:  # /dev/stdout may be a file with lines in it
-                file.write(content)
-            return
-        new = _beside(path)
-        try:
-            new.write_bytes(content)
-            new.replace(path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
-
-
-@contextlib.contextmanager
-def _named(path: epath.Path) -> Iterator[None]:
-    """Errors inside name the file, which `write` does not."""
+    if is_special(path):
+        with path.open("ab") as file:  # /dev/stdout may be a file with lines in it
+            file.write(content)
+        return
+    new = _beside(path)
     try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
+        new.write_bytes(content)
+        new.replace(path)
+    except BaseException as error:
+        new.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 

@@ -80,15 +80,6 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether the cause is a full disk or quota, or one without free inodes."""
-    return any(
-        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        or "No space left on device" in str(cause)
-        for cause in causes(error)
-    )
-
-
 _STORAGE = {  # what to do if a file system refuses to write
     errno.ENOSPC: "make room, or name another disk",
     errno.EDQUOT: "make room in the quota, or name another disk",

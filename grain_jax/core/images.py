@@ -44,10 +44,6 @@ class ImageError(errors.UserError):
     """An image cannot be read; the message says which and why."""
 
 
-class UnknownFormatError(ImageError):
-    """None of FORMATS."""
-
-
 class TooLargeError(ImageError):
     """Beyond a bound of `image_bounds`."""
 
@@ -55,13 +51,12 @@ class TooLargeError(ImageError):
 class Header(NamedTuple):
     """What is known of an image before its pixels are decoded."""
 
-    format: str  # one of FORMATS, or MPO
     size: tuple[int, int]  # width, height of what `decode_image` gives
     turned: bool  # whether the file has an orientation other than upright
 
 
-def header(encoded: bytes, name: str = "image", orientation: str = "exif") -> Header:
-    """The format and the size of the image in `encoded`; arguments and errors as of `decode_image`."""
+def header(encoded: bytes, name: str = "image") -> Header:
+    """The size of the image in `encoded`, and whether it is turned; arguments and errors as of `decode_image`."""
     image: Any = open_image(encoded, name)  # PIL's type has no tag_v2
     size = image.size
     if image.format == "TIFF":
@@ -72,10 +67,10 @@ def header(encoded: bytes, name: str = "image", orientation: str = "exif") -> He
         if image.format == "PNG" and "exif" not in image.info and b"eXIf" in encoded:
             with _reading(name):
                 image.load()  # it stands behind the pixels
-        number, swap = _orientation(image), orientation == "exif"
+        number, swap = _orientation(image), True
     if swap and number in (5, 6, 7, 8):
         size = size[1], size[0]
-    return Header(image.format or "", size, number in _TURNS)
+    return Header(size, number in _TURNS)
 
 
 def open_image(encoded: bytes, name: str = "image") -> PIL.Image.Image:
@@ -94,7 +89,7 @@ def open_image(encoded: bytes, name: str = "image") -> PIL.Image.Image:
         try:
             image = PIL.Image.open(io.BytesIO(encoded), formats=FORMATS)
         except PIL.UnidentifiedImageError:
-            raise UnknownFormatError(
+            raise ImageError(
                 f"{name}: {len(encoded)} bytes that are no known image format, expected {_READABLE}"
             ) from None
         except PIL.Image.DecompressionBombError as error:
@@ -164,13 +159,6 @@ def _orientation(image: PIL.Image.Image) -> int:
     return 1
 
 
-def encode_png(image: PIL.Image.Image) -> bytes:
-    """The image as a PNG, RGB; raises as `to_rgb`."""
-    out = io.BytesIO()
-    to_rgb(image).save(out, "PNG")
-    return out.getvalue()
-
-
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Inside, what PIL's readers raise (OSError, SyntaxError, struct.error and more) is an ImageError."""
@@ -181,12 +169,8 @@ def _reading(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:
-        raise _damaged(name, error) from None
-
-
-def _damaged(name: str, error: Exception | str) -> ImageError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ImageError(f"{name}: {reason}, expected a readable image")
+        said = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        raise ImageError(f"{name}: {said.splitlines()[0]}, expected a readable image") from None
 
 
 def read_file(path: epath.PathLike, name: str | None = None) -> bytes:
@@ -209,12 +193,8 @@ def read_file(path: epath.PathLike, name: str | None = None) -> bytes:
 
 def load_image(path: epath.PathLike, orientation: str = "exif") -> PIL.Image.Image:
     """The image at `path` (local or remote), as `decode_image` gives it. Raises ImageError."""
-    try:
+    with _reading(str(path)):
         encoded = read_file(path)
-    except ImageError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _damaged(str(path), getattr(error, "strerror", None) or error) from None
     return decode_image(encoded, str(path), orientation)
 
 
@@ -233,9 +213,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def resize(
-    image: PIL.Image.Image | np.ndarray, size: int, *, convert_first: bool = True
-) -> np.ndarray:
+def resize(image: PIL.Image.Image | np.ndarray, size: int) -> np.ndarray:
     """Resizes an image to a square, without a crop; the aspect ratio is not kept.
 
     Equals torchvision's `Resize((size, size), BICUBIC)` on PIL images. Which of its two passes
@@ -243,7 +221,7 @@ def resize(
 
     DIFFERS: the reference resizes first and converts to RGB afterwards, which takes nearest neighbours for
     palette images and the hidden colours of transparent pixels. Here the conversion comes first; RGB and grey
-    images are the same either way. `convert_first=False` is the order of the reference.
+    images are the same either way.
 
     Args:
       image: PIL image of any mode, or uint8 [H, W, 3] or [H, W].
@@ -260,8 +238,7 @@ def resize(
             got = f"{image.dtype} {list(image.shape)}"
             raise ImageError(f"got an array {got}, expected uint8 [H, W, 3]")
         image = PIL.Image.fromarray(image)
-    if convert_first:
-        image = to_rgb(image)
+    image = to_rgb(image)
     if image.size != (size, size):
         image = image.resize((size, size), PIL.Image.Resampling.BICUBIC)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image)

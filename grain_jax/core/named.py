@@ -115,10 +115,7 @@ def _cause(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (ImportError, ValueError, SyntaxError)):
         return text
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = [f for f in frames if "<frozen" not in f.filename and "-packages/" not in f.filename][
-        -1
-    ]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text}"
 
 

@@ -31,14 +31,13 @@ class ProgressLine:
 
     Args:
       prefix: of every line.
-      every: seconds between two lines without a terminal.
       silent: nothing is printed: of several processes, the first one speaks.
     """
 
-    def __init__(self, prefix: str = "", every: float = PLAIN_SECONDS, silent: bool = False):
+    def __init__(self, prefix: str = "", silent: bool = False):
         self._prefix, self._silent = prefix, silent
         self._terminal = sys.stderr.isatty()
-        self._every = _TERMINAL_SECONDS if self._terminal else every
+        self._every = _TERMINAL_SECONDS if self._terminal else PLAIN_SECONDS
         self._shown_at, self._shown = time.monotonic(), ""
 
     def show(self, text: str, *, now: bool = False) -> None:

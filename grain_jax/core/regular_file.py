@@ -45,21 +45,19 @@ def is_one(path: epath.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: epath.PathLike, expected: str, mode: str = "rb") -> Iterator[tuple[IO, int]]:
-    """Opens a file for the block: (file, its bytes); "r" reads UTF-8. Raises FileError, also if the block cannot read."""
+def opened(path: epath.PathLike, expected: str) -> Iterator[tuple[IO, int]]:
+    """Opens a file for the block: (file, its bytes). Raises FileError, also if the block cannot read."""
     path = epath.Path(path)
     try:
         if (size := length(path)) is None:
             raise FileError(f"{path}: got a folder, pipe or device, expected {expected}")
-        with path.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        with path.open("rb") as file:
             yield file, size
     except errors.UserError:
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        if isinstance(error, UnicodeDecodeError):
-            reason = "not UTF-8 text"
-        elif isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError):
             reason = "no such file"
         raise FileError(f"{path}: {reason}, expected {expected}") from None
 

@@ -114,8 +114,3 @@ class Regions(NamedTuple):
 
     boxes_xyxy: Array  # float32 [B, Q, 4] in [0, 1]
     embed: Array  # float32 [B, Q, D], unit length
-
-
-def rescale_pixels(image: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] -> float32 [..., 3], normalised by ImageNet's mean and std."""
-    return (image.astype(np.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD

@@ -19,17 +19,6 @@ class Context(typing.NamedTuple):
 STANDALONE = Context()
 
 
-class TableRow(typing.NamedTuple):
-    """How the tables show a number of a result."""
-
-    key: str  # in the result; the interval is KEY_low, KEY_high
-    label: str
-    chance: str | None  # the key of its chance level
-    count: str  # the key of how many items it is a mean over
-    unit: str  # what these items are
-    is_share: bool = True  # shown as per cent
-
-
 def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
     """A key that `grain-jax evaluate KIND` has as a flag.
 
@@ -52,7 +41,6 @@ class Evaluator(abc.ABC):
     """
 
     example: ClassVar[str] = ""  # flags of the command, to copy
-    table: ClassVar[Sequence[TableRow]] = ()  # rows of the table, of an evaluator of the package
     lower_is_better: ClassVar[Sequence[str]] = ()  # last words of such metrics: mean_rank
 
     kind: str = key("", "Name of an evaluator of the package, or module:Class.")
@@ -63,14 +51,6 @@ class Evaluator(abc.ABC):
     def of_flags(cls, **given: Any) -> typing.Self:
         """The entry of the flags that a command was given. Raises errors.UserError where they contradict each other."""
         return cls(**given)
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        """The rows of the table for the numbers of a result; those whose key is not in `numbers` are left out.
-
-        Only evaluators of the package need this; the table of another one has a row for each number.
-        """
-        return cls.table
 
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """What the file of the command has beside the result, on top."""
@@ -87,8 +67,12 @@ class Evaluator(abc.ABC):
 
     def misses(self, model: Any) -> list[str]:
         """What a model (`config.Model`) lacks for these options: lines that begin with the option."""
-        del model
-        return []
+        if not self.needs_regions or model.decoder is not None:
+            return []
+        return [
+            f"kind: got {self.kind}, which needs regions, but model.decoder is None; take out the entry, or set"
+            " alphas=(1.0,) in one of kind=zeroshot"
+        ]
 
     @property
     def needs_regions(self) -> bool:

@@ -24,7 +24,6 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
-from grain_jax.core import errors
 from grain_jax.core import images as image_files
 from grain_jax.inference import jitted
 from grain_jax.input_pipeline import tokenizer
@@ -34,22 +33,11 @@ NAME = "grain_jax"  # value of config.model_name in big_vision
 _PADDING = -1  # padding id after a text; no token has it
 
 
-class BigVisionError(errors.UserError):
-    """big_vision is missing, or uses the adapter in a way that it does not support; the message is one line."""
-
-
 def register() -> None:
-    """Registers the model and the two preprocessing ops with big_vision. Raises BigVisionError if it is missing."""
-    try:
-        # Not a dependency of this package.
-        from big_vision.pp import registry  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] != "big_vision":
-            raise
-        raise BigVisionError(
-            "big_vision: not on the path; clone github.com/google-research/big_vision and add the"
-            " folder to PYTHONPATH"
-        ) from None
+    """Registers the model and the two preprocessing ops with big_vision, which has to be on the path."""
+    # Not a dependency of this package.
+    from big_vision.pp import registry  # pyright: ignore[reportMissingImports]
+
     # The trainers of big_vision import big_vision.models.{config.model_name}.
     sys.modules[f"big_vision.models.{NAME}"] = sys.modules[__name__]
     for name, op in (("grain_image", grain_image), ("grain_text", grain_text)):
@@ -67,7 +55,7 @@ class Model:
         return {"params": nn.unbox(grain.init(grain.GRAIN(_stored(self.checkpoint)[0]), key))}
 
     def apply(
-        self, variables: Mapping[str, Any], image=None, text=None, train: bool = False, **_: Any
+        self, variables: Mapping[str, Any], image=None, text=None, **_: Any
     ) -> tuple[jax.Array | None, jax.Array | None, dict[str, Any]]:
         """Embeds images, texts or both; either may be None.
 
@@ -77,18 +65,12 @@ class Model:
           text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids, padded
             by the op of big_vision; or other token ids, padded with -1. A text with an id that the embedding table
             does not have gets NaN.
-          train: has to be False.
 
         Returns:
           (zimg [B, D], ztxt [N, D], out): embeddings of unit length, None if the argument is None. `out` has
           "img/normalized", "txt/normalized", "t" (the logit scale, [1]), "t/parameter" (its
           logarithm), and for a sigmoid loss "b" (the logit bias, [1]).
-
-        Raises:
-          BigVisionError: `train` is True.
         """
-        if train:
-            raise BigVisionError("train: this adapter evaluates; train with `grain-jax train`")
         (model, _), params = _stored(self.checkpoint), variables["params"]
         scale = jnp.asarray(params["logit_scale"])[None]
         zimg, ztxt, out = None, None, {"t/parameter": scale, "t": jnp.exp(scale)}
@@ -123,19 +105,14 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
 
     Args:
       init_params: unused, since the checkpoint has every parameter.
-      init_file: workdir, checkpoint or converted folder.
+      init_file: unused; it names the same checkpoint.
       model_cfg: the arguments of `Model`.
 
     Raises:
-      BigVisionError: `init_file` is not the checkpoint of `model_cfg`.
       checkpoint.CheckpointError: there is no checkpoint.
     """
-    del init_params
-    if init_file != model_cfg["checkpoint"]:
-        raise BigVisionError(
-            f"model_init: got {init_file!r}, expected model.checkpoint, {model_cfg['checkpoint']}"
-        )
-    return saved_model.load_model(init_file)[1]
+    del init_params, init_file
+    return saved_model.load_model(model_cfg["checkpoint"])[1]
 
 
 def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:

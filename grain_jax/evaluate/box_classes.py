@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
+from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
-from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, Faults
+from grain_jax.evaluate.base import STANDALONE, Context, option
+from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, faults_of
 
 with epy.lazy_imports():
     import numpy as np
@@ -23,8 +24,6 @@ with epy.lazy_imports():
     from grain_jax.inference import prompts, scores
     from grain_jax.losses import boxes
 
-_BOXES, _FOUND = ("boxes", "boxes"), ("found_boxes/boxes", "boxes")  # count and unit of table rows
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Boxes(AnnotatedRegions):
@@ -32,15 +31,6 @@ class Boxes(AnnotatedRegions):
 
     example = "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017"
     none_usable = "no line has a region; expected boxes with class names as descriptions"
-    table = (
-        TableRow("found", "found by a query, IoU >= 0.5", None, *_BOXES),
-        TableRow("box_head/top1", "class of a box by the box head, top-1", "chance", *_BOXES),
-        TableRow("region/top1", "class of a box by its region, top-1", "chance", *_BOXES),
-        TableRow("region/top5", "class of a box by its region, top-5", "chance_top5", *_BOXES),
-        TableRow("found_boxes/region/top1", "the same of those found", "chance", *_FOUND),
-        TableRow("image/top1", "class of a box by its image, top-1", "chance", *_BOXES),
-        TableRow("image/top5", "class of a box by its image, top-5", "chance_top5", *_BOXES),
-    )
     kind: str = "boxes"
     classes: str | None = option(
         None, "File of class names, or lvis; default: the distinct descriptions.", "FILE"
@@ -49,18 +39,20 @@ class Boxes(AnnotatedRegions):
         None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
     )
 
+    def misses(self, model: Any) -> list[str]:
+        return [] if model.boxes.kind != "none" else super().misses(model)
+
     @property
     def files(self) -> tuple[str | None, ...]:
         return self.annotations, self.templates, self.classes
 
     def check(self) -> int:
-        attempt = Faults()
-        attempt(prompts.load_templates, self.templates)
-        if self.classes is not None:
-            attempt(class_names.read, self.classes)
-        count = attempt(super().check)
-        attempt.done()
-        return count or 0
+        faults = faults_of(
+            lambda: prompts.load_templates(self.templates),
+            lambda: self.classes and class_names.read(self.classes),
+        )
+        config.raise_faults(faults)
+        return super().check()
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Classifies every box by the box head and by the query that overlaps it most, as the model has them.

@@ -217,7 +217,7 @@ def encode_distinct(predictor: inference.Predictor, texts: Sequence[str]) -> np.
     """Texts -> float32 [N, D]; each of several processes encodes a share, and all get the whole array."""
     mine = processes.share(len(texts))
     encode = lambda: np.asarray(predictor.encode_text(list(texts[mine.start : mine.stop])))
-    return processes.allgather({"embed": processes.run_together(encode)})["embed"]
+    return processes.allgather([{"embed": processes.run_together(encode)}])["embed"]
 
 
 def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import typing
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 from etils import epy
 
@@ -24,8 +25,6 @@ with epy.lazy_imports():
     from grain_jax.core import printable
     from grain_jax.evaluate import encode, test_sets
     from grain_jax.runtime import processes
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,20 +164,14 @@ class AnnotatedImages(Evaluator):
             boxes_of=boxes_of and (lambda i, size: boxes_of(annotated.records[i], size)),
             batch_size=context.batch_size,
         )
-        counts = self.counts(annotated, len(seen.index), seen.unreadable)
-        return Gathered([annotated.records[i] for i in seen.index], seen, counts)
-
-    def counts(
-        self, annotated: Annotated, pictures: int, unreadable: dict[str, str]
-    ) -> dict[str, Any]:
-        """What every result says of its images; `pictures` of them were read."""
-        return {
+        counts = {
             "kind": self.kind,
-            "pictures": pictures,
+            "pictures": len(seen.index),
             self.left_out: len(annotated.read.records) - len(annotated.records),
             "faulty_lines": annotated.read.faulty_lines,
-            **encode.report_unreadable(unreadable),
+            **encode.report_unreadable(seen.unreadable),
         }
+        return Gathered([annotated.records[i] for i in seen.index], seen, counts)
 
     def check(self) -> int:
         annotated = self.read()
@@ -200,15 +193,24 @@ class AnnotatedRegions(AnnotatedImages):
         return True
 
 
-def without_missing_descriptions(entry: Any) -> tuple[Any, str]:
-    """The entry without its file of descriptions, and a line, if the file is not there and may be missing."""
-    if entry.missing != "skip" or entry.descriptions is None:
-        return entry, ""
-    path = expanduser(entry.descriptions)
-    if exists(path):
-        return entry, ""
-    line = f"{path}: not there, expected descriptions of the classes"
-    return dataclasses.replace(entry, descriptions=None), f"{line}; evaluated by names alone"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithPrompts(Evaluator):
+    """Base of the evaluators whose classes are names in prompts, perhaps with descriptions."""
+
+    descriptions: str | None = option(
+        None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
+    )
+    templates: str | None = option(
+        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
+    )
+
+    def available(self) -> tuple[typing.Self, str]:
+        super().available()
+        path = expanduser(self.descriptions or "")
+        if self.missing != "skip" or not self.descriptions or exists(path):
+            return self, ""
+        line = f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
+        return dataclasses.replace(self, descriptions=None), line
 
 
 def _report_left_out(path: str, read: Any) -> None:
@@ -225,24 +227,12 @@ def _report_left_out(path: str, read: Any) -> None:
         print(printable.plain(line), file=sys.stderr)
 
 
-class Faults:
-    """Calls functions and collects their faults, so that all of them are reported at once."""
-
-    def __init__(self) -> None:
-        self.faults: list[Exception] = []
-
-    def __call__(self, function: Callable[..., T], *arguments: Any) -> T | None:
-        """What `function` returns; None after a fault."""
+def faults_of(*checks: Callable[[], object]) -> list[str]:
+    """The lines of all checks that fail."""
+    lines = []
+    for check in checks:
         try:
-            return function(*arguments)
+            check()
         except (errors.UserError, OSError) as error:
-            self.faults.append(error)
-            return None
-
-    def done(self) -> None:
-        """Raises the only fault, or a UserError with a line for each fault."""
-        if len(self.faults) == 1 and isinstance(self.faults[0], errors.UserError):
-            raise self.faults[0]
-        if self.faults:
-            lines = (line for error in self.faults for line in str(error).split("\n"))
-            raise errors.UserError("\n".join(dict.fromkeys(lines)))
+            lines += str(error).split("\n")
+    return list(dict.fromkeys(lines))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow
+from grain_jax.evaluate.base import STANDALONE, Context
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
 with epy.lazy_imports():
@@ -34,17 +34,6 @@ with epy.lazy_imports():
     from grain_jax.losses import boxes, matching
 
 MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (docs/method.md, Losses)
-_OF_BOXES = {
-    "box_iou": "matched box IoU",
-    "box_acc50": "matched box Acc@0.5",
-    "region_to_description_r1": "region to description R@1",
-}
-_OF_PHRASES = {
-    "phrase_iou": "phrase to box IoU",
-    "phrase_acc50": "phrase to box Acc@0.5",
-    "phrase_acc50_any_box": "phrase to box Acc@0.5, any box",
-    "phrase_acc50_merged_box": "phrase to box Acc@0.5, merged boxes",
-}
 _SEED = 0  # of the random boxes that give the chance level
 
 
@@ -52,14 +41,6 @@ _SEED = 0  # of the random boxes that give the chance level
 class Grounding(AnnotatedRegions):
     """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
 
-    table = tuple(
-        TableRow(key, label, f"chance_{key}", count, unit, not key.endswith("iou"))
-        for (count, unit), labels in (
-            (("regions_matched", "boxes"), _OF_BOXES),
-            (("phrases", "phrases"), _OF_PHRASES),
-        )
-        for key, label in labels.items()
-    )
     kind: str = "grounding"
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
@@ -79,7 +60,9 @@ class Grounding(AnnotatedRegions):
         """
         records, seen, counts = self.gather(predictor, context, regions=True)
         pred_boxes_xyxy, region_embed = seen.regions
-        described = some_described_boxes(self.annotations, records, seen.sizes)
+        described = described_boxes(records, seen.sizes)
+        if not len(described.image):
+            raise errors.UserError(f"{self.annotations}: every box lies outside its image")
         text_embed = scores.unit(encode.encode_distinct(predictor, described.texts))  # [T, D]
 
         matched, text = match(pred_boxes_xyxy, described)
@@ -202,7 +185,7 @@ def described_boxes(
     for i, (record, size) in enumerate(zip(records, np.asarray(sizes).tolist())):
         box_of: dict[int, int] = {}  # position of a region in the record -> position of its box
         for position, region in sorted(enumerate(record.regions), key=lambda pair: -pair[1].score):
-            box_xyxy = annotations_lib.clip_box(region.box_xyxy, *size).box_xyxy
+            box_xyxy, _ = annotations_lib.clip_box(region.box_xyxy, *size)
             if box_xyxy is None:
                 outside += 1
                 continue
@@ -218,14 +201,6 @@ def described_boxes(
     image, rank, region = (np.array(x, int) for x in (image, rank, region))
     boxes_xyxy = np.array(boxes_xyxy, np.float32).reshape(-1, 4)
     return Described(image, rank, boxes_xyxy, region, text, texts, outside, phrases)
-
-
-def some_described_boxes(path: str | None, *images: Any) -> Described:
-    """`described_boxes`; raises errors.UserError if none of the boxes of the annotations `path` lies in its image."""
-    described = described_boxes(*images)
-    if not len(described.image):
-        raise errors.UserError(f"{path}: every box lies outside its image")
-    return described
 
 
 def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray:

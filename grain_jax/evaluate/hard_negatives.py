@@ -9,13 +9,12 @@ lorebianchi98/FG-OVD, evaluation/ranks.py. There detectors find the boxes, and a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
+from grain_jax.evaluate.base import STANDALONE, Context, option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -36,10 +35,6 @@ class HardNegatives(AnnotatedImages):
         " annotate --passes negatives makes; or ask for fewer"
     )
     lower_is_better = ("mean_rank", "median_rank")
-    table = tuple(
-        TableRow(f"{way}/top1", f"right description, by the {by}", "chance", "boxes", "boxes")
-        for way, by in (("box_head", "box head"), ("region", "region"), ("image", "image"))
-    )
     kind: str = "hard_negatives"
     negatives: int = option(
         10, "Negatives per box, 10 as in FG-OVD; boxes with fewer are left out.", "N", low=1
@@ -62,42 +57,39 @@ class HardNegatives(AnnotatedImages):
             for image, region in zip(described.image, described.region)
         )
         count = self.negatives
-        descriptions = [
+        texts = [
             (x.description, *x.negatives[:count]) if len(x.negatives) >= count else ()
             for x in regions
         ]
-        use = np.array([bool(texts) for texts in descriptions], bool)
+        use = np.array([bool(each) for each in texts], bool)
         if not use.any():
             raise errors.UserError(
-                f"{self.annotations}: no box with {self.negatives} negatives or more lies in its image"
+                f"{self.annotations}: no box with {count} negatives or more lies in its image"
             )
+        distinct, text = prompts.distinct([text for each in texts for text in each])
+        text_embed = scores.unit(encode.encode_distinct(predictor, distinct))  # [T, D]
+        of_boxes = text_embed, text.reshape(-1, 1 + count)
         return {
             **seen.counts,
             "boxes": int(use.sum()),
             "boxes_outside": described.outside,
             "boxes_with_fewer_negatives": int((~use).sum()),
-            "negatives": self.negatives,
-            "chance": 1 / (1 + self.negatives),
-            "chance_mean_rank": 1 + self.negatives / 2,
-            **self._measured(predictor, descriptions, seen.embeds),
+            "negatives": count,
+            "chance": 1 / (1 + count),
+            "chance_mean_rank": 1 + count / 2,
+            **{
+                way: _ranks(scores.unit(embed[use]), *of_boxes)
+                for way, embed in seen.embeds.items()
+            },
         }
 
-    def _measured(
-        self, predictor: Any, texts: Sequence[Sequence[str]], embeds: Mapping[str, np.ndarray]
-    ) -> dict[str, dict[str, float]]:
-        """The results of the boxes with texts, by embeddings [M, D] of all boxes."""
-        use = np.array([bool(each) for each in texts], bool)
-        distinct, text = prompts.distinct([text for each in texts for text in each])
-        text_embed = scores.unit(encode.encode_distinct(predictor, distinct))  # [T, D]
-        text = text.reshape(-1, 1 + self.negatives)  # [boxes with texts, 1 + N]
-        out = {}
-        for way, box_embed in embeds.items():
-            boxes = scores.unit(box_embed[use])
-            cosines = np.stack([text_embed[of_box] @ box for of_box, box in zip(text, boxes)])
-            rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
-            out[way] = {
-                **rates.rate("top1", rates.topk_hits(cosines, np.zeros(len(cosines), int), 1)),
-                "mean_rank": float(rank.mean()),
-                "median_rank": float(np.median(rank)),
-            }
-        return out
+
+def _ranks(boxes: np.ndarray, text_embed: np.ndarray, text: np.ndarray) -> dict[str, float]:
+    """The numbers of boxes [n, D] with the texts `text` [n, 1 + N], the description first; text_embed [T, D]."""
+    cosines = np.stack([text_embed[of_box] @ box for of_box, box in zip(text, boxes)])
+    rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
+    return {
+        **rates.rate("top1", rates.topk_hits(cosines, np.zeros(len(cosines), int), 1)),
+        "mean_rank": float(rank.mean()),
+        "median_rank": float(np.median(rank)),
+    }

@@ -95,21 +95,9 @@ def from_entries(
             faults += str(error).splitlines()
             continue
         if model is not None:
-            faults += [f"{path}.{line}" for line in _misses(evaluators[name], model)]
+            faults += [f"{path}.{line}" for line in evaluators[name].misses(model)]
     config_lib.raise_faults(faults)
     return evaluators
-
-
-def _misses(evaluator: Evaluator, model: config_lib.Model) -> list[str]:
-    """What the model lacks: lines that begin with an option."""
-    boxes = evaluator.kind == "boxes" and model.boxes.kind != "none"
-    lines = evaluator.misses(model)
-    if evaluator.needs_regions and model.decoder is None and not boxes:
-        lines.append(
-            f"kind: got {evaluator.kind}, which needs regions, but model.decoder is None; take out the entry, or set"
-            " alphas=(1.0,) in one of kind=zeroshot"
-        )
-    return lines
 
 
 def suite_from_dict(value: Any) -> dict[str, Evaluator]:

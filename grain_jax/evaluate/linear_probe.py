@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow, expanduser, option
+from grain_jax.evaluate.base import STANDALONE, Context, expanduser, option
 from grain_jax.evaluate.evaluators import LabelledImages
 
 with epy.lazy_imports():
@@ -44,11 +44,6 @@ class LinearProbe(LabelledImages):
     """Classifies by a logistic regression on image embeddings."""
 
     example = "--images runs/aviary/seen"
-    table = (
-        TableRow("top1", "top-1", "chance", "pictures", "pictures"),
-        TableRow("top5", "top-5", "chance_top5", "pictures", "pictures"),
-        TableRow("mean_per_class", "mean per class", "chance", "pictures", "pictures"),
-    )
     kind: str = "linear_probe"
     train: str | None = option(
         None,
@@ -65,10 +60,9 @@ class LinearProbe(LabelledImages):
         if self.tfds is None and self.train is None:
             return None
         train, test = self.train or "train", self.images if self.tfds is None else self.split
-        if (train == test) if self.tfds is not None else expanduser(train) == expanduser(test):
-            raise errors.UserError(
-                f"train: got {train}, which are the test's images, expected others, or none to split them"
-            )
+        if expanduser(train) == expanduser(test):
+            expected = "expected others, or none to split them"
+            raise errors.UserError(f"train: got {train}, which are the test's images, {expected}")
         return self.open_other(train, train)
 
     def check(self) -> int:
@@ -78,10 +72,9 @@ class LinearProbe(LabelledImages):
             )
         test, train = self.open(), self.open_train()
         if train is not None and list(train.classes) != list(test.classes):
-            others = sorted({*train.classes} ^ {*test.classes})
+            others = test_sets.listed(sorted({*train.classes} ^ {*test.classes}))
             raise errors.UserError(
-                "train: got other classes than the test's, expected the same; only in one of them:"
-                f" {test_sets.listed(others)}"
+                f"train: got other classes than the test's; only in one of them: {others}"
             )
         return len(test) + (len(train) if train else 0)
 
@@ -114,9 +107,7 @@ class LinearProbe(LabelledImages):
             learnt = encoded(train)
         counts = np.bincount(learnt.label, minlength=len(classes))
         if (counts > 0).sum() < 2 or counts.max() < 2:
-            raise errors.UserError(
-                f"train: got {(counts > 0).sum()} classes with images, expected two at least, one of them with two images"
-            )
+            raise errors.UserError("train: expected images of two classes, two of one of them")
         result = {
             "kind": "linear_probe",
             **rates.counts_of_classes(tested.label, classes),

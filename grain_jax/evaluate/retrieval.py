@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow
+from grain_jax.evaluate.base import STANDALONE, Context
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -30,14 +30,6 @@ class Retrieval(AnnotatedImages):
 
     left_out = "without_caption"
     none_usable = "no line has a caption; expected captions to retrieve"
-    table = tuple(
-        TableRow(f"{way}/r{k}", f"{label} R@{k}", f"{way}/chance_r{k}", unit, unit)
-        for way, label, unit in (
-            ("image_to_text", "image to text", "pictures"),
-            ("text_to_image", "text to image", "captions"),
-        )
-        for k in KS
-    )
     kind: str = "retrieval"
 
     def usable(self, record: annotations_lib.Annotation) -> Any:

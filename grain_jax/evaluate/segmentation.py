@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import typing
 from typing import Any
 
 from etils import epy
 
+from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, TableRow, expanduser, option
-from grain_jax.evaluate.evaluators import Faults, without_missing_descriptions
+from grain_jax.evaluate.base import STANDALONE, Context, expanduser, option
+from grain_jax.evaluate.evaluators import WithPrompts, faults_of
 
 with epy.lazy_imports():
     import numpy as np
@@ -31,19 +31,12 @@ WAYS = ("auto", "patches", "regions", "both")
 PATCHES = ("auto", "values", "tokens")
 _AT_ONCE = 16  # images whose windows and masks are in memory, at most
 
-_PIXELS = "pictures", "pictures"  # count and unit of table rows
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Segmentation(Evaluator):
+class Segmentation(WithPrompts):
     """Classes of pixels by the classes' names: mIoU and pixel accuracy."""
 
     example = "--format ade20k \\\n    --images ADEChallengeData2016"
-    table = (
-        TableRow("miou", "mIoU", "chance_miou", *_PIXELS),
-        TableRow("pixel_accuracy", "pixel accuracy", "chance_pixel_accuracy", *_PIXELS),
-        TableRow("mean_class_accuracy", "mean class accuracy", "chance_pixel_accuracy", *_PIXELS),
-    )
     kind: str = "segmentation"
     images: str = option("", "Root of the dataset.", "DIR", required=True)
     format: str = option(
@@ -55,12 +48,6 @@ class Segmentation(Evaluator):
         "ID",
         low=0,
         high=65535,
-    )
-    descriptions: str | None = option(
-        None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
-    )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
     )
     by: str = option(
         WAYS[0], "Maps of patches, regions, or both; auto: what the model has.", choices=WAYS
@@ -81,11 +68,11 @@ class Segmentation(Evaluator):
     )
 
     def misses(self, model: Any) -> list[str]:
-        attempt = Faults()
-        attempt(segmenting.check_stride, model.image.image_size, self.short_side, self.stride)
-        if not self.needs_regions or model.decoder is not None:  # else the config says it
-            attempt(segmenting.maps_by, model, self.by, self.patch_features)
-        return [str(fault) for fault in attempt.faults]
+        said = self.needs_regions and model.decoder is None
+        return super().misses(model) + faults_of(
+            lambda: segmenting.check_stride(model.image.image_size, self.short_side, self.stride),
+            lambda: said or segmenting.maps_by(model, self.by, self.patch_features),
+        )
 
     @property
     def needs_regions(self) -> bool:
@@ -99,10 +86,6 @@ class Segmentation(Evaluator):
     def files(self) -> tuple[str | None, ...]:
         classes = f"{expanduser(self.images)}/classes.txt" if self.format == FORMATS[0] else None
         return classes, self.descriptions, self.templates
-
-    def available(self) -> tuple[typing.Self, str]:
-        super().available()
-        return without_missing_descriptions(self)
 
     def open(self) -> segmentation_sets.Segmented:
         """The images, masks and classes; raises as segmentation_sets.open_set."""
@@ -119,13 +102,12 @@ class Segmentation(Evaluator):
         return opened
 
     def check(self) -> int:
-        attempt = Faults()
-        opened = attempt(self.open)
-        if opened and self.descriptions is not None:
-            attempt(self._described, opened)
-        attempt(prompts.load_templates, self.templates)
-        attempt.done()
-        return len(opened.masks) if opened else 0
+        opened = self.open()
+        faults = faults_of(
+            lambda: self._described(opened), lambda: prompts.load_templates(self.templates)
+        )
+        config.raise_faults(faults)
+        return len(opened.masks)
 
     def _described(self, opened: segmentation_sets.Segmented) -> list[list[str]] | None:
         if self.descriptions is None:
@@ -155,7 +137,7 @@ class Segmentation(Evaluator):
         skip = opened.background if self.background_threshold is not None else None
         options = (self.short_side, self.stride, len(opened.names))
         maps_by = dict(by=self.by, patch_features=self.patch_features)
-        of_pixels = dict(
+        of_pixels: dict[str, Any] = dict(
             background=self.background_threshold, scale=predictor.logit_scale, skip=skip
         )
 

@@ -19,7 +19,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, errors, regular_file
-from grain_jax.evaluate import encode, kinds, tables
+from grain_jax.evaluate import encode, tables
 from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
@@ -187,12 +187,8 @@ def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
 
 def _is_same(result: Mapping[str, Any], entry: Evaluator, inputs: dict[str, Any]) -> bool:
     """Whether an earlier result has the options and the inputs."""
-    if result.get("inputs") != json.loads(json.dumps(inputs)):
-        return False
-    try:  # an option that the stored entry lacks has its default
-        return kinds.from_entry(result.get("entry")) == entry
-    except errors.UserError:
-        return False
+    wanted = json.loads(json.dumps({"entry": dataclasses.asdict(entry), "inputs": inputs}))
+    return wanted == {key: result.get(key) for key in wanted}
 
 
 def _write(output: epath.Path, results: dict[str, Any], names: Sequence[str]) -> bool:

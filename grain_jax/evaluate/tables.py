@@ -1,17 +1,19 @@
-"""Evaluation results as text tables: value, 95% interval, chance level, and how many images or boxes were measured."""
+"""Evaluation results as text tables: value, 95% interval, chance level, and the number of images."""
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from grain_jax.core import printable
 from grain_jax.evaluate import kinds
-from grain_jax.evaluate.base import TableRow
 
 # A number per class: too many for a table.
 _OF_CLASSES = ("per_class", "pictures_per_class", "thresholds")
 _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; the rest is cut off
-HEADER = ("measured", "value", _INTERVAL, "chance", "of")
+HEADER = ("measured", "value", _INTERVAL, "chance", "images")
+_CHANCE_OF = {"top1": "chance", "mean_per_class": "chance"}
+_IN_PARTS = ("groups/", "found_boxes/")  # of `boxes`: the same numbers for some of the boxes
 _RATES = ("top1", "top5", "mean_per_class")
 
 
@@ -42,17 +44,40 @@ def describe(results: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
     Args:
       results: name -> the kind of its evaluator, and its numbers as `scalars` returns them, {"alpha_0.5/top1": 0.78}.
     """
-    rows: list[tuple[str, ...]] = []
-    for name, (kind, numbers) in results.items():
-        rows += [cells(name.replace("_", " "), numbers, row) for row in rows_of(kind, numbers)]
+    rows = [
+        (f"{name}: {row.key}", *row[1:])
+        for name, (kind, numbers) in results.items()
+        for row in rows_of(kind, numbers)
+    ]
     return table(HEADER, rows)
 
 
+class TableRow(NamedTuple):
+    """The cells of a number."""
+
+    key: str  # in the numbers of the result
+    value: str
+    interval: str  # of 95%
+    chance: str
+    pictures: str
+
+
 def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
-    """The rows that an evaluator of the package declares for its numbers; for any other kind one row per number."""
-    known = kinds.find(kind).rows(numbers) if kind in kinds.KINDS else ()
-    rows = [row for row in known if row.key in numbers]
-    return rows or [TableRow(key, key, None, "", "", False) for key in numbers]
+    """The numbers that have an interval or a chance level; of an evaluator from outside the package all numbers."""
+    rows = []
+    for key, value in numbers.items():
+        group, _, last = key.rpartition("/")
+        names = f"{group}/chance_{last}", f"chance_{last}", _CHANCE_OF.get(last, "")
+        chance = next((numbers[name] for name in names if name in numbers), None)
+        interval = _interval(numbers, key)
+        if kind not in kinds.KINDS:
+            rows.append(TableRow(key, f"{value:.3f}", interval, "", ""))
+        elif (interval or chance is not None) and not key.startswith(_IN_PARTS):
+            show = "{:.3f}" if re.search("_iou|_rank", key) else "{:.1%}"
+            cell = "" if chance is None else show.format(chance)
+            pictures = f"{numbers['pictures']:.0f}" if "pictures" in numbers else ""
+            rows.append(TableRow(key, show.format(value), interval, cell, pictures))
+    return rows
 
 
 def _ways(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -124,15 +149,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     rule = "-" * max(map(len, lines))
     return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:]])
-
-
-def cells(name: str, numbers: Mapping[str, float], row: TableRow) -> tuple[str, ...]:
-    """The cells of a row, in the order of HEADER."""
-    show = (lambda x: f"{x:.1%}") if row.is_share else (lambda x: f"{x:.3f}")
-    return (
-        f"{name}: {row.label}",
-        show(numbers[row.key]),
-        _interval(numbers, row.key),
-        show(numbers[row.chance]) if row.chance and row.chance in numbers else "",
-        f"{numbers[row.count]:.0f} {row.unit}" if row.count in numbers else "",
-    )

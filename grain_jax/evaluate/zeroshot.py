@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from etils import epy
 
+from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
-from grain_jax.evaluate.evaluators import Faults, LabelledImages, without_missing_descriptions
+from grain_jax.evaluate.base import STANDALONE, Context, option
+from grain_jax.evaluate.evaluators import LabelledImages, WithPrompts, faults_of
 
 with epy.lazy_imports():
     import numpy as np
@@ -41,14 +42,11 @@ def _parse_alphas(text: str) -> tuple[float, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ZeroShot(LabelledImages):
+class ZeroShot(WithPrompts, LabelledImages):
     """Classifies a folder with one sub-folder per class."""
 
     example = "--images runs/aviary/unseen \\\n    --descriptions runs/aviary/unseen.json"
     kind: str = "zeroshot"
-    descriptions: str | None = option(
-        None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
-    )
     alphas: tuple[float, ...] = option(
         (1.0, 0.5),
         "Shares of the global score, such as 0.5,1; default: 1, with descriptions 1,0.5.",
@@ -62,9 +60,6 @@ class ZeroShot(LabelledImages):
     unit_features: bool = option(
         False, "Whether class features have unit length, as in CLIP; else they are means."
     )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
-    )
 
     @classmethod
     def of_flags(cls, **given: Any) -> typing.Self:
@@ -72,19 +67,6 @@ class ZeroShot(LabelledImages):
         if entry.descriptions is None and 0 <= least < 1:  # the user asked for it
             raise entry.needs_descriptions(f"alpha {least:g}")
         return entry
-
-    @classmethod
-    def rows(cls, numbers: Mapping[str, float]) -> Sequence[TableRow]:
-        rows = []
-        for key in numbers:  # in the order of `alphas`
-            match = re.fullmatch(rf"({BY_NAME}/)?alpha_([^/]+)/top1", key)
-            if match:
-                label = f"alpha {float(match[2]):g}" + (", by name" if match[1] else "")
-                unit = ("pictures", "pictures")
-                top5 = key.removesuffix("1") + "5"
-                rows.append(TableRow(key, f"top-1, {label}", "chance", *unit))
-                rows.append(TableRow(top5, f"top-5, {label}", "chance_top5", *unit))
-        return rows
 
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """The numbers of the first alpha."""
@@ -122,23 +104,26 @@ class ZeroShot(LabelledImages):
         )
 
     def available(self) -> tuple[typing.Self, str]:
-        super().available()
-        entry, line = without_missing_descriptions(self)
+        entry, line = super().available()
         if line and not self.names:
-            raise errors.MissingData(line)
+            raise errors.MissingData(line.rpartition(";")[0])
         return entry, line
 
     def check(self) -> int:
-        attempt = Faults()
-        test_set = attempt(self.open)
-        if self.descriptions is not None:
-            known = (test_set.classes, test_set.stems) if test_set else ((), None)
-            attempt(read_descriptions, self.descriptions, *known, self.names)
-        attempt(self.checked_alphas)
-        if self.names:
-            attempt(prompts.load_templates, self.templates)
-        attempt.done()
-        return len(test_set) if test_set else 0
+        test_set = self.open()
+        faults = faults_of(
+            lambda: self.described(test_set),
+            self.checked_alphas,
+            lambda: self.names and prompts.load_templates(self.templates),
+        )
+        config.raise_faults(faults)
+        return len(test_set)
+
+    def described(self, test_set: test_sets.TestSet) -> list[list[str]] | None:
+        """The descriptions of each class; None without a file of descriptions."""
+        if self.descriptions is None:
+            return None
+        return read_descriptions(self.descriptions, test_set.classes, test_set.stems, self.names)
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
         """Classifies every image by alpha * global score + (1 - alpha) * region score.
@@ -188,10 +173,9 @@ class ZeroShot(LabelledImages):
     def scorer(self, predictor: Any, test_set: test_sets.TestSet) -> Scorer:
         """Embeds the classes of a test set; raises as `evaluate`."""
         classes = list(test_set.classes)
-        described, alphas = None, self.checked_alphas()
+        described, alphas = self.described(test_set), self.checked_alphas()
         embeds: list[np.ndarray] = []  # of the descriptions of each class
-        if self.descriptions is not None:
-            described = read_descriptions(self.descriptions, classes, test_set.stems, self.names)
+        if described is not None:
             texts = [descriptions or [name] for name, descriptions in zip(classes, described)]
             embeds = encode.encode_texts(predictor, texts)
 
@@ -247,24 +231,16 @@ def read_descriptions(
     classes have the same name, the stem comes first. Published files have empty lists for a few classes, which are then
     described by their name alone.
 
-    `stems` are second names of the classes (see `test_sets.TestSet`); with `names`, a list may be empty.
+    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`); with `names`,
+    a list may be empty.
 
     Raises:
-      errors.UserError: no such file, another format, one class under two names, or classes that have no description.
+      errors.UserError: no such file, another format, or classes that have no description.
     """
     path = epath.Path(path).expanduser()
     expected = 'descriptions of the classes, {"class name": ["description", ...]}'
     value = regular_file.read_json(path, dict[str, list[str]], expected)
-    for name, texts in value.items():
-        if not all(text.strip() for text in texts):
-            raise errors.UserError(f"{path}: {name!r}: got an empty text, expected descriptions")
-    spelt: dict[str, str] = {}
-    for name in value:
-        if (other := spelt.setdefault(test_sets.of_folder(name), name)) != name:
-            raise errors.UserError(
-                f"{path}: got {ascii(other)} and {ascii(name)}, which are one class (_ = space, Unicode NFC),"
-                " expected it once"
-            )
+    spelt = {test_sets.of_folder(name): name for name in value}
     known: dict[Any, list[str]] = {_letters(name): texts for name, texts in value.items()}
     known |= {name: value[key] for name, key in spelt.items()}
     described, often = [], collections.Counter(classes)

@@ -68,7 +68,7 @@ class Predictor(Encoder):
     or the result of `class_features`.
 
     Every method raises InputError for arguments that it cannot take, and if the model lacks region queries, a box head
-    or a grid of patches that the method needs. A tokenizer that cannot be read is a TokenizerError.
+    or a grid of patches that the method needs. A tokenizer that cannot be read is a UserError.
 
     Args:
       model: configuration of the model.

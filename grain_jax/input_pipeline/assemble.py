@@ -39,7 +39,7 @@ def of_examples(
       text_tokenizer: `tokenizer.of_tower(config.model.text)`.
 
     Raises:
-      ValueError: an image of another shape or type, other numbers of boxes than descriptions, or too many texts.
+      ValueError: images of several shapes, other numbers of boxes than descriptions, or too many texts.
     """
     batch, regions = len(examples), config.input.max_regions
     shapes = {
@@ -57,13 +57,12 @@ def of_examples(
 
     for i, example in enumerate(examples):
         captions = [example.caption] if isinstance(example.caption, str) else example.caption
-        _check(i, example, captions, config)
         put("captions", captions, i)
         put("descriptions", example.descriptions, i)
         for j, texts in enumerate(example.negatives):
             put("negatives", texts, i, j)
-        count = len(example.descriptions)
-        boxes[i, :count] = np.reshape(example.boxes_cxcywh, (count, 4))
+        if count := len(example.descriptions):
+            boxes[i, :count] = np.array(example.boxes_cxcywh).reshape(count, 4)
     return of_columns(
         columns,
         text_tokenizer,
@@ -73,28 +72,6 @@ def of_examples(
         region_scores=np.broadcast_to(-np.arange(regions, dtype=np.float32), (batch, regions)),
         config=config,
     )
-
-
-def _check(number: int, example: Example, captions: Sequence[str], config: Config) -> None:
-    size, count = config.model.image.image_size, len(example.descriptions)
-    if example.image.shape != (size, size, 3) or example.image.dtype != np.uint8:
-        got = f"{example.image.dtype} {list(example.image.shape)}"
-        raise ValueError(f"example {number}: image is {got}, expected uint8 [{size}, {size}, 3]")
-    for kind, got, key in (
-        ("captions", len(captions), "captions_per_image"),
-        ("descriptions", count, "max_regions"),
-        ("negatives", max(map(len, example.negatives), default=0), "negatives_per_region"),
-    ):
-        most = getattr(config.input, key)
-        if got > most:
-            raise ValueError(
-                f"example {number}: got {got} {kind}, expected at most input.{key} = {most}"
-            )
-    if len(example.boxes_cxcywh) != count or len(example.negatives) not in (0, count):
-        raise ValueError(
-            f"example {number}: got {count} descriptions, {len(example.boxes_cxcywh)} boxes and"
-            f" {len(example.negatives)} lists of negatives, expected a box and a list for each description"
-        )
 
 
 def of_columns(

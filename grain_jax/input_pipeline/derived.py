@@ -7,7 +7,6 @@ numbers, and a resumed run takes them from there. Needs neither JAX nor TensorFl
 
 import bisect
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,10 +26,6 @@ LARGEST_GROUP = 64  # images; larger groups save little more padding
 MISFITS = 1e-3  # share of the texts that may be dropped or cut
 _DRAWS = 8  # groupings of the sample, in each of which MISFITS holds
 _GROUPS = 256  # of images in a draw, at least
-
-
-class DerivedError(errors.UserError):
-    """No number is possible; a line per fault, with the flags that make one possible."""
 
 
 class Limits(NamedTuple):
@@ -69,7 +64,7 @@ def resolve(
       where: that checkpoint, in words.
 
     Raises:
-      DerivedError: no number is possible.
+      UserError: no number is possible.
     """
     if not is_open(config):
         return config, ""
@@ -89,13 +84,9 @@ def resolve(
         said.append(f"{KEYS[2]}={rows} as in {where}")
     if rows is None:
         samples = lengths()
-        rows, misfits, too_long = rows_of(config, group, samples)
+        rows = rows_of(config, group, samples)
         names = ", ".join(f"{len(x.synthetic)} images of {x.name}" for x in samples)
-        cut = f", {_percent(too_long)} of their captions are cut to {config.text_length} tokens"
-        said.append(
-            f"{KEYS[2]}={rows} from {names}: {_percent(misfits)} of their texts do not fit"
-            + (cut if too_long else "")
-        )
+        said.append(f"{KEYS[2]}={rows} from {names}")
     return with_numbers(config, lanes, group, rows), ", ".join(said)
 
 
@@ -122,8 +113,7 @@ def planned(config: Config, limits: Limits) -> tuple[Config, str]:
     if source != "records" or None in samples:
         (guess,) = synthetic.Synthetic().text_lengths(config)
         if source != "synthetic":
-            names = ", ".join(repr(x.name) for x in sets) if source == "records" else source
-            name = f"a guess ({guess.name}), since the texts of {names} are not known here"
+            name = f"a guess ({guess.name}), since the texts of {source} are not known here"
             guess = guess._replace(name=name)
         samples = [guess]
     return resolve(config, limits, lambda: [x for x in samples if x is not None])
@@ -141,13 +131,13 @@ def _lanes(config: Config, limits: Limits, _: None) -> int:
         if n % limits.lanes == 0 and n <= fewest and batch // n % group == 0
     ]
     if not fits and limits.lanes > fewest:
-        raise DerivedError(
+        raise errors.UserError(
             f"input.lanes: got {fewest} shards in {min(limits.shards, key=limits.shards.__getitem__)!r}, but the processes"
             f" need {limits.lanes} lanes; rebuild it with grain-jax build --num-shards {limits.lanes}, or take fewer processes"
         )
     if not fits:
         images = batch // limits.lanes
-        raise DerivedError(
+        raise errors.UserError(
             f"text.pack_group: got {group}, but a lane has at most {images} of the {batch} images; expected a divisor"
             f" of that: {config_lib.flags_of('text.pack_group', config_lib.divisors(images), group)}"
         )
@@ -166,7 +156,7 @@ def _group(config: Config, limits: Limits, lanes: int) -> int:
     return max(n for n in config_lib.divisors(whole) if n <= LARGEST_GROUP)
 
 
-def rows_of(config: Config, group: int, lengths: Sequence[TextLengths]) -> tuple[int, float, float]:
+def rows_of(config: Config, group: int, lengths: Sequence[TextLengths]) -> int:
     """The smallest number of rows for `group` images at which at most `MISFITS` of the texts do not fit.
 
     Samples are drawn and grouped several times, with fixed seeds; the share holds in each draw.
@@ -175,21 +165,40 @@ def rows_of(config: Config, group: int, lengths: Sequence[TextLengths]) -> tuple
       config: `input` and `model.text` say how the texts of an image are chosen.
       group: images.
       lengths: for each of `config.input.sets`.
-
-    Returns:
-      The rows, the share of the texts that are dropped or cut, and the share of captions longer than a row.
     """
     # Cut captions come many in one group, so their share needs many groups.
     images = max(_GROUPS * group, text_lengths.IMAGES // group * group)
     draws = [draw(config, lengths, images, np.random.default_rng(seed)) for seed in range(_DRAWS)]
-    rows, misfits = _smallest_rows([texts for texts, _ in draws], group, config.row_length)
-    return rows, misfits, float(np.mean([too_long for _, too_long in draws]))
+    slots = [texts.slots() for texts in draws]
+    shape = draws[0].descriptions.shape
+    scores = np.broadcast_to(-np.arange(shape[1], dtype=np.float32), shape)
+    row_length = config.row_length
+
+    def suffice(rows: int) -> bool:
+        """Whether at most MISFITS of the texts do not fit, in each draw."""
+        for texts, in_slots in zip(draws, slots):
+            layout = packing.pack(texts, scores, pack_group=group, rows=rows, row_length=row_length)
+            misfits = np.count_nonzero(layout.misfits.slots())
+            if misfits / max(np.count_nonzero(in_slots), 1) > MISFITS:
+                return False
+        return True
+
+    tokens = np.concatenate([x.sum(axis=1) for x in slots])
+    most = int(tokens.reshape(-1, group).sum(axis=1).max())
+    captions = group * draws[0].captions.shape[1]
+    # For two tokens of each caption.
+    least = -(-captions // (row_length // packing.MIN_TEXT_LENGTH))
+    # Bounds: after first fit no two rows could be joined, so they are more than half full on average; and the mean
+    # number of tokens needs `low` rows.
+    low = max(least, int(np.mean(tokens) * group / row_length))
+    high = max(least, 2 * most // row_length + 1)
+    return bisect.bisect_left(range(high), True, low, key=suffice)
 
 
 def draw(
     config: Config, lengths: Sequence[TextLengths], images: int, rng: np.random.Generator
-) -> tuple[packing.TextArrays, float]:
-    """Lengths of the texts of so many images, drawn as in training, and the share of cut captions.
+) -> packing.TextArrays:
+    """Lengths of the texts of so many images, drawn as in training.
 
     If the lengths are of a part of the set, the draw is with replacement: draws differ as samples do.
     """
@@ -203,8 +212,7 @@ def draw(
     mixed = rng.permutation(images)
     texts = [np.concatenate(parts)[mixed] for parts in zip(*of_sets)]
     clipped = [np.where(x, x.clip(packing.MIN_TEXT_LENGTH, longest), 0) for x in texts]
-    cut = (texts[0] > longest).sum() / max((texts[0] > 0).sum(), 1)
-    return packing.TextArrays(*clipped), float(cut)
+    return packing.TextArrays(*clipped)
 
 
 def _draw_set(
@@ -261,40 +269,3 @@ def _draw_negatives(
     column = np.arange(most)
     index = np.where(column < count, (start + column) % np.maximum(count, 1), 0)
     return _fit(np.where(column < count, np.take_along_axis(values, index, axis=2), 0), shape)
-
-
-def _smallest_rows(
-    draws: Sequence[packing.TextArrays], group: int, row_length: int
-) -> tuple[int, float]:
-    """The smallest number of rows at which at most `MISFITS` of the texts does not fit, in each of the draws.
-
-    Returns: the rows, and the share of the texts of all draws that does not fit.
-    """
-    slots = [texts.slots() for texts in draws]
-    shape = draws[0].descriptions.shape
-    scores = np.broadcast_to(-np.arange(shape[1], dtype=np.float32), shape)
-
-    @functools.cache
-    def shares(rows: int) -> list[float]:
-        packed = [
-            packing.pack(x, scores, pack_group=group, rows=rows, row_length=row_length)
-            for x in draws
-        ]
-        misfits = [sum(int(x.sum()) for x in layout.misfits) for layout in packed]
-        return [n / max(np.count_nonzero(x), 1) for n, x in zip(misfits, slots)]
-
-    tokens = np.concatenate([x.sum(axis=1) for x in slots])
-    most = int(tokens.reshape(-1, group).sum(axis=1).max())
-    captions = group * draws[0].captions.shape[1]
-    # For two tokens of each caption.
-    least = -(-captions // (row_length // packing.MIN_TEXT_LENGTH))
-    # Bounds: after first fit no two rows could be joined, so they are more than half full on average; and the mean
-    # number of tokens needs `low` rows.
-    low = max(least, int(np.mean(tokens) * group / row_length))
-    high = max(least, 2 * most // row_length + 1)
-    rows = bisect.bisect_left(range(high), True, low, key=lambda n: max(shares(n)) <= MISFITS)
-    return rows, float(np.mean(shares(rows)))
-
-
-def _percent(share: float) -> str:
-    return f"{share:.2%}" if share < 0.1 else f"{share:.0%}"

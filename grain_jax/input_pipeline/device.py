@@ -1,6 +1,6 @@
 """The batches of this process -> global `jax.Array`s on the devices, made ahead of time in a thread.
 
-The only file of the input pipeline that needs JAX.
+Beside preparation.py the only file of the input pipeline that needs JAX.
 """
 
 import contextlib
@@ -16,9 +16,6 @@ from grain_jax.core.schema import Batch
 
 # Batches ahead: with 2 the demo's steps wait for 2% of their time, with 4 for 0.1%; reading comes in bursts.
 DEPTH = 4
-# A step counts as waiting for input if it waits longer than both; a batch that is ready takes microseconds.
-WAIT_SECONDS = 1e-3
-WAIT_SHARE = 0.01  # of the time since the previous batch
 CLOSE_SECONDS = 5.0  # for the read under way
 
 
@@ -32,14 +29,12 @@ class Prefetch:
 
     Attributes:
       wait_seconds: sum of the waits of the consumer for a batch.
-      wait_steps: number of batches that it waited for longer than `WAIT_SECONDS` and `WAIT_SHARE`.
     """
 
     def __init__(
         self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = DEPTH
     ):
-        self.wait_seconds, self.wait_steps = 0.0, 0
-        self._last = time.monotonic()  # when the consumer got the previous batch
+        self.wait_seconds = 0.0
         self._batches, self._sharding = batches, sharding
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
@@ -55,10 +50,7 @@ class Prefetch:
             raise StopIteration
         start = time.monotonic()
         item = self._queue.get()
-        now = time.monotonic()
-        self.wait_seconds += now - start
-        self.wait_steps += now - start > max(WAIT_SECONDS, WAIT_SHARE * (now - self._last))
-        self._last = now
+        self.wait_seconds += time.monotonic() - start
         if isinstance(item, Batch):
             return item
         self.close()

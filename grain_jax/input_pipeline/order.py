@@ -21,10 +21,6 @@ import numpy as np
 from grain_jax.core import errors
 
 
-class OrderError(errors.UserError):
-    """A dataset has fewer shards than the config has lanes; the message is one line."""
-
-
 class ShardFile(NamedTuple):
     """One file of the set."""
 
@@ -134,10 +130,10 @@ class MixedLane:
 def make_lanes(
     shards: Sequence[ShardFile], *, name: str, lanes: int, shards_per_block: int, seed: int
 ) -> list[Lane]:
-    """All lanes of the set `name`; the shards are dealt out one by one. Raises OrderError."""
+    """All lanes of the set `name`; the shards are dealt out one by one. Raises errors.UserError."""
     shards = [shard for shard in shards if shard.num_records]
     if len(shards) < lanes:
-        raise OrderError(
+        raise errors.UserError(
             f"input.lanes: got {lanes}, expected at most {len(shards)}, the number of shards of"
             f" {name!r}; set input.lanes={len(shards)} or fewer, or rebuild with grain-jax build --num-shards"
             f" {lanes}"

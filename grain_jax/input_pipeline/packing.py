@@ -82,31 +82,19 @@ def pack(
       row_length: tokens per row.
 
     Raises:
-      ValueError: an argument is outside these bounds.
+      ValueError: the rows do not hold two tokens of every caption.
     """
     by_image = lengths.slots()
     batch, captions = lengths.captions.shape
     regions, negatives = lengths.negatives.shape[1:]
-    if pack_group < 1 or batch % pack_group:
-        raise ValueError(
-            f"pack_group {pack_group} does not divide the batch of {batch} images; "
-            "choose text.pack_group so that it divides the images of a micro-batch on a device"
-        )
     if rows * (row_length // MIN_TEXT_LENGTH) < pack_group * captions:
         raise ValueError(
             f"{rows} rows of {row_length} tokens cannot hold {pack_group * captions} captions of "
             f"{MIN_TEXT_LENGTH} tokens (pack_group {pack_group}); give a group more rows"
         )
-    wrong = (by_image != 0) & ((by_image < MIN_TEXT_LENGTH) | (by_image > row_length))
-    if wrong.any():
-        image, slot = np.argwhere(wrong)[0]
-        raise ValueError(
-            f"text {slot} of image {image} has {by_image[image, slot]} tokens, expected {MIN_TEXT_LENGTH}..{row_length}"
-        )
-    slots = _Slots(
-        kind=np.repeat(np.arange(3), (captions, regions, regions * negatives)),
-        number=np.append(np.zeros(captions + regions, int), np.tile(np.arange(negatives), regions)),
-    )
+    kind = np.repeat(np.arange(3), (captions, regions, regions * negatives))
+    number = np.append(np.zeros(captions + regions, int), np.tile(np.arange(negatives), regions))
+    slots = np.stack([kind, number])
     scores = np.zeros(by_image.shape, np.float32)
     scores[:, captions:] = np.append(
         region_scores, np.repeat(region_scores, negatives, axis=1), axis=1
@@ -152,9 +140,6 @@ def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
     Returns:
       i32[3, G, rows, L]: tokens, 0 in the padding; positions within the text, 0 at its start token and in the
       padding; segments, 1, 2, ... for the texts of a row from left to right, 0 for padding.
-
-    Raises:
-      ValueError: the numbers of ids and of tokens differ.
     """
     # An entry per text, in the order of `ids`.
     image, length, source_length, row, end = (
@@ -166,8 +151,6 @@ def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
             )
         )
     )
-    if len(ids) != source_length.sum():
-        raise ValueError(f"got {len(ids)} ids, expected {source_length.sum()} by the lengths")
     source_start = np.cumsum(source_length) - source_length
     kept = length > 0
     image, length, source_length, source_start, row, end = (
@@ -189,13 +172,6 @@ def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
     starts[start] = 1
     segments[into] = np.cumsum(starts.reshape(shape), axis=-1).reshape(-1)[into]
     return np.stack([tokens, positions, segments]).reshape(3, *shape)
-
-
-class _Slots(NamedTuple):
-    """The slots of an image, [S]."""
-
-    kind: np.ndarray
-    number: np.ndarray  # which negative of its region it is; else 0
 
 
 def _first_fit(
@@ -237,14 +213,14 @@ def _first_fit(
     return row.reshape(lengths.shape), start.reshape(lengths.shape), fits
 
 
-def _order_of_dropping(lengths: np.ndarray, scores: np.ndarray, slots: _Slots) -> np.ndarray:
+def _order_of_dropping(lengths: np.ndarray, scores: np.ndarray, slots: np.ndarray) -> np.ndarray:
     """The slots [F, N] of each group in the order in which their texts are dropped; those that stay are last.
 
-    Args: lengths i32[F, N], scores f32[F, N].
+    Args: lengths i32[F, N], scores f32[F, N], slots [2, S] as of `_shrink`.
     """
     groups, texts = lengths.shape
-    images = texts // len(slots.kind)
-    kind, number = np.tile(slots.kind, images), np.tile(slots.number, images)
+    images = texts // slots.shape[1]
+    kind, number = np.tile(slots, images)
     is_region = (kind == _DESCRIPTION) & (lengths > 0)
     # The rank of a region in its image, 0 for the best; of equal scores the earlier region is better.
     by_image = np.where(is_region, -scores, np.inf).reshape(groups, images, -1)
@@ -252,19 +228,20 @@ def _order_of_dropping(lengths: np.ndarray, scores: np.ndarray, slots: _Slots) -
     when = np.where(is_region, np.where(rank > 0, 0, 1), 2)
     when[(kind == _NEGATIVE) & (lengths > 0)] = -1
     # Multiples of 2^32 / golden ratio: neighbours in this order are far apart in the group.
-    turn = np.arange(texts) // len(slots.kind) * 2654435761 % 2**32
+    turn = np.arange(texts) // slots.shape[1] * 2654435761 % 2**32
     return np.lexsort(np.broadcast_arrays(turn, -rank, scores, -number, when))
 
 
 def _shrink(
-    lengths: np.ndarray, scores: np.ndarray, slots: _Slots, rows: int, row_length: int
+    lengths: np.ndarray, scores: np.ndarray, slots: np.ndarray, rows: int, row_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drops negatives, then regions, then cuts captions, of groups that do not fit, until each fits.
 
-    Args: lengths and scores [F, N] of the failing groups.
+    Args: lengths and scores [F, N] of the failing groups; for the slots of an image [2, S], the kind of each and which
+      negative of its region it is.
     Returns: lengths (0 if dropped), row, start, each [F, N].
     """
-    is_caption = np.tile(slots.kind == _CAPTION, lengths.shape[1] // len(slots.kind))
+    is_caption = np.tile(slots[0] == _CAPTION, lengths.shape[1] // slots.shape[1])
     can_go = ~is_caption & (lengths > 0)
     dropping = _order_of_dropping(lengths, scores, slots)
     drop_rank = dropping.argsort(axis=1)

@@ -60,7 +60,7 @@ class RecordSet(NamedTuple):
 
 
 def find(config: Config) -> list[RecordSet]:
-    """The newest version of each set that the config names.
+    """Each set that the config names.
 
     Raises:
       MissingData: no complete set is there.
@@ -70,11 +70,11 @@ def find(config: Config) -> list[RecordSet]:
 
 
 def _find(source: Dataset) -> RecordSet:
-    directory = text_lengths.newest_version(source)
+    directory = text_lengths.folder_of(source)
     if directory is None:
         raise errors.MissingData(
             f"no record set {source.name!r} in {source.data_dir!r} (looked for"
-            f" {epath.Path(source.data_dir) / source.name}/1.0.0); make it with: grain-jax build --annotations A.jsonl --images DIR"
+            f" {epath.Path(source.data_dir) / source.name}/{text_lengths.VERSION}); make it with: grain-jax build --annotations A.jsonl --images DIR"
             f" --output {source.data_dir or 'DIR'} --name {source.name or 'NAME'}"
         )
     try:

@@ -18,7 +18,6 @@ from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transf
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 
-_UNEVEN = 1.1  # lanes whose lengths differ by more than this are worth a warning
 _READ_BYTES = 8 << 20  # a read from a remote file
 _ENDLESS = 2**62
 _SAMPLED_SHARDS = 64  # at most, of which the first records are read for the lengths of their texts
@@ -107,13 +106,12 @@ def _sample(record_set: record_files.RecordSet, tower: TextTower) -> text_length
         images,
         tokenizer.of_tower(tower),
         name=repr(record_set.source.name),
-        tokenizer=tower.tokenizer,
         records=sum(shard.num_records for shard in shards),
     )
 
 
 def _texts(fields: dict[str, Any]) -> text_lengths_lib.ImageTexts:
-    scores = fields["regions/score"]
+    order_of_scores = np.argsort(-fields["regions/score"], kind="stable")  # the best first
     descriptions, negatives = fields["regions/description"], []
     if fields.keys() >= transforms.NEGATIVES.keys():
         flat, counts = (fields[name] for name in transforms.NEGATIVES)
@@ -121,8 +119,8 @@ def _texts(fields: dict[str, Any]) -> text_lengths_lib.ImageTexts:
     return text_lengths_lib.ImageTexts(
         [text for text in fields["captions"] if text],
         fields["synthetic_caption"],
-        text_lengths_lib.best_first(descriptions, scores),
-        text_lengths_lib.best_first(negatives, scores) if negatives else [],
+        descriptions[order_of_scores].tolist(),
+        [negatives[i] for i in order_of_scores] if negatives else [],
     )
 
 
@@ -133,7 +131,7 @@ def batches(
 
     Raises (here, not at the first batch):
       MissingData, DataError: as `record_files.find`.
-      order.OrderError: a set has fewer shards than `input.lanes`.
+      UserError: a set has fewer shards than `input.lanes`.
     A damaged record, or a shard that is not what grain-jax build wrote, raises DataError at the batch that it is in.
     """
     sets = record_files.find(config)
@@ -149,14 +147,6 @@ def batches(
     ]
     every_lane = order.mix(lanes_of_sets, [x.source.weight for x in sets], seed=config.seed)
     served = every_lane if lanes is None else [every_lane[i] for i in lanes]
-    for x, lanes_of_set in zip(sets, lanes_of_sets, strict=True):
-        lengths = [lane.num_records for lane in lanes_of_set]
-        if served[0].index == 0 and max(lengths) > _UNEVEN * min(lengths):
-            logging.warning(
-                f"input.lanes={len(lengths)}: lanes have {min(lengths)} to {max(lengths)} records of"
-                f" {x.source.name!r}, so some are seen more often than others; a number of shards that is"
-                " a multiple of the lanes avoids that"
-            )
     return _batches(config, served, start_step)
 
 

@@ -14,7 +14,7 @@ import abc
 import importlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypedDict, cast
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -122,26 +122,6 @@ class LaneSource(DataSource):
             yield Batch(*(None if x[0] is None else np.concatenate(x) for x in fields))
 
 
-def batches_of_run(
-    source: DataSource, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
-) -> Iterator[Batch]:
-    """`source.batches`, with a check of the images' shape.
-
-    Raises:
-      UserError: the images of a batch do not have the shape that the config says.
-    """
-    size = config.model.image.image_size
-    batches = source.batches(config, lanes=lanes, start_step=start_step)
-    for step, batch in enumerate(batches, start_step):
-        if batch.image.shape[1:] != (size, size, 3):
-            shape = ", ".join(map(str, batch.image.shape[1:]))
-            raise errors.UserError(
-                f"input.source: {config.input.source}: got images [B, {shape}] in step {step}, expected"
-                f" [B, {size}, {size}, 3] by model.image.image_size; assemble.of_examples makes such batches"
-            )
-        yield batch
-
-
 def num_lanes(config: Config) -> int:
     """`input.lanes` as a number; derived.resolve has set it."""
     if config.input.lanes is None:
@@ -157,9 +137,17 @@ def open_source(config: Config) -> DataSource:
       UserError: there is no such source, or it cannot be used.
     """
     name = config.input.source
-    source = named.find("input.source", name, _BUILT_IN)
+    source: Any = named.find("input.source", name, _BUILT_IN)
     if name in _BUILT_IN:
-        source = _built_in(source)
+        module_name, _, attribute = source.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise errors.UserError(
+                f"input.source={name} needs {error.name}: pip install 'grain_jax[data]', or take"
+                " --config.input.source=synthetic"
+            ) from None
+        source = getattr(module, attribute)() if attribute else module
     else:
         missing = [method for method in _METHODS if not callable(getattr(source, method, None))]
         if not isinstance(source, type) or missing:
@@ -170,15 +158,3 @@ def open_source(config: Config) -> DataSource:
         source = source()
     source.check(config)
     return source
-
-
-def _built_in(name: str) -> DataSource:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise errors.UserError(
-            f"input.source=records needs {error.name}: pip install 'grain_jax[data]', or take"
-            " --config.input.source=synthetic"
-        ) from None
-    return getattr(module, attribute)() if attribute else cast(DataSource, module)

@@ -42,7 +42,6 @@ class Synthetic(sources.LaneSource):
         return [
             TextLengths(
                 name=name,
-                tokenizer=config.model.text.tokenizer,
                 records=NUM_EXAMPLES,
                 captions=captions,
                 synthetic=synthetic,

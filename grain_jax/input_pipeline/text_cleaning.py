@@ -60,15 +60,8 @@ def _decoded(text: str | bytes) -> str:
 
 
 def _valid(text: str | bytes) -> str:
-    """As `_decoded`; refuses halves of characters, which `clean` repairs."""
-    text = _decoded(text)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise TokenizerError(
-            f"text {text[:40]!r} has half a character (a lone surrogate); expected Unicode"
-        ) from None
-    return text
+    """As `_decoded`, with a question mark for half a character (a lone surrogate)."""
+    return _decoded(text).encode(errors="replace").decode()
 
 
 def _canonical(text: str | bytes) -> str:

@@ -5,9 +5,8 @@
 
 import hashlib
 import heapq
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,12 +16,9 @@ from grain_jax.config import Dataset
 from grain_jax.core import regular_file
 
 FILE = "text_lengths.json"
+VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
 IMAGES = 4096  # in a sample, at most
 LONGEST = 1024  # tokens; a longer text counts as this long
-_CHUNK = 2048  # texts per call of the tokenizer
-
-
-Value = TypeVar("Value")
 
 
 class ImageTexts(NamedTuple):
@@ -39,7 +35,6 @@ class TextLengths(NamedTuple):
 
     Attributes:
       name: of the dataset, for messages.
-      tokenizer: `model.text.tokenizer`.
       records: images of the set; N or more.
       captions: int32 [N, C], the web captions.
       synthetic: int32 [N], the synthetic caption.
@@ -48,7 +43,6 @@ class TextLengths(NamedTuple):
     """
 
     name: str
-    tokenizer: str
     records: int
     captions: np.ndarray
     synthetic: np.ndarray
@@ -65,7 +59,7 @@ class _LengthsFile(msgspec.Struct):
 
 
 def of_texts(
-    images: Sequence[ImageTexts], text_tokenizer: Any, *, name: str, tokenizer: str, records: int
+    images: Sequence[ImageTexts], text_tokenizer: Any, *, name: str, records: int
 ) -> TextLengths:
     """The lengths of the texts of a dataset.
 
@@ -73,10 +67,9 @@ def of_texts(
       images: a sample.
       text_tokenizer: makes the tokens.
       name: of the dataset.
-      tokenizer: `model.text.tokenizer`.
       records: images of the set.
     """
-    return _table(_count(images, text_tokenizer), name, tokenizer, records)
+    return _table(_count(images, text_tokenizer), name, records)
 
 
 def _count(images: Sequence[ImageTexts], text_tokenizer: Any) -> list[ImageTexts]:
@@ -89,13 +82,11 @@ def _count(images: Sequence[ImageTexts], text_tokenizer: Any) -> list[ImageTexts
     lengths: dict[str | bytes, int] = {}
     each(images)  # notes the texts
     flat = [text for text in lengths if text]
-    for first in range(0, len(flat), _CHUNK):
-        part = flat[first : first + _CHUNK]
-        lengths |= zip(part, text_tokenizer.encode(part, LONGEST).lengths.tolist(), strict=True)
+    lengths |= zip(flat, text_tokenizer.encode(flat, LONGEST).lengths.tolist(), strict=True)
     return [ImageTexts(*each(image)) for image in images]
 
 
-def _table(images: Sequence[ImageTexts], name: str, tokenizer: str, records: int) -> TextLengths:
+def _table(images: Sequence[ImageTexts], name: str, records: int) -> TextLengths:
     captions, synthetic, descriptions, negatives = zip(*images, strict=True)
     captions, descriptions = _padded(captions), _padded(descriptions)
     most = max((len(texts) for regions in negatives for texts in regions), default=0)
@@ -104,7 +95,7 @@ def _table(images: Sequence[ImageTexts], name: str, tokenizer: str, records: int
         for j, texts in enumerate(regions):
             of_negatives[i, j, : len(texts)] = texts
     synthetic = np.array(synthetic, np.int32)
-    return TextLengths(name, tokenizer, records, captions, synthetic, descriptions, of_negatives)
+    return TextLengths(name, records, captions, synthetic, descriptions, of_negatives)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -112,11 +103,6 @@ def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     for padded, row in zip(out, rows, strict=True):
         padded[: len(row)] = row
     return out
-
-
-def best_first(values: Sequence[Value], scores: Sequence[float]) -> list[Value]:
-    """A value of each region, the highest score first; among equals the first comes first."""
-    return [values[int(i)] for i in np.argsort(-np.asarray(scores), kind="stable")]
 
 
 class TextSample:
@@ -136,7 +122,7 @@ class TextSample:
             self.records += 1
             key = -int.from_bytes(hashlib.sha256(item["id"].encode()).digest()[:8], "big")
             if len(self._heap) < IMAGES or key > self._heap[0][0]:
-                regions = best_first(item["regions"], [r["score"] for r in item["regions"]])
+                regions = sorted(item["regions"], key=lambda region: -region["score"])
                 texts = ImageTexts(
                     [text for text in item["captions"] if text],
                     item["synthetic_caption"],
@@ -154,17 +140,10 @@ class TextSample:
         return msgspec.json.encode(content) + b"\n"
 
 
-def newest_version(source: Dataset) -> epath.Path | None:
-    """The folder of the newest version of the set, or None if there is none."""
-    folder = epath.Path(source.data_dir) / source.name
-    if not source.name or not folder.is_dir():
-        return None
-    versions = [
-        (tuple(map(int, path.name.split("."))), path)
-        for path in folder.iterdir()
-        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
-    ]
-    return max(versions)[1] if versions else None
+def folder_of(source: Dataset) -> epath.Path | None:
+    """The folder of the records of a set, or None if there is no complete one."""
+    folder = epath.Path(source.data_dir) / source.name / VERSION
+    return folder if source.name and (folder / "dataset_info.json").exists() else None
 
 
 def read(source: Dataset, tokenizer: str) -> TextLengths | None:
@@ -173,10 +152,10 @@ def read(source: Dataset, tokenizer: str) -> TextLengths | None:
     Raises:
       regular_file.FileError: the file is damaged.
     """
-    folder = newest_version(source)
+    folder = folder_of(source)
     if folder is None or source.split != "train" or not (folder / FILE).exists():
         return None
     content = regular_file.read_json(folder / FILE, _LengthsFile, "lengths of texts", 4 << 30)
     if content.tokenizer != tokenizer:
         return None
-    return _table(content.images, repr(source.name), tokenizer, content.records)
+    return _table(content.images, repr(source.name), content.records)

@@ -56,10 +56,6 @@ class Tokenizer:
         Raises:
           TokenizerError: not texts, or they cannot be tokenised.
         """
-        if context_length < 3:
-            raise TokenizerError(
-                f"context_length {context_length}: expected 3 or more (start, a token, end)"
-            )
         cleaned = clean_all(texts, self.cleaning)
         # One token more, so that a text that just fits differs from one that does not.
         rows = self._token_ids(cleaned, context_length + 1)
@@ -109,7 +105,8 @@ class FileTokenizer(Tokenizer):
       pad_id: the id of the padding.
 
     Raises:
-      TokenizerError: no such regular file, neither kind, or the library for it is missing.
+      regular_file.FileError: no such regular file.
+      TokenizerError: neither kind, or the library for it is missing.
     """
 
     def __init__(self, path: epath.PathLike, cleaning: str = "lower", pad_id: int = 0):
@@ -117,13 +114,7 @@ class FileTokenizer(Tokenizer):
         read = {".json": _tokenizer_json, ".model": _sentencepiece}.get(path.suffix)
         if read is None:
             raise TokenizerError(f"{path}: expected a tokenizer.json or a SentencePiece .model")
-        try:
-            content = content_of(path)
-        except regular_file.FileError as error:
-            raise TokenizerError(
-                f"{error}; put the text tower's tokenizer there, or set model.text.tokenizer"
-            ) from None
-        super().__init__(*read(path, content), cleaning, pad_id, str(path))
+        super().__init__(*read(path, content_of(path)), cleaning, pad_id, str(path))
 
 
 @contextlib.contextmanager
@@ -186,7 +177,7 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
       folder: of the model (`file_of`).
 
     Raises:
-      TokenizerError: it cannot be read, or has an id beyond the tower's embeddings.
+      UserError: it cannot be read, or has an id beyond the tower's embeddings.
     """
     if tower.tokenizer == "clip":
         tokenizer = ClipTokenizer()
@@ -195,7 +186,8 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
                 f"model.text.pad_id: got {tower.pad_id}, expected {tokenizer.pad_id}, CLIP's tokenizer's"
             )
     else:
-        tokenizer = FileTokenizer(file_of(tower, folder), tower.cleaning, tower.pad_id)
+        path = file_of(tower, folder)
+        tokenizer = FileTokenizer(path, tower.cleaning, tower.pad_id)
     if tokenizer.vocab_size > tower.vocab_size:
         raise TokenizerError(
             f"model.text.tokenizer: {tower.tokenizer} has ids up to {tokenizer.vocab_size - 1}, but"
@@ -206,7 +198,8 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
 
 def content_of(path: epath.PathLike) -> bytes:
     """The bytes of a tokenizer's file. Raises regular_file.FileError."""
-    return regular_file.read(path, regular_file.MAX_JSON, "a tokenizer")
+    expected = "the file that model.text.tokenizer names"
+    return regular_file.read(path, regular_file.MAX_JSON, expected)
 
 
 def file_of(tower: config_lib.TextTower, folder: epath.PathLike | None = None) -> epath.Path:

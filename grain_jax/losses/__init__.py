@@ -14,20 +14,3 @@ from grain_jax.losses.total import (
     terms_of,
     total_loss,
 )
-
-__all__ = [
-    "TERMS",
-    "GroupMean",
-    "GroupLayout",
-    "LossTerm",
-    "Losses",
-    "Mean",
-    "Shard",
-    "Targets",
-    "Term",
-    "TermOutput",
-    "labels_of",
-    "make_layout",
-    "terms_of",
-    "total_loss",
-]

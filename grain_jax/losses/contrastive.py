@@ -62,9 +62,7 @@ def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutp
         own_logits = jnp.where(real, own_logits, -streaming.MASKED)
     else:
         rows, columns = columns, rows
-    loss, right = _both_ways(
-        shard, shard.layout.everywhere, rows, columns, own_logits, scale, bias
-    )
+    loss, right = _both_ways(shard, shard.layout.everywhere, rows, columns, own_logits, scale, bias)
     output = _mean_over_texts(accuracy, loss, right, real)
     if one_each:
         output = output._replace(loss=Mean(loss.sum(), output.loss.count))
@@ -82,11 +80,9 @@ def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_lo
     There is a row for each pair, and a column for each pair or for each of the b images. The mean of both directions for
     "softmax"; "sigmoid" is symmetric, so one direction suffices.
     """
-    contrast = shard.config.contrast
+    contrast, tile = shard.config.contrast, shard.config.tile
     both = contrast == "softmax"
-    costs: Any = streaming.negatives(
-        contrast, both, shard.config.tile, ring, rows, columns, scale, bias
-    )
+    costs: Any = streaming.negatives(contrast, both, tile, ring, rows, columns, scale, bias)
     of_rows, of_columns = costs
     loss = streaming.loss_of_rows(contrast, own_logits, of_rows.cost.reshape(own_logits.shape))
     if both:

@@ -78,8 +78,12 @@ class GRAIN(nn.Module):
             self.logit_bias = scalar("logit_bias", c.logit_bias_init)
         if c.regions_have_scale:
             # The published scale fits trained embeddings; new ones start as CLIP and SigLIP started.
-            self.region_logit_scale = scalar("region_logit_scale", np.log(10 if sigmoid else 1 / 0.07))
-            self.region_logit_bias = scalar("region_logit_bias", -10.0) if sigmoid else jnp.zeros(())
+            self.region_logit_scale = scalar(
+                "region_logit_scale", np.log(10 if sigmoid else 1 / 0.07)
+            )
+            self.region_logit_bias = (
+                scalar("region_logit_bias", -10.0) if sigmoid else jnp.zeros(())
+            )
 
     def image_tokens(self, image: jax.Array, kept: jax.Array | None = None) -> jax.Array:
         """Images to their tokens. Raises UserError: the tower takes neither this size nor some of the patches.

@@ -1,1 +1,1 @@
-"""What a long run needs around its steps: processes, checkpoints, metrics, locks and ways to end."""
+"""What a long run needs around its steps: processes, checkpoints, locks and ways to end."""

@@ -275,9 +275,8 @@ def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
     except errors.UserError:
         raise
     except Exception as error:
-        full = errors.is_full_disk(error)
-        fault = f"{workdir}: no space left on the device" if full else errors.of_system(error)
+        fault = errors.of_system(error)
         if fault is None:
             raise
         again = "the same command goes on from the newest checkpoint"
-        raise errors.StorageFault(f"{fault}; {again}") from None
+        raise errors.StorageFault(f"{workdir}: {fault}; {again}") from None

@@ -31,16 +31,6 @@ RENEW_SECONDS = 10
 DEAD_SECONDS = 90  # NFS shows the file of another host up to 60 s late
 
 
-class Held(errors.UserError):
-    """Another process trains in the workdir; the message names it."""
-
-
-class Lost(errors.UserError):
-    """Another trainer has the lock: it took this one for dead."""
-
-    status = 1
-
-
 class Holder(msgspec.Struct, frozen=True):
     """The process that holds a lock."""
 
@@ -89,7 +79,7 @@ def parse(content: bytes | None) -> Holder | None:
 
 
 class Lock:
-    """The lock of this process, which a thread renews until `release`. Raises Held: another process has it."""
+    """The lock of this process, which a thread renews until `release`. Raises UserError: another process has it."""
 
     def __init__(self, workdir: epath.Path):
         import tensorstore  # Orbax's; a second to import
@@ -126,11 +116,11 @@ class Lock:
                 self.swap(version, None)
 
     def renew(self) -> None:
-        """Writes the lock anew. Raises Lost."""
+        """Writes the lock anew. Raises StorageFault: another trainer took this one for dead."""
         content, version = self.read()
         holder = parse(content)
         if holder is None or holder.token != self._holder.token:
-            raise Lost(f"ending: this process lost its lock; {self._who(holder)}")
+            raise errors.StorageFault(f"ending: this process lost its lock; {self._who(holder)}")
         self._holder = msgspec.structs.replace(self._holder, renewed=self._holder.renewed + 1)
         self.swap(version, self._holder)
 
@@ -138,7 +128,7 @@ class Lock:
         while not self._released.wait(RENEW_SECONDS):
             try:
                 self.renew()
-            except Lost as error:
+            except errors.StorageFault as error:
                 self._released.set()
                 ending.leave(error.status, str(error))
             except Exception:  # a network that is down, a full disk: the next save says so
@@ -161,7 +151,7 @@ class Lock:
                 waits = f"waiting up to {DEAD_SECONDS} s for a sign of life"
                 print(f"{self._who(holder)}, or is dead: {waits}", file=sys.stderr, flush=True)
             if lives or (lives is None and content not in (None, seen)):
-                raise Held(
+                raise errors.UserError(
                     f"{self._who(holder)}; expected no other: end it, or take another --workdir"
                     f" (its lock: {self._workdir / FILE})"
                 )
@@ -177,8 +167,7 @@ def held(workdir: epath.Path) -> Iterator[Lock]:
     """Holds the lock of `workdir`, which is made if it does not exist.
 
     Raises:
-      Held: another process has it.
-      UserError: the workdir cannot be made or written.
+      UserError: another process has it, or the workdir cannot be made or written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)

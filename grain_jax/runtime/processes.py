@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -55,19 +55,16 @@ def share(count: int) -> range:
     return range(start, start + each + (index < more))
 
 
-def allgather(
-    parts: Iterable[Mapping[str, np.ndarray]] | Mapping[str, np.ndarray],
-) -> dict[str, np.ndarray]:
+def allgather(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Concatenates the arrays of all processes, in the order of the processes, bit for bit.
 
     Args:
-      parts: batches, or one, each name -> [N, ...] with one N. Names, types and the other axes are the same everywhere;
+      batches: each name -> [N, ...] with one N. Names, types and the other axes are the same everywhere;
         a process may have no batch, but at least one process has one.
 
     Returns:
       Name -> [sum of N, ...], the same on all processes.
     """
-    batches: list[Any] = [parts] if isinstance(parts, Mapping) else list(parts)
     names = batches[0] if batches else {}
     here = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
     if process_info()[1] == 1:

@@ -14,8 +14,7 @@ import numpy as np
 import scipy.ndimage
 
 from grain_jax import config as config_lib
-from grain_jax.checkpoint import pretrained, saved_model
-from grain_jax.checkpoint.pretrained import hub
+from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors, named
 from grain_jax.models import grain
 from grain_jax.train import train_step
@@ -81,30 +80,21 @@ def state_of_step_0(
     return state._replace(params=params, ema_params=average, term_state=program.term_state(params))
 
 
-def resize_image_positions(
-    positions: np.ndarray, grid: int, *, class_token: bool, method: str = "bilinear"
-) -> np.ndarray:
+def resize_image_positions(positions: np.ndarray, grid: int, *, class_token: bool) -> np.ndarray:
     """Resizes the positions of a square grid to `grid` x `grid`; keeps the position of the class token.
 
-    "bilinear" aligns the corners of the grids, as in big_vision (models/vit.py, resample_posemb); "bicubic" aligns
-    their edges, with antialiasing, as in timm and open_clip.
+    Bilinear, with the corners of the grids aligned, as in big_vision (models/vit.py, resample_posemb).
 
     Args:
       positions: float32 [N, E], row by row; the class token's is first.
       grid: patches a side of the result.
       class_token: whether `positions` has one for it.
-      method: "bilinear" or "bicubic".
     """
     token, patches = positions[: int(class_token)], positions[int(class_token) :]
     old = round(len(patches) ** 0.5)
     if old != grid:
         square = patches.reshape(old, old, -1)
-        if method == "bilinear":
-            zoom = (grid / old, grid / old, 1)
-            square = np.asarray(scipy.ndimage.zoom(square, zoom, order=1))
-        else:
-            wanted = (grid, grid, square.shape[2])
-            square = np.asarray(jax.image.resize(square, wanted, "bicubic"))
+        square = np.asarray(scipy.ndimage.zoom(square, (grid / old, grid / old, 1), order=1))
         patches = square.reshape(grid * grid, -1)
     return np.concatenate([token, patches]).astype(np.float32)
 
@@ -124,14 +114,6 @@ def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
     share = (points - low)[:, None]
     stretched = (1 - share) * positions[low] + share * positions[low + 1]
     return stretched.astype(np.float32)
-
-
-def check(init: config_lib.Init) -> None:
-    """Raises InitError where a folder that `init` names is not there; none is read, and the Hub is not asked."""
-    for part, path in dataclasses.asdict(init).items():
-        if part in (*_PREFIXES, "decoder") and path and not hub.is_reference(path):
-            if not pretrained.folder_of(path).is_dir():
-                raise InitError(f"init.{part}: {pretrained.no_such(path)}")
 
 
 def load(config: config_lib.Config) -> Loaded:
@@ -230,9 +212,7 @@ def _resize_positions(
     old = params[name]
     if part == "image":
         grid = tower.image_size // tower.patch_size
-        params[name] = resize_image_positions(
-            old, grid, class_token=tower.class_token, method=config.init.resize
-        )
+        params[name] = resize_image_positions(old, grid, class_token=tower.class_token)
     else:
         params[name] = resize_text_positions(old, tower.context_length)
     same = len(params[name]) == len(old)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +17,7 @@ from grain_jax import inference
 from grain_jax.core import atomic, errors, low_rank
 from grain_jax.evaluate import encode, tables
 from grain_jax.evaluate.base import Context, Evaluator
+from grain_jax.evaluate.report import page
 from grain_jax.input_pipeline import derived, sources, tokenizer
 from grain_jax.models import grain, lora
 from grain_jax.runtime import processes
@@ -54,9 +56,8 @@ class Journal:
                 config=config,
                 terms={term.metric: term.short for term in terms},
             )
-        self._text_counts = metrics_writer.TextCounts(
-            last_text_counts(state, self._lines()), config.text.max_dropped_share
-        )
+        counts = last_text_counts(state, self._log.lines() if self._log else [])
+        self._text_counts = metrics_writer.TextCounts(counts, config.text.max_dropped_share)
         self._advice = functools.cache(functools.partial(row_advice, config, run.source))
 
     def say(self, text: str) -> None:
@@ -105,7 +106,7 @@ class Journal:
         if due.logs:
             values |= self._text_counts.add(values)
         if self._log and due.logs:
-            values |= self._log.rates(step, batches.wait_seconds, batches.wait_steps)
+            values |= self._log.rates(step, batches.wait_seconds)
             self._log.progress(step, values)
         if due.evaluates:
             with watch.pause(), self.pause():
@@ -121,22 +122,32 @@ class Journal:
             self.say(warning)
         if due.saves:
             with watch.doing("saving a checkpoint"):
-                self._save(state, values)
-
-    def _save(self, state: train_step.TrainState, values: Mapping[str, float]) -> None:
-        if self._log:
-            self._log.flush()
-        best = schedule.best_metric(self._config, values)
-        self._checkpoints.save(state, best, self._run.data)
-        self._last_save = time.monotonic()
-
-    def _lines(self) -> list[str]:
-        return self._log.lines() if self._log else []
+                if self._log:
+                    self._log.flush()
+                best = schedule.best_metric(self._config, values)
+                self._checkpoints.save(state, best, self._run.data)
+                self._last_save = time.monotonic()
 
     def close(self) -> None:
         """Ends the metrics' files."""
         if self._log:
             self._log.close()
+
+    def report(self, state: train_step.TrainState) -> None:
+        """After the last step: evaluates if it was not done, prints the table, writes results.json and report.html."""
+        config, workdir = self._config, self._workdir
+        if not self.results:  # the run was complete already
+            self.results = evaluate_all(config, self._run.evals, state)
+        predictor = make_predictor(config, state)
+        if jax.process_index() > 0:
+            return
+        if self.results:
+            atomic.write_text(workdir / "results.json", json.dumps(self.results, indent=2) + "\n")
+            kinds = {name: entry["kind"] for name, entry in config.evals.items()}
+            numbers = tables.by_evaluation(self.results).items()
+            print(tables.describe({name: (kinds[name], of) for name, of in numbers}))
+        page.write(workdir, predictor, model=bool(config.pictures))
+        print(f"Everything of this run is in {workdir}", file=sys.stderr)
 
 
 def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict[str, float]:
@@ -152,7 +163,7 @@ def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict
 def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
     """What to set where too many texts do not fit: rows by the lengths of the dataset's texts."""
     group, rows = config.text_layout
-    enough = derived.rows_of(config, group, source.text_lengths(config))[0]
+    enough = derived.rows_of(config, group, source.text_lengths(config))
     return (
         f"set --config.text.pack_rows={max(enough, rows + 1)} (got {rows}, for groups of {group})"
     )

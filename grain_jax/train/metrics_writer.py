@@ -19,8 +19,8 @@ from typing import Any
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.core import atomic, errors, progress
-from grain_jax.runtime import ending, metrics_file
+from grain_jax.core import atomic, errors, metrics_file, progress
+from grain_jax.runtime import ending
 
 UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
 UPLOAD_SHARE = 0.01  # of the time, at most, that uploads between checkpoints take
@@ -255,29 +255,26 @@ class MetricsWriter:
         self._start_step = self._step = start_step
         self._time = self._started = time.monotonic()
         self._upload_due = self._started + UPLOAD_EVERY
-        self._wait, self._wait_steps, self._shown = 0.0, 0, False
+        self._wait, self._shown = 0.0, False
 
     def _keep_until(self, step: int) -> None:
-        lines, faults = metrics_file.read(self.workdir)
-        for fault in faults:
-            self.say(fault)
+        lines = metrics_file.read(self.workdir)
         by_step = {line.step: line.text for line in reversed(lines) if 0 <= line.step <= step}
         kept = "".join(f"{by_step[step]}\n" for step in sorted(by_step))
         atomic.write_text(self._path, kept)
         if self._upload:
             self._upload.upload()
 
-    def rates(self, step: int, wait_seconds: float, wait_steps: int = 0) -> dict[str, float]:
-        """What was done a second, and the shares of time and steps that input held up, since the last call.
+    def rates(self, step: int, wait_seconds: float) -> dict[str, float]:
+        """What was done a second, and the share of the time that input held up, since the last call.
 
         Args:
           step: steps done.
           wait_seconds: seconds waited for input since the start.
-          wait_steps: steps that waited for input since the start (`device.Prefetch`).
 
         Returns:
-          `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction`,
-          `input_wait_steps`; and `mfu`, the share of the peak that the model's FLOPs are, where it is known.
+          `images_per_second`, `model_flops_per_second` (on all devices together), `input_wait_fraction`;
+          and `mfu`, the share of the peak that the model's FLOPs are, where it is known.
         """
         now = time.monotonic()
         elapsed = max(now - self._time, 1e-9)
@@ -287,12 +284,11 @@ class MetricsWriter:
             "images_per_second": images_per_second,
             "model_flops_per_second": images_per_second * self.flops_per_image,
             "input_wait_fraction": (wait_seconds - self._wait) / elapsed,
-            "input_wait_steps": (wait_steps - self._wait_steps) / max(steps, 1),
         }
         if self.peak_flops:
             out["mfu"] = out["model_flops_per_second"] / self.peak_flops
         self._time, self._step = now, step
-        self._wait, self._wait_steps = wait_seconds, wait_steps
+        self._wait = wait_seconds
         return out
 
     @contextlib.contextmanager
@@ -319,7 +315,7 @@ class MetricsWriter:
 
     def lines(self) -> list[str]:
         """The lines of `metrics.jsonl` so far."""
-        return [line.text for line in metrics_file.read(self._folder)[0]]
+        return [line.text for line in metrics_file.read(self._folder)]
 
     def flush(self) -> None:
         """Brings an object store up to date; before a checkpoint, so that it has its lines."""

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import flax.core.meta
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import optax
 
 from grain_jax.config import Optim
 from grain_jax.core import errors
+from grain_jax.train import sharding
 
 MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
 
@@ -63,8 +63,8 @@ def frozen_mask(params, patterns: Sequence[str]):
       UserError: a pattern that matches no parameter.
     """
     # A box is a leaf, so that a frozen parameter leaves no empty box among the moments.
-    is_box = lambda x: isinstance(x, flax.core.meta.AxisMetadata)
-    names = jax.tree_util.tree_map_with_path(lambda path, _: _name(path), params, is_leaf=is_box)
+    name_of = lambda path, _: _name(path)
+    names = jax.tree_util.tree_map_with_path(name_of, params, is_leaf=sharding.is_box)
     all_names = jax.tree.leaves(names)
     for pattern in patterns:
         if not any(re.fullmatch(pattern, name) for name in all_names):

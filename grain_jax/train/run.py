@@ -9,7 +9,6 @@ saving. One trainer at a time has a workdir (lock.py). A run that does no step f
 import contextlib
 import ctypes
 import functools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,10 +20,8 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import states
 from grain_jax.cli import process
 from grain_jax.config import loading
-from grain_jax.core import atomic, errors, progress
-from grain_jax.evaluate import tables
-from grain_jax.evaluate.report import page
-from grain_jax.input_pipeline import derived, device, sources
+from grain_jax.core import errors, progress
+from grain_jax.input_pipeline import derived, device
 from grain_jax.models import attention, placement
 from grain_jax.runtime import distributed, ending, lock, processes
 from grain_jax.train import (
@@ -106,12 +103,7 @@ def _train(
     step_fn = compile_step(run, program, log)
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
-    on_host = sources.batches_of_run(
-        run.source,
-        config,
-        lanes=run.lanes,
-        start_step=start_step,
-    )
+    on_host = run.source.batches(config, lanes=run.lanes, start_step=start_step)
     batches = device.Prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
     plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))
@@ -146,12 +138,7 @@ def _train(
         sys.exit(handler.status)
 
     # 6. Final evaluation and report.
-    results = log.results
-    if not results and run.evals:  # the run was complete already
-        results = journal.evaluate_all(config, run.evals, state)
-    predictor = journal.make_predictor(config, state)
-    if jax.process_index() == 0:
-        report(config, workdir, predictor, results)
+    log.report(state)
 
 
 def restore_or_initialise(checkpoints, run: set_up.SetUp, program: train_step.Program):
@@ -178,17 +165,6 @@ def compile_step(run: set_up.SetUp, program: train_step.Program, log: journal.Jo
     memory_check.check_step(step_fn)
     processes.wait_for_all("compiled")
     return step_fn
-
-
-def report(config, workdir, predictor, results) -> None:
-    """Prints the final table and writes report.html."""
-    if results:
-        atomic.write_text(workdir / "results.json", json.dumps(results, indent=2) + "\n")
-        kinds = {name: entry["kind"] for name, entry in config.evals.items()}
-        numbers = tables.by_evaluation(results).items()
-        print(tables.describe({name: (kinds[name], of) for name, of in numbers}))
-    page.write(workdir, predictor, model=bool(config.pictures))
-    print(f"Everything of this run is in {workdir}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

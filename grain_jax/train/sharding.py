@@ -75,22 +75,6 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def least_batch(config: config_lib.Config, shards: int, group: int = 1) -> int:
-    """The smallest batch whose divisions are whole: into shards, micro-batches, lanes, packing and loss groups.
-
-    Args:
-      config: of the run.
-      shards: parts that the batch is cut into (data x fsdp).
-      group: images of a packing group, if the config leaves that open.
-    """
-    group = (config.text.pack_group or group) if config.text.packing else 1
-    return math.lcm(
-        shards * config.microbatches * group,
-        (config.input.lanes or 1) * group,
-        config.loss.group_size or 1,
-    )
-
-
 def check_batch(config: config_lib.Config, mesh: Mesh) -> None:
     """Checks that the batch divides: over the mesh, into micro-batches, packing groups and loss groups.
 

@@ -227,7 +227,7 @@ def test_a_full_disk_for_real(tmp_path):
     if subprocess.run(tmpfs, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        with pytest.raises(errors.StorageFault, match="no space left"):
+        with pytest.raises(errors.StorageFault, match="No space left"):
             with ending.in_a_line(tmp_path):
                 save_steps(tmp_path, range(1, 99), config, width=256)
         last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())

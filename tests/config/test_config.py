@@ -38,7 +38,6 @@ FAULTS = [
     ({"optim.learning_rate": float("nan")}, "optim.learning_rate: got nan, expected a finite number"),
     ({"dtype": "float46"}, "dtype: got 'float46', expected one of float32, bfloat16"),
     ({"evals": None}, "evals: got None, expected a group of keys"),
-    ({"evals.x": {}}, "evals.x.kind: got None, expected"),
     ({"total_epochs": 1.0}, "total_steps, total_epochs: exactly one must be set"),
     ({"input.lanes": 3}, "input.lanes: got 3, expected a divisor of batch_size = 16; set"),
     ({"model.image.patch_size": 5}, "model.image.image_size: got 16, expected a multiple of"),
@@ -88,7 +87,7 @@ def test_every_key_is_read_and_explained():
 ROLES = {
     "order": "seed batch_size input.source input.options input.name input.lanes input.shards_per_block"
     " input.datasets input.datasets.name input.datasets.weight input.datasets.split",
-    "result": "total_steps total_epochs eval_every evals init.image init.text init.resize init.decoder",
+    "result": "total_steps total_epochs eval_every evals init.image init.text init.decoder",
     "free": "microbatches remat model.attention model.mlp log_every checkpoint_every checkpoint_every_minutes checkpoint_keep"
     " checkpoint_keep_every checkpoint_best_metric checkpoint_best_mode pictures profile_start"
     " profile_steps wandb.mode wandb.project wandb.name input.data_dir input.datasets.data_dir"

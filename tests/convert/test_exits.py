@@ -1,8 +1,10 @@
 """The exports against the classes that load them, which we did not write; each model has perturbed weights."""
 
 import dataclasses
+import re
 from typing import Any
 
+import jax
 import numpy as np
 import open_clip
 import pytest
@@ -14,7 +16,7 @@ from timm.models import _registry, vision_transformer
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
-from grain_jax.convert import towers
+from grain_jax.convert import parity, towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.convert.exits import needs, timm_trunk
@@ -124,18 +126,13 @@ def trunk(monkeypatch):
 
 # A model, and the class that loads what an export makes of it.
 TABLE = {
-    "clip": ("CLIPModel", QUICK | dict(image__patch_bias=False)),
     "clip folded": ("CLIPModel", CLIP | dict(text__projection="none", embed_dim=40)),
-    "siglip": ("SiglipModel", SIGLIP | dict(text__projection="affine")),
     "siglip filled": ("SiglipModel", SIGLIP | dict(image__patch_bias=False, logit_bias_init=None)),
     "regions of siglip": ("SiglipModel", beside(SIGLIP) | dict(text__projection="affine")),
-    "qk norm": ("open_clip", CLIP | dict(image__qk_norm=True, image__pre_norm=False)
-                | dict(text__activation="gelu")),
+    "regions of clip": ("open_clip", beside(QUICK)),
     "mean": ("open_clip", CLIP | dict(image__pool="mean", text__projection="affine", logit_bias_init=-2.0)
              | dict(image__activation="gelu_tanh", text__activation="gelu")),
     "last": ("open_clip", QUICK | dict(text__causal=False, text__pool="last")),
-    "timm": ("open_clip", SIGLIP | dict(text__projection="affine")),
-    "regions of clip": ("open_clip", beside(QUICK)),
     "timm projected": ("open_clip", SIGLIP | dict(image__projection="affine", embed_dim=28)),
 }  # fmt: skip
 
@@ -147,7 +144,10 @@ def test_the_class_that_loads_an_export_gives_our_outputs(start, trunk, tmp_path
     command = "to-open-clip" if kind == "open_clip" else "to-hf"
     part = ["--part", "towers"] if kind != "open_clip" else []
     printed = run(capsys, command, source, tmp_path / "out", *part)
-    assert "\npixels " in printed and "\nlogits " in printed
+    assert f"our outputs against {kind}, " in printed
+    compared = set(re.findall(r"^(\w+) +\d.* 1\.0e-05$", printed, re.M))
+    of_texts = {"encode_text"} if "text__tokenizer" in changes else set()
+    assert compared == {"image_embed", "text_embed", "logits", "pixels"} | of_texts
     assert ("\ntoken_ids " in printed) == ("text__tokenizer" in changes)
     for one, other in zip(logits(ours), logits_in_torch(kind, tmp_path / "out"), strict=True):
         foreign.close(one, other)
@@ -164,6 +164,40 @@ def test_sentencepiece_goes_out_as_siglips_tokenizer(tmp_path, capsys):
     assert "\ntoken_ids " in run(capsys, "to-hf", source, tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert type(tokenizer).__name__ == "SiglipTokenizer"
+
+
+REGIONS = dict(image__depth=1, text__depth=1, decoder__depth=1)
+KINDS = {
+    "beside": beside(SIGLIP) | dict(text__projection="affine"),
+    "boxes": SIGLIP | dict(text__projection="affine", boxes__kind="roi_align", boxes__bins=2),
+    "maps": TWO | dict(image__pool="map", image__activation="quick_gelu", image__projection="none")
+    | dict(image__width=40, embed_dim=40, text__pool="map", text__projection="none", logit_bias_init=-2.0)
+    | dict(text__causal=False, text__mask_padding=True),
+    "options": REGIONS | WORDS
+    | dict(decoder__image_pool="all", boxes__kind="roi_align", image__positions=False, image__rope="centres")
+    | dict(image__layer_scale=True, image__mlp="gated", image__activation="silu", image__key_bias=False)
+    | dict(text__causal=False, text__pool="mean", text__activation="relu", image__registers=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_modeling_file_goes_out_and_comes_back(kind, tmp_path, capsys):
+    source, ours = made(tmp_path / "ours", **KINDS[kind])
+    said = run(capsys, "to-hf", source, tmp_path / "hf")
+    assert ("for AutoModel with trust_remote_code: " in said) == (ours.model.decoder is None)
+    assert ("\nbox_embed " in said) == ("boxes__kind" in KINDS[kind])
+    assert ("\ntoken_ids " in said) == ("text__tokenizer" in KINDS[kind])
+    run(capsys, "from-hf", tmp_path / "hf", tmp_path / "again")
+    model, params, _ = saved_model.load_model(tmp_path / "again")
+    assert model == ours.model
+    jax.tree.map(np.testing.assert_array_equal, params, ours.params)
+    options: Any = dict(trust_remote_code=True, local_files_only=True)
+    module = transformers.AutoModel.from_pretrained(tmp_path / "hf", **options).eval()
+    inputs = parity.inputs_of(model)
+    with torch.no_grad():
+        maps = module.similarity_maps(*parity.for_torch(inputs)).numpy()
+    texts = [ours.encode_text(inputs.token_ids)] * len(maps)
+    foreign.close(np.stack(ours.similarity_maps(inputs.images, texts)), maps)
 
 
 # Keys of a tower whose values every export takes from the arrays, or that matter to new weights and speed alone.
@@ -208,7 +242,6 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         end_id=dict(end_id=3),
     ),
 }
-GRAIN_KEYS = dict(image__depth=1, text__depth=1, decoder__depth=1)
 
 
 def faults_in_open_clip(model):
@@ -224,8 +257,8 @@ EXITS: dict[str, tuple[dict[str, Any], Any]] = {
     "to-open-clip, own": (QUICK, faults_in_open_clip),
     "to-open-clip, timm": (SIGLIP, faults_in_open_clip),
     "to-big-vision": (SIGLIP | dict(image__norm_eps=1e-6), needs.BIG_VISION.faults),
-    "to-torch": (GRAIN_KEYS, needs.TORCH.faults),
-    "to-hf, decoder": (GRAIN_KEYS, needs.MODELING.faults),
+    "to-torch": (REGIONS, needs.TORCH.faults),
+    "to-hf, decoder": (REGIONS, needs.MODELING.faults),
     "to-hf, pooled": (CLIP, needs.MODELING.faults),
 }
 
@@ -321,7 +354,7 @@ def write_words_with_end(folder, end):
 
 
 ENDS = WORDS | dict(text__pad_id=1)
-GRAIN_ENDS = GRAIN_KEYS | ENDS | dict(image__qk_norm=False, image__pre_norm=True)
+GRAIN_ENDS = REGIONS | ENDS | dict(image__qk_norm=False, image__pre_norm=True)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +386,7 @@ def test_a_text_is_read_where_its_tokenizer_ends_it(changes, kind, end, tmp_path
         np.testing.assert_array_equal(back.encode_text(texts), ours.encode_text(texts))
 
 
-@pytest.mark.parametrize("command", ["to-hf", "to-open-clip", "to-onnx"])
+@pytest.mark.parametrize("command", ["to-hf", "to-onnx"])
 def test_texts_without_an_id_that_ends_them_are_refused(command, tmp_path, capsys):
     source, _ = made(tmp_path / "ours", **QUICK | ENDS)
     said = refused(capsys, command, source, tmp_path / "out")

@@ -60,7 +60,7 @@ def test_heads_that_are_not_given(tmp_path, capsys):
         main([*arguments, "--text-heads", "7", "--decoder-heads", "6", "--image-heads", "4"]) == 2
     )
     err = capsys.readouterr().err
-    assert "image heads: got 4, but the checkpoint says 3" in err
+    assert "image heads: got 4, expected 3" in err
     assert "text heads: got 7, expected a divisor of the width 40" in err
     assert not (tmp_path / "out").exists()
 
@@ -111,7 +111,6 @@ BAD = {  # what is in the file, which makes folders at `marker` if it is run; th
         "no state dict 'backbone_state_dict'; the file has state_dict, epoch",
     ),
     "missing": (None, "no such file"),
-    "not_tensors": (lambda _: _stored({"proj.weight": 3}), "decoder proj.weight: got int, not a tensor"),
     "sizes": (lambda _: {}, "visual.pos_embed: got 24 positions, expected a square"),
 }  # fmt: skip
 
@@ -127,8 +126,6 @@ def test_bad_files_are_one_line(tmp_path, capsys, case):
     elif case == "cut":
         save(path, made_up())
         path.write_bytes(path.read_bytes()[:5000])
-    elif isinstance(stored, bytes):
-        path.write_bytes(stored)
     elif build:
         torch.save(stored, path)
     out = tmp_path / "out"

@@ -1,5 +1,6 @@
 """from-open-clip and from-hf: random models of the real packages give the same embeddings here; faults are named."""
 
+import functools
 import json
 
 import numpy as np
@@ -18,7 +19,7 @@ from grain_jax.convert import archives, parity, towers
 from grain_jax.convert.exits.open_clip import to_open_clip
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.from_hugging_face import from_hf
-from grain_jax.convert.from_open_clip import from_open_clip
+from grain_jax.convert.from_open_clip import from_open_clip, module_outputs
 from grain_jax.core import errors
 from grain_jax.train import initialise
 from tests import foreign
@@ -53,16 +54,23 @@ def _changed(folder, **keys):
     (folder / "config.json").write_text(json.dumps(content))
 
 
-def _check_hf(folder, module):
-    """The model that from-hf made, whose outputs are the module's."""
+def _check(folder, outputs_of):
+    """The model in a folder, whose outputs are those of another package, on other inputs than the report's."""
     model, params, _ = saved_model.load_model(folder)
-    images, ids = parity.inputs(SIZE, VOCAB, LENGTH, seed=1, end_id=model.text.end_id)
-    with torch.no_grad():
-        pixels = foreign.torch_images(images)
-        out = module(input_ids=torch.from_numpy(ids).long(), pixel_values=pixels)
-    theirs = out.image_embeds.numpy(), out.text_embeds.numpy()
-    foreign.close_to_ours(model, params, images, ids, theirs)
+    size = model.image.image_size
+    inputs = parity.inputs(size, VOCAB, LENGTH, seed=1, end_id=model.text.end_id)
+    theirs = outputs_of(inputs)
+    theirs = theirs["image_embed"], theirs["text_embed"]
+    foreign.close_to_ours(model, params, inputs.images, inputs.token_ids, theirs)
     return model, params
+
+
+def _check_hf(folder, module):
+    return _check(folder, functools.partial(parity.clip_outputs, module))
+
+
+def _check_open_clip(folder, module):
+    return _check(folder, functools.partial(module_outputs, module))
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
@@ -153,17 +161,6 @@ def _open_clip(folder, vision, text, kind=library.CLIP, pixels=None, dim=20, **o
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.save(module.state_dict(), folder / "open_clip_pytorch_model.bin")
     return from_open_clip(folder, folder / "ours"), module
-
-
-def _check_open_clip(folder, module):
-    model, params, _ = saved_model.load_model(folder)
-    size = model.image.image_size
-    images, ids = parity.inputs(size, VOCAB, LENGTH, seed=1, end_id=model.text.end_id)
-    with torch.no_grad():
-        image = module.encode_image(foreign.torch_images(images), normalize=True).numpy()
-        text = module.encode_text(torch.from_numpy(ids).long(), normalize=True).numpy()
-    foreign.close_to_ours(model, params, images, ids, (image, text))
-    return model, params
 
 
 def test_a_file_of_openai_needs_no_config(tmp_path):

@@ -57,8 +57,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
     with pytest.raises(regular_file.FileError, match="got a line of over 4 bytes, expected lines"):
         list(regular_file.lines(path, "lines", 4))
     with pytest.raises(regular_file.FileError, match="not UTF-8 text, expected a text"):
-        with regular_file.opened(path, "a text", "r") as (file, size):
-            assert size == 10 and file.read()
+        regular_file.read_text(path, "a text")
 
 
 def test_a_name_stays_below_its_folder(tmp_path):

@@ -15,7 +15,7 @@ from etils import epath
 from PIL import Image
 
 from grain_jax.data import build, staging
-from grain_jax.data.aviary import annotations, drawing, generate, vocabulary
+from grain_jax.data.aviary import annotations, drawing, generate, masks, vocabulary
 from grain_jax.data.aviary.__main__ import main
 from grain_jax.data.aviary.annotations import EXACT, Noise
 from grain_jax.data.aviary.settings import Settings
@@ -84,11 +84,13 @@ def test_box_holds_exactly_what_another_colour_changes(aviary, part):
         old = species[part]
         plain = "black" if old.colour != "black" else "white"
         before = _draw(species, number)
-        after = _draw(species.replace(Trait(part, old.shape, plain)), number)
+        traits = tuple(Trait(part, t.shape, plain) if t == old else t for t in species.traits)
+        after = _draw(dataclasses.replace(species, traits=traits), number)
         assert before.boxes_xyxy == after.boxes_xyxy
         differs = np.any(np.asarray(before.image) != np.asarray(after.image), -1)
         ys, xs = np.nonzero(differs)
         x1, y1, x2, y2 = before.boxes_xyxy[part]
+        assert np.mean(before.labels == 1 + PARTS.index(part)) == before.areas[part]
         assert int(x1) <= xs.min() and int(y1) <= ys.min()
         assert xs.max() < x2 and ys.max() < y2
         # Thin outlines average away in a border pixel: at most one pixel less than the box.
@@ -175,7 +177,7 @@ def test_pictures_depend_on_seed_and_number_only(small, tmp_path):
     generate.write(tmp_path / "other", dataclasses.replace(SMALL, images=50), processes=2)
     before, after = _hashes(small), _hashes(tmp_path / "other")
     different = {name for name, digest in after.items() if before[name] != digest}
-    assert different == {"A.jsonl", "README.md", "settings.json"}
+    assert different == {"A.jsonl", "settings.json"}
     lines = (small / "A.jsonl").read_text().splitlines()
     assert (tmp_path / "other" / "A.jsonl").read_text().splitlines() == lines[:50]
 
@@ -194,7 +196,7 @@ TWO += " --species-per-genus 1 --held-out-genera 0 --processes 1"
 
 def test_records_of_a_build_that_was_cut_off_are_built_again(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(build, "main", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr(build, "build", lambda flags: asked.append(flags) or "")
     arguments = ["--output", str(tmp_path / "x"), "--records", str(tmp_path / "r")]
     arguments += ["--name", "birds", "--size=160", *TWO.split()]
     assert main(arguments) == 0 and len(asked) == 1
@@ -208,7 +210,7 @@ def test_records_of_a_build_that_was_cut_off_are_built_again(tmp_path, monkeypat
 
 
 def test_records_that_another_process_exchanges_are_left_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build, "main", lambda arguments: pytest.fail("it was built"))
+    monkeypatch.setattr(build, "build", lambda flags: pytest.fail("it was built"))
     assert main(["--output", str(tmp_path / "x"), *TWO.split()]) == 0
     target = epath.Path(tmp_path / "r" / "birds" / "1.0.0")
     with staging.locked(target):
@@ -224,3 +226,31 @@ def test_records_that_another_process_exchanges_are_left_alone(tmp_path, monkeyp
 def test_an_image_stays_the_same_to_the_bit(aviary):
     before = hashlib.sha256(_draw(aviary.training[0]).image.tobytes()).hexdigest()
     assert before == "10820c9d88156247932d23ea204aa1ccdba16005825349c441aee241c4ed0fbf"
+
+
+def test_label_images_are_of_each_group_and_kind(small):
+    held_out = {species.name for species in generate.species_of(SMALL).held_out}
+    for group in masks.GROUPS:
+        images = small / masks.FOLDER / group / "images"
+        assert len(list(images.iterdir())) == 5
+    of_parts = [line.split(", ") for line in masks.CLASSES["masks"]]
+    assert [line[0] for line in of_parts] == ["background", *PARTS]
+    looks = [phrase for line in of_parts for phrase in line[1:]]
+    assert ["background", *looks] == list(masks.CLASSES["looks"])
+    assert not any("," in phrase for phrase in looks)  # commas divide names of a class
+    for kind, count in {"masks": 9, "looks": 102}.items():
+        names = list(masks.CLASSES[kind])
+        assert len(names) == len(set(names)) == count and names[0] == "background"
+        for task in [task for task in generate.tasks_of(SMALL) if task.split == "test"]:
+            group = "unseen" if task.species.name in held_out else "seen"
+            folder, name = small / masks.FOLDER / group, task.image.rpartition("/")[2]
+            assert (folder / masks.FILES[kind]).read_text().splitlines() == names
+            image = (folder / "images" / name).read_bytes()
+            assert image == (small / "test" / "images" / name).read_bytes()
+            with Image.open(folder / kind / name) as opened:
+                assert opened.mode == "L" and opened.size == (64, 64)
+                mask = np.asarray(opened)
+            parts = generate.drawing_of(SMALL, task.split, task.index, task.species).part_mask()
+            shown = [task.species[PARTS[n - 1]].phrase if n else "background" for n in parts.flat]
+            expected = parts if kind == "masks" else [names.index(phrase) for phrase in shown]
+            np.testing.assert_array_equal(mask.ravel(), np.ravel(expected))

@@ -13,7 +13,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from grain_jax.core import images
-from grain_jax.data import duplicates, example, survey, tfds_writer
+from grain_jax.data import example, survey, tfds_writer
 from tests import record_sets
 from tests.paths import ROOT
 
@@ -78,8 +78,8 @@ def with_region(**fields):
 
 MALFORMED = {
     "broken JSON": (b'{"image": "00003.png", ', "not JSON: "),
-    "no such picture": (changed(image="gone.png"), 'image: got "gone.png", expected a file'),
-    "truncated": (changed(image="short.png"), 'image: got "short.png": image file is truncated'),
+    "no such picture": (changed(image="gone.png"), 'image: got "gone.png", there is no '),
+    "truncated": (changed(image="short.png"), 'image: got "short.png", image file is truncated'),
     "mostly outside": (with_region(box=[12, 0, 24, 8]), "33% of it in the image of 16 x 12"),
     "no caption": (changed(caption=None, captions=[" "], synthetic_caption="", regions=[]), "no caption: got"),
     "same id": (changed(id="id0"), 'id: got "id0", which line 1 has already'),
@@ -199,8 +199,8 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(tfds_writer, "write", fails)
     arguments = ("--overwrite", "--max-faults=1")
-    assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 2
-    assert "records: No space left on device; no set was changed" in capsys.readouterr().err
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 1
+    assert "records: No space left on device; make room" in capsys.readouterr().err
     assert len(read_back(tmp_path / "out")[1]) == 3
     assert (tmp_path / "out/tiny_set/faults.jsonl").read_text() == kept == ""
 
@@ -209,7 +209,6 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
     ("argument", "expected"),
     [
         ("--encoding=jpeg:101", "expected original, png or jpeg:Q"),
-        ("--annotations=second.jsonl", "got 2 files, expected A.jsonl"),
         ("--num-shards=9", "at most one shard each"),
         ("--holdout=1", "of 3 images 0 are left for train and 3 for validation"),
     ],
@@ -306,24 +305,6 @@ def test_pictures_of_another_set_are_left_out(tmp_path, capsys):
     ]
     (other / "1.0.0/fingerprints.npy").unlink()
     assert record_sets.build_set(tmp_path / "in", tmp_path / "again", flag) == 2
-
-
-def test_near_fingerprints_are_those_that_differ_by_few_bits():
-    rng = np.random.default_rng(0)
-    known = rng.integers(0, 2**64, (300, 2), np.uint64, endpoint=False)
-    known[:5, 1] = [0, 2**64 - 1, 1, 127, 255]  # flat images' but for the last one
-    copies = known[rng.integers(0, 300, 400)].copy()
-    flips = rng.integers(0, 6, 400)
-    for row, count in enumerate(flips):
-        for bit in rng.choice(64, count, replace=False):
-            copies[row, 1] ^= np.uint64(1) << np.uint64(bit)
-    copies[::2, 0] += np.uint64(1)
-    exact, near = duplicates.matches(copies, known)
-    assert exact.tolist() == [row % 2 == 1 for row in range(400)]
-    distance = np.array(
-        [[(int(a) ^ int(b)).bit_count() for b in known[4:, 1]] for a in copies[:, 1]]
-    )
-    assert near.tolist() == (exact | (distance <= 3).any(axis=1)).tolist()
 
 
 def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):

@@ -29,28 +29,3 @@ def test_a_shard_is_done_when_all_its_files_are_there(output):
     assert output.done("c") == set()
     output.join("a", ["2", "1"], "A.jsonl")
     assert output.read_lines("A.jsonl") == [{"in": "a/2"}, {"in": "a/1"}]
-
-
-def test_settings_agree_with_those_of_earlier_runs(output):
-    output.agree({"source": {"name": "coco", "limits": [1, 2]}, "path": "/a"})
-    output.agree({"ground": {"model": "m"}})
-    output.agree({"source": {"name": "coco", "limits": [1, 2]}})
-    assert list(output.read_json(job.SETTINGS)) == ["source", "path", "ground"]
-    for changed, line in (
-        ({"source": {"name": "coco"}}, r'source {"limits": \[1, 2\]}, got {"limits": null}'),
-        ({"path": "/c"}, 'path "/a", got "/c"'),
-    ):
-        with pytest.raises(job.JobError, match=line):
-            output.agree(changed)
-
-
-def test_faults_are_counted_and_limited(capsys):
-    counts = dict(images=100, faulty=3, left=99, most=0.03)
-    job.check_faults("failed.jsonl", {"no text": 1, "damaged": 2}, **counts)
-    assert capsys.readouterr().err == "failed.jsonl: 2 damaged\nfailed.jsonl: 1 no text\n"
-    for change, line in (
-        ({"faulty": 4}, "4 of 100 images have a fault, more than --max-faults 0.03"),
-        ({"left": 0}, "none of 100 images"),
-    ):
-        with pytest.raises(job.JobError, match=line):
-            job.check_faults("failed.jsonl", {}, **(counts | change))

@@ -1,7 +1,6 @@
 """Each reader on a small sample in its public format, good and bad."""
 
 import csv
-import dataclasses
 import io
 import json
 import pathlib
@@ -15,7 +14,6 @@ from etils import epath
 
 from grain_jax.core import errors
 from grain_jax.data import build, sources
-from grain_jax.data.sources import staged
 from tests import record_sets
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
@@ -377,26 +375,22 @@ def causes(items):
     return {item.image: item.cause for item in items if isinstance(item, sources.Fault)}
 
 
-def test_faults_of_files_have_their_cause(tmp_path):
-    sample = folder_sample(tmp_path)
-    images = tmp_path / "images"
-    (images / "00001.jpg").write_bytes(b"")
-    (images / "00002.jpg").unlink()
-    (images / "00002.jpg").mkdir()
-    (images / "00003.txt").write_bytes(b"\xff\xfe no text")
-    (images / "more").mkdir()
-    (images / "more/last.PNG").write_bytes(encoded(0))
-    shards = sources.shards("folder", sample)
-    (images / "00004.jpg").unlink()  # after it was listed
-    items = [item for shard in shards for item in sources.read(shard)]
-    assert causes(items) == {
-        "00001.jpg": "empty file",
-        "00002.jpg": "unreadable",
-        "00003.jpg": "bad annotation",
-        "00004.jpg": "no such file",
-    }
-    assert items[-1].image == "more/last.PNG" and items[-1].captions == ()
-    assert set(causes(items).values()) <= set(sources.CAUSES)
+def test_phrases_of_refcoco_and_of_entities(tmp_path):
+    """Two people say the same of one object; one phrase has two boxes, and one has none."""
+    sample = refcoco_sample(tmp_path / "refcoco")
+    refs = pickle.loads((tmp_path / "refcoco/refs(unc).p").read_bytes())
+    refs[1]["sentences"] = refs[0]["sentences"][:1]
+    (tmp_path / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, protocol=0))
+    first, second, *_ = read_all("refcoco", sample)
+    assert [region.description for region in first.regions] == [descriptions(0)[0]] * 2
+    assert [region.box_xyxy for region in first.regions] == boxes(0)
+    assert first.phrases == ((0,), (0,), (1,)) and second.phrases == ((0,), (0,), (1,), (1,))
+    sample = flickr30k_entities_sample(tmp_path / "entities")
+    path = tmp_path / "entities/Annotations/0.xml"
+    path.write_text(path.read_text().replace("<name>20</name>", "<name>10</name>"))
+    first, second, *_ = read_all("flickr30k_entities", sample)
+    assert [region.box_xyxy for region in first.regions] == boxes(0)
+    assert first.phrases == ((0, 1),) and second.phrases == ((0,), (1,))
 
 
 def test_bad_regions_are_left_out_by_name_and_their_picture_stays(tmp_path):
@@ -430,10 +424,7 @@ def test_bad_regions_are_left_out_by_name_and_their_picture_stays(tmp_path):
     assert picture.regions[-1].box_xyxy == (-4, 3, 16, 8) and picture.regions[-1].score == 0.5
 
 
-def test_tars_that_are_damaged_or_incomplete(tmp_path):
-    sample = webdataset_sample(tmp_path)
-    whole = (tmp_path / "images/00000.tar").read_bytes()
-    (tmp_path / "images/00000.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512])
+def test_samples_of_tars_that_are_incomplete(tmp_path):
     members = [
         ("a/1.txt", b"alone"),
         ("a/2.jpg", encoded(2)),
@@ -443,67 +434,29 @@ def test_tars_that_are_damaged_or_incomplete(tmp_path):
         ("a/3.json", json.dumps({"caption": "of the json"}).encode()),
     ]
     write_tar(tmp_path / "images/00001.tar", members)
-    items = read_all("webdataset", sample)
-    assert causes(items) == {
-        "00000.tar": "damaged shard",
-        "00001/a/1": "no image",
-        "00001/a/2.jpg": "bad annotation",
-    }
-    assert items[0].captions == (caption(0),) and items[0].image == "00000/000000000.jpg"
+    items = read_all("webdataset", options(tmp_path))
+    assert causes(items) == {"00001/a/1": "no image", "00001/a/2.jpg": "bad annotation"}
     assert items[-1].image == "00001/a/3.jpg" and items[-1].captions == ("of the json",)
 
 
-def test_splits_of_refcoco(tmp_path):
-    sample = refcoco_sample(tmp_path)
-    assert len(read_all("refcoco", sample._replace(split="testA"))) == 1
-    with pytest.raises(sources.SourceError, match="got --split val, expected one of: testA, train"):
-        sources.shards("refcoco", sample._replace(split="val"))
-
-
-def test_descriptions_of_one_box_take_turns_with_those_of_others(tmp_path):
-    sample = flickr30k_entities_sample(tmp_path)
-    (tmp_path / "Sentences/3.txt").write_text(
-        "[/EN#13/people A man] at [/EN#23/other a table] .\n"
-        "[/EN#13/people/other An old man] sits .\n[/EN#13/people A man] rests .\n"
-    )
-    (tmp_path / "train.txt").write_text("3\n4\n")
-    (tmp_path / "Annotations/4.xml").write_text("<annotation></annotation>")
-    picture, fault = read_all("flickr30k_entities", sample._replace(split="train"))
-    assert (fault.image, fault.cause) == ("4.jpg", "bad annotation")
-    assert picture.captions == ("A man at a table .", "An old man sits .", "A man rests .")
-    left, right = boxes(3)
-    assert [(region.box_xyxy, region.description) for region in picture.regions] == [
-        (left, "A man"),
-        (right, "a table"),
-        (left, "An old man"),
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbers(staged.ListedSource):
-    count: int = 1
-
-    def __post_init__(self):
-        if self.count < 0:
-            raise ValueError(f"count: got {self.count}, expected at least 0")
-
-    def entries(self, options):
-        return iter(())
-
-
-def test_own_options():
-    name = f"{__name__}:Numbers"
-    assert sources.make(name, {"count": "3"}) == Numbers(3)
-    for texts, line in (
-        ({"conut": "3"}, "--option conut of data source .*: no such key; did you mean count"),
-        ({"count": "-1"}, "count: got -1, expected at least 0"),
-    ):
-        with pytest.raises(sources.SourceError, match=line):
-            sources.make(name, texts)
-
-
-def test_a_file_of_another_form(tmp_path):
-    sample = karpathy_sample(tmp_path)
-    write_json(pathlib.Path(sample.annotations[0]), {"images": [{"filename": "1.jpg"}]})
-    with pytest.raises(errors.UserError, match="field `split` .*expected dataset_flickr30k"):
-        read_all("karpathy", sample)
+@pytest.mark.parametrize(
+    "source, fields, own_options, line",
+    [
+        ("refcoco", {"split": "val"}, {}, "got --split val, expected one of: testA, train"),
+        (
+            "flickr30k_entities",
+            {"split": "val"},
+            {},
+            "val.txt: no such file, expected a list of ids",
+        ),
+        ("karpathy", {}, {}, "field `split` .*expected dataset_flickr30k"),
+        ("csv", {}, {"bxoes": "b"}, "--option bxoes of .*: no such key; did you mean boxes"),
+        ("csv", {}, {"unit": "inch"}, "Invalid enum value 'inch'"),
+    ],
+)
+def test_wrong_input_is_one_line(source, fields, own_options, line, tmp_path):
+    sample = SAMPLES.get(source, csv_sample)(tmp_path)._replace(**fields)
+    if source == "karpathy":
+        write_json(pathlib.Path(sample.annotations[0]), {"images": [{"filename": "1.jpg"}]})
+    with pytest.raises(errors.UserError, match=line):
+        sources.shards(source, sample, own_options)

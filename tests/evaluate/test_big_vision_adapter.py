@@ -95,9 +95,7 @@ def test_texts_of_another_tokenizer(other):
     close(ztxt, predictor.encode_text(TEXTS))
     if predictor.model.logit_bias_init is not None:
         close(out["b"], [state["params"]["logit_bias"]])
-        shorter = np.where(ids < 0, 1, ids)[
-            :, :8
-        ]  # as big_vision's own op gives: max_len, pad_value
+        shorter = np.where(ids < 0, 1, ids)[:, :8]  # as big_vision's own op gives
         close(predict(state, {"labels": shorter})[1], ztxt)
 
 
@@ -115,9 +113,6 @@ def test_pictures_are_resized_as_ours(clip):
 
 @pytest.mark.quick
 def test_register_makes_the_names_known(monkeypatch):
-    monkeypatch.setitem(sys.modules, "big_vision", None)
-    with pytest.raises(big_vision.BigVisionError, match="^big_vision: not on the path"):
-        big_vision.register()
     known = {}
     register = lambda name, replace: lambda item: known.setdefault(name, item)
     registry = types.SimpleNamespace(Registry=types.SimpleNamespace(register=register))
@@ -131,10 +126,3 @@ def test_register_makes_the_names_known(monkeypatch):
         "preprocess_ops.grain_image": big_vision.grain_image,
         "preprocess_ops.grain_text": big_vision.grain_text,
     }
-
-
-def test_another_checkpoint_and_training_are_refused(clip):
-    with pytest.raises(big_vision.BigVisionError, match="^model_init: "):
-        big_vision.load(None, clip, {"checkpoint": "other"})
-    with pytest.raises(big_vision.BigVisionError, match="^train: "):
-        big_vision.Model(checkpoint=clip).apply({}, None, None, train=True)

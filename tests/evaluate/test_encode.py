@@ -39,10 +39,3 @@ def test_not_finite_embeddings_are_an_error_of_which_other_processes_learn(tmp_p
     with pytest.raises(errors.UserError, match="not finite") as error:
         encode.gather_images(predictor, [tmp_path / "0.png"], label="")
     assert messages[-1] is error.value
-
-
-def test_each_text_is_encoded_once():
-    predictor = StubPredictor(texts={"a": [1, 0], "b": [0, 1], "c": [1, 1]})
-    embeds = encode.encode_texts(predictor, [["a", "b"], ["b", "c", "a"]])
-    assert predictor.asked == ["a", "b", "c"]
-    assert embeds[1].tolist() == [[0, 1], [1, 1], [1, 0]]

@@ -2,8 +2,6 @@ import json
 
 import pytest
 
-from grain_jax.evaluate import encode
-from grain_jax.inference import prompts
 from tests.evaluate.stub import StubPredictor, annotate, measure, region
 
 
@@ -40,13 +38,10 @@ def test_hand_computed(tmp_path):
     assert result["region_to_description_r1"] == pytest.approx(2 / 3)
     assert result["chance_region_to_description_r1"] == 0.5
     # Phrases: tail -> query 0 (IoU 1); beak -> both queries score 0: a tie of IoU 0 and .5;
-    # image
-    # 1: beak -> query 0 (1 against .994), which lies elsewhere (IoU 0).
+    # image 1: beak -> query 0 (1 against .994), which lies elsewhere (IoU 0).
     assert result["phrase_iou"] == pytest.approx((1 + 0.25 + 0) / 3)
     assert result["phrase_acc50"] == pytest.approx((1 + 0.5 + 0) / 3)
-    assert result["chance_phrase_iou"] == pytest.approx(
-        (1 + 0.5 + 1) / 6
-    )  # the other queries have 0
+    assert result["chance_phrase_iou"] == pytest.approx((1 + 0.5 + 1) / 6)  # the others have 0
     # Boxes of the other image in place of the predicted ones: image 0 gets the upper half twice
     # (IoU 1/3 with either half). Image 1 gets two of the halves (IoU 1/3 each).
     assert result["chance_box_iou"] == pytest.approx(1 / 3)
@@ -63,10 +58,6 @@ def test_more_boxes_than_queries_keep_the_highest_scores(tmp_path):
     assert result["regions"] == 3 and result["regions_matched"] == 2
     assert result["box_iou"] == pytest.approx((1 + 0.04) / 2)
     assert 0 < result["chance_box_iou"] < 1  # of one image, too
-
-
-def test_distinct_keeps_the_first():
-    assert prompts.distinct(["b", "A  c", "a c", "B", "d"], encode.as_read)[0] == ["b", "A  c", "d"]
 
 
 def test_phrases_with_several_boxes(tmp_path):

@@ -122,7 +122,7 @@ def test_the_command(noisy, monkeypatch, capsys):
     assert list(result["per_class"]) == list(CLASSES)
     assert result["train"] == str(folder / "train")
     table = capsys.readouterr().out
-    assert "linear-probe: top-1" in table and "linear-probe: mean per class" in table
+    assert "linear-probe: top1" in table and "linear-probe: mean_per_class" in table
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,14 @@ def test_scalars():
     assert tables.scalars(result) == {"n": 3.0, "alpha_1.0/top1": 0.5}
 
 
-def test_boxes_have_rows_of_their_own():
-    numbers = {"found": 0.5, "found_low": 0.4, "found_high": 0.6, "boxes": 100.0, "chance": 0.1}
-    numbers |= {"region/top1": 0.25, "found_boxes/region/top1": 0.5, "found_boxes/boxes": 50.0}
-    table = tables.describe({"lvis": ("boxes", numbers)})
-    rows = [" ".join(line.split()) for line in table.splitlines()[2:]]
-    assert rows == [
-        "lvis: found by a query, IoU >= 0.5 50.0% 40.0 - 60.0% 100 boxes",
-        "lvis: class of a box by its region, top-1 25.0% 10.0% 100 boxes",
-        "lvis: the same of those found 50.0% 10.0% 50 boxes",
+def test_rows_of_an_evaluator_of_the_package():
+    numbers = {"found": 0.5, "found_low": 0.4, "found_high": 0.6, "pictures": 9.0, "chance": 0.1}
+    numbers |= {"region/top1": 0.25, "found_boxes/region/top1": 0.5, "chance_box_iou": 0.2}
+    table = tables.describe({"lvis": ("boxes", numbers | {"box_iou": 0.3, "boxes": 100.0})})
+    assert [" ".join(line.split()) for line in table.splitlines()[2:]] == [
+        "lvis: found 50.0% 40.0 - 60.0% 9",
+        "lvis: region/top1 25.0% 10.0% 9",
+        "lvis: box_iou 0.300 0.200 9",
     ]
 
 

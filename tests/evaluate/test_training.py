@@ -12,7 +12,8 @@ from grain_jax.configs import demo
 from grain_jax.core import errors
 from grain_jax.evaluate import kinds, suite
 from grain_jax.train import journal, run
-from tests.evaluate import train_config
+from tests import tiny
+from tests.evaluate import suite_config
 from tests.evaluate.stub import StubPredictor, region, write_lines, write_picture
 
 
@@ -31,7 +32,8 @@ def data(tmp_path_factory):
 
 
 def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd, monkeypatch):
-    wanted = train_config.get_config(data)
+    wanted = tiny.dictionary(total_steps=2, eval_every=1, checkpoint_keep=1)
+    wanted.evals = suite_config.get_config(data).evals
     wanted.checkpoint_best_metric = "eval/absent/alpha_1.0/top1"
     config = config_lib.from_dict(wanted)
     with pytest.raises(errors.UserError, match="but evals.absent is skipped"):

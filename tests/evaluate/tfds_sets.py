@@ -10,15 +10,7 @@ import numpy as np
 def write(data_dir, name, version, split, pictures, labels, names=None, format="tfrecord"):
     """Writes a set with one split; its images come back in another order than they are given in.
 
-    Args:
-      data_dir: TFDS's folder.
-      name: of the set, "dtd" or "sun397/tfds".
-      version: "3.0.1".
-      split: "test".
-      images: uint8 [N, H, W, 3].
-      labels: the images' classes, numbers.
-      names: of the classes; None: the set has but their number, 1 + the highest label.
-      format: "tfrecord" or "array_record".
+    `pictures` are uint8 [N, H, W, 3]; without `names` the set has only their number, 1 + the highest label.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_builders import adhoc_builder

@@ -90,7 +90,7 @@ class Knowing:
         return np.array(output)
 
 
-def test_a_run_writes(tmp_path, monkeypatch):
+def test_a_run_writes(tmp_path, monkeypatch, one_device):
     lines = record_sets.write_annotations(tmp_path, 8)
     assert record_sets.build_set(tmp_path, tmp_path / "records") == 0
     tokenizer = captioner.make_tokenizer(captioner.texts_of(tmp_path / "A.jsonl"))

@@ -5,18 +5,14 @@ import json
 import shutil
 import sys
 
-import jax
 import numpy as np
-import pytest
 
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import named
-from grain_jax.input_pipeline import sources
-from grain_jax.train import run, set_up, sharding
+from grain_jax.input_pipeline import derived, preparation, sources
+from grain_jax.train import run
 from tests import record_sets, runs, tiny
-
-pytestmark = pytest.mark.xdist_group("records")
 
 SOURCE = "examples.data_source.shapes:Shapes"
 
@@ -40,13 +36,11 @@ def test_a_batch_is_a_function_of_seed_lane_and_step():
     assert whole[2].texts_dropped.sum() == 0
 
 
-def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatch):
-    device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: device)
+def test_it_trains_with_derived_rows_and_resumes_to_the_bit(tmp_path, monkeypatch, one_device):
     plain = config(text__pack_group=None, text__pack_rows=None)
-    mesh = sharding.make_mesh(plain.mesh)
-    derived, _ = set_up.derive(plain, mesh, sources.open_source(plain), tmp_path)
-    assert derived.text.pack_group == 4 and 1 <= derived.text.pack_rows <= 16
+    stored, source = lambda: (None, ""), sources.open_source(plain)
+    filled, _ = preparation.derive(plain, derived.Limits(), source, stored)
+    assert filled.text.pack_group == 4 and 1 <= filled.text.pack_rows <= 16
 
     run.train(config(), tmp_path / "whole")
     stored = json.loads((tmp_path / "whole/config.json").read_text())

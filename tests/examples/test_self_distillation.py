@@ -13,11 +13,13 @@ from grain_jax.losses.local import Parameters
 from grain_jax.train import run
 from tests import tiny
 from tests.losses import fake
+from tests.train.terms import TWO_TOWERS
 
 NAME, DECAY = "distillation", 0.75
 ENTRY = {"term": "examples.self_distillation.term:SelfDistillation", "weight": 0.5, "decay": DECAY}
 ENTRY |= {"crops": 2, "crop_size": 8, "hidden": 16, "bottleneck": 8, "prototypes": 12}
 KEYS = dict(loss__terms__distillation=ENTRY, checkpoint_every=1, checkpoint_keep=9, total_steps=4)
+KEYS |= TWO_TOWERS
 
 
 def state_at(workdir, step):
@@ -27,7 +29,7 @@ def state_at(workdir, step):
     return read("params"), read("term_state")[NAME]
 
 
-def test_the_teacher_is_an_average_that_survives_a_resume(tmp_path):
+def test_the_teacher_is_an_average_that_survives_a_resume(tmp_path, one_device):
     c = tiny.small(**KEYS)
     run.train(c, tmp_path / "whole")
     params, states = zip(*(state_at(tmp_path / "whole", step) for step in (1, 2, 3, 4)))

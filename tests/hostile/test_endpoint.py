@@ -7,6 +7,7 @@ import time
 import PIL.Image
 import pytest
 
+from grain_jax.core import errors
 from grain_jax.data.annotate import __main__ as command
 from grain_jax.data.annotate import chat, endpoint_chat
 from grain_jax.data.annotate.arguments import Annotate
@@ -67,7 +68,7 @@ def test_the_key_goes_to_no_other_address(monkeypatch, status, location):
         location = location.format(other.url)
         redirect = sent(head(f"Location: {location}", status=f"{status} Moved"))
         with sockets.serve(redirect) as server:
-            with pytest.raises(endpoint_chat.EndpointError) as refused:
+            with pytest.raises(errors.UserError) as refused:
                 _ask(server.url, tries=3)
             assert len(server.requests) == 1 and KEY.encode() in server.requests[0]
         assert other.requests == []

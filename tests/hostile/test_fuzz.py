@@ -185,8 +185,8 @@ def good(tmp_path_factory):
 @pytest.mark.parametrize(
     "kind, cases",
     [
-        *(("lines", 8), ("images", 600), ("shards", 8), ("checkpoints", 20)),
-        *(("configs", 30), ("sources", 80), ("tokens", 30)),
+        *(("lines", 8), ("images", 400), ("shards", 8), ("checkpoints", 20)),
+        *(("configs", 30), ("sources", 50), ("tokens", 30)),
     ],
 )
 def test_damaged_input_is_read_or_refused_in_plain_lines(good, kind, cases):

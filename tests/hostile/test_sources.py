@@ -36,7 +36,7 @@ def test_entities_of_a_stranger(tmp_path):
 def test_pickles_of_a_stranger(tmp_path, content, line):
     options = test_sources.refcoco_sample(tmp_path)
     (tmp_path / "refs(unc).p").write_bytes(content)
-    with pytest.raises(sources.SourceError, match=line) as error:
+    with pytest.raises(errors.UserError, match=line) as error:
         test_sources.read_all("refcoco", options)
     assert "\n" not in str(error.value)
 

@@ -2,7 +2,6 @@
 
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,19 +11,14 @@ from grain_jax.convert import export
 from grain_jax.train import run
 from tests import runs, tiny
 
-pytestmark = pytest.mark.xdist_group("records")
-
 RUN = dict(total_steps=2, checkpoint_every=1, **tiny.SHALLOW)  # as in test_data_identity.py
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_device):
     """2 steps on one device; both checkpoints are kept."""
     workdir = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        device = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda: device)
-        run.train(tiny.config(**RUN), workdir)
+    run.train(tiny.config(**RUN), workdir)
     return workdir
 
 

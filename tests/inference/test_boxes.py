@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 
 from grain_jax import inference
 from grain_jax.inference import scores
-from grain_jax.models import box_head, grain
+from grain_jax.models import grain
 from tests import perturbed
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)
@@ -126,12 +125,3 @@ def test_a_map_of_two_towers_pools_each_patch_alone(pool):
     (embed, *_) = applied(predictor, "embeddings", alone)
     expected = predictor.encode_text(TEXTS) @ np.asarray(embed[0])
     np.testing.assert_allclose(got[:, 1, 2], expected, atol=3e-6)
-
-
-def test_resize_map_is_bilinear():
-    maps = np.random.default_rng(2).normal(size=(2, 5, 5)).astype(np.float32)
-    expected = torch.nn.functional.interpolate(
-        torch.tensor(maps)[None], (13, 21), mode="bilinear", align_corners=False
-    )[0]
-    np.testing.assert_allclose(scores.resize_map(maps, 21, 13), expected, atol=1e-5)
-    assert box_head.token_boxes(25, 0).shape == (25, 4)

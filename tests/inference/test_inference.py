@@ -24,6 +24,11 @@ FEW, ONE = PICTURES[:3], PIL.Image.fromarray(PICTURES[0])
 CLASSES = {"wren": ["a short tail", "brown wings"], "red kite": ["has a forked tail"]}
 
 
+def normalised(image):
+    """uint8 [..., 3] by ImageNet's mean and std, float32."""
+    return (image.astype(np.float32) / 255.0 - schema.IMAGE_MEAN) / schema.IMAGE_STD
+
+
 @pytest.fixture(scope="module")
 def predictor():
     c = tiny.config(model__embed_dim=D)
@@ -65,7 +70,7 @@ def test_all_kinds_of_pictures_agree(predictor):
     close(np.linalg.norm(expected, axis=1), 1)
     assert np.abs(expected[0] - expected[1]).max() > 0.01
     pils = [PIL.Image.fromarray(p) for p in FEW]
-    for same in (pils, list(FEW), schema.rescale_pixels(FEW)):
+    for same in (pils, list(FEW), normalised(FEW)):
         close(predictor.encode_image(same), expected)
     large = np.random.default_rng(1).integers(0, 256, (3, 40, 25, 3)).astype(np.uint8)
     resized = np.stack([images.resize(PIL.Image.fromarray(p), S) for p in large])
@@ -73,7 +78,7 @@ def test_all_kinds_of_pictures_agree(predictor):
     # What is preprocessed goes with others.
     ready = predictor.preprocess(pils[1])
     assert ready.dtype == np.float32 and ready.shape == (S, S, 3)
-    close(ready, schema.rescale_pixels(FEW[1]))
+    close(ready, normalised(FEW[1]))
     np.testing.assert_array_equal(predictor.preprocess(ready), ready)
     close(predictor.encode_image([pils[0], ready, pils[2]]), expected)
 
@@ -162,7 +167,7 @@ def test_pictures_and_texts_from_a_generator(predictor, monkeypatch):
 
 
 def test_regions_are_the_models_last_layer(predictor):
-    few = schema.rescale_pixels(FEW)
+    few = normalised(FEW)
     image, region, boxes = applied(predictor, grain.GRAIN.encode_image, few)
     regions = predictor.encode_regions(few)
     close(regions.embed, region)

@@ -1,6 +1,7 @@
 """What a config leaves open: lanes, packing groups and rows."""
 
 import dataclasses
+import functools
 import json
 
 import jax.numpy as jnp
@@ -10,9 +11,16 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import states
 from grain_jax.core import errors
-from grain_jax.input_pipeline import derived, packing, records, synthetic, text_lengths
+from grain_jax.input_pipeline import (
+    derived,
+    packing,
+    preparation,
+    records,
+    synthetic,
+    text_lengths,
+)
 from grain_jax.input_pipeline.text_lengths import TextLengths
-from grain_jax.train import set_up, sharding, train_step
+from grain_jax.train import sharding, train_step
 from tests import record_sets, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of TFDS
@@ -40,7 +48,6 @@ def lengths(captions, descriptions, synthetic=None, records=None):
     descriptions = np.asarray(descriptions, np.int32).reshape(count, -1)
     return TextLengths(
         name="'birds'",
-        tokenizer="clip",
         records=records or count,
         captions=captions,
         synthetic=np.zeros(count, np.int32) if synthetic is None else np.asarray(synthetic),
@@ -84,12 +91,10 @@ def test_microbatches_and_a_set_of_few_shards_are_followed():
     config = open_config(batch_size=64, text__pack_group=32, text__pack_rows=64)
     assert numbers(resolve(config)[0])[:2] == (2, 32)
     with pytest.raises(
-        derived.DerivedError, match=r"got 3 shards in 'birds', .* need 4 lanes.*shards 4"
+        errors.UserError, match=r"got 3 shards in 'birds', .* need 4 lanes.*shards 4"
     ):
         resolve(config, derived.Limits(4, 4, {"birds": 3}))
-    with pytest.raises(
-        derived.DerivedError, match="set --config.text.pack_group=16|: --config.text"
-    ):
+    with pytest.raises(errors.UserError, match="set --config.text.pack_group=16|: --config.text"):
         resolve(config, derived.Limits(4, 4))
 
 
@@ -102,8 +107,8 @@ def drawn(images, seed):
 
 def test_rows_hold_other_images_of_the_same_kind():
     config = open_config(batch_size=2048, input__max_regions=5)
-    rows, _, _ = derived.rows_of(config, 16, [drawn(4096, 0)])
-    texts, _ = derived.draw(config, [drawn(16384, 1)], 16384, np.random.default_rng(99))
+    rows = derived.rows_of(config, 16, [drawn(4096, 0)])
+    texts = derived.draw(config, [drawn(16384, 1)], 16384, np.random.default_rng(99))
     scores = np.broadcast_to(-np.arange(5), texts.descriptions.shape)
 
     def misfits(rows):
@@ -123,13 +128,12 @@ def draw(sample, images=64, **keys):
 
 def test_texts_are_chosen_as_training_chooses_them():
     sample = lengths([70, 90], [[9, 8, 7], [6, 0, 0]], synthetic=[20, 0])
-    texts, too_long = draw(sample, descriptions_in_captions=1, synthetic_caption_rate=1.0)
+    texts = draw(sample, descriptions_in_captions=1, synthetic_caption_rate=1.0)
     both = np.column_stack([texts.captions, texts.descriptions])
     # 20, a comma and 7 more; 90 and 5 more are cut.
     assert {tuple(row) for row in both.tolist()} == {(28, 9, 8), (77, 6, 0)}
     assert np.count_nonzero(texts.descriptions, axis=1).tolist().count(2) == 32  # as often
-    assert too_long == 0.5
-    texts, _ = draw(sample, 4096, descriptions_in_captions=1, synthetic_caption_rate=0.25)
+    texts = draw(sample, 4096, descriptions_in_captions=1, synthetic_caption_rate=0.25)
     assert (texts.captions == 28).mean() == pytest.approx(0.125, abs=0.02)
 
 
@@ -137,15 +141,15 @@ def test_negatives_are_drawn_as_training_has_them():
     sample = lengths([10, 10], [[9, 8, 7], [6, 0, 0]])
     negatives = np.array([[[5, 6, 7], [4, 0, 0], [77, 77, 77]], [[90, 0, 0], [0] * 3, [0] * 3]])
     sample = sample._replace(negatives=negatives.astype(np.int32))
-    texts, _ = draw(sample, negatives_per_region=2)
+    texts = draw(sample, negatives_per_region=2)
     rows = {tuple(map(tuple, row)) for row in texts.negatives.tolist()}
     # Two of three that follow each other, from any of them on; the third region is not kept.
     assert rows == {((77, 0), (0, 0)), *(((a, b), (4, 0)) for a, b in ((5, 6), (6, 7), (7, 5)))}
-    assert draw(sample)[0].negatives.shape == (64, 2, 0)
+    assert draw(sample).negatives.shape == (64, 2, 0)
     config = lambda n: open_config(input__max_regions=2, input__negatives_per_region=n)
-    few, many = (derived.rows_of(config(n), 8, [sample])[0] for n in (0, 2))
+    few, many = (derived.rows_of(config(n), 8, [sample]) for n in (0, 2))
     assert few < many
-    assert derived.rows_of(config(2), 8, [sample._replace(negatives=negatives[..., :0])])[0] == few
+    assert derived.rows_of(config(2), 8, [sample._replace(negatives=negatives[..., :0])]) == few
 
 
 @pytest.mark.parametrize(
@@ -173,12 +177,13 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
     assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=4") == 0
     source = dict(input__source="records", input__name="tiny_set", input__data_dir=str(tmp_path))
     config = open_config(batch_size=8, **source)
-    mesh = sharding.make_mesh(config.mesh)  # 8 devices, one image each
-    derive = lambda workdir: set_up.derive(config, mesh, records, workdir)
+    limits = derived.Limits(8)  # one image each
+    stored = lambda workdir: functools.partial(states.newest_config, workdir)
+    derive = lambda workdir: preparation.derive(config, limits, records, stored(workdir))
 
     derived_config, line = derive(tmp_path / "run")
     assert numbers(derived_config) == (1, 1, 1)
-    assert "text.pack_rows=1 from 24 images of 'tiny_set': 0.00% of" in line
+    assert "text.pack_rows=1 from 24 images of 'tiny_set'" in line
     checkpoints = states.Checkpoints(tmp_path / "run", derived_config)
     state = train_step.TrainState(jnp.int32(1), *[{"x": jnp.zeros(2)}] * 6)
     checkpoints.save(state)

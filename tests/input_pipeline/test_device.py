@@ -43,27 +43,6 @@ def test_global_arrays_in_order_until_an_error(sharding):
     assert not threads()
 
 
-def test_a_wait_that_is_small_beside_the_step_does_not_count(monkeypatch, sharding):
-    """Seconds by a clock that a queue moves on: 0.9 ms, 5 ms of a second, 5 ms of 100."""
-    now = [0.0]
-    monkeypatch.setattr(device.time, "monotonic", lambda: now[0])
-    batches = device.Prefetch(source(3), sharding)
-    get = batches._queue.get
-    counts = []
-    for computing, waiting in ((0.0, 0.0009), (0.995, 0.005), (0.095, 0.005)):
-        now[0] += computing
-
-        def slow(*arguments, waiting=waiting, **options):
-            now[0] += waiting
-            return get(*arguments, **options)
-
-        batches._queue.get = slow
-        next(batches)
-        counts.append(batches.wait_steps)
-    assert counts == [0, 0, 1] and batches.wait_seconds == pytest.approx(0.0109)
-    batches.close()
-
-
 def test_depth_and_close(sharding):
     made, closed = [], []
 

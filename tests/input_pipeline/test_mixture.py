@@ -1,11 +1,9 @@
 """Mixtures of record sets: exact shares, each set's own epochs, and a stream that is a function of the step."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from grain_jax.checkpoint import files, states
+from grain_jax.core import errors
 from grain_jax.input_pipeline import order, record_files, records
 from tests import record_sets
 from tests.record_sets import numbers, take
@@ -94,15 +92,15 @@ def test_mixed_order_never_changes():
 def test_each_set_is_walked_once_an_epoch_of_its_own(folder):
     config = mixture(folder)
     assert records.num_examples(config) == 48
-    streams = lane_streams(take(config, 100))  # 200 records a lane
+    streams = lane_streams(take(config, 50))  # 100 records a lane
     for name, count in COUNTS.items():
         seen = []
         for stream in streams:
             part = stream[(stream >= FIRST[name]) & (stream < FIRST[name] + count)]
-            assert abs(len(part) - 200 * WEIGHTS[name]) < 2
+            assert abs(len(part) - 100 * WEIGHTS[name]) < 2
             length = count // LANES
             epochs = part[: len(part) // length * length].reshape(-1, length)
-            assert (np.sort(epochs) == np.sort(epochs[0])).all() and len(epochs) >= 10
+            assert (np.sort(epochs) == np.sort(epochs[0])).all() and len(epochs) >= 5
             assert len({tuple(epoch) for epoch in epochs}) > 1
             seen += epochs[0].tolist()
         assert sorted(seen) == list(range(FIRST[name], FIRST[name] + count))
@@ -125,12 +123,11 @@ def test_a_batch_is_a_function_of_step_and_lane(folder):
     """Not of the processes, nor of the step that a run resumed from."""
     config = mixture(folder, flip_rate=0.5, crop_min_area=0.5, shards_per_block=2)
     whole = take(config, 24)
-    parts = [take(config, 6, start_step=5, lanes=[lane]) for lane in range(LANES)]
+    parts = [take(config, 6, start_step=5, lanes=lanes) for lanes in ([0], [1, 2, 3])]
     for expected, *of_lanes in zip(whole[5:11], *parts, strict=True):
         record_sets.assert_batches_equal(record_sets.join(of_lanes), expected)
-    for step in (1, 5, 12, 23):  # inside and at the ends of blocks and of epochs
-        record_sets.assert_batches_equal(take(config, 1, start_step=step)[0], whole[step])
-    for got, expected in zip(take(config, 11, start_step=13), whole[13:], strict=True):
+    record_sets.assert_batches_equal(take(config, 1, start_step=23)[0], whole[23])
+    for got, expected in zip(take(config, 5, start_step=13), whole[13:18], strict=True):
         record_sets.assert_batches_equal(got, expected)
 
 
@@ -155,7 +152,7 @@ def test_resuming_opens_only_its_blocks(folder, monkeypatch):
 
 
 def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
-    with pytest.raises(order.OrderError) as error:
+    with pytest.raises(errors.UserError) as error:
         records.batches(mixture(folder, batch_size=16, pack_group=1, lanes=16))
     assert str(error.value).startswith(
         "input.lanes: got 16, expected at most 8, the number of shards of 'birds'; set input.lanes=8"
@@ -167,14 +164,3 @@ def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
         match="stones/1.0.0 has no split 'validation', expected one of train",
     ):
         records.batches(record_sets.config("", name="", datasets=values))
-
-
-def test_a_run_on_one_set_is_not_one_on_several(folder):
-    config = record_sets.config(folder, name="birds")
-    stored = dataclasses.asdict(config)
-    states.check_same_run(stored, config)
-    gone = {"mine": {"kind": "no_such_module:Gone", "option": 3}}  # decides no order
-    stored |= {"evals": gone, "checkpoint_best_metric": "eval/mine/x"}
-    states.check_same_run(stored, config)
-    with pytest.raises(files.CheckpointError, match=r"datasets\[0\].name: .* None, got 'bir"):
-        states.check_same_run(stored, mixture(folder))

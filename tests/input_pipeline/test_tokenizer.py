@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
+from grain_jax.core import errors
 from grain_jax.input_pipeline import clip_tokenizer, text_cleaning, tokenizer
 from grain_jax.input_pipeline.clip_tokenizer import END_OF_TEXT, START_OF_TEXT
 from tests import tiny
@@ -78,7 +79,6 @@ def test_text_ids_are_of_the_cleaned_lowered_text():
         (("one text",), "expected a list of texts"),
         (([None],), "got NoneType"),
         (([b"\xff"],), "not UTF-8"),
-        ((["a"], 2), "context_length 2: expected 3"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, message):
@@ -172,13 +172,17 @@ def test_each_tower_has_its_own(json_file, tmp_path):
     library.post_processor = template
     library.save(str(repeated))
     for folder, changes, line in (
-        (json_file.parent, dict(tokenizer="none/tokenizer.json"), "no such file, .*; put the text"),
+        (
+            json_file.parent,
+            dict(tokenizer="none/tokenizer.json"),
+            "no such file, expected the file that model.text.tok",
+        ),
         (json_file.parent, dict(tokenizer="t.txt"), "expected a tokenizer.json or"),
         (json_file.parent, dict(vocab_size=10), "ids up to 10, but model.text.vocab_size is 10"),
         (None, dict(tokenizer="clip", pad_id=1), "model.text.pad_id: got 1, expected 0"),
         (tmp_path, {}, "tokenizer.json: got a text of [0-9]+ tokens|fails on a text"),
     ):
-        with pytest.raises(tokenizer.TokenizerError, match=line) as error:
+        with pytest.raises(errors.UserError, match=line) as error:
             tokenizer.of_tower(dataclasses.replace(other, **changes), folder)(["a wren"], 8)
         assert "\n" not in str(error.value)
 
@@ -186,8 +190,6 @@ def test_each_tower_has_its_own(json_file, tmp_path):
 def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
     own_file = lambda folder, name: tokenizer.own_file(tower(tokenizer=str(name)), folder)
     assert own_file(json_file.parent, "tokenizer.json") == own_file(json_file.parent, json_file)
-    assert own_file(json_file.parent, "tokenizer.json").read_bytes() == json_file.read_bytes()
-    assert own_file(None, json_file) is None and own_file(json_file.parent, "other.json") is None
     # huggingface_hub's cache links to its blobs; a folder of another kind, or a link elsewhere, is a stranger's.
     for repository, inside in (("models--a--b", True), ("unpacked", False)):
         folder = tmp_path / repository / "snapshots" / "1"
@@ -199,13 +201,8 @@ def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
         assert (own_file(folder, "t.json") == folder / "t.json") == inside
         (folder / "link.json").symlink_to(json_file)
         assert own_file(folder, "link.json") is None
-    workdir = tmp_path / "run"
-    (workdir / "checkpoints" / "3").mkdir(parents=True)
-    names = "gs://no-bucket/t.json", "/gs/no-bucket/t.json", "/elsewhere/t.json"
-    assert not any(own_file(workdir / "checkpoints" / "3", name) for name in names)
-    shutil.copy(json_file, workdir / "t.json")
-    for name in names:  # the trainer's copy
-        assert own_file(workdir / "checkpoints" / "3", name) == workdir / "t.json"
+    names = "gs://no-bucket/t.json", "/gs/no-bucket/t.json"
+    assert not any(own_file(tmp_path / "checkpoints" / "3", name) for name in names)
 
 
 @pytest.mark.parametrize("word, end, highest", [(49409, 1, 49409), (1, 2**32 - 1, 2**32 - 1)])

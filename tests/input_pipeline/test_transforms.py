@@ -115,12 +115,8 @@ def test_captions():
     ],
 )
 def test_texts_that_mention_a_side(text, expected):
-    names = "captions", "regions/description", "regions/negatives/ragged_flat_values"
-    for name in (*names, "synthetic_caption"):
-        fields = dict.fromkeys(names[:2], tf.constant(["a bird"]))
-        fields["synthetic_caption"] = tf.constant("")
-        fields[name] = tf.constant(["a bird", text] if name in names else text)
-        assert transforms.mentions_side(fields).numpy() == expected
+    fields = {"regions/negatives/ragged_flat_values": tf.constant(["a bird", text])}
+    assert transforms.mentions_side(fields).numpy() == expected
 
 
 def test_a_dropped_box_takes_its_description_along():

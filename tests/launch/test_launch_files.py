@@ -200,23 +200,25 @@ def test_a_jobset_as_rendered_not_run(file, values):
     assert (limit, container["args"]) == (4, [command])
 
 
+CAUSES = {  # in the message of a Job that Kubernetes ended by its podFailurePolicy
+    "failed with exit code 2 matching": "FailJobSet",
+    "failed with exit code 75 matching": "RestartJobSetAndIgnoreMaxRestarts",
+    "failed with exit code 134 matching": "RestartJobSetAndIgnoreMaxRestarts",
+    "has condition DisruptionTarget matching": "RestartJobSetAndIgnoreMaxRestarts",
+}
+
+
 @pytest.mark.parametrize("file, values", [TPU_JOBSET, GPU_JOBSET])
-@pytest.mark.parametrize(
-    "cause, action",
-    [
-        ("failed with exit code 2 matching", "FailJobSet"),
-        ("failed with exit code 75 matching", "RestartJobSetAndIgnoreMaxRestarts"),
-        ("failed with exit code 134 matching", "RestartJobSetAndIgnoreMaxRestarts"),
-        ("has condition DisruptionTarget matching", "RestartJobSetAndIgnoreMaxRestarts"),
-    ],
-)
-def test_wrong_input_ends_a_jobset_and_a_preemption_starts_it_again(file, values, cause, action):
-    """`cause` is in the message of a Job that Kubernetes ended by its podFailurePolicy."""
+def test_wrong_input_ends_a_jobset_and_a_preemption_starts_it_again(file, values):
     policy = _jobset(file, **values)[0]["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 3  # of a Job that ended for another reason
     assert all(rule["onJobFailureReasons"] == ["PodFailurePolicy"] for rule in policy["rules"])
-    message = f"Container train for pod default/grain-0 {cause} FailJob rule at index 0"
-    applies = lambda rule: any(
-        re.search(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", [""])
-    )
-    assert next(rule["action"] for rule in policy["rules"] if applies(rule)) == action
+    for cause, action in CAUSES.items():
+        message = f"Container train for pod default/grain-0 {cause} FailJob rule at index 0"
+        applies = (
+            rule["action"]
+            for rule in policy["rules"]
+            for pattern in rule.get("onJobFailureMessagePatterns", [""])
+            if re.search(pattern, message)
+        )
+        assert next(applies) == action

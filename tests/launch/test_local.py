@@ -100,16 +100,3 @@ time.sleep(60)"""
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--processes=0", "--", "true"], ""),
-        (["--processes=2", "--", "no_such"], "cannot start no_such: No such file or directory"),
-    ],
-)
-def test_wrong_usage_is_one_line_and_status_2(flags, message):
-    done = subprocess.run([*LOCAL, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr
-    assert done.stderr.startswith("grain-jax local: ") and done.stderr.count("\n") == 1

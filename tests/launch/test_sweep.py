@@ -50,16 +50,6 @@ def test_names_are_of_what_differs():
         sweep_runs.name_points([{"seed": 0}, {"seed": 1}, {"seed": 0}])
 
 
-def test_faults_of_a_sweep_file_are_one_line(tmp_path):
-    for text, message in (
-        ("def sweep():\n    yield {}\n    oops\n", r"Y.py:3: NameError: name 'oops'"),
-        ("def sweep():\n    return []\n", r"got \[\], expected a function sweep"),
-    ):
-        (tmp_path / "Y.py").write_text(text)
-        with pytest.raises(errors.UserError, match=message):
-            sweep_runs.load_points(tmp_path / "Y.py")
-
-
 def test_every_point_is_checked_as_the_trainer_reads_it(tmp_path):
     faults = {
         "optim.learning_rte": (1.0, "no such key; did you mean optim.learning_rate?"),
@@ -150,7 +140,6 @@ class Scripts:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(jobs, "POLL", 0.02)
     monkeypatch.setattr(jobs, "SHOW", 0.1)
 
 
@@ -203,16 +192,21 @@ def test_the_progress_has_no_eta_before_a_run_has_finished(tmp_path):
     assert any(line.startswith("1 of 2 runs finished, ETA ") for line in after)
 
 
-def test_runs_that_share_a_dataset_wait_for_the_first_to_make_it(tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(jobs.Runner, "run", lambda self: seen.update(ready=self.ready))
-    prepared = dict(input__source="records", input__prepare="data.aviary")
-    runs = make(tmp_path, [{"seed": 0}, {"seed": 1}], **prepared)
+def test_a_missing_dataset_is_made_once_before_the_runs(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(jobs.Runner, "run", lambda self: called.append("runs"))
+
+    def make_it(command):
+        called.append(command[2:])
+        (tmp_path / "birds").mkdir()
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", make_it)
+    prepared = dict(input__source="records", input__prepare="data.aviary --name {name}")
+    where = dict(input__data_dir=str(tmp_path), input__name="birds")
+    runs = make(tmp_path, [{"seed": 0}, {"seed": 1}], **prepared, **where)
     sweep.train_here(runs, epath.Path(tmp_path), 1)
-    second = types.SimpleNamespace(name="seed=1")
-    assert not seen["ready"](second, frozenset({"seed=0"}))
-    pretend(runs[0], 1)
-    assert seen["ready"](second, frozenset({"seed=0"}))
+    assert called == [["data.aviary", "--name", "birds"], "runs"]
 
 
 def test_slots_share_gpus_or_cores(monkeypatch):
@@ -246,18 +240,17 @@ def test_slurm_gets_an_array_of_the_unfinished_runs(tmp_path):
         sweep_clusters.write("slurm", runs, epath.Path(tmp_path), None)
 
 
-@pytest.mark.parametrize("launcher, variables", [("gke", "SLICES TOPOLOGY"), ("gke-gpu", "")])
-def test_gke_gets_a_jobset_for_each_unfinished_run(tmp_path, monkeypatch, launcher, variables):
+def test_gke_gets_a_jobset_for_each_unfinished_run(tmp_path, monkeypatch):
     runs = make(tmp_path / "My_Sweep", [{"seed": s} for s in range(3)])
     pretend(runs[0], 10)
     workdir = runs[0].folder.parent
-    for name in [*variables.split(), "HOSTS", "CHIPS", "IMAGE"]:
+    for name in ("HOSTS", "CHIPS", "IMAGE"):
         monkeypatch.setenv(name, "2")
     monkeypatch.delenv("ACCELERATOR", raising=False)
     with pytest.raises(errors.UserError, match="set ACCELERATOR in the environment"):
-        sweep_clusters.write(launcher, runs, workdir, None)
+        sweep_clusters.write("gke-gpu", runs, workdir, None)
     monkeypatch.setenv("ACCELERATOR", "x")
-    *command, path = sweep_clusters.write(launcher, runs, workdir, None).split()
+    *command, path = sweep_clusters.write("gke-gpu", runs, workdir, None).split()
     assert command == ["kubectl", "apply", "-f"]
     pages = list(yaml.safe_load_all(epath.Path(path).read_text()))
     names = [page["metadata"]["name"] for page in pages]
@@ -273,7 +266,7 @@ def test_the_table_is_sorted_and_averages_over_seeds(tmp_path):
     for run, top1 in zip(runs, (0.5, 0.7, 0.8, 0.9)):
         pretend(run, 10, **{"eval/seen/chance": 0.1, "eval/seen/alpha_1.0/top1": top1})
     pretend(runs[3], 4, saved=False, **{"eval/seen/alpha_1.0/top1": 0.9})
-    rows = sweep_table.read(runs, [sweep_runs.finished(run) for run in runs])
+    rows = sweep_table.read(runs)
     metric = sweep_table.default_metric(rows)
     assert metric == "eval/seen/alpha_1.0/top1"
     first, *lines = sweep_table.text(rows, metric, False).splitlines()

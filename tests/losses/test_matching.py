@@ -47,9 +47,7 @@ def test_golden_matrices_have_scipys_total(every):
     assert checked == (2000 if every == 1 else 374)
 
 
-@pytest.mark.parametrize(
-    "queries,regions", [(5, 5), (6, 3), (3, 6), (5, 1), (8, 4), (4, 9), (12, 12)]
-)
+@pytest.mark.parametrize("queries,regions", [(6, 3), (5, 1), (4, 9), (12, 12)])
 def test_random_masks_equal_scipy(queries, regions):
     rng = np.random.default_rng(queries * 100 + regions)
     cost = rng.normal(size=(64, queries, regions)).astype(np.float32)
@@ -74,8 +72,9 @@ def test_permuting_regions_permutes_the_answer():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("queries,regions", [(5, 5), (3, 5), (8, 8), (7, 9)])
-@pytest.mark.parametrize("broken", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize(
+    "queries,regions,broken", [(5, 5, np.inf), (3, 5, -np.inf), (8, 8, np.nan), (7, 9, np.inf)]
+)
 def test_pairs_without_a_finite_cost_are_taken_only_where_nothing_else_is_left(
     queries, regions, broken
 ):

@@ -1,7 +1,6 @@
 """Streamed contrast against a float64 replica of the whole matrix, and what its compiled form holds in memory."""
 
 import dataclasses
-import functools
 import math
 import re
 
@@ -64,11 +63,8 @@ def _exact(contrast, both, rows, columns, of_rows, of_columns):
 @pytest.mark.parametrize(
     "contrast,both,devices,gather,tile,slices,precision",
     [
-        ("softmax", False, 1, 1, 7, 0, "highest"),
         ("softmax", False, 8, 1, 10, 2, "high"),
-        ("softmax", False, 8, 4, 24, 0, "highest"),
         ("softmax", True, 1, 1, 7, 0, "highest"),
-        ("softmax", True, 8, 1, 1024, 0, "highest"),
         ("softmax", True, 8, 1, 10, 1, "high"),
         ("softmax", True, 8, 2, 24, 2, "highest"),
         ("softmax", True, 8, 8, 50, 0, "highest"),
@@ -182,10 +178,8 @@ def _config_of_gradient(gather, captions):
     )
 
 
-@functools.cache
-def _program_of_gradient(gather, captions):
+def _program_of_gradient(c):
     """The compiled gradient of the losses on 8 devices."""
-    c = _config_of_gradient(gather, captions)
     mesh = sharding.make_mesh(c.mesh)
     outputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_outputs(c, width=WIDTH)
@@ -208,16 +202,11 @@ def _program_of_gradient(gather, captions):
     return step.lower(outputs, batch).compile().as_text()
 
 
-RINGS = pytest.mark.parametrize(
-    "gather,captions", [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), (2, 3)]
-)
-
-
-@RINGS
+@pytest.mark.parametrize("gather,captions", [pytest.param(2, 1, marks=pytest.mark.slow), (2, 3)])
 def test_memory_of_the_losses_does_not_hold_the_global_batch(gather, captions):
-    """No buffer of the compiled value and gradient is as large as the batch, however its shape is spelt."""
-    text = _program_of_gradient(gather, captions)
-    slots = _config_of_gradient(gather, captions).input.max_regions
+    """No buffer of the compiled gradient is as large as the batch (one ring: tests/train/test_train_step.py)."""
+    c = _config_of_gradient(gather, captions)
+    text, slots = _program_of_gradient(c), c.input.max_regions
     sizes = [
         math.prod(int(n) for n in shape.split(",") if n)
         for shape in re.findall(r"\b(?:f32|bf16|s32|pred)\[([\d,]*)\]", text)
@@ -229,4 +218,4 @@ def test_memory_of_the_losses_does_not_hold_the_global_batch(gather, captions):
     assert not forbidden & set(sizes), forbidden & set(sizes)
     assert max(sizes) < regions * WIDTH
     permutes = re.findall(r"= \S+ collective-permute\(|collective-permute-start\(", text)
-    assert permutes and ("all-gather" in text) == (gather > 1)
+    assert permutes and "all-gather" in text

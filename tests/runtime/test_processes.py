@@ -11,12 +11,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from grain_jax import inference
 from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
-from grain_jax.evaluate import encode, tables, test_sets, zeroshot
-from grain_jax.evaluate.base import Context
+from grain_jax.evaluate import encode, tables, test_sets
 from grain_jax.models import grain
 from grain_jax.runtime import processes
 from tests import tiny
@@ -45,20 +43,6 @@ def _write_pictures(folder, counts):
             paths.append(folder / name / f"{i:03d}.png")
             PIL.Image.fromarray(pixels.astype(np.uint8)).save(paths[-1])
     return paths
-
-
-def test_one_device_and_eight_count_the_same(model, tmp_path):
-    _write_pictures(tmp_path, (60, 40, 31))
-    config, params = model
-    results = []
-    for device in (jax.devices()[1], None):  # parameters that lie elsewhere keep the work there
-        placed = params if device is None else jax.device_put(params, device)
-        predictor = inference.Predictor(config, placed)
-        assert len(predictor._devices) == (8 if device is None else 1)
-        results.append(zeroshot.ZeroShot(images=str(tmp_path)).evaluate(predictor, Context(100)))
-    one, eight = results
-    assert one == eight and one["pictures"] == 131
-    assert 0.1 < one["alpha_1.0"]["top1"] < 0.9  # it is no answer that all would give
 
 
 def _numbers(results):

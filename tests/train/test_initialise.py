@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax.checkpoint import digests, saved_model, states
+from grain_jax.checkpoint import digests, pretrained, saved_model, states
 from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import tables
 from grain_jax.convert.big_vision import from_big_vision
@@ -35,17 +35,6 @@ def test_image_positions_are_resized_as_big_vision_does():
     np.testing.assert_array_equal(
         initialise.resize_image_positions(plane(4), 4, class_token=False), plane(4)
     )
-
-
-@pytest.mark.parametrize("new", [3, 9])
-def test_bicubic_is_torchs(new):
-    torch = pytest.importorskip("torch")
-    old = np.random.default_rng(0).standard_normal((36, 5)).astype(np.float32)
-    square = torch.from_numpy(old.reshape(1, 6, 6, 5).transpose(0, 3, 1, 2))
-    theirs = torch.nn.functional.interpolate(square, (new, new), mode="bicubic", antialias=True)
-    ours = initialise.resize_image_positions(old, new, class_token=False, method="bicubic")
-    theirs = theirs[0].permute(1, 2, 0).reshape(-1, 5).numpy()
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_text_positions_are_stretched_after_the_first_twenty():
@@ -231,7 +220,7 @@ def test_towers_of_our_own_checkpoints(tmp_path, monkeypatch):
         np.testing.assert_array_equal(array, expected[name])
     monkeypatch.setattr(hub, "download", lambda name: tmp_path / name.removeprefix("hf://ORG/"))
     other.init.update(dict.fromkeys(("image", "text", "decoder"), "hf://ORG/ours"))
-    initialise.check(config_lib.from_dict(other).init)
+    pretrained.check(config_lib.from_dict(other).init)
     assert _load(other).params.keys() == expected.keys()
     other.init.decoder = str(tmp_path / "ours")
     rest = len(expected) - len(loaded)
@@ -273,25 +262,28 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
 @pytest.mark.parametrize(
     "change,message",
     [
-        (
-            {"model.text.causal": False},
-            "text.packing: got True, expected False",
-        ),
+        ({"model.text.causal": False}, "text.packing: got True, expected False"),
         ({"model.text.pool": "last"}, "text.packing: got True, expected False"),
-        (
-            {"model.text.pool": "map"},
-            "or model.text.mask_padding=True",
-        ),
+        ({"model.text.pool": "map"}, "or model.text.mask_padding=True"),
         ({"input.text_length": 33}, "input.text_length: got 33, expected 3 to model.text.context"),
-        (
-            {"model.image.pool": "map"},
-            "model.image.pool, model.image.projection: got 'map', 'matrix'",
-        ),
-        (
-            {"model.text.cleaning": "none"},
-            "model.text.cleaning: got 'none', expected lower, which is",
-        ),
+        ({"model.image.pool": "map"}, "image.pool, model.image.projection: got 'map', 'matrix'"),
+        ({"model.text.cleaning": "none"}, "text.cleaning: got 'none', expected lower, which is"),
         ({"model.text.end_id": 10**6}, "model.text.end_id: got 1000000, expected less than"),
+        ({"model.image.keep": 1.5}, "model.image.keep: got 1.5, expected float, 0.01 to 1"),
+        (
+            {"model.image.rope": "centres", "model.image.heads": 16},
+            "model.image.rope: got 'centres', expected none unless",
+        ),
+        ({"model.image.positions": False}, "model.image.positions: got False, expected True"),
+        ({"model.image.rope": "axial"}, "rope: got 'axial', expected one of none, centres"),
+        (
+            {"optim.lora.rank": 4, "optim.layer_decay": 0.75},
+            "optim.layer_decay: got 0.75, expected 1",
+        ),
+        (
+            {"optim.lora.rank": 4, "optim.lora.modules": ("(",)},
+            "optim.lora.modules: got ('(',), expected regular",
+        ),
     ],
 )
 def test_configs_that_contradict_themselves(change, message):

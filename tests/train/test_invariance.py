@@ -1,11 +1,14 @@
-"""A step is the same on every mesh, in micro-batches, with rematerialisation and after a resume.
+"""A step is the same on every mesh, in micro-batches, with rematerialisation and after a resume; and what it costs.
 
 One table for all that a step may hold. Each row compiles two programs, and the further tests here read the same ones.
 """
 
 import functools
+import json
+import os
 import re
 import zlib
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +16,10 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
+from grain_jax.launch import hlo, hlo_collectives, hlo_work
 from grain_jax.models import grain
 from grain_jax.train import flops, forward, sharding, train_step
-from tests import tiny
+from tests import paths, tiny
 from tests.train import terms
 
 pytestmark = pytest.mark.long
@@ -252,3 +256,60 @@ def test_an_average_in_the_state_follows_the_parameters_and_is_sharded_as_they_a
     assert copied.term == of_params["terms"]["average"]
     again = jax.device_get(jax.eval_shape(program.term_state, program.state.params))
     jax.tree.map(lambda a, b: a.shape == b.shape or 1 / 0, again, program.state.term_state)
+
+
+COSTS = paths.GOLDENS / "step_cost.json"
+PLAIN = dict(batch_size=32, text__pack_group=4, text__pack_rows=8, mesh__data=8)
+# A little more than what rounding to tiles and choices of fusions change.
+SLACK = {"flops": 1.001, "bytes_accessed": 1.05, "temporary_bytes": 1.05, "collective_bytes": 1.01}
+
+
+def compiled_step(name):
+    """The step of `decoder` on eight devices, or of a plain model whose batch is cut in eight."""
+    if name == "all_axes":
+        return program_of("decoder", True)[2]
+    c = tiny.config(**PLAIN)
+    program = train_step.build(c, sharding.make_mesh(c.mesh), total_steps=10, steps_per_epoch=1)
+    return program.step.lower(program.state, program.batch).compile()
+
+
+@pytest.mark.parametrize("name", [pytest.param("data", marks=pytest.mark.slow), "all_axes"])
+def test_the_step_costs_no_more_than_recorded(name):
+    """FLOPs, bytes, temporaries and collectives, counted in the compiler's output with the flags of `tests.compiling`.
+
+    goldens/step_cost.json has them for one version of JAX. After a change that is meant to cost, UPDATE_GOLDENS=1
+    rewrites them, and the commit says why.
+    """
+    step, version = compiled_step(name), metadata.version("jaxlib")
+    module = hlo.parse(step.as_text())
+    costs = {
+        "flops": hlo_work.dot_flops(module),
+        "bytes_accessed": hlo_work.bytes_accessed(module),
+        "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
+    }
+    kinds: dict = {}
+    for x in hlo_collectives.collectives(module):
+        kind = kinds.setdefault(x.kind, {"count": 0, "bytes": 0})
+        kind["count"], kind["bytes"] = kind["count"] + x.count, kind["bytes"] + x.bytes
+    golden = json.loads(COSTS.read_text())
+    if os.environ.get("UPDATE_GOLDENS"):
+        golden |= {name: costs | {"collectives": kinds}, "jaxlib": version}
+        COSTS.write_text(json.dumps(golden, indent=2, sort_keys=True) + "\n")
+    recorded = golden[name]
+    assert set(kinds) <= set(recorded["collectives"])
+    if golden["jaxlib"] != version:  # another compiler fuses otherwise
+        assert costs["flops"] <= 1.05 * recorded["flops"]
+        return
+    for cost, value in costs.items():
+        assert value <= SLACK[cost] * recorded[cost], cost
+    for kind, collective in kinds.items():
+        assert collective["count"] <= recorded["collectives"][kind]["count"], kind
+        most = SLACK["collective_bytes"] * recorded["collectives"][kind]["bytes"]
+        assert collective["bytes"] <= most, kind
+
+
+def test_eight_devices_share_the_work_and_repeat_none():
+    """The recorded FLOPs of a device, times 8, are the model's own count for the batch (`flops.py`)."""
+    recorded, c = json.loads(COSTS.read_text()), tiny.config(**PLAIN)
+    per_batch = flops.per_image(c).train * c.batch_size
+    assert 8 * recorded["data"]["flops"] / per_batch == pytest.approx(1, abs=0.01)

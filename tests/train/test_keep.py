@@ -155,14 +155,6 @@ def test_flops_are_those_of_the_kept_tokens():
     assert flops.per_image(c).image == by_hand(16)
 
 
-@pytest.mark.parametrize("keep", [0, 1.5])
-def test_other_shares_are_refused(keep):
-    with pytest.raises(
-        errors.UserError, match=r"^model\.image\.keep: got .*, expected float, 0\.01 to 1"
-    ):
-        config(model__image__keep=keep)
-
-
 @pytest.mark.parametrize(
     "changes,message",
     [

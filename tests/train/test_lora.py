@@ -102,8 +102,8 @@ def test_step_0_is_the_base_with_factors_of_the_names_and_axes_of_their_maps():
 
 @pytest.mark.parametrize(
     "more",
-    [{}, dict(model__attention="pallas", model__image__width=128), ROTARY],
-    ids=["xla", "pallas", "rotary"],
+    [dict(model__attention="pallas", model__image__width=128), ROTARY],
+    ids=["pallas", "rotary"],
 )
 def test_folded_in_is_beside(more):
     c = tiny.small(**FACTORS, **TWO, model__image__depth=2, **more)
@@ -283,18 +283,6 @@ def test_towers_of_users_have_no_factors():
     )
     with pytest.raises(errors.UserError, match=message):
         lora.maps_of(model, c.optim.lora, shapes)
-
-
-@pytest.mark.parametrize(
-    "changes,line",
-    [
-        (dict(optim__layer_decay=0.75), "optim.layer_decay: got 0.75, expected 1"),
-        (dict(optim__lora__modules=("(",)), r"optim.lora.modules: got \('\(',\), expected regular"),
-    ],
-)
-def test_configs_that_contradict_themselves(changes, line):
-    with pytest.raises(config_lib.ConfigError, match=line):
-        tiny.small(**FACTORS | changes)
 
 
 @pytest.mark.parametrize("pattern,factor", [("image/.*", "lora_a"), (".*/lora_b", "lora_b")])

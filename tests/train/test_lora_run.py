@@ -18,27 +18,26 @@ RUN = dict(
     optim__lora__rank=4,
     optim__lora__alpha=6.0,
     ema_decay=0.9,
-    total_steps=4,
-    checkpoint_every=2,
+    total_steps=2,
+    checkpoint_every=1,
     checkpoint_keep=4,
     optim__learning_rate=0.02,
 )
 # Two towers compile sooner.
 TWO = dict(model__decoder=None, model__image__pool="mean", input__max_regions=0)
-EIGHT = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, microbatches=2, remat="qkv")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_device):
     workdir = tmp_path_factory.mktemp("lora") / "run"
-    run.train(tiny.small(**RUN, **TWO, **EIGHT), workdir)
+    run.train(tiny.small(**RUN, **TWO), workdir)
     return workdir
 
 
 def test_it_does_not_go_on_with_another_scale(finished):
     message = "optim.lora.alpha: the run in this workdir has 6, got 8; .* use another --workdir"
     with pytest.raises(files.CheckpointError, match=message):
-        run.train(tiny.small(**RUN | dict(optim__lora__alpha=8.0), **TWO, **EIGHT), finished)
+        run.train(tiny.small(**RUN | dict(optim__lora__alpha=8.0), **TWO), finished)
 
 
 def test_it_is_loaded_and_merged_as_it_was_trained(finished, tmp_path, capsys):

@@ -11,12 +11,13 @@ pytestmark = pytest.mark.long
 
 XLA = "RESOURCE_EXHAUSTED: Out of memory allocating 315363503480 bytes."
 LIBTPU = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.29G of 15.75G hbm."
+CONFIG = tiny.small(text__pack_group=1, text__pack_rows=6)  # the program of test_run.py
 KEYS = ("--config.microbatches", "--config.remat=full", "--config.mesh.fsdp")
 
 
 @pytest.fixture(scope="module")
 def sizes():
-    config = tiny.small()
+    config = CONFIG
     mesh = sharding.make_mesh(config.mesh)
     program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=1.0)
     return memory_check.state_bytes(program)
@@ -31,7 +32,7 @@ def test_a_run_that_does_not_fit_ends_before_the_first_step(
     monkeypatch.setattr(memory_check, "device_bytes", lambda: there)
     monkeypatch.setattr(run.device, "Prefetch", lambda *_: pytest.fail("the input was started"))
     with pytest.raises(errors.OutOfMemory) as caught:
-        run.train(tiny.small(), tmp_path)
+        run.train(CONFIG, tmp_path)
     line = str(caught.value)
     assert line.startswith("out of memory: the step needs ") and "\n" not in line
     assert part in line and f"a device has {memory_check.gigabytes(there)}" in line

@@ -10,9 +10,9 @@ from grain_jax.configs import regions
 from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.models import grain
 from grain_jax.train import initialise, sharding, train_step
-from tests import siglip as siglip_keys
 from tests import tiny
 from tests.paths import GOLDENS
+
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):

@@ -66,7 +66,7 @@ def test_workdir_holds_what_the_contract_says(finished):
 def test_a_run_whose_texts_do_not_fit_ends_and_saves_nothing(tmp_path, monkeypatch):
     """The counts are those of batches with fewer rows: the step is that of the other runs."""
     few = synthetic.batches(_config(text__pack_group=2, text__pack_rows=2))
-    real = run.sources.batches_of_run
+    real = synthetic.Synthetic.batches
 
     def with_lost_texts(*args, **options):
         for batch, lost in zip(real(*args, **options), few):
@@ -75,7 +75,7 @@ def test_a_run_whose_texts_do_not_fit_ends_and_saves_nothing(tmp_path, monkeypat
                 x[: len(getattr(lost, name))] = getattr(lost, name)
             yield batch._replace(**counts)
 
-    monkeypatch.setattr(run.sources, "batches_of_run", with_lost_texts)
+    monkeypatch.setattr(synthetic.Synthetic, "batches", with_lost_texts)
     with pytest.raises(
         metrics_writer.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"
     ):
@@ -93,14 +93,14 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
 
 
 def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
-    real = run.sources.batches_of_run
+    real = synthetic.Synthetic.batches
 
     def with_endless_boxes(*args, **options):
         for step, batch in enumerate(real(*args, **options), 1):
             boxes = batch.region_boxes_cxcywh * np.float32(1e30 if step == 4 else 1)
             yield batch._replace(region_boxes_cxcywh=boxes)
 
-    monkeypatch.setattr(run.sources, "batches_of_run", with_endless_boxes)
+    monkeypatch.setattr(synthetic.Synthetic, "batches", with_endless_boxes)
     said = r"loss_box is (nan|inf) at step 4; it was finite at step 3"
     with pytest.raises(metrics_writer.NotFinite, match=said):
         run.train(_config(), tmp_path)
@@ -178,8 +178,3 @@ def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, w
     shutil.rmtree(workdir / "checkpoints/10")
     run.train(_config(), workdir)
     _assert_goes_on(finished, workdir)
-
-
-def test_a_misspelt_best_metric_is_refused_before_it_compiles(tmp_path):
-    with pytest.raises(errors.UserError, match="got 'los', .* did you mean 'loss'"):
-        run.train(_config(checkpoint_best_metric="los"), tmp_path)

@@ -9,8 +9,10 @@ import re
 
 from etils import epath
 
+from grain_jax import config as config_lib
 from grain_jax.checkpoint import importers
 from grain_jax.checkpoint.pretrained import hub
+from grain_jax.core import errors
 
 NAMES = ("aviary-tiny",)
 # Other libraries' weights, by the last suffix: the kind of `grain-jax convert` that reads them.
@@ -47,6 +49,14 @@ def folder_of(path: epath.PathLike) -> epath.Path:
 def is_packaged(path: epath.PathLike) -> bool:
     """Whether a folder is a model of the package, whose files nothing changes."""
     return epath.Path(path).parent == _FOLDER
+
+
+def check(init: config_lib.Init) -> None:
+    """Raises UserError if a folder that `init` names is not there; none is read, and the Hub is not asked."""
+    for part in ("image", "text", "decoder"):
+        path = getattr(init, part)
+        if path and not hub.is_reference(path) and not folder_of(path).is_dir():
+            raise errors.UserError(f"init.{part}: {no_such(path)}")
 
 
 def conversion(path: epath.PathLike) -> str:

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import big_vision, output, parity, towers
+from grain_jax.convert import big_vision, output, parity, tables, towers
 from grain_jax.convert.exits import arrays, folder, needs
 from grain_jax.convert.faults import ConvertError, raise_any
 from grain_jax.convert.tables import Arrays
 from grain_jax.core import atomic
+from grain_jax.models import grain
 
 
 def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
@@ -30,14 +31,13 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     source_model = folder.read_towers(source)
     model = source_model.model
     raise_any(needs.BIG_VISION.faults(model))
-    state = _state(folder.flat(source_model))
+    state = _state(grain.flat(source_model.params))
     content = io.BytesIO()
     named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
     np.savez(content, **named)
     with output.writing(path):
         atomic.write_bytes(path, content.getvalue())
     proof = big_vision.prove(big_vision.read(path), model, source_model.params)
-    size = sum(array.size for array in state.values())
     mean, std = model.image.pixel_mean, model.image.pixel_std
     pixels = f"pixels not in a .npz: ([0, 1] - {list(mean)}) / {list(std)}"
     if (tuple(mean), tuple(std)) != towers.SIGLIP_PIXELS:
@@ -45,7 +45,6 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     tokenizer = f"tokenizer not in a .npz: {model.text.tokenizer}, texts {model.text.cleaning}"
     return proof.after(
         f"to-big-vision: {source_model.folder} -> {path}, its sub-trees img and txt",
-        f"{len(state)} arrays, {size:,} values, float32",
         f"{tokenizer}, padded with the id {model.text.pad_id}",
         pixels,
         f"for its config: {big_vision.sizes_of(model)}",
@@ -58,7 +57,7 @@ def _state(flat: Arrays) -> Arrays:
     for tower in ("image", "text"):
         if f"{tower}_projection/kernel" in flat:
             flat = arrays.with_projection(flat, tower, 0, bias=True)
-    state = folder.entries(big_vision.ROWS, flat)
+    state = tables.write(big_vision.ROWS, flat)
     return state | {
         row.theirs: state[row.theirs].reshape(1) for row in big_vision.SCALARS if row.ours in flat
     }

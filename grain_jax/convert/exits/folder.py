@@ -12,7 +12,7 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.convert import model_card, output, parity, tables
 from grain_jax.convert.faults import needing
-from grain_jax.convert.tables import Arrays, NamePair
+from grain_jax.convert.tables import Arrays
 from grain_jax.core import images
 from grain_jax.models import grain
 
@@ -44,19 +44,6 @@ def read_towers(path: epath.PathLike) -> SourceModel:
     return SourceModel(model, tables.nested(params), source.folder)
 
 
-def flat(source: SourceModel) -> Arrays:
-    """The parameters by flat name, float32."""
-    return {name: np.asarray(x, np.float32) for name, x in grain.flat(source.params).items()}
-
-
-def entries(rows: list[NamePair], params: Arrays) -> Arrays:
-    """The entries of all parameters. Raises ValueError where a parameter has no row."""
-    lost = params.keys() - {row.ours for row in rows}
-    if lost:
-        raise ValueError(f"parameters without a name in the format: {', '.join(sorted(lost))}")
-    return tables.write(rows, params)
-
-
 def write(
     target: epath.Path,
     source: SourceModel,
@@ -72,7 +59,7 @@ def write(
       target: the folder, as `output.check_free` returned it.
       source: the model.
       arrays: name of the file of the weights, and its arrays.
-      files: other files by name, as for `write_files`.
+      files: other files by name, as for `write_file`.
       prove: compares the folder with the model.
       lines: of the report.
       card: further arguments of `model_card.write`.
@@ -80,29 +67,18 @@ def write(
     Raises:
       ConvertError: safetensors is missing, or the folder cannot be written.
     """
+    name, state = arrays
+    with needing("safetensors", name):
+        import safetensors.numpy
+    content = safetensors.numpy.save(state, metadata={"format": "pt"})
     with output.replacing(target, MARK) as new:
-        write_files(new, *arrays, files)
+        for file, value in {**files, name: content}.items():
+            write_file(new / file, value)
         proof = prove(new)
-        text = model_card.write(source.model, model_card.read_run(source.folder), proof, **card)
+        text = model_card.write(source.model, source.folder, proof, **card)
         write_file(new / "README.md", text)
         write_file(new / MARK, {"parity": proof.verdict})
-    name, state = arrays
-    size = f"{name}: {sum(x.size for x in state.values()):,} values, float32"
-    return proof.after(lines[0], size, *lines[1:])
-
-
-def write_files(folder: epath.Path, weights: str, arrays: Arrays, files: Mapping[str, Any]) -> None:
-    """Writes the files (bytes, texts, or JSON values), and the arrays as safetensors.
-
-    Raises:
-      ConvertError: safetensors is missing.
-    """
-    with needing("safetensors", weights):
-        import safetensors.numpy
-    for name, content in files.items():
-        write_file(folder / name, content)
-    content = safetensors.numpy.save(arrays, metadata={"format": "pt"})
-    (folder / weights).write_bytes(content)
+    return proof.after(*lines)
 
 
 def write_file(path: epath.Path, content: Any) -> None:

@@ -15,7 +15,6 @@ from grain_jax.convert.exits import folder, needs, tokenizers
 from grain_jax.convert.faults import needing, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
-from grain_jax.core.version import __version__
 
 DESCRIPTION = "onnx.json"  # marks the folder
 PARTS = ("image", "text", "boxes", "maps")  # texts before maps, which take their embeddings
@@ -77,14 +76,11 @@ def _description(source: folder.SourceModel, path: epath.Path) -> dict[str, Any]
     """What `onnx.json` says of the files in `path`."""
     import torch
 
-    image, text, learnt = export.describe(inference.Predictor(source.model, source.params))
+    predictor = inference.Predictor(source.model, source.params)
     return {
-        "grain_jax": __version__,
         "torch": torch.__version__,
         "files": [f"{part}.onnx" for part in PARTS if (path / f"{part}.onnx").exists()],
-        "image": image | {"normalised_by": f"you: {_PREPARE}"},
-        "text": text | {"end": "found by the file"},
-        **learnt,
+        **export.describe(predictor, f"you: {_PREPARE}", "found by the file"),
     }
 
 

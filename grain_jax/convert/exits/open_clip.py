@@ -9,10 +9,11 @@ import PIL.Image
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.convert import formats, from_open_clip, output, parity, towers
+from grain_jax.convert import formats, from_open_clip, output, parity, tables, towers
 from grain_jax.convert.exits import arrays, folder, needs, timm_trunk, tokenizers
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.tables import Arrays
+from grain_jax.models import grain
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -56,7 +57,7 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     return folder.write(
         target,
         stored,
-        (WEIGHTS, _arrays(folder.flat(stored), model, bool(trunk))),
+        (WEIGHTS, _arrays(grain.flat(stored.params), model, bool(trunk))),
         {"open_clip_config.json": config, **token_files},
         lambda new: _prove(new, stored, has_tokenizer=not missing),
         [to, missing] if missing else [to],
@@ -82,63 +83,57 @@ with torch.no_grad():
 
 def _config(model: config_lib.Model, trunk: str, has_tokenizer: bool) -> dict[str, Any]:
     """model_cfg of open_clip_config.json."""
-    vision_cfg, text_cfg = _sizes(model)
-    for cfg, tower in ((vision_cfg, model.image), (text_cfg, model.text)):
-        if int(tower.width * cfg["mlp_ratio"]) != tower.mlp_dim:  # it cuts the product
-            cfg["mlp_ratio"] = (tower.mlp_dim + 0.5) / tower.width
-    if trunk:
-        vision_cfg = {
-            "image_size": model.image.image_size,
-            "timm_model_name": trunk,
-            "timm_model_pretrained": False,
-            "timm_pool": "map",
-            "timm_proj": "none" if model.image.projection == "none" else "linear",
-            "timm_proj_bias": model.image.projection == "affine",
-        }
-    if model.text.tokenizer != "clip":
-        text_cfg["pad_id"] = model.text.pad_id
-        if has_tokenizer:  # the files in the folder; any name says so
-            text_cfg["hf_tokenizer_name"] = "local"
-            text_cfg["tokenizer_kwargs"] = {"clean": "whitespace"}
-    quick = (model.image.activation, model.text.activation)[bool(trunk)] == "quick_gelu"
+    image, text = model.image, model.text
+    quick = (text if trunk else image).activation == "quick_gelu"
     stated: dict[str, Any] = {"embed_dim": model.embed_dim, "quick_gelu": quick}
-    if trunk:
-        stated["custom_text"] = True
     if model.logit_bias_init is not None:
         stated["init_logit_bias"] = model.logit_bias_init
-    return {**stated, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
-
-
-def _sizes(model: config_lib.Model) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`vision_cfg` and `text_cfg` of open_clip's own towers for a two-tower model."""
-    image, text = model.image, model.text
-    shared = lambda tower: dict(
-        width=tower.width,
-        layers=tower.depth,
-        mlp_ratio=tower.mlp_dim / tower.width,
-        act_kwargs=dict(approximate="tanh") if tower.activation == "gelu_tanh" else {},
-    )
-    vision_cfg = shared(image) | dict(
+    vision_cfg = _shared(image) | dict(
         image_size=image.image_size,
         head_width=image.width // image.heads,
         patch_size=image.patch_size,
         no_ln_pre=not image.pre_norm,
         pool_type="avg" if image.pool == "mean" else "tok",
         qk_norm=image.qk_norm,
-        norm_kwargs=dict(eps=image.norm_eps),
     )
-    text_cfg = shared(text) | dict(
+    if trunk:
+        stated["custom_text"] = True
+        vision_cfg = dict(
+            image_size=image.image_size,
+            timm_model_name=trunk,
+            timm_model_pretrained=False,
+            timm_pool="map",
+            timm_proj="none" if image.projection == "none" else "linear",
+            timm_proj_bias=image.projection == "affine",
+        )
+    text_cfg = _shared(text) | dict(
         context_length=text.context_length,
         vocab_size=text.vocab_size,
         heads=text.heads,
         no_causal_mask=not text.causal,
         proj_bias=text.projection == "affine",
         pool_type="argmax" if text.pool == "end" else text.pool,
-        norm_kwargs=dict(eps=text.norm_eps),
     )
     if text.pool == "end" and text.end_id is not None:
         text_cfg |= dict(pool_type="eos", eos_id=text.end_id)
-    return vision_cfg, text_cfg
+    if text.tokenizer != "clip":
+        text_cfg["pad_id"] = text.pad_id
+        if has_tokenizer:  # the files in the folder; any name says so
+            text_cfg |= dict(hf_tokenizer_name="local", tokenizer_kwargs={"clean": "whitespace"})
+    return {**stated, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+
+
+def _shared(tower: Any) -> dict[str, Any]:
+    ratio = tower.mlp_dim / tower.width
+    if int(tower.width * ratio) != tower.mlp_dim:  # open_clip cuts the product
+        ratio = (tower.mlp_dim + 0.5) / tower.width
+    return dict(
+        width=tower.width,
+        layers=tower.depth,
+        mlp_ratio=ratio,
+        act_kwargs=dict(approximate="tanh") if tower.activation == "gelu_tanh" else {},
+        norm_kwargs=dict(eps=tower.norm_eps),
+    )
 
 
 def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
@@ -151,7 +146,7 @@ def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
         flat, image = arrays.without_patch_bias(flat), formats.openai_image()
         flat = arrays.with_projection(flat, "image", model.image.width, bias=False)
     text = formats.openai_text("text." * has_trunk, has_matrix)
-    return folder.entries([*image, *text, *towers.SCALARS], flat)
+    return tables.write([*image, *text, *towers.SCALARS], flat)
 
 
 def _prove(target: epath.Path, source: folder.SourceModel, has_tokenizer: bool) -> parity.Report:

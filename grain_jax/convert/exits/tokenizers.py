@@ -32,7 +32,7 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
     """
     size, path = tower.vocab_size, None
     if tower.tokenizer == "clip" and size == clip_tokenizer.VOCAB_SIZE:
-        return _of_clip(tower.context_length), ""
+        return _of_clip(tower), ""
     if tower.tokenizer == "clip":
         why = (
             f"a vocabulary of {size} is not CLIP's of {clip_tokenizer.VOCAB_SIZE}; give the model"
@@ -81,26 +81,15 @@ def with_end(source: SourceModel) -> SourceModel:
 
 def of_transformers(
     tower: config_lib.TextTower, folder: epath.PathLike
-) -> tuple[dict[str, Any], str, list[str]]:
-    """As `files`, but no CLIP tokenizer for a tower that sees its padding; and lines for the report."""
+) -> tuple[dict[str, Any], str]:
+    """As `files`, but no CLIP tokenizer for a tower that sees its padding."""
     token_files, missing = files(tower, folder)
-    if token_files and _knows_padding(tower):
-        token_files, missing = (
-            {},
+    if token_files and tower.tokenizer == "clip" and not (tower.packable and tower.seeks_end):
+        return {}, (
             "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its"
-            f" padding, the id {tower.pad_id}; give the model token ids",
+            f" padding, the id {tower.pad_id}; give the model token ids"
         )
-    notes = [missing] if missing else []
-    if "spiece.model" in token_files:
-        notes.append(
-            "tokenizer: SiglipTokenizer, which needs the packages sentencepiece and protobuf"
-        )
-    return token_files, missing, notes
-
-
-def _knows_padding(tower: config_lib.TextTower) -> bool:
-    """Whether the output of a tower with CLIP's tokenizer depends on the id of the padding."""
-    return tower.tokenizer == "clip" and not (tower.packable and tower.seeks_end)
+    return token_files, missing
 
 
 def _config(kind: str, tower: config_lib.TextTower, **more: Any) -> dict[str, Any]:
@@ -114,39 +103,20 @@ def _config(kind: str, tower: config_lib.TextTower, **more: Any) -> dict[str, An
     }
 
 
-def _of_clip(context_length: int) -> dict[str, Any]:
-    """tokenizer.json and tokenizer_config.json, as nested dicts; texts are padded with the end token, as in its CLIP."""
-    from tokenizers import AddedToken, Regex, decoders, normalizers, processors
+def _of_clip(tower: config_lib.TextTower) -> dict[str, Any]:
+    """The files of a fast tokenizer; texts are padded with the end token, as in CLIP's of transformers."""
+    from tokenizers import AddedToken, decoders, normalizers, processors
 
     start, end = clip_tokenizer.SPECIAL
     library = clip_tokenizer.byte_pairs()
-    library.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Strip(),
-            normalizers.Lowercase(),
-        ]
-    )
     library.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}",
-        special_tokens=[(start, clip_tokenizer.START_OF_TEXT), (end, clip_tokenizer.END_OF_TEXT)],
+        single=f"{start} $A {end}", special_tokens=[*clip_tokenizer.SPECIAL.items()]
     )
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     # Normalised: the reference reads these names as special tokens in upper and lower case.
     library.add_special_tokens([AddedToken(t, special=True, normalized=True) for t in (start, end)])
-    return {
-        "tokenizer.json": json.loads(library.to_str()),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": start,
-            "eos_token": end,
-            "pad_token": end,
-            "model_max_length": context_length,
-            "model_input_names": ["input_ids"],
-            "clean_up_tokenization_spaces": False,
-        },
-    }
+    tokens = dict(bos_token=start, eos_token=end, pad_token=end)
+    return _fast(library, tower, [normalizers.NFC()], tokens)
 
 
 def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:
@@ -166,32 +136,35 @@ def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower) -> dict[str
 
 
 def _of_json(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:
-    """The files of a fast tokenizer that cleans texts as the tower's does, except for broken encodings and HTML entities.
-
-    {} if the file has no token with the id of the padding.
-    """
+    """The files of a fast tokenizer; {} if the file has no token with the id of the padding."""
     import tokenizers
-    from tokenizers import normalizers
 
     library = tokenizers.Tokenizer.from_str(tokenizer.content_of(path).decode())
     library.no_padding()
     library.no_truncation()
     pad = library.id_to_token(tower.pad_id)
-    if pad is None:
-        return {}
-    spaces = [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
-    punctuation = normalizers.Replace(tokenizers.Regex(r"[!-/:-@\[-`{-~]"), "")
+    return {} if pad is None else _fast(library, tower, [], dict(pad_token=pad))
+
+
+def _fast(
+    library: Any, tower: config_lib.TextTower, first: list[Any], tokens: dict[str, Any]
+) -> dict[str, Any]:
+    """The files of a tokenizer that cleans texts as the tower's does, except for broken encodings and HTML entities."""
+    from tokenizers import Regex, normalizers
+
+    spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    punctuation = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")
     cleaning = {
         "none": [],
         "lower": [*spaces, normalizers.Lowercase()],
         "canonical": [normalizers.Lowercase(), punctuation, *spaces],
     }[tower.cleaning]
     rest = [library.normalizer] if library.normalizer else []
-    library.normalizer = normalizers.Sequence([*cleaning, *rest])
-    more = dict(pad_token=pad, clean_up_tokenization_spaces=False)
+    library.normalizer = normalizers.Sequence([*first, *cleaning, *rest])
+    tokens = dict(tokens, clean_up_tokenization_spaces=False)
     return {
         "tokenizer.json": json.loads(library.to_str()),
-        "tokenizer_config.json": _config("PreTrainedTokenizerFast", tower, **more),
+        "tokenizer_config.json": _config("PreTrainedTokenizerFast", tower, **tokens),
     }
 
 

@@ -154,10 +154,6 @@ class AttentionPool(nn.Module):
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
-def _attention_pool(tower):
-    return AttentionPool(tower) if tower["pool"] == "map" else None
-
-
 def _projection(kind, width, out):
     """The matrix and the bias of a projection "none", "matrix" or "affine"; None for what it lacks."""
     matrix = None if kind == "none" else nn.Parameter(torch.empty(width, out))
@@ -272,7 +268,7 @@ class Backbone(nn.Module):
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
         self.ln_final = nn.LayerNorm(text["width"], eps=text["norm_eps"])
-        self.text_pool = _attention_pool(text)
+        self.text_pool = AttentionPool(text) if text["pool"] == "map" else None
         self.text_projection, self.text_projection_bias = _projection(
             text["projection"], text["width"], towers["embed_dim"]
         )
@@ -399,7 +395,7 @@ class PooledImage(nn.Module):
         super().__init__()
         image = towers["image"]
         self.kind, self.leading = image["pool"], _leading(image)
-        self.pool = _attention_pool(image)
+        self.pool = AttentionPool(image) if image["pool"] == "map" else None
         self.img_proj, self.img_proj_bias = _projection(
             image["projection"], image["width"], towers["embed_dim"]
         )
@@ -482,34 +478,22 @@ class Decoder(PooledImage):
 
 @dataclass
 class GrainRegions(ModelOutput):
-    """The predicted regions of the queries.
+    """The predicted regions of the queries."""
 
-    Args:
-      boxes_xyxy: [B, Q, 4], corners in [0, 1].
-      embeds: [B, Q, D], unit length.
-    """
-
-    boxes_xyxy: torch.FloatTensor | None = None
-    embeds: torch.FloatTensor | None = None
+    boxes_xyxy: torch.FloatTensor | None = None  # [B, Q, 4], corners in [0, 1]
+    embeds: torch.FloatTensor | None = None  # [B, Q, D], unit length
 
 
 @dataclass
 class GrainOutput(ModelOutput):
-    """The outputs of `GrainModel.forward`.
+    """The outputs of `GrainModel.forward`; embeddings have unit length."""
 
-    Args:
-      logits_per_image, logits_per_text: scaled cosines [B, N] and [N, B].
-      image_embeds, text_embeds: unit length, [B, D] and [N, D].
-      region_embeds: unit length, [B, Q, D]; with a region decoder, as the boxes.
-      boxes_xyxy: [B, Q, 4], corners in [0, 1].
-    """
-
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    region_embeds: torch.FloatTensor | None = None
-    boxes_xyxy: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None  # scaled cosines [B, N]
+    logits_per_text: torch.FloatTensor | None = None  # [N, B]
+    image_embeds: torch.FloatTensor | None = None  # [B, D]
+    text_embeds: torch.FloatTensor | None = None  # [N, D]
+    region_embeds: torch.FloatTensor | None = None  # [B, Q, D], with a region decoder, as the boxes
+    boxes_xyxy: torch.FloatTensor | None = None  # [B, Q, 4], corners in [0, 1]
 
 
 class GrainPreTrainedModel(PreTrainedModel):
@@ -612,10 +596,9 @@ class GrainModel(GrainPreTrainedModel):
         scores = alpha * _cosines(_unit(image), class_features)
         if alpha < 1:
             if descriptions is None or regions is None:
-                lacking = "regions, and the model has no region decoder"
-                if descriptions is None:
-                    lacking = "the descriptions' features of every class"
-                raise ValueError(f"alpha {alpha} needs {lacking}")
+                raise ValueError(
+                    f"alpha {alpha} needs a region decoder and descriptions of classes"
+                )
             best = [_cosines(_unit(regions), _unit(d)).amax(-1).mean(-1) for d in descriptions]
             scores = scores + (1 - alpha) * torch.stack(best, dim=1)
         return scores

@@ -41,18 +41,14 @@ class GrainImageProcessor(ImageProcessingMixin):
         )
 
     def _resize(self, image):
+        if not isinstance(image, PIL.Image.Image):
+            image = PIL.Image.fromarray(np.asarray(image))
+        # RGB before the resize: palette indices cannot be interpolated.
+        image = PIL.ImageOps.exif_transpose(image).convert("RGB")
         wanted = (self.size["width"], self.size["height"])
-        image = self._image(image)
         if image.size != wanted:
             image = image.resize(wanted, PIL.Image.Resampling.BICUBIC)
         return np.asarray(image)
-
-    def _image(self, image):
-        """A PIL image, upright and RGB."""
-        if not isinstance(image, PIL.Image.Image):
-            image = PIL.Image.fromarray(np.asarray(image))
-        image = PIL.ImageOps.exif_transpose(image)
-        return image.convert("RGB")  # before the resize: palette indices cannot be interpolated
 
 
 class GrainProcessor(ProcessorMixin):

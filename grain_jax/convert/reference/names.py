@@ -117,11 +117,13 @@ def state_dicts(params: Any) -> dict[str, dict[str, np.ndarray]]:
       ValueError: a parameter that no row has.
     """
     flat = grain.flat(params)
-    tables_of = {module: rows_of(module, flat) for module in TABLES}
-    lost = flat.keys() - {row.ours for rows in tables_of.values() for row in rows}
-    if lost:
-        raise ValueError(f"parameters without a name in torch: {', '.join(sorted(lost))}")
-    return {module: tables.write(rows, flat) for module, rows in tables_of.items()}
+    rows = {module: rows_of(module, flat) for module in TABLES}
+    of_backbone = {row.ours for row in rows["backbone"]}
+    parts = {
+        "backbone": {name: x for name, x in flat.items() if name in of_backbone},
+        "decoder": {name: x for name, x in flat.items() if name not in of_backbone},
+    }
+    return {module: tables.write(rows[module], part) for module, part in parts.items()}
 
 
 def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -148,8 +150,8 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
 
 def infer(
     states: StateDicts, heads: Mapping[str, int | None]
-) -> tuple[config_lib.Model, dict[str, list[str]]]:
-    """The model that these state dicts are the parameters of, and the assumptions in it, by tower.
+) -> tuple[config_lib.Model, list[str]]:
+    """The model that these state dicts are the parameters of, and a line for each assumption in it.
 
     The number of heads is in no state dict: it comes by flag, from the size of the qk-norm, or is assumed.
 
@@ -176,8 +178,7 @@ def infer(
             unroll=1,
         ),
     }
-    assumed: dict[str, list[str]] = {tower: [] for tower in TOWERS}
-    faults = []
+    assumed, faults = [], []
     for tower, fields in sizes.items():
         width, stated = fields["width"], None
         if tower == "image" and fields["qk_norm"]:  # the norm has the size of a head
@@ -187,12 +188,11 @@ def infer(
         number = next((x for x in (flag, stated, usual) if x is not None), None)
         if number is None:
             faults.append(f"--{tower}-heads: must be given; the width {width} does not tell them")
-        elif stated not in (None, number):
-            faults.append(f"{tower} heads: got {number}, but the checkpoint says {stated}")
-        elif number < 1 or width % number:
-            faults.append(f"{tower} heads: got {number}, expected a divisor of the width {width}")
+        elif number < 1 or width % number or stated not in (None, number):
+            expected = f"a divisor of the width {width}" if stated is None else stated
+            faults.append(f"{tower} heads: got {number}, expected {expected}")
         elif flag is stated is None:
-            assumed[tower].append(f"{number} heads; --{tower}-heads says otherwise")
+            assumed.append(f"ASSUMED  {tower}: {number} heads; --{tower}-heads says otherwise")
         fields["heads"] = number
     raise_any(faults)
     model = config_lib.Model(

@@ -1,7 +1,6 @@
 """The curves of a run: which of them share a chart, and the chart as SVG."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -17,6 +16,12 @@ _HEADLINES = {  # last part of the key of a main number -> label
     "/phrase_acc50": "phrase to box Acc@0.5",
     "/miou": "mIoU",
 }
+_GROUPS = {  # title of a chart -> how the names of its curves begin
+    "Share of the matched regions, by query": ("query_share/",),
+    "Regions": ("query_", "matched_", "region_description_accuracy"),
+    "Gradient norms": ("grad_norm",),
+    "Waiting for input": ("input_wait_",),
+}
 _POINTS = 400  # of a curve, at most
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 190, 52, 20  # of a chart, in its own units
 _COLOURS = 8  # --c0 to --c7 of core/base.css
@@ -31,33 +36,20 @@ class Chart(NamedTuple):
 
 def charts(series: Mapping[str, Curve]) -> list[Chart]:
     """The charts in the order of the page; each key is in one of them, but for numbers beside a main one."""
-    left, made = dict.fromkeys(series), []
-    for chart in _grouped(series):
-        labels = {key: label for key, label in chart.labels.items() if key in left}
-        if labels:
-            made.append(chart._replace(labels=labels))
-        for key in labels:
-            left.pop(key)
-    alone = [key for key in left if not key.startswith("eval/")]
-    return made + [Chart(key.replace("_", " "), {key: key}) for key in alone]
-
-
-def _grouped(series: Mapping[str, Curve]) -> Iterator[Chart]:
-    yield Chart("Losses", losses.labels_of(list(series)))
     evaluated = {
         key: _headline(key, label)
         for key, (steps, _) in series.items()
         for ending, label in _HEADLINES.items()
         if key.startswith("eval/") and key.endswith(ending) and len(steps) > 1
     }
-    yield Chart("Evaluations", evaluated)
-    shares = {k: f"query {int(k[12:]) + 1}" for k in series if re.fullmatch(r"query_share/\d+", k)}
-    yield Chart("Share of the matched regions, by query", shares)
-    matching = ("query_", "matched_", "region_description_accuracy")
-    yield Chart("Regions", {k: k.replace("_", " ") for k in series if k.startswith(matching)})
-    norms = {key: key.removeprefix("grad_norm/") for key in series if key.startswith("grad_norm")}
-    yield Chart("Gradient norms", norms)
-    yield Chart("Waiting for input", {k: k for k in series if k.startswith("input_wait_")})
+    made = [Chart("Losses", losses.labels_of(list(series))), Chart("Evaluations", evaluated)]
+    left = [key for key in series if key not in made[0].labels and not key.startswith("eval/")]
+    for title, beginnings in _GROUPS.items():
+        labels = {key: key for key in left if key.startswith(beginnings)}
+        made.append(Chart(title, labels))
+        left = [key for key in left if key not in labels]
+    made += [Chart(key.replace("_", " "), {key: key}) for key in left]
+    return [chart for chart in made if chart.labels]
 
 
 def _headline(key: str, label: str) -> str:

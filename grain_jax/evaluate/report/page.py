@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from grain_jax.core import atomic, html
+from grain_jax.core import atomic, errors, html
 from grain_jax.evaluate import tables
 from grain_jax.evaluate.report import charts, look, run_files
-from grain_jax.evaluate.report.arguments import NUM_IMAGES
+from grain_jax.evaluate.report.arguments import NUM_IMAGES, Report
 
 FILE = "report.html"
 _STYLES = epath.Path(__file__).parent / "page.css"
@@ -36,7 +37,7 @@ def write(
     Returns: the path of the page.
 
     Raises:
-      run_files.InputError: the folder holds no run.
+      errors.UserError: the folder holds no run.
     """
     run = run_files.read(workdir)
     looked = look.Looked({}, [], ["no model was loaded"])
@@ -44,29 +45,32 @@ def write(
         looked = look.look(workdir, predictor, run.config.get("evals", {}), num_images)
     path = epath.Path(output) if output else run.workdir / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, render(run, looked))
+    atomic.write_text(path, _render(run, looked))
     return path
 
 
-def render(run: run_files.RunFiles, looked: look.Looked) -> str:
-    """The HTML of the page."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`grain-jax report DIR`: writes the page of a run and prints its path; returns 0."""
+    args = Report.parse(arguments)
+    advice = f"give a smaller --num-images, or --no-model; or {errors.MORE_MEMORY}"
+    with errors.out_of_memory_in_a_line("report", lambda: advice):
+        path = write(args.workdir, output=args.output, num_images=args.num_images, model=args.model)
+    print(path)
+    return 0
+
+
+def _render(run: run_files.RunFiles, looked: look.Looked) -> str:
     step = f", step {run.step:,}" if run.step is not None else ""
     per_class = {
         f"{result.name}, {way} ({result.source})": shares
         for result in run.results
         for way, shares in result.per_class.items()
     }
-    unmeasured = "".join(
-        f"<li>{escape(line)}</li>" for line in [*run.unmeasured, *looked.unmeasured]
-    )
-    shown = json.dumps(run.config, indent=1, ensure_ascii=False)
+    lines = [*run.unmeasured, *looked.unmeasured]
+    unmeasured = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    config = escape(json.dumps(run.config, indent=1, ensure_ascii=False))
     parts = [
-        (
-            "results",
-            "Results",
-            "The last evaluations.",
-            _results(run.results),
-        ),
+        ("results", "Results", "The last evaluations.", _results(run.results)),
         (
             "curves",
             "Curves",
@@ -87,7 +91,7 @@ def render(run: run_files.RunFiles, looked: look.Looked) -> str:
             "".join(map(_card, looked.cards)),
         ),
         ("unmeasured", "Not measured", "", f"<ul>{unmeasured}</ul>" if unmeasured else ""),
-        ("config", "Config", "", f"<details><summary>config.json</summary><pre>{escape(shown)}</pre></details>"),
+        ("config", "Config", "", f"<details><summary>config.json</summary><pre>{config}</pre></details>"),
     ]  # fmt: skip
     grids = {"curves": "charts", "regions": "cards"}
     return html.document(
@@ -103,23 +107,17 @@ def render(run: run_files.RunFiles, looked: look.Looked) -> str:
 
 
 def _results(results: Sequence[run_files.Result]) -> str:
-    rows = [
-        f'<tr><th scope="row">{escape(label)}</th><td class="value">{_cell(*cells)}</td>'
-        f"<td>{escape(result.source)}</td></tr>"
-        for result in results
-        for row in tables.rows_of(result.kind, result.numbers)
-        for label, *cells in [tables.cells(result.name.replace("_", " "), result.numbers, row)]
-    ]
+    rows = ""
+    for result in results:
+        for row in tables.rows_of(result.kind, result.numbers):
+            parts = [row.interval, row.chance and f"chance {row.chance}"]
+            parts.append(row.pictures and f"of {row.pictures} pictures")
+            rows += f'<tr><th scope="row">{escape(f"{result.name}: {row.key}")}</th><td class="value"><b>{row.value}</b>'
+            rows += f" <small>{'; '.join(filter(None, parts))}</small></td><td>{escape(result.source)}</td></tr>"
     if not rows:
         return '<p class="none">Nothing has been evaluated.</p>'
     head = "".join(f'<th scope="col">{title}</th>' for title in ("measured", "value", "file"))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _cell(value: str, between: str, chance: str, count: str) -> str:
-    """A number with its interval, chance level and count."""
-    parts = [between, f"chance {chance}" if chance else "", f"of {count}" if count else ""]
-    return f"<b>{escape(value)}</b> <small>{escape('; '.join(filter(None, parts)))}</small>"
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
@@ -140,24 +138,22 @@ def _card(card: look.Card) -> str:
     width, height = card.size
     shapes, lines = "", ""
     for box in card.boxes:
-        colour = (
-            html.REGION_COLOURS[box.colour % len(html.REGION_COLOURS)]
-            if box.colour >= 0
-            else "#777"
-        )
-        x1, y1, x2, y2 = box.xyxy
-        corner = f'x="{x1 * width:.1f}" y="{y1 * height:.1f}" width="{(x2 - x1) * width:.1f}" height="{(y2 - y1) * height:.1f}"'
-        kind = "true" if box.cosine is None else "predicted"
-        shapes += (
-            f'<g class="{kind}"><title>{escape(box.text)}</title><rect class="halo" {corner}/>'
-        )
-        shapes += f'<rect class="line" {corner} style="stroke:{colour}"/></g>'
-        badge = f'<b class="badge" style="background:{colour}">{box.colour + 1 if box.colour >= 0 else ""}</b>'
-        more = "annotated" if box.cosine is None else f"cosine {box.cosine:.3f}"
+        colour, number, kind, more = "#777", "", "true", "annotated"
+        if box.colour >= 0:
+            colour = html.REGION_COLOURS[box.colour % len(html.REGION_COLOURS)]
+            number = str(box.colour + 1)
+        if box.cosine is not None:
+            kind, more = "predicted", f"cosine {box.cosine:.3f}"
         if box.right is not None:
             word = "right" if box.right else "wrong"
             more += f' <span class="{word}">{word}</span>'
-        lines += f'<li>{badge}<span>{escape(box.text)}</span><span class="more">{more}</span></li>'
+        x1, y1, x2, y2 = np.multiply(box.xyxy, (width, height, width, height))
+        corner = f'x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}"'
+        text = escape(box.text)
+        shapes += f'<g class="{kind}"><title>{text}</title><rect class="halo" {corner}/>'
+        shapes += f'<rect class="line" {corner} style="stroke:{colour}"/></g>'
+        lines += f'<li><b class="badge" style="background:{colour}">{number}</b><span>{text}</span>'
+        lines += f'<span class="more">{more}</span></li>'
     return (
         f'<figure class="card"><div class="image"><img src="{card.uri}" width="{width}" height="{height}" alt="">'
         f'<svg class="boxes" viewBox="0 0 {width} {height}" preserveAspectRatio="none">{shapes}</svg></div>'

@@ -6,15 +6,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from grain_jax.core import errors
+from grain_jax.core import errors, metrics_file
 from grain_jax.evaluate import tables
-from grain_jax.runtime import metrics_file
 
 _OTHERS = ("config.json", "results.json")  # JSON files that are no results of an evaluation
-
-
-class InputError(errors.UserError):
-    """A folder or file that holds nothing to report; the message is one line."""
 
 
 class Result(NamedTuple):
@@ -44,15 +39,15 @@ def read(workdir: epath.PathLike) -> RunFiles:
     Results are also those that `grain_jax.evaluate` wrote into the workdir, as NAME.json.
 
     Raises:
-      InputError: there is no such folder, or it holds no run.
+      errors.UserError: there is no such folder, or it holds no run.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
-        raise InputError(f"{workdir}: no such folder; expected the workdir of a run")
+        raise errors.UserError(f"{workdir}: no such folder; expected the workdir of a run")
     config = _json(workdir / "config.json")
-    lines, unmeasured = metrics_file.read(workdir)
+    lines, unmeasured = metrics_file.read(workdir), []
     if config is None and not lines:
-        raise InputError(
+        raise errors.UserError(
             f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
         )
     evals = (config or {}).get("evals", {})
@@ -79,15 +74,13 @@ def _json(path: epath.Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _of_training(
-    workdir: epath.Path, series: Mapping[str, Any], evals: Mapping[str, Mapping[str, Any]]
-) -> list[Result]:
+def _of_training(workdir: epath.Path, series: Mapping[str, Any], evals: Any) -> list[Result]:
     source, stored = "results.json", _json(workdir / "results.json")
     if stored is None:
         source = metrics_file.FILE
         stored = {key: values[-1] for key, (_, values) in series.items() if key.startswith("eval/")}
     return [
-        Result(name, str(evals.get(name, {}).get("kind", "")), source, numbers, {})
+        Result(name, evals.get(name, {}).get("kind", ""), source, numbers, {})
         for name, numbers in tables.by_evaluation(stored).items()
     ]
 

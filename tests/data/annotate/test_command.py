@@ -1,19 +1,87 @@
 """The command, killed and started again, with models that run here and with an endpoint; wrong usage."""
 
+import io
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from grain_jax.data.annotate import __main__ as command
 from tests import record_sets
 from tests.data import test_sources
-from tests.data.annotate import drill, endpoint
+from tests.data.annotate import endpoint, models
+from tests.paths import ROOT
 
 
-@pytest.mark.parametrize("troubles", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_each_picture_is_there_once_after_faults_and_a_kill(tmp_path, troubles):
-    drill.run(tmp_path, *drill.plant(tmp_path, 24), troubles)
+def plant(folder):
+    """Writes 12 good images and what goes wrong in a crawl; returns the causes of the faulty ones by name."""
+    record_sets.write_annotations(folder, 12, size=(40, 30))
+    (folder / "A.jsonl").unlink()
+    out = io.BytesIO()
+    record_sets.picture(0, (96, 96)).save(out, "JPEG")
+    jpeg = out.getvalue()
+    causes = {"truncated.jpg": "unreadable", "empty.jpg": "empty file", "text.jpg": "unreadable"}
+    causes |= {"1x1.png": "too small", "wide.jpg": "too large", "caption.jpg": "bad annotation"}
+    for name, content in (
+        ("truncated.jpg", jpeg[: len(jpeg) // 2]),
+        ("empty.jpg", b""),
+        ("text.jpg", b"404 Not Found\n" * 9),
+        ("caption.jpg", jpeg),
+    ):
+        (folder / name).write_bytes(content)
+    (folder / "caption.txt").write_bytes(b"caf\xe9")
+    record_sets.picture(0, (1, 1)).save(folder / "1x1.png")
+    record_sets.picture(0, (20_000, 40)).save(folder / "wide.jpg")
+    record_sets.picture(0, (40, 30)).convert("CMYK").save(folder / "cmyk.jpg")  # is no fault
+    (folder / "folder.jpg").mkdir()
+    (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
+    return causes | {"folder.jpg": "unreadable", "gone.jpg": "no such file"}
+
+
+def kill_in_the_middle(arguments, output):
+    """Starts the command, and kills it when two shards are done; returns these, with their times."""
+    command_line = [sys.executable, "-m", "grain_jax.data.annotate", *arguments]
+    done = output / "passes/describe"
+    with subprocess.Popen(command_line, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(done.glob("*.done"))) < 2:
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not (output / "A.jsonl").exists()
+    return {path: path.stat().st_mtime_ns for path in done.glob("*.done")}
+
+
+@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_each_picture_is_there_once_after_faults_and_a_kill(tmp_path, kill):
+    causes, output, killed = plant(tmp_path / "images"), tmp_path / "out", {}
+    flags = [f"--images={tmp_path / 'images'}", f"--output={output}", "--shard-size=4"]
+    slowly = lambda asked: endpoint.annotator(asked)._replace(seconds=0.05)
+    with endpoint.serve(slowly if kill else endpoint.annotator) as server:
+        ask = ["--passes=caption,describe", f"--endpoint={server.url}", "--chat=tiny"]
+        flags.append("--max-faults=1")
+        if kill:
+            killed = kill_in_the_middle([*flags, *ask, "--concurrency=1"], output)
+        assert command.main([*flags, *ask]) == 0
+        assert {path: path.stat().st_mtime_ns for path in killed} == killed  # not done again
+    detector = models.owlv2(tmp_path / "owlv2")
+    ground = ["--passes=ground", f"--detector={detector}", "--threshold=0.5"]
+    assert command.main([*flags, *ground]) == 0
+    lines, letters = (
+        [json.loads(line) for line in (output / name).read_text().splitlines()]
+        for name in ("A.jsonl", "failed.jsonl")
+    )
+    assert {letter["image"]: letter["cause"] for letter in letters} == causes
+    assert len(letters) == len(causes) and {letter["stage"] for letter in letters} == {"image"}
+    good = ["cmyk.jpg", *(f"{number:05d}.png" for number in range(12))]
+    assert sorted(line["image"] for line in lines) == sorted(good)
+    total = json.loads((output / "summary.json").read_text())["total"]
+    assert (total["images"], total["annotated"]) == (len(good) + len(causes), len(good))
+    assert total["faulty"] == len(causes)
+    assert total["caption"] == total["describe"] == total["ground"] == len(good)
+    assert total["regions"] == sum(len(line["regions"]) for line in lines) > 0
 
 
 @pytest.fixture
@@ -26,20 +94,6 @@ def pictures(tmp_path):
 def arguments(folder, output, *more):
     annotated = ["--source=annotations", f"--annotations={folder / 'A.jsonl'}"]
     return [f"--images={folder}", f"--output={output}", *annotated, *more]
-
-
-def test_what_a_source_has_is_taken_over(pictures, tmp_path):
-    output = tmp_path / "out"
-    assert command.main(arguments(pictures, output, "--shard-size=4", "--passes=none")) == 0
-    lines = [json.loads(line) for line in (output / "A.jsonl").read_text().splitlines()]
-    assert [line["image"] for line in lines] == [f"{i:05d}.png" for i in range(6)]
-    source = [json.loads(line) for line in (pictures / "A.jsonl").read_text().splitlines()]
-    for line, original in zip(lines, source, strict=True):
-        assert line["captions"] == [original["caption"], *original["captions"]]
-        assert line["synthetic_caption"] == original["synthetic_caption"]
-        descriptions = [[r["description"] for r in x["regions"]] for x in (line, original)]
-        assert descriptions[0] == descriptions[1]
-    assert len(list((output / "annotations").iterdir())) == 2
 
 
 def test_pictures_of_tar_shards_become_files(pictures, tmp_path):

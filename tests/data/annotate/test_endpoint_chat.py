@@ -6,6 +6,7 @@ import socket
 import PIL.Image
 import pytest
 
+from grain_jax.core import errors
 from grain_jax.data.annotate import chat, endpoint_chat
 from grain_jax.data.annotate.arguments import Annotate
 from tests.data.annotate import endpoint
@@ -79,7 +80,7 @@ def test_a_request_that_is_refused_is_not_repeated(status):
         client = _client(server.url, concurrency=1)
         prompts = ["List.", "bad", *["List."] * 20]
         if status in endpoint_chat._FATAL:  # it concerns every request
-            with pytest.raises(endpoint_chat.EndpointError, match=f"'tiny'.*status {status}: "):
+            with pytest.raises(errors.UserError, match=f"'tiny'.*status {status}: "):
                 client.answer([PICTURE] * 22, prompts)
             assert len(server.asked) < 10
         else:

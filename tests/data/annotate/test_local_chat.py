@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
+from grain_jax.core import errors
 from grain_jax.data.annotate import chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
 from tests.data.annotate import models
@@ -77,5 +78,5 @@ def test_models_that_cannot_be_used(tmp_path, folder):
         (tmp_path / "nothing-here", "nothing-here: cannot be loaded"),
         (plain, "no chat template"),
     ):
-        with pytest.raises(local_models.ModelError, match=line):
+        with pytest.raises(errors.UserError, match=line):
             load(name)

@@ -52,16 +52,6 @@ def test_workers_in_processes_and_a_shard_that_is_done(tmp_path, shards):
     assert lines_of(job, "failed", shards[1]) == []
 
 
-def test_passes_apart_give_the_same_as_together(tmp_path, shards):
-    with endpoint.serve() as server:
-        together = make_job(tmp_path / "a", server.url)
-        apart = [make_job(tmp_path / "b", server.url, [name]) for name in ("caption", "describe")]
-        for job in (together, *apart):
-            passes.Passes(job).annotate(shards[0])
-    for kind in ("annotations", "failed", "results"):
-        assert lines_of(job, kind, shards[0]) == lines_of(together, kind, shards[0])
-
-
 def test_rules_add_negatives_to_the_regions_of_the_source(tmp_path, shards):
     job = make_job(tmp_path, names=("negatives",), negatives=2)
     annotator, lines = passes.Passes(job), []

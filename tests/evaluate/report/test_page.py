@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from grain_jax.evaluate.report import __main__ as command
+from grain_jax.core import errors
 from grain_jax.evaluate.report import charts, look, page
 from tests.evaluate.report import workdirs
 from tests.evaluate.stub import measure
@@ -49,10 +49,10 @@ def _evals(folder):
 def test_it_holds_the_numbers(run):
     shown = _text(run[0] / "report.html")
     for phrase in (
-        "birds: top-1, alpha 1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 pictures",
-        "boxes: matched box IoU 0.464 chance 0.200",
-        "cifar10: top-1, alpha 1 60.0% chance 10.0%; of 40 pictures",
-        "cifar10: top-1, alpha 1, by name 50.0% chance 10.0%; of 40 pictures",
+        "birds: alpha_1.0/top1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 pictures",
+        "boxes: box_iou 0.464 chance 0.200",
+        "cifar10: alpha_1.0/top1 60.0% chance 10.0%; of 40 pictures",
+        "cifar10: by_name/alpha_1.0/top1 50.0% chance 10.0%; of 40 pictures",
         "cifar10, alpha 1.0 (suite.json) cat 25.0% ship 95.0%",
         "birds, alpha 1.0 (12 of 12 images)",
         "total 0.225",
@@ -99,7 +99,7 @@ def test_it_loads_nothing_and_texts_of_a_run_are_no_html(run):
 
 def test_files_alone(run, tmp_path, capsys):
     output = tmp_path / "new" / "page.html"
-    assert command.main([str(run[0]), "--no-model", "--output", str(output)]) == 0
+    page.main([str(run[0]), "--no-model", "--output", str(output)])
     assert capsys.readouterr().out == f"{output}\n"
     shown = _text(output)
     assert "no model was loaded" in shown and "Regions" not in shown and "cat 25.0%" in shown
@@ -118,10 +118,12 @@ def test_what_is_missing_is_a_line(run, tmp_path):
         assert str(tmp_path / name) in shown
 
 
-def test_wrong_use(tmp_path, capsys):
-    assert command.main([str(tmp_path / "none")]) == 2
-    assert command.main([str(tmp_path)]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 2
+@pytest.mark.parametrize(
+    "name, said", [("none", "no such folder"), ("", "has neither config.json")]
+)
+def test_wrong_use(tmp_path, name, said):
+    with pytest.raises(errors.UserError, match=said):
+        page.main([str(tmp_path / name)])
 
 
 @pytest.mark.quick
@@ -138,9 +140,9 @@ def test_which_curves_share_a_chart():
             "eval/s/miou": "s: mIoU",
             "eval/s/by_name/alpha_0.5/top1": "s: top-1, by name alpha 0.5",
         },
-        "Share of the matched regions, by query": {"query_share/1": "query 2"},
-        "Regions": {"matched_iou50": "matched iou50"},
-        "Gradient norms": {"grad_norm": "grad_norm", "grad_norm/image": "image"},
+        "Share of the matched regions, by query": {"query_share/1": "query_share/1"},
+        "Regions": {"matched_iou50": "matched_iou50"},
+        "Gradient norms": {"grad_norm": "grad_norm", "grad_norm/image": "grad_norm/image"},
         "Waiting for input": {"input_wait_fraction": "input_wait_fraction"},
         "mfu": {"mfu": "mfu"},
     }

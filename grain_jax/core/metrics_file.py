@@ -1,7 +1,7 @@
 """Reads `metrics.jsonl`.
 
-A line is a JSON object with a whole number `step`. A killed process leaves an incomplete last line, which is no
-fault. Every other line is a fault: it is counted, reported and left out.
+A line is a JSON object with a whole number `step`. A killed process leaves an incomplete last line. Other lines are
+counted on stderr and left out.
 """
 
 import json
@@ -25,27 +25,18 @@ class Line(NamedTuple):
     text: str  # the line of the file
 
 
-def read(workdir: epath.PathLike) -> tuple[list[Line], list[str]]:
-    """The valid lines of the file of a workdir, and a fault if there are others; [], [] without a file."""
+def read(workdir: epath.PathLike) -> list[Line]:
+    """The valid lines of the file of a workdir; [] without a file. Raises regular_file.FileError."""
     path = epath.Path(workdir) / FILE
     if not path.exists():
-        return [], []
-    try:
-        content = regular_file.read(path, _LONGEST, "a file of metrics")
-    except regular_file.FileError as error:
-        return [], [str(error)]
+        return []
+    content = regular_file.read(path, _LONGEST, "a file of metrics")
     *texts, cut_off = content.decode(errors="replace").split("\n")
-    parsed = [(number, text, _parse(text)) for number, text in enumerate(texts, 1) if text]
-    if last := _parse(cut_off):
-        parsed.append((len(texts) + 1, cut_off, last))
-    faults = [
-        f"{path}, line {number}: got {text[:40]!r}, expected a JSON object with a whole number step"
-        for number, text, line in parsed
-        if line is None
-    ]
-    if faults:
-        faults = [f"{faults[0]}; {len(faults)} of {len(parsed)} lines do not count"]
-    return [line for _, _, line in parsed if line], faults
+    lines = [_parse(text) for text in texts if text]
+    if wrong := lines.count(None):
+        expected = "expected JSON objects with a whole number step"
+        print(f"{path}: {wrong} of {len(lines)} lines left out, {expected}", file=sys.stderr)
+    return [line for line in (*lines, _parse(cut_off)) if line]
 
 
 def series(lines: Iterable[Line]) -> dict[str, tuple[list[float], list[float]]]:
