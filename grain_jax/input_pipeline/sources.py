@@ -14,7 +14,7 @@ import abc
 import importlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
