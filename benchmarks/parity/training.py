@@ -63,7 +63,7 @@ def adamw() -> Iterator[Comparison]:
     @jax.jit
     def step(params, grads):
         updates, _ = tx.update(grads, tx.init(params), params)
-        return optim.clip_logit_scale(optax.apply_updates(params, updates))
+        return optim.clip_logit_scales(optax.apply_updates(params, updates))
 
     named = torch_names.state_dicts(step(g.params, run()[1]))
     checksums = g.meta["adamw_checksum_after_[sum,sumabs]"]

@@ -160,6 +160,6 @@ def test_layer_decay_that_is_off_leaves_the_states_form():
 
 def test_logit_scale_is_clipped():
     for value, expected in ((-1.0, 0.0), (3.0, 3.0), (9.0, 4.6052)):
-        out = optim.clip_logit_scale({"logit_scale": np.float32(value), "x": 1})
+        out = optim.clip_logit_scales({"logit_scale": np.float32(value), "x": 1})
         np.testing.assert_allclose(out["logit_scale"], expected)
         assert out["x"] == 1
