@@ -19,7 +19,10 @@ from tests.paths import ROOT
 
 pytestmark = pytest.mark.quick
 
-SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+NEEDS_A_MODEL = "regions"  # has no default argument
+SHIPPED = sorted(
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", NEEDS_A_MODEL)
+)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "eval"])
