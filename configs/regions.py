@@ -3,7 +3,7 @@
 COMMAND   grain-jax train --config regions:START --workdir runs/regions \
               --config.input.data_dir=records --config.input.name=mine
 START     a model with two towers: of the Hugging Face Hub, e.g. hf://google/siglip2-base-patch16-224, a folder that
-          grain-jax convert wrote, or a run of yours. Scores of whole images stay those of START at every step.
+          grain-jax convert wrote, or a run of yours. START and the run score whole images alike, at every step.
 NEGATIVES --config.input.negatives_per_region=4 --config.loss.hard_negative=1 if the dataset has hard negatives.
 TOWERS    --config.optim.lora.rank=8 trains low-rank factors beside the towers, --config.optim.frozen="()" everything.
 HARDWARE  one GPU; a step costs less than half of one that trains everything.

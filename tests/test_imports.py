@@ -52,8 +52,8 @@ def test_import_boundaries(chain):
     assert done.stdout.splitlines() == [""] * len(chain)
 
 
-# What has no like in epath: its stat asks for the owner's name, which a container may not know; its resolve() follows no
-# links; core/atomic.py writes to pipes without waiting for a reader.
+# epath has nothing like these. Its stat asks for the owner's name, which a container may not know. Its resolve() follows
+# no links. core/atomic.py writes to pipes without waiting for a reader.
 ALLOWED = (
     "os.cpu_count os.sched_getaffinity os.getpid os.kill os._exit os.execv os.dup os.dup2 os.stat os.lstat"
     " os.open os.set_blocking os.fdopen os.sysconf os.strerror os.path.realpath shutil.get_terminal_size"

@@ -12,8 +12,7 @@ from grain_jax.evaluate.kinds import evaluator
 STEPS = 500
 ALPHAS = (1.0, 0.5)
 SPLITS = ("validation", "test")
-# How the text of a class is embedded: as the mean of its descriptions, as that mean with unit length (as in CLIP), or as
-# one sentence with all of them.
+# The embedding of a class: the mean of its descriptions, this mean with unit length (as in CLIP), or one sentence of all.
 WAYS = ("unseen", "unit", "sentence")
 SETTINGS = {
     "optim.warmup_steps": 60,

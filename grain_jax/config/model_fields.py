@@ -169,5 +169,5 @@ class Model:
 
     @property
     def regions_have_scale(self) -> bool:
-        """Whether regions have a logit scale and bias of their own: those of the towers stay as published."""
+        """Whether regions have a logit scale and bias of their own, since the towers keep theirs."""
         return self.decoder is not None and self.decoder.image_pool == "tower"

@@ -78,7 +78,7 @@ class Outputs(NamedTuple):
     pred_boxes_cxcywh: LayersOfImages
     logit_scale: Shared  # float32 [], the factor itself (the parameter is its logarithm)
     logit_bias: Shared  # float32 [], of contrastive loss type sigmoid; 0 in a model without
-    # float32 [] each, the same for regions; None: regions share those of images.
+    # float32 [] each, for the losses of regions; None: they use the two above.
     region_logit_scale: Shared = None
     region_logit_bias: Shared = None
     # float32 [B, R, D], the annotated boxes by the box head; None in a model without.

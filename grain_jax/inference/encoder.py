@@ -88,7 +88,7 @@ class Encoder:
 
     @property
     def region_logit_scale(self) -> float:
-        """The factor of the cosines of regions in their losses; without one of their own that of images."""
+        """The factor of the cosines in the losses of regions; `logit_scale` in most models."""
         own = self.params.get("region_logit_scale")
         return self.logit_scale if own is None else float(jnp.exp(own))
 

@@ -4,11 +4,10 @@
     python -m tests.wheel.run default newest:3.12
 
 A set is a file of constraints. The wheel is built once. `base` installs it without extras, so without TensorFlow and
-PyTorch, and goes through what that promises: train from a config file that lies anywhere, load, classify,
-evaluate, export and read back, report; what needs an extra must say which. The other sets install it with its
-extra `data`: every module is imported; images become records; a model is trained on them by TensorFlow, resumed,
-loaded, evaluated and packed; losses, tokens and resized images are compared with the goldens of the PyTorch reference.
-Prints a line a set; ends with status 1 and the output of the step that failed. Where a Python is not on the machine,
+PyTorch. It trains from a config file anywhere, loads, classifies, evaluates, exports, reads back and reports. What
+needs an extra must say which. The other sets install it with its extra `data` and import every module. They make
+records of images, train a model on them, resume, load, evaluate and pack it. Losses, tokens and resized images are
+compared with the goldens of the PyTorch reference. Prints a line per set; ends with status 1 and the output of the step that failed. Where a Python is not on the machine,
 the line says so. Needs PyPI or pip's cache.
 """
 
