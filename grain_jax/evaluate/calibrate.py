@@ -14,7 +14,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, TableRow, option
+from grain_jax.evaluate.base import STANDALONE, Context, option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -45,14 +45,7 @@ class Pairs(NamedTuple):
 class Calibrate(AnnotatedImages):
     """Probabilities and thresholds from the cosines of a validation set; stored beside the model."""
 
-    table = tuple(
-        TableRow(
-            f"{way}/{when}/{key}", f"{way}, {label} {when}", None, "held_out", "pictures", False
-        )
-        for way in ("image", "regions")
-        for key, label in (("ece", "ECE"), ("log_loss", "log loss"))
-        for when in ("before", "after")
-    )
+    shown = ("ece", "log_loss")
     lower_is_better = ("ece", "log_loss", "brier")
     kind: str = "calibrate"
     images: str = option(

@@ -16,7 +16,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, TableRow, expanduser, option
+from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, expanduser, option
 
 with epy.lazy_imports():
     import numpy as np
@@ -85,11 +85,7 @@ class Detection(Evaluator):
     """Average precision and recall of detected boxes."""
 
     example = "--annotations instances_val2017.json \\\n    --images val2017 --seen seen.txt"
-    table = tuple(
-        TableRow(f"{group}{key}", f"{group}{key.upper()}", None, f"{group}boxes", "boxes")
-        for group in ("", "seen/", "unseen/")
-        for key in ("ap", "ap50", "ap75", "ar1", "ar10", "ar100")
-    )
+    shown = ("ap", "ap50", "ap75", "ar1", "ar10", "ar100")
     kind: str = "detection"
     images: str = option("", "Folder of the images.", "DIR", required=True)
     annotations: str | None = option(

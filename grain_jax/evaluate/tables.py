@@ -65,6 +65,7 @@ class TableRow(NamedTuple):
 def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
     """The numbers that have an interval or a chance level; of an evaluator from outside the package all numbers."""
     rows = []
+    shown = kinds.find(kind).shown if kind in kinds.KINDS else ()
     for key, value in numbers.items():
         group, _, last = key.rpartition("/")
         names = f"{group}/chance_{last}", f"chance_{last}", _CHANCE_OF.get(last, "")
@@ -72,8 +73,8 @@ def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
         interval = _interval(numbers, key)
         if kind not in kinds.KINDS:
             rows.append(TableRow(key, f"{value:.3f}", interval, "", ""))
-        elif (interval or chance is not None) and not key.startswith(_IN_PARTS):
-            show = "{:.3f}" if re.search("_iou|_rank", key) else "{:.1%}"
+        elif (interval or chance is not None or last in shown) and not key.startswith(_IN_PARTS):
+            show = "{:.3f}" if re.search("_iou|_rank|_loss", key) else "{:.1%}"
             cell = "" if chance is None else show.format(chance)
             pictures = f"{numbers['pictures']:.0f}" if "pictures" in numbers else ""
             rows.append(TableRow(key, show.format(value), interval, cell, pictures))

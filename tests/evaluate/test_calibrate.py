@@ -147,7 +147,7 @@ def test_the_command_and_present(birds, capsys):
     assert status == 0
     out = capsys.readouterr().out
     assert f"stored: {birds}/model/calibration.json\n" in out
-    assert "calibrate: image, ECE after" in out
+    assert "calibrate: image/after/ece" in out
     assert json.loads((birds / "model" / "calibration.json").read_text()) == result["calibration"]
     assert result["regions"]["after"]["log_loss"] < result["regions"]["before"]["log_loss"]
     for by, embeds in (
