@@ -249,7 +249,9 @@ def fault_of(words: list[str]) -> str:
             of_package = (
                 argument and not argument.isupper() and not argument.startswith(("runs/", "hf://"))
             )
-            config = "finetune" if config == "regions" else config  # the same keys; no model to load
+            config = (
+                "finetune" if config == "regions" else config
+            )  # the same keys; no model to load
             given = f"{config}:{argument}" if of_package else config
             loading.load(given, found.overrides, resolve=lambda tree: tree)
     except errors.UserError as error:

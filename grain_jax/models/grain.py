@@ -56,9 +56,9 @@ class GRAIN(nn.Module):
             self.decoder = region_decoder.QueryDecoder(c.decoder, dtype, self.remat)
             self.box_mlp = region_decoder.BoxMLP(c.decoder.width, dtype)
             self.region_projection = project(c.decoder.width, "matrix")
-        if not c.tower_pools:
-            self.image_projection = project(c.decoder.width, "matrix")
-        else:
+            if not c.tower_pools:
+                self.image_projection = project(c.decoder.width, "matrix")
+        if c.tower_pools:
             if c.image.pool == "map":
                 self.image_pool = tower_layer.AttentionPool(c.image, dtype)
             if c.image.projection != "none":
