@@ -56,14 +56,14 @@ class Input:
     name: str = key("", "Name of the dataset: records are in data_dir/name/VERSION.", role="order")
     prepare: str | None = key(None, "Command that makes a missing dataset.", role="free")
     lanes: int | None = count(
-        None, "Parts that read own shards; None: derived.", low=1, role="order"
+        None, "Parts of the batch with shards of their own; None: derived.", low=1, role="order"
     )
     shards_per_block: int = count(1, "Shards that are shuffled together.", low=1, role="order")
     max_regions: int = count(5, "R, the most regions per image; the highest scores stay.")
     synthetic_caption_rate: float = share(0.5, "Probability of the synthetic caption.")
     descriptions_in_captions: int = count(0, "Descriptions that are added to the caption.")
     captions_per_image: int = count(
-        1, "1: web or synthetic; 2: both; 3: and descriptions.", low=1, high=3
+        1, "1: web or synthetic caption; 2: both; 3: also the descriptions.", low=1, high=3
     )
     text_length: int = count(0, "Tokens of the longest text; 0: context length.", high=1_000_000)
     negatives_per_region: int = count(0, "H, the hard negatives per region and visit.", high=1000)
@@ -111,7 +111,9 @@ class Loss:
     match_description: float = key(0.0, "Weight of -cosine(region, text) in the matching cost.")
     deep_supervision: bool = key(False, "Whether each earlier decoder layer adds its box loss.")
     tile: int = count(1024, "Side of a tile of the similarity matrix.", low=1, role="free")
-    gather: int = count(1, "Neighbouring devices that gather before the ring.", low=1, role="free")
+    gather: int = count(
+        1, "Neighbouring devices that exchange embeddings at once.", low=1, role="free"
+    )
     precision: str = key(
         "high",
         "Products of float32 embeddings on TPUs: high (three passes of bfloat16) or highest (six).",
@@ -164,7 +166,9 @@ class Optim:
     weight_decay: float = key(0.1, "Weight decay of AdamW; it is multiplied by the learning rate.")
     clip_norm: float = key(0.0, "Largest global norm of the gradients; 0: no clipping.", low=0)
     frozen: tuple[str, ...] = key((), "Regular expressions of parameters that stay as they are.")
-    layer_decay: float = key(1.0, "Learning rate factor per layer, top down.", low=0.01, high=1)
+    layer_decay: float = key(
+        1.0, "Factor on the learning rate per layer, from the last one down.", low=0.01, high=1
+    )
     lora: Lora = key(Lora)
 
 
@@ -192,14 +196,27 @@ class Config:
     """A whole run. The defaults are the recipe of the paper for GRAIN B/16 (docs/method.md, Training recipe)."""
 
     seed: int = key(0, "Seed of all draws.", low=-(2**63), high=2**63 - 1, role="order")
-    total_steps: int | None = count(None, "Length, or set total_epochs.", low=1, role="result")
+    total_steps: int | None = count(
+        None, "Number of training steps; set this or total_epochs.", low=1, role="result"
+    )
     total_epochs: float | None = key(
-        None, "Length, or set total_steps.", low=0, high=1_000_000, role="result"
+        None,
+        "Passes over the dataset; set this or total_steps.",
+        low=0,
+        high=1_000_000,
+        role="result",
     )
     batch_size: int = count(2048, "Images per step, over all devices.", low=1, role="order")
-    microbatches: int = count(1, "Parts of the batch for the towers.", low=1, role="free")
+    microbatches: int = count(
+        1, "Parts that the towers see one after another; the loss sees all.", low=1, role="free"
+    )
     dtype: str = key("bfloat16", "Type of the activations.", choices=DTYPES, role="numbers")
-    remat: str = key("none", "What is computed again.", choices=REMAT_POLICIES, role="free")
+    remat: str = key(
+        "none",
+        "Activations that the backward pass computes again.",
+        choices=REMAT_POLICIES,
+        role="free",
+    )
     ema_decay: float = share(0.0, "EMA decay of the parameters; 0 disables it.", role="numbers")
     log_every: int = count(50, "Steps between lines of metrics.jsonl.", low=1, role="free")
     checkpoint_every: int = count(1000, "Steps between checkpoints; 0: only the last.", role="free")
@@ -210,7 +227,10 @@ class Config:
     checkpoint_keep_every: int = count(0, "Multiples of this step are kept; 0: none.", role="free")
     checkpoint_best_metric: str = key("", "Metric whose best checkpoint is kept.", role="free")
     checkpoint_best_mode: str = key(
-        "max", "Which value is best.", choices=("max", "min"), role="free"
+        "max",
+        "Whether the largest or the smallest value is best.",
+        choices=("max", "min"),
+        role="free",
     )
     eval_every: int = count(0, "Steps between evaluations; 0: only after the last.", role="result")
     pictures: int = count(0, "Test images that the report draws with their regions.", role="free")

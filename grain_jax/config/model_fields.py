@@ -28,10 +28,16 @@ class ImageTower:
     mlp_dim: int = count(3072, "Hidden width of the MLP in each layer.", low=1, high=4 * WIDEST)
     qk_norm: bool = key(True, "Whether a LayerNorm normalises the queries and keys.")
     norm_eps: float = key(1e-6, "Epsilon of the LayerNorms.")
-    position_init: str = key("normal", "Initial positions.", choices=("normal", "sincos2d"))
+    position_init: str = key(
+        "normal", "Initial values of learned positions.", choices=("normal", "sincos2d")
+    )
     position_period: float = key(1e4, "Longest / shortest wave of position_init=sincos2d.", low=1)
-    block_init: str = key("trunc_normal", "Initial weights.", choices=("trunc_normal", "torch"))
-    unroll: int = count(0, "Layers per turn of the loop over layers; 0: derived.", high=DEEPEST)
+    block_init: str = key(
+        "trunc_normal",
+        "Initial weights of the layers: timm's or PyTorch's.",
+        choices=("trunc_normal", "torch"),
+    )
+    unroll: int = count(0, "Layers in the body of the loop over layers; 0: derived.", high=DEEPEST)
     class_token: bool = key(True, "Whether a learned class token precedes the patches.")
     patch_bias: bool = key(True, "Whether the projection of the patches has a bias.")
     pre_norm: bool = key(False, "Whether a LayerNorm precedes the first layer, as in CLIP.")
@@ -43,7 +49,11 @@ class ImageTower:
     layer_scale: bool = key(False, "Whether outputs of attention and MLP have learned factors.")
     mlp: str = key("plain", "MLP; gated has a second linear layer.", choices=("plain", "gated"))
     key_bias: bool = key(True, "Whether the projection to the keys has a bias.")
-    pool: str = key("none", "Pooling without a decoder.", choices=("none", "class", "map", "mean"))
+    pool: str = key(
+        "none",
+        "Pooling of the tokens; none if model.decoder pools.",
+        choices=("none", "class", "map", "mean"),
+    )
     keep: float = key(1.0, "Fraction of the patches that training keeps.", low=0.01, high=1)
     projection: str = key("matrix", "Map to joint space; affine has a bias.", choices=PROJECTIONS)
     pixel_mean: tuple[float, ...] = key((0.485, 0.456, 0.406), "Mean per channel in [0, 1].")
@@ -67,14 +77,18 @@ class TextTower:
     heads: int = size(8, "Number of attention heads; must divide width.")
     mlp_dim: int = count(2048, "Hidden width of the MLP in each layer.", low=1, high=4 * WIDEST)
     norm_eps: float = key(1e-5, "Epsilon of the LayerNorms.")
-    unroll: int = count(0, "Layers per turn of the loop over layers; 0: derived.", high=DEEPEST)
+    unroll: int = count(0, "Layers in the body of the loop over layers; 0: derived.", high=DEEPEST)
     causal: bool = key(True, "Whether a token sees only the tokens before it.")
     activation: str = key("quick_gelu", "Activation of the MLP.", choices=ACTIVATIONS)
     pool: str = key("end", "Pooling of the tokens.", choices=("end", "last", "map", "mean"))
     mask_padding: bool = key(False, "Whether attention and pooling ignore the padding.")
     projection: str = key("matrix", "Map to joint space; affine has a bias.", choices=PROJECTIONS)
     tokenizer: str = key("clip", "clip, or the path of a tokenizer.json or SentencePiece .model.")
-    cleaning: str = key("lower", "Cleaning of texts.", choices=("lower", "canonical", "none"))
+    cleaning: str = key(
+        "lower",
+        "Cleaning of texts before they become tokens.",
+        choices=("lower", "canonical", "none"),
+    )
     pad_id: int = count(0, "Token id of the padding; it matters if the tower sees it.")
     end_id: int | None = count(None, "Token id that ends a text. None: the highest id of the text.")
 
@@ -116,10 +130,10 @@ class RegionDecoder:
     dropout: float = key(0.1, "Dropout rate in training.", low=0, high=0.99)
     norm_eps: float = key(1e-5, "Epsilon of the LayerNorms.")
     qkv_init_gain: float = key(1.0, "Factor on initial query, key and value weights.", low=0)
-    unroll: int = layers(1, "Layers per turn of the loop over layers.")
+    unroll: int = layers(1, "Layers in the body of the loop over layers.")
     image_pool: str = key(
         "query",
-        "Image embedding: of the image query, the sum of all queries, or of the image tower.",
+        "Image embedding: that of the image query, of all queries, or of the image tower.",
         choices=("query", "all", "tower"),
     )
 
@@ -133,7 +147,7 @@ class RegionDecoder:
 class BoxHead:
     """Embeddings of given boxes, beside the decoder or instead of it (models/box_head.py)."""
 
-    kind: str = key("none", "Head for the user's boxes.", choices=("none", "roi_align"))
+    kind: str = key("none", "Head that embeds given boxes.", choices=("none", "roi_align"))
     bins: int = count(1, "Parts per side of a box, each with its own weights.", low=1, high=64)
     samples: int = count(4, "Sampled points per side of such a part.", low=1, high=64)
 
