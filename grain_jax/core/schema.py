@@ -78,15 +78,15 @@ class Outputs(NamedTuple):
     pred_boxes_cxcywh: LayersOfImages
     logit_scale: Shared  # float32 [], the factor itself (the parameter is its logarithm)
     logit_bias: Shared  # float32 [], of contrastive loss type sigmoid; 0 in a model without
-    # float32 [] each, for the losses of regions; None: they use the two above.
-    region_logit_scale: Shared = None
-    region_logit_bias: Shared = None
     # float32 [B, R, D], the annotated boxes by the box head; None in a model without.
     box_embed: Images = None
     # float32 [B, R, H, D], the negatives of the descriptions; None if the batch has none.
     negative_text_embed: Images = None
     # Name -> losses.local.LocalOutput, of the local loss terms; None in a run without.
     local: OfTerms = None
+    # float32 [] each, for the losses of regions; None: they use `logit_scale` and `logit_bias`.
+    region_logit_scale: Shared = None
+    region_logit_bias: Shared = None
 
     @property
     def region_scale_and_bias(self) -> tuple[Array, Array]:
