@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from examples.tower import mixer
 from grain_jax import config as config_lib
 from grain_jax.train import run, sharding, train_step
 from tests import tiny
 
-TOWER = "examples.tower.mixer:Mixer"
+TOWER = f"{mixer.__name__}:Mixer"  # imported, as a stored config asks
 
 
 def config(steps=3, mesh=(8, 1, 1), **overrides):
