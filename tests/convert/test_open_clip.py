@@ -87,9 +87,9 @@ def test_hugging_face(kind, tmp_path):
     np.testing.assert_allclose(params["logit_scale"], module.logit_scale.detach().numpy().item())
     assert ("logit_bias" in params) == (kind != "CLIP")
     config = config_lib.from_dict(finetune.get_config(str(tmp_path / "ours")))
-    assert config.model.decoder.queries == 8 and config.model.image.pool == "none"
+    assert config.model.decoder.queries == 8 and config.model.decoder.image_pool == "tower"
     loaded = initialise.load(config).params
-    assert {x.split("/")[0] for x in loaded} == {"image", "text", "text_norm", "text_projection"}
+    assert {x.split("/")[0] for x in loaded} == params.keys()  # with pooling and logit scale
 
 
 @pytest.mark.parametrize("pad", [1, None])
