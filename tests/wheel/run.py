@@ -110,7 +110,7 @@ BASE = (
     ("images", fresh.IMAGES.format(images_a_class=3), "", 0),
     ("train", TRAIN, "Everything of this run is in run", 0),
     LOAD,
-    ("zeroshot", MEASURE.format("zeroshot", "classes"), "6 pictures", 0),
+    ("zeroshot", MEASURE.format("zeroshot", "classes"), "alpha_1.0/top1", 0),
     ("grounding", MEASURE.format("grounding", ".") + " --annotations A.jsonl", "", 0),
     ("export", "export --checkpoint run --output exported", "regions: boxes_xyxy", 0),
     ("export, read back", READ_BACK, "", 0),
@@ -127,7 +127,7 @@ DATA = (
     ("train, resumed", f"{RECORDS} --config.total_steps=6", "resumed at step 4", 0),
     LOAD,
     ("convert", "convert pack --input run --output packed", "PROVEN", 0),
-    ("evaluate", MEASURE.replace("run", "packed", 1).format("zeroshot", "classes"), "32 ", 0),
+    ("evaluate", MEASURE.replace("run", "packed", 1).format("zeroshot", "classes"), "alpha_1.0/top1", 0),
     ("goldens", GOLDENS, "preprocessing, tf 26", 0),
 )
 
