@@ -1,4 +1,9 @@
-"""The keys in which SigLIP differs from the defaults of the towers."""
+"""The keys in which SigLIP differs from the defaults of the towers, and a small SigLIP."""
+
+import numpy as np
+
+from grain_jax.convert.big_vision import from_big_vision
+from tests.paths import GOLDENS
 
 IMAGE = dict(
     qk_norm=False,
@@ -22,3 +27,11 @@ TEXT = dict(
     cleaning="canonical",
     pad_id=1,
 )
+
+
+def convert_golden(root):
+    """The folder of ours below `root` with the towers of big_vision's golden."""
+    with np.load(GOLDENS / "big_vision_map.npz") as stored:
+        np.savez(root / "m.npz", **{k: v for k, v in stored.items() if k.startswith("params/")})
+    from_big_vision(root / "m.npz", root / "ours")
+    return root / "ours"

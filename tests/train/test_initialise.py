@@ -10,14 +10,12 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import digests, pretrained, saved_model, states
 from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import tables
-from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.core import errors
 from grain_jax.evaluate import kinds
 from grain_jax.models import grain
 from grain_jax.train import initialise, optim, sharding, train_step
 from tests import siglip as siglip_keys
 from tests import tiny
-from tests.paths import GOLDENS
 
 pytestmark = pytest.mark.long
 
@@ -56,11 +54,8 @@ def test_text_positions_are_stretched_after_the_first_twenty():
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory):
     """(folder of ours with the towers of big_vision's golden, their arrays by our names)."""
-    root = tmp_path_factory.mktemp("siglip")
-    with np.load(GOLDENS / "big_vision_map.npz") as stored:
-        np.savez(root / "m.npz", **{k: v for k, v in stored.items() if k.startswith("params/")})
-    from_big_vision(root / "m.npz", root / "ours")
-    return root / "ours", grain.flat(saved_model.load_model(root / "ours")[1])
+    folder = siglip_keys.convert_golden(tmp_path_factory.mktemp("siglip"))
+    return folder, grain.flat(saved_model.load_model(folder)[1])
 
 
 def _siglip(path, **overrides):

@@ -7,21 +7,15 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.configs import regions
-from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.models import grain
 from grain_jax.train import initialise, sharding, train_step
-from tests import tiny
-from tests.paths import GOLDENS
+from tests import siglip, tiny
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """The folder of a SigLIP: the towers of big_vision's golden."""
-    root = tmp_path_factory.mktemp("siglip")
-    with np.load(GOLDENS / "big_vision_map.npz") as stored:
-        np.savez(root / "m.npz", **{k: v for k, v in stored.items() if k.startswith("params/")})
-    from_big_vision(root / "m.npz", root / "ours")
-    return root / "ours"
+    return siglip.convert_golden(tmp_path_factory.mktemp("siglip"))
 
 
 def _config(folder, **overrides):
