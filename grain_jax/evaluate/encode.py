@@ -155,6 +155,7 @@ def embed(
     *,
     regions: bool = False,
     boxes_of: BoxesOf | None = None,
+    predicted_boxes: bool = False,
 ) -> dict[str, np.ndarray]:
     """The arrays of `Encoded` for a batch. Raises inference.InputError if the model gives numbers that are not finite."""
     if regions:
@@ -167,6 +168,8 @@ def embed(
     if boxes_of is not None:
         boxes = [boxes_of(*pair) for pair in zip(batch.index.tolist(), batch.sizes.tolist())]
         box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes))
+    elif predicted_boxes:
+        box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes_xyxy))
     arrays = dict(image_embed=image_embed, boxes_xyxy=boxes_xyxy, embed=region_embed)
     arrays |= dict(box_embed=box_embed)
     stream.check_finite(*arrays.values())
@@ -180,6 +183,7 @@ def gather_images(
     label: str,
     regions: bool = False,
     boxes_of: BoxesOf | None = None,
+    predicted_boxes: bool = False,
     batch_size: int = BATCH_SIZE,
 ) -> Encoded:
     """All readable images of a set, encoded, the same on every process; raises as `over_images` and `embed`.
@@ -189,11 +193,14 @@ def gather_images(
       images, label, batch_size: as for `over_images`.
       regions: whether region embeddings are computed too.
       boxes_of: gives the boxes of each image, which are embedded too; None: no boxes.
+      predicted_boxes: whether the box head embeds the boxes of the regions instead.
     """
     arrays, unreadable = over_images(
         images,
         resizing(predictor),
-        functools.partial(embed, predictor, regions=regions, boxes_of=boxes_of),
+        functools.partial(
+            embed, predictor, regions=regions, boxes_of=boxes_of, predicted_boxes=predicted_boxes
+        ),
         label=label,
         batch_size=batch_size,
     )

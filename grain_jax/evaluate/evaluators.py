@@ -147,6 +147,7 @@ class AnnotatedImages(Evaluator):
         *,
         regions: bool,
         boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None,
+        predicted_boxes: bool = False,
     ) -> Gathered:
         """The usable annotations whose image can be read, and these images encoded; raises as `read` and `encode`.
 
@@ -154,6 +155,7 @@ class AnnotatedImages(Evaluator):
           predictor, context: as for `evaluate`.
           regions: whether region embeddings are computed too.
           boxes_of: (annotation, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1], which are embedded too.
+          predicted_boxes: whether the box head embeds the boxes of the regions instead.
         """
         annotated = self.read()
         seen = encode.gather_images(
@@ -162,6 +164,7 @@ class AnnotatedImages(Evaluator):
             label=self.kind,
             regions=regions,
             boxes_of=boxes_of and (lambda i, size: boxes_of(annotated.records[i], size)),
+            predicted_boxes=predicted_boxes,
             batch_size=context.batch_size,
         )
         counts = {

@@ -58,7 +58,9 @@ class Grounding(AnnotatedRegions):
           if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases, and the rates
             `phrase_acc50_any_box`, `phrase_iou_merged_box` and `phrase_acc50_merged_box` with their `chance_`.
         """
-        records, seen, counts = self.gather(predictor, context, regions=True)
+        records, seen, counts = self.gather(
+            predictor, context, regions=True, predicted_boxes=predictor.has_box_head
+        )
         pred_boxes_xyxy, region_embed = seen.regions
         described = described_boxes(records, seen.sizes)
         if not len(described.image):
@@ -95,8 +97,10 @@ def _of_phrases(
     members = np.concatenate(described.phrases)  # [K], the boxes of one phrase after another
     first = np.cumsum(counts) - counts
     image, text = described.image[members[first]], described.text[members[first]]
-    answers_xyxy, region_embed = seen.regions.boxes_xyxy[image], seen.regions.embed[image]
-    similarity = np.einsum("pqd,pd->pq", scores.unit(region_embed), text_embed[text])
+    answers_xyxy, embeds = seen.regions.boxes_xyxy[image], seen.regions.embed
+    if len(seen.box_embed):  # by a box head
+        embeds = seen.box_embed.reshape(embeds.shape)
+    similarity = np.einsum("pqd,pd->pq", scores.unit(embeds[image]), text_embed[text])
     best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
     share = best / best.sum(axis=1, keepdims=True)  # of several best ones, one at random
     true_xyxy = described.boxes_xyxy[members]

@@ -140,17 +140,20 @@ class Predictor(Encoder):
     def ground(self, image: PIL.Image.Image | np.ndarray, texts: Texts) -> Any:
         """For each text the box of the region with the largest cosine, and that cosine: a list of `Grounding`.
 
-        For one text it returns one `Grounding`.
+        With a box head, the cosine is that of the head's embedding of the box. For one text it returns one `Grounding`.
         """
         if inputs.is_one_text(texts):
             return self.ground(image, inputs.one_text(texts))[0]
         self.need_regions("ground")
-        regions = self.encode_regions(inputs.one_image(image))
-        similarity = self.encode_text(texts) @ regions.embed[0].T  # [N, Q]
+        seen: Any = inputs.one_image(image)
+        if self.has_box_head:
+            seen = self.image_tokens(seen)
+        boxes_xyxy, embeds = self.encode_regions(seen)
+        if self.has_box_head:
+            embeds = self.encode_boxes(seen, boxes_xyxy)
+        similarity = self.encode_text(texts) @ embeds[0].T  # [N, Q]
         best = similarity.argmax(axis=1)
-        return [
-            Grounding(regions.boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)
-        ]
+        return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)]
 
     def present(self, images: OneOrMany, texts: str | Iterable[str], by: str = "image") -> Any:
         """Probabilities that texts are true of images, float32 [B, N]; one image -> [N], one text -> [B].

@@ -55,6 +55,17 @@ def test_any_number_of_boxes_an_image(predictor):
     close([image_embed, *embeds], [predictor.encode_image(PICTURES), *expected])
 
 
+def test_a_phrase_is_compared_with_the_boxes_of_the_regions(predictor):
+    texts = predictor.encode_text(TEXTS)
+    boxes_xyxy, regions = predictor.encode_regions(PICTURES[:1])
+    (embeds,) = applied(predictor, "encode_boxes", PICTURES[:1], boxes_xyxy)
+    similarity = texts @ np.asarray(embeds).T
+    for each, row in zip(predictor.ground(PICTURES[0], TEXTS), similarity, strict=True):
+        np.testing.assert_allclose(each.score, row.max(), atol=3e-6)
+        np.testing.assert_allclose(each.box_xyxy, boxes_xyxy[0, row.argmax()], atol=3e-6)
+    assert np.abs(similarity - texts @ regions[0].T).max() > 1e-2
+
+
 def test_one_image_and_the_classes_of_its_boxes(predictor):
     single, boxes = PIL.Image.fromarray(PICTURES[0]), BOXES[0]
     (expected,) = predictor.encode_boxes(PICTURES[:1], [boxes])
