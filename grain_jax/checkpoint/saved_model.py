@@ -57,23 +57,6 @@ def find(path: epath.PathLike) -> epath.Path:
     return folder
 
 
-def read_model(path: epath.PathLike) -> config_lib.Model:
-    """The model configuration in a workdir, checkpoint or converted folder; no array is read. Raises as `load_stored`."""
-    path = find(path)
-    if (path / "params").is_dir():
-        content = regular_file.read_json(path / "config.json", _Converted, "a converted model's")
-        return config_lib.model_from_dict(content["model"])
-    if (path / "checkpoints").is_dir():
-        steps = files.finished_steps(path)
-        if not steps:
-            raise CheckpointError(f"{path}: holds no finished checkpoint yet")
-        path = path / "checkpoints" / str(steps[-1])
-    items, fault = files.attempt(lambda: files.read_items(path), path, MemoryError)
-    if fault:
-        raise CheckpointError(f"{path}: damaged: {fault}; put back a copy")
-    return config_lib.from_dict(items.config).model
-
-
 class Stored(NamedTuple):
     """A model as it is stored, factors of LoRA beside their matrices."""
 
