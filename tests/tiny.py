@@ -7,7 +7,6 @@ import re
 
 import jax
 import numpy as np
-from orbax.checkpoint import type_handlers
 
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
@@ -102,9 +101,6 @@ def counted_once(count):
     return counted
 
 
-# Orbax cuts an array into a part for each device that has a copy: of small ones this takes longer than the steps. The
-# processes that tests start do so.
-type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
 train_step.build = once(train_step.build)
 flops.per_image = counted_once(flops.per_image)
 

@@ -33,6 +33,8 @@ from grain_jax.core import errors
 policies = ocp.training.preservation_policies
 
 _DIFFERENCES = 30  # lines of a message
+# Devices with copies of an array share its writing if each part has so many bytes. Cutting smaller ones costs more time.
+_LEAST_PART = 1 << 20
 
 
 def newest_config(workdir: epath.PathLike) -> tuple[config_lib.Config | None, str]:
@@ -63,8 +65,11 @@ class Checkpoints:
         if config.checkpoint_best_metric:
             self._best.read(self.directory, finished_steps(workdir))
             kept.append(self._best)
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = _LEAST_PART
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
+            context=context,
             preservation_policy=cast(Any, policies.AnyPreservationPolicy(kept)),
             cleanup_tmp_directories=True,
         )

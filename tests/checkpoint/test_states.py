@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, damage):
         assert int(restored.step) == 8 and not said
 
 
-@pytest.mark.parametrize("item, count", [("config", 14), ("data", 30), ("best", 4)])
+@pytest.mark.parametrize("item, count", [("config", 8), ("data", 15), ("best", 4)])
 def test_a_flipped_bit_beside_the_state_is_damage_too(saved, tmp_path, item, count):
     """It must not become a key that the user never wrote, other data, or a KeyError."""
     for i in range(count):

@@ -109,6 +109,7 @@ def test_a_run_writes(tmp_path, monkeypatch, one_device):
         text__pack_rows=4,
     )
     c.loss.terms.words = {"term": "examples.captioner.term:Words", "weight": 3.0, "bins": 16}
+    c.loss.terms.words.update(width=32, depth=1, heads=2, caption_length=8, phrase_length=8)
     run.train(config_lib.from_dict(c), tmp_path / "run")
     predictor = grain_jax.load(tmp_path / "run")
     generator = writer.Writer(predictor)
