@@ -55,6 +55,8 @@ class Grounding(AnnotatedRegions):
           `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the phrase, and the
             share with IoU >= 0.5; with several boxes, the largest IoU;
           `chance_phrase_iou`, `chance_phrase_acc50`: the same for a query chosen at random;
+          `phrase_acc50_other_image`: the same for the answer in another image, half of the images away: what is right
+            because things lie where they often lie;
           if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases, and the rates
             `phrase_acc50_any_box`, `phrase_iou_merged_box` and `phrase_acc50_merged_box` with their `chance_`.
         """
@@ -97,22 +99,30 @@ def _of_phrases(
     members = np.concatenate(described.phrases)  # [K], the boxes of one phrase after another
     first = np.cumsum(counts) - counts
     image, text = described.image[members[first]], described.text[members[first]]
-    answers_xyxy, embeds = seen.regions.boxes_xyxy[image], seen.regions.embed
+    boxes_xyxy, embeds = seen.regions.boxes_xyxy, seen.regions.embed
     if len(seen.box_embed):  # by a box head
         embeds = seen.box_embed.reshape(embeds.shape)
-    similarity = np.einsum("pqd,pd->pq", scores.unit(embeds[image]), text_embed[text])
-    best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
-    share = best / best.sum(axis=1, keepdims=True)  # of several best ones, one at random
     true_xyxy = described.boxes_xyxy[members]
-    each = _iou(np.repeat(answers_xyxy, counts, axis=0), true_xyxy[:, None])  # [K, Q]
-    any_box = np.maximum.reduceat(each, first, axis=0)  # [P, Q]
+
+    def any_box_and_share(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the queries of each phrase's image [P, Q]: the best IoU with its boxes, and the chance to be the answer."""
+        similarity = np.einsum("pqd,pd->pq", scores.unit(embeds[images]), text_embed[text])
+        best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
+        each = _iou(np.repeat(boxes_xyxy[images], counts, axis=0), true_xyxy[:, None])  # [K, Q]
+        share = best / best.sum(axis=1, keepdims=True)  # of several best ones, one at random
+        return np.maximum.reduceat(each, first, axis=0), share
+
+    any_box, share = any_box_and_share(image)
+    other, share_of_other = any_box_and_share((image + len(embeds) // 2) % len(embeds))
+    hits = share_of_other * (other >= boxes.FOUND_IOU)
     out = {"phrases": len(counts)} | _of_protocol("", any_box, share)
+    out["phrase_acc50_other_image"] = float(hits.sum(axis=1).mean())
     if counts.max() > 1:
         low = np.minimum.reduceat(true_xyxy[:, :2], first, axis=0)
         high = np.maximum.reduceat(true_xyxy[:, 2:], first, axis=0)
         merged_xyxy = np.concatenate([low, high], axis=1)[:, None]  # [P, 1, 4]
-        merged = _of_protocol("_merged_box", _iou(answers_xyxy, merged_xyxy), share)
-        same = {name: value for name, value in out.items() if "phrase_acc50" in name}
+        merged = _of_protocol("_merged_box", _iou(boxes_xyxy[image], merged_xyxy), share)
+        same = {k: v for k, v in out.items() if "phrase_acc50" in k and "other" not in k}
         out["phrases_of_several_boxes"] = int((counts > 1).sum())
         out |= {k.replace("acc50", "acc50_any_box"): v for k, v in same.items()} | merged
     return out

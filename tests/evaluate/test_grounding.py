@@ -42,6 +42,8 @@ def test_hand_computed(tmp_path):
     assert result["phrase_iou"] == pytest.approx((1 + 0.25 + 0) / 3)
     assert result["phrase_acc50"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert result["chance_phrase_iou"] == pytest.approx((1 + 0.5 + 1) / 6)  # the others have 0
+    # In the other image, no answer covers half of the phrase's box.
+    assert result["phrase_acc50_other_image"] == 0
     # Boxes of the other image in place of the predicted ones: image 0 gets the upper half twice
     # (IoU 1/3 with either half). Image 1 gets two of the halves (IoU 1/3 each).
     assert result["chance_box_iou"] == pytest.approx(1 / 3)
@@ -58,6 +60,8 @@ def test_more_boxes_than_queries_keep_the_highest_scores(tmp_path):
     assert result["regions"] == 3 and result["regions_matched"] == 2
     assert result["box_iou"] == pytest.approx((1 + 0.04) / 2)
     assert 0 < result["chance_box_iou"] < 1  # of one image, too
+    # The image is its own other one: beak and tail are right, crest is a tie of a wrong box and the half of a right one.
+    assert result["phrase_acc50_other_image"] == pytest.approx(2.5 / 3)
 
 
 def test_phrases_with_several_boxes(tmp_path):
