@@ -83,10 +83,8 @@ def link(target: pathlib.Path, path: pathlib.Path) -> None:
 
 def main() -> int:
     """Parses the command line; returns the exit status."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m examples.claim.data", description=__doc__, formatter_class=raw
-    )
+    raw, name = argparse.RawDescriptionHelpFormatter, "python -m examples.claim.data"
+    parser = argparse.ArgumentParser(name, None, __doc__, formatter_class=raw)
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--source", type=pathlib.Path, metavar="DIR", help="your own data")

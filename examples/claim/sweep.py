@@ -23,11 +23,9 @@ RATES = (5e-4, 1e-3)
 SEEDS = (0, 1, 2)  # of weights and of the order of the data; the images are the same
 
 _NO_ANNOTATIONS = {"input.max_regions": 0}
-_NO_REGION_LOSSES = {
-    "loss.box": 0.0,
-    "loss.region_description": 0.0,
-}  # the descriptions stay, for L_id
+_NO_REGION_LOSSES = {"loss.box": 0.0, "loss.region_description": 0.0}  # L_id keeps descriptions
 _CAPTIONS = {"input.captions_per_image": 2}  # the web and the synthetic caption
+_IN_CAPTIONS = {"input.descriptions_in_captions": 8}
 _DESCRIPTIONS = {"loss.image_description": 1.0}
 _POOLED = {"model.decoder.image_pool": "all"}
 _BOXES = {"model.boxes.kind": "roi_align", "model.boxes.bins": 3, "loss.box_description": 1.0}
@@ -38,28 +36,21 @@ class Arm(NamedTuple):
 
     label: str
     changes: dict[str, Any]  # of config.py
-    regions: bool = True  # whether it trains region losses
+
+    @property
+    def regions(self) -> bool:
+        """Whether it trains region losses."""
+        return self.label.startswith("GRAIN")
 
 
+_FREE = _NO_REGION_LOSSES | _DESCRIPTIONS
 ARMS = {
-    "clip": Arm(
-        "CLIP, web captions", _NO_ANNOTATIONS | {"input.synthetic_caption_rate": 0.0}, False
-    ),
-    "clip_descriptions": Arm(
-        "CLIP, descriptions in its captions",
-        _NO_ANNOTATIONS | {"input.descriptions_in_captions": 8},
-        False,
-    ),
-    "clip_captions": Arm("CLIP, two captions", _NO_ANNOTATIONS | _CAPTIONS, False),
-    "clip_image_description": Arm("CLIP, L_id", _NO_REGION_LOSSES | _DESCRIPTIONS, False),
-    "clip_both": Arm(
-        "CLIP, L_id, two captions", _NO_REGION_LOSSES | _DESCRIPTIONS | _CAPTIONS, False
-    ),
-    "clip_pooled": Arm(
-        "CLIP, L_id, two captions, pooled",
-        _NO_REGION_LOSSES | _DESCRIPTIONS | _CAPTIONS | _POOLED,
-        False,
-    ),
+    "clip": Arm("CLIP, web captions", _NO_ANNOTATIONS | {"input.synthetic_caption_rate": 0.0}),
+    "clip_descriptions": Arm("CLIP, descriptions in its captions", _NO_ANNOTATIONS | _IN_CAPTIONS),
+    "clip_captions": Arm("CLIP, two captions", _NO_ANNOTATIONS | _CAPTIONS),
+    "clip_image_description": Arm("CLIP, L_id", _FREE),
+    "clip_both": Arm("CLIP, L_id, two captions", _FREE | _CAPTIONS),
+    "clip_pooled": Arm("CLIP, L_id, two captions, pooled", _FREE | _CAPTIONS | _POOLED),
     "grain": Arm("GRAIN", {}),
     "grain_image_description": Arm("GRAIN, L_id", _DESCRIPTIONS),
     "grain_captions": Arm("GRAIN, two captions", _CAPTIONS),
