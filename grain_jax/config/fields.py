@@ -152,8 +152,12 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule (docs/method.md, Training recipe)."""
+    """AdamW or Muon, and the schedule (docs/method.md, Training recipe)."""
 
+    name: str = key(
+        "adamw", "Optimiser; muon trains the matrices of the towers.", choices=("adamw", "muon")
+    )
+    muon_beta: float = share(0.95, "Decay of Muon's momentum.")
     learning_rate: float = key(1e-3, "Peak learning rate, after the warm-up.")
     warmup_init: float = key(1e-6, "Learning rate of step 0.")
     end_learning_rate: float = key(1e-5, "Learning rate of the last step.")
@@ -235,7 +239,10 @@ class Config:
     eval_every: int = count(0, "Steps between evaluations; 0: only after the last.", role="result")
     pictures: int = count(0, "Test images that the report draws with their regions.", role="free")
     profile_start: int = count(0, "First step of a profiler trace; 0: no trace.", role="free")
-    profile_steps: int = count(3, "Steps of the trace.", low=1, role="free")
+    profile_steps: int = count(3, "Steps of a trace, also of SIGUSR2.", low=1, role="free")
+    profile_port: int = count(
+        0, "Port for TensorBoard's profiler, per process; 0: none.", high=65535, role="free"
+    )
     wandb: Wandb = key(Wandb, role="free")
     model: Model = key(Model, role="numbers")
     input: Input = key(Input, role="numbers")

@@ -1,5 +1,6 @@
-"""The optimiser: AdamW with the recipe's schedule and decay groups (docs/method.md, Training recipe)."""
+"""The optimiser: AdamW or Muon with the recipe's schedule and decay groups (docs/method.md, Training recipe)."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 
-from grain_jax.config import Optim
+from grain_jax.config import LAYER_MAPS, Optim
 from grain_jax.core import errors
 from grain_jax.train import sharding
 
@@ -26,6 +28,10 @@ REFERENCE_DECAY = re.compile(
     r"|text/(token_embed/embedding|position_embed)"
 )
 MATRICES_DECAY = re.compile(r".*/((\w+_)?kernel|lora_[ab])")
+# The matrices of the towers' stacked layers.
+_TOWER_MATRICES = re.compile(rf"(?:image|text)/blocks/({'|'.join(LAYER_MAPS)})/kernel")
+MUON_ITERATION = (3.4445, -4.7750, 2.0315)  # of x, x x' x and (x x')^2 x (Jordan 2024)
+MUON_RMS = 0.2  # of an update, about that of AdamW's (Liu et al. 2025, arXiv 2502.16982)
 # Parameters of a tower before its first layer.
 _EMBEDDINGS = re.compile(
     r"(image|text)/(patch_embed|token_embed|class_token|registers|position_embed|pre_norm)(/.*)?"
@@ -186,18 +192,80 @@ def _scramble(x):
     return x ^ (x >> 16)
 
 
+def muon_axes(params):
+    """How Muon reads each parameter: a batch of matrices, one per layer, inputs to outputs; None: it is AdamW's.
+
+    Args:
+      params: the parameter tree, or one of its form with gaps; layers are stacked along the first axis.
+    """
+    return jax.tree_util.tree_map_with_path(_muon_axes, params)
+
+
+def _muon_axes(path, x):
+    name = _TOWER_MATRICES.fullmatch(_name(path))
+    if name is None:
+        return None
+    outputs = 1 + LAYER_MAPS[name[1]]
+    return contrib.MuonDimensionNumbers(tuple(range(1, outputs)), tuple(range(outputs, x.ndim)))
+
+
+def _as_adamw(path, orthogonal):
+    """Orthogonal matrices, as `muon_axes` reads them, with the root mean square MUON_RMS."""
+    axes: Any = _muon_axes(path, orthogonal)
+    sizes = (math.prod(orthogonal.shape[i] for i in part) for part in axes)
+    return MUON_RMS * math.sqrt(max(sizes)) * orthogonal
+
+
+def _orthogonal_momentum(beta: float) -> optax.GradientTransformation:
+    """`contrib.scale_by_muon`, whose state does not hold the coefficients of the iteration: they are constants."""
+    axes: Any = muon_axes
+    muon: Any = contrib.scale_by_muon(MUON_ITERATION, beta=beta, weight_dimension_numbers=axes)
+
+    def update(updates, state: Any, params=None):
+        state = state._replace(ns_coeffs=jnp.float32(MUON_ITERATION))
+        updates, after = muon.update(updates, state, params)
+        return updates, after._replace(ns_coeffs=())
+
+    return optax.GradientTransformation(
+        lambda params: muon.init(params)._replace(ns_coeffs=()), update
+    )
+
+
+def scale_by_muon(config: Optim) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for the matrices of the towers' layers, AdamW's scaling for all other parameters.
+
+    The momentum of a matrix, with Nesterov's step, is made orthogonal by five Newton-Schulz iterations, and scaled to
+    the root mean square of AdamW's updates. So both share the learning rate and the weight decay.
+    """
+    muon = optax.chain(
+        _orthogonal_momentum(config.muon_beta),
+        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(_as_adamw, updates)),
+    )
+    adam = scale_by_adam(config.b1, config.b2, config.eps, config.moment_dtype)
+
+    def labels(params):
+        label = lambda path, _: "muon" if _TOWER_MATRICES.fullmatch(_name(path)) else "adamw"
+        return jax.tree_util.tree_map_with_path(label, params, is_leaf=sharding.is_box)
+
+    return optax.partition({"muon": muon, "adamw": adam}, labels)
+
+
 def optimizer(
     config: Optim, schedule: optax.Schedule, reference: bool = False
 ) -> optax.GradientTransformation:
-    """Clipping by global norm (if on), Adam moments, decoupled decay, the schedule, layer-wise decay (if on).
+    """Clipping by global norm (if on), AdamW's or Muon's scaling, decoupled decay, the schedule, layer-wise decay (if on).
 
     Frozen parameters have no moments and an update of zero. The learning rate, and with it layer-wise
     decay, scales weight decay too, as in torch's AdamW.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adam = optax.chain(
+    if config.name == "muon":
+        scale = scale_by_muon(config)
+    else:
+        scale = scale_by_adam(config.b1, config.b2, config.eps, config.moment_dtype)
+    updates = optax.chain(
         clip,
-        scale_by_adam(config.b1, config.b2, config.eps, config.moment_dtype),
+        scale,
         optax.add_decayed_weights(
             config.weight_decay, mask=lambda params: decay_mask(params, reference)
         ),
@@ -205,16 +273,16 @@ def optimizer(
     )
     if config.frozen:
         kind = lambda frozen: "frozen" if frozen else "trained"
-        adam = optax.partition(
-            {"trained": adam, "frozen": optax.set_to_zero()},
+        updates = optax.partition(
+            {"trained": updates, "frozen": optax.set_to_zero()},
             lambda params: jax.tree.map(kind, frozen_mask(params, config.frozen)),
         )
     if config.layer_decay == 1:  # the chain has no link for it, and the state no entry
-        return adam
-    scale = lambda updates, params: jax.tree.map(
+        return updates
+    by_layer = lambda updates, params: jax.tree.map(
         jnp.multiply, updates, layer_scales(params, config.layer_decay)
     )
-    return optax.chain(adam, optax.stateless(scale))
+    return optax.chain(updates, optax.stateless(by_layer))
 
 
 def average(params, average_so_far, decay: float | jax.Array, frozen: Sequence[str] = ()):

@@ -37,7 +37,7 @@ DECODER = dict(
 )
 CONFIGS = {
     "decoder": DECODER,
-    "terms": terms.TWO_TOWERS | dict(loss__terms=terms.ENTRIES),
+    "terms": terms.TWO_TOWERS | dict(loss__terms=terms.ENTRIES, optim__name="muon"),
     "lora": tiny.SHALLOW
     | terms.TWO_TOWERS
     | dict(optim__lora__rank=4, optim__lora__alpha=6.0, optim__learning_rate=0.02),

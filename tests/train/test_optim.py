@@ -68,6 +68,58 @@ def test_update_equals_adamw_in_float64(clip_norm):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, p)
 
 
+def _orthogonal(m):
+    """Five Newton-Schulz iterations of Muon on a matrix, in float64 (Jordan 2024)."""
+    x = m.T if m.shape[0] > m.shape[1] else m
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if m.shape[0] > m.shape[1] else x
+
+
+def test_muon_equals_its_replica_in_float64():
+    """Each layer of a stack is a matrix of its own; heads are side by side. All else is AdamW's."""
+    c = tiny.config(optim__name="muon").optim
+    tx = optim.optimizer(c, lambda step: 1e-2)
+    rng = np.random.default_rng(0)
+    shapes = {"query": (2, 8, 2, 3), "out": (2, 2, 3, 8), "other": (2, 8, 5)}
+    blocks = {k: {"kernel": rng.normal(size=n).astype(np.float32)} for k, n in shapes.items()}
+    params = {"image": {"blocks": {"attention": blocks}}}
+    state = tx.init(params)
+    of = lambda tree, name: tree["image"]["blocks"]["attention"][name]["kernel"]
+    p = {name: of(params, name).astype(np.float64) for name in shapes}
+    m, v = ({name: np.zeros(n) for name, n in shapes.items()} for _ in "mv")
+    for t in (1, 2):
+        grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name in shapes:
+            g = of(grads, name).astype(np.float64)
+            beta = c.b1 if name == "other" else 0.95
+            m[name] = beta * m[name] + (1 - beta) * g
+            v[name] = 0.98 * v[name] + 0.02 * g * g
+            if name == "other":
+                step = (m[name] / (1 - 0.9**t)) / (np.sqrt(v[name] / (1 - 0.98**t)) + 1e-8)
+            else:
+                nesterov = 0.95 * m[name] / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+                matrices = nesterov.reshape(2, *((8, 6) if name == "query" else (6, 8)))
+                step = 0.2 * np.sqrt(8) * np.stack([*map(_orthogonal, matrices)])
+            p[name] = p[name] - 1e-2 * (step.reshape(g.shape) + 0.1 * p[name])
+    for name in shapes:
+        np.testing.assert_allclose(of(params, name), p[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_muon_has_the_matrices_of_the_towers_layers():
+    params = _params(tiny.config())
+    is_axes = lambda x: x is None or isinstance(x, optim.contrib.MuonDimensionNumbers)
+    axes = jax.tree_util.tree_leaves_with_path(optim.muon_axes(params), is_leaf=is_axes)
+    taken = {jax.tree_util.keystr(p, simple=True, separator="/") for p, x in axes if x is not None}
+    parts = ("attention/query", "attention/key", "attention/value", "attention/out", "mlp/in")
+    expected = {f"{t}/blocks/{x}/kernel" for t in ("image", "text") for x in (*parts, "mlp/out")}
+    assert taken == expected
+
+
 @pytest.mark.parametrize("b1", [0.9, 0.95])
 @pytest.mark.parametrize("noise", [0.0, 5.0])
 def test_the_first_moment_in_bfloat16_has_no_bias(b1, noise):
