@@ -25,7 +25,8 @@ SMALL = {
 def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without timings."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in found]
+    timing = lambda name: name in TIMINGS or name.startswith(("time/", "process/"))
+    return [{k: v for k, v in line.items() if not timing(k)} for line in found]
 
 
 def command(

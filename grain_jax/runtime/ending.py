@@ -128,6 +128,7 @@ class PreemptionHandler:
     def __init__(self):
         self.status = PREEMPTED
         self._told = self._training = False
+        self._usr2: Callable[[], None] | None = None
         self._first = 0.0  # when the first signal of the training came
 
     def listen(self) -> None:
@@ -137,9 +138,13 @@ class PreemptionHandler:
         signals, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._receive, args=(signals,), name="signals", daemon=True).start()
+
+    def on_usr2(self, action: Callable[[], None]) -> None:
+        """Calls `action` at each SIGUSR2, on a thread of its own."""
+        self._usr2 = action
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -174,6 +179,8 @@ class PreemptionHandler:
             for number in signals.recv(16):
                 if number in (signal.SIGTERM, signal.SIGINT):
                     self._answer(number)
+                elif number == signal.SIGUSR2 and self._usr2:
+                    self._usr2()
 
     def _answer(self, number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
@@ -200,9 +207,13 @@ class Watchdog:
 
     Args:
       stall_seconds: the longest time without a step; 0: no limit.
+
+    Attributes:
+      late: seconds in which the process stood still: stopped by a signal, or without a core.
     """
 
     def __init__(self, stall_seconds: int = 0):
+        self.late = 0.0
         self._limit = stall_seconds
         self._idle = self._step = self._paused = 0
         self._activity = "waiting for the devices (a step)"
@@ -250,7 +261,10 @@ class Watchdog:
         self._stopped.set()
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self._stopped.wait(1):
+            now = time.monotonic()
+            self.late, before = self.late + (now - before - 1) * (now - before > 1.5), now
             self._idle += not self._paused
             limit = FAULT_SECONDS if self._fault else self._limit
             if not limit or self._idle < limit:

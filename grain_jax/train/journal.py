@@ -14,14 +14,14 @@ from jax.experimental import multihost_utils
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.core import atomic, errors, low_rank
+from grain_jax.core import atomic, errors, low_rank, metrics_file
 from grain_jax.evaluate import encode, tables
 from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.evaluate.report import page
 from grain_jax.input_pipeline import derived, sources, tokenizer
 from grain_jax.models import grain, lora
 from grain_jax.runtime import processes
-from grain_jax.train import flops, forward, metrics_writer, schedule, train_step
+from grain_jax.train import flops, forward, goodput, metrics_writer, schedule, train_step
 from grain_jax.train.set_up import SetUp
 
 
@@ -34,8 +34,16 @@ class Journal:
       results: numbers of the last evaluation; {} before the first.
     """
 
-    def __init__(self, run: SetUp, workdir: epath.Path, checkpoints, state: train_step.TrainState):
+    def __init__(
+        self,
+        run: SetUp,
+        workdir: epath.Path,
+        checkpoints,
+        state: train_step.TrainState,
+        clock: goodput.Clock,
+    ):
         config, start_step = run.config, int(state.step)
+        self._clock, self._own = clock, (time.monotonic(), start_step, clock.waited, 0.0)
         self.results: dict[str, float] = {}
         self._run, self._config, self._workdir = run, config, workdir
         self._checkpoints, terms = checkpoints, run.terms
@@ -45,6 +53,7 @@ class Journal:
         if jax.process_index() == 0:
             atomic.write_text(workdir / "config.json", config_lib.to_json(config))
             tokenizer.keep_copy(config.model.text, workdir)
+            clock.go_on(metrics_file.read(workdir), start_step)
             peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
             self._log = metrics_writer.MetricsWriter(
                 workdir,
@@ -100,16 +109,18 @@ class Journal:
         """
         if not (due.logs or due.saves):
             return
-        values = {name: float(value) for name, value in metrics.items()}
+        with self._clock.waiting():
+            values = {name: float(value) for name, value in metrics.items()}
         metrics_writer.check_finite(values, self._last_good_step, step, self._terms)
         self._last_good_step = step
         if due.logs:
             values |= self._text_counts.add(values)
+            values |= goodput.of_processes(self._own_numbers(step, watch.late))
         if self._log and due.logs:
             values |= self._log.rates(step, batches.wait_seconds)
             self._log.progress(step, values)
         if due.evaluates:
-            with watch.pause(), self.pause():
+            with watch.pause(), self.pause(), self._clock.spend("evaluate"):
                 self.results = evaluate_all(self._config, self._run.evals, state)
             values |= self.results
             if self.results and schedule.best_is_evaluated(self._config):
@@ -117,16 +128,25 @@ class Journal:
         if self._log and due.logs:
             # Before the save: what is restored has its lines.
             with watch.doing("writing metrics.jsonl"):
-                self._log.write(step, values)
+                self._log.write(step, values | self._clock.numbers())
         if due.logs and (warning := self._text_counts.check(step, self._advice)):
             self.say(warning)
+        if warning := goodput.warning(values):
+            self.say(f"step {step}: {warning}")
         if due.saves:
-            with watch.doing("saving a checkpoint"):
+            with watch.doing("saving a checkpoint"), self._clock.spend("save"):
                 if self._log:
                     self._log.flush()
                 best = schedule.best_metric(self._config, values)
                 self._checkpoints.save(state, best, self._run.data)
                 self._last_save = time.monotonic()
+
+    def _own_numbers(self, step: int, late: float) -> goodput.Own:
+        """This process since its last call; `late`: seconds in which it stood still, in all."""
+        began, first, waited, late_before = self._own
+        self._own = time.monotonic(), step, self._clock.waited, late
+        seconds = max(self._own[0] - began - (self._clock.waited - waited), late - late_before)
+        return goodput.Own(seconds / max(step - first, 1), *goodput.memory_of_devices())
 
     def close(self) -> None:
         """Ends the metrics' files."""
@@ -137,7 +157,8 @@ class Journal:
         """After the last step: evaluates if it was not done, prints the table, writes results.json and report.html."""
         config, workdir = self._config, self._workdir
         if not self.results:  # the run was complete already
-            self.results = evaluate_all(config, self._run.evals, state)
+            with self._clock.spend("evaluate"):
+                self.results = evaluate_all(config, self._run.evals, state)
         predictor = make_predictor(config, state)
         if jax.process_index() > 0:
             return
@@ -147,6 +168,7 @@ class Journal:
             numbers = tables.by_evaluation(self.results).items()
             print(tables.describe({name: (kinds[name], of) for name, of in numbers}))
         page.write(workdir, predictor, model=bool(config.pictures))
+        print(f"time: {self._clock.words()}", file=sys.stderr)
         print(f"Everything of this run is in {workdir}", file=sys.stderr)
 
 

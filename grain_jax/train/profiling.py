@@ -1,18 +1,25 @@
-"""A profiler trace of chosen steps of the training loop, where TensorBoard's profile plugin and XProf look for it.
+"""A profiler trace of steps of the training loop, where TensorBoard's profile plugin and XProf look for it.
 
 JAX's profiler writes to local folders alone, and names a trace after the second at which it ended. `StepTrace` moves
 the file of each process to `tensorboard/plugins/profile/step_N` of the workdir, also in an object store.
 """
 
 import tempfile
+import threading
 from typing import Any
 
 import jax
 from etils import epath
 
 
+def start_server(port: int) -> None:
+    """Starts JAX's profiler server, for "capture profile" in TensorBoard; 0: none. It ends with the process."""
+    if port:
+        jax.profiler.start_server(port)
+
+
 class StepTrace:
-    """Traces `steps` steps from `start` on; each step of the loop calls `begin` and `end`.
+    """Traces `steps` steps from `start` on, and the next ones after `ask`; each step of the loop calls `begin` and `end`.
 
     Args:
       workdir: the run's folder, or its URL in an object store.
@@ -22,13 +29,23 @@ class StepTrace:
 
     def __init__(self, workdir: epath.PathLike, start: int, steps: int):
         self._folder = epath.Path(workdir) / "tensorboard" / "plugins" / "profile"
+        self._count = steps
         self._steps = range(start, start + steps) if start else range(0)
+        self._asked = threading.Event()
         self._first = 0  # step of the trace that runs
         self._local: tempfile.TemporaryDirectory | None = None
         self._annotation: jax.profiler.StepTraceAnnotation | None = None
 
+    def ask(self) -> None:
+        """Traces the next steps, unless a trace is under way; any thread may call it."""
+        self._asked.set()
+
     def begin(self, step: int) -> None:
         """Before the step's batch is fetched: starts the trace where it is due, and marks the step in it."""
+        if self._asked.is_set():
+            self._asked.clear()
+            if self._local is None:
+                self._steps = range(step, step + self._count)
         if step not in self._steps:
             return
         if self._local is None:

@@ -25,6 +25,7 @@ from grain_jax.input_pipeline import derived, device
 from grain_jax.models import attention, placement
 from grain_jax.runtime import distributed, ending, lock, processes
 from grain_jax.train import (
+    goodput,
     initialise,
     journal,
     memory_check,
@@ -83,6 +84,8 @@ def _train(
 ) -> None:
     """`train`, in a workdir that is locked."""
     # 1. Devices and data.
+    clock = goodput.Clock()
+    profiling.start_server(config.profile_port)
     run = set_up.set_up(config, workdir)
     config = run.config
 
@@ -94,18 +97,21 @@ def _train(
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     checkpoints = states.Checkpoints(workdir, config)
-    state = restore_or_initialise(checkpoints, run, program)
+    with clock.spend("restore"):
+        state = restore_or_initialise(checkpoints, run, program)
     start_step = int(state.step)
-    log = journal.Journal(run, workdir, checkpoints, state)
+    log = journal.Journal(run, workdir, checkpoints, state, clock)
     log.say_what_runs(state)
 
     # 4. Compile.
-    step_fn = compile_step(run, program, log)
+    with clock.spend("compile"):
+        step_fn = compile_step(run, program, log)
 
     # 5. The loop. After each step `state.step` = `step` steps are done, and batches 0 .. step-1 used.
     on_host = run.source.batches(config, lanes=run.lanes, start_step=start_step)
     batches = device.Prefetch(on_host, program.batch_sharding)
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
+    handler.on_usr2(trace.ask)
     plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))
     step, preempted = start_step, False
     with handler.training(), contextlib.ExitStack() as closes:
@@ -115,12 +121,12 @@ def _train(
         closes.callback(checkpoints.close)
         # The save under way is finished.
         waits = "waiting for a checkpoint to be written"
-        closes.callback(watch.doing(waits)(checkpoints.wait))
+        closes.callback(clock.spend("save")(watch.doing(waits)(checkpoints.wait)))
         closes.callback(watch.doing("waiting for the input to stop")(batches.close))
-        with watch.running(start_step), ending.in_a_line(workdir):
+        with watch.running(start_step), ending.in_a_line(workdir), clock.spend("steps"):
             for step in range(start_step + 1, run.total_steps + 1):
                 trace.begin(step)
-                with watch.doing("waiting for the next batch (input)"):
+                with watch.doing("waiting for the next batch (input)"), clock.spend("input"):
                     batch = next(batches)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
@@ -135,6 +141,7 @@ def _train(
         log.say(
             f"told to end: saved at step {step} of {run.total_steps}; the same command goes on from there"
         )
+        log.say(f"time: {clock.words()}")
         sys.exit(handler.status)
 
     # 6. Final evaluation and report.
