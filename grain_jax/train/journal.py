@@ -140,6 +140,7 @@ class Journal:
                 best = schedule.best_metric(self._config, values)
                 self._checkpoints.save(state, best, self._run.data)
                 self._last_save = time.monotonic()
+        self._own = time.monotonic(), *self._own[1:]  # what happened here is no part of a step
 
     def _own_numbers(self, step: int, late: float) -> goodput.Own:
         """This process since its last call; `late`: seconds in which it stood still, in all."""
