@@ -1,6 +1,6 @@
 """GRAIN against CLIP on scenes of photographs: the arms of docs/claim.md, one sweep each.
 
-    python -m examples.scenes ... --output runs/scenes/data    # examples/scenes/README.md
+    python -m examples.scenes ... --output runs/scenes/data --seed 2    # examples/scenes/README.md
     grain-jax build --annotations runs/scenes/data/train/A.jsonl --images runs/scenes/data/train \\
       --output runs/scenes/data/records --name scenes
     for arm in clip clip_long clip_boxes clip_boxes_long grain grain_boxes regions; do
