@@ -1,4 +1,4 @@
-"""GRAIN against CLIP on scenes of photographs: the arms of docs/claim.md, one sweep each.
+"""GRAIN against CLIP on scenes of photographs: seven arms, one sweep each.
 
     python -m examples.scenes ... --output runs/scenes/data --seed 2    # examples/scenes/README.md
     grain-jax build --annotations runs/scenes/data/train/A.jsonl --images runs/scenes/data/train \\

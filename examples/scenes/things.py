@@ -94,7 +94,7 @@ def quiet_phrases(kinds: Mapping[str, str], count: int, rng: random.Random) -> s
 
 
 def listed(names: list[str]) -> str:
-    """ "a, b and c"."""
+    """The names as in "a, b and c"."""
     return ", ".join(names[:-2] + [" and ".join(names[-2:])])
 
 

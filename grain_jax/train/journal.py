@@ -119,6 +119,7 @@ class Journal:
         if self._log and due.logs:
             values |= self._log.rates(step, batches.wait_seconds)
             self._log.progress(step, values)
+        measured = time.monotonic()
         if due.evaluates:
             with watch.pause(), self.pause(), self._clock.spend("evaluate"):
                 self.results = evaluate_all(self._config, self._run.evals, state)
@@ -140,7 +141,8 @@ class Journal:
                 best = schedule.best_metric(self._config, values)
                 self._checkpoints.save(state, best, self._run.data)
                 self._last_save = time.monotonic()
-        self._own = time.monotonic(), *self._own[1:]  # what happened here is no part of a step
+        began, *others = self._own
+        self._own = began + time.monotonic() - measured, *others  # this is no part of a step
 
     def _own_numbers(self, step: int, late: float) -> goodput.Own:
         """This process since its last call; `late`: seconds in which it stood still, in all."""

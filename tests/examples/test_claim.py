@@ -6,7 +6,9 @@ import json
 import numpy as np
 import scipy.stats
 
-from examples.claim import config, data, sweep, table
+from examples.claim import config, data, scenes, sweep, table
+from grain_jax.config import loading
+from grain_jax.configs import demo
 from grain_jax.launch import sweep_runs
 from tests.paths import ROOT
 
@@ -97,3 +99,26 @@ def test_a_folder_of_a_user_is_divided(tmp_path, monkeypatch, capsys):
     assert (output / "test/A.jsonl").read_text() == "test/A.jsonl"
     sentences = json.loads((output / "sentences.json").read_text())
     assert sentences == {"yak": ["long hair"], "elk": ["antlers, long legs"]}
+
+
+def test_the_arms_on_photographs(tmp_path):
+    start = demo.get_config()
+    start.model.decoder, start.model.image.pool, start.model.boxes.kind = None, "map", "none"
+    for seed in (0, 2):
+        folder = tmp_path / f"clip/seed={seed}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(start.to_json())
+        result = {"eval/quiet/alpha_1.0/top1": 0.1 + seed / 10, "eval/groups/image_to_text": 0.5}
+        (folder / "results.json").write_text(json.dumps(result))
+    arms = {}
+    for arm in scenes.ARMS:
+        path = f"{ROOT}/examples/claim/scenes.py:{tmp_path},{arm}"
+        arms[arm] = loading.load(path, ["--config.seed=2"])
+    assert {x for x, c in arms.items() if c.model.decoder} == {"grain", "grain_boxes", "regions"}
+    assert {x for x, c in arms.items() if c.model.boxes.kind == "none"} == {
+        *("clip", "clip_long", "grain")
+    }
+    assert arms["clip_long"].total_steps == 1650 and arms["grain"].total_steps == 1500
+    assert arms["regions"].init.image == arms["regions"].init.text == f"{tmp_path}/clip/seed=2"
+    assert arms["regions"].model.tower_pools and arms["regions"].optim.frozen
+    assert scenes.table(tmp_path).splitlines()[-1].startswith("| CLIP | 10.0, 30.0 | 20 | 50 |")
