@@ -28,9 +28,8 @@ def make_config(size: str, batch: int, *, packed: bool = True, **changes: Any) -
 
 def side(size: str, batch: int, attention: str, steps: int) -> dict[str, Any]:
     """{variant: callable that does `steps` steps}, and "dropout off": the loss without a step."""
+    run.keep_freed_memory()  # before JAX starts its threads, as a run does
     chip, made = jax.devices()[0], {}
-    if chip.platform == "cpu":
-        run.keep_freed_memory()
     for name in ("packed", "padded") if chip.platform == "cpu" else ("packed",):
         keys = {"model.attention": attention}
         config = make_config(size, batch, packed=name == "packed", **keys)

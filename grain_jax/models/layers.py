@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grain_jax.models import placement
+
 Init: TypeAlias = Callable[..., Any]
 zeros = nn.initializers.zeros_init()
 normal = nn.initializers.normal
@@ -81,8 +83,24 @@ def dense(
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(kernel_init, (*in_axes, *out_axes)),
         bias_init=nn.with_logical_partitioning(bias_init, bias_axes(out_axes)),
+        dot_general=_product,
         name=name,
     )
+
+
+def _product(x, kernel, dimensions, **options):
+    """`jax.lax.dot_general` of the last axes of x and the first of a kernel; on a CPU as a product of two matrices.
+
+    For more axes XLA's CPU backend copies the transposed gradients: a third of the time of an MLP. A TPU would copy to
+    join the axes.
+    """
+    if not placement.on_cpu():
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
+    shared = len(dimensions[0][1])
+    rows = x.reshape(-1, math.prod(kernel.shape[:shared]))
+    matrix = kernel.reshape(rows.shape[1], -1)
+    product = jax.lax.dot_general(rows, matrix, (((1,), (0,)), ((), ())), **options)
+    return product.reshape(*x.shape[: x.ndim - shared], *kernel.shape[shared:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -34,6 +34,12 @@ def mesh() -> Mesh | None:
     return current and current[0]
 
 
+def on_cpu() -> bool:
+    """Whether the mesh is of CPU devices; without one, whether JAX has no other by default."""
+    where = mesh()
+    return (where.devices.flat[0].platform if where else jax.default_backend()) == "cpu"
+
+
 def batch_axes() -> tuple[str, ...]:
     """The axes of the mesh that cut the batch; none without a mesh."""
     current = _mesh_and_axes.get()
