@@ -12,7 +12,7 @@ from grain_jax.evaluate.kinds import evaluator
 def get_config():
     c = base("tiny")
     data = "runs/aviary"
-    c.total_steps = 1400
+    c.total_steps = 500
     c.batch_size = 64
     c.dtype = "float32"
     c.log_every = 10
@@ -43,7 +43,8 @@ def get_config():
     c.model.boxes.bins = 3
     c.loss.box_description = 1.0
     c.optim.clip_norm = 1.0
-    c.optim.warmup_steps = 100
+    c.optim.learning_rate = 2e-3
+    c.optim.warmup_steps = 50
     # Evaluators of birds are skipped if the data of birds is missing.
     birds = dict(missing="skip", get=f"grain-jax aviary --output {data}")
     test = dict(annotations=f"{data}/test/A.jsonl", **birds)

@@ -24,7 +24,7 @@ class Pose:
     scale_to: float = flag(1.1, low=0.3, high=2.0)
     turn: float = flag(6.0, low=0.0, high=90.0)
     shift: float = flag(0.04, low=0.0, high=0.5)
-    mirrored: float = share(0.5)
+    mirrored: float = share(0.0)
     colour_variation: float = share(0.03)
 
 
@@ -44,14 +44,14 @@ class Noise:
       --synthetic-paraphrased X  share of parts in other words in synthetic captions
     """
 
-    misses: float = share(0.2)
+    misses: float = share(0.1)
     jitter: float = flag(0.05, low=0.0, high=2.0)
-    wrong_descriptions: float = share(0.05)
+    wrong_descriptions: float = share(0.0)
     paraphrased: float = share(0.3)
     score_noise: float = share(0.06)
-    wrong_names: float = share(0.03)
-    missing_names: float = share(0.02)
-    caption_errors: float = share(0.05)
+    wrong_names: float = share(0.0)
+    missing_names: float = share(0.0)
+    caption_errors: float = share(0.0)
     synthetic_paraphrased: float = share(0.3)
 
 
@@ -81,10 +81,10 @@ class Settings:
 
     seed: int = flag(0, low=0, high=2**63)
     size: int = flag(64, low=32, high=4096)
-    images: int = flag(16000, low=0, high=10**8)
-    seen_per_species: int = flag(5, low=0, high=10**4)
-    unseen_per_species: int = flag(15, low=0, high=10**4)
-    test_images: int = flag(400, low=0, high=10**6)
+    images: int = flag(5000, low=0, high=10**8)
+    seen_per_species: int = flag(2, low=0, high=10**4)
+    unseen_per_species: int = flag(8, low=0, high=10**4)
+    test_images: int = flag(192, low=0, high=10**6)
     genera: int = flag(24, high=10**3)
     species_per_genus: int = flag(5, high=10**3)
     held_out_genera: int = flag(10, low=0, high=10**3)
@@ -92,7 +92,7 @@ class Settings:
     parts_changed: int = flag(3, high=8)
     least_parts: int = flag(3, low=0, high=8)
     most_parts: int = flag(5, high=8)
-    caption_parts: int = flag(2, high=8)
+    caption_parts: int = flag(3, high=8)
     negatives: int = flag(0, low=0, high=TEST_NEGATIVES)
     pose: Pose = Pose()
     noise: Noise = Noise()

@@ -15,8 +15,8 @@ SPLITS = ("validation", "test")
 # The embedding of a class: the mean of its descriptions, this mean with unit length (as in CLIP), or one sentence of all.
 WAYS = ("unseen", "unit", "sentence")
 SETTINGS = {
+    "optim.learning_rate": 1e-3,
     "optim.warmup_steps": 60,
-    "optim.warmup_epochs": None,
     "log_every": 10,
     "checkpoint_every": 0,
     "pictures": 0,

@@ -2,7 +2,7 @@
 
     python -m examples.claim.data --output runs/claim/data [--poses | --source DIR]
 
-DIR, a folder on this machine, has these files.
+DIR has these files:
 
     A.jsonl                           training annotations (data/SCHEMA.md), images below DIR
     seen/CLASS/*, unseen/CLASS/*      images of classes that captions name, and of held-out classes
@@ -24,9 +24,12 @@ from grain_jax.data.aviary import __main__ as aviary
 PARTS = ("A.jsonl", "seen", "unseen", "unseen.json", "test/A.jsonl", "test/unseen.jsonl")
 NAME = "claim"  # of the record set
 # Easier poses, and the demo's.
-AVIARY: Mapping[str, Any] = dict(
-    seed=23, scale_from=0.95, turn=3.0, shift=0.02, mirrored=0.0, misses=0.1, least_parts=8
-) | dict(most_parts=8, caption_parts=4, seen_per_species=10, held_out_genera=20)
+AVIARY: Mapping[str, str] = dict(
+    pair.split("=")
+    for pair in "seed=23 images=16000 test_images=400 seen_per_species=10 unseen_per_species=15 held_out_genera=20"
+    " scale_from=0.95 turn=3 shift=0.02 least_parts=8 most_parts=8 caption_parts=4 wrong_descriptions=0.05"
+    " wrong_names=0.03 missing_names=0.02 caption_errors=0.05".split()
+)
 POSES: Mapping[str, Any] = dict(scale_from=0.8, turn=6.0, shift=0.04, mirrored=0.5)
 
 
@@ -91,9 +94,8 @@ def main() -> int:
     which.add_argument("--poses", action="store_true", help="draw harder poses")
     args = parser.parse_args()
     try:
-        source = args.source or args.output / "aviary"
-        if not args.source:
-            draw(source, {**AVIARY, **(POSES if args.poses else {})})
+        if not (source := args.source):
+            draw(source := args.output / "aviary", {**AVIARY, **(POSES if args.poses else {})})
         prepare(source, args.output)
     except errors.UserError as error:
         print(f"examples.claim.data: {error}", file=sys.stderr)

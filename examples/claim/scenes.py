@@ -63,7 +63,8 @@ def get_config(argument: str):
     c.model.image.update(image_size=96, patch_size=12)
     c.model.decoder.queries = c.input.max_regions = 5
     c.total_steps = round(STEPS * (LONGER if "long" in arm else 1))
-    c.optim.learning_rate, c.pictures, c.checkpoint_every = RATE, 0, 500
+    c.optim.update(learning_rate=RATE, warmup_steps=100)
+    c.pictures, c.checkpoint_every = 0, 500
     c.input.update(prepare=None, data_dir=f"{folder}/data/records", name="scenes")
     if arm == "regions":
         _on_clip(c, folder)
