@@ -89,12 +89,12 @@ def dense(
 
 
 def _product(x, kernel, dimensions, **options):
-    """`jax.lax.dot_general` of the last axes of x and the first of a kernel; on a CPU as a product of two matrices.
+    """`jax.lax.dot_general` of the last axes of x and the first of a kernel; on a single CPU as one of two matrices.
 
     For more axes XLA's CPU backend copies the transposed gradients: a third of the time of an MLP. A TPU would copy to
     join the axes.
     """
-    if not placement.on_cpu():
+    if not placement.on_one_cpu():
         return jax.lax.dot_general(x, kernel, dimensions, **options)
     shared = len(dimensions[0][1])
     rows = x.reshape(-1, math.prod(kernel.shape[:shared]))

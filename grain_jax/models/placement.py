@@ -34,10 +34,10 @@ def mesh() -> Mesh | None:
     return current and current[0]
 
 
-def on_cpu() -> bool:
-    """Whether the mesh is of CPU devices; without one, whether JAX has no other by default."""
+def on_one_cpu() -> bool:
+    """Whether the mesh is a single CPU device. Several stand for the devices of a pod, with its programs."""
     where = mesh()
-    return (where.devices.flat[0].platform if where else jax.default_backend()) == "cpu"
+    return where is not None and where.size == 1 and where.devices.flat[0].platform == "cpu"
 
 
 def batch_axes() -> tuple[str, ...]:
