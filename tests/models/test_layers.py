@@ -38,6 +38,27 @@ def test_layer_norm_and_its_gradients_are_torchs(draw):
         np.testing.assert_allclose(got, wanted.grad.numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_on_a_single_cpu_a_dense_layer_multiplies_matrices(draw):
+    x, d = draw(3, 5, 8), draw(3, 5, 2, 4)
+    options = dict(dtype=np.dtype("float32"), kernel_init=nn.initializers.normal(1.0))
+    layer = layers.dense((2, 4), ("width",), ("heads", "head_dim"), **options)
+    kernel = draw(8, 2, 4)
+    gradients = lambda kernel, x: jax.vjp(
+        lambda k, x: layer.apply({"params": {"kernel": k, "bias": jnp.ones((2, 4))}}, x), kernel, x
+    )[1](jnp.asarray(d))
+    with placement.on(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), ("data",)):
+        text = str(jax.make_jaxpr(gradients)(kernel, x))
+        d_kernel, dx = gradients(kernel, x)
+    assert set(re.findall(r"f32\[([\d,]+)\] = dot_general", text)) == {"15,8", "8,8"}
+    wide = [a.astype(np.float64) for a in (x, kernel, d)]
+    np.testing.assert_allclose(
+        d_kernel, np.einsum("ble,blkh->ekh", wide[0], wide[2]), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        dx, np.einsum("blkh,ekh->ble", wide[2], wide[1]), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_layer_norm_is_flaxs_bit_for_bit(draw):
     x = jnp.asarray(draw(2, 7, 16) * 30 + 100, jnp.bfloat16)
     variables = {"params": {"scale": draw(16), "bias": draw(16)}}
