@@ -40,8 +40,9 @@ def test_layer_norm_and_its_gradients_are_torchs(draw):
 
 def test_on_a_single_cpu_a_dense_layer_multiplies_matrices(draw):
     x, d = draw(3, 5, 8), draw(3, 5, 2, 4)
-    options = dict(dtype=np.dtype("float32"), kernel_init=nn.initializers.normal(1.0))
-    layer = layers.dense((2, 4), ("width",), ("heads", "head_dim"), **options)
+    normal, dtype = nn.initializers.normal(1.0), np.dtype("float32")
+    heads = ("heads", "head_dim")
+    layer = layers.dense((2, 4), ("width",), heads, dtype=dtype, kernel_init=normal)
     kernel = draw(8, 2, 4)
     gradients = lambda kernel, x: jax.vjp(
         lambda k, x: layer.apply({"params": {"kernel": k, "bias": jnp.ones((2, 4))}}, x), kernel, x
