@@ -24,7 +24,7 @@ _PAGES = {
     "CHANGELOG.md": "changelog",
     "SECURITY.md": "security",
     "examples/README.md": "examples/README",
-    "examples/loss/uniformity.py": "examples/loss",
+    "examples/loss/phrases.py": "examples/loss",
     "examples/loss/smoothness.py": "examples/local_loss",
     "examples/evaluator/neighbours.py": "examples/evaluator",
     "examples/tower/mixer.py": "examples/tower",

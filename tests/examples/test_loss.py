@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from examples.loss.phrases import phrases
 from examples.loss.smoothness import Options, Smoothness
-from examples.loss.uniformity import uniformity
 from grain_jax import losses
 from grain_jax.train import sharding
 from tests import tiny
@@ -15,35 +15,46 @@ from tests.losses.test_losses import random_outputs
 
 pytestmark = pytest.mark.long
 
-TERM = f"{uniformity.__module__}:{uniformity.__name__}"
-ENTRY = {"term": TERM, "weight": 0.25, "t": 3.0}
+TERM = f"{phrases.__module__}:{phrases.__name__}"
+ENTRY = {"term": TERM, "weight": 0.25, "temperature": 2.0}
 LOCAL = {"term": "examples.loss.smoothness:Smoothness", "weight": 0.5, "edge": 4.0}
 
 
-def replica(region_embed, t):
-    """(the loss, the mean cosine) in float64."""
-    values, cosines = [], []
-    for x in np.asarray(region_embed, np.float64):
-        distances = [
-            ((x[i] - x[j]) ** 2).sum() for i in range(len(x)) for j in range(len(x)) if i != j
-        ]
-        values.append(np.log(np.exp(-t * np.array(distances)).mean()))
-        cosines.append(1 - np.mean(distances) / 2)
-    return np.mean(values), np.mean(cosines)
+def replica(outputs, batch, query, temperature):
+    """(the loss, the share that is found) in float64; query int [b, R], that of each region."""
+    o, values, found = outputs, [], []
+    scale = np.float64(o.logit_scale) / temperature
+    for i, regions in enumerate(batch.region_mask):
+        text = lambda j, i=i: batch.description_id[i, j]
+        for j in np.flatnonzero(regions):
+            same = {query[i, k] for k in np.flatnonzero(regions) if text(k) == text(j)}
+            logits = scale * (np.float64(o.region_embed[i]) @ np.float64(o.region_text_embed[i, j]))
+            own_logit, others = logits[query[i, j]], np.delete(logits, list(same))
+            values.append(np.log(np.exp([own_logit, *others]).sum()) - own_logit)
+            found.append(own_logit > others.max())
+    return np.mean(values), np.mean(found)
 
 
 def test_the_term_equals_a_float64_replica():
-    c = tiny.config(loss__terms__uniformity=ENTRY, loss__box=1.5)
+    c = tiny.config(loss__terms__phrases=ENTRY, loss__box=1.5)
     batch, outputs = tiny.batch(c), random_outputs(c)
+    batch.description_id[:, 1] = batch.description_id[:, 0]  # equal texts
+    regions, rng = batch.region_mask.shape[1], np.random.default_rng(0)
+    queries = np.arange(outputs.region_embed.shape[1])
+    query = np.stack([rng.permutation(queries)[:regions] for _ in batch.region_mask])
+    boxes = outputs.pred_boxes_cxcywh.copy()
+    for i, of_image in enumerate(query):  # queries that have the boxes are matched to them
+        boxes[-1, i, of_image] = batch.region_boxes_cxcywh[i]
+    outputs = outputs._replace(pred_boxes_cxcywh=boxes)
     mesh = sharding.make_mesh(c.mesh)
 
     result = jax.jit(
         lambda *x: losses.total_loss(*x, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES)
     )(outputs, batch)
-    loss, cosine = replica(outputs.region_embed, t=3.0)
-    np.testing.assert_allclose(result.terms["uniformity"], loss, rtol=1e-5)
-    np.testing.assert_allclose(result.measures["uniformity/cosine"], cosine, atol=1e-6)
-    weights = {"image_caption": 1, "region_description": 1, "box": 1.5, "uniformity": 0.25}
+    loss, accuracy = replica(outputs, batch, query, temperature=2.0)
+    np.testing.assert_allclose(result.terms["phrases"], loss, rtol=1e-5)
+    np.testing.assert_allclose(result.measures["phrases/accuracy"], accuracy, atol=1e-6)
+    weights = {"image_caption": 1, "region_description": 1, "box": 1.5, "phrases": 0.25}
     expected = sum(weight * result.terms[name] for name, weight in weights.items())
     np.testing.assert_allclose(result.total, expected, rtol=1e-6)
 
