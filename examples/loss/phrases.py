@@ -27,10 +27,10 @@ def phrases(shard: losses.Shard, *, temperature: float = 1.0) -> losses.TermOutp
       shard: the images of one device; sums and counts of all devices are added.
       temperature: more than 0; divides the logits, which have the scale of L_rd.
     """
-    query, text = (
-        shard.outputs.region_embed,
-        shard.outputs.region_text_embed,
-    )  # [b, Q, D], [b, R, D]
+    query = shard.outputs.region_embed  # [b, Q, D]
+    text = shard.outputs.region_text_embed  # [b, R, D]
+    if not query.shape[1]:  # no decoder
+        return losses.TermOutput(losses.Mean(jnp.zeros(()), jnp.zeros(())), {})
     match, description = shard.match, shard.targets.description_id
     is_own = match.query_index[..., None] == jnp.arange(query.shape[1])  # [b, R, Q]
     is_own &= match.valid[..., None]

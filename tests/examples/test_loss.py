@@ -58,6 +58,12 @@ def test_the_term_equals_a_float64_replica():
     expected = sum(weight * result.terms[name] for name, weight in weights.items())
     np.testing.assert_allclose(result.total, expected, rtol=1e-6)
 
+    no_queries = dict(region_embed=outputs.region_embed[:, :0], pred_boxes_cxcywh=boxes[:, :, :0])
+    result = jax.jit(lambda *x: losses.total_loss(*x, c.loss))(
+        outputs._replace(**no_queries), batch
+    )
+    assert result.terms["phrases"] == 0
+
 
 def smoothness_replica(patches, image, edge):
     """(the loss, the mean cosine) in float64: patches [B, P, E], uint8 images."""
