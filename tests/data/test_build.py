@@ -13,7 +13,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from grain_jax.core import images
-from grain_jax.data import example, survey, tfds_writer
+from grain_jax.data import duplicates, example, survey, tfds_writer
 from tests import record_sets
 from tests.paths import ROOT
 
@@ -253,6 +253,14 @@ def ids_of(output):
 def duplicates_of(output):
     lines = (output / "tiny_set/1.0.0/duplicates.jsonl").read_text().splitlines()
     return [tuple(json.loads(x).values()) for x in lines]
+
+
+@pytest.mark.parametrize("bits", [(), (3, 4, 5), (0, 16, 63), (0, 16, 32, 48), (3, 4, 5, 6)])
+def test_up_to_three_different_bits_are_a_near_duplicate(bits):
+    known = np.array([[1, 0x0123456789ABCDEF]], np.uint64)
+    other = known ^ np.array([[2, sum(1 << bit for bit in bits)]], np.uint64)
+    exact, near = duplicates.matches(other, known)
+    assert (exact.tolist(), near.tolist()) == ([False], [len(bits) <= 3])
 
 
 def test_a_held_out_share_is_chosen_by_hash(tmp_path):

@@ -188,6 +188,14 @@ def test_queries(files):
     json.dumps(got)
 
 
+def test_objects_of_an_image_that_cannot_be_read_do_not_count(files):
+    predictor, options, folder = files
+    (folder / "val2017/1.png").write_bytes(b"no image")
+    got = measure("detection", predictor, **options)
+    assert (got["pictures"], got["unreadable"], got["boxes"]) == (1, 1, 2)
+    assert got["ap"] == got["ar100"] == 1.0
+
+
 def test_a_file_of_lvis(files):
     """Its images have URLs, an image has up to 300 detections, and classes have groups."""
     predictor, options, folder = files

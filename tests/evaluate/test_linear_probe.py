@@ -84,6 +84,13 @@ def test_separable_classes_are_told_apart_and_equal_ones_are_at_chance(tmp_path)
     assert _evaluate(tmp_path, alike)["per_class"] == {"bee": 0, "cow": 0, "doe": 1}
 
 
+def test_ties_go_to_the_strongest_penalty():
+    """Embeddings of zeros: every C gives the same regression."""
+    data = linear_probe.Data(np.zeros((9, 4)), np.arange(9) % 3)
+    model, _ = linear_probe.fit(data, data, data)
+    assert model.C == 10.0 ** linear_probe.EXPONENTS[0]
+
+
 def test_two_classes_and_a_split_of_one_folder(tmp_path):
     labels = _folders(tmp_path / "test", (10, 10))
     predictor = StubPredictor(dict(enumerate(np.eye(2)[labels])))

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 
 import jax
 import jax.numpy as jnp
@@ -352,3 +353,12 @@ def test_errors_are_one_line(predictor, said):
     with pytest.raises(ValueError, match=said) as error:
         arguments(predictor) if callable(arguments) else predictor.encode_image(arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype, expected", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_products_are_of_full_precision_in_float32(predictor, dtype, expected):
+    """CPUs compute both alike; TPUs and GPUs round the operands unless told not to."""
+    encode = jitted.program(predictor.model, dtype, "encode_image")
+    text = encode.lower(predictor.params, FEW).as_text()
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
+    assert len(products) > 10 and all(expected in product for product in products)

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from grain_jax.core import images
 from grain_jax.input_pipeline import order, transforms
+from tests import tiny
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 40), (1, 9), (64, 63), (30, 64), (64, 200)])
@@ -134,3 +135,34 @@ def test_a_dropped_box_takes_its_description_along():
     padded = transforms.top_regions(fields, boxes, kept, 5)
     assert padded["descriptions"].numpy().tolist() == [b"d", b"a", b"c", b"", b""]
     assert padded["region_mask"].numpy().tolist() == [True] * 3 + [False] * 2
+
+
+_DRAWS = "captions captions image image image image image negatives".split()
+
+
+def test_each_choice_has_a_draw_of_its_own():
+    """Another value of one draw changes what that draw decides, and nothing else."""
+    texts = lambda *each: tf.train.Feature(bytes_list=tf.train.BytesList(value=each))
+    floats = lambda *each: tf.train.Feature(float_list=tf.train.FloatList(value=each))
+    fields = {
+        "image": texts(encode(smooth(70, 50), "PNG")),
+        "captions": texts(b"a", b"b"),
+        "synthetic_caption": texts(b"s"),
+        "regions/bbox": floats(0.4, 0.4, 0.5, 0.5),
+        "regions/description": texts(b"d"),
+        "regions/score": floats(1.0),
+        "regions/negatives/ragged_flat_values": texts(b"m", b"n"),
+        "regions/negatives/ragged_row_lengths_0": tf.train.Feature(
+            int64_list=tf.train.Int64List(value=[2])
+        ),
+    }
+    record = tf.train.Example(features=tf.train.Features(feature=fields)).SerializeToString()
+    rates = dict(input__flip_rate=0.5, input__synthetic_caption_rate=0.5, input__crop_min_area=0.5)
+    c = tiny.config(input__negatives_per_region=1, text__pack_rows=10, **rates)
+    run = lambda draws: transforms.Transform(c)(tf.constant(record), tf.constant(draws, tf.float32))
+    before = run(np.full(transforms.NUM_DRAWS, 0.6))
+    for draw, column in enumerate(_DRAWS):
+        after = run(np.where(np.arange(transforms.NUM_DRAWS) == draw, 0.3, 0.6))
+        changed = {name for name in before if not np.array_equal(before[name], after[name])}
+        expected = {column, "region_boxes_cxcywh"} if column == "image" else {column}
+        assert changed == expected, draw

@@ -67,10 +67,9 @@ def replica(outputs, batch, c):
     o = jax.tree.map(lambda x: np.asarray(x, np.float64), outputs)
     b, softmax = len(batch.region_mask), c.contrast == "softmax"
     target = batch.region_boxes_cxcywh.astype(np.float64)
-    logit = lambda x, y: float(o.logit_scale * (x @ y) + o.logit_bias)
-    beats = lambda own_logit, others: (
-        own_logit > max(others, default=-np.inf) + 1e-5 * o.logit_scale
-    )
+    (scale, bias), of_regions = (o.logit_scale, o.logit_bias), o.region_scale_and_bias
+    logit = lambda x, y: float(scale * (x @ y) + bias)
+    beats = lambda own_logit, others: own_logit > max(others, default=-np.inf) + 1e-5 * scale
     pairs_of = lambda mask: list(map(tuple, np.argwhere(mask)))
     terms, right = {}, {}
 
@@ -102,6 +101,7 @@ def replica(outputs, batch, c):
     descriptions = o.region_text_embed, batch.description_id, batch.region_mask
     of_texts("image_description", *descriptions, by_text=True)
 
+    scale, bias = of_regions  # from here on
     real = batch.region_mask & (target[..., 2:] > 0).all(-1)
     matched = []  # (image, query, region)
     for i in range(b):
@@ -192,7 +192,11 @@ def _case(contrast, **overrides):
     bias = dict(model__logit_bias_init=-2.0) if contrast == "sigmoid" else {}
     c = tiny.config(**EVERY, **overrides, loss__contrast=contrast, **bias)
     batch = tiny.batch(c)
-    outputs = learnt(random_outputs(c), batch)._replace(logit_bias=np.float32(-2))
+    outputs = learnt(random_outputs(c), batch)._replace(
+        logit_bias=np.float32(-2),
+        region_logit_scale=np.float32(9),
+        region_logit_bias=np.float32(-1),
+    )
     batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
     batch.region_mask[4:8] = False  # a group, or a device, without regions
     mask = batch.caption_mask.copy()

@@ -78,6 +78,20 @@ def test_softmax_and_its_gradient_are_jaxs(draw, dtype, tolerance):
     np.testing.assert_allclose(*backward(d), *expected_backward(d), atol=tolerance)
 
 
+def test_dropout_depends_on_the_example_and_the_site_and_keeps_the_mean():
+    keys, x = jax.random.split(jax.random.key(0), 2), jnp.ones((2, 50, 40))
+    first, second = (np.asarray(layers.example_dropout(x, keys, site, 0.2)) for site in (0, 1))
+    masks = [np.isclose(y, 1.25) for y in (*first, *second)]
+    assert {*np.unique(first), *np.unique(second)} == {0, 1.25}
+    np.testing.assert_allclose([mask.mean() for mask in masks], 0.8, atol=0.04)
+    for i, a in enumerate(masks):  # two masks are independent: both keep 0.8 x 0.8
+        for b in masks[:i]:
+            assert (a & b).mean() == pytest.approx(0.64, abs=0.05)
+    again = layers.example_dropout(x[1:], keys[1:], 0, 0.2)  # alone in its batch
+    np.testing.assert_array_equal(again[0], first[1])
+    np.testing.assert_array_equal(layers.example_dropout(x, None, 0, 0.2), x)
+
+
 def test_what_an_image_block_keeps_for_the_backward_pass():
     """In bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
     tower = tiny.config(dtype="bfloat16").model.image

@@ -125,6 +125,15 @@ def test_counts_and_metrics_of_two_steps():
         np.testing.assert_allclose(m["query_usage_entropy"], entropy, rtol=1e-5)
 
 
+def test_another_step_has_other_draws():
+    """The same state but for the number of its step: dropout and the kept patches are drawn anew."""
+    first = first_state("decoder")
+    other, _ = step_from("decoder", False, first._replace(step=np.int32(1)))
+    expected = two_steps("decoder")[0][0]
+    for name in ("loss_image_caption", "loss_box"):
+        assert abs(other[name] - expected[name]) > 1e-3, name
+
+
 def test_matching_has_no_collective_loop_or_host_callback():
     collectives = re.compile(
         r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("

@@ -210,8 +210,10 @@ def test_layer_decay_that_is_off_leaves_the_states_form():
     assert len(tx.init(params)) == 4
 
 
-def test_logit_scale_is_clipped():
+@pytest.mark.parametrize("name", ["logit_scale", "region_logit_scale"])
+def test_logit_scales_are_clipped_unless_frozen(name):
     for value, expected in ((-1.0, 0.0), (3.0, 3.0), (9.0, 4.6052)):
-        out = optim.clip_logit_scales({"logit_scale": np.float32(value), "x": 1})
-        np.testing.assert_allclose(out["logit_scale"], expected)
-        assert out["x"] == 1
+        params = {name: np.float32(value), "x": 1}
+        out = optim.clip_logit_scales(params)
+        np.testing.assert_allclose(out[name], expected)
+        assert out["x"] == 1 and optim.clip_logit_scales(params, (name,)) == params
