@@ -43,6 +43,8 @@ FAULTS = [
     ({"evals": None}, "evals: got None, expected a group of keys"),
     ({"total_epochs": 1.0}, "total_steps, total_epochs: exactly one must be set"),
     ({"input.lanes": 3}, "input.lanes: got 3, expected a divisor of batch_size = 16; set"),
+    ({"text.pack_group": 8}, "text.pack_group: got 8, expected a divisor of 4 images per lane; set"),
+    ({"input.text_length": 2}, "input.text_length: got 2, expected 3 to model.text.context_length"),
     ({"model.image.patch_size": 5}, "model.image.image_size: got 16, expected a multiple of"),
     ({"loss.box_description": 1.0}, "loss.box_description: got 1.0, expected 0"),
     ({"loss.hard_negative": 0.5}, "loss.hard_negative: got 0.5, expected 0 with input.negatives_per"),

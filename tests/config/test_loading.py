@@ -108,6 +108,10 @@ def test_the_command_line_wins_over_the_file():
     assert load("total_steps=100", "total_epochs=None").total_steps == 100
     assert load("total_epochs=None", "total_epochs=3").total_epochs == 3
     assert list(load("evals=None", file="demo").evals) == []
+    # An evaluator that the command line changes was asked for: without its data the run ends.
+    changed = load("evals.unseen.names=True", file="demo").evals
+    missing = {name: entry["missing"] for name, entry in changed.items()}
+    assert missing.pop("unseen") == "error" and set(missing.values()) == {"skip"}
     others = ["grounding", "parts", "retrieval", "unseen"]
     assert list(load("evals.seen=None", file="demo").evals) == others
 

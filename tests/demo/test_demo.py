@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 
 import numpy as np
 import PIL.Image
@@ -153,6 +154,25 @@ def test_examples_are_of_the_dataset_of_the_run(tmp_path, picture, monkeypatch):
         monkeypatch.setattr(files, "read_items", lambda folder, items=items: items)
         _, shown = command.starting_point(tmp_path / "run", copy)
         assert [os.path.basename(path) for path in shown] == expected
+
+
+def test_what_the_user_names_wins_over_what_the_run_has(tmp_path, picture, predictor, monkeypatch):
+    (tmp_path / "names.txt").write_text("owl\n")
+    served, blocks = [], types.SimpleNamespace(block_thread=lambda: None)
+    monkeypatch.setattr(inference, "load", lambda checkpoint: predictor)
+    monkeypatch.setattr(command, "starting_point", lambda *_: (CLASSES, ["of_the_run.png"]))
+    monkeypatch.setattr(page, "build", lambda views, *shown: served.append(shown) or blocks)
+    monkeypatch.setattr(page, "launch", lambda *_: "http://here")
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    given = f"--classes={tmp_path}/names.txt", f"--examples={tmp_path}"
+    for i, flags in enumerate(((), given)):
+        command._serve(command.Demo.parse(["--checkpoint=x", *flags]), tmp_path / f"copies{i}")
+    assert served[0] == (CLASSES, ["of_the_run.png"])
+    assert served[1] == ({"owl": []}, [f"{tmp_path}/copies1/00_noise.png"])
+
+
+def test_gradio_tells_nobody_of_the_page():
+    assert not page.gr.analytics.analytics_enabled()
 
 
 def test_examples_are_copied(tmp_path):

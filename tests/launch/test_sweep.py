@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -112,6 +113,8 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     pretend(run, 10)
     same = dict(evaluator=error, log_every=5, checkpoint_every=2)
     sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], **same))
+    open_numbers = dict(input__lanes=None, text__pack_rows=None)  # config.json has the derived ones
+    sweep_runs.check_folders(make(tmp_path, [{"seed": 0}], evaluator=skip, **open_numbers))
     other = make(tmp_path, [{"seed": 0}], evaluator=skip, batch_size=32)
     with pytest.raises(errors.UserError, match=r"was trained with batch_size = 16, and is 32 here"):
         sweep_runs.check_folders(other)
@@ -323,6 +326,10 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys, monkeypatch):
         status = sweep.main([*config, "--workdir", str(tmp_path / "w"), *flags])
         return status, capsys.readouterr().out
 
+    monkeypatch.setattr(jobs.Runner, "run", lambda runner: runner.failed.append("seed=0"))
+    status, printed = launch()
+    assert status == 1 and "not started" in printed
+    shutil.rmtree(tmp_path / "w")
     monkeypatch.setattr(jobs.Runner, "run", run_jobs)
     status, printed = launch("--dry-run")
     assert status == 0 and not started and not (tmp_path / "w").exists()

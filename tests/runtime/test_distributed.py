@@ -73,9 +73,11 @@ def test_what_the_environment_says(environment, expected):
         assert expected[1]["cluster_detection_method"] in names
 
 
-def test_slurm_tasks_that_share_their_gpus_are_refused():
-    shared = {**SRUN, **_EIGHT, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
-    with pytest.raises(errors.UserError, match="8 tasks on a node see the same 4 GPUs") as caught:
+@pytest.mark.parametrize("tasks, gpus", [(8, 4), (2, 4)])
+def test_slurm_tasks_that_share_their_gpus_are_refused(tasks, gpus):
+    shared = {**SRUN, "SLURM_NTASKS": str(2 * tasks), "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    message = f"{tasks} tasks on a node see the same {gpus} GPUs"
+    with pytest.raises(errors.UserError, match=message) as caught:
         distributed.find(None, 1, 0, shared)
     assert str(caught.value).endswith("or srun --gpus-per-task") and caught.value.status == 2
 

@@ -90,7 +90,9 @@ waiting = device.Prefetch(batches(), None, 1)
 with watch.running(7):
     with watch.pause():
         time.sleep(3)
-    watch.stepped(8)
+    for _ in range(4):  # longer than the limit, in all
+        time.sleep(0.7)
+        watch.stepped(8)
     with watch.doing("waiting for the next batch (input)"):
         next(waiting)
 """)
