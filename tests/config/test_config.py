@@ -1,5 +1,6 @@
 """Configs: every shipped one resolves; a wrong key or value is a line with its key; each key has one declaration."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -122,6 +123,16 @@ def test_the_recipe_has_the_declared_keys_with_their_defaults():
     names = {item.name for item in keys.listed(Config) if "[]" not in item.name}
     groups = {"evals", "loss.terms", "model.image.options", "model.text.options", "input.options"}
     assert names - set(config_lib.flatten(c.to_dict())) <= groups | {"model.decoder"}
+
+
+@dataclasses.dataclass(frozen=True)
+class OfAUser:
+    rate: float = keys.key(0.5)
+
+
+def test_a_digest_counts_what_differs_from_the_defaults_and_all_keys_of_a_users_class():
+    assert config_lib.without_defaults(config_lib.Mesh(fsdp=2)) == {"fsdp": 2}
+    assert config_lib.without_defaults(OfAUser()) == {"rate": 0.5}
 
 
 def test_configs_import_little():

@@ -225,3 +225,10 @@ def test_an_indexed_job_needs_the_kubernetes_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     expected = ("Kubernetes", {"cluster_detection_method": "k8s"})
     assert distributed.find(None, 1, 0, job) == expected
+
+
+def test_the_cache_of_compiled_programs_that_the_user_names_stays(monkeypatch, tmp_path):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    distributed.keep_compiled_programs()
+    assert before and jax.config.values["jax_compilation_cache_dir"] == before
