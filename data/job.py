@@ -1,7 +1,7 @@
 """A job over the shards of a data source, which goes on after a kill: the same command again does what is missing.
 
 A job has a folder. The folder notes the settings that results depend on, and refuses a run with others. A worker writes
-the files of a shard whole, the one that marks the shard as done last. One run at a time has the folder.
+the files of a shard whole, the one that marks the shard as done last. A record has their digests. One run at a time has the folder.
 """
 
 import contextlib
@@ -19,6 +19,10 @@ SETTINGS = "settings.json"
 _SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder: each look lists all shards
 
 
+class Damaged(errors.UserError):
+    """A file of a job is gone, or is not what was written; the message begins a line."""
+
+
 class Output(NamedTuple):
     """The folder of a job, local or in an object store; a plain value, which can be sent to workers."""
 
@@ -28,14 +32,15 @@ class Output(NamedTuple):
         """A file or folder below the output."""
         return epath.Path(self.folder).joinpath(*names)
 
-    def put(self, content: str | bytes, *names: str) -> None:
-        """Writes a file whole: a kill or a full disk leaves the old one."""
+    def put(self, content: str | bytes, *names: str, lasting: bool = True) -> str:
+        """Writes a file whole, as `atomic.write_bytes` does; returns its digest."""
         path = self.path(*names)
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
             # Half surrogates, of file names that are not UTF-8, become \udc80, which JSON reads back.
             content = content.encode("utf-8", "backslashreplace")
-        atomic.write_bytes(path, content)
+        atomic.write_bytes(path, content, lasting=lasting)
+        return atomic.digest(content)
 
     def put_json(self, value: Any, *names: str) -> None:
         """Writes a file with one JSON value."""
@@ -48,18 +53,34 @@ class Output(NamedTuple):
             return {}
         return regular_file.read_json(path, dict[str, Any], "a file of this job")
 
-    def put_lines(self, lines: Iterable[dict[str, Any]], *names: str) -> None:
-        """Writes a file with a JSON object per line."""
-        self.put("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), *names)
+    def put_lines(self, lines: Iterable[dict[str, Any]], *names: str) -> str:
+        """Writes a file with a JSON object per line; returns its digest."""
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        return self.put(text, *names)
 
-    def read_lines(self, *names: str) -> list[dict[str, Any]]:
-        """The JSON objects of a file's lines; none if there is no file."""
+    def put_record(self, record: dict[str, Any], *names: str) -> None:
+        """Writes what is known of a shard, with its own digest; `record["digests"]` has those of the shard's files."""
+        content = json.dumps(record).encode()
+        self.put(f"{atomic.digest(content)}\n".encode() + content, *names)
+
+    def read_record(self, *names: str) -> dict[str, Any]:
+        """What `put_record` wrote. Raises Damaged."""
+        digest, _, content = self._content(*names).partition(b"\n")
+        if atomic.digest(content).encode() != digest:
+            raise Damaged(f"{self.path(*names)}: damaged, not what was written")
+        return json.loads(content)
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Compares the files of a shard with the digests in its record. Raises Damaged."""
+        for name, digest in record["digests"].items():
+            if atomic.digest(self._content(name)) != digest:
+                raise Damaged(f"{self.path(name)}: damaged, not what was written")
+
+    def _content(self, *names: str) -> bytes:
         try:
-            content = self.path(*names).read_bytes()
-        except FileNotFoundError:
-            return []
-        # Bytes, since splitlines() of a text also cuts at U+2028, which web captions have.
-        return list(map(json.loads, content.splitlines()))
+            return self.path(*names).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise Damaged(f"{self.path(*names)}: {error.strerror or error}") from None
 
     def done(self, *kinds: str) -> set[str]:
         """Names of the shards that have a file in each of these folders."""
@@ -96,7 +117,7 @@ class Output(NamedTuple):
             for shard in shards:
                 file.write(self.path(kind, f"{shard}.jsonl").read_bytes())
         if new != path:
-            new.replace(path)
+            atomic.replace(new, path)
 
 
 def check_faults(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from grain_jax.core import errors
+from grain_jax.core import atomic, errors
 
 
 class BusyError(errors.UserError):
@@ -87,10 +87,8 @@ def replacing(target: epath.Path) -> Iterator[epath.Path]:
     try:
         yield new
         old = _old(target)
-        if target.exists():
-            target.rename(old)
         try:
-            (new / name / version).rename(target)
+            atomic.replace(new / name / version, target, old)
         finally:
             recover(target)
         old.rmtree(missing_ok=True)

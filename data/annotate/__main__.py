@@ -47,6 +47,7 @@ def annotate(args: Annotate) -> str:
         start = time.monotonic()
         output.agree(_settings(args))
         shards = sources.of_flags(args, str(output.path("lists")), args.shard_size)
+        passes.unmark_damaged(args, output, [shard.name for shard in shards])
         done = output.done(*marks)
         todo = [shard for shard in shards if shard.name not in done]
         if todo:

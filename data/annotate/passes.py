@@ -5,22 +5,23 @@ region, and failed.jsonl names what is missing and why. Files of a shard:
 
 OUTPUT/annotations/SHARD.jsonl  lines of A.jsonl
 OUTPUT/failed/SHARD.jsonl       faults with their causes
-OUTPUT/counts/SHARD.json        numbers of images, results and faults
-OUTPUT/results/SHARD.jsonl      per image the results and the faults of the passes, for later passes
+OUTPUT/results/SHARD.record     per image the results and the faults of the passes, for later passes; numbers; digests
 OUTPUT/passes/PASS/SHARD.done   empty; marks the shard as done
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import PIL.Image
 
-from grain_jax.core import annotations, errors, images
+from grain_jax.core import annotations, atomic, errors, images, regular_file
 from grain_jax.data import job, negatives, sources
 from grain_jax.data.annotate import (
     PASSES,
@@ -97,8 +98,10 @@ class Passes:
 
     def annotate(self, shard: sources.SourceShard) -> None:
         """Runs the passes over a shard and writes its files; results of earlier runs are kept."""
-        output, args, file = self.output, self.args, f"{shard.name}.jsonl"
-        known = {line["image"]: line for line in output.read_lines("results", file)}
+        output, args, names = self.output, self.args, record_of(shard.name)
+        known: dict[str, dict] = {}
+        with contextlib.suppress(job.Damaged):  # there is none, or `unmark_damaged` named it
+            known = {entry["image"]: entry for entry in output.read_record(*names)["images"]}
         lines, failed, results, count = [], [], [], collections.Counter()
         works = (_work(item, known.get(item.image, {}), args) for item in sources.read(shard))
         for batch in batches(works, self._batch_size):
@@ -116,10 +119,14 @@ class Passes:
         count.update(f"{FAULT}{fault['stage']}: {fault['cause']}" for fault in failed)
         regions = sum(len(line["regions"]) for line in lines)
         count.update(images=len(results), annotated=len(lines), regions=regions)
-        output.put_lines(results, "results", file)
-        output.put_lines(failed, "failed", file)
-        output.put_json(count, "counts", f"{shard.name}.json")
-        output.put_lines(lines, "annotations", file)
+        if args.keep_images and not regular_file.is_remote(args.output):  # those wait together
+            kept = [output.path("images", line["image"]) for line in lines]
+            atomic.sync([*kept, *{path.parent for path in kept}])
+        digests = {
+            f"{kind}/{shard.name}.jsonl": output.put_lines(content, kind, f"{shard.name}.jsonl")
+            for kind, content in (("failed", failed), ("annotations", lines))
+        }
+        output.put_record({"digests": digests, "counts": count, "images": results}, *names)
         for mark in marks(args):
             output.put("", mark, f"{shard.name}.done")
 
@@ -193,8 +200,10 @@ class Passes:
         names = ("images", item.image)
         try:
             path = self.output.path(*names)
-            if self.args.keep_images and (path.is_dir() or not path.exists()):
-                self.output.put(item.encoded, *names)
+            if self.args.keep_images and not (
+                regular_file.is_one(path) and path.read_bytes() == item.encoded
+            ):
+                self.output.put(item.encoded, *names, lasting=False)
         except OSError as error:
             if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
                 raise
@@ -250,11 +259,43 @@ def batches(works: Iterable[Work], size: int) -> Iterator[list[Work]]:
             yield batch
 
 
+def record_of(shard: str) -> tuple[str, str]:
+    """The names of the path of a shard's record below the output."""
+    return "results", f"{shard}.record"
+
+
+def unmark_damaged(args: Annotate, output: job.Output, shards: Iterable[str]) -> None:
+    """Compares the files of shards with their digests; a damaged shard is named on stderr, to be made again.
+
+    Raises:
+      errors.UserError: results of passes that this run does not make are damaged.
+    """
+    done = {name: output.done(f"passes/{name}") for name in (*PASSES, "none")}
+    for shard in shards:
+        made = {name for name in done if shard in done[name]}
+        lost = made - {"none", *args.passes}
+        try:
+            if made:
+                record = output.read_record(*record_of(shard))
+                lost = set()
+                output.check(record)
+        except job.Damaged as error:
+            if lost:
+                every = ",".join(name for name in PASSES if name in made | set(args.passes))
+                line = (
+                    f"{error}; it holds results of {','.join(sorted(lost))}: give --passes {every}"
+                )
+                raise errors.UserError(f"{line} to make its shard again") from None
+            print(f"{error}; its shard is made again", file=sys.stderr)
+            for mark in marks(args):
+                output.path(mark, f"{shard}.done").unlink(missing_ok=True)
+
+
 def counts(output: job.Output, shards: Iterable[str]) -> collections.Counter[str]:
     """The numbers of shards, added."""
     total = collections.Counter()
     for shard in shards:
-        total.update(output.read_json("counts", f"{shard}.json"))
+        total.update(output.read_record(*record_of(shard))["counts"])
     return total
 
 

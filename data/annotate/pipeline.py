@@ -66,9 +66,10 @@ def run(args: Annotate, shards: Sequence[sources.SourceShard]) -> None:
         try:
             pipeline.run().wait_until_finish()
         except Exception as error:
-            marked = re.search(f"{_MARK}(.*?){_MARK}", str(error), re.DOTALL)
+            marked = re.search(f"{_MARK}(.)(.*?){_MARK}", str(error), re.DOTALL)
             if marked:
-                raise errors.UserError(marked.group(1)) from None
+                kinds = {str(kind.status): kind for kind in (errors.UserError, errors.StorageFault)}
+                raise kinds[marked.group(1)](marked.group(2)) from None
             raise
 
 
@@ -81,4 +82,4 @@ def _marking_user_errors() -> Iterator[None]:
         line = error if isinstance(error, errors.UserError) else errors.of_system(error)
         if line is None:
             raise
-        raise RuntimeError(f"{_MARK}{line}{_MARK}") from error
+        raise RuntimeError(f"{_MARK}{line.status}{line}{_MARK}") from error

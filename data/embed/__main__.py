@@ -8,7 +8,6 @@ DIR is a folder that all of them see.
 
 import collections
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from etils import epath
 from grain_jax import inference
 from grain_jax.checkpoint import saved_model
 from grain_jax.cli import process
-from grain_jax.core import errors
+from grain_jax.core import atomic, errors
 from grain_jax.data import job, sources, staging
 from grain_jax.data.embed import arguments, output, pipeline
 from grain_jax.data.sources import arrow_tables
@@ -93,7 +92,7 @@ def find(
     scratch = str(folder.path("lists"))
     options = sources.Options(str(images), (str(path),), args.split, scratch, args.shard_size)
     shards = sources.shards(kind, options)
-    names = hashlib.sha256(json.dumps([shard.name for shard in shards]).encode()).hexdigest()[:16]
+    names = atomic.digest(json.dumps([shard.name for shard in shards]).encode())[:16]
     settings = {"kind": kind, "path": str(path), "images": str(images), "split": args.split}
     in_files = kind in ("folder", "annotations")
     return settings | {"image_list": names}, str(images) if in_files else "", shards
@@ -107,11 +106,11 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 def _finish(args: arguments.Embed, result: output.Embeddings, count: int, seconds: float) -> str:
     """Writes the faults if all parts are there; returns a line. Raises errors.UserError."""
-    done = result.done()
+    done = result.done(check=False)
     missing = [index for index in range(len(result.parts)) if index not in done]
     if missing:
         raise errors.UserError(
-            f"--output {args.output}: {result.path('metadata', missing[0])} is missing, one of"
+            f"--output {args.output}: {result.path('done', missing[0])} is missing, one of"
             f" {len(missing)} files; give the same command again"
         )
     faults = [

@@ -6,11 +6,10 @@ DIR/metadata/metadata_00.parquet  a row per image, with the boxes of its regions
 DIR/settings.json                 what the embeddings are made of
 DIR/faults.jsonl                  a line for each image that was left out
 
-A part has one of each of the first three. Its metadata are written last: they mark it as done.
+A part has one of each of the first three. DIR/done/done_00.record, written last, has their digests and marks it as done.
 """
 
 import io
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,11 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from grain_jax.core import printable, regular_file
 from grain_jax.data import job, sources
 from grain_jax.data.sources import arrow_tables
-
-_NOTE = b"grain_jax"  # key of a Parquet file's own metadata
 
 
 class Row(NamedTuple):
@@ -44,7 +40,7 @@ class Part(NamedTuple):
 
     rows: int
     faults: list[dict[str, str]]  # of images that were left out: path, cause, detail
-    bytes: dict[str, int]  # of each array
+    digests: dict[str, str]  # of each file, by its name below the folder
 
 
 class Embeddings(NamedTuple):
@@ -63,37 +59,28 @@ class Embeddings(NamedTuple):
     images: str = ""
 
     def path(self, kind: str, index: int) -> epath.Path:
-        """A file of a part: of "img_emb", "region_emb" or "metadata"."""
+        """A file of a part: of "img_emb", "region_emb", "metadata" or "done"."""
         digits = len(str(len(self.parts)))  # all names have as many, so that they sort
-        ending = "parquet" if kind == "metadata" else "npy"
+        ending = {"metadata": "parquet", "done": "record"}.get(kind, "npy")
         return self.folder.path(kind, f"{kind}_{index:0{digits}d}.{ending}")
 
-    def done(self) -> dict[int, Part]:
-        """The parts that are done. A damaged one is named on stderr, to be made again."""
+    def done(self, check: bool = True) -> dict[int, Part]:
+        """The parts that are done. With `check` a damaged one is named on stderr, to be made again."""
         parts = {}
         for index in range(len(self.parts)):
-            path = self.path("metadata", index)
+            path = self.path("done", index)
             try:
                 if path.exists():
-                    parts[index] = self._read(index, path.read_bytes())
-            except (OSError, ValueError, LookupError, TypeError) as error:  # of pyarrow, too
-                reason = printable.plain(" ".join(str(error).split()), 200)
-                print(f"{path}: damaged ({reason}); its part is made again", file=sys.stderr)
+                    record = self.folder.read_record("done", path.name)
+                    self.folder.check(record if check else {"digests": {}})
+                    parts[index] = Part(**record)
+            except job.Damaged as error:
+                print(f"{error}; its part is made again", file=sys.stderr)
                 path.unlink()
         return parts
 
-    def _read(self, index: int, content: bytes) -> Part:
-        """What a part's files hold. Raises OSError, ValueError, ... if one is damaged or missing."""
-        pa = arrow_tables.pyarrow()
-        metadata = pa.parquet.read_metadata(pa.BufferReader(content))
-        part = Part(metadata.num_rows, **json.loads(metadata.metadata[_NOTE]))
-        for kind, length in part.bytes.items():
-            if regular_file.length(self.path(kind, index)) != length:
-                raise ValueError(f"{self.path(kind, index).name} is not of {length:,} bytes")
-        return part
-
     def write(self, index: int, rows: Sequence[Row], faults: list[dict[str, str]]) -> None:
-        """Writes the files of a part, the metadata last."""
+        """Writes the files of a part, and then the record that marks it as done."""
         pa = arrow_tables.pyarrow()
         below = f"{self.images}/" if self.images else ""
         columns: dict[str, list] = {"image_path": [below + row.path for row in rows]}
@@ -104,15 +91,16 @@ class Embeddings(NamedTuple):
             arrays["region_emb"] = [row.region_embed for row in rows]
             columns["boxes_xyxy"] = [row.boxes_xyxy.tolist() for row in rows]
             kinds.append(pa.list_(pa.list_(pa.float32(), 4)))
-        lengths = {}
+        contents = {}
         for kind, embeds in arrays.items():
             embeds = [np.zeros((0, self.settings["embed_dim"]), np.float16), *embeds]
             file = io.BytesIO()
             np.save(file, np.concatenate(embeds, dtype=np.float16, casting="same_kind"))
-            lengths[kind] = len(file.getvalue())
-            self.folder.put(file.getvalue(), kind, self.path(kind, index).name)
-        note = {_NOTE: json.dumps({"faults": faults, "bytes": lengths}).encode()}
+            contents[kind] = file.getvalue()
         fields = [pa.field(name, kind, nullable=False) for name, kind in zip(columns, kinds)]
         file = io.BytesIO()
-        pa.parquet.write_table(pa.table(columns, schema=pa.schema(fields, note)), file)
-        self.folder.put(file.getvalue(), "metadata", self.path("metadata", index).name)
+        pa.parquet.write_table(pa.table(columns, schema=pa.schema(fields)), file)
+        contents["metadata"] = file.getvalue()
+        names = {kind: (kind, self.path(kind, index).name) for kind in (*contents, "done")}
+        digests = {"/".join(names[x]): self.folder.put(y, *names[x]) for x, y in contents.items()}
+        self.folder.put_record(Part(len(rows), faults, digests)._asdict(), *names["done"])

@@ -4,7 +4,6 @@ The digest of arrays is a sum of unsigned integers that wraps around, so that ho
 They find accidents, not forgeries.
 """
 
-import hashlib
 import json
 import zlib
 from typing import Any
@@ -13,11 +12,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from grain_jax.core import atomic
+
 
 def of_json(value: Any) -> str:
     """The SHA-256 of a JSON value, independent of spaces and the order of keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return atomic.digest(canonical.encode())
 
 
 def of_state(state: Any) -> dict[str, str]:

@@ -1,7 +1,5 @@
 """Reads the files of a checkpoint, each process by itself: one that fails leaves no other at a barrier."""
 
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,21 +113,8 @@ def attempt(
 
 def fault_of(error: BaseException) -> str:
     """In a line, what makes a checkpoint unreadable: whatever a reader makes of bytes that nobody wrote."""
-    _silence_half_read()
+    errors.silence_storage()
     while error.__cause__ is not None:  # Orbax wraps what TensorStore says
         error = error.__cause__
     name = "" if isinstance(error, errors.UserError) else f"{type(error).__name__}: "
     return f"{name}{' '.join(str(error).split())[:200]}"
-
-
-@functools.cache  # once is enough
-def _silence_half_read() -> None:
-    """Drops the messages of reads that Orbax abandons once one array cannot be read: they are pages long."""
-    before = sys.unraisablehook
-
-    def hook(unraisable):
-        reader = getattr(unraisable.object, "__name__", "") == "_read_array_index_and_device_put"
-        if not reader and str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook

@@ -59,11 +59,14 @@ def console(
       command: takes the flags.
       arguments: as of `run`.
     """
+    args = None
     try:
-        if line := command(declared.parse(arguments)):
+        args = declared.parse(arguments)
+        if line := command(args):
             print(line)
     except Exception as error:
-        fault = error if isinstance(error, errors.UserError) else errors.of_system(error)
+        output = getattr(args, "output", None)
+        fault = error if isinstance(error, errors.UserError) else errors.of_system(error, output)
         if fault is None:
             raise
         print(fault, file=sys.stderr)
@@ -81,6 +84,7 @@ def run(
       arguments: without the program's name; by default the arguments of this process.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
+    errors.silence_storage()
     for stream in (sys.stdout, sys.stderr):  # characters that the encoding lacks become escapes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -61,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.UserError as error:
         faults = str(error).split("\n")
         print(*faults, sep="\n", file=sys.stderr)
-        print(f"{len(faults)} fault{'s' * (len(faults) > 1)}; nothing was written", file=sys.stderr)
-        return 2
+        if not isinstance(error, errors.StorageFault):
+            ending = f"fault{'s' * (len(faults) > 1)}; nothing was written"
+            print(len(faults), ending, file=sys.stderr)
+        return error.status
     print(report.text)
     if not report.ok:
         print(f"{args.output}: was written, but its outputs differ; see above", file=sys.stderr)

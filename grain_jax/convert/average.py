@@ -5,7 +5,6 @@ fine-tuned models a soup (Wortsman et al. 2022, arXiv 2203.05482). One run with 
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.convert import output, parity, tables, towers
 from grain_jax.convert.faults import ConvertError, raise_any
+from grain_jax.core import atomic
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 
@@ -94,6 +94,6 @@ def _keys(stored: saved_model.Stored) -> dict[str, Any]:
     text = stored.model.text
     known = text.tokenizer
     if known != "clip" and (path := tokenizer.own_file(text, stored.folder)) is not None:
-        known = f"{path.name}, sha256 {hashlib.sha256(tokenizer.content_of(path)).hexdigest()[:12]}"
+        known = f"{path.name}, sha256 {atomic.digest(tokenizer.content_of(path))[:12]}"
     has_bias = stored.model.logit_bias_init is not None
     return keys | {"text.tokenizer": known, "logit_bias_init": "a bias" if has_bias else None}

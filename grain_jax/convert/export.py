@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compared = export_model(model, args.output)
     except errors.UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.status
     report = parity.report(compared, "the predictor")
     print(report.text)
     return 0 if report.ok else 1

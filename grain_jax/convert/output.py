@@ -15,7 +15,7 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
-from grain_jax.core import errors
+from grain_jax.core import atomic, errors
 from grain_jax.input_pipeline import tokenizer
 
 # Files that conversions and exports write. Those of an older conversion go; whatever else lies there stays.
@@ -45,15 +45,17 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[None]:
-    """Turns a fault of the system inside into a ConvertError of one line, even if TensorStore wraps it in a ValueError."""
+    """Turns a fault of the system inside into a UserError of one line, even if TensorStore wraps it in a ValueError."""
     try:
         yield
     except errors.UserError:
         raise
     except Exception as error:
-        fault = errors.of_system(error)
+        fault = errors.of_system(error, path)
         if fault is None:
             raise
+        if isinstance(fault, errors.StorageFault):
+            raise fault from error
         raise ConvertError(f"{path}: cannot be written: {fault}") from error
 
 
@@ -93,9 +95,7 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
             for path in target.iterdir() if target.exists() else ():
                 if not _WRITTEN.fullmatch(path.name) and not (new / path.name).exists():
                     _copy(path, new / path.name)
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
+            atomic.replace(new, target, old)
         finally:
             _clear(old, new, target)
 

@@ -1,8 +1,11 @@
-"""Writes a file as a whole or not at all: a process may be killed between any two bytes."""
+"""Writes a file as a whole or not at all: a process may be killed, and a machine may stop, between any two bytes."""
 
+import errno
+import hashlib
 import os
 import stat
 import uuid
+from collections.abc import Iterable
 
 from etils import epath
 
@@ -12,10 +15,15 @@ def write_text(path: epath.PathLike, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: epath.PathLike, content: bytes) -> None:
+def write_bytes(path: epath.PathLike, content: bytes, *, lasting: bool = True) -> None:
     """Replaces the file by `content`; a kill or a full disk leaves the old one, and nothing beside it.
 
     A device (/dev/null, /dev/stdout) is written to. A link elsewhere is replaced, not followed.
+
+    Args:
+      path: local or in an object store.
+      content: the whole file.
+      lasting: whether it waits for the disk. Then the file stays if the machine stops, and a mark may say that it is there.
 
     Raises:
       OSError: it cannot be written.
@@ -31,12 +39,57 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     new = _beside(path)
     try:
         new.write_bytes(content)
-        new.replace(path)
+        if lasting:
+            replace(new, path)
+        else:
+            new.replace(path)
     except BaseException as error:
         new.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
+
+
+def replace(new: epath.PathLike, path: epath.PathLike, old: epath.PathLike | None = None) -> None:
+    """Renames a file, or a folder with all that is below, to `path` when its content is on the disk.
+
+    Args:
+      new: what takes the place of `path`.
+      path: beside it; a store renames without waiting.
+      old: where a folder at `path` goes first; None for a file.
+
+    Raises:
+      OSError: it cannot be written or renamed.
+    """
+    new, path = epath.Path(new), epath.Path(path)
+    is_local = "://" not in str(path)
+    if is_local:
+        below = [os.path.join(x, name) for x, _, names in os.walk(new) for name in (*names, "")]
+        sync(below or [new])
+    if old is not None and path.exists():
+        path.rename(old)
+    new.replace(path)
+    if is_local:
+        sync([path.absolute().parent])
+
+
+def sync(paths: Iterable[epath.PathLike]) -> None:
+    """Waits until these local files, and the names in these local folders, are on the disk. Raises OSError."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems of networks cannot
+                error.filename = str(path)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def digest(content: bytes) -> str:
+    """The SHA-256 of a file's content, 64 hexadecimal digits: what a mark notes so that damage shows."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def check(path: epath.PathLike) -> None:

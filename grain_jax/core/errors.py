@@ -2,9 +2,13 @@
 
 import contextlib
 import errno
+import functools
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from grain_jax.core import printable
 
@@ -35,6 +39,26 @@ class StorageFault(UserError):
     """A file cannot be written; the command was right."""
 
     status = 1
+
+
+@functools.cache  # once is enough
+def silence_storage() -> None:
+    """Drops what Orbax logs and TensorStore prints of faults which they raise, too: hundreds of lines of tracebacks."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        reader = getattr(unraisable.object, "__name__", "") == "_read_array_index_and_device_put"
+        text = str(unraisable.exc_value)
+        is_fault = isinstance(of_system(unraisable.exc_value), StorageFault)
+        if not (reader or is_fault or text == "Event loop is closed"):
+            before(unraisable)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        return not isinstance(of_system(error), StorageFault)
+
+    sys.unraisablehook = hook
+    logging.getLogger("absl").addFilter(is_news)
 
 
 MORE_MEMORY = "end what else uses the memory, or take a device or a machine with more"
@@ -89,11 +113,15 @@ _STORAGE = {  # what to do if a file system refuses to write
 }
 
 
-def of_system(error: BaseException | None) -> UserError | None:
-    """What the system refused, as one line, such as to read or write a file; None for any other error."""
+def of_system(error: BaseException | None, output: Any = None) -> UserError | None:
+    """What the system refused, as one line, such as to read or write a file; None for any other error.
+
+    The line names the file, or `output`, the path that is written, if the error does not say which file it was.
+    """
     for cause in causes(error):
         text, path = str(cause), getattr(cause, "filename", None)
-        where = "" if path is None else f"{path}: "
+        named = output if path is None else path
+        where = "" if named is None else f"{named}: "
         for code, advice in _STORAGE.items():
             said = os.strerror(code)  # TensorFlow and TensorStore raise errors of their own
             if getattr(cause, "errno", None) == code or said in text:

@@ -7,7 +7,6 @@ else it fails.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import sys
 import time
@@ -166,7 +165,7 @@ def _failed(name: str, error: Exception, results: dict[str, Any]) -> None:
 def _digest_of_file(path: str) -> str | None:
     """A digest of the bytes of a file; None for the name of a class file of the package."""
     file = epath.Path(path).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if regular_file.is_one(file) else None
+    return atomic.digest(file.read_bytes())[:16] if regular_file.is_one(file) else None
 
 
 def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath, epy
 
 from grain_jax import config as config_lib
-from grain_jax.core import regular_file
+from grain_jax.core import atomic, regular_file
 from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.input_pipeline.text_cleaning import TokenizerError, clean_all, text_ids
 from grain_jax.input_pipeline.text_cleaning import clean as clean
@@ -263,4 +263,4 @@ def keep_copy(tower: config_lib.TextTower, workdir: epath.Path) -> None:
         return
     copy, content = workdir / path.name, content_of(path)
     if not (copy.exists() and content_of(copy) == content):
-        copy.write_bytes(content)
+        atomic.write_bytes(copy, content)

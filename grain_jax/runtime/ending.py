@@ -74,11 +74,12 @@ def leave(status: int, text: str = "", *, stacks: bool = False) -> NoReturn:
 
 
 def end_by(error: BaseException) -> tuple[int, str]:
-    """(status, text to print) where `error` ends the process: lines of a UserError, traceback of any other error."""
+    """(status, text to print) where `error` ends the process: lines of a UserError or of what the system refused, else a traceback."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None), ""
-    if isinstance(error, errors.UserError):
-        return error.status, str(error)
+    fault = error if isinstance(error, errors.UserError) else errors.of_system(error)
+    if fault is not None:
+        return fault.status, str(fault)
     status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     return status, "".join(traceback.format_exception(error)).rstrip()
 
@@ -289,8 +290,8 @@ def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
     except errors.UserError:
         raise
     except Exception as error:
-        fault = errors.of_system(error)
+        fault = errors.of_system(error, workdir)
         if fault is None:
             raise
         again = "the same command goes on from the newest checkpoint"
-        raise errors.StorageFault(f"{workdir}: {fault}; {again}") from None
+        raise errors.StorageFault(f"{fault}; {again}") from None

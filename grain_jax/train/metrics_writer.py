@@ -318,7 +318,8 @@ class MetricsWriter:
         return [line.text for line in metrics_file.read(self._folder)]
 
     def flush(self) -> None:
-        """Brings an object store up to date; before a checkpoint, so that it has its lines."""
+        """Brings the disk and an object store up to date; before a checkpoint, so that it has its lines."""
+        atomic.sync([self._path])
         if self._upload:
             began = time.monotonic()
             self._upload.upload()

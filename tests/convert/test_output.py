@@ -112,7 +112,7 @@ def test_a_fault_leaves_the_old_folder(tmp_path):
     write(out, "params/a")
     full = OSError(28, "No space left on device")
     for fault, said in (
-        (full, f"{out}: cannot be written: No space left on device; make room"),
+        (full, f"^{out}: No space left on device; make room"),
         (errors.UserError("a line"), "^a line"),
     ):
         with pytest.raises(errors.UserError, match=said), output.replacing(out) as new:

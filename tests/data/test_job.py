@@ -1,8 +1,14 @@
 """The folder of a job: settings that agree, files that are written whole, shards that are done, faults."""
 
+import json
+
 import pytest
 
 from grain_jax.data import job
+
+
+def lines_of(output, *names):
+    return [json.loads(line) for line in output.path(*names).read_bytes().splitlines()]
 
 
 @pytest.fixture
@@ -14,11 +20,11 @@ def test_files_are_replaced_whole_and_any_text_comes_back_as_it_was(output):
     lines = [{"image": "a\u2028b\x85c\x0bd"}, {"image": "\udcff.jpg", "detail": "\u00e9"}]
     for written in (lines, [{"image": "b"}, {"image": "c"}]):
         output.put_lines(written, "failed", "s.jsonl")
-        assert output.read_lines("failed", "s.jsonl") == written
+        assert lines_of(output, "failed", "s.jsonl") == written
     content = output.path("failed", "s.jsonl").read_text()
     assert content == '{"image": "b"}\n{"image": "c"}\n'
     assert [path.name for path in output.path("failed").iterdir()] == ["s.jsonl"]
-    assert output.read_lines("failed", "t.jsonl") == [] and output.read_json("t.json") == {}
+    assert output.read_json("t.json") == {}
 
 
 def test_a_shard_is_done_when_all_its_files_are_there(output):
@@ -28,4 +34,17 @@ def test_a_shard_is_done_when_all_its_files_are_there(output):
     assert output.done("a") == {"1", "2"} and output.done("a", "b") == {"2"}
     assert output.done("c") == set()
     output.join("a", ["2", "1"], "A.jsonl")
-    assert output.read_lines("A.jsonl") == [{"in": "a/2"}, {"in": "a/1"}]
+    assert lines_of(output, "A.jsonl") == [{"in": "a/2"}, {"in": "a/1"}]
+
+
+def test_a_record_shows_damage_to_itself_and_to_the_files_of_its_shard(output):
+    record = {"digests": {"a/1": output.put("\u00e9", "a", "1")}, "image": "\udcff.jpg"}
+    output.put_record(record, "r", "1")
+    assert output.read_record("r", "1") == record and output.check(record) is None
+    for name, damage in (("a/1", b""), ("r/1", b"{}"), ("r/1", None), ("a/1", None)):
+        path = output.path(name)
+        path.unlink() if damage is None else path.write_bytes(damage)
+        reason = "No such file or directory" if damage is None else "damaged, not what was written"
+        with pytest.raises(job.Damaged) as error:
+            output.read_record("r", "1") if name[0] == "r" else output.check(record)
+        assert str(error.value) == f"{path}: {reason}"

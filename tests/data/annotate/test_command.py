@@ -166,6 +166,42 @@ def test_a_job_that_was_cancelled_is_not_taken_for_done(pictures, tmp_path, caps
     assert "ended with 1 of 1 shards not done" in capsys.readouterr().err
 
 
+DAMAGE = [  # a file of a shard -> what it becomes
+    ("annotations/*.jsonl", lambda content: b""),
+    ("annotations/*.jsonl", lambda content: content[:-9]),
+    ("annotations/*.jsonl", lambda content: content.replace(b"text of 3", b"text of 2")),
+    ("failed/*.jsonl", lambda content: b"{}\n"),
+    ("results/*.record", lambda content: content.replace(b"lower", b"lowEr", 1)),
+    ("results/*.record", lambda content: content[: len(content) // 2]),
+]
+
+
+@pytest.mark.parametrize("pattern,damage", DAMAGE)
+def test_a_damaged_shard_is_made_again(pictures, tmp_path, capsys, pattern, damage):
+    output = tmp_path / "out"
+    job = arguments(pictures, output, "--passes=negatives", "--shard-size=4")
+    content = lambda: {x: (output / x).read_bytes() for x in ("A.jsonl", "summary.json")}
+    assert command.main(job) == 0
+    whole = content()
+    path = sorted(output.glob(pattern))[0]
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    assert path.read_bytes() != good
+    capsys.readouterr()
+    if path.suffix == ".record":  # a pass cannot go on from it
+        assert command.main([*job, "--passes=none"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            f"{path}: damaged, not what was written; it holds results of negatives: give --passes negatives"
+            " to make its shard again"
+        )
+    assert command.main(job) == 0
+    said = capsys.readouterr()
+    assert "1 of 2 shards in this run" in said.out
+    assert f"{path}: damaged, not what was written; its shard is made again\n" in said.err
+    assert content() == whole and path.read_bytes() == good
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

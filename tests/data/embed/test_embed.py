@@ -253,21 +253,22 @@ def test_a_stop_at_any_batch_and_a_resume(stop, many, tmp_path):
         go(job, encode=failing)
     done = job.done()
     assert len(done) <= stop  # a part has at least as many images as a batch
-    times = {i: os.stat(job.path("metadata", i)).st_mtime_ns for i in done}
+    times = {i: os.stat(job.path("done", i)).st_mtime_ns for i in done}
     # Other numbers of processes go on: the second half first, then the rest.
     assert go(job_of(many, tmp_path / "out"), list(range(4, 8))) == 14
     go(job_of(many, tmp_path / "out"))
-    assert all(os.stat(job.path("metadata", i)).st_mtime_ns == times[i] for i in done if i < 4)
+    assert all(os.stat(job.path("done", i)).st_mtime_ns == times[i] for i in done if i < 4)
     assert_whole(tmp_path / "out")
 
 
 def test_a_damaged_part_is_made_again(many, tmp_path, capsys):
     job = job_of(many, tmp_path / "out")
     go(job)
+    flipped = lambda whole: whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
     for kind, damage in (
         ("region_emb", lambda whole: whole[:-1]),
-        ("metadata", None),  # also a kill after the arrays were written
-        ("metadata", lambda whole: whole[::-1]),
+        ("done", None),  # also a kill after the files were written
+        *((kind, flipped) for kind in ("img_emb", "region_emb", "metadata", "done")),
     ):
         path = job.path(kind, 2)
         whole = path.read_bytes()
@@ -275,8 +276,10 @@ def test_a_damaged_part_is_made_again(many, tmp_path, capsys):
         if damage:
             path.write_bytes(damage(whole))
         assert sorted(job.done()) == [0, 1, 3, 4, 5, 6, 7]
-        named = capsys.readouterr().err.count("damaged (")
-        assert named == (damage is not None or kind != "metadata")
+        named = capsys.readouterr().err.count(
+            "damaged, not what was written; its part is made again"
+        )
+        assert named == (damage is not None)
         assert go(job) == 4 and job.path(kind, 2).read_bytes() == whole
     assert_whole(tmp_path / "out")
 
@@ -312,7 +315,7 @@ def test_two_processes_are_killed_and_one_goes_on(tmp_path):
     alone = [sys.executable, "-m", "grain_jax"]
     flags = ["embed", source, "--checkpoint=aviary-tiny", f"--output={out}", "--shard-size=8"]
     two = [*alone, "local", "--processes=2", "--devices-per-process=1", "--", "grain-jax", *flags]
-    number_done = lambda: len(list(out.glob("metadata/*.parquet")))
+    number_done = lambda: len(list(out.glob("done/*.record")))
     with subprocess.Popen(two, cwd=ROOT, start_new_session=True) as process:
         while process.poll() is None and number_done() < 5:
             time.sleep(0.02)
