@@ -53,10 +53,10 @@ def test_import_boundaries(chain):
 
 
 # epath has nothing like these. Its stat asks for the owner's name, which a container may not know. Its resolve() follows
-# no links. core/atomic.py writes to pipes without waiting for a reader.
+# no links. core/atomic.py waits for the disk, and writes to pipes without waiting for a reader.
 ALLOWED = (
     "os.cpu_count os.sched_getaffinity os.getpid os.kill os._exit os.execv os.dup os.dup2 os.stat os.lstat"
-    " os.open os.set_blocking os.fdopen os.sysconf os.strerror os.path.realpath shutil.get_terminal_size"
+    " os.open os.fsync os.close os.set_blocking os.fdopen os.sysconf os.strerror os.path.realpath shutil.get_terminal_size"
 ).split()
 ON_FILES = re.compile(r"open|os\.path\.\w+|(os|pathlib|shutil|glob)\.\w+")
 

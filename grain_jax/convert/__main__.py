@@ -1,6 +1,6 @@
 """`grain-jax convert KIND --input IN --output OUT` (to-...: --checkpoint DIR): conversion of checkpoints.
 
-Conversions end with a parity report. Exit status: 0; 1 if parity failed; 2 for wrong input.
+Conversions end with a parity report. Exit status: 0; 1 if parity failed or the disk is full; 2 for wrong input.
 """
 
 import argparse

@@ -177,7 +177,8 @@ _KINDS = (
 class Convert(Command, name="convert", kinds={kind.command: kind for kind in _KINDS}):
     """Converts checkpoints from and to PyTorch, Hugging Face, open_clip, big_vision.
 
-    Every kind but average ends with a parity report. Exit status: 0; 1 if parity failed; 2 for wrong input.
+    Every kind but average ends with a parity report. Exit status: 0; 1 if parity failed
+    or the disk is full; 2 for wrong input.
 
     Example:
       grain-jax convert to-hf --checkpoint runs/demo --output demo_hf

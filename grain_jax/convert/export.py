@@ -242,7 +242,7 @@ def _compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exports a checkpoint; returns 0, 1 if the functions give other outputs, 2 for wrong input."""
+    """Exports a checkpoint; returns 0, 1 if the functions give other outputs or the disk is full, 2 for wrong input."""
     try:
         args = Export.parse(arguments)
         with errors.out_of_memory_in_a_line("export"):

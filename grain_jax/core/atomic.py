@@ -64,7 +64,7 @@ def replace(new: epath.PathLike, path: epath.PathLike, old: epath.PathLike | Non
     new, path = epath.Path(new), epath.Path(path)
     is_local = "://" not in str(path)
     if is_local:
-        below = [os.path.join(x, name) for x, _, names in os.walk(new) for name in (*names, "")]
+        below = [folder / name for folder, _, names in new.walk() for name in (*names, "")]
         sync(below or [new])
     if old is not None and path.exists():
         path.rename(old)
