@@ -126,6 +126,9 @@ def test_a_full_disk_is_one_line():
         with ending.in_a_line("/run"):
             raise RuntimeError("save failed") from OSError(errno.ENOSPC, "No space left on device")
     assert len(str(e.value).splitlines()) == 1
+    full = OSError(errno.ENOSPC, "No space", "/x")
+    line = "/x: No space left on device; make room, or name another disk"
+    assert ending.end_by(full) == (1, line)
     with pytest.raises(RuntimeError, match="save failed"):
         with ending.in_a_line("/"):
             raise RuntimeError("save failed") from RuntimeError("another")
