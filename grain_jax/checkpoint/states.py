@@ -73,6 +73,7 @@ class Checkpoints:
             preservation_policy=cast(Any, policies.AnyPreservationPolicy(kept)),
             cleanup_tmp_directories=True,
         )
+        self._saving: Any = None  # what Orbax gave for the last save
 
     def save(
         self,
@@ -91,16 +92,23 @@ class Checkpoints:
         self._best.values[step] = best
         items = Items({}, dataclasses.asdict(self._config), list(map(dict, data)), best)
         items.digests.update(items=digests.of_json(items[1:]), state=digests.of_state(state))
-        self._checkpointer.save_async(
+        self.wait()
+        self._saving = self._checkpointer.save_async(
             step, state._asdict(), force=True, custom_metadata=items._asdict()
         )
 
     def wait(self) -> None:
         """Waits for the save under way, and raises its error."""
-        self._checkpointer.wait()
+        saving, self._saving = self._saving, None
+        try:
+            self._checkpointer.wait()
+        finally:
+            if saving:
+                saving.result()  # nothing else ends its thread and closes its event loop
 
     def close(self) -> None:
         """Waits for the save under way, and ends the threads."""
+        self.wait()
         self._checkpointer.close()
 
     def __enter__(self) -> "Checkpoints":

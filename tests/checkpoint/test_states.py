@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 from typing import Any, NamedTuple
@@ -86,6 +87,17 @@ def test_the_last_every_k_and_the_best_are_kept(tmp_path):
     (tmp_path / "last").mkdir()
     save_steps(tmp_path / "last", range(1, 6), tiny.config(checkpoint_keep=2))
     assert kept(tmp_path / "last") == [4, 5]
+
+
+def test_a_save_leaves_no_file_open(tmp_path):
+    """Three stayed open for each save: a run of a week has thousands."""
+    checkpoints, counts = states.Checkpoints(tmp_path, tiny.config()), []
+    for step in range(6):
+        checkpoints.save(state(step))
+        checkpoints.wait()
+        counts.append(len(os.listdir("/dev/fd")))
+    checkpoints.close()
+    assert counts[-1] <= counts[0]
 
 
 def _largest(folder):
