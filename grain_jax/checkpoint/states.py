@@ -13,7 +13,6 @@ from typing import Any, cast
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from grain_jax import config as config_lib
@@ -29,6 +28,7 @@ from grain_jax.checkpoint.files import (
     this_process,
 )
 from grain_jax.core import errors
+from grain_jax.runtime import processes
 
 policies = ocp.training.preservation_policies
 
@@ -127,7 +127,7 @@ class Checkpoints:
 
         A checkpoint is damaged if it cannot be read or its digests differ; only a whole one is compared with the
         config. Damaged ones are moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that
-        the storage works. All processes get the same checkpoint.
+        the storage works. All processes get the same checkpoint, the newest that each of them can read.
 
         Args:
           abstract_state: ShapeDtypeStructs with shardings.
@@ -139,14 +139,14 @@ class Checkpoints:
           CheckpointError: the newest one is of another run, other data or another model, or none can be read.
         """
         damaged: dict[int, str] = {}
-        for checkpoint in reversed(self._checkpointer.checkpoints):
-            step, folder = checkpoint.step, self.directory / str(checkpoint.step)
+        steps = processes.of_first(lambda: [found.step for found in self._checkpointer.checkpoints])
+        for step in reversed(steps):
+            folder = self.directory / str(step)
             read = functools.partial(_read_saved, folder, self._config, abstract_state)
             result, fault = attempt(read, folder, errors.UserError)
             state, items = result or (None, None)
-            if jax.process_count() > 1:
-                faulty = multihost_utils.process_allgather(fault is not None).any()
-                fault = fault or ("another process cannot read it" if faulty else None)
+            faults = enumerate(processes.agree(None, fault))
+            fault = fault or next((f"process {i}: {words}" for i, words in faults if words), None)
             if items and fault is None and digests.of_state(state) != items.digests["state"]:
                 fault = "it was read, but is not what was saved: state"
             if items and fault is None:
@@ -165,18 +165,17 @@ class Checkpoints:
         return None
 
     def _move_aside(self, steps: list[int]) -> None:
-        if not steps:
-            return
-        if jax.process_index() == 0:
+        def move() -> None:
             aside = self.directory.parent / "damaged_checkpoints"
             aside.mkdir(exist_ok=True)
             for step in steps:
                 if (aside / str(step)).exists():
                     (aside / str(step)).rmtree()
                 (self.directory / str(step)).rename(aside / str(step))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints moved")
-        self._checkpointer.reload()
+
+        if steps:
+            processes.of_first(move)
+            self._checkpointer.reload()
 
 
 class _Best:

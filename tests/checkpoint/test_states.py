@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from grain_jax.checkpoint import states
 from grain_jax.core import errors
 from grain_jax.runtime import ending
 from tests import tiny
+from tests.paths import ROOT
 
 DATA = [
     {
@@ -45,7 +47,8 @@ def state(step, width=8):
 
 
 def abstract(like):
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = jax.make_mesh((jax.device_count(),), ("all",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
 
 
@@ -192,10 +195,39 @@ def test_all_damaged_is_one_line_and_moves_nothing(saved, tmp_path):
     assert kept(workdir) == [4, 8]
 
 
+_RESTORES = """
+import sys
+from grain_jax.runtime import distributed
+from tests.checkpoint import test_states
+address, count, me = (word.split("=")[1] for word in sys.argv[2:])
+distributed.initialize(address, int(count), int(me), 60)
+restored, said = test_states.restore(f"{sys.argv[1]}/{me}", test_states.MEASURED)
+print(f"restored {restored.step}", *said, sep=" | ")
+"""
+
+
+def test_processes_that_see_other_damage_take_the_same_checkpoint(tmp_path):
+    copies = tmp_path / "0", tmp_path / "1"  # of each process
+    save_steps(copies[0], (4, 8, 12, 16), dataclasses.replace(MEASURED, checkpoint_keep=4))
+    shutil.copytree(*copies)
+    DAMAGE["truncated"](copies[1] / "checkpoints/16")
+    shutil.rmtree(copies[1] / "checkpoints/12")
+    DAMAGE["truncated"](copies[0] / "checkpoints/8")
+    two = [sys.executable, "-m", "grain_jax.launch.local", "--processes=2"]
+    two += ["--devices-per-process=1", "--", sys.executable, "-c", _RESTORES, str(tmp_path)]
+    done = subprocess.run(two, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = sorted(line for line in done.stderr.splitlines() if " restored " in line)
+    for me, line in enumerate(said):
+        start, *damaged = line.split(" | ")
+        assert start == f"[{me}] restored 4" and len(damaged) == 3, said
+        assert [f"(process {1 - me}: " in words for words in damaged] == [me == 0, me == 0, me == 1]
+
+
 def test_what_a_cut_off_save_left_is_neither_read_nor_kept(tmp_path):
     save_steps(tmp_path, (4,), tiny.config())
-    half = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
-    (half / "state").mkdir(parents=True)
+    for step in (6, 8):  # 8 is saved again; nothing but the start removes 6
+        (tmp_path / "checkpoints" / f"{step}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     restored, said = restore(tmp_path, tiny.config())
     assert int(restored.step) == 4 and not said
     save_steps(tmp_path, (8,), tiny.config())
