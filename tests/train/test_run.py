@@ -10,6 +10,7 @@ import pytest
 
 import grain_jax
 from grain_jax import config
+from grain_jax.checkpoint import states
 from grain_jax.core import errors, progress
 from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import synthetic
@@ -151,6 +152,21 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(
     assert end.value.code == ending.PREEMPTED == 75
     run.train(_config(), tmp_path)
     assert runs.lines(tmp_path) == runs.lines(finished)
+
+
+def test_an_object_store_has_the_lines_of_a_checkpoint_before_it(tmp_path, monkeypatch):
+    """A run that is killed in between would lose them; a folder is treated as the store."""
+    monkeypatch.setattr(metrics_writer, "is_object_store", lambda path: True)
+    (tmp_path / "tensorboard").mkdir()
+    save, there = states.Checkpoints.save, []
+
+    def with_a_look(checkpoints, *args):
+        there.append(runs.lines(tmp_path)[-1]["step"])
+        save(checkpoints, *args)
+
+    monkeypatch.setattr(states.Checkpoints, "save", with_a_look)
+    run.train(_config(), tmp_path)
+    assert there == [2, 4, 6, 8, 10]
 
 
 @pytest.fixture
