@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from grain_jax.core import errors, progress
+from grain_jax.core import atomic, errors, progress
 from grain_jax.data import aviary as package
 from grain_jax.data import parallel
 from grain_jax.data.aviary import annotations, drawing, masks
@@ -19,7 +19,9 @@ from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
 
 _LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)."
-STAMP = "settings.json"  # written last: if it exists, the dataset is complete
+STAMP = (
+    "settings.json"  # written first; A.jsonl is written last, and says that the dataset is complete
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +81,17 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     """
     output = epath.Path(output)
     aviary = species_of(settings)
-    values = dataclasses.asdict(settings)
-    if (stamp := output / STAMP).exists():
-        if stamp.read_text() == json.dumps(values, indent=1) + "\n":
-            return False
-    if stamp.exists() or (output / "A.jsonl").exists():
+    values = _json(dataclasses.asdict(settings))
+    stamp, complete = output / STAMP, (output / "A.jsonl").exists()
+    if stamp.read_text() != values if stamp.exists() else complete:
         raise errors.UserError(
             f"{output}: holds another dataset, expected an empty folder or one made with the same settings;"
             " remove it or choose another --output"
         )
+    if complete:
+        return False
+    output.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(stamp, values)
     tasks = list(tasks_of(settings))
     for folder in sorted({(task.folder + "/" + task.image).rpartition("/")[0] for task in tasks}):
         (output / folder).mkdir(parents=True, exist_ok=True)
@@ -105,13 +109,11 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     write_lines(output / "test" / "A.jsonl", both)
     for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
         write_lines(output / "test" / f"{name}.jsonl", lines[name])
-        write_json(
-            output / f"{name}.json", {species.name: species.descriptions for species in group}
-        )
+        descriptions = {species.name: species.descriptions for species in group}
+        (output / f"{name}.json").write_text(_json(descriptions))
     made_by = f"# Aviary\n\nMade by `grain-jax aviary`, seed {settings.seed}. {_LICENCE}\n\n"
     (output / "README.md").write_text(made_by + package.__doc__)
     write_lines(output / "A.jsonl", lines["training"])
-    write_json(stamp, values)
     return True
 
 
@@ -167,12 +169,11 @@ def _make(output, settings, task):
     return record_of(settings, task, drawn)
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a value as JSON."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+def _json(value):
+    return json.dumps(value, indent=1) + "\n"
 
 
 def write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes one record per line, and the folders above the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    atomic.write_text(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -190,6 +190,39 @@ def test_complete_folder_is_left_alone_and_another_is_refused(small, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_kill_before_any_write_is_made_good_by_the_same_command(tmp_path, monkeypatch):
+    classes = dict(seen_per_species=0, unseen_per_species=0)
+    settings = dataclasses.replace(SMALL, images=1, test_images=2, **classes)
+    kind, left = type(epath.Path()), [0]
+
+    def counted(write):
+        def before(path, content):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return write(path, content)
+
+        return before
+
+    for name in ("write_text", "write_bytes"):
+        monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
+    generate.write(tmp_path / "whole", settings)
+    writes = -left[0]
+    assert writes > 20
+    for number in range(1, writes + 1):
+        left[0] = number
+        with pytest.raises(KeyboardInterrupt):
+            generate.write(tmp_path / str(number), settings)
+        assert generate.write(tmp_path / str(number), settings)
+        assert _hashes(tmp_path / str(number)) == _hashes(tmp_path / "whole")
+    for name in ("settings.json", "A.jsonl"):  # another dataset's
+        folder = tmp_path / f"other {name}"
+        folder.mkdir()
+        (folder / name).write_text("{}\n")
+        with pytest.raises(ValueError, match="holds another dataset"):
+            generate.write(folder, settings)
+
+
 TWO = "--images 2 --seen-per-species 0 --unseen-per-species 0 --test-images 0 --genera 2"
 TWO += " --species-per-genus 1 --held-out-genera 0 --processes 1"
 
