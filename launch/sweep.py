@@ -19,11 +19,20 @@ from grain_jax.core import atomic, errors, progress
 from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
 from grain_jax.launch.arguments import Sweep
 from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
+from grain_jax.runtime import lock
 
 
 def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> jobs.Runner:
-    """Trains the runs that are not finished on this machine, `parallel` at a time."""
+    """Trains the runs that are not finished on this machine, `parallel` at a time.
+
+    Raises:
+      UserError: a trainer has one of the runs, such as that of a sweep that was killed.
+    """
     left = [run for run in runs if not finished(run)]
+    for run in left:
+        if (run.folder / lock.FILE).exists():
+            with lock.held(run.folder):
+                pass
     if done := len(runs) - len(left):
         print(f"sweep: {done} of {len(runs)} runs finished before", file=sys.stderr)
 
@@ -76,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     failed = []
     if not args.table:
-        runner = train_here(runs, workdir, args.parallel or 1)
+        with lock.held(workdir):
+            runner = train_here(runs, workdir, args.parallel or 1)
         if runner.stopped_by:
             print("sweep: stopped; the same command goes on", file=sys.stderr)
             return 130 if runner.stopped_by == signal.SIGINT else jobs.PREEMPTED

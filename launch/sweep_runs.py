@@ -1,7 +1,6 @@
 """The points of a sweep as runs: overrides, names, checked configs, and whether their folders fit them."""
 
 import dataclasses
-import json
 import re
 import runpy
 import shlex
@@ -12,7 +11,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.config import loading
-from grain_jax.core import errors, metrics_file
+from grain_jax.core import errors, metrics_file, regular_file
 from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import derived
 
@@ -124,7 +123,13 @@ def check_folders(runs: Sequence[SweepRun]) -> None:
         file = run.folder / "config.json"
         if not file.exists():
             continue
-        old = config_lib.select(config_lib.from_dict(json.loads(file.read_text())), DEFINING)
+        try:
+            stored = regular_file.read_json(file, dict[str, Any], "the config of a run")
+            old = config_lib.select(config_lib.from_dict(stored), DEFINING)
+        except errors.UserError as error:
+            reason = " ".join(str(error).removeprefix(f"{file}: ").split())
+            faults.append(f"{file}: damaged ({reason}); put back a copy, or remove that folder")
+            continue
         for key, value in config_lib.select(run.config, DEFINING).items():
             # What happens without data makes no other run. The trainer derives numbers that are not set, and
             # config.json has them.

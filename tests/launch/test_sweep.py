@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import shutil
 import signal
 import sys
@@ -16,6 +18,7 @@ from etils import epath
 from grain_jax.config import points
 from grain_jax.core import errors
 from grain_jax.launch import jobs, sweep, sweep_clusters, sweep_runs, sweep_table
+from grain_jax.runtime import lock
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.long
@@ -118,6 +121,23 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     other = make(tmp_path, [{"seed": 0}], evaluator=skip, batch_size=32)
     with pytest.raises(errors.UserError, match=r"was trained with batch_size = 16, and is 32 here"):
         sweep_runs.check_folders(other)
+    for content in (b"", (run.folder / "config.json").read_bytes()[:-9], b"{}", b'"\xff"', b"[]"):
+        (run.folder / "config.json").write_bytes(content)
+        with pytest.raises(errors.UserError) as caught:
+            sweep_runs.check_folders([run])
+        line = rf"{run.folder}/config.json: damaged \(.+\); put back a copy, or remove that folder"
+        assert re.fullmatch(line, str(caught.value))
+
+
+def test_runs_that_another_sweep_trains_are_left_to_it(tmp_path, monkeypatch):
+    """A second sweep, and one after a sweep that was killed and whose trainer lives on."""
+    monkeypatch.setattr(jobs.Runner, "run", lambda runner: pytest.fail("a run was started"))
+    config = ["--config", "tests/run_config.py", "--sweep", "learning_rate"]
+    for folder in (tmp_path, tmp_path / "learning_rate=0.002,seed=1"):
+        with lock.held(epath.Path(folder)):
+            said = f"^{folder}: process {os.getpid()} on .* trains there, since"
+            with pytest.raises(errors.UserError, match=said):
+                sweep.main([*config, "--workdir", str(tmp_path)])
 
 
 class Scripts:
