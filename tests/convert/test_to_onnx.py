@@ -55,6 +55,13 @@ def test_the_page_gives_our_scores_and_maps(grain, monkeypatch):
     close(text, variables["text_embeds"])
     close(ours.similarity_map(image, texts), variables["maps"][0])
     close(ours.encode_image([image]) @ text.T, variables["scores"])
+    for file in [path for path in grain.iterdir() if path.name != "onnx.json"]:
+        whole = file.read_bytes()
+        bit = bytes([whole[len(whole) // 2] ^ 1])
+        file.write_bytes(whole[: len(whole) // 2] + bit + whole[len(whole) // 2 + 1 :])
+        with pytest.raises(ValueError, match=f"^{file.name}: damaged$"):
+            exec(code, {})
+        file.write_bytes(whole)
 
 
 def test_what_the_folder_says(grain):

@@ -1,6 +1,7 @@
 """The command to-onnx: ONNX files of a model, which run without torch, JAX and grain_jax."""
 
 import contextlib
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -52,9 +53,10 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     with output.replacing(target, DESCRIPTION) as new:
         with _quiet():
             module.export_onnx(str(new))
-        described = _description(stored, new)
-        for name, content in {DESCRIPTION: described, **token_files}.items():
+        for name, content in token_files.items():
             folder.write_file(new / name, content)
+        described = _description(stored, new)
+        folder.write_file(new / DESCRIPTION, described)
         proof = _prove(new, stored)
     lines = [f"to-onnx: {stored.folder} -> {target}: {', '.join(described['files'])}"]
     return proof.after(*lines, *([missing] if missing else []))
@@ -80,8 +82,14 @@ def _description(source: folder.SourceModel, path: epath.Path) -> dict[str, Any]
     return {
         "torch": torch.__version__,
         "files": [f"{part}.onnx" for part in PARTS if (path / f"{part}.onnx").exists()],
+        "sha256": {file.name: _sha256(file) for file in sorted(path.iterdir())},
         **export.describe(predictor, f"you: {_PREPARE}", "found by the file"),
     }
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
