@@ -1,13 +1,12 @@
 """inspect.html: one self-contained file with the problems and a sheet of images."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
 
-from grain_jax.core import annotations, html, images, printable
+from grain_jax.core import annotations, html, images
 from grain_jax.data.inspect import statistics
 
 SIDE = 300  # pixels of the longer side of an image on the sheet
@@ -28,8 +27,8 @@ def render(result: dict[str, Any], sample: Sequence[annotations.Annotation]) -> 
     count = f"{len(sample)} of {result['images']['count']:,} images"
     figures = f'<div class="sheet">{"".join(map(_figure, sample))}</div>'
     return html.document(
-        title=printable.plain(result["set"]["path"]),
-        header=f"<style>{_STYLE}</style><h1>{_text(result['set']['path'])}</h1>",
+        title=result["set"]["path"],
+        header=f"<style>{_STYLE}</style><h1>{html.text(result['set']['path'])}</h1>",
         sections=[
             html.Section("problems", "Problems", _table(titles, rows) if rows else "None."),
             html.Section("images", count, figures),
@@ -38,34 +37,30 @@ def render(result: dict[str, Any], sample: Sequence[annotations.Annotation]) -> 
     )
 
 
-def _text(text: str) -> str:
-    return escape(printable.plain(text))
-
-
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table of plain texts."""
-    lines = ("".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows)
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    lines = ("".join(f"<td>{html.text(cell)}</td>" for cell in row) for row in rows)
+    head = "".join(f"<th>{html.text(cell)}</th>" for cell in header)
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _figure(item: annotations.Annotation) -> str:
     """An image with its boxes, numbered by score, and its texts."""
     best = sorted(item.regions, key=lambda region: -region.score)[:SHOWN_REGIONS]
-    lines = [f"<small>{_text(item.id or item.image)}</small>"]
+    lines = [f"<small>{html.text(item.id or item.image)}</small>"]
     try:
         image = _drawn(item, best)
         shown = f'<img src="{html.data_uri(image)}" width="{image.width}" height="{image.height}">'
     except images.ImageError as error:
-        shown = f"<p>{_text(str(error))}</p>"
+        shown = f"<p>{html.text(str(error))}</p>"
     for kind, text in statistics.texts_of(item):
         if kind != "description":
-            lines.append(f"<small>{kind}: {_text(text)}</small>")
+            lines.append(f"<small>{kind}: {html.text(text)}</small>")
     for number, region in enumerate(best, 1):
         badge = f'<b class="number" style="background:{_colour(number)}">{number}</b>'
-        lines.append(f"{badge} {_text(region.description)} <small>{region.score:.2f}</small>")
+        lines.append(f"{badge} {html.text(region.description)} <small>{region.score:.2f}</small>")
         if region.negatives:
-            lines.append(f"<small>not: {_text(', '.join(region.negatives))}</small>")
+            lines.append(f"<small>not: {html.text(', '.join(region.negatives))}</small>")
     return f"<figure>{shown}{''.join(f'<p>{line}</p>' for line in lines)}</figure>"
 
 

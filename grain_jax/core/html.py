@@ -12,6 +12,8 @@ from typing import NamedTuple
 import PIL.Image
 from etils import epath
 
+from grain_jax.core import printable
+
 # For boxes on photographs, in every theme; a white number is legible on each.
 REGION_COLOURS = (
     "#d62728", "#1f77b4", "#2a8a2a", "#8250b8", "#c25700", "#0b7d87", "#c2388f", "#7a4b2a",
@@ -28,6 +30,11 @@ class Section(NamedTuple):
     heading: str
     content: str  # HTML
     about: str = ""  # a sentence below the heading; HTML
+
+
+def text(value: str, *, keep: str = "") -> str:
+    """Any text as HTML, with escapes for invisible characters but those of `keep`, as `printable.plain` gives them."""
+    return escape(printable.plain(value, keep=keep))
 
 
 def document(
@@ -55,7 +62,7 @@ def document(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body><header>{header}</header>"
+        f"<title>{text(title)}</title><style>{style}</style></head><body><header>{header}</header>"
         f'<nav aria-label="Sections">{links}</nav><main>{body}</main></body></html>\n'
     )
 

@@ -1,10 +1,10 @@
 """The curves of a run: which of them share a chart, and the chart as SVG."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
 
 from grain_jax import losses
+from grain_jax.core import html
 
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 
@@ -77,15 +77,15 @@ def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
         )
         said = f"{label} {series[key][1][-1]:.4g}"
         shape = f'points="{points}" style="stroke:{colour}"'
-        lines.append(f"<polyline {shape}><title>{escape(said)}</title></polyline>")
-        legend.append(f'<span><i style="background:{colour}"></i>{escape(said)}</span>')
+        lines.append(f"<polyline {shape}><title>{html.text(said)}</title></polyline>")
+        legend.append(f'<span><i style="background:{colour}"></i>{html.text(said)}</span>')
     ends = (
         f'<text x="{_LEFT - 5}" y="{y}" text-anchor="end">{value:.3g}</text>'
         for y, value in ((_HEIGHT - _BOTTOM, low), (16, high))
     )
     return (
-        f"<figure><h3>{escape(chart.title)}</h3>"
-        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(chart.title)}">'
+        f"<figure><h3>{html.text(chart.title)}</h3>"
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.text(chart.title)}">'
         f'<path class="axis" d="M{_LEFT} 10V{_HEIGHT - _BOTTOM}H{_WIDTH - 8}"/>{"".join(ends)}'
         f'<text x="{_LEFT}" y="{_HEIGHT - 5}">step {first:,}</text>'
         f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 5}" text-anchor="end">{last:,}</text>'

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -67,8 +66,8 @@ def _render(run: run_files.RunFiles, looked: look.Looked) -> str:
         for way, shares in result.per_class.items()
     }
     lines = [*run.unmeasured, *looked.unmeasured]
-    unmeasured = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    config = escape(json.dumps(run.config, indent=1, ensure_ascii=False))
+    unmeasured = "".join(f"<li>{html.text(line)}</li>" for line in lines)
+    config = html.text(json.dumps(run.config, indent=1, ensure_ascii=False), keep="\n")
     parts = [
         ("results", "Results", "The last evaluations.", _results(run.results)),
         (
@@ -96,7 +95,7 @@ def _render(run: run_files.RunFiles, looked: look.Looked) -> str:
     grids = {"curves": "charts", "regions": "cards"}
     return html.document(
         title=f"{run.workdir.name}: grain_jax.evaluate.report",
-        header=f'<div><h1>Training run</h1><p class="soft"><code>{escape(str(run.workdir))}</code>{step}</p></div>',
+        header=f'<div><h1>Training run</h1><p class="soft"><code>{html.text(str(run.workdir))}</code>{step}</p></div>',
         sections=[
             html.Section(name, title, f'<div class="{grids.get(name, "")}">{content}</div>', about)
             for name, title, about, content in parts
@@ -112,8 +111,8 @@ def _results(results: Sequence[run_files.Result]) -> str:
         for row in tables.rows_of(result.kind, result.numbers):
             parts = [row.interval, row.chance and f"chance {row.chance}"]
             parts.append(row.pictures and f"of {row.pictures} pictures")
-            rows += f'<tr><th scope="row">{escape(f"{result.name}: {row.key}")}</th><td class="value"><b>{row.value}</b>'
-            rows += f" <small>{'; '.join(filter(None, parts))}</small></td><td>{escape(result.source)}</td></tr>"
+            rows += f'<tr><th scope="row">{html.text(f"{result.name}: {row.key}")}</th><td class="value"><b>{row.value}</b>'
+            rows += f" <small>{'; '.join(filter(None, parts))}</small></td><td>{html.text(result.source)}</td></tr>"
     if not rows:
         return '<p class="none">Nothing has been evaluated.</p>'
     head = "".join(f'<th scope="col">{title}</th>' for title in ("measured", "value", "file"))
@@ -124,12 +123,12 @@ def _classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
     out = ""
     for name, shares in per_class.items():
         lines = "".join(
-            f'<li><span>{escape(label)}</span><span class="track"><i style="width:{100 * share:.1f}%"></i></span>'
+            f'<li><span>{html.text(label)}</span><span class="track"><i style="width:{100 * share:.1f}%"></i></span>'
             f"{share:.1%}</li>"
             for label, share in sorted(shares.items(), key=lambda pair: pair[1])
         )
         opened = "" if out else " open"
-        out += f"<details{opened}><summary>{escape(name)}</summary>"
+        out += f"<details{opened}><summary>{html.text(name)}</summary>"
         out += f'<ol class="classes">{lines}</ol></details>'
     return out
 
@@ -149,7 +148,7 @@ def _card(card: look.Card) -> str:
             more += f' <span class="{word}">{word}</span>'
         x1, y1, x2, y2 = np.multiply(box.xyxy, (width, height, width, height))
         corner = f'x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}"'
-        text = escape(box.text)
+        text = html.text(box.text)
         shapes += f'<g class="{kind}"><title>{text}</title><rect class="halo" {corner}/>'
         shapes += f'<rect class="line" {corner} style="stroke:{colour}"/></g>'
         lines += f'<li><b class="badge" style="background:{colour}">{number}</b><span>{text}</span>'
@@ -157,5 +156,5 @@ def _card(card: look.Card) -> str:
     return (
         f'<figure class="card"><div class="image"><img src="{card.uri}" width="{width}" height="{height}" alt="">'
         f'<svg class="boxes" viewBox="0 0 {width} {height}" preserveAspectRatio="none">{shapes}</svg></div>'
-        f'<figcaption>{escape(card.name)}</figcaption><ul class="said">{lines}</ul></figure>'
+        f'<figcaption>{html.text(card.name)}</figcaption><ul class="said">{lines}</ul></figure>'
     )

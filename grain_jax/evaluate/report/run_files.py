@@ -1,6 +1,7 @@
 """Reads the files of a workdir: curves, results, config. Needs no model."""
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -44,8 +45,8 @@ def read(workdir: epath.PathLike) -> RunFiles:
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
         raise errors.UserError(f"{workdir}: no such folder; expected the workdir of a run")
-    config = _json(workdir / "config.json")
-    lines, unmeasured = metrics_file.read(workdir), []
+    unmeasured: list[str] = []
+    config, lines = _json(workdir / "config.json", unmeasured), metrics_file.read(workdir)
     if config is None and not lines:
         raise errors.UserError(
             f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
@@ -54,7 +55,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
     if not lines:
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
     series = metrics_file.series(lines)
-    measured = _of_training(workdir, series, evals)
+    measured = _of_training(_json(workdir / "results.json", unmeasured), series, evals)
     if not measured:
         unmeasured.append("the run has not evaluated yet")
     for file in sorted(workdir.glob("*.json")):
@@ -66,16 +67,23 @@ def read(workdir: epath.PathLike) -> RunFiles:
     return RunFiles(workdir, step, config, series, measured, unmeasured)
 
 
-def _json(path: epath.Path) -> dict[str, Any] | None:
+def _json(path: epath.Path, unmeasured: list[str]) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no file, or a damaged one: a line on stderr and in `unmeasured`."""
+    fault: object = "no JSON object"
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        if isinstance(value := json.loads(path.read_text()), dict):
+            return value
+    except FileNotFoundError:
         return None
-    return value if isinstance(value, dict) else None
+    except (OSError, ValueError) as error:
+        fault = error
+    unmeasured.append(f"{path}: damaged ({fault}), expected what a run or an evaluation wrote")
+    print(unmeasured[-1], file=sys.stderr)
+    return None
 
 
-def _of_training(workdir: epath.Path, series: Mapping[str, Any], evals: Any) -> list[Result]:
-    source, stored = "results.json", _json(workdir / "results.json")
+def _of_training(stored: Any, series: Mapping[str, Any], evals: Any) -> list[Result]:
+    source = "results.json"
     if stored is None:
         source = metrics_file.FILE
         stored = {key: values[-1] for key, (_, values) in series.items() if key.startswith("eval/")}
@@ -87,10 +95,10 @@ def _of_training(workdir: epath.Path, series: Mapping[str, Any], evals: Any) -> 
 
 def _of_evaluations(file: epath.Path, measured: list[Result], unmeasured: list[str]) -> None:
     """Adds to `measured` the results in a file of `grain_jax.evaluate`, for a suite or for one evaluation."""
-    value = _json(file)
+    value = _json(file, unmeasured)
     if value is None:
-        unmeasured.append(f"{file}: cannot be read as the results of an evaluation (JSON)")
-    elif isinstance(value.get("ran"), dict):
+        return
+    if isinstance(value.get("ran"), dict):
         measured += [_of_file(name, file, result) for name, result in value["ran"].items()]
         for outcome in ("skipped", "failed", "notes"):
             lines = value.get(outcome) or {}

@@ -3,6 +3,8 @@
 import html.parser
 import json
 import re
+import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -116,6 +118,36 @@ def test_what_is_missing_is_a_line(run, tmp_path):
     shown = _text(page.write(tmp_path, predictor))
     for name in ("gone", "gone.jsonl"):
         assert str(tmp_path / name) in shown
+
+
+def test_a_damaged_file_is_a_line(run, tmp_path, capsys):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    for name in ("config.json", "results.json", "suite.json"):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    page.main([str(folder), "--no-model"])
+    shown, lines = _text(folder / "report.html"), capsys.readouterr().err.splitlines()
+    for name, line in zip(("config.json", "results.json", "suite.json"), lines, strict=True):
+        assert line.startswith(f"{folder / name}: damaged (") and line in shown
+    assert "birds: alpha_1.0/top1 0.775" in shown  # metrics.jsonl has it, too
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(errors.UserError, match="has neither config.json nor"):
+        page.main([str(folder)])
+    assert capsys.readouterr().err.startswith(f"{folder}/config.json: damaged (")
+
+
+def test_no_text_of_a_run_moves_its_neighbours(run, tmp_path):
+    nasty = "\x1b[2J\0\N{RIGHT-TO-LEFT OVERRIDE}\N{PARROT}"
+    folder = shutil.copytree(run[0], tmp_path / nasty[-2:])
+    values = {f"{key}{nasty}": 0.5 for key in ("loss_", "mfu", "eval/birds/", "eval/")}
+    lines = [json.dumps({"step": step} | values) for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "results.json").write_text(json.dumps(values))
+    config = json.loads((folder / "config.json").read_text()) | {nasty: nasty}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = page.write(folder, model=False).read_text()
+    assert {x for x in text if unicodedata.category(x) in ("Cc", "Cf")} <= {"\n"}
+    assert text.count("\\x1b[2J\\x00\\u202e\N{PARROT}") >= 6
 
 
 @pytest.mark.parametrize(
