@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -85,8 +86,10 @@ def run(
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     errors.silence_storage()
-    for stream in (sys.stdout, sys.stderr):  # characters that the encoding lacks become escapes
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # it was closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):  # what the encoding lacks becomes escapes
             stream.reconfigure(errors="backslashreplace")
     with (
         contextlib.redirect_stdout(_PlainStream(sys.stdout)),
@@ -104,6 +107,8 @@ def run(
             raise
         except BrokenPipeError:
             _flush()
+            if _reader_is_gone():
+                os._exit(_NO_READER)
             raise
         except Exception as error:
             fault = errors.of_system(error)
@@ -118,3 +123,11 @@ def _flush() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(_NO_READER)
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads: an unbuffered stream has nothing left to flush."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

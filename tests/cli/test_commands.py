@@ -119,3 +119,21 @@ def test_modules_of_the_folder_that_it_is_started_in_are_found_last(tmp_path, mo
         assert (sys.path[-1], sys.path.count("")) == ("", 1)
     (tmp_path / "of_this_folder.py").write_text("NAME = 'here'\n")
     assert importlib.import_module("of_this_folder").NAME == "here"
+
+
+@pytest.mark.parametrize("closed", ["|", "1>&-", "2>&-"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_streams_that_nobody_reads_give_no_traceback(closed, unbuffered):
+    command = f"exec {shlex.quote(sys.executable)} -m grain_jax --version {closed.replace('|', '')}"
+    reader, writer = os.pipe()
+    if closed == "|":
+        os.close(reader)  # as `head -c0` does
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, shell=True, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141 if closed == "|" else 0, b"")
+    if closed != "|":
+        assert os.read(reader, 9) == (b"grain_jax" if closed == "2>&-" else b"")
+        os.close(reader)
