@@ -245,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exports a checkpoint; returns 0, 1 if the functions give other outputs or the disk is full, 2 for wrong input."""
     try:
         args = Export.parse(arguments)
+        files.check_free(args.output, DESCRIPTION)  # before the model is loaded
         with errors.out_of_memory_in_a_line("export"):
             model = inference.load(args.checkpoint, args.dtype)
             compared = export_model(model, args.output)

@@ -25,14 +25,15 @@ _WRITTEN = re.compile(
 
 
 def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
-    """The folder to write to.
+    """The folder to write to, where this process may write: commands ask before they work for minutes.
 
     Args:
       path: the folder.
       mark: a file or folder that every conversion of this kind has; a folder with it may be overwritten.
 
     Raises:
-      ConvertError: `path` is neither new, nor empty, nor an older conversion; or it is the current folder.
+      ConvertError: `path` is neither new, nor empty, nor an older conversion; it is the current folder, cannot be
+        written, or another process writes it.
     """
     path = epath.Path(path)
     if path.exists() and not (path.is_dir() and (path / mark).exists()):
@@ -40,6 +41,9 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
             raise ConvertError(f"{path}: is in use by something else; expected a new folder")
     if "://" not in str(path) and os.path.realpath(path) == os.path.realpath("."):
         raise ConvertError(f"{path}: is the current folder, expected another one to write")
+    if "://" not in str(path):
+        with writing(path), _locked(_work(path)):
+            pass
     return path
 
 
@@ -82,8 +86,7 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
             for path in sorted(epath.Path(scratch).iterdir(), key=lambda path: path.name != mark):
                 _copy(path, folder / path.name)
         return
-    target = epath.Path(os.path.realpath(folder))
-    work = target.with_name(f"{target.name}.incomplete")
+    target, work = epath.Path(os.path.realpath(folder)), _work(folder)
     # transformers caches the code of a folder under the folder's name, so the new one needs the same name.
     old, new = work / "old" / target.name, work / "new" / target.name
     with writing(folder), _locked(work):
@@ -98,6 +101,12 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
             atomic.replace(new, target, old)
         finally:
             _clear(old, new, target)
+
+
+def _work(folder: epath.Path) -> epath.Path:
+    """The folder beside `folder`, links followed, in which a conversion is made."""
+    target = epath.Path(os.path.realpath(folder))
+    return target.with_name(f"{target.name}.incomplete")
 
 
 def _clear(old: epath.Path, new: epath.Path, target: epath.Path) -> None:

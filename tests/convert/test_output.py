@@ -1,5 +1,6 @@
 """A conversion is written beside its folder and takes its place as a whole."""
 
+import errno
 import json
 import pathlib
 import subprocess
@@ -8,7 +9,10 @@ import sys
 import pytest
 from etils import epath
 
-from grain_jax.convert import output
+from grain_jax import inference
+from grain_jax.checkpoint import saved_model
+from grain_jax.convert import __main__ as convert
+from grain_jax.convert import export, output
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
 
@@ -129,6 +133,24 @@ def test_of_two_writers_the_second_is_told(tmp_path):
                 pass
         write(new, "params/a")
     assert names_in(out) == {"params/a"}
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch, capsys):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "", str(path))
+
+    monkeypatch.setattr(type(epath.Path()), "mkdir", refuse)
+    out = tmp_path / "out"
+    for main, words, module, work in (
+        (export.main, ["--checkpoint"], inference, "load"),
+        (convert.main, ["pack", "--input"], saved_model, "load_model"),
+    ):
+        monkeypatch.setattr(module, work, lambda *_: pytest.fail("it worked"))
+        assert main([*words, "model", "--output", str(out)]) == 2
+        refused = (
+            f"{out}: cannot be written: {out}.incomplete: Read-only file system; name a folder"
+        )
+        assert capsys.readouterr().err.startswith(refused)
 
 
 def test_the_current_folder_is_no_output(tmp_path, monkeypatch):
