@@ -95,6 +95,10 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
     print(printable.plain(surveyed.summary()), file=sys.stderr)
     if not surveyed.lines:
         raise errors.UserError(f"{surveyed.name}: got no images, expected some")
+    if files := [file for file, count in surveyed.pixel_boxes.items() if not count]:
+        names = ", ".join(file or ", ".join(args.annotations) or surveyed.name for file in files)
+        advice = f"{sources.base.AS_SHARES}; no records were written"
+        raise errors.UserError(f"{names}: got {sources.base.ALL_SHARES}, expected pixels; {advice}")
     if surveyed.faulty_lines <= args.max_faults * surveyed.lines and surveyed.ids:
         return
     if not target.exists():  # a set that stays keeps the list of its own faults

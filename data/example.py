@@ -6,6 +6,7 @@ Bad annotations give faults and raise no exception; `data/build.py` decides how 
 
 import io
 import math
+import operator
 from typing import Any, NamedTuple
 
 import PIL.Image
@@ -33,10 +34,11 @@ class Checked(NamedTuple):
     unknown_keys: tuple[str, ...] = ()
 
 
-def check_line(line: bytes, folder: epath.PathLike) -> Checked:
-    """Checks a line of A.jsonl and its image, a file below `folder`."""
+def check_line(line: bytes, folder: epath.PathLike, *, shares: bool = False) -> Checked:
+    """Checks a line of A.jsonl, whose boxes may be shares of width and height, and its image, a file below `folder`."""
     parsed = annotations.parse_line(line, text_required=True)
-    return _check(parsed, join.load(Annotation(parsed.image), folder) if parsed.image else None)
+    item = join.load(Annotation(parsed.image), folder) if parsed.image else None
+    return _check(parsed, item, shares)
 
 
 def check(item: Annotation) -> Checked:
@@ -48,7 +50,9 @@ def check(item: Annotation) -> Checked:
     return _check(annotations.Parsed(item, faults, [], item.image, boxes_xyxy), item)
 
 
-def _check(parsed: annotations.Parsed, item: Annotation | Fault | None) -> Checked:
+def _check(
+    parsed: annotations.Parsed, item: Annotation | Fault | None, shares: bool = False
+) -> Checked:
     """Checks what a line says with its image; `item` has the image or its fault, None without a name."""
     faults, unknown = list(parsed.faults), tuple(parsed.unknown_keys)
     image, turned, boxes_xyxy = item and join.decode(item), False, []
@@ -57,7 +61,9 @@ def _check(parsed: annotations.Parsed, item: Annotation | Fault | None) -> Check
         faults.append(f"image: got {annotations.show(parsed.image)}, {detail}")
     elif image is not None:
         turned = images.header(item.encoded).turned
-        boxes_xyxy = _clipped(parsed.boxes_xyxy, image, faults)
+        scale = 2 * (image.size if shares else (1, 1))
+        boxes_xyxy = [box and tuple(map(operator.mul, box, scale)) for box in parsed.boxes_xyxy]
+        boxes_xyxy = _clipped(boxes_xyxy, image, faults)
     if faults:
         return Checked(None, None, faults, turned, unknown_keys=unknown)
     before = parsed.annotation.regions

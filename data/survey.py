@@ -22,6 +22,7 @@ from grain_jax.core.annotations import Fault
 from grain_jax.data import duplicates, example, sources
 from grain_jax.data.arguments import Encoding
 from grain_jax.data.sources import annotations as annotations_source
+from grain_jax.data.sources import base
 
 MOST_PRINTED = 20  # faults
 
@@ -69,6 +70,10 @@ def prepare(
                     counts={
                         "boxes_clipped": checked.boxes_clipped,
                         "regions": len(annotation.regions),
+                        "pixel_boxes": sum(
+                            max(region.box_xyxy) > base.LARGEST_SHARE
+                            for region in annotation.regions
+                        ),
                         "negatives": sum(len(region.negatives) for region in annotation.regions),
                         "left_out": len(annotation.left_out),
                     },
@@ -91,7 +96,8 @@ def _checked(shard: sources.SourceShard) -> Iterator[tuple[int, str, example.Che
         folder = epath.Path(shard.arguments["file"]).parent
         for line, name in annotations_source.lines(shard):
             number, where = int(name.rpartition(":")[2]), str(folder / name)
-            yield number, where, example.check_line(line, shard.arguments["images"])
+            shares = shard.options.get("unit") == "share"
+            yield number, where, example.check_line(line, shard.arguments["images"], shares=shares)
         return
     for item in sources.read(shard):
         fault = isinstance(item, Fault)
@@ -114,6 +120,9 @@ class Survey:
         self.lines = self.turned = 0  # of all images
         self.regions_written = 0
         self.counts: collections.Counter[str] = collections.Counter()  # as Prepared.counts
+        self.pixel_boxes: collections.Counter[str] = (
+            collections.Counter()
+        )  # of each file with boxes
         self.unknown_keys: collections.Counter[str] = collections.Counter()
         self.fingerprints = array.array("Q")  # exact and near
         self.parts = array.array("Q")  # as Prepared.part
@@ -149,6 +158,8 @@ class Survey:
         self._number_of_id[identity] = number
         self.ids.append(identity)
         self.counts.update(image.counts)
+        if image.counts["regions"]:
+            self.pixel_boxes[image.where.rpartition(":")[0]] += image.counts["pixel_boxes"]
         self.fingerprints.extend(image.fingerprint)
         self.parts.extend(image.part)
 

@@ -11,6 +11,7 @@ import numpy as np
 from grain_jax.core import images
 from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data.annotate import answers
+from grain_jax.data.sources import base
 from grain_jax.input_pipeline import tokenizer
 
 LONGEST = 256  # tokens; longer texts count as this long
@@ -27,6 +28,7 @@ _ADVICE = {
     "images without regions": "nothing, if you know it: they train the caption loss alone",
     "refusals of a model": "run the model's pass again for these, or take the text out",
     f"boxes under {TINY:.1%} of their image": "drop them: at 224 pixels they are less than 7 x 7",
+    base.ALL_SHARES: f"pixels are expected; {base.AS_SHARES}",
     f"boxes of {WHOLE:.0%} of their image or more": "drop them if the text is of a part",
 }
 
@@ -141,6 +143,8 @@ class Statistics:
             x1, y1, x2, y2 = region.box_xyxy
             area = (x2 - x1) * (y2 - y1) / (size[0] * size[1])
             box = f"{where}: {region.description[:90]!r}, [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+            if max(region.box_xyxy) <= base.LARGEST_SHARE:
+                self._note(base.ALL_SHARES, box)
             if area < TINY:
                 self._note(f"boxes under {TINY:.1%} of their image", box)
             elif area >= WHOLE:
@@ -151,6 +155,8 @@ class Statistics:
         """All problems; faults come first."""
         out = []
         for what, (count, example) in self.issues.items():
+            if what == base.ALL_SHARES and count < self.area.total():
+                continue
             advice = _ADVICE.get(what, "shorten them if many: training cuts long captions")
             if what.startswith("faulty: "):
                 advice = "fix them: grain-jax build leaves such lines out"

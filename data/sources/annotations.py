@@ -1,5 +1,6 @@
 """The project's own A.jsonl with its folder of images; a shard is a part of the file, by bytes."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import ClassVar
@@ -10,7 +11,8 @@ from grain_jax.core import annotations, regular_file
 from grain_jax.data.sources import base, join
 
 
-class AnnotationLines:
+@dataclasses.dataclass(frozen=True)
+class AnnotationLines(base.BoxUnit):
     """A `base.Source` of annotation lines."""
 
     images_are_files: ClassVar[bool] = True
@@ -45,7 +47,7 @@ class AnnotationLines:
                 detail = "; ".join(parsed.faults)
                 yield base.Fault(parsed.image or where, "bad annotation", detail, where)
             else:
-                annotation = parsed.annotation._replace(where=where)
+                annotation = parsed.annotation._replace(where=where, drawn_on=self.drawn_on)
                 yield join.load(annotation, shard.arguments["images"])
 
 

@@ -8,10 +8,11 @@ If the images are files and the annotations are one file or a few, subclass `dat
 only `entries`. If images come out of larger files, `read` gives each annotation with its image to `data.sources.join.join`.
 """
 
+import dataclasses
 import hashlib
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from etils import epath
@@ -44,6 +45,11 @@ Scalar = bool | int | float | str | None
 Box = list[Scalar] | None  # in a file: `join` leaves a wrong one out, and its image stays
 WHOLE = 1.0  # the score of regions that people drew: the formats have none
 SHARES = (1, 1)  # Annotation.drawn_on, if boxes are shares of width and height
+LARGEST_SHARE = (
+    1.5  # such boxes overhang a little; no file has all its boxes in the first pixels of its images
+)
+ALL_SHARES = "boxes that all lie in [0, 1], as shares of width and height do"
+AS_SHARES = "--option unit=share of grain-jax build reads them"
 
 __all__ = ["Annotation", "Fault", "Options", "Region", "Source", "SourceError", "SourceShard"]
 
@@ -75,6 +81,18 @@ class SourceShard(NamedTuple):
     arguments: Mapping[str, Any]  # all that `read` needs, as plain values that JSON keeps
     source: str = ""  # its name; set by `data.sources.shards`, as is:
     options: Mapping[str, str] = {}  # the source's own, as texts
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxUnit:
+    """The option of a source whose boxes may be in pixels, or in shares of the image's width and height."""
+
+    unit: Literal["pixel", "share"] = "pixel"
+
+    @property
+    def drawn_on(self) -> tuple[int, int] | None:
+        """As `Annotation.drawn_on`; None for pixels."""
+        return SHARES if self.unit == "share" else None
 
 
 class Source(Protocol):

@@ -3,6 +3,7 @@
 A region is an object: its description is the category's name. Boxes around crowds are left out.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,7 +55,8 @@ class File(msgspec.Struct):
     categories: list[Category] = []
 
 
-class Coco(staged.ListedSource):
+@dataclasses.dataclass(frozen=True)
+class Coco(base.BoxUnit, staged.ListedSource):
     """Images of one or several files, which are joined by the images' file names.
 
     FG-OVD (Bianchi et al., CVPR 2024; lorebianchi98/FG-OVD, gt/transparency.json and evaluation/ranks.py) describes a
@@ -70,7 +72,7 @@ class Coco(staged.ListedSource):
             names = {x.id: options.described(self.label(x.name)) for x in content.categories}
             by_id = {}
             for image in content.images:
-                size = (image.width, image.height)
+                size = self.drawn_on or (image.width, image.height)
                 new = Annotation(image.file_name, [], regions=[], left_out=[], drawn_on=size)
                 by_id[image.id] = by_name.setdefault(image.file_name, new)
             for where, item in base.items(content.annotations, Object, f"{path}:annotations"):

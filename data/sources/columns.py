@@ -48,7 +48,7 @@ class Named(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TableOptions:
+class TableOptions(base.BoxUnit):
     """The options of a table: the names of its columns, the form of its boxes, the names of its labels."""
 
     image: str = ""
@@ -60,7 +60,6 @@ class TableOptions:
     scores: str = ""
     id: str = ""
     box_format: Literal["xyxy", "xywh", "cxcywh"] = "xyxy"
-    unit: Literal["pixel", "share"] = "pixel"  # share: of the image's width and height
 
     def named(self, where: object, known: Sequence[str], options: base.Options) -> Named:
         """Finds the columns in the table `where`. Raises SourceError: one is missing."""
@@ -113,7 +112,7 @@ class TableOptions:
             regions=[Region(*values) for values in regions],
             id=None if columns.id is None else str(columns.id),
             where=where,
-            drawn_on=base.SHARES if self.unit == "share" else None,
+            drawn_on=self.drawn_on,
         )
 
     def _xyxy(self, box: Any) -> Any:

@@ -13,7 +13,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from grain_jax.core import images
-from grain_jax.data import duplicates, example, survey, tfds_writer
+from grain_jax.data import build, duplicates, example, survey, tfds_writer
 from tests import record_sets
 from tests.paths import ROOT
 
@@ -127,6 +127,41 @@ def test_too_many_faults_write_no_records(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "more than --max-faults 0.01 allows" in error.splitlines()[-1]
     assert [p.name for p in (tmp_path / "out/tiny_set").iterdir()] == ["faults.jsonl"]
+
+
+SHARES = {  # source -> its file, with a box in shares of width and height
+    "annotations": changed(
+        image="00000.png",
+        id=None,
+        regions=[{"box": [0.25, 0, 0.5, 1.001], "description": "a part", "score": 1}],
+    ).decode(),
+    "coco": json.dumps(
+        {
+            "images": [{"id": 1, "file_name": "00000.png", "width": 16, "height": 12}],
+            "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0.25, 0, 0.25, 1]}],
+            "categories": [{"id": 1, "name": "a part"}],
+        }
+    ),
+    "csv": 'image,boxes,labels\n00000.png,"[[0.25, 0, 0.5, 1]]","[""a part""]"\n',
+}
+
+
+@pytest.mark.parametrize("source", SHARES)
+def test_a_file_whose_boxes_are_all_shares_is_an_error_that_names_the_option(
+    source, tmp_path, capsys
+):
+    record_sets.write_annotations(tmp_path, 4)  # A.jsonl has pixels
+    (tmp_path / "shares").write_text(SHARES[source])
+    flags = [f"--source={source}", f"--images={tmp_path}", "--name=x", f"--output={tmp_path}/out"]
+    flags += ["--annotations", f"{tmp_path}/shares"]
+    pixels = [f"{tmp_path}/A.jsonl"] * (source == "annotations")
+    assert build.main([*flags, *pixels]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"{tmp_path}/shares: got boxes that all lie in [0, 1], as shares")
+    assert "; --option unit=share " in line and not (tmp_path / "out/x/1.0.0").exists()
+    assert build.main([*flags, "--option=unit=share"]) == 0
+    (example,) = read_back(tmp_path / "out", "x")[1].values()
+    np.testing.assert_allclose(example["regions"]["bbox"], [[0, 0.25, 1, 0.5]])
 
 
 def test_boxes_are_clipped_and_unknown_keys_counted(tmp_path, capsys):

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from grain_jax.data.inspect import __main__ as command
+from grain_jax.data.inspect import statistics
 from tests import record_sets
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
@@ -97,6 +98,20 @@ def test_planted_problems_are_found(tmp_path):
     assert (common["count"], common["example"]) == (10, "'the main subject'")
     assert list(problems_found) == ["images without regions"]
     assert result["images"]["left_out"] == 2
+
+
+def test_boxes_that_are_all_shares_are_a_problem(tmp_path):
+    lines = record_sets.write_annotations(tmp_path / "in", 4)
+    share = {"box": [0.25, 0, 0.5, 1], "description": "x", "score": 1}
+    what = "boxes that all lie in [0, 1], as shares of width and height do"
+    for pixels in ([], record_sets.annotation(1)["regions"]):
+        for line in lines:
+            line["regions"] = [share]
+        lines[3]["regions"] += pixels
+        (tmp_path / "in/A.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        problem = problems_of(inspect(tmp_path / "in" / "A.jsonl", tmp_path / "out")).get(what)
+        assert problem is None if pixels else problem["count"] == 4
+    assert "--option unit=share" in statistics._ADVICE[what]
 
 
 def test_the_page_loads_nothing_and_trusts_no_text(tmp_path, capsys):
