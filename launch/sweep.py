@@ -19,37 +19,42 @@ from grain_jax.core import atomic, errors, progress
 from grain_jax.launch import jobs, sweep_clusters, sweep_runs, sweep_table
 from grain_jax.launch.arguments import Sweep
 from grain_jax.launch.sweep_runs import SweepRun, finished, local_folder
-from grain_jax.runtime import lock
 
 
 def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> jobs.Runner:
     """Trains the runs that are not finished on this machine, `parallel` at a time.
 
     Raises:
-      UserError: a trainer has one of the runs, such as that of a sweep that was killed.
+      UserError: another sweep has the workdir; or a trainer has one of the runs, as after a sweep that was killed.
     """
-    left = [run for run in runs if not finished(run)]
-    for run in left:
-        if (run.folder / lock.FILE).exists():
-            with lock.held(run.folder):
-                pass
-    if done := len(runs) - len(left):
-        print(f"sweep: {done} of {len(runs)} runs finished before", file=sys.stderr)
+    from grain_jax.runtime import lock  # imports JAX
 
-    for run in left:  # two runs that start at once would both make it
-        if command := sweep_runs.makes_dataset(run):
-            if status := subprocess.run([sys.executable, "-m", *command]).returncode:
-                said = f"python -m {shlex.join(command)} ended with {status}"
-                raise errors.UserError(f"input.prepare: {said}")
-    here, start = local_folder(workdir), (sys.executable, "-m", "grain_jax.train")
-    runner = jobs.Runner(
-        [jobs.LocalJob(x.name, (*start, *x.arguments), here / x.name / "log.txt") for x in left],
-        jobs.slots(parallel),
-        progress.ProgressLine("sweep: "),
-        # Runs that differ in their seed alone share a compiled program.
-        environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ},
-    )
-    runner.run()
+    with lock.held(workdir):
+        left = [run for run in runs if not finished(run)]
+        for run in left:
+            if (run.folder / lock.FILE).exists():
+                with lock.held(run.folder):
+                    pass
+        if done := len(runs) - len(left):
+            print(f"sweep: {done} of {len(runs)} runs finished before", file=sys.stderr)
+
+        for run in left:  # two runs that start at once would both make it
+            if command := sweep_runs.makes_dataset(run):
+                if status := subprocess.run([sys.executable, "-m", *command]).returncode:
+                    said = f"python -m {shlex.join(command)} ended with {status}"
+                    raise errors.UserError(f"input.prepare: {said}")
+        here, start = local_folder(workdir), (sys.executable, "-m", "grain_jax.train")
+        runner = jobs.Runner(
+            [
+                jobs.LocalJob(x.name, (*start, *x.arguments), here / x.name / "log.txt")
+                for x in left
+            ],
+            jobs.slots(parallel),
+            progress.ProgressLine("sweep: "),
+            # Runs that differ in their seed alone share a compiled program.
+            environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"), **os.environ},
+        )
+        runner.run()
     return runner
 
 
@@ -85,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     failed = []
     if not args.table:
-        with lock.held(workdir):
-            runner = train_here(runs, workdir, args.parallel or 1)
+        runner = train_here(runs, workdir, args.parallel or 1)
         if runner.stopped_by:
             print("sweep: stopped; the same command goes on", file=sys.stderr)
             return 130 if runner.stopped_by == signal.SIGINT else jobs.PREEMPTED

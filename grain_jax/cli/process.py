@@ -88,7 +88,7 @@ def run(
     errors.silence_storage()
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:  # it was closed, as by `>&-`
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         elif isinstance(stream, io.TextIOWrapper):  # what the encoding lacks becomes escapes
             stream.reconfigure(errors="backslashreplace")
     with (

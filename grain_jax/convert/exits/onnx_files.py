@@ -82,14 +82,12 @@ def _description(source: folder.SourceModel, path: epath.Path) -> dict[str, Any]
     return {
         "torch": torch.__version__,
         "files": [f"{part}.onnx" for part in PARTS if (path / f"{part}.onnx").exists()],
-        "sha256": {file.name: _sha256(file) for file in sorted(path.iterdir())},
+        "sha256": {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(path.iterdir())
+        },
         **export.describe(predictor, f"you: {_PREPARE}", "found by the file"),
     }
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
