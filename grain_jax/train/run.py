@@ -210,5 +210,5 @@ def _remove_generated() -> None:
         if name.startswith("__autograph_generated_file"):
             for path in (module.__file__, module.__cached__):
                 epath.Path(path or "").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other processes have files there
+            with contextlib.suppress(OSError, ValueError):  # other files are there
                 epath.Path(module.__cached__ or "").parent.rmdir()
