@@ -82,10 +82,7 @@ def _description(source: folder.SourceModel, path: epath.Path) -> dict[str, Any]
     return {
         "torch": torch.__version__,
         "files": [f"{part}.onnx" for part in PARTS if (path / f"{part}.onnx").exists()],
-        "sha256": {
-            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(path.iterdir())
-        },
+        "sha256": {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in path.iterdir()},
         **export.describe(predictor, f"you: {_PREPARE}", "found by the file"),
     }
 
