@@ -27,6 +27,8 @@ DIGEST_FILE = "digest.json"  # split -> SplitDigest
 REBUILD = "rebuild the set with grain-jax build, or copy it anew"
 _BUCKETS = 2**63 - 1
 _BATCH = 256  # records
+# AutoGraph would leave a file among the temporary ones for each mapped function; none of ours needs it.
+as_it_is = tf.autograph.experimental.do_not_convert
 
 
 class DataError(errors.UserError):
@@ -101,6 +103,7 @@ def _find(source: Dataset) -> RecordSet:
     return RecordSet(source, split.digest, tuple(shards), split.negatives)
 
 
+@as_it_is
 def hashes(records: tf.Tensor) -> tf.Tensor:
     """int64 [n], of serialized records [n]; the same on every machine."""
     return tf.strings.to_hash_bucket_fast(records, _BUCKETS)

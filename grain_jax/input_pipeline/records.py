@@ -184,12 +184,13 @@ def _dataset(
     streams = [_mixed_stream(lane, position, changed).batch(per_lane) for lane in lanes]
     transform = transforms.Transform(config)
 
+    @record_files.as_it_is
     def together(*parts):
         return tuple(tf.concat(column, 0) for column in zip(*parts, strict=True))
 
     dataset = tf.data.Dataset.zip(tuple(streams)).map(together)
     dataset = dataset.unbatch().map(
-        transform,
+        record_files.as_it_is(transform),
         num_parallel_calls=config.input.reader_threads or tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -210,6 +211,7 @@ def _mixed_stream(lane: order.MixedLane, position: int, changed: list[str]) -> t
     if len(streams) == 1:
         return streams[0]
 
+    @record_files.as_it_is
     def choose(first):
         chosen = tf.numpy_function(
             lambda first: lane.choices(int(first), int(first) + _CHOICES), [first], tf.int64
@@ -243,6 +245,7 @@ def _lane_stream(lane: order.Lane, position: int, changed: list[str]) -> tf.data
                 changed.append(shard.path)
         return np.int64(0)
 
+    @record_files.as_it_is
     def load(ordinal):
         kinds = (tf.string, tf.int64, tf.int64, tf.float32)
         paths, length, chosen, draws = tf.numpy_function(plan, [ordinal], kinds)

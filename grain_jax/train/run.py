@@ -200,15 +200,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def console(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and ends the process."""
-    ending.at_end(_remove_generated)
     ending.run(functools.partial(process.run, main, arguments))
-
-
-def _remove_generated() -> None:
-    """Removes the modules that AutoGraph wrote beside temporary files: `ending.leave` skips TensorFlow's own exit."""
-    for name, module in [*sys.modules.items()]:
-        if name.startswith("__autograph_generated_file"):
-            for path in (module.__file__, module.__cached__):
-                epath.Path(path or "").unlink(missing_ok=True)
-            with contextlib.suppress(OSError, ValueError):  # other files are there
-                epath.Path(module.__cached__ or "").parent.rmdir()

@@ -1,5 +1,7 @@
 """Mixtures of record sets: exact shares, each set's own epochs, and a stream that is a function of the step."""
 
+import tempfile
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,13 @@ def folder(tmp_path_factory):
 
 def entries(folder, weights=WEIGHTS):
     return [dict(name=n, data_dir=str(folder), weight=w) for n, w in weights.items()]
+
+
+def test_nothing_is_left_among_temporary_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert take(mixture(folder), 1)
+    record_files.digest_of_split(sorted(folder.glob("birds/*/*.tfrecord*")), negatives=False)
+    assert not list(tmp_path.iterdir())
 
 
 def mixture(folder, weights=WEIGHTS, **values):

@@ -1,11 +1,9 @@
 """The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes and processes, a finished run."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -196,27 +194,3 @@ def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, w
     shutil.rmtree(workdir / "checkpoints/10")
     run.train(_config(), workdir)
     _assert_goes_on(finished, workdir)
-
-
-_TRACES = """
-import os, tempfile
-import tensorflow as tf
-from grain_jax.input_pipeline import record_files, transforms
-from grain_jax.train import run
-
-def main(_):
-    for mapped in (record_files.hashes, transforms.decode):  # as tf.data does
-        tf.autograph.to_graph(mapped)
-    print(len(os.listdir(tempfile.gettempdir())))
-
-run.main = main
-run.console([])
-"""
-
-
-def test_the_folder_of_temporary_files_is_empty_at_the_end(tmp_path):
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", _TRACES]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and int(done.stdout) > 1, done.stderr
-    assert not list(tmp_path.iterdir())
