@@ -2,6 +2,7 @@
 
 import math
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -167,21 +168,25 @@ def scale_by_adam(b1: float, b2: float, eps: float, moment_dtype: str):
         state = state._replace(mu=optax.tree.cast(state.mu, jnp.float32))
         after: Any
         scaled, after = adam.update(updates, state, params)
-        round_leaf = lambda mu, gradient: _bfloat16_at_random(mu, gradient, after.count)
-        return scaled, after._replace(mu=jax.tree.map(round_leaf, after.mu, updates))
+        round_leaf = lambda path, mu: _bfloat16_at_random(mu, _name(path), after.count)
+        mu = jax.tree_util.tree_map_with_path(round_leaf, after.mu)
+        return scaled, after._replace(mu=mu)
 
     return optax.GradientTransformation(init, update)
 
 
-def _bfloat16_at_random(x, gradient, step):
+def _bfloat16_at_random(x, name: str, step):
     """`x` as one of the two bfloat16 around it, which is `x` on average.
 
-    The random bits are a hash of the gradient and the step, so they are the same on every mesh.
+    The random bits are a hash of the element's position in the whole array, the array's name and the step, so they are
+    the same on every mesh. A hash of the gradient is not: its last bits depend on the mesh.
     """
-    gradient_bits = jax.lax.bitcast_convert_type(gradient.astype(jnp.float32), jnp.uint32)
-    hashes = _scramble(_scramble(gradient_bits) + step.astype(jnp.uint32))
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits = (bits + (_scramble(hashes) >> 16)) & np.uint32(0xFFFF0000)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        position = position * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    seed = _scramble(step.astype(jnp.uint32) + np.uint32(zlib.crc32(name.encode())))
+    random = _scramble(_scramble(position) + seed) >> 16
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + random) & np.uint32(0xFFFF0000)
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
 
