@@ -24,7 +24,7 @@ TEXT = dict(
     pool="last",
     projection="affine",
     tokenizer="siglip.model",
-    cleaning="canonical",
+    cleaning="siglip",
     pad_id=1,
 )
 

@@ -86,8 +86,8 @@ class TextTower:
     tokenizer: str = key("clip", "clip, or the path of a tokenizer.json or SentencePiece .model.")
     cleaning: str = key(
         "lower",
-        "Cleaning of texts before they become tokens.",
-        choices=("lower", "canonical", "none"),
+        "Cleaning of texts before they become tokens; canonical is open_clip's.",
+        choices=("lower", "canonical", "siglip", "siglip2", "none"),
     )
     pad_id: int = count(0, "Token id of the padding; it matters if the tower sees it.")
     end_id: int | None = count(None, "Token id that ends a text. None: the highest id of the text.")

@@ -182,8 +182,9 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
     stated = towers.text_fields(folder, text_config.vocab_size, siglip=siglip, end_id=end_id)
     if end_id is not None:
         stated["pad_id"] = config["text_cfg"].get("pad_id", stated["pad_id"])
-        if (text_config.tokenizer_kwargs or {}).get("clean") == "canonicalize":
-            stated["cleaning"] = "canonical"
+    clean = (text_config.tokenizer_kwargs or {}).get("clean")
+    if clean == "canonicalize" and stated["tokenizer"] != "clip":
+        stated["cleaning"] = "canonical"
     projection = "affine" if text_config.proj_bias else "matrix"
     text = config_lib.TextTower(
         **_sizes(text_config, quick),

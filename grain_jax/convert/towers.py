@@ -142,8 +142,8 @@ def text_fields(
     first = name.startswith("SiglipTokenizer") if name else vocab_size != _GEMMA_VOCABULARY
     first = siglip and first
     fields = dict(tokenizer="clip", cleaning="lower", pad_id=0, end_id=end_id)
-    if first:
-        fields |= dict(cleaning="canonical", pad_id=1)
+    if siglip:
+        fields |= dict(cleaning="siglip", pad_id=1) if first else dict(cleaning="siglip2")
     if end_id is not None:  # MetaCLIP 2
         fields |= dict(cleaning="none", pad_id=1)
     if siglip or vocab_size != _CLIP_VOCABULARY:

@@ -65,7 +65,12 @@ def _valid(text: str | bytes) -> str:
 
 
 def _canonical(text: str | bytes) -> str:
-    """Lower case, without ASCII punctuation, single spaces: the cleaning of SigLIP's texts."""
+    """Spaces for "_", no ASCII punctuation, lower case, single spaces: open_clip's `canonicalize_text`."""
+    return " ".join(_valid(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
+
+
+def _siglip(text: str | bytes) -> str:
+    """Lower case, no ASCII punctuation, single spaces, as `SiglipTokenizer` of transformers."""
     return " ".join(_valid(text).lower().translate(_NO_PUNCTUATION).split())
 
 
@@ -73,6 +78,9 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 CLEANINGS: dict[str, Callable[[str | bytes], str]] = {
     "lower": lambda text: clean(text).lower(),
     "canonical": _canonical,
+    "siglip": _siglip,
+    # `Siglip2Tokenizer` of transformers; character by character, as its library
+    "siglip2": lambda text: "".join(map(str.lower, _valid(text))),
     "none": _valid,
 }
 

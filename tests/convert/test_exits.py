@@ -127,7 +127,7 @@ def trunk(monkeypatch):
 # A model, and the class that loads what an export makes of it.
 TABLE = {
     "clip folded": ("CLIPModel", CLIP | dict(text__projection="none", embed_dim=40)),
-    "siglip filled": ("SiglipModel", SIGLIP | dict(image__patch_bias=False, logit_bias_init=None)),
+    "siglip filled": ("SiglipModel", SIGLIP | dict(image__patch_bias=False, logit_bias_init=None, text__cleaning="siglip2")),
     "regions of siglip": ("SiglipModel", beside(SIGLIP) | dict(text__projection="affine")),
     "regions of clip": ("open_clip", beside(QUICK)),
     "mean": ("open_clip", CLIP | dict(image__pool="mean", text__projection="affine", logit_bias_init=-2.0)
@@ -158,7 +158,7 @@ def test_the_class_that_loads_an_export_gives_our_outputs(start, trunk, tmp_path
 
 
 def test_sentencepiece_goes_out_as_siglips_tokenizer(tmp_path, capsys):
-    keys = dict(text__tokenizer="siglip.model", text__cleaning="canonical", text__pad_id=1)
+    keys = dict(text__tokenizer="siglip.model", text__cleaning="siglip", text__pad_id=1)
     source, _ = made(tmp_path / "ours", **SIGLIP | keys)
     perturbed.write_sentencepiece(source)
     assert "\ntoken_ids " in run(capsys, "to-hf", source, tmp_path / "hf")

@@ -208,6 +208,7 @@ def test_a_trunk_of_timm_with_siglips_texts(tmp_path):
     timm.models.register_model(tiny_siglip)
     vision = dict(timm_model_name="tiny_siglip", timm_pool="map", timm_proj="none", image_size=SIZE)
     text = TEXT | dict(width=32, heads=4, no_causal_mask=True, proj_bias=True, pool_type="last")
+    text |= dict(hf_tokenizer_name="timm/a", tokenizer_kwargs=dict(clean="canonicalize"))
     report, module = _open_clip(
         tmp_path / "a", vision, text, library.CustomTextCLIP, dim=24, init_logit_bias=-10
     )
@@ -216,6 +217,7 @@ def test_a_trunk_of_timm_with_siglips_texts(tmp_path):
     image = model.image
     assert (image.heads, image.activation, image.pool) == (2, "gelu_tanh", "map")
     assert not model.text.causal and model.text.pool == "last"
+    assert model.text.cleaning == "canonical"
     np.testing.assert_allclose(params["logit_bias"], module.logit_bias.item())
 
 

@@ -7,12 +7,18 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import string
 
 import numpy as np
+import open_clip
 import pytest
 import tokenizers
+import transformers
 from tokenizers import models, pre_tokenizers, processors
 
+from grain_jax.convert import towers
+from grain_jax.convert.exits import tokenizers as exits_tokenizers
+from grain_jax.convert.hf_files import processing_grain
 from grain_jax.core import errors
 from grain_jax.input_pipeline import clip_tokenizer, text_cleaning, tokenizer
 from grain_jax.input_pipeline.clip_tokenizer import END_OF_TEXT, START_OF_TEXT
@@ -147,11 +153,65 @@ def test_sentencepiece_is_the_librarys_with_a_sticky_end(model_file):
     import sentencepiece
 
     library = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    ours = tokenizer.FileTokenizer(model_file, "canonical", pad_id=1)
+    ours = tokenizer.FileTokenizer(model_file, "siglip", pad_id=1)
     ids = ours(TEXTS, 16)
     for row, text in zip(ids, ["a photo of a wren with long beak", "orange", "", "a " * 40]):
         expected = [*library.encode(text.strip())[:15], 1]
         np.testing.assert_array_equal(row, [*expected, *[1] * (16 - len(expected))])
+
+
+def _siglip(text):
+    tokens = object.__new__(transformers.SiglipTokenizer)  # without a file
+    tokens.__dict__["do_lower_case"] = True
+    return tokens.canonicalize_text(text)
+
+
+def _siglip2(text):
+    normalizer = transformers.Siglip2Tokenizer()._tokenizer.normalizer
+    return normalizer.normalize_str(text).replace("\u2581", " ")
+
+
+OWNERS = {
+    "canonical": open_clip.tokenizer.canonicalize_text,
+    "siglip": _siglip,
+    "siglip2": _siglip2,
+}
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_a_cleaning_is_its_owners(name):
+    """In our tokenizers, and in the two kinds of files that exports write."""
+    rng = np.random.default_rng(0)
+    characters = [
+        *string.punctuation,
+        *"  __\t\naBc\u00c9\u00df\u0130\u03a3\u0301\u00a0\u2003\u0085\x1c\u201c",
+    ]
+    texts = ["".join(rng.choice(characters, rng.integers(20))) for _ in range(1000)]
+    texts += ["black_footed  albatross", "ODYSSE\u03a5\u03a3 \u03a3", "caf\u00e9, cafe\u0301"]
+    expected = [*map(OWNERS[name], texts)]
+    assert text_cleaning.clean_all(texts, name) == expected
+    assert [*map(processing_grain.CLEANINGS[name], texts)] == expected
+    library = tokenizers.Tokenizer(models.BPE())
+    exits_tokenizers._fast(library, tower(cleaning=name), [], {})
+    for text, cleaned in zip(texts, expected):  # the library knows no final sigma
+        assert library.normalizer.normalize_str(text) == cleaned or "\u03a3" in text
+
+
+def test_a_text_of_siglip2_has_the_ids_of_transformers(tmp_path):
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
+    vocab = {
+        piece: i
+        for i, piece in enumerate([*pieces, *"\u2581abcdefABC\u00e9\u0301", "\u2581\u2581", "ab"])
+    }
+    files = dict(vocab=vocab, merges=[("\u2581", "\u2581"), ("a", "b")])
+    transformers.GemmaTokenizer(**files).save_pretrained(tmp_path)  # as it is published
+    fields = towers.text_fields(tmp_path, 256000, siglip=True)
+    path = tmp_path / fields["tokenizer"]
+    ours = tokenizer.FileTokenizer(path, fields["cleaning"], fields["pad_id"])
+    texts = ["ab  Cab", " caf\u00e9  cafe\u0301 ", "a &amp; b_c, \tB", "FACADE"]
+    tokens = ours.encode(texts, 64)
+    theirs = transformers.Siglip2Tokenizer(**files)(texts)["input_ids"]
+    assert tokens.ids.tolist() == [i for row in theirs for i in row]
 
 
 def tower(**changes):

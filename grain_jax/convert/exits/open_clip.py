@@ -36,10 +36,10 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     raise_any(faults)
     trunk = "" if kind is needs.OPEN_CLIP else timm_trunk.name_of(image)
     token_files, missing = tokenizers.files(model.text, stored.folder)
-    if token_files and model.text.cleaning == "none":
+    if token_files and (cleaning := model.text.cleaning) in ("none", "siglip2"):
         token_files, missing = (
             {},
-            "no tokenizer files: model.text.cleaning: got none, open_clip joins white space; give the model token ids",
+            f"no tokenizer files: model.text.cleaning: got {cleaning}, open_clip joins white space; give the model token ids",
         )
     if model.text.tokenizer == "clip":
         token_files = {}  # open_clip has CLIP's tokenizer

@@ -42,8 +42,8 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
         # Model cards are published, so they name none of this machine's folders.
         name = epath.Path(tower.tokenizer).name
         why = f"{name} is no file in the folder of the model; put it there and convert again"
-    elif path.suffix == ".model" and tower.cleaning != "canonical":
-        why = f"model.text.cleaning: got {tower.cleaning}, transformers' SiglipTokenizer has canonical"
+    elif path.suffix == ".model" and tower.cleaning != "siglip":
+        why = f"model.text.cleaning: got {tower.cleaning}, transformers' SiglipTokenizer has siglip"
     else:
         tokenizer.of_tower(tower, folder)  # raises if it does not fit the tower
         if made := (_of_json if path.suffix == ".json" else _of_sentencepiece)(path, tower):
@@ -152,12 +152,15 @@ def _fast(
     """The files of a tokenizer that cleans texts as the tower's does, except for broken encodings and HTML entities."""
     from tokenizers import Regex, normalizers
 
-    spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    spaces = [normalizers.Replace(Regex(r"[\s\x1c-\x1f]+"), " "), normalizers.Strip()]
     punctuation = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")
+    siglip = [normalizers.Lowercase(), punctuation, *spaces]
     cleaning = {
         "none": [],
         "lower": [*spaces, normalizers.Lowercase()],
-        "canonical": [normalizers.Lowercase(), punctuation, *spaces],
+        "canonical": [normalizers.Replace("_", " "), *siglip],
+        "siglip": siglip,
+        "siglip2": [normalizers.Lowercase()],
     }[tower.cleaning]
     rest = [library.normalizer] if library.normalizer else []
     library.normalizer = normalizers.Sequence([*first, *cleaning, *rest])

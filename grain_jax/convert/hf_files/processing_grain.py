@@ -57,8 +57,8 @@ class GrainProcessor(ProcessorMixin):
     Args:
       image_processor, tokenizer: of images and texts.
       cleaning: of texts, as in training. "lower" repairs broken encodings (if ftfy is installed), HTML entities and white
-        space, and makes texts lower case. "canonical" removes case, ASCII punctuation and repeated spaces. "none" does
-        nothing.
+        space, and makes texts lower case. "siglip" removes case, ASCII punctuation and repeated spaces; "canonical" also
+        makes "_" a space. "siglip2" makes texts lower case. "none" does nothing.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, cleaning="lower", **kwargs):
@@ -98,8 +98,13 @@ def _lower(text):
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
-def _canonical(text):
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-CLEANINGS = {"lower": _lower, "canonical": _canonical, "none": str}
+CLEANINGS = {
+    "lower": _lower,
+    "canonical": lambda t: " ".join(t.replace("_", " ").translate(_NO_PUNCTUATION).lower().split()),
+    "siglip": lambda t: " ".join(t.lower().translate(_NO_PUNCTUATION).split()),
+    "siglip2": lambda t: "".join(map(str.lower, t)),
+    "none": str,
+}
