@@ -26,14 +26,22 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
 
 
 def resized_positions(positions: jax.Array, leading: int, grid: int) -> jax.Array:
-    """Learned positions [N, E] for `grid` x `grid` patches, bilinear, antialiased if the grid shrinks.
+    """Learned positions [N, E] for `grid` x `grid` patches; the first `leading` stay.
 
-    Torch has it as `interpolate` with `mode="bilinear"` and `antialias=True`. The first `leading` positions stay.
+    As `interpolate_pos_encoding` of transformers for CLIP and SigLIP: bicubic with a = -0.75 (jax.image has -0.5),
+    between centres of patches, with the border repeated and without antialiasing.
     """
     positions = placement.whole(positions)
     patches, width = positions[leading:], positions.shape[1]
     side = round(len(patches) ** 0.5)
-    square = jax.image.resize(patches.reshape(side, side, width), (grid, grid, width), "bilinear")
+    place = (np.arange(grid)[:, None] + 0.5) * side / grid - 0.5
+    taps = np.floor(place) + np.arange(-1, 3)  # [grid, 4]
+    x = np.abs(place - taps)
+    near, far = (1.25 * x - 2.25) * x * x + 1, -0.75 * (((x - 5) * x + 8) * x - 4)
+    is_at = taps.clip(0, side - 1)[..., None] == np.arange(side)
+    weights = np.einsum("gt,gts->gs", np.where(x < 1, near, far), is_at).astype(np.float32)
+    square = patches.reshape(side, side, width)
+    square = jnp.einsum("gs,ht,ste->ghe", weights, weights, square, precision="highest")
     return jnp.concatenate([positions[:leading], square.reshape(-1, width)])
 
 

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import scipy.ndimage
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors, named
-from grain_jax.models import grain
+from grain_jax.models import grain, vit
 from grain_jax.train import train_step
 
 _KEPT_POSITIONS = 20  # see `resize_text_positions`
@@ -78,25 +77,6 @@ def state_of_step_0(
     average = _replace(state.ema_params, program.shardings.ema_params, loaded.params)
     # Local terms may copy parameters into their state.
     return state._replace(params=params, ema_params=average, term_state=program.term_state(params))
-
-
-def resize_image_positions(positions: np.ndarray, grid: int, *, class_token: bool) -> np.ndarray:
-    """Resizes the positions of a square grid to `grid` x `grid`; keeps the position of the class token.
-
-    Bilinear, with the corners of the grids aligned, as in big_vision (models/vit.py, resample_posemb).
-
-    Args:
-      positions: float32 [N, E], row by row; the class token's is first.
-      grid: patches a side of the result.
-      class_token: whether `positions` has one for it.
-    """
-    token, patches = positions[: int(class_token)], positions[int(class_token) :]
-    old = round(len(patches) ** 0.5)
-    if old != grid:
-        square = patches.reshape(old, old, -1)
-        square = np.asarray(scipy.ndimage.zoom(square, (grid / old, grid / old, 1), order=1))
-        patches = square.reshape(grid * grid, -1)
-    return np.concatenate([token, patches]).astype(np.float32)
 
 
 def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
@@ -212,7 +192,8 @@ def _resize_positions(
     old = params[name]
     if part == "image":
         grid = tower.image_size // tower.patch_size
-        params[name] = resize_image_positions(old, grid, class_token=tower.class_token)
+        if len(old) != tower.class_token + grid**2:
+            params[name] = np.asarray(vit.resized_positions(old, int(tower.class_token), grid))
     else:
         params[name] = resize_text_positions(old, tower.context_length)
     same = len(params[name]) == len(old)

@@ -1,13 +1,14 @@
 """The built-in image tower on images of other sizes than its own."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torchvision
+import transformers
+from transformers.models.clip import modeling_clip
+from transformers.models.siglip import modeling_siglip
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors
@@ -19,26 +20,26 @@ from tests.models.test_towers import dictionary
 FLOAT = jnp.dtype("float32")
 
 
-def _interpolated(positions, leading, grid):
-    """torch's resize of learned positions [N, E]."""
-    side = math.isqrt(len(positions) - leading)
-    square = positions[leading:].T.reshape(1, -1, side, side)
-    square = torch.nn.functional.interpolate(
-        square, size=(grid, grid), mode="bilinear", align_corners=False, antialias=True
-    )
-    return torch.cat([positions[:leading], square[0].flatten(1).T])
-
-
-@pytest.mark.parametrize("side,leading,grid", [(7, 1, 3), (4, 0, 7), (14, 2, 6), (5, 1, 1)])
-def test_positions_are_resized_as_by_torch(side, leading, grid):
+@pytest.mark.parametrize(
+    "side,leading,grid", [(7, 1, 3), (4, 0, 7), (14, 1, 6), (5, 1, 1), (2, 0, 3)]
+)
+def test_positions_are_resized_as_by_transformers(side, leading, grid):
+    """With CLIP's class token, and without one as SigLIP."""
     rng = np.random.default_rng(side)
     positions = rng.normal(size=(leading + side**2, 6)).astype(np.float32)
-    theirs = torch.tensor(positions, requires_grad=True)
-    expected = _interpolated(theirs, leading, grid)
+    kind, config = [
+        (modeling_siglip.SiglipVisionEmbeddings, transformers.SiglipVisionConfig),
+        (modeling_clip.CLIPVisionEmbeddings, transformers.CLIPVisionConfig),
+    ][leading]
+    module = kind(config(hidden_size=6, num_attention_heads=1, image_size=2 * side, patch_size=2))
+    theirs = module.position_embedding.weight
+    theirs.data = torch.tensor(positions)
+    tokens = torch.zeros(1, leading + grid**2, 6)
+    expected = module.interpolate_pos_encoding(tokens, 2 * grid, 2 * grid)[0]
     cotangent = rng.normal(size=expected.shape).astype(np.float32)
     expected.backward(torch.tensor(cotangent))
     resized, pull = jax.vjp(lambda x: vit.resized_positions(x, leading, grid), positions)
-    np.testing.assert_allclose(resized, expected.detach(), atol=1e-6)
+    np.testing.assert_allclose(resized, expected.detach(), atol=2e-6)
     np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], theirs.grad, atol=1e-5)
 
 
