@@ -21,7 +21,7 @@ from etils import epath
 
 from grain_jax.core import errors, image_bounds, regular_file
 
-_NO_RANGE = "mode F has no fixed range, expected 8 or 16 bits a colour"
+_NO_RANGE = "mode {} has no fixed range, expected 8 or 16 bits a colour"  # floats, 32-bit integers
 _READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 # All others are refused. Pillow reads many more, some through other programs: EPS starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -109,13 +109,13 @@ def decode_image(encoded: bytes, name: str = "image", orientation: str = "exif")
       orientation: "exif" or "file", see above. An image that was turned has the format None.
 
     Raises:
-      ImageError: as `open_image`; also truncated, or of floats, which have no fixed range.
+      ImageError: as `open_image`; also truncated, or of floats or 32-bit integers, which have no fixed range.
     """
     image = open_image(encoded, name)
     with _reading(name):
         image.load()
-    if image.mode == "F":
-        raise ImageError(f"{name}: {_NO_RANGE}")
+    if image.mode in ("F", "I"):
+        raise ImageError(f"{name}: {_NO_RANGE.format(image.mode)}")
     if orientation == "exif":
         image = upright(image)
     for key in _METADATA:
@@ -202,12 +202,12 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """An image of any mode as RGB; of 16 bits the upper eight are taken, as in tf.data (PIL clips at 255).
 
     Raises:
-      ImageError: mode F, whose numbers have no fixed range.
+      ImageError: mode F or I, whose numbers have no fixed range.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and np.max(image.getextrema()) > 255):
+    if image.mode.startswith("I;16"):
         return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ImageError(_NO_RANGE)
+    if image.mode in ("F", "I"):
+        raise ImageError(_NO_RANGE.format(image.mode))
     if image.mode == "P":  # PIL warns where a palette with transparency becomes RGB at once
         image = image.convert("RGBA")
     return image.convert("RGB")

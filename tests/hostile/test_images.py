@@ -1,3 +1,4 @@
+import io
 import os
 import resource
 
@@ -23,7 +24,16 @@ REFUSED = {
     "PNG of 70,000 chunks": (lambda: image_files.png(1, 1, image_files.png_chunk(b"tEXt", b"a\0b") * 70_000), "over 65,536 PNG chunks"),
     "GIF of a long comment": (lambda: image_files.gif(between=image_files.gif_comment(6 * MB), frames=2), "bytes of a GIF ahead"),
     "BMP of run lengths": (image_files.bmp_of_run_lengths(170_000_000, 1), "run lengths"),
+    "32 bits a colour": (lambda: of_mode("I"), "mode I has no fixed range, expected 8 or 16 bits"),
+    "floats": (lambda: of_mode("F"), "mode F has no fixed range, expected 8 or 16 bits a colour"),
 }  # fmt: skip
+
+
+def of_mode(mode):
+    """A file of one pixel; 70,000 in 16 bits became 17."""
+    out = io.BytesIO()
+    PIL.Image.new(mode, (1, 1), 70_000).save(out, "TIFF")
+    return out.getvalue()
 
 
 @pytest.mark.parametrize("name", REFUSED)

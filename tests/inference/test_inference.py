@@ -336,6 +336,7 @@ ERRORS = {
         2, 8, 8, 3, dtype=np.float32
     ),
     r"images\[1\]: mode F has no fixed range": [PIL.Image.new(m, (4, 4)) for m in "LF"],
+    r"images\[1\]: mode I has no fixed range": [PIL.Image.new(m, (4, 4)) for m in "LI"],
     r"images\[0\]: .*truncated": [cut_off()],
     r"expected strings or int32": lambda p: p.encode_text(["wren", 3]),
     r"got int32 \[2, 33\]": lambda p: p.encode_text(np.zeros((2, 33), np.int32)),
