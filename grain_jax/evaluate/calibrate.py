@@ -28,6 +28,7 @@ with epy.lazy_imports():
 
 BINS = 15  # of the probabilities, for the ECE
 MAX_SCALE = 1000.0  # if the cosines separate the classes, no finite scale is best
+_NO_HIGHER = "the scores are not higher where"
 MAX_CLASSES = 1000  # distinct descriptions: the most frequent ones
 
 
@@ -74,7 +75,8 @@ class Calibrate(AnnotatedImages):
         """Fits and measures each score that the data has: `image`, and with annotations `regions`.
 
         Returns: counts; `image` and `regions`, each with `before` (the model's own scale and bias) and `after`: their
-          `ece`, `log_loss` and `brier`; `notes`; and `calibration`, the content of the file.
+          `ece`, `log_loss` and `brier`; `notes`; and `calibration`, the content of the file. A score that is not
+          higher where a class is present has no `after`, and the file has nothing for it.
         """
         templates = [] if self.annotations else prompts.load_templates(self.templates)
         pairs = self._pairs(predictor, context)
@@ -95,19 +97,33 @@ class Calibrate(AnnotatedImages):
 
         def measured() -> dict[str, Any]:
             out, stored = {}, {}
+            note = f"{len(without)} classes without images to fit have the common threshold: "
+            notes = [note + test_sets.listed(without)] if without else []
             for way, embeds in pairs.embeds.items():
                 cosines = calibration.cosines(embeds, text_embeds)
                 scale, bias = fit(cosines[fits], right)
                 before = model_logits[way]
                 logits = {"before": before[0] * cosines.astype(np.float64) + (before[1] or 0)}
-                logits["after"] = scale * cosines.astype(np.float64) + bias
+                if scale:
+                    logits["after"] = scale * cosines.astype(np.float64) + bias
                 out[way] = {
                     k: reliability(x[~fits], pairs.present[~fits]) for k, x in logits.items()
                 }
-                p, of_class = special.expit(logits["after"][fits]), {}
+                if not scale:
+                    notes.append(f"{way}: {_NO_HIGHER} present; nothing is stored")
+                    continue
+                p, of_class, blind = special.expit(logits["after"][fits]), {}, []
                 common = best_threshold(p, right)
-                for name, p_class, y in zip(pairs.classes, p.T, right.T):
-                    of_class[name] = best_threshold(p_class, y) if y.any() else common
+                for name, x, p_class, y in zip(pairs.classes, cosines[fits].T, p.T, right.T):
+                    if not y.any():
+                        of_class[name] = common
+                    elif y.all() or x[y].mean() <= x[~y].mean():
+                        blind.append(name)
+                    else:
+                        of_class[name] = best_threshold(p_class, y)
+                if blind and self.thresholds == "class":
+                    listed = test_sets.listed(blind)
+                    notes.append(f"{way}: {_NO_HIGHER} these are present; no threshold: {listed}")
                 stored[way] = calibration.Score(
                     logit_scale=scale,
                     logit_bias=bias,
@@ -117,16 +133,14 @@ class Calibrate(AnnotatedImages):
                 )
             digest = predictor.digests.get("params", "")
             content = calibration.Calibration(params=digest, **stored)
-            return out | {"calibration": msgspec.to_builtins(content)}
+            return out | {"calibration": msgspec.to_builtins(content), "notes": notes}
 
-        note = f"{len(without)} classes without images to fit have the common threshold: "
         return {
             **pairs.counts,
             "classes": len(pairs.classes),
             "fitted": int(fits.sum()),
             "held_out": int((~fits).sum()),
             **processes.of_first(measured),
-            "notes": [note + test_sets.listed(without)] if without else [],
         }
 
     def _pairs(self, predictor: Any, context: Context) -> Pairs:
@@ -155,6 +169,8 @@ class Calibrate(AnnotatedImages):
     def keep(self, predictor: Any, result: dict[str, Any]) -> str:
         content = msgspec.convert(result["calibration"], calibration.Calibration)
         folder, reason = str(predictor.folder), "the model comes with the package"
+        if not (content.image or content.regions):
+            return "not stored: no score is higher where classes are present; train longer"
         if "://" in folder:
             reason = "the folder is remote"
         elif not pretrained.is_packaged(folder):

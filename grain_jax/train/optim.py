@@ -239,8 +239,8 @@ def _orthogonal_momentum(beta: float) -> optax.GradientTransformation:
 def scale_by_muon(config: Optim) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for the matrices of the towers' layers, AdamW's scaling for all other parameters.
 
-    The momentum of a matrix, with Nesterov's step, is made orthogonal by five Newton-Schulz iterations, and scaled to
-    the root mean square of AdamW's updates. So both share the learning rate and the weight decay.
+    The momentum of a matrix, with Nesterov's step and optax's bias correction, is made orthogonal by five Newton-Schulz
+    iterations, and scaled to the root mean square of AdamW's updates. Both share learning rate and weight decay.
     """
     muon = optax.chain(
         _orthogonal_momentum(config.muon_beta),

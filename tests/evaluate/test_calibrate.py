@@ -110,6 +110,28 @@ def test_annotations(stub):
     json.dumps(got)
 
 
+@pytest.mark.parametrize("blind", [["image"], ["image", "regions"]])
+def test_scores_that_separate_nothing_are_not_stored(blind, stub):
+    """Before, their scale was 0: all was present, with an ECE of 0%."""
+    predictor, options = stub
+    predictor.images = {i: -x for i, x in predictor.images.items()}
+    if "regions" in blind:
+        predictor.regions = {i: (box, -x) for i, (box, x) in predictor.regions.items()}
+    else:  # a single class has a score that is always the same
+        predictor.texts["long beak"] = np.zeros(4)
+    got = measure("calibrate", predictor, **options)
+    kept = calibrate.Calibrate(**{k: str(v) for k, v in options.items()}).keep(predictor, got)
+    for way in ("image", "regions"):
+        said = f"{way}: the scores are not higher where present; nothing is stored"
+        assert (said in got["notes"]) == ("after" not in got[way]) == (way in blind)
+        assert (got["calibration"][way] is None) == (way in blind)
+    assert kept.startswith("not stored: no score is higher") == (len(blind) == 2)
+    if len(blind) == 1:
+        assert set(got["calibration"]["regions"]["thresholds"]) == {"red tail", "blue wing"}
+        said = "the scores are not higher where these are present; no threshold: long beak"
+        assert f"regions: {said}" in got["notes"]
+
+
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory):
     """A copy of aviary-tiny, and drawn birds as class folders and as A.jsonl."""
