@@ -29,8 +29,6 @@ from grain_jax.models import box_head, grain
 
 DESCRIPTION = "model.json"  # marks the folder
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Largest max|a-b| / max|b| against the Predictor. In bfloat16 the compiler fuses other sums, each of which is rounded.
-TOLERANCE = {"float32": parity.TOLERANCE, "bfloat16": 2e-2}
 _IMAGES = 3  # of the check; the Predictor pads them to another number
 
 
@@ -49,7 +47,7 @@ def export_model(
       platforms: what the functions are lowered for, all in one file.
 
     Returns:
-      for each output of each function how far it is from the predictor's (`TOLERANCE` of its dtype).
+      for each output of each function how far it is from the predictor's (`parity.tolerance`).
 
     Raises:
       ConvertError: the folder holds something else, or cannot be written.
@@ -236,7 +234,8 @@ def _compare(
         function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))
         got: Any = function.call(params, *(inputs[each] for each in names))
         wanted = {key: expected[key] for key in got}
-        compared = parity.compare(got, wanted, tolerance=TOLERANCE[predictor.dtype])
+        tolerance = parity.tolerance(predictor.model, predictor.dtype)
+        compared = parity.compare(got, wanted, tolerance=tolerance)
         comparisons += [c._replace(name=f"{name}: {c.name}") for c in compared]
     return comparisons
 

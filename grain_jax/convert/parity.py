@@ -14,12 +14,32 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import errors
 
-TOLERANCE = 1e-5  # of max|b|, float32
+_EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}  # from 1 to the next number
 # Given boxes of every image, xyxy in [0, 1]: the image, a part of it, one over its edge, a point.
 BOXES = np.array(
     [[0, 0, 1, 1], [0.1, 0.3, 0.45, 0.5], [0.7, 0.8, 1.2, 1.1], [0.5, 0.5, 0.5, 0.5]], np.float32
 )
 PROVEN, NOT_PROVEN = "PROVEN", "NOT PROVEN"
+
+
+def tolerance(model: config_lib.Model, dtype: str = "float32") -> float:
+    """The largest max|a-b| / max|b| of two programs of a model that differ in the order of their sums alone.
+
+    It is 2 eps sqrt(n), since n roundings of random sign grow so, with n on the longest way to an output. In float32
+    these are the products in its sums. In bfloat16 they are the layers: products are summed in float32.
+
+    Args:
+      model: its sizes.
+      dtype: of the activations, float32 or bfloat16.
+    """
+    image, patches = model.image, (model.image.image_size // model.image.patch_size) ** 2
+    decoder = [(model.decoder, patches)] if model.decoder else []
+    ways = [(image, patches), *decoder], [(model.text, model.text.context_length)]
+    terms = lambda t, tokens: t.depth * (4 * t.width + t.mlp_dim + tokens)
+    products = max(sum(terms(*part) for part in way) for way in ways)
+    products += 3 * image.patch_size**2 + model.embed_dim
+    depth = max(sum(part.depth for part, _ in way) for way in ways)
+    return 2 * _EPSILON[dtype] * {"float32": products, "bfloat16": depth}[dtype] ** 0.5
 
 
 class ParityError(errors.UserError):
@@ -125,7 +145,7 @@ def compare(
     ours: Mapping[str, np.ndarray],
     theirs: Mapping[str, np.ndarray],
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float,
 ) -> list[Comparison]:
     """Compares the outputs of the two sides by name; integers, such as token ids, must be equal.
 
@@ -189,7 +209,8 @@ def prove(
         ours["logits"] = scale * ours["image_embed"] @ ours["text_embed"].T + bias
     if not has_texts:
         del ours["text_embed"]
-    return report(compare({**ours, **more}, theirs), ", ".join([other_side, *versions]), batch)
+    compared = compare({**ours, **more}, theirs, tolerance=tolerance(model))
+    return report(compared, ", ".join([other_side, *versions]), batch)
 
 
 def clip_outputs(module: Any, batch: Inputs) -> dict[str, np.ndarray]:
