@@ -104,14 +104,13 @@ def _towers(state: Mapping[str, np.ndarray]) -> towers.Towers:
         pixel_std=std,
     )
     text_sizes = towers.text_sizes(entries)
-    is_first = text_sizes["vocab_size"] == _FIRST_VOCABULARY
     text = config_lib.TextTower(
         **(text_sizes | habits),
         heads=heads("text"),
         pool=pool("text", "last"),
         causal=False,
-        cleaning="siglip" if is_first else "siglip2",
-        pad_id=int(is_first),
+        cleaning="siglip2" if text_sizes["vocab_size"] == towers.GEMMA_VOCABULARY else "siglip",
+        pad_id=1 if text_sizes["vocab_size"] == _FIRST_VOCABULARY else 0,
         tokenizer="siglip.model",
     )
     has_matrix = image.projection != "none"

@@ -28,7 +28,7 @@ OF_TRAINING = (
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 SCALARS = (NamePair("logit_scale", "logit_scale"), NamePair("logit_bias", "logit_bias"))
-_CLIP_VOCABULARY, _GEMMA_VOCABULARY = 49408, 256000  # the second is SigLIP 2's
+_CLIP_VOCABULARY, GEMMA_VOCABULARY = 49408, 256000  # the second is SigLIP 2's
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 # Stands in for the text tower of a model that embeds images alone: the smallest tower there is.
 _NO_TEXTS: dict[str, Any] = dict(
@@ -139,7 +139,7 @@ def text_fields(
     if regular_file.is_one(config):
         content = regular_file.read_json(config, dict[str, Any], "a JSON object")
         name = str(content.get("tokenizer_class") or "")
-    first = name.startswith("SiglipTokenizer") if name else vocab_size != _GEMMA_VOCABULARY
+    first = name.startswith("SiglipTokenizer") if name else vocab_size != GEMMA_VOCABULARY
     first = siglip and first
     fields = dict(tokenizer="clip", cleaning="lower", pad_id=0, end_id=end_id)
     if siglip:

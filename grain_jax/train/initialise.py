@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
@@ -193,7 +194,9 @@ def _resize_positions(
     if part == "image":
         grid = tower.image_size // tower.patch_size
         if len(old) != tower.class_token + grid**2:
-            params[name] = np.asarray(vit.resized_positions(old, int(tower.class_token), grid))
+            params[name] = np.asarray(
+                vit.resized_positions(jnp.asarray(old), int(tower.class_token), grid)
+            )
     else:
         params[name] = resize_text_positions(old, tower.context_length)
     same = len(params[name]) == len(old)
