@@ -15,7 +15,7 @@ import numpy as np
 from examples.captioner.decoder import BOX, TextDecoder, Vocabulary
 from grain_jax import config as config_lib
 from grain_jax.config import keys
-from grain_jax.losses import boxes as boxes_lib
+from grain_jax.core import boxes as boxes_lib
 from grain_jax.losses.local import LocalOutput, LocalTerm, PerImage, Seen
 
 

@@ -1,16 +1,21 @@
-"""GRAIN against CLIP on scenes of photographs: seven arms, one sweep each.
+"""GRAIN against CLIP on scenes of photographs: seven arms on two versions of the boxes, three seeds each.
 
     python -m examples.scenes ... --output runs/scenes/data --seed 2    # examples/scenes/README.md
-    grain-jax build --annotations runs/scenes/data/train/A.jsonl --images runs/scenes/data/train \\
-      --output runs/scenes/data/records --name scenes
-    for arm in clip clip_long clip_boxes clip_boxes_long grain grain_boxes regions; do
-      grain-jax sweep --config examples/claim/scenes.py:runs/scenes,$arm --sweep examples/claim/scenes.py \\
-        --workdir runs/scenes/$arm --parallel 2; done
+    for boxes in exact:A detected:detected; do
+      grain-jax build --annotations runs/scenes/data/train/${boxes#*:}.jsonl --images runs/scenes/data/train \\
+        --output runs/scenes/data/records --name ${boxes%:*}; done
+    for boxes in exact detected; do for arm in clip clip_boxes grain_boxes pointer reads both plain regions; do
+      grain-jax sweep --config examples/claim/scenes.py:runs/scenes,$boxes,$arm --sweep examples/claim/scenes.py \\
+        --workdir runs/scenes/$boxes/$arm --parallel 2; done; done
     python -m examples.claim.scenes runs/scenes
 
-All arms train L_ic and L_id on two captions. `clip` is two towers with attention pooling; `regions` starts from the
-`clip` of its seed. A long arm has the FLOPs of the GRAIN arm with the same head. Two numbers decide: top-1 of quiet
-phrases (alpha 0.5 if the model has regions), and images that find their caption in groups of four.
+All arms train L_ic and L_id on two captions. `clip` is two towers with attention pooling, the start of `regions`; it
+sees no boxes. `clip_boxes` adds the box head, and has the FLOPs of the largest arm. `grain_boxes` has queries with boxes
+of their own, `pointer` queries that point at patches, `reads` region embeddings that read the box head, `both` the two,
+`plain` the pointer without a box head, `regions` both on the frozen `clip` of its seed.
+
+Two numbers decide: top-1 of quiet phrases, and images that find their caption in groups of four. The score of quiet
+phrases and its alpha are those with the best mean over seeds on validation images.
 """
 
 import json
@@ -27,27 +32,28 @@ from grain_jax.configs import demo, regions
 from grain_jax.evaluate.kinds import evaluator
 
 STEPS, RATE, RATE_OF_REGIONS = 1500, 1e-3, 2e-3
-LONGER = 1.1  # steps of a long arm, in those of the GRAIN arm
+LONGER = 1.15  # steps of `clip_boxes`, in those of the others
+BOXES = {"exact": "exact boxes", "detected": "boxes as a detector makes them"}
 ARMS = {
     "clip": "CLIP",
-    "clip_long": "CLIP, FLOPs of GRAIN",
-    "clip_boxes": "CLIP, box head",
-    "clip_boxes_long": "CLIP, box head, FLOPs of GRAIN",
-    "grain": "GRAIN",
+    "clip_boxes": "CLIP, box head, FLOPs of GRAIN",
     "grain_boxes": "GRAIN, box head",
-    "regions": "`regions:` on CLIP",
+    "pointer": "+ pointer",
+    "reads": "+ reads",
+    "both": "+ pointer and reads",
+    "plain": "GRAIN, pointer, no box head",
+    "regions": "`regions:` on CLIP, pointer and reads",
 }
-# Heading -> key of results.json, and factor. The first two decide.
+# Heading -> key of results.json, and factor; beside quiet and seen phrases by the chosen score.
 COLUMNS = {
-    "quiet": ("quiet/alpha_{}/top1", 100),
     "in groups": ("groups/image_to_text", 100),
-    "seen": ("seen/alpha_{}/top1", 100),
     "R@1 to text": ("retrieval/image_to_text/r1", 100),
     "to image": ("retrieval/text_to_image/r1", 100),
     "IoU": ("grounding/box_iou", 1),
     "phrases": ("grounding/phrase_acc50", 100),
     "of another image": ("grounding/phrase_acc50_other_image", 100),
     "AP50": ("detection/ap50", 100),
+    "region R@1": ("grounding/region_to_description_r1", 100),
 }
 
 
@@ -57,21 +63,23 @@ def sweep():
 
 
 def get_config(argument: str):
-    """The config of "FOLDER,ARM"."""
-    folder, arm = argument.split(",")
+    """The config of "FOLDER,BOXES,ARM"."""
+    folder, boxes, arm = argument.split(",")
     c = demo.get_config()
     c.model.image.update(image_size=96, patch_size=12)
     c.model.decoder.queries = c.input.max_regions = 5
-    c.total_steps = round(STEPS * (LONGER if "long" in arm else 1))
+    c.model.decoder.boxes = "pointer" if arm in ("pointer", "both", "plain", "regions") else "query"
+    c.model.decoder.reads_box = arm in ("reads", "both", "regions")
+    c.total_steps = round(STEPS * (LONGER if arm == "clip_boxes" else 1))
     c.optim.update(learning_rate=RATE, warmup_steps=100)
     c.pictures, c.checkpoint_every = 0, 500
-    c.input.update(prepare=None, data_dir=f"{folder}/data/records", name="scenes")
+    c.input.update(prepare=None, data_dir=f"{folder}/data/records", name=boxes)
     if arm == "regions":
         _on_clip(c, folder)
     elif arm.startswith("clip"):
         c.model.decoder, c.model.image.pool = None, "map"
         c.loss.box, c.loss.region_description, c.loss.deep_supervision = 0.0, 0.0, False
-    if "boxes" not in arm and arm != "regions":
+    if arm in ("clip", "plain"):
         c.model.boxes.kind, c.loss.box_description = "none", 0.0
     c.evals = _evaluators(f"{folder}/data", regions=c.model.decoder is not None)
     return c
@@ -79,20 +87,21 @@ def get_config(argument: str):
 
 def _on_clip(c, folder: str) -> None:
     """`regions:` on the run of `clip` with the same seed; settings as in `c`."""
-    added = regions.get_config(f"{folder}/clip/seed=0")
+    added = regions.get_config(f"{folder}/exact/clip/seed=0")
     added.model.decoder.update({**c.model.decoder, "image_pool": "tower"})
     c.model, c.loss, c.init = added.model, added.loss, added.init
     c.optim.frozen, c.optim.learning_rate = added.optim.frozen, RATE_OF_REGIONS
-    c.init.image = FieldReference(f"{folder}/clip/seed=") + c.get_ref("seed").to_str()
+    c.init.image = FieldReference(f"{folder}/exact/clip/seed=") + c.get_ref("seed").to_str()
     c.init.text = c.init.get_ref("image")
 
 
 def _evaluators(data: str, regions: bool) -> dict[str, Any]:
     """The measurements, on scenes with places that training never shows."""
-    alphas, evals = ((1.0, 0.5, 0.0) if regions else (1.0,)), {}
-    for name in ("quiet", "seen"):
-        how = dict(descriptions=f"{data}/{name}.json", names=False, alphas=alphas)
-        evals[name] = evaluator("zeroshot", f"{data}/{name}", **how)
+    evals = {}
+    for name in ("quiet", "seen", "validation/quiet", "validation/seen"):
+        how = dict(descriptions=f"{data}/{name}.json", names=False)
+        kind = "examples.claim.scores:Scores"
+        evals[name.replace("/", "_")] = evaluator(kind, f"{data}/{name}", **how)
     kinds = {"groups": "examples.evaluator.groups:Groups", "retrieval": "retrieval"}
     for name, kind in (kinds | ({"grounding": "grounding"} if regions else {})).items():
         evals[name] = evaluator(kind, f"{data}/test", annotations=f"{data}/test/A.jsonl")
@@ -102,21 +111,61 @@ def _evaluators(data: str, regions: bool) -> dict[str, Any]:
     return evals
 
 
+def results(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The results of the seeds of an arm."""
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("seed=*/results.json"))]
+
+
+def chosen_score(rows: list[dict[str, Any]]) -> str:
+    """ "SCORE/alpha_A": the best mean over seeds of quiet phrases on validation images."""
+    prefix, suffix = "eval/validation_quiet/", "/top1"
+    names = [x.removeprefix(prefix).removesuffix(suffix) for x in rows[0] if x.startswith(prefix)]
+    names = [x for x in names if f"{prefix}{x}{suffix}" in rows[0]]
+    return max(names, key=lambda x: fmean(row[f"{prefix}{x}{suffix}"] for row in rows))
+
+
 def table(folder: pathlib.Path) -> str:
-    """The table, as Markdown: per arm the top-1 of quiet phrases by seed, and means over the seeds."""
-    lines = [["arm", "quiet, by seed", *COLUMNS], ["---"] + ["---:"] * (1 + len(COLUMNS))]
+    """A table of one version of the boxes, as Markdown: per arm the quiet phrases by seed, and means over the seeds."""
+    lines = [["arm", "score", "quiet, by seed", "quiet", "seen", *COLUMNS]]
+    lines.append(["---"] * 2 + ["---:"] * (len(lines[0]) - 2))
     for arm, label in ARMS.items():
-        files = sorted((folder / arm).glob("seed=*/results.json"))
-        if not (rows := [json.loads(file.read_text()) for file in files]):
+        if not (rows := results(folder / arm)):
             continue
-        means, quiet, alpha = [], "", 0.5 if "eval/quiet/alpha_0.5/top1" in rows[0] else 1.0
+        score = chosen_score(rows)
+        quiet, seen = (
+            [100 * row[f"eval/{name}/{score}/top1"] for row in rows] for name in ("quiet", "seen")
+        )
+        by_seed = ", ".join(f"{x:.1f}" for x in quiet)
+        cells = [label, score.replace("/alpha_", ", "), by_seed, *map(_short, (quiet, seen))]
         for key, factor in COLUMNS.values():
-            values = [factor * row.get(f"eval/{key.format(alpha)}", math.nan) for row in rows]
-            quiet = quiet or ", ".join(f"{x:.1f}" for x in values)
-            means.append("" if math.isnan(values[0]) else f"{fmean(values):.3g}")
-        lines.append([label, quiet, *means])
+            cells.append(_short([factor * row.get(f"eval/{key}", math.nan) for row in rows]))
+        lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def _short(values: list[float]) -> str:
+    return "" if math.isnan(values[0]) else f"{fmean(values):.3g}"
+
+
+def seeds_table(folder: pathlib.Path) -> str:
+    """Every number of every run, tab-separated, a run per line."""
+    runs = {
+        (boxes, arm, file.parent.name.removeprefix("seed=")): json.loads(file.read_text())
+        for boxes in BOXES
+        for arm in ARMS
+        for file in sorted((folder / boxes / arm).glob("seed=*/results.json"))
+    }
+    rates = [rf"eval/{key}" for key, _ in COLUMNS.values()]
+    every = dict.fromkeys(key for row in runs.values() for key in row)
+    keys = rates + [x for x in every if "quiet" in x or "seen" in x if x.endswith("/top1")]
+    lines = [["boxes", "arm", "seed", *(x.removeprefix("eval/") for x in keys)]]
+    for run, row in runs.items():
+        lines.append([*run, *(f"{row[key]:.4g}" if key in row else "" for key in keys)])
+    return "\n".join("\t".join(cells) for cells in lines)
+
+
 if __name__ == "__main__":
-    print(table(pathlib.Path(sys.argv[1])))
+    runs = pathlib.Path(sys.argv[1])
+    for boxes, heading in BOXES.items():
+        print(f"{heading}\n\n{table(runs / boxes)}\n")
+    (runs / "scenes.tsv").write_text(seeds_table(runs) + "\n")

@@ -10,10 +10,12 @@ Quiet phrases stand in region descriptions only. Test scenes have other places, 
 or more, and pairs of things that training never shows together.
 
     train/A.jsonl, train/images        captions, and regions with box and phrase, for `grain-jax build`
+    train/detected.jsonl               the same with boxes as a detector makes them: moved, of another thing, missing
     test/                              the same; four lines in a row differ in one thing (examples.evaluator.groups)
     test/masks, test/classes.txt       for `grain-jax evaluate segmentation`
     test/instances.json                for `grain-jax evaluate detection`
     quiet/CLASS, seen/CLASS            images of a thing among others, for `grain-jax evaluate zeroshot`
+    validation/quiet, validation/seen  other images of the same, to choose settings on
     quiet.json, seen.json              their phrases
 """
 
@@ -37,6 +39,8 @@ IMAGES_PER_CLASS = 10
 PAIRS_HELD_OUT = 0.1
 OTHER_SCENE = 0.1  # captions that describe another scene
 KIND = 0.2  # things that a caption calls by their kind though their phrase is loud
+MOVED, OF_ANOTHER, MISSED = 0.2, 0.2, 0.1  # boxes of a detector
+MOST_MOVED = 0.25  # of an edge, as a share of the side
 WEB = ("{}", "{} here", "photo: {}", "we saw {} today", "{}, for sale", "{} (5)", "DSC_0{n} {}")
 SYNTHETIC = ("an image of {}", "there is {} in this image", "this shows {}")
 
@@ -144,17 +148,36 @@ class Scenes:
         write(folder / "A.jsonl", *lines)
 
     def write_classes(self) -> None:
-        """Writes quiet/, seen/ and their phrases: each among things that are no class."""
+        """Writes quiet/, seen/ and their phrases, each among things that are no class; and validation/."""
         rng, output = random.Random(f"{self.args.seed} classes"), self.args.output
         seen = rng.sample(self.loud, min(len(self.quiet), len(self.loud) // 2))
         others = [x for x in self.loud if x not in seen]
-        for name, phrases in (("quiet", self.quiet), ("seen", seen)):
-            write(output / f"{name}.json", {x: [x] for x in phrases})
-            for phrase, number in itertools.product(phrases, range(IMAGES_PER_CLASS)):
-                shown = [phrase, *rng.sample(others, self.args.objects[1] - 1)]
-                save(
-                    self.draw(rng, "test", shown)[0].image, output / name / phrase / f"{number}.jpg"
-                )
+        for part in ("", "validation"):
+            for name, phrases in (("quiet", self.quiet), ("seen", seen)):
+                write(output / part / f"{name}.json", {x: [x] for x in phrases})
+                for phrase, number in itertools.product(phrases, range(IMAGES_PER_CLASS)):
+                    shown = [phrase, *rng.sample(others, self.args.objects[1] - 1)]
+                    path = output / part / name / phrase / f"{number}.jpg"
+                    save(self.draw(rng, "test", shown)[0].image, path)
+
+
+def detected(line: dict[str, Any], size: int, rng: random.Random) -> dict[str, Any]:
+    """A line of A.jsonl with boxes as an open-vocabulary detector makes them, of an image of `size` pixels.
+
+    A share MISSED of the regions is left out, OF_ANOTHER have the box of another region, and the edges of MOVED are
+    moved by up to MOST_MOVED of the box.
+    """
+    regions, boxes = [], [x["box"] for x in line["regions"]]
+    for i, region in enumerate(line["regions"]):
+        others = boxes[:i] + boxes[i + 1 :]
+        box = rng.choice(others) if others and rng.random() < OF_ANOTHER else boxes[i]
+        if rng.random() < MOVED:
+            sides = [box[2] - box[0], box[3] - box[1]] * 2
+            moved = (x + side * rng.uniform(-1, 1) * MOST_MOVED for x, side in zip(box, sides))
+            box = [round(min(max(0, x), size), 1) for x in moved]
+        if rng.random() >= MISSED:
+            regions.append(region | dict(box=box))
+    return line | dict(regions=regions)
 
 
 def save(image: Image.Image, path: pathlib.Path) -> None:
@@ -197,7 +220,11 @@ def main() -> None:
     scenes.write_classes()
     scenes.write_test()
     numbers = progress.over(range(scenes.args.train), total=scenes.args.train, what="scenes")
-    write(scenes.args.output / "train" / "A.jsonl", *map(scenes.training_line, numbers))
+    lines = [scenes.training_line(number) for number in numbers]
+    write(scenes.args.output / "train" / "A.jsonl", *lines)
+    rng = random.Random(f"{scenes.args.seed} detected")
+    lines = [detected(line, scenes.args.size, rng) for line in lines]
+    write(scenes.args.output / "train" / "detected.jsonl", *lines)
 
 
 if __name__ == "__main__":

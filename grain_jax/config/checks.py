@@ -150,6 +150,8 @@ def _regions(config: Config) -> Iterator[Fault]:
         yield "loss.hard_negative", "0 with input.negatives_per_region=0"
     if weight and decoder is None and head == "none":
         yield "loss.hard_negative", "0 without model.decoder and model.boxes"
+    if decoder is not None and decoder.reads_box and config.model.boxes.kind == "none":
+        yield "model.decoder.reads_box", "False, or a box head (model.boxes.kind=roi_align)"
     if decoder is not None and decoder.queries == 0 and regions:
         yield "model.decoder.queries", "at least 1 if input.max_regions is not 0"
     reads_regions = config.loss.image_description or config.loss.terms

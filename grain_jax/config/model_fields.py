@@ -136,6 +136,19 @@ class RegionDecoder:
         "Image embedding: that of the image query, of all queries, or of the image tower.",
         choices=("query", "all", "tower"),
     )
+    boxes: str = key(
+        "query",
+        "Boxes of the queries: query, by an MLP of their content; pointer, as means of boxes that patches predict.",
+        choices=("query", "pointer"),
+    )
+    reads_box: bool = key(
+        False, "Whether a region embedding adds the box head's embedding of the predicted box."
+    )
+    class_score: str = key(
+        "mean",
+        "Region score of a class: the mean over queries (the paper), or over descriptions by the best query.",
+        choices=("mean", "best"),
+    )
 
     @property
     def inputs(self) -> int:

@@ -67,6 +67,14 @@ class Batch(NamedTuple):
     negative_mask: Images = None  # bool [B, R, H]; False if the region is not real
 
 
+class TokenBoxes(NamedTuple):
+    """What each patch says of the object that it shows (models/region_decoder.py:Pointer)."""
+
+    boxes_cxcywh: Array  # float32 [B, P, 4], the box of the object
+    logit: Array  # float32 [B, P], whether there is an object
+    centre_xy: Array  # float32 [B, P, 2], of the patch itself
+
+
 class Outputs(NamedTuple):
     """Outputs of the model for a batch; embeddings are float32 and of unit length."""
 
@@ -80,6 +88,8 @@ class Outputs(NamedTuple):
     logit_bias: Shared  # float32 [], of contrastive loss type sigmoid; 0 in a model without
     # float32 [B, R, D], the annotated boxes by the box head; None in a model without.
     box_embed: Images = None
+    # TokenBoxes; None in a model without pointer.
+    token_boxes: Images = None
     # float32 [B, R, H, D], the negatives of the descriptions; None if the batch has none.
     negative_text_embed: Images = None
     # Name -> losses.local.LocalOutput, of the local loss terms; None in a run without.

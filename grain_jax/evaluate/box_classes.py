@@ -22,7 +22,7 @@ with epy.lazy_imports():
 
     from grain_jax.evaluate import class_names, encode, grounding, rates
     from grain_jax.inference import prompts, scores
-    from grain_jax.losses import boxes
+    from grain_jax.core import boxes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

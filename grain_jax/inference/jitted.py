@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from grain_jax import config as config_lib
-from grain_jax.losses import boxes as boxes_lib
+from grain_jax.core import boxes as boxes_lib
 from grain_jax.models import grain
 
 

@@ -47,12 +47,16 @@ def global_scores(image_embed: np.ndarray, features: np.ndarray) -> np.ndarray:
     return unit(image_embed) @ np.asarray(features, np.float32).T
 
 
-def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndarray]) -> np.ndarray:
-    """For each class the cosine of each query and the best description of the class, averaged over the queries.
+def region_scores(
+    region_embed: np.ndarray, description_embeds: Sequence[np.ndarray], by: str = "mean"
+) -> np.ndarray:
+    """The region score of each class (docs/method.md, Zero-shot evaluation).
 
     Args:
       region_embed: [B, Q, D].
       description_embeds: for each class the embeddings of its descriptions, [n_c, D], n_c >= 1.
+      by: "mean", of the queries' cosines with the best description of the class, as in the paper; "best", the mean of the
+        descriptions' cosines with the best query, for which other things in the image do not count.
 
     Returns:
       float32 [B, C].
@@ -63,6 +67,8 @@ def region_scores(region_embed: np.ndarray, description_embeds: Sequence[np.ndar
 
     def scores_of(part: np.ndarray) -> tuple[np.ndarray]:
         similarity = unit(part) @ descriptions.T  # [b, Q, sum of n_c]
+        if by == "best":
+            return (np.add.reduceat(similarity.max(axis=1), starts, axis=-1) / counts,)
         return (np.maximum.reduceat(similarity, starts, axis=-1).mean(axis=1),)
 
     return in_parts(scores_of, region_embed)[0]

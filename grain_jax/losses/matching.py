@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from grain_jax.losses import boxes
+from grain_jax.core import boxes
 
 EXACT_UP_TO = 6  # 6! = 720 candidates
 

@@ -94,6 +94,12 @@ def token_boxes(tokens: int, leading: int) -> np.ndarray:
     return np.concatenate([whole, patches]).astype(np.float32)
 
 
+def patch_centres(grid: int) -> np.ndarray:
+    """The centre (x, y) of each patch of a square of `grid` a side, row by row, float32 [P, 2] in [0, 1]."""
+    y, x = np.divmod(np.arange(grid * grid), grid)
+    return ((np.stack([x, y], axis=1) + 0.5) / grid).astype(np.float32)
+
+
 def grid_size(tokens: int, leading: int) -> int:
     """Patches along a side. Raises UserError: the tokens after the leading ones make no square."""
     grid = round((tokens - leading) ** 0.5)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax import config as config_lib
+from grain_jax.core import boxes as boxes_lib
 from grain_jax.core import errors, schema
 from grain_jax.models import box_head, layers, region_decoder, text, tower_layer, towers
 
@@ -54,7 +55,10 @@ class GRAIN(nn.Module):
             self.text_projection = project(c.text.width, c.text.projection)
         if c.decoder is not None:
             self.decoder = region_decoder.QueryDecoder(c.decoder, dtype, self.remat)
-            self.box_mlp = region_decoder.BoxMLP(c.decoder.width, dtype)
+            if c.decoder.boxes == "pointer":
+                self.pointer = region_decoder.Pointer(c.decoder.width, dtype)
+            else:
+                self.box_mlp = region_decoder.BoxMLP(c.decoder.width, dtype)
             self.region_projection = project(c.decoder.width, "matrix")
             if not c.tower_pools:
                 self.image_projection = project(c.decoder.width, "matrix")
@@ -134,20 +138,43 @@ class GRAIN(nn.Module):
 
     def embeddings(self, tokens: jax.Array, dropout_keys: jax.Array | None = None):
         """As `encode_image`, from the tokens of the images."""
-        decoder, batch = self.config.decoder, tokens.shape[0]
+        return self._embeddings(tokens, dropout_keys)[:3]
+
+    @nn.nowrap
+    def _embeddings(self, tokens, dropout_keys=None, kept=None):
+        """As `embeddings`, and the TokenBoxes of the pointer, or None; `kept` as of `image_tokens`."""
+        decoder, batch, token_boxes = self.config.decoder, tokens.shape[0], None
         if decoder is None:
             no_regions = jnp.zeros((batch, 0, self.config.embed_dim)), jnp.zeros((1, batch, 0, 4))
-            return normalize(self._pooled_image(tokens)), *no_regions
+            return normalize(self._pooled_image(tokens)), *no_regions, token_boxes
         hidden = self.decoder(tokens, dropout_keys)
         regions = hidden[:, :, : decoder.queries]
+        if decoder.boxes == "pointer":
+            patches = tokens[:, self.image.leading_tokens(self.config.image) :]
+            boxes, token_boxes = self.pointer(regions, patches, self._patch_centres(patches, kept))
+        else:
+            boxes = self.box_mlp(regions)
         if decoder.image_pool == "tower":
             image_embed = normalize(self._pooled_image(tokens))
         else:
             image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
-        region_embed = normalize(self.region_projection(regions[-1]))
+        region_embed = self.region_projection(regions[-1])
+        if decoder.reads_box:  # no gradient through the corners: L_box alone moves them
+            corners = boxes_lib.cxcywh_to_xyxy(jax.lax.stop_gradient(boxes[-1]))
+            region_embed += self._read_boxes(tokens, corners, kept)
+        region_embed = normalize(region_embed)
         if decoder.image_pool == "all":
             image_embed = normalize(image_embed + region_embed.sum(axis=1))
-        return image_embed, region_embed, self.box_mlp(regions)
+        return image_embed, region_embed, boxes, token_boxes
+
+    @nn.nowrap
+    def _patch_centres(self, patches, kept):
+        """The centres of the patches [B, P, E], float32 [B, P, 2]; `kept` as of `image_tokens`."""
+        if kept is None:
+            centres = box_head.patch_centres(box_head.grid_size(patches.shape[1], 0))
+            return jnp.broadcast_to(centres, (patches.shape[0], *centres.shape))
+        image = self.config.image
+        return jnp.asarray(box_head.patch_centres(image.image_size // image.patch_size))[kept]
 
     def encode_boxes(self, image: jax.Array, boxes_xyxy: jax.Array) -> jax.Array:
         """Images and boxes [B, R, 4], corners in [0, 1] -> [B, R, D], unit length; needs a box head."""
@@ -164,8 +191,13 @@ class GRAIN(nn.Module):
         self, tokens: jax.Array, boxes_xyxy: jax.Array, kept: jax.Array | None = None
     ) -> jax.Array:
         """As `encode_boxes`, from the tokens of the images; `kept` as of `image_tokens`."""
+        return normalize(self._read_boxes(tokens, boxes_xyxy, kept))
+
+    @nn.nowrap
+    def _read_boxes(self, tokens, boxes_xyxy, kept=None):
+        """As `box_embeddings`, of any length."""
         leading = self.image.leading_tokens(self.config.image)
-        return normalize(self.box_projection(self.box_head(tokens, boxes_xyxy, leading, kept)))
+        return self.box_projection(self.box_head(tokens, boxes_xyxy, leading, kept))
 
     def encode_patches(self, image: jax.Array) -> jax.Array:
         """Images -> [B, P, D], each patch pooled and projected alone, row by row; of a tower that pools."""
@@ -237,11 +269,10 @@ class GRAIN(nn.Module):
     ) -> tuple[schema.Outputs, schema.Features]:
         """As a call, and what the local loss terms see beside it (losses/local.py); `kept` as of `image_tokens`."""
         tokens = self.image_tokens(batch.image, kept)
-        image_embed, region_embed, boxes = self.embeddings(tokens, dropout_keys)
+        image_embed, region_embed, boxes, token_boxes = self._embeddings(tokens, dropout_keys, kept)
         box_embed = None
         if self.config.boxes.kind != "none":
-            centre, half = jnp.split(batch.region_boxes_cxcywh * np.array([1, 1, 0.5, 0.5]), 2, -1)
-            corners = jnp.concatenate([centre - half, centre + half], axis=-1)
+            corners = boxes_lib.cxcywh_to_xyxy(batch.region_boxes_cxcywh)
             box_embed = self.box_embeddings(tokens, corners, kept)
         b, captions, _ = batch.caption_at.shape
         text_features = self.text(batch.text_tokens, batch.text_positions, batch.text_segments)
@@ -260,6 +291,7 @@ class GRAIN(nn.Module):
             region_logit_scale=jnp.exp(self.region_logit_scale) if own else None,
             region_logit_bias=self.region_logit_bias if own else None,
             box_embed=box_embed,
+            token_boxes=token_boxes,
             negative_text_embed=None if batch.negative_at is None else embed(batch.negative_at),
         )
         return outputs, schema.Features(tokens, text_features)

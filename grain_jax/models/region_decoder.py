@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grain_jax.config import RegionDecoder
+from grain_jax.core import schema
 from grain_jax.models import attention, layers, placement
 
 xavier = nn.initializers.xavier_uniform()
@@ -121,3 +122,52 @@ class BoxMLP(nn.Module):
             if i < 2:
                 hidden = nn.relu(hidden)
         return nn.sigmoid(hidden.astype(jnp.float32))
+
+
+ANCHOR_SIDE = 0.38  # of the boxes of patches before training
+# Factor of the pointer's logits: with it they have a deviation of 2 before training.
+SHARPNESS = 6.0
+
+
+class Pointer(nn.Module):
+    """Boxes of queries, as means of boxes of patches (docs/method.md, Pointer).
+
+    Each patch predicts whether it shows an object, and the object's box relative to its own place (FCOS, Tian et al.
+    2019). A query points at patches by a softmax. So no query has to learn where boxes are.
+    """
+
+    width: int
+    dtype: np.dtype
+
+    @nn.compact
+    def __call__(self, hidden, patches, centre_xy):
+        """The boxes of queries and of patches.
+
+        Args:
+          hidden: [T, B, Q, E], the queries after each layer.
+          patches: [B, P, E_image].
+          centre_xy: float32 [B, P, 2], the centres of the patches in [0, 1].
+
+        Returns:
+          (float32 boxes_cxcywh [T, B, Q, 4], schema.TokenBoxes).
+        """
+        dense = lambda features, name, use_bias=True: layers.dense(
+            features,
+            ("width",),
+            ("vector",),
+            dtype=self.dtype,
+            kernel_init=layers.torch_linear,
+            use_bias=use_bias,
+            name=name,
+        )
+        out = dense(5, "layer_1")(nn.relu(dense(self.width, "layer_0")(patches)))
+        offset, logit = jnp.split(out.astype(jnp.float32), [4], axis=-1)
+        anchor = jnp.concatenate([centre_xy, jnp.full_like(centre_xy, ANCHOR_SIDE)], axis=-1)
+        boxes = nn.sigmoid(offset + jnp.log(anchor / (1 - anchor)))
+        query = dense(self.width, "query", use_bias=False)(hidden)
+        key = dense(self.width, "key", use_bias=False)(patches)
+        logits = jnp.einsum("tbqe,bpe->tbqp", query, key).astype(jnp.float32)
+        logits = logits * (SHARPNESS * self.width**-0.5) + logit[..., 0][:, None]
+        weights = jax.nn.softmax(logits, axis=-1)
+        of_queries = jnp.einsum("tbqp,bpc->tbqc", weights, boxes, precision=jax.lax.Precision.HIGHEST)
+        return of_queries, schema.TokenBoxes(boxes, logit[..., 0], centre_xy)

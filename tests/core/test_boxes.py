@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grain_jax.losses import boxes
+from grain_jax.core import boxes
 
 pytestmark = pytest.mark.quick
 

@@ -1,0 +1,90 @@
+"""An evaluator: top-1 of class folders by every score that a model has, to choose among them on validation images.
+
+c.evals.quiet = kinds.evaluator("examples.claim.scores:Scores", "FOLDER", descriptions="D.json", names=False)
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from grain_jax.evaluate import encode, rates, zeroshot
+from grain_jax.evaluate.base import STANDALONE
+from grain_jax.inference import scores
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+TEMPERATURES = (0.02, 0.05, 0.1)  # of log-sum-exp over queries, in cosines
+
+
+def grid_boxes(cells: int, side: int) -> np.ndarray:
+    """All boxes that are `side` of `cells` wide and high, xyxy [n, 4] in [0, 1]."""
+    first = np.arange(cells - side + 1)
+    y, x = (each.ravel() for each in np.meshgrid(first, first, indexing="ij"))
+    return np.stack([x, y, x + side, y + side], axis=1) / cells
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores(zeroshot.ZeroShot):
+    """Its options: those of ZeroShot. A class is its descriptions alone."""
+
+    shown = ("image/alpha_1.0/top1",)
+    kind: str = "scores"
+    names: bool = False
+
+    def evaluate(self, predictor, context=STANDALONE):
+        """Per score and share of the global score `SCORE/alpha_A`, the rates of `rates.of_classes`.
+
+        Scores of regions: `mean` and `best` of scores.region_scores, log-sum-exp over queries by temperature, and with a
+        box head the best of fixed boxes: windows of 2 x 2 and 3 x 3 patches, and 1 + 4 + 9 parts of the image.
+        """
+        test_set = self.open()
+        classes = list(test_set.classes)
+        texts = encode.encode_texts(predictor, self.described(test_set))
+        features = scores.class_features(texts)
+        fixed = {}
+        if predictor.has_box_head:
+            windows = [grid_boxes(predictor.grid, side) for side in (2, 3)]
+            fixed["windows"] = np.concatenate(windows)
+            fixed["parts"] = np.concatenate([grid_boxes(side, 1) for side in (1, 2, 3)])
+
+        def answers(batch):
+            seen = encode.embed(predictor, batch, regions=predictor.has_regions)
+            by = {"image": scores.global_scores(seen["image_embed"], features)}
+            if predictor.has_regions:
+                for how in ("mean", "best"):
+                    by[how] = scores.region_scores(seen["embed"], texts, how)
+                for t in TEMPERATURES:
+                    by[f"logsumexp_{t}"] = soft_best(seen["embed"], texts, t)
+            for name, boxes in fixed.items():
+                embeds = predictor.encode_boxes(batch.pixels, [boxes] * len(batch.index))
+                by[name] = scores.region_scores(np.stack(embeds), texts, "best")
+            hits = {"target": batch.labels}
+            for (name, region), alpha in itertools.product(by.items(), ALPHAS):
+                score = scores.combine(by["image"], region, alpha)
+                for k in (1, 5):
+                    hits[f"{name}/alpha_{alpha} top{k}"] = rates.topk_hits(score, batch.labels, k)
+            return hits
+
+        prepare = encode.resizing(predictor)
+        size = context.batch_size
+        arrays, unreadable = encode.over_images(
+            test_set, prepare, answers, label=self.kind, batch_size=size
+        )
+        target = arrays["target"]
+        result = {"kind": self.kind, **rates.counts_of_classes(target, classes)}
+        result |= encode.report_unreadable(unreadable)
+        for name in [key.removesuffix(" top1") for key in arrays if key.endswith(" top1")]:
+            score, _, alpha = name.partition("/")
+            hits = arrays[f"{name} top1"], arrays[f"{name} top5"]
+            result.setdefault(score, {})[alpha] = rates.of_classes(*hits, target, classes)
+        return result
+
+
+def soft_best(region_embed, description_embeds, temperature: float) -> np.ndarray:
+    """As scores.region_scores by "best", with a log-mean-exp over queries in place of the maximum."""
+    counts = [len(embeds) for embeds in description_embeds]
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    similarity = region_embed @ np.concatenate(description_embeds).T / temperature  # [B, Q, n]
+    most = similarity.max(axis=1)
+    soft = most + np.log(np.exp(similarity - most[:, None]).mean(axis=1))
+    return temperature * np.add.reduceat(soft, starts, axis=-1) / counts
