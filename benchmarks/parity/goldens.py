@@ -13,9 +13,8 @@ from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.convert.reference import names as torch_names
 from grain_jax.convert.reference.names import infer, to_params
-from grain_jax.core import schema
+from grain_jax.core import boxes, schema
 from grain_jax.input_pipeline import packing
-from grain_jax.core import boxes
 from grain_jax.models import grain
 from grain_jax.train import train_step
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from examples.captioner.writer import Writer
+from grain_jax.core import boxes as boxes_lib
 from grain_jax.core import images
 from grain_jax.evaluate import evaluators
 from grain_jax.evaluate.base import STANDALONE
-from grain_jax.core import boxes as boxes_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,13 +32,12 @@ class Scores(zeroshot.ZeroShot):
     names: bool = False
 
     def evaluate(self, predictor, context=STANDALONE):
-        """Per score and share of the global score `SCORE/alpha_A`, the rates of `rates.of_classes`.
+        """Per score and share of the global score `SCORE/alpha_A/top1`.
 
         Scores of regions: `mean` and `best` of scores.region_scores, log-sum-exp over queries by temperature, and with a
         box head the best of fixed boxes: windows of 2 x 2 and 3 x 3 patches, and 1 + 4 + 9 parts of the image.
         """
         test_set = self.open()
-        classes = list(test_set.classes)
         texts = encode.encode_texts(predictor, self.described(test_set))
         features = scores.class_features(texts)
         fixed = {}
@@ -61,8 +60,7 @@ class Scores(zeroshot.ZeroShot):
             hits = {"target": batch.labels}
             for (name, region), alpha in itertools.product(by.items(), ALPHAS):
                 score = scores.combine(by["image"], region, alpha)
-                for k in (1, 5):
-                    hits[f"{name}/alpha_{alpha} top{k}"] = rates.topk_hits(score, batch.labels, k)
+                hits[f"{name}/alpha_{alpha}"] = rates.topk_hits(score, batch.labels, 1)
             return hits
 
         prepare = encode.resizing(predictor)
@@ -70,13 +68,11 @@ class Scores(zeroshot.ZeroShot):
         arrays, unreadable = encode.over_images(
             test_set, prepare, answers, label=self.kind, batch_size=size
         )
-        target = arrays["target"]
-        result = {"kind": self.kind, **rates.counts_of_classes(target, classes)}
-        result |= encode.report_unreadable(unreadable)
-        for name in [key.removesuffix(" top1") for key in arrays if key.endswith(" top1")]:
+        counts = rates.counts_of_classes(arrays.pop("target"), list(test_set.classes))
+        result = {"kind": self.kind, **counts, **encode.report_unreadable(unreadable)}
+        for name, hits in arrays.items():
             score, _, alpha = name.partition("/")
-            hits = arrays[f"{name} top1"], arrays[f"{name} top5"]
-            result.setdefault(score, {})[alpha] = rates.of_classes(*hits, target, classes)
+            result.setdefault(score, {})[alpha] = rates.rate("top1", hits)
         return result
 
 

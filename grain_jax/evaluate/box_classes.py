@@ -20,9 +20,9 @@ from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, fau
 with epy.lazy_imports():
     import numpy as np
 
+    from grain_jax.core import boxes
     from grain_jax.evaluate import class_names, encode, grounding, rates
     from grain_jax.inference import prompts, scores
-    from grain_jax.core import boxes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

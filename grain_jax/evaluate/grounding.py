@@ -29,9 +29,9 @@ with epy.lazy_imports():
     import numpy as np
 
     from grain_jax.core import annotations as annotations_lib
+    from grain_jax.core import boxes
     from grain_jax.evaluate import encode, rates
     from grain_jax.inference import prompts, scores
-    from grain_jax.core import boxes
 from grain_jax.losses import matching
 
 MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (docs/method.md, Losses)

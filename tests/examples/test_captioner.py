@@ -13,8 +13,8 @@ from examples.captioner import __main__ as captioner
 from examples.captioner import config as captioner_config
 from examples.captioner import evaluator, term, writer
 from grain_jax import config as config_lib
-from grain_jax.core import images
 from grain_jax.core import boxes as boxes_lib
+from grain_jax.core import images
 from grain_jax.train import run
 from tests import record_sets, tiny
 from tests.losses import fake
