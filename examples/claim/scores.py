@@ -31,6 +31,11 @@ class Scores(zeroshot.ZeroShot):
     kind: str = "scores"
     names: bool = False
 
+    @property
+    def needs_regions(self):
+        """False: a model without regions has the score of the image, and of fixed boxes."""
+        return False
+
     def evaluate(self, predictor, context=STANDALONE):
         """Per score and share of the global score `SCORE/alpha_A/top1`.
 

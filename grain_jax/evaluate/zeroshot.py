@@ -57,6 +57,12 @@ class ZeroShot(WithPrompts, LabelledImages):
     names: bool = option(
         True, "Whether class names are used; else a class is its descriptions alone."
     )
+    class_score: str = option(
+        "model",
+        "Region score of a class: of the model, by model.decoder.class_score; mean over queries; or best query.",
+        "HOW",
+        choices=("model", "mean", "best"),
+    )
     unit_features: bool = option(
         False, "Whether class features have unit length, as in CLIP; else they are means."
     )
@@ -161,6 +167,7 @@ class ZeroShot(WithPrompts, LabelledImages):
             **encode.report_unreadable(unreadable),
             "names": self.names,
             "descriptions": scorer.descriptions,
+            "class_score": scorer.class_score,
             "unit_features": self.unit_features,
         }
         for way in scorer.features:
@@ -194,7 +201,8 @@ class ZeroShot(WithPrompts, LabelledImages):
             of_names = features(None)
             for alpha in dict.fromkeys([1.0, *alphas]):
                 ways[f"{BY_NAME}/alpha_{alpha}"] = of_names
-        return Scorer(ways, embeds, min(alphas) < 1, sum(map(len, described or ())))
+        by = predictor.class_score if self.class_score == "model" else self.class_score
+        return Scorer(ways, embeds, min(alphas) < 1, sum(map(len, described or ())), by)
 
 
 class Scorer(NamedTuple):
@@ -204,12 +212,14 @@ class Scorer(NamedTuple):
     description_embeds: list[np.ndarray]  # for each class [n_c, D]
     with_regions: bool  # whether it needs the regions of the images
     descriptions: int  # how many all classes have together
+    class_score: str  # of `scores.region_scores`
 
     def of_images(self, image_embed: np.ndarray, region_embed: np.ndarray) -> dict[str, np.ndarray]:
         """Embeddings [B, D] and [B, Q, D] -> for each way the scores [B, C]."""
         regions = None
         if self.with_regions:
-            regions = scores.region_scores(region_embed, self.description_embeds)
+            embeds = self.description_embeds
+            regions = scores.region_scores(region_embed, embeds, self.class_score)
         return {
             way: scores.combine(
                 scores.global_scores(image_embed, features), regions, float(way.rpartition("_")[2])

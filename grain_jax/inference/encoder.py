@@ -106,6 +106,11 @@ class Encoder:
         return self.model.decoder is not None and self.model.decoder.queries > 0
 
     @property
+    def class_score(self) -> str:
+        """How regions score a class: `by` of scores.region_scores."""
+        return self.model.decoder.class_score if self.model.decoder else "mean"
+
+    @property
     def has_box_head(self) -> bool:
         """Whether the model embeds given boxes."""
         return self.model.boxes.kind != "none"

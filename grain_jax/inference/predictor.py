@@ -117,7 +117,8 @@ class Predictor(Encoder):
         image_embed, region_embed, _ = self._encode(images)
         region = None
         if alpha < 1.0:
-            region = scores.region_scores(region_embed, classes.descriptions or ())
+            embeds = classes.descriptions or ()
+            region = scores.region_scores(region_embed, embeds, self.class_score)
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
     def classify_boxes(

@@ -384,6 +384,32 @@ class BoxHead(nn.Module):
         return hats.unflatten(-2, (self.bins, self.samples)).mean(-2)
 
 
+class Pointer(nn.Module):
+    """Each patch predicts a box and whether it shows an object; a query's box is the mean of those that it points at."""
+
+    def __init__(self, towers):
+        super().__init__()
+        image, width = towers["image"], towers["decoder"]["width"]
+        self.leading, self.grid = _leading(image), image["image_size"] // image["patch_size"]
+        sizes = ((image["width"], width), (width, 5))
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(image["width"], width, bias=False)
+
+    def forward(self, queries, tokens):
+        """Queries [T, B, Q, E] and image tokens -> boxes cxcywh [T, B, Q, 4]."""
+        patches = tokens[:, self.leading :]
+        first, second = self.layers
+        offset, logit = second(F.relu(first(patches))).float().split([4, 1], dim=-1)
+        centre = (torch.arange(self.grid, device=tokens.device) + 0.5) / self.grid
+        y, x = (a.flatten() for a in torch.meshgrid(centre, centre, indexing="ij"))
+        side = torch.full_like(x, 0.38)
+        boxes = (offset + torch.stack([x, y, side, side], dim=-1).logit()).sigmoid()
+        scores = torch.einsum("tbqe,bpe->tbqp", self.query(queries), self.key(patches)).float()
+        scores = scores * (6 * queries.shape[-1] ** -0.5) + logit[None, :, None, :, 0]
+        return torch.einsum("tbqp,bpc->tbqc", scores.softmax(-1), boxes)
+
+
 def _box_head(towers):
     return BoxHead(towers) if towers["boxes"]["kind"] != "none" else None
 
@@ -440,8 +466,12 @@ class Decoder(PooledImage):
         layers = (DecoderLayer(tower) for _ in range(tower["depth"]))
         self.transformer.decoder.layers = nn.ModuleList(layers)
         self.transformer.decoder.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.bbox_embed = nn.Module()
-        self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
+        self.points, self.reads_box = tower.get("boxes") == "pointer", tower.get("reads_box")
+        if self.points:
+            self.pointer = Pointer(towers)
+        else:
+            self.bbox_embed = nn.Module()
+            self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
         self.obj_proj = nn.Parameter(torch.empty(width, out))
         self.logit_scale = self.logit_bias = None  # of regions
         if self.tower_pools:
@@ -460,10 +490,15 @@ class Decoder(PooledImage):
         for layer in self.transformer.decoder.layers:
             x = layer(x, memory, positions)
             hidden.append(self.transformer.decoder.norm(x))
-        first, second, last = self.bbox_embed.layers
         queries = torch.stack(hidden)[:, :, : self.queries]
-        boxes = last(F.relu(second(F.relu(first(queries))))).float().sigmoid()
+        if self.points:
+            boxes = self.pointer(queries, tokens)
+        else:
+            first, second, last = self.bbox_embed.layers
+            boxes = last(F.relu(second(F.relu(first(queries))))).float().sigmoid()
         regions = queries[-1] @ self.obj_proj
+        if self.reads_box:
+            regions = regions + self.boxes(tokens, _corners(boxes[-1]))
         if self.tower_pools:
             return self._embed(tokens, self.leading), regions, boxes
         image = hidden[-1][:, -1] @ self.img_proj
@@ -599,7 +634,10 @@ class GrainModel(GrainPreTrainedModel):
                 raise ValueError(
                     f"alpha {alpha} needs a region decoder and descriptions of classes"
                 )
-            best = [_cosines(_unit(regions), _unit(d)).amax(-1).mean(-1) for d in descriptions]
+            # Over descriptions and queries: the maximum over one, the mean over the other.
+            by_best = self.config.towers["decoder"].get("class_score") == "best"
+            cosines = (_cosines(_unit(regions), _unit(d)) for d in descriptions)
+            best = [x.amax(1 if by_best else 2).mean(1) for x in cosines]
             scores = scores + (1 - alpha) * torch.stack(best, dim=1)
         return scores
 
