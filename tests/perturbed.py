@@ -13,6 +13,15 @@ from grain_jax.config import recipe
 from grain_jax.models import grain
 
 
+# Queries that point, regions that read the box head, and classes by their best query.
+POINTER = dict(
+    boxes__kind="roi_align",
+    decoder__boxes="pointer",
+    decoder__reads_box=True,
+    decoder__class_score="best",
+)
+
+
 def tiny(**changes) -> config_lib.Model:
     """A very small model, no two of its sizes alike; keys as flattened paths with `__` for `.`."""
     c = recipe.model("tiny")

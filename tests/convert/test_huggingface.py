@@ -40,7 +40,8 @@ def raw_images():
 def converted(tmp_path_factory):
     """(folder of ours, folder for transformers), with CLIP's vocabulary."""
     root = tmp_path_factory.mktemp("hf")
-    model = perturbed.tiny(text__vocab_size=clip_tokenizer.VOCAB_SIZE, text__context_length=20)
+    words = dict(text__vocab_size=clip_tokenizer.VOCAB_SIZE, text__context_length=20)
+    model = perturbed.tiny(**words, **perturbed.POINTER)
     saved_model.save_model(root / "ours", model, perturbed.params(model))
     report = huggingface.to_hf(root / "ours", root / "hf")
     assert report.ok and report.text.endswith("parity: PROVEN"), report.text

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.long
 def grain(tmp_path_factory):
     """The folder of the ONNX files of a new model, which is beside them."""
     folder = tmp_path_factory.mktemp("grain")
-    changes = dict(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="roi_align")
+    changes = dict(image__depth=1, text__depth=1, decoder__depth=1, **perturbed.POINTER)
     changes |= dict(image__rope="centres", image__registers=2, image__layer_scale=True)
     changes |= dict(image__mlp="gated", image__key_bias=False, logit_bias_init=-3.0)
     changes |= dict(text__causal=False, text__pool="last", text__tokenizer="tokenizer.json")

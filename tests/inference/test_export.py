@@ -45,7 +45,8 @@ def close(a, b):
 
 @pytest.fixture(scope="module")
 def predictor():
-    model = perturbed.tiny(image__depth=1, text__depth=1, decoder__depth=1, boxes__kind="roi_align")
+    depths = dict(image__depth=1, text__depth=1, decoder__depth=1)
+    model = perturbed.tiny(**depths, **perturbed.POINTER)
     return inference.Predictor(model, perturbed.params(model))
 
 

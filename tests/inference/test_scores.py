@@ -25,6 +25,9 @@ def test_region_score_is_the_best_description_averaged_over_queries():
     np.testing.assert_allclose(
         scores.region_scores(regions, descriptions), [[0.5, -0.5], [0.9, -0.3]], atol=1e-7
     )
+    # By the best query. Class 0: mean of max(1, 0) and max(0, -1); of max(.6, 0) and max(.8, 1). Class 1: 0; 0.
+    best = scores.region_scores(regions, descriptions, "best")
+    np.testing.assert_allclose(best, [[0.5, 0.0], [0.8, 0.0]], atol=1e-7)
 
 
 def test_combine():

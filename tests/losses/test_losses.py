@@ -16,7 +16,7 @@ from tests import tiny
 
 pytestmark = [pytest.mark.long, pytest.mark.quick]
 
-D, Q = 16, 5
+D, Q, PATCHES = 16, 5, 9
 
 
 def random_outputs(c, layers=2, width=D):
@@ -28,7 +28,11 @@ def random_outputs(c, layers=2, width=D):
     shapes = (b,), (b, captions), (b, Q), (b, r)
     embeds = [unit(*shape, width) for shape in shapes]
     boxes, negatives = unit(b, r, width), unit(b, r, h, width) if h else None
-    out = schema.Outputs(*embeds, low, np.float64(12.0), np.float64(0), boxes, negatives)
+    scale, bias = np.float64(12.0), np.float64(0)
+    out = schema.Outputs(*embeds, low, scale, bias, boxes, negative_text_embed=negatives)
+    patches = rng.uniform(0.2, 0.8, (b, PATCHES, 4)), rng.normal(size=(b, PATCHES))
+    centres = np.sort(rng.uniform(0, 1, (b, PATCHES, 2)), axis=1)
+    out = out._replace(token_boxes=schema.TokenBoxes(*patches, centres))
     return jax.tree.map(lambda x: np.asarray(x, np.float32), out)
 
 
@@ -122,7 +126,21 @@ def replica(outputs, batch, c):
     overlaps = {
         m: _iou_and_giou(o.pred_boxes_cxcywh[-1, m[0], m[1]], target[m[0], m[2]]) for m in matched
     }
-    box, rd, bd = [], [], []
+    box, rd, bd, from_tokens = [], [], [], []
+
+    def of_patches(i, j):
+        """The loss of the patches of a region, and of whether patches of its image show an object."""
+        patches, own, entropy = o.token_boxes, [], []
+        for box_of_patch, logit, (x, y) in zip(*(part[i] for part in patches)):
+            at = [abs(x - cx) < w / 2 and abs(y - cy) < h / 2 for cx, cy, w, h in target[i]]
+            around = [k for k in np.flatnonzero(real[i]) if at[k]]
+            smallest = min((np.prod(target[i, k, 2:]) for k in around), default=0)
+            if j in around and np.prod(target[i, j, 2:]) == smallest:
+                giou = _iou_and_giou(box_of_patch, target[i, j])[1]
+                own.append(np.abs(box_of_patch - target[i, j]).sum() + 1 - giou)
+            entropy.append(np.log1p(np.exp(-logit if around else logit)))
+        return (np.mean(own) if own else 0.0) + np.mean(entropy)
+
     right |= {"region_description_accuracy": [], "box_description_accuracy": []}
     size = c.group_size or b
     for start in range(0, b, size):
@@ -132,7 +150,9 @@ def replica(outputs, batch, c):
         in_group = [m for m in matched if start <= m[0] < start + size]
         distance = lambda m: np.abs(o.pred_boxes_cxcywh[-1, m[0], m[1]] - target[m[0], m[2]]).sum()
         of_boxes = [distance(m) + 1 - overlaps[m][1] for m in in_group]
-        box.append(sum(of_boxes) / max(len(described), 1))
+        of_tokens = [of_patches(*p) for p in described]
+        from_tokens += of_tokens
+        box.append((sum(of_boxes) + c.token_boxes * sum(of_tokens)) / max(len(described), 1))
         of_group = []
         for i, q, j in in_group:
             others = [p for p in described if id_of(p) != id_of((i, j))]
@@ -169,6 +189,7 @@ def replica(outputs, batch, c):
     measures = {name: np.mean(values) for name, values in right.items()}
     iou = np.array([overlaps[m][0] for m in matched])
     shares = np.bincount([q for _, q, _ in matched], minlength=Q) / len(matched)
+    measures["token_boxes"] = np.mean(from_tokens)
     measures |= dict(matched_iou=iou.mean(), matched_iou50=(iou >= 0.5).mean(), query_share=shares)
     return terms, measures
 
@@ -252,15 +273,15 @@ def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, g
     assert measures.keys() == values.measures.keys()
     for name, expected in measures.items():
         np.testing.assert_allclose(values.measures[name], expected, rtol=1e-5, err_msg=name)
-        assert name == "query_share" or 0 < expected < 1, name
+        assert name in ("query_share", "token_boxes") or 0 < expected < 1, name
     weighted = sum(getattr(c.loss, name) * value for name, value in terms.items())
     np.testing.assert_allclose(values.total, weighted, rtol=1e-5)
     if sizes is not None:
         alone, _ = jax.jit(jax.grad(total, has_aux=True))(outputs, batch)
-        for name, a, b in zip(alone._fields, alone, first, strict=True):
-            if a is not None:
-                atol = 1e-5 * max(np.abs(a).max(), 0.1)
-                np.testing.assert_allclose(b, a, rtol=1e-4, atol=atol, err_msg=name)
+        assert np.abs(first.token_boxes.logit).max() > 0
+        for (path, a), b in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves(first)):
+            atol = 1e-5 * max(np.abs(a).max(), 0.1)
+            np.testing.assert_allclose(b, a, rtol=1e-4, atol=atol, err_msg=str(path))
 
 
 @pytest.mark.parametrize(
@@ -365,7 +386,8 @@ def test_equal_texts_are_negatives_only_with_the_switch_off():
 def test_deep_supervision_adds_the_earlier_layers_boxes():
     c = tiny.config(loss__deep_supervision=True)
     plain = dataclasses.replace(c.loss, deep_supervision=False)
-    batch, outputs = tiny.batch(c), random_outputs(c, layers=2)
+    batch = tiny.batch(c)
+    outputs = random_outputs(c, layers=2)._replace(token_boxes=None)
     boxes = outputs.pred_boxes_cxcywh
     layers = [outputs._replace(pred_boxes_cxcywh=boxes[n : n + 1]) for n in range(2)]
     expected = sum(_total(layer, batch, plain).terms["box"] for layer in layers)

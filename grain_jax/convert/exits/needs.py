@@ -146,5 +146,6 @@ TORCH = _format(
     text__tokenizer="clip",
     text__end_id=None,
     decoder__norm_eps=1e-5,
+    decoder__boxes="query",
     decoder__image_pool="query",
 )._replace(rule=_without_regions)
