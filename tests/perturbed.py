@@ -12,7 +12,6 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.config import recipe
 from grain_jax.models import grain
 
-
 # Queries that point, regions that read the box head, and classes by their best query.
 POINTER = dict(
     boxes__kind="roi_align",

@@ -32,7 +32,7 @@ with epy.lazy_imports():
     from grain_jax.core import boxes
     from grain_jax.evaluate import encode, rates
     from grain_jax.inference import prompts, scores
-from grain_jax.losses import matching
+    from grain_jax.losses import matching
 
 MATCH_L1, MATCH_GIOU = 5.0, 2.0  # of the matching cost (docs/method.md, Losses)
 _SEED = 0  # of the random boxes that give the chance level
