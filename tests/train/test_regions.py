@@ -33,7 +33,7 @@ def _config(folder, **overrides):
 
 
 def test_whole_images_are_scored_as_published_after_every_step(published):
-    c = _config(published)
+    c = _config(published, **{"model.decoder.boxes": "pointer", "model.decoder.reads_box": True})
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     program = train_step.build(c, mesh, total_steps=10, steps_per_epoch=5.0)
     state = initialise.state_of_step_0(c, program, lambda line: None)
@@ -55,7 +55,7 @@ def test_whole_images_are_scored_as_published_after_every_step(published):
     stored = set(grain.flat(stored))
     assert not moved & stored
     assert {name.partition("/")[0] for name in moved} >= {
-        *("decoder", "box_mlp", "region_projection", "region_logit_scale", "region_logit_bias")
+        *("decoder", "pointer", "region_projection", "region_logit_scale", "region_logit_bias")
     }
     moments = {n.split("/mu/")[-1] for n in grain.flat(program.state.opt_state) if "/mu/" in n}
     assert moments and not moments & stored
