@@ -25,7 +25,7 @@ class StubPredictor:
 
     model = types.SimpleNamespace(image=types.SimpleNamespace(image_size=4))
     has_regions, has_box_head = True, False
-    folder, digests = None, {}
+    folder, digests, class_score = None, {}, "mean"
 
     def __init__(self, images=None, texts=None, regions=None):
         self.images, self.texts, self.regions = images or {}, texts or {}, regions or {}

@@ -104,21 +104,35 @@ def test_a_folder_of_a_user_is_divided(tmp_path, monkeypatch, capsys):
 def test_the_arms_on_photographs(tmp_path):
     start = demo.get_config()
     start.model.decoder, start.model.image.pool, start.model.boxes.kind = None, "map", "none"
+    score = "windows/alpha_0.5"
     for seed in (0, 2):
-        folder = tmp_path / f"clip/seed={seed}"
+        folder = tmp_path / f"exact/clip/seed={seed}"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(start.to_json())
-        result = {"eval/quiet/alpha_1.0/top1": 0.1 + seed / 10, "eval/groups/image_to_text": 0.5}
+        result = {"eval/groups/image_to_text": 0.5}
+        for name, top1 in (("validation_quiet", 0.2), ("quiet", 0.1), ("seen", 0.3)):
+            result[f"eval/{name}/{score}/top1"] = top1 + seed / 10
+            result[f"eval/{name}/image/alpha_1.0/top1"] = top1 - seed / 20
         (folder / "results.json").write_text(json.dumps(result))
     arms = {}
     for arm in scenes.ARMS:
-        path = f"{ROOT}/examples/claim/scenes.py:{tmp_path},{arm}"
+        path = f"{ROOT}/examples/claim/scenes.py:{tmp_path},detected,{arm}"
         arms[arm] = loading.load(path, ["--config.seed=2"])
-    assert {x for x, c in arms.items() if c.model.decoder} == {"grain", "grain_boxes", "regions"}
-    assert {x for x, c in arms.items() if c.model.boxes.kind == "none"} == {
-        *("clip", "clip_long", "grain")
+    assert {x for x, c in arms.items() if not c.model.decoder} == {"clip", "clip_boxes"}
+    assert {x for x, c in arms.items() if c.model.boxes.kind == "none"} == {"clip", "plain"}
+    decoders = {x: c.model.decoder for x, c in arms.items() if c.model.decoder}
+    points = {x for x, decoder in decoders.items() if decoder.boxes == "pointer"}
+    assert points == {"pointer", "both", "plain", "regions"}
+    assert {x for x, decoder in decoders.items() if decoder.reads_box} == {
+        "reads",
+        "both",
+        "regions",
     }
-    assert arms["clip_long"].total_steps == 1650 and arms["grain"].total_steps == 1500
-    assert arms["regions"].init.image == arms["regions"].init.text == f"{tmp_path}/clip/seed=2"
+    assert arms["clip_boxes"].total_steps == 1725 and arms["both"].total_steps == 1500
+    start = f"{tmp_path}/exact/clip/seed=2"
+    assert arms["regions"].init.image == arms["regions"].init.text == start
     assert arms["regions"].model.tower_pools and arms["regions"].optim.frozen
-    assert scenes.table(tmp_path).splitlines()[-1].startswith("| CLIP | 10.0, 30.0 | 20 | 50 |")
+    line = scenes.table(tmp_path / "exact").splitlines()[-1]
+    assert line.startswith("| CLIP | windows, 0.5 | 10.0, 30.0 | 20 | 40 | 50 |")
+    first = scenes.seeds_table(tmp_path).splitlines()[1].split("\t")
+    assert first[:4] == ["exact", "clip", "0", "0.5"]
