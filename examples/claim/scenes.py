@@ -7,7 +7,7 @@
     for boxes in exact detected; do for arm in clip clip_boxes grain_boxes pointer reads both plain regions; do
       grain-jax sweep --config examples/claim/scenes.py:runs/scenes,$boxes,$arm --sweep examples/claim/scenes.py \\
         --workdir runs/scenes/$boxes/$arm --parallel 2; done; done
-    python -m examples.claim.scenes runs/scenes
+    python -m examples.claim.scenes runs/scenes    # tables, and runs/scenes/scenes.tsv, which it also reads
 
 All arms train L_ic and L_id on two captions. `clip` is two towers with attention pooling, the start of `regions`; it
 sees no boxes. `clip_boxes` adds the box head, and has the FLOPs of the largest arm. `grain_boxes` has queries with boxes
@@ -18,9 +18,11 @@ Two numbers decide: top-1 of quiet phrases, and images that find their caption i
 phrases and its alpha are those with the best mean over seeds on validation images.
 """
 
+import itertools
 import json
 import math
 import pathlib
+import re
 import sys
 from statistics import fmean
 from typing import Any
@@ -55,6 +57,9 @@ COLUMNS = {
     "AP50": ("detection/ap50", 100),
     "region R@1": ("grounding/region_to_description_r1", 100),
 }
+_PARTS = ("quiet", "seen")
+_SCORED = re.compile(r"(validation_)?(quiet|seen)/.*/top1")
+_CHOSEN_ON = "validation_quiet/"
 
 
 def sweep():
@@ -98,7 +103,7 @@ def _on_clip(c, folder: str) -> None:
 def _evaluators(data: str, regions: bool) -> dict[str, Any]:
     """The measurements, on scenes with places that training never shows."""
     evals = {}
-    for name in ("quiet", "seen", "validation/quiet", "validation/seen"):
+    for name in (*_PARTS, *(f"validation/{part}" for part in _PARTS)):
         how = dict(descriptions=f"{data}/{name}.json", names=False)
         kind = "examples.claim.scores:Scores"
         evals[name.replace("/", "_")] = evaluator(kind, f"{data}/{name}", **how)
@@ -111,34 +116,58 @@ def _evaluators(data: str, regions: bool) -> dict[str, Any]:
     return evals
 
 
-def results(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The results of the seeds of an arm."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("seed=*/results.json"))]
+Runs = dict[tuple[str, str, str], dict[str, float]]  # (boxes, arm, seed) -> number by name
 
 
-def chosen_score(rows: list[dict[str, Any]]) -> str:
+def read(folder: pathlib.Path) -> Runs:
+    """The runs of `scenes.tsv` in the folder, if it is there, and the finished runs below it, which win."""
+    runs, file = {}, folder / "scenes.tsv"
+    if file.exists():
+        names, *lines = (line.split("\t") for line in file.read_text().splitlines())
+        for boxes, arm, seed, *numbers in lines:
+            pairs = zip(names[3:], numbers, strict=True)
+            runs[boxes, arm, seed] = {name: float(x) for name, x in pairs if x}
+    for boxes, arm in itertools.product(BOXES, ARMS):
+        for path in sorted((folder / boxes / arm).glob("seed=*/results.json")):
+            numbers = json.loads(path.read_text()).items()
+            numbers = {name.removeprefix("eval/"): x for name, x in numbers}
+            chosen = {name: numbers[name] for name, _ in COLUMNS.values() if name in numbers}
+            chosen |= {x: y for x, y in numbers.items() if _SCORED.fullmatch(x)}
+            runs[boxes, arm, path.parent.name.removeprefix("seed=")] = chosen
+    order = list(itertools.product(BOXES, ARMS))
+    return dict(sorted(runs.items(), key=lambda run: (order.index(run[0][:2]), run[0][2])))
+
+
+def write(runs: Runs, file: pathlib.Path) -> None:
+    """Every number of every run, tab-separated, a run per line."""
+    names = list(dict.fromkeys(name for numbers in runs.values() for name in numbers))
+    lines = [["boxes", "arm", "seed", *names]]
+    for run, numbers in runs.items():
+        lines.append([*run, *(f"{numbers[x]:.4g}" if x in numbers else "" for x in names)])
+    file.write_text("".join("\t".join(cells) + "\n" for cells in lines))
+
+
+def chosen_score(rows: list[dict[str, float]]) -> str:
     """ "SCORE/alpha_A": the best mean over seeds of quiet phrases on validation images."""
-    prefix, suffix = "eval/validation_quiet/", "/top1"
-    names = [x.removeprefix(prefix).removesuffix(suffix) for x in rows[0] if x.startswith(prefix)]
-    names = [x for x in names if f"{prefix}{x}{suffix}" in rows[0]]
-    return max(names, key=lambda x: fmean(row[f"{prefix}{x}{suffix}"] for row in rows))
+    names = [x.removeprefix(_CHOSEN_ON) for x in rows[0] if x.startswith(_CHOSEN_ON)]
+    best = max(names, key=lambda x: fmean(row[_CHOSEN_ON + x] for row in rows))
+    return best.removesuffix("/top1")
 
 
-def table(folder: pathlib.Path) -> str:
+def table(runs: Runs, boxes: str) -> str:
     """A table of one version of the boxes, as Markdown: per arm the quiet phrases by seed, and means over the seeds."""
     lines = [["arm", "score", "quiet, by seed", "quiet", "seen", *COLUMNS]]
     lines.append(["---"] * 2 + ["---:"] * (len(lines[0]) - 2))
     for arm, label in ARMS.items():
-        if not (rows := results(folder / arm)):
+        rows = [numbers for run, numbers in runs.items() if run[:2] == (boxes, arm)]
+        if not rows:
             continue
         score = chosen_score(rows)
-        quiet, seen = (
-            [100 * row[f"eval/{name}/{score}/top1"] for row in rows] for name in ("quiet", "seen")
-        )
+        quiet, seen = ([100 * x[f"{part}/{score}/top1"] for x in rows] for part in _PARTS)
         by_seed = ", ".join(f"{x:.1f}" for x in quiet)
         cells = [label, score.replace("/alpha_", ", "), by_seed, *map(_short, (quiet, seen))]
-        for key, factor in COLUMNS.values():
-            cells.append(_short([factor * row.get(f"eval/{key}", math.nan) for row in rows]))
+        for name, factor in COLUMNS.values():
+            cells.append(_short([factor * x.get(name, math.nan) for x in rows]))
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -147,25 +176,9 @@ def _short(values: list[float]) -> str:
     return "" if math.isnan(values[0]) else f"{fmean(values):.3g}"
 
 
-def seeds_table(folder: pathlib.Path) -> str:
-    """Every number of every run, tab-separated, a run per line."""
-    runs = {
-        (boxes, arm, file.parent.name.removeprefix("seed=")): json.loads(file.read_text())
-        for boxes in BOXES
-        for arm in ARMS
-        for file in sorted((folder / boxes / arm).glob("seed=*/results.json"))
-    }
-    rates = [rf"eval/{key}" for key, _ in COLUMNS.values()]
-    every = dict.fromkeys(key for row in runs.values() for key in row)
-    keys = rates + [x for x in every if "quiet" in x or "seen" in x if x.endswith("/top1")]
-    lines = [["boxes", "arm", "seed", *(x.removeprefix("eval/") for x in keys)]]
-    for run, row in runs.items():
-        lines.append([*run, *(f"{row[key]:.4g}" if key in row else "" for key in keys)])
-    return "\n".join("\t".join(cells) for cells in lines)
-
-
 if __name__ == "__main__":
-    runs = pathlib.Path(sys.argv[1])
+    folder = pathlib.Path(sys.argv[1])
+    runs = read(folder)
     for boxes, heading in BOXES.items():
-        print(f"{heading}\n\n{table(runs / boxes)}\n")
-    (runs / "scenes.tsv").write_text(seeds_table(runs) + "\n")
+        print(f"{heading}\n\n{table(runs, boxes)}\n")
+    write(runs, folder / "scenes.tsv")

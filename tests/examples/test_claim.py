@@ -132,7 +132,9 @@ def test_the_arms_on_photographs(tmp_path):
     start = f"{tmp_path}/exact/clip/seed=2"
     assert arms["regions"].init.image == arms["regions"].init.text == start
     assert arms["regions"].model.tower_pools and arms["regions"].optim.frozen
-    line = scenes.table(tmp_path / "exact").splitlines()[-1]
-    assert line.startswith("| CLIP | windows, 0.5 | 10.0, 30.0 | 20 | 40 | 50 |")
-    first = scenes.seeds_table(tmp_path).splitlines()[1].split("\t")
-    assert first[:4] == ["exact", "clip", "0", "0.5"]
+    line = "| CLIP | windows, 0.5 | 10.0, 30.0 | 20 | 40 | 50 |"
+    runs = scenes.read(tmp_path)
+    assert scenes.table(runs, "exact").splitlines()[-1].startswith(line)
+    (tmp_path / "exact/clip/seed=0/results.json").unlink()
+    scenes.write(runs, tmp_path / "scenes.tsv")
+    assert scenes.read(tmp_path) == runs
