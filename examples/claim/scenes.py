@@ -11,8 +11,8 @@
 
 All arms train L_ic and L_id on two captions. `clip` is two towers with attention pooling, the start of `regions`; it
 sees no boxes. `clip_boxes` adds the box head, and has the FLOPs of the largest arm. `grain_boxes` has queries with boxes
-of their own, `pointer` queries that point at patches, `reads` region embeddings that read the box head, `both` the two,
-`plain` the pointer without a box head, `regions` both on the frozen `clip` of its seed.
+of their own. In `pointer` queries point at patches, in `reads` region embeddings read the box head; `both` has the two.
+`plain` has the pointer without a box head. `regions` has both, on the frozen `clip` of its seed.
 
 Two numbers decide: top-1 of quiet phrases, and images that find their caption in groups of four. The score of quiet
 phrases and its alpha are those with the best mean over seeds on validation images.
@@ -34,7 +34,7 @@ from grain_jax.configs import demo, regions
 from grain_jax.evaluate.kinds import evaluator
 
 STEPS, RATE, RATE_OF_REGIONS = 1500, 1e-3, 2e-3
-LONGER = 1.15  # steps of `clip_boxes`, in those of the others
+LONGER = 1.15  # times the steps of the other arms, for `clip_boxes`
 BOXES = {"exact": "exact boxes", "detected": "boxes as a detector makes them"}
 ARMS = {
     "clip": "CLIP",

@@ -25,7 +25,7 @@ def grid_boxes(cells: int, side: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores(zeroshot.ZeroShot):
-    """Its options: those of ZeroShot. A class is its descriptions alone."""
+    """It has ZeroShot's options. A class is its descriptions alone."""
 
     shown = ("image/alpha_1.0/top1",)
     kind: str = "scores"
@@ -39,8 +39,8 @@ class Scores(zeroshot.ZeroShot):
     def evaluate(self, predictor, context=STANDALONE):
         """Per score and share of the global score `SCORE/alpha_A/top1`.
 
-        Scores of regions: `mean` and `best` of scores.region_scores, log-sum-exp over queries by temperature, and with a
-        box head the best of fixed boxes: windows of 2 x 2 and 3 x 3 patches, and 1 + 4 + 9 parts of the image.
+        Regions score by `mean` and `best` of scores.region_scores, and by log-sum-exp over queries at a temperature. A
+        box head adds the best of fixed boxes: windows of 2 x 2 and 3 x 3 patches; 1 + 4 + 9 parts of the image.
         """
         test_set = self.open()
         texts = encode.encode_texts(predictor, self.described(test_set))

@@ -10,7 +10,7 @@ Quiet phrases stand in region descriptions only. Test scenes have other places, 
 or more, and pairs of things that training never shows together.
 
     train/A.jsonl, train/images        captions, and regions with box and phrase, for `grain-jax build`
-    train/detected.jsonl               the same with boxes as a detector makes them: moved, of another thing, missing
+    train/detected.jsonl               the same, with boxes as a detector makes them
     test/                              the same; four lines in a row differ in one thing (examples.evaluator.groups)
     test/masks, test/classes.txt       for `grain-jax evaluate segmentation`
     test/instances.json                for `grain-jax evaluate detection`

@@ -55,8 +55,8 @@ def region_scores(
     Args:
       region_embed: [B, Q, D].
       description_embeds: for each class the embeddings of its descriptions, [n_c, D], n_c >= 1.
-      by: "mean", of the queries' cosines with the best description of the class, as in the paper; "best", the mean of the
-        descriptions' cosines with the best query, for which other things in the image do not count.
+      by: "mean" averages the queries' cosines with the best description of the class, as the paper does. "best" averages
+        the descriptions' cosines with the best query, so other things in the image do not count.
 
     Returns:
       float32 [B, C].

@@ -59,11 +59,11 @@ def _of_tokens(tokens: schema.TokenBoxes, targets: Targets):
     distance = jnp.abs(tokens.centre_xy[:, None] - target[:, :, None, :2])  # [b, R, P, 2]
     inside = (distance < target[:, :, None, 2:] / 2).all(-1) & real[..., None]
     area = jnp.where(inside, target[..., 2:].prod(-1)[..., None], jnp.inf)
-    own = inside & (area == area.min(axis=1, keepdims=True))  # [b, R, P]
+    assigned = inside & (area == area.min(axis=1, keepdims=True))  # [b, R, P]
     pred, target = tokens.boxes_cxcywh[:, None], target[:, :, None]
     giou = boxes.giou(boxes.cxcywh_to_xyxy(pred), boxes.cxcywh_to_xyxy(target))
-    each = jnp.where(own, jnp.abs(pred - target).sum(-1) + 1 - giou, 0)
-    mean = each.sum(-1) / jnp.maximum(own.sum(-1), 1)
+    each = jnp.where(assigned, jnp.abs(pred - target).sum(-1) + 1 - giou, 0)
+    mean = each.sum(-1) / jnp.maximum(assigned.sum(-1), 1)
     shows = inside.any(axis=1)
     entropy = jax.nn.softplus(jnp.where(shows, -tokens.logit, tokens.logit)).mean(-1)
     return jnp.where(real, mean + entropy[:, None], 0)
