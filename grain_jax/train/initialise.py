@@ -28,13 +28,14 @@ _PREFIXES = {
 _POOLED = ("image_pool/", "image_projection/")
 _BOX_HEAD = ("box_head/", "box_projection/")
 _SCALE = ("logit_scale", "logit_bias")  # of two towers that were trained together
-# Keys of a part that may differ from the model's: what only training reads, sizes that are resized, and what is reported.
+# Keys of a part that may differ from the model's: those of training or scores alone, resized sizes, what is reported.
 _FREE = {
     *(
         "position_init",
         "position_period",
         "block_init",
         "qkv_init_gain",
+        "class_score",
         "dropout",
         "unroll",
         "keep",

@@ -193,7 +193,7 @@ def test_towers_of_our_own_checkpoints(tmp_path, monkeypatch):
     assert loaded.keys() == {k for k in expected if k.startswith(("image/", "text"))}
     for name, array in loaded.items():
         np.testing.assert_array_equal(array, expected[name])
-    other.init.decoder = str(tmp_path / "ours")
+    other.init.decoder, other.model.decoder.class_score = str(tmp_path / "ours"), "best"
     everything = _load(other)
     assert everything.params.keys() == expected.keys()
     for name, array in everything.params.items():
