@@ -5,12 +5,12 @@ COMMAND   grain-jax train --config demo --workdir runs/demo
 HARDWARE  two CPU cores
 """
 
-from grain_jax.config.recipe import base
+from grain_jax.config.recipe import base, with_pointer
 from grain_jax.evaluate.kinds import evaluator
 
 
 def get_config():
-    c = base("tiny")
+    c = with_pointer(base("tiny"))
     data = "runs/aviary"
     c.total_steps = 500
     c.batch_size = 64
@@ -30,18 +30,12 @@ def get_config():
     c.model.image.position_period = 16.0
     c.model.decoder.qkv_init_gain = 2.5
     c.model.decoder.dropout = 0.0
-    # docs/claim.md measures these. Each part of a bird gets a query. The box loss has a small weight, on every decoder
-    # layer. L_id, two captions per image and the sum of all queries bring words into the global embedding.
+    # docs/claim.md measures these. Each part of a bird gets a query. L_id, two captions per image and the sum of all
+    # queries bring words into the global embedding.
     c.model.decoder.queries = 8
     c.model.decoder.image_pool = "all"
-    c.loss.box = 0.2
-    c.loss.deep_supervision = True
     c.loss.image_description = 1.0
     c.input.captions_per_image = 2
-    # The box head embeds boxes of the user. Its loss also helps the other embeddings (docs/howto/boxes.md).
-    c.model.boxes.kind = "roi_align"
-    c.model.boxes.bins = 3
-    c.loss.box_description = 1.0
     c.optim.clip_norm = 1.0
     c.optim.learning_rate = 2e-3
     c.optim.warmup_steps = 50

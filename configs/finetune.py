@@ -13,6 +13,7 @@ HARDWARE  one GPU; docs/own_images.md lists what fits where.
 import json
 
 from grain_jax.config import shares_rows
+from grain_jax.config.recipe import with_pointer
 from grain_jax.configs.own import own_images
 
 
@@ -66,5 +67,6 @@ def take_folder(c, source):
         c.model.image.pool, c.model.image.projection = "none", "matrix"
     if c.model.logit_bias_init is not None:
         c.loss.contrast = "sigmoid"
-    if c.model.boxes.kind != "none":
-        c.loss.box_description = 1.0
+    if decoder is None:
+        with_pointer(c)
+    c.loss.box_description = float(c.model.boxes.kind != "none")

@@ -7,7 +7,7 @@ DATA      records of grain-jax build (docs/own_images.md). The paper trains on m
 HARDWARE  any batch size that the devices divide; docs/own_images.md lists what fits where.
 """
 
-from grain_jax.config.recipe import base
+from grain_jax.config.recipe import base, with_pointer
 from grain_jax.evaluate.kinds import evaluator
 
 # Size -> images per step, peak learning rate, dtype of activations. A CPU computes bfloat16 slowly.
@@ -36,19 +36,16 @@ def get_config(size="tiny"):
 
 def own_images(size="B/16"):
     """What this config shares with configs/finetune.py: a user's images on one machine."""
-    c = base(size)
+    c = with_pointer(base(size))
     c.log_every = 10
     c.checkpoint_every = 0
     c.checkpoint_every_minutes = 10.0
     c.pictures = 12
     c.input.flip_rate = 0.5
     c.input.crop_min_area = 0.5
-    # As docs/claim.md measures: as many queries as an image has described regions (set both), and a box loss
-    # with a weight that leaves the captions room.
+    # As many queries as an image has described regions: set both.
     c.model.decoder.queries = 8
     c.input.max_regions = 8
-    c.loss.box = 0.2
-    c.loss.deep_supervision = True
     c.optim.clip_norm = 1.0
     # Measured after the last step if their images are named.
     for kind in ("zeroshot", "retrieval", "grounding"):

@@ -25,8 +25,4 @@ def get_config(start=""):
     c.optim.learning_rate = 1e-3
     c.optim.clip_norm = 1.0
     c.loss.image_caption = 0.0
-    c.loss.deep_supervision = True
-    c.model.boxes.kind = "roi_align"
-    c.model.boxes.bins = 3
-    c.loss.box_description = 1.0
     return c

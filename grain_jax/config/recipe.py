@@ -83,6 +83,14 @@ def base(size: str = "B/16") -> Keys:
     return c
 
 
+def with_pointer(c: Keys) -> Keys:
+    """`c` with the region decoder that docs/claim.md recommends: queries point at patches and read the box head."""
+    c.model.decoder.update(boxes="pointer", reads_box=True, class_score="best")
+    c.model.boxes.update(kind="roi_align", bins=3)
+    c.loss.update(box=0.2, deep_supervision=True, box_description=1.0)
+    return c
+
+
 def reference_behaviour(c: Keys) -> Keys:
     """`c` with the behaviour of the PyTorch reference (docs/method.md, Where it differs), for comparisons."""
     c.text.packing = False
