@@ -6,6 +6,7 @@ Importing this package loads neither JAX nor TensorFlow.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grain_jax.checkpoint import importers
 from grain_jax.core.version import __version__ as __version__
@@ -16,11 +17,18 @@ if (_checkout / "setup.py").is_file():
     __path__.append(str(_checkout))
 
 
-def load(path, dtype="float32", **options):
-    """The model of a folder or a name: "aviary-tiny", or "hf://ORG/NAME"; see `grain_jax.inference.load`."""
-    from grain_jax import inference  # JAX takes a second to import; only those who load a model pay
+if TYPE_CHECKING:
+    from grain_jax.inference import load as load
+else:
 
-    return inference.load(path, dtype, **options)
+    def load(name, *, device=None, dtype=None, templates=None, progress=False):
+        """The model of a folder or a name: "aviary-tiny", or "hf://ORG/NAME"; see `grain_jax.inference.load`."""
+        from grain_jax import (
+            inference,
+        )  # JAX takes a second to import; only those who load a model pay
+
+        settings = dict(device=device, dtype=dtype, templates=templates, progress=progress)
+        return inference.load(name, **settings)
 
 
 def _import_weights(reference, folder):

@@ -49,7 +49,7 @@ def _embed(args: arguments.Embed, folder: job.Output) -> str:
     began = time.monotonic()
     source, images, values = processes.of_first(lambda: find(args, folder))
     shards = [sources.SourceShard(*each) for each in values]
-    predictor = processes.run_together(lambda: inference.load(args.checkpoint, args.dtype))
+    predictor = processes.run_together(lambda: inference.load(args.checkpoint, dtype=args.dtype))
     settings = {
         "model": predictor.digests,
         "embed_dim": predictor.model.embed_dim,

@@ -114,8 +114,6 @@ def load_stored(path: epath.PathLike) -> Stored:
             raise CheckpointError(f"{path}: holds no finished checkpoint yet")
         folders = [path / "checkpoints" / str(step) for step in reversed(steps)]
     elif not (path / "state").is_dir():
-        if command := pretrained.conversion(path):
-            raise CheckpointError(f"{path}: weights of another package; {command}")
         raise CheckpointError(
             f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model (params/ and"
             " config.json)"

@@ -1,4 +1,4 @@
-"""Other libraries' weights on the Hugging Face Hub: converted once, into the user's cache."""
+"""Other libraries' weights, on the Hugging Face Hub or in a local folder: converted once, into the user's cache."""
 
 import fcntl
 import os
@@ -7,6 +7,7 @@ import sys
 
 from etils import epath
 
+from grain_jax.checkpoint import digests
 from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import from_hugging_face, from_open_clip
 from grain_jax.convert.faults import ConvertError
@@ -14,18 +15,22 @@ from grain_jax.core.version import __version__
 
 
 def import_weights(reference: str, source: epath.Path) -> epath.Path:
-    """The folder of our model for hf://ORG/NAME[@REVISION], below `$XDG_CACHE_HOME/grain_jax` or ~/.cache/grain_jax.
+    """The folder of our model for other weights, below `$XDG_CACHE_HOME/grain_jax` or ~/.cache/grain_jax.
 
     Args:
-      reference: the name.
-      source: the folder that it was downloaded to; the name of the folder is the commit.
+      reference: hf://ORG/NAME[@REVISION], or the path of a folder.
+      source: the folder with the weights. That of a download has the commit as its name.
 
     Raises:
       ConvertError: it cannot be converted, or the outputs of the model differ from its own library's.
     """
     base = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     name = re.sub(r"\W+", "-", reference.removeprefix(hub.SCHEME).partition("@")[0])
-    folder = base / "grain_jax" / f"models-{__version__}" / f"{name}-{source.name}"
+    version = source.name
+    if not hub.is_reference(reference):
+        files = sorted((x.name, x.stat().length, x.stat().mtime) for x in source.iterdir())
+        name, version = source.name, digests.of_json([str(source.absolute()), files])[:12]
+    folder = base / "grain_jax" / f"models-{__version__}" / f"{name}-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # other processes wait until it is there

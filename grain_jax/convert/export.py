@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = Export.parse(arguments)
         files.check_free(args.output, DESCRIPTION)  # before the model is loaded
         with errors.out_of_memory_in_a_line("export"):
-            model = inference.load(args.checkpoint, args.dtype)
+            model = inference.load(args.checkpoint, dtype=args.dtype)
             compared = export_model(model, args.output)
     except errors.UserError as error:
         print(error, file=sys.stderr)

@@ -13,6 +13,7 @@ import numpy as np
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import errors
+from grain_jax.inference import inputs as inference_inputs
 
 _EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7}  # from 1 to the next number
 # Given boxes of every image, xyxy in [0, 1]: the image, a part of it, one over its edge, a point.
@@ -131,12 +132,13 @@ def outputs(model: config_lib.Model, params: Any, batch: Inputs) -> dict[str, np
 def outputs_of(predictor: inference.Predictor, batch: Inputs) -> dict[str, np.ndarray]:
     """The outputs of our model: image_embed, text_embed; region_embed, boxes_xyxy and box_embed where it has them."""
     out = {"text_embed": predictor.encode_text(batch.token_ids)}
+    images = inference_inputs.marked(batch.images, batch.images.dtype == np.float32)
     if predictor.model.boxes.kind != "none":
         boxes = np.repeat(BOXES[None], len(batch.images), axis=0)
-        out["box_embed"] = np.stack(predictor.encode_boxes(batch.images, boxes))
+        out["box_embed"] = np.stack(predictor.encode_boxes(images, boxes))
     if not predictor.has_regions:
-        return out | {"image_embed": predictor.encode_image(batch.images)}
-    image_embed, regions = predictor.encode_image_and_regions(batch.images)
+        return out | {"image_embed": predictor.encode_image(images)}
+    image_embed, regions = predictor.encode_image_and_regions(images)
     of_regions = dict(region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy)
     return out | of_regions | {"image_embed": image_embed}
 

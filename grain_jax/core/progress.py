@@ -14,6 +14,7 @@ PLAIN_SECONDS = 15.0  # between two lines without a terminal
 _TERMINAL_SECONDS = 0.2  # between two of a terminal
 COMPILING_SECONDS = 2.0  # that compiling takes before a line says so
 _ERASE = "\r\x1b[2K"
+_said: set[str] = set()  # the programs of `while_compiling` that were said
 
 
 def duration(seconds: float) -> str:
@@ -114,20 +115,27 @@ def over(items: Iterable[Item], *, total: float | None, what: str) -> Iterator[I
 
 
 @contextlib.contextmanager
-def while_compiling(program: str, usually: str, *, silent: bool = False) -> Iterator[None]:
+def while_compiling(
+    program: str, usually: str, *, silent: bool = False, once: bool = False
+) -> Iterator[None]:
     """Says on stderr what is compiled if that takes long, and then every PLAIN_SECONDS that it goes on.
 
     Args:
       program: what is compiled.
       usually: how long that takes, "usually up to 2 minutes".
       silent: nothing is printed: of several processes, the first one speaks.
+      once: it is said for the first program of that name alone.
     """
-    line, finished, start = ProgressLine(silent=silent), threading.Event(), time.monotonic()
+    if silent or (once and program in _said):
+        yield
+        return
+    line, finished, start = ProgressLine(), threading.Event(), time.monotonic()
 
     def report() -> None:
         if finished.wait(COMPILING_SECONDS):
             return
         line.say(f"compiling {program}, {usually}")
+        _said.add(program)
         while not finished.wait(PLAIN_SECONDS):
             line.say(f"still compiling {program}: {duration(time.monotonic() - start)} so far")
 

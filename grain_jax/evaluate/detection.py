@@ -1,7 +1,7 @@
 """Detection by COCO's rules: average precision (AP) and recall (AR) on files of COCO, LVIS or Objects365.
 
-A detection is a pair of a box and a class. Its score is the softmax over the classes of the scaled cosines with the box.
-A proposal multiplies it by its own score. The library faster-coco-eval counts.
+A detection is a pair of a box and a class, with the score of `Predictor.detect`. A proposal multiplies it by its own
+score. The library faster-coco-eval counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, expanduser, 
 with epy.lazy_imports():
     import numpy as np
     from etils import epath
-    from scipy import special
 
     from grain_jax.core import regular_file
     from grain_jax.evaluate import class_names, encode
@@ -234,15 +233,12 @@ def _detect(
     stream.check_finite(*embeds)
     parts, most = [], dataset.limits[-1]
     for i, embed, share, weight, size in zip(batch.index, embeds, shares, weights, sizes):
-        logits = predictor.region_logit_scale * scores.global_scores(embed, features)
-        share_of_class = special.softmax(logits.astype(np.float64), axis=1)
-        score = (np.reshape(weight, (-1, 1)) * share_of_class).ravel()  # [n * K]
-        best = np.argpartition(-score, most)[:most] if len(score) > most else np.arange(len(score))
-        best = best[np.lexsort((best, -score[best]))]
-        box, category = np.divmod(best, len(features))
+        score = np.reshape(weight, (-1, 1)) * predictor.text_scores(embed, features)  # [n, K]
+        own = share if dataset.proposals is None else None
+        box, category = scores.best_pairs(score, own, most)
         bbox = np.take(share, box, axis=0) * np.array(size, np.float64)
         bbox[:, 2:] -= bbox[:, :2]
-        parts.append((np.full(len(best), i), category, score[best], bbox))
+        parts.append((np.full(len(box), i), category, score[box, category], bbox))
     out = dict(zip(("image", "category", "score", "bbox"), map(np.concatenate, zip(*parts))))
     return out | {"index": batch.index, "boxes": np.array([*map(len, shares)])}
 

@@ -4,12 +4,10 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any
+from typing import Any, TypeAlias, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -18,11 +16,21 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors, schema
 from grain_jax.core import progress as progress_lib
 from grain_jax.inference import inputs, jitted, prompts
-from grain_jax.inference.inputs import InputError, OneOrMany, Texts, Tokens
+from grain_jax.inference.inputs import (
+    Images,
+    InputError,
+    Normalized,
+    OneImage,
+    OneOrMany,
+    Texts,
+    Tokens,
+)
 from grain_jax.models import box_head, lora, towers
 
-MAX_BATCH = 64  # images or texts per device and batch; smaller batches are padded to a power of two
-_COMPILING = "usually under a minute, on few CPU cores a few; once for each number of rows"
+MAX_BATCH = 64  # images or texts per device and batch
+_FEW = 8  # rows of the programs of small batches; images also go one by one
+_COMPILING = "usually under a minute, on few CPU cores a few; once for each kind of call"
+Boxes: TypeAlias = Iterable[Any] | np.ndarray  # for each image its boxes [n, 4], xyxy in [0, 1]
 _ROW_LENGTHS = (16, 32, 64)  # token rows are cut to these lengths: most texts are short
 
 
@@ -37,6 +45,7 @@ class Encoder:
         templates: Sequence[str] | None = None,
         folder: epath.PathLike | None = None,
         progress: bool = False,
+        device: jax.Device | str | None = None,
     ):
         if dtype not in config_lib.DTYPES:
             names = " or ".join(config_lib.DTYPES)
@@ -54,11 +63,17 @@ class Encoder:
         self.dtype = dtype
         self.folder = folder
         self.progress = progress
-        self.params = jax.tree.map(jnp.asarray, params)
-        # Parameters that the caller has put on a mesh stay on it, and the programs run there.
+        self.params = jax.device_put(params, None if device is None else _device(device))
+        # Parameters that the caller has put on a mesh or a device stay there, and the programs run there.
         devices = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
-        self._devices = jax.local_devices() if devices == {jax.local_devices()[0]} else [None]
+        is_free = device is None and devices == {jax.local_devices()[0]}
+        self._devices = jax.local_devices() if is_free else [None]
         self.templates = list(templates) if templates is not None else prompts.load_templates()
+
+    def __reduce__(self):
+        """Weights and settings: a copy, or one that is read from a pickle, lies on the default devices."""
+        settings = self.dtype, self.templates, self.folder, self.progress
+        return type(self), (self.model, jax.device_get(self.params), *settings)
 
     def __repr__(self) -> str:
         image, text, decoder = self.model.image, self.model.text, self.model.decoder
@@ -79,7 +94,7 @@ class Encoder:
     @property
     def logit_scale(self) -> float:
         """The factor of the cosines in the loss; `params` hold its logarithm."""
-        return float(jnp.exp(self.params["logit_scale"]))
+        return float(np.exp(self.params["logit_scale"]))
 
     @property
     def logit_bias(self) -> float | None:
@@ -90,7 +105,7 @@ class Encoder:
     def region_logit_scale(self) -> float:
         """The factor of the cosines in the losses of regions; `logit_scale` in most models."""
         own = self.params.get("region_logit_scale")
-        return self.logit_scale if own is None else float(jnp.exp(own))
+        return self.logit_scale if own is None else float(np.exp(own))
 
     @property
     def region_logit_bias(self) -> float | None:
@@ -153,31 +168,44 @@ class Encoder:
         except errors.UserError as error:
             raise InputError(str(error)) from None
 
-    def preprocess(self, image: PIL.Image.Image | np.ndarray) -> np.ndarray:
-        """A PIL image or uint8 [H, W, 3] -> float32 [S, S, 3], resized and normalised, as `encode_image` takes it."""
+    def preprocess(self, image: OneImage | np.ndarray) -> np.ndarray:
+        """An image -> float32 [S, S, 3], resized and normalised, for calls with `normalized=True`."""
         return inputs.normalised(self.resized(image), self.model.image)
 
-    def resized(self, image: PIL.Image.Image | np.ndarray, index: int = 0) -> np.ndarray:
-        """A PIL image or uint8 [H, W, 3] -> uint8 [S, S, 3]; an error names the `index`."""
+    def resized(self, image: OneImage | np.ndarray, index: int = 0) -> np.ndarray:
+        """An image -> uint8 [S, S, 3]; an error names the `index`."""
         return inputs.resize(index, image, self.model.image.image_size)
 
-    def encode_image(self, images: OneOrMany) -> np.ndarray:
+    def warm_up(self, images: int = 1) -> None:
+        """Compiles the programs of calls with so many images and a few texts, before the first of them."""
+        size = self.model.image.image_size
+        blank = np.zeros((images, size, size, 3), np.uint8)
+        self._encode(blank)
+        if self.has_regions and self.has_box_head:
+            self._encode(blank, by_box_head=True)
+        self.encode_text(["a"])
+
+    def encode_image(self, images: OneOrMany, *, normalized: bool = False) -> np.ndarray:
         """Images -> float32 [B, D], unit length; one image -> [D]."""
+        images = inputs.marked(images, normalized)
         if inputs.is_one_image(images):
             return self.encode_image(inputs.one_image(images))[0]
         return self._encode(images)[0]
 
-    def encode_regions(self, images: OneOrMany | Tokens) -> schema.Regions:
+    def encode_regions(
+        self, images: OneOrMany | Tokens, *, normalized: bool = False
+    ) -> schema.Regions:
         """Images -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D]; one image -> [Q, 4] and [Q, D].
 
         `images` may be the result of `encode_tokens`.
         """
-        return self.encode_image_and_regions(images)[1]
+        return self.encode_image_and_regions(images, normalized=normalized)[1]
 
     def encode_image_and_regions(
-        self, images: OneOrMany | Tokens
+        self, images: OneOrMany | Tokens, *, normalized: bool = False
     ) -> tuple[np.ndarray, schema.Regions]:
         """(`encode_image(images)`, `encode_regions(images)`) in one pass."""
+        images = inputs.marked(images, normalized)
         if inputs.is_one_image(images):
             batch = self.encode_image_and_regions(inputs.one_image(images))
             return jax.tree.map(lambda x: x[0], batch)
@@ -185,18 +213,25 @@ class Encoder:
         image, region, boxes = self._encode(images)
         return image, schema.Regions(boxes, region)
 
-    def encode_tokens(self, images: OneOrMany) -> Tokens:
+    def encode_tokens(self, images: OneOrMany, *, normalized: bool = False) -> Tokens:
         """A batch of images -> their tokens, which `encode_boxes` takes in their place."""
         self._need_box_head()
-        return self.image_tokens(images)
+        return self.image_tokens(inputs.marked(images, normalized))
 
     def image_tokens(self, images: OneOrMany, method: str = "image_tokens") -> Tokens:
         """A batch of images -> their tokens, by `image_tokens` or `image_values` of `models.grain.GRAIN`."""
         return Tokens(self._all(jitted.program(self.model, self.dtype, method), images))
 
-    def encode_boxes(
-        self, images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any] | np.ndarray
-    ) -> Any:
+    @overload
+    def encode_boxes(self, images: OneImage, boxes_xyxy: Boxes) -> np.ndarray: ...  # pyright: ignore[reportOverlappingOverload]
+
+    @overload
+    def encode_boxes(self, images: np.ndarray, boxes_xyxy: Boxes) -> Any: ...
+
+    @overload
+    def encode_boxes(self, images: Images | Tokens, boxes_xyxy: Boxes) -> list[np.ndarray]: ...
+
+    def encode_boxes(self, images: OneOrMany | Tokens, boxes_xyxy: Boxes) -> Any:
         """The embeddings of given boxes by the box head: for each image float32 [n, D], unit length.
 
         Args:
@@ -213,7 +248,7 @@ class Encoder:
         return self._with_boxes(method, images, boxes_xyxy)[1]
 
     def encode_image_and_boxes(
-        self, images: OneOrMany, boxes_xyxy: Iterable[Any] | np.ndarray
+        self, images: OneOrMany, boxes_xyxy: Boxes
     ) -> tuple[np.ndarray, Any]:
         """(`encode_image(images)`, `encode_boxes(images, boxes_xyxy)`) in one pass."""
         if inputs.is_one_image(images):
@@ -222,7 +257,7 @@ class Encoder:
         return self._with_boxes("encode_image_and_boxes", images, boxes_xyxy)
 
     def _with_boxes(
-        self, method: str, images: OneOrMany | Tokens, boxes_xyxy: Iterable[Any]
+        self, method: str, images: OneOrMany | Tokens, boxes_xyxy: Boxes
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """(embeddings of the images, [0, D] if the method returns none; per image the embeddings of its boxes [n, D])."""
         self._need_box_head()
@@ -294,6 +329,10 @@ class Encoder:
             return self.encode_text(inputs.one_text(texts))[0]
         tokens, ends = self._tokens(texts)
         program = jitted.text_program(self.model, self.dtype)
+        # One program for most calls; more of them, with less padding, for many texts.
+        lengths, kinds = _ROW_LENGTHS[1:], (_FEW,)
+        if len(tokens) > 16 * MAX_BATCH:
+            lengths, kinds = _ROW_LENGTHS, (MAX_BATCH, _FEW)
         out = np.empty((len(tokens), self.model.embed_dim), np.float32)
         order = np.argsort(ends, kind="stable")  # batches of short texts have short rows
         most = MAX_BATCH * len(self._devices)
@@ -302,8 +341,9 @@ class Encoder:
             length = tokens.shape[1]
             if self.model.text.packable:  # tokens after the end token have no effect
                 longest = int(ends[rows[-1]]) + 1
-                length = next((n for n in _ROW_LENGTHS if longest <= n), length)
-            out[rows] = self._run(program, tokens[rows, :length], ends[rows].astype(np.int32))
+                length = next((n for n in lengths if longest <= n), length)
+            positions = ends[rows].astype(np.int32)
+            out[rows] = self._run(program, tokens[rows, :length], positions, kinds=kinds)
         return out
 
     def _tokens(self, texts: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -339,10 +379,13 @@ class Encoder:
             tokens = np.pad(tokens, missing, constant_values=tower.pad_id)
         return tokens, ends
 
-    def _encode(self, images: OneOrMany | Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4])."""
-        method = "embeddings" if isinstance(images, Tokens) else "encode_image"
-        results = self._all(jitted.image_program(self.model, self.dtype, method), images)
+    def _encode(
+        self, images: Any, by_box_head: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4]), as jitted.image_program."""
+        of_tokens = isinstance(images, Tokens)
+        program = jitted.image_program(self.model, self.dtype, of_tokens, by_box_head)
+        results = self._all(program, images)
         return jax.tree.map(lambda x: x.astype(np.float32), results)
 
     def _all(self, program: Callable[..., Any], images: OneOrMany | Tokens) -> Any:
@@ -359,37 +402,42 @@ class Encoder:
 
     def _batches(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
         """Images, checked, or tokens, at most MAX_BATCH rows per device at a time. Raises InputError."""
-        tower, most = self.model.image, MAX_BATCH * len(self._devices)
-        if isinstance(images, Tokens):
-            for first in range(0, len(images.values), most):
-                yield images.values[first : first + most]
+        most = MAX_BATCH * len(self._devices)
+        images = inputs.checked_images(images, self.model.image.image_size)
+        if isinstance(images, (Tokens, Normalized)):
+            for first in range(0, len(images[0]), most):
+                yield images[0][first : first + most]
             return
-        images = inputs.checked_images(images, tower.image_size)
         total = len(images) if isinstance(images, Sized) else None
         counter = progress_lib.Counter("images", total, silent=not self.progress)
         resized = (self.resized(x, i) for i, x in enumerate(images))
         while batch := list(itertools.islice(resized, most)):
-            yield inputs.together(batch, tower)
+            yield np.stack(batch)
             counter.add(len(batch))
         counter.close(stays=True)
 
-    def _run(self, program: Callable[..., Any], *rows: np.ndarray) -> Any:
+    def _run(
+        self, program: Callable[..., Any], *rows: np.ndarray, kinds=(MAX_BATCH, _FEW, 1)
+    ) -> Any:
         """The results of `program` on `rows`, arrays of equal length, as numpy.
 
-        The rows are padded to a power of two per device, so that few programs are compiled. Up to MAX_BATCH rows
-        run on one device, more on all devices.
+        Programs have `kinds` of rows per device; the last row is repeated to fill them. Up to MAX_BATCH rows run on one
+        device, more on all devices.
         """
-        count, params, padded = len(rows[0]), self.params, [_pad(x) for x in rows]
+        count, params, sharding, devices = len(rows[0]), self.params, None, 1
         if count > MAX_BATCH:
-            params, sharding = self._on_all_devices
-            padded = jax.device_put([_pad(x, len(self._devices)) for x in rows], sharding)
-        with progress_lib.while_compiling(
-            f"{program.__name__} for {len(padded[0])} rows",
-            _COMPILING,
-            silent=jax.process_index() > 0,
-        ):
-            results = program(params, *padded)  # returns before it is computed
-        return jax.tree.map(lambda x: np.asarray(x)[:count], results)
+            (params, sharding), devices = self._on_all_devices, len(self._devices)
+        results, first = [], 0
+        for size in _sizes(-(-count // devices), kinds):
+            last = first + size * devices
+            padded = [_pad(x[first:last], size * devices) for x in rows]
+            with progress_lib.while_compiling(
+                "the model for this machine", _COMPILING, silent=jax.process_index() > 0, once=True
+            ):  # returns before it is computed
+                padded = jax.device_put(padded, sharding) if sharding else padded
+                results.append(program(params, *padded))
+            first = min(last, count - 1)
+        return jax.tree.map(lambda *x: np.concatenate([*map(np.asarray, x)])[:count], *results)
 
     @functools.cached_property
     def _on_all_devices(self) -> tuple[Any, NamedSharding]:
@@ -399,10 +447,33 @@ class Encoder:
         return params, NamedSharding(mesh, PartitionSpec("batch"))
 
 
-def _pad(x: np.ndarray, devices: int = 1) -> np.ndarray:
-    """`x` padded with copies of its last row, to a power of two of rows per device."""
-    wanted = devices << (-(-len(x) // devices) - 1).bit_length()
-    return np.concatenate([x, np.repeat(x[-1:], wanted - len(x), axis=0)])
+def _sizes(count: int, kinds: Sequence[int]) -> list[int]:
+    """The rows of the programs that take `count` rows, of descending `kinds`; no program is filled less than half."""
+    sizes = []
+    for kind in kinds:
+        times, rest = divmod(count, kind)
+        if rest > kind // 2 or (rest and kind == kinds[-1]):
+            times, rest = times + 1, 0
+        sizes += [kind] * times
+        count = rest
+    return sizes
+
+
+def _pad(x: np.ndarray, rows: int) -> np.ndarray:
+    """`x` with copies of its last row, to that many rows."""
+    return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
+
+
+def _device(name: jax.Device | str) -> jax.Device:
+    """A device, or the one with a name such as "cpu", "gpu" or "gpu:1". Raises InputError."""
+    if not isinstance(name, str):
+        return name
+    platform, _, number = name.partition(":")
+    try:
+        return jax.local_devices(backend=platform)[int(number or 0)]
+    except (RuntimeError, ValueError, IndexError):
+        there = ", ".join(f"{x.platform}:{i}" for i, x in enumerate(jax.local_devices()))
+        raise InputError(f"device: got {name!r}, expected one of {there}, or cpu") from None
 
 
 def _boxes_around(grid: int, sides: Sequence[int]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a Predictor takes: images, boxes, texts and classes, checked; each fault is one line."""
 
 import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,9 +15,10 @@ from grain_jax.input_pipeline import tokenizer
 
 _FAR = 4.0  # a corner in [0, 1] may lie this far outside; one farther away is in pixels
 
-# Images to iterate over (PIL, uint8 [H, W, 3] or float32 [S, S, 3]), or an array [B, H, W, 3]; see `Predictor`.
-Images: TypeAlias = Iterable[PIL.Image.Image | np.ndarray] | np.ndarray
-OneOrMany: TypeAlias = Images | PIL.Image.Image  # an array of three axes is one image
+# A path, a PIL image, or an array [H, W, 3], uint8 or float in [0, 1]; see `Predictor`.
+OneImage: TypeAlias = str | os.PathLike[str] | PIL.Image.Image
+Images: TypeAlias = Iterable[OneImage | np.ndarray] | np.ndarray  # or an array [B, H, W, 3]
+OneOrMany: TypeAlias = Images | OneImage  # an array of three axes is one image
 Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]
 ClassTexts: TypeAlias = (
     Iterable[str] | Mapping[str, Sequence[str]]
@@ -27,6 +29,17 @@ class Tokens(NamedTuple):
     """The tokens of images, computed once for any number of boxes."""
 
     values: np.ndarray  # [B, N, E], in the dtype of the Predictor
+
+
+class Normalized(NamedTuple):
+    """Images that are resized and normalised already."""
+
+    pixels: np.ndarray  # float32 [B, S, S, 3]; [S, S, 3] is one image
+
+    @property
+    def ndim(self) -> int:
+        """Axes: 3 of one image, 4 of a batch."""
+        return self.pixels.ndim
 
 
 class InputError(errors.UserError):
@@ -41,7 +54,20 @@ def tokenizer_of(tower: config_lib.TextTower, folder: Any) -> tokenizer.Tokenize
 
 def is_one_image(images: Any) -> bool:
     """Whether it is one image, and not a batch."""
-    return isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3
+    is_single = isinstance(images, (str, os.PathLike, PIL.Image.Image))
+    return is_single or getattr(images, "ndim", None) == 3
+
+
+def marked(images: Any, normalized: bool) -> Any:
+    """`images`, as `Normalized` if they are. Raises InputError: arrays of another kind."""
+    if not normalized or isinstance(images, (Normalized, Tokens)):
+        return images
+    pixels = np.asarray(images if hasattr(images, "dtype") else list(images))
+    if pixels.dtype.kind != "f" or pixels.ndim not in (3, 4):
+        raise InputError(
+            f"images: got {kind_of(pixels)}, expected float32 [B, S, S, 3] with normalized=True"
+        )
+    return Normalized(pixels.astype(np.float32))
 
 
 def is_one_text(texts: Any) -> bool:
@@ -49,19 +75,22 @@ def is_one_text(texts: Any) -> bool:
     return isinstance(texts, str) or getattr(texts, "ndim", None) == 1
 
 
+def several_texts(texts: Any) -> list[str]:
+    """Texts as a list. Raises InputError: it is a single text, or has none."""
+    names = [] if isinstance(texts, str) else list(texts)
+    if not names or not all(isinstance(x, str) for x in names):
+        raise InputError(f"texts: got {texts!r:.100}, expected a list of strings")
+    return names
+
+
 def one_text(text: Any) -> Any:
     """A text as a batch of one."""
     return [text] if isinstance(text, str) else np.asarray(text)[None]
 
 
-def one_image(image: Any) -> Images:
-    """An image as a batch of one. Raises InputError."""
-    if isinstance(image, PIL.Image.Image):
-        return [image]
-    image = np.asarray(image)
-    if image.ndim != 3:
-        raise InputError(f"image: got shape {list(image.shape)}, expected [H, W, 3]")
-    return image[None] if image.dtype.kind == "f" else [image]
+def one_image(image: Any) -> Any:
+    """An image as a batch of one."""
+    return Normalized(image.pixels[None]) if isinstance(image, Normalized) else [image]
 
 
 def checked_boxes(boxes_xyxy: Any) -> list[np.ndarray]:
@@ -93,29 +122,43 @@ def _boxes_of_image(name: str, boxes: Any) -> np.ndarray:
 
 
 def resize(index: int, image: Any, size: int) -> np.ndarray:
-    """The image resized to uint8 [size, size, 3]; normalised float32 [size, size, 3] stays as it is.
+    """The image resized to uint8 [size, size, 3]. Raises InputError, which names the image by `index`."""
+    try:
+        return image_files.resize(as_uint8(index, image), size)
+    except image_files.ImageError as error:
+        raise InputError(f"images[{index}]: {error}") from None
 
-    Raises InputError, which names the image by `index`.
-    """
-    name = f"images[{index}]"
+
+def as_uint8(index: int, image: Any) -> np.ndarray:
+    """A path, a PIL image or an array as uint8 [H, W, 3]. Raises InputError, which names the image by `index`."""
+    name, wanted = f"images[{index}]", "uint8 or float [H, W, 3] with values in [0, 1]"
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            image = image_files.load_image(image)
+        except image_files.ImageError as error:
+            raise InputError(f"{name}: {error}") from None
     if isinstance(image, PIL.Image.Image):
         try:
-            image = image_files.to_rgb(image_files.upright(image))
+            return np.asarray(image_files.to_rgb(image_files.upright(image)))
         # PIL reads the pixels of a file only here, and raises many types of error.
         except Exception as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{name}: {reason}, expected a readable image") from None
-    elif getattr(image, "dtype", None) != np.uint8:
-        if getattr(image, "dtype", None) == np.float32 and image.shape == (size, size, 3):
-            return np.asarray(image)
+    if getattr(image, "dtype", None) == np.uint8:
+        return np.asarray(image)
+    if (
+        not hasattr(image, "dtype")
+        or np.asarray(image).dtype.kind != "f"
+        or image.shape[2:] != (3,)
+    ):
+        raise InputError(f"{name}: got {kind_of(image)}, expected a path, a PIL image, or {wanted}")
+    image = np.asarray(image, np.float32)
+    if not 0 <= image.min(initial=0) <= image.max(initial=0) <= 1:
         raise InputError(
-            f"{name}: got {kind_of(image)}, expected a PIL image, uint8 [H, W, 3], or float32 [{size}, {size}, 3]"
-            " already normalised"
+            f"{name}: got {kind_of(image)} from {image.min():.3g} to {image.max():.3g}, expected {wanted}; normalised"
+            " images need normalized=True"
         )
-    try:
-        return image_files.resize(image, size)
-    except image_files.ImageError as error:
-        raise InputError(f"{name}: {error}") from None
+    return np.round(image * 255).astype(np.uint8)
 
 
 def kind_of(value: Any) -> str:
@@ -125,38 +168,24 @@ def kind_of(value: Any) -> str:
     return type(value).__name__
 
 
-def together(images: list[np.ndarray], tower: config_lib.ImageTower) -> np.ndarray:
-    """Prepared images as a batch: all are normalised if one of them is."""
-    if len({x.dtype for x in images}) > 1:
-        images = [normalised(x, tower) for x in images]
-    return np.stack(images)
-
-
 def normalised(image: np.ndarray, tower: config_lib.ImageTower) -> np.ndarray:
-    """uint8 [S, S, 3] as float32, normalised as in the model; float32 as it is."""
-    if image.dtype != np.uint8:
-        return image
+    """uint8 [S, S, 3] as float32, normalised as in the model."""
     mean, std = (np.array(x, np.float32) for x in (tower.pixel_mean, tower.pixel_std))
     return (image.astype(np.float32) / 255 - mean) / std
 
 
-def checked_images(images: Any, size: int) -> Images:
-    """A batch of images for a model of `size` pixels, if its type is right; floats as float32. Raises InputError."""
-    if not hasattr(images, "dtype"):
-        no_batch = isinstance(images, (PIL.Image.Image, str, bytes))
-        if no_batch or not isinstance(images, Iterable):
-            raise InputError(f"images: got {kind_of(images)}, expected images to iterate over")
-        return images
-    images = np.asarray(images)
-    is_float = images.dtype.kind == "f"
-    if images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8:
-        return images
-    if is_float and images.shape[1:] == (size, size, 3):
-        return images.astype(np.float32)
-    raise InputError(
-        f"images: got {kind_of(images)}, expected uint8 [B, H, W, 3], which is resized, or float32"
-        f" [B, {size}, {size}, 3] already normalised"
-    )
+def checked_images(images: Any, size: int) -> Any:
+    """A batch of images for a model of `size` pixels, if its type is right. Raises InputError."""
+    pixels = images.pixels if isinstance(images, Normalized) else images
+    if isinstance(images, Normalized) and pixels.shape[1:] != (size, size, 3):
+        raise InputError(
+            f"images: got {kind_of(pixels)}, expected float32 [B, {size}, {size}, 3] with normalized=True"
+        )
+    if isinstance(images, bytes) or not isinstance(pixels, Iterable):
+        raise InputError(f"images: got {kind_of(images)}, expected images to iterate over")
+    if hasattr(pixels, "dtype") and getattr(pixels, "ndim", 4) != 4:
+        raise InputError(f"images: got {kind_of(pixels)}, expected [B, H, W, 3]")
+    return images
 
 
 def class_pairs(classes: ClassTexts) -> list[tuple[str, Sequence[str] | None]]:

@@ -29,17 +29,22 @@ def program(model: config_lib.Model, dtype: str, method: str) -> Callable[..., A
 
 @functools.lru_cache(maxsize=8)
 def image_program(
-    model: config_lib.Model, dtype: str, method: str = "encode_image"
+    model: config_lib.Model, dtype: str, of_tokens: bool = False, by_box_head: bool = False
 ) -> Callable[..., Any]:
     """The jitted encode_images(params, image) -> image_embed [B, D], region_embed [B, Q, D], boxes_xyxy [B, Q, 4].
 
-    `image` is [B, S, S, 3], uint8 or normalised float32. For the method "embeddings" it is the images' tokens.
+    `image` is [B, S, S, 3], uint8 or normalised float32; or, with `of_tokens`, the images' tokens. With `by_box_head`,
+    region_embed has the box head's embeddings of the predicted boxes.
     """
-    apply = program(model, dtype, method)
+    run = functools.partial(program, model, dtype)
 
     def encode_images(params, image):
-        image_embed, region_embed, boxes = apply(params, image)
-        return image_embed, region_embed, jnp.clip(boxes_lib.cxcywh_to_xyxy(boxes[-1]), 0.0, 1.0)
+        tokens = image if of_tokens else run("image_tokens")(params, image)
+        image_embed, region_embed, boxes = run("embeddings")(params, tokens)
+        corners = jnp.clip(boxes_lib.cxcywh_to_xyxy(boxes[-1]), 0.0, 1.0)
+        if by_box_head:
+            region_embed = run("box_embeddings")(params, tokens, corners)
+        return image_embed, region_embed, corners
 
     return jax.jit(encode_images)
 

@@ -6,17 +6,27 @@ batch: `encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predicto
 share the programs. Large calls use all devices of the process.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast, overload
 
+import jax
 import numpy as np
-import PIL.Image
 from etils import epath
+from scipy import special
 
 from grain_jax.checkpoint import saved_model
 from grain_jax.inference import calibration, inputs, prompts, scores, segmentation
-from grain_jax.inference.encoder import Encoder
-from grain_jax.inference.inputs import ClassTexts, Images, InputError, OneOrMany, Texts, Tokens
+from grain_jax.inference.encoder import MAX_BATCH, Boxes, Encoder
+from grain_jax.inference.inputs import (
+    ClassTexts,
+    Images,
+    InputError,
+    OneImage,
+    OneOrMany,
+    Texts,
+    Tokens,
+)
 
 
 class Grounding(NamedTuple):
@@ -24,6 +34,15 @@ class Grounding(NamedTuple):
 
     box_xyxy: np.ndarray  # float32 [4] in [0, 1]
     score: float  # cosine of the text and the best region
+
+
+class Detections(NamedTuple):
+    """The regions of an image that show one of several texts, the highest scores first."""
+
+    boxes_xyxy: np.ndarray  # float32 [n, 4], in pixels of the image, or in [0, 1]
+    scores: np.ndarray  # float32 [n], see `Predictor.detect`
+    texts: tuple[str, ...]  # n
+    labels: np.ndarray  # int [n], positions in the given texts
 
 
 class ClassFeatures(NamedTuple):
@@ -35,37 +54,45 @@ class ClassFeatures(NamedTuple):
     descriptions: tuple[np.ndarray, ...] | None
 
 
+Classes: TypeAlias = ClassTexts | ClassFeatures
+
+
 def load(
-    path: epath.PathLike,
-    dtype: str = "float32",
+    name: epath.PathLike,
+    *,
+    device: jax.Device | str | None = None,
+    dtype: str | None = None,
     templates: Sequence[str] | None = None,
     progress: bool = False,
 ) -> "Predictor":
     """Loads the model of a training workdir (its newest checkpoint), a checkpoint, a converted folder, or a name.
 
     Args:
-      path: the folder, local or remote. If no folder has that name: a model that comes with the package
-        ("aviary-tiny"), or one of the Hugging Face Hub ("hf://ORG/NAME", "hf://ORG/NAME@REVISION"). No code of the Hub
-        is downloaded.
-      dtype, templates, progress: as in `Predictor`.
+      name: the folder, local or remote; a folder of transformers or open_clip is converted into the user's cache. If
+        no folder has that name: a model that comes with the package ("aviary-tiny"), or one of the Hugging Face Hub
+        ("hf://ORG/NAME", "hf://ORG/NAME@REVISION"). No code of the Hub is downloaded.
+      device: where it runs, a device of JAX or "cpu", "gpu", "gpu:1"; None: the default one, and all for large calls.
+      dtype: "float32" or "bfloat16"; None: float32.
+      templates, progress: as in `Predictor`.
 
     Raises:
       checkpoint.CheckpointError: there is no such model, or it is damaged.
-      pretrained.hub.HubError: it cannot be downloaded.
-      InputError: unknown `dtype`.
+      errors.UserError: it cannot be downloaded or converted.
+      InputError: unknown `dtype` or `device`.
     """
-    stored = saved_model.load_stored(path)
-    return Predictor(stored.model, stored.merged(), dtype, templates, stored.folder, progress)
+    stored = saved_model.load_stored(name)
+    settings = dtype or "float32", templates, stored.folder, progress, device
+    return Predictor(stored.model, stored.merged(), *settings)
 
 
 class Predictor(Encoder):
     """Encodes and compares images and texts; every result is float32 numpy.
 
-    Images are PIL images of any mode, uint8 [H, W, 3] of any size or normalised float32 [S, S, 3] (`preprocess`). They
-    come as one image, as anything to iterate over, or as an array uint8 [B, H, W, 3] or float32 [B, S, S, 3]. Images
-    that are not normalised are resized to the model's size. PIL images are turned by their EXIF orientation, as a
-    viewer shows them; `np.asarray(image)` takes the pixels as they are. Classes are names, {name: [description, ...]},
-    or the result of `class_features`.
+    An image is a path, a PIL image of any mode, or an array [H, W, 3], uint8 or float in [0, 1]. Images come as one, as
+    anything to iterate over, or as an array [B, H, W, 3], and are resized to the model's size. Files and PIL images are
+    turned by their EXIF orientation, as a viewer shows them; `np.asarray(image)` takes the pixels as they are. With
+    `normalized=True` images are float32 [B, S, S, 3], as `preprocess` makes them. Classes are names, {name:
+    [description, ...]}, or the result of `class_features`.
 
     Every method raises InputError for arguments that it cannot take, and if the model lacks region queries, a box head
     or a grid of patches that the method needs. A tokenizer that cannot be read is a UserError.
@@ -77,24 +104,35 @@ class Predictor(Encoder):
       templates: prompts with `{}` for the class name; None: the ones in `inference/templates.txt`.
       folder: folder of the model, where the files of its tokenizer are looked for first.
       progress: whether calls show on stderr how many images they have encoded.
+      device: see `load`.
 
     Raises:
-      InputError: unknown `dtype`, or factors of LoRA among the parameters.
+      InputError: unknown `dtype` or `device`, or factors of LoRA among the parameters.
     """
 
     def class_features(self, classes: ClassTexts) -> ClassFeatures:
         """Embeds classes: names in prompts, or names with descriptions (docs/method.md, Zero-shot evaluation)."""
+        return self._class_features(classes)
+
+    def _class_features(self, classes: ClassTexts, alpha: float = 0.5) -> ClassFeatures:
+        """As `class_features`; with alpha 0 or 1 what `classify` does not read is empty."""
         pairs = inputs.class_pairs(classes)
         texts = [prompts.class_texts(name, self.templates, described) for name, described in pairs]
         descriptions = [list(described) for _, described in pairs if described is not None]
-        return ClassFeatures(
-            tuple(name for name, _ in pairs),
-            scores.class_features(prompts.encode_lists(self.encode_text, texts)),
-            tuple(prompts.encode_lists(self.encode_text, descriptions)) if descriptions else None,
-        )
+        features, embeds = np.zeros((len(pairs), self.model.embed_dim), np.float32), None
+        if alpha > 0:
+            features = scores.class_features(prompts.encode_lists(self.encode_text, texts))
+        if descriptions and alpha < 1:
+            embeds = tuple(prompts.encode_lists(self.encode_text, descriptions))
+        return ClassFeatures(tuple(name for name, _ in pairs), features, embeds)
 
     def classify(
-        self, images: OneOrMany, classes: ClassTexts | ClassFeatures, alpha: float = 1.0
+        self,
+        images: OneOrMany,
+        classes: ClassTexts | ClassFeatures,
+        alpha: float = 1.0,
+        *,
+        normalized: bool = False,
     ) -> np.ndarray:
         """Scores of every class, float32 [B, C]: alpha * global + (1 - alpha) * region cosines; for one image [C].
 
@@ -102,6 +140,7 @@ class Predictor(Encoder):
           images, classes: see `Predictor`.
           alpha: share of the global score; values below 1 need descriptions.
         """
+        images = inputs.marked(images, normalized)
         if inputs.is_one_image(images):
             return self.classify(inputs.one_image(images), classes, alpha)[0]
         if not 0.0 <= alpha <= 1.0:
@@ -109,7 +148,7 @@ class Predictor(Encoder):
         if alpha < 1.0:
             self.need_regions(f"alpha {alpha}")
         if not isinstance(classes, ClassFeatures):
-            classes = self.class_features(classes)
+            classes = self._class_features(classes, alpha)
         if alpha < 1.0 and classes.descriptions is None:
             raise InputError(
                 f"alpha {alpha} needs descriptions of the classes: {{name: [description, ...]}}"
@@ -121,11 +160,21 @@ class Predictor(Encoder):
             region = scores.region_scores(region_embed, embeds, self.class_score)
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
+    @overload
     def classify_boxes(
-        self,
-        images: OneOrMany | Tokens,
-        boxes_xyxy: Iterable[Any] | np.ndarray,
-        classes: ClassTexts | ClassFeatures,
+        self, images: OneImage, boxes_xyxy: Boxes, classes: Classes
+    ) -> np.ndarray: ...  # pyright: ignore[reportOverlappingOverload]
+
+    @overload
+    def classify_boxes(self, images: np.ndarray, boxes_xyxy: Boxes, classes: Classes) -> Any: ...
+
+    @overload
+    def classify_boxes(
+        self, images: Images | Tokens, boxes_xyxy: Boxes, classes: Classes
+    ) -> list[np.ndarray]: ...
+
+    def classify_boxes(
+        self, images: OneOrMany | Tokens, boxes_xyxy: Boxes, classes: Classes
     ) -> Any:
         """For each image the cosine of every class for each of its boxes, float32 [n, C]; for one image [n, C].
 
@@ -138,25 +187,104 @@ class Predictor(Encoder):
         embeds = self.encode_boxes(images, boxes_xyxy)
         return [scores.global_scores(embed, classes.features) for embed in embeds]
 
-    def ground(self, image: PIL.Image.Image | np.ndarray, texts: Texts) -> Any:
-        """For each text the box of the region with the largest cosine, and that cosine: a list of `Grounding`.
+    @overload
+    def ground(self, image: OneImage | np.ndarray, texts: str) -> Grounding: ...  # pyright: ignore[reportOverlappingOverload]
 
-        With a box head, the cosine is that of the head's embedding of the box. For one text it returns one `Grounding`.
+    @overload
+    def ground(self, image: OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
+
+    def ground(self, image: OneImage | np.ndarray, texts: Any) -> Any:
+        """For each text the box of the region with the largest cosine, and that cosine; for one text one `Grounding`.
+
+        With a box head, the cosine is that of the head's embedding of the box.
         """
         if inputs.is_one_text(texts):
             return self.ground(image, inputs.one_text(texts))[0]
         self.need_regions("ground")
-        seen: Any = inputs.one_image(image)
-        if self.has_box_head:
-            seen = self.image_tokens(seen)
-        boxes_xyxy, embeds = self.encode_regions(seen)
-        if self.has_box_head:
-            embeds = self.encode_boxes(seen, boxes_xyxy)
+        _, embeds, boxes_xyxy = self._encode(inputs.one_image(image), self.has_box_head)
         similarity = self.encode_text(texts) @ embeds[0].T  # [N, Q]
         best = similarity.argmax(axis=1)
         return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)]
 
-    def present(self, images: OneOrMany, texts: str | Iterable[str], by: str = "image") -> Any:
+    @overload
+    def detect(  # pyright: ignore[reportOverlappingOverload]
+        self,
+        images: OneImage,
+        texts: Iterable[str],
+        *,
+        threshold: float = ...,
+        top_k: int = ...,
+        pixels: bool = ...,
+    ) -> Detections: ...
+
+    @overload
+    def detect(self, images: np.ndarray, texts: Iterable[str], **options: Any) -> Any: ...
+
+    @overload
+    def detect(
+        self,
+        images: Images,
+        texts: Iterable[str],
+        *,
+        threshold: float = ...,
+        top_k: int = ...,
+        pixels: bool = ...,
+    ) -> list[Detections]: ...
+
+    def detect(
+        self,
+        images: OneOrMany,
+        texts: Iterable[str],
+        *,
+        threshold: float = 0.0,
+        top_k: int = 100,
+        pixels: bool = True,
+    ) -> Any:
+        """For each image the regions that show one of the texts, as `grain-jax evaluate detection` measures them.
+
+        A score is the probability by calibration.json (`present`), or without one the softmax over the texts of the scaled
+        cosines; a single text then has its cosine.
+
+        Args:
+          images: see `Predictor`; one image has one `Detections`.
+          texts: what is looked for; each may have several regions, which overlap by an IoU of at most 0.5.
+          threshold: the lowest score.
+          top_k: detections per image at most.
+          pixels: whether boxes are in pixels of the image as it was given, or in [0, 1].
+        """
+        if inputs.is_one_image(images):
+            return self.detect(
+                inputs.one_image(images), texts, threshold=threshold, top_k=top_k, pixels=pixels
+            )[0]
+        self.need_regions("detect")
+        names = inputs.several_texts(texts)
+        features, found = self.encode_text(names), []
+        numbered = enumerate(inputs.checked_images(images, self.model.image.image_size))
+        while batch := [inputs.as_uint8(*x) for x in itertools.islice(numbered, MAX_BATCH)]:
+            _, embeds, boxes_xyxy = self._encode(batch)
+            for image, score, boxes in zip(batch, self.text_scores(embeds, features), boxes_xyxy):
+                region, label = scores.best_pairs(score, boxes, top_k, threshold)
+                size = np.array(image.shape[1::-1] * 2 if pixels else (1,), np.float32)
+                of_texts = tuple(names[i] for i in label)
+                found.append(
+                    Detections(boxes[region] * size, score[region, label], of_texts, label)
+                )
+        return found
+
+    def text_scores(self, region_embeds: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """The scores of `detect` of embeddings [..., Q, D] for texts or class features [K, D]: float32 [..., Q, K]."""
+        cosines = scores.unit(region_embeds) @ np.asarray(features, np.float32).T
+        calibrated = self._calibration("regions")[0]
+        if calibrated is not None:
+            return calibrated.probabilities(cosines / np.linalg.norm(features, axis=1))
+        if len(features) == 1:
+            return cosines
+        logits = self.region_logit_scale * cosines.astype(np.float64)
+        return special.softmax(logits, axis=-1).astype(np.float32)
+
+    def present(
+        self, images: OneOrMany, texts: str | Iterable[str], by: str = "image"
+    ) -> np.ndarray:
         """Probabilities that texts are true of images, float32 [B, N]; one image -> [N], one text -> [B].
 
         It needs calibration.json in the model's folder, which `grain-jax evaluate calibrate` makes.
@@ -179,12 +307,7 @@ class Predictor(Encoder):
 
     def _calibrated(self, by: str) -> calibration.Score:
         """The calibration of a score. Raises InputError: there is none."""
-        fault, stored = "nothing", None
-        if self.folder is not None and (epath.Path(self.folder) / calibration.NAME).exists():
-            stored, fault = calibration.read(self.folder), f"one without {by}"
-            if stored.params != self.digests["params"]:
-                stored, fault = None, "that of other parameters"
-        score = getattr(stored, by, None)
+        score, fault = self._calibration(by)
         if score is None:
             data = "--images DIR" + " --annotations A.jsonl" * (by == "regions")
             raise InputError(
@@ -193,7 +316,16 @@ class Predictor(Encoder):
             )
         return score
 
-    def similarity_map(self, image: PIL.Image.Image | np.ndarray, texts: Texts) -> np.ndarray:
+    def _calibration(self, by: str) -> tuple[calibration.Score | None, str]:
+        """(the calibration of a score, or None; what is there instead)."""
+        if self.folder is None or not (epath.Path(self.folder) / calibration.NAME).exists():
+            return None, "nothing"
+        stored = calibration.read(self.folder)
+        if stored.params != self.digests["params"]:
+            return None, "that of other parameters"
+        return getattr(stored, by), f"one without {by}"
+
+    def similarity_map(self, image: OneImage | np.ndarray, texts: Texts) -> np.ndarray:
         """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
 
         For one text it returns [h, w]. A patch has its own cosine (`encode_patches`), the best cosine of the regions
@@ -224,6 +356,21 @@ class Predictor(Encoder):
             scores.similarity_map(text, patch, region, self.grid)
             for text, patch, region in zip(text_embeds, patches, regions, strict=True)
         ]
+
+    @overload
+    def segment(  # pyright: ignore[reportOverlappingOverload]
+        self, images: OneImage, classes: ClassTexts | segmentation.Classes, **options: Any
+    ) -> np.ndarray: ...
+
+    @overload
+    def segment(
+        self, images: np.ndarray, classes: ClassTexts | segmentation.Classes, **options: Any
+    ) -> Any: ...
+
+    @overload
+    def segment(
+        self, images: Images, classes: ClassTexts | segmentation.Classes, **options: Any
+    ) -> list[np.ndarray]: ...
 
     def segment(
         self,
@@ -295,7 +442,8 @@ class Predictor(Encoder):
         """
         by, patch_features = self.maps_by(by, patch_features)
         grid, maps, tokens = self.grid, [], None
-        images = images if hasattr(images, "dtype") else list(images)  # they may be read twice
+        if not isinstance(images, (np.ndarray, inputs.Normalized)):
+            images = list(images)  # they may be read twice
         if by != "regions":
             tokens = self.image_tokens(images, f"image_{patch_features}")
             cosines = classes.cosines(self.encode_patches(tokens, patch_sides))

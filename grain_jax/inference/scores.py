@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 AT_ONCE = 256  # rows of `in_parts`
+_CORNERS = ((np.maximum, slice(0, 2)), (np.minimum, slice(2, 4)))  # of what two boxes share
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -72,6 +73,39 @@ def region_scores(
         return (np.maximum.reduceat(similarity, starts, axis=-1).mean(axis=1),)
 
     return in_parts(scores_of, region_embed)[0]
+
+
+def best_pairs(
+    score: np.ndarray, boxes_xyxy: np.ndarray | None, most: int, threshold: float = -np.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of region and text with the highest scores, best first.
+
+    Args:
+      score: [Q, K], of regions and texts.
+      boxes_xyxy: [Q, 4]. A region is left out for a text that a region with an IoU above 0.5 fits better; None: none is.
+      most: pairs at most.
+      threshold: the lowest score.
+
+    Returns:
+      The positions of the regions and of the texts, int [n] each.
+    """
+    score = np.asarray(score, np.float64)
+    if boxes_xyxy is not None and len(score):
+        pairs = np.asarray(boxes_xyxy, np.float64)[:, None], np.asarray(boxes_xyxy, np.float64)
+        low, high = (f(pairs[0][..., i], pairs[1][..., i]) for f, i in _CORNERS)
+        both = np.maximum(high - low, 0).prod(axis=-1)
+        area = both.diagonal()
+        covers = both > 0.5 * (area[:, None] + area - both)  # [Q, Q]
+        kept = np.zeros(score.shape, bool)
+        columns = np.arange(score.shape[1])
+        for best in np.argsort(-score, axis=0, kind="stable"):  # of each text, [K]
+            kept[best, columns] = ~(covers[best] & kept.T).any(axis=1)
+        score = np.where(kept, score, -np.inf)
+    flat = score.ravel()
+    best = np.argpartition(-flat, most)[:most] if len(flat) > most else np.arange(len(flat))
+    best = best[np.lexsort((best, -flat[best]))]
+    best = best[(flat[best] >= threshold) & (flat[best] > -np.inf)]
+    return np.divmod(best, score.shape[1])
 
 
 def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.ndarray:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import re
 from typing import Any, NamedTuple
@@ -82,6 +83,8 @@ def test_its_files_need_no_jax_and_give_our_outputs(converted):
             global_scores=module.zero_shot_logits(pixels, features),
             both_scores=module.zero_shot_logits(pixels, features, described, alpha=0.3),
         )
+        grounded = module.ground(pixels, ids(TEXTS))
+        detected = module.detect(pixels, ids(TEXTS), top_k=4)
     model = grain_jax.load(ours)
     model.templates = ["a photo of a {}", "{}"]
     classes = model.class_features(list(CLASSES))
@@ -95,6 +98,14 @@ def test_its_files_need_no_jax_and_give_our_outputs(converted):
         global_scores=model.classify(raw_images(), classes),
         both_scores=model.classify(raw_images(), classes, alpha=0.3),
     )
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+    for i, mine in enumerate(model.detect(list(raw_images()), TEXTS, top_k=4, pixels=False)):
+        assert mine.labels.tolist() == detected[i][2].tolist() and len(mine.scores) == 4
+        close(mine.boxes_xyxy, detected[i][0])
+        close(mine.scores, detected[i][1])
+        for got, box, score in zip(model.ground(raw_images()[i], TEXTS), *(x[i] for x in grounded)):
+            close(got.box_xyxy, box)
+            close(got.score, score)
     theirs = {name: x.numpy() for name, x in theirs.items()}
     compared = parity.compare(expected, theirs, tolerance=parity.tolerance(model.model))
     report = parity.report(compared, "transformers")

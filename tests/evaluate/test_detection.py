@@ -9,6 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from grain_jax import inference
 from grain_jax.checkpoint import saved_model
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import detection
@@ -133,7 +134,8 @@ CAT, DOG = [1.0, 0.0], [0.0, 1.0]
 class Boxes(StubPredictor):
     """A box head that calls what lies left a cat, and other things a dog."""
 
-    has_box_head, region_logit_scale = True, 10.0
+    has_box_head, region_logit_scale, folder = True, 10.0, None
+    text_scores, _calibration = inference.Predictor.text_scores, inference.Predictor._calibration
 
     def need_regions(self, argument):
         assert argument

@@ -1,6 +1,8 @@
 import contextlib
+import copy
 import dataclasses
 import io
+import pickle
 import re
 
 import jax
@@ -14,7 +16,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.checkpoint import files, saved_model
 from grain_jax.core import images, progress, schema
-from grain_jax.inference import jitted, prompts, scores
+from grain_jax.inference import encoder, jitted, prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from tests import perturbed, tiny
@@ -65,23 +67,26 @@ def applied(predictor, method, *arguments):
     return apply({"params": predictor.params}, *arguments, method=method)
 
 
-def test_all_kinds_of_pictures_agree(predictor):
+def test_all_kinds_of_pictures_agree(predictor, tmp_path):
     expected = predictor.encode_image(FEW)
     assert expected.dtype == np.float32 and expected.shape == (3, D)
     close(np.linalg.norm(expected, axis=1), 1)
     assert np.abs(expected[0] - expected[1]).max() > 0.01
     pils = [PIL.Image.fromarray(p) for p in FEW]
-    for same in (pils, list(FEW), normalised(FEW)):
+    for i, image in enumerate(pils):
+        image.save(tmp_path / f"{i}.png")
+    paths = [tmp_path / "0.png", str(tmp_path / "1.png"), pils[2]]
+    for same in (pils, list(FEW), FEW / np.float32(255), paths):
         close(predictor.encode_image(same), expected)
+    close(predictor.encode_image(paths[0]), expected[0])
+    close(predictor.encode_image(normalised(FEW), normalized=True), expected)
     large = np.random.default_rng(1).integers(0, 256, (3, 40, 25, 3)).astype(np.uint8)
     resized = np.stack([images.resize(PIL.Image.fromarray(p), S) for p in large])
     close(predictor.encode_image(large), predictor.encode_image(resized))
-    # What is preprocessed goes with others.
     ready = predictor.preprocess(pils[1])
     assert ready.dtype == np.float32 and ready.shape == (S, S, 3)
     close(ready, normalised(FEW[1]))
-    np.testing.assert_array_equal(predictor.preprocess(ready), ready)
-    close(predictor.encode_image([pils[0], ready, pils[2]]), expected)
+    close(predictor.encode_image([ready, ready], normalized=True), expected[[1, 1]])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_all_kinds_of_pictures_agree(predictor):
 )
 def test_one_image_gives_what_belongs_to_it(predictor, call, shapes):
     expected = [leaf[0] for leaf in jax.tree.leaves(call(predictor, PICTURES[:1]))]
-    for single in (ONE, PICTURES[0], predictor.preprocess(ONE)):
+    for single in (ONE, PICTURES[0], PICTURES[0] / np.float32(255)):
         got = jax.tree.leaves(call(predictor, single))
         assert [x.shape for x in got] == shapes
         for a, b in zip(got, expected):
@@ -144,7 +149,7 @@ def test_a_large_call_is_shared_out_among_the_devices(predictor):
     np.testing.assert_array_equal(predictor._run(program, many), many)
     (devices, sharding, shape) = used[0]
     assert devices == set(jax.devices()) and len(devices) == 8
-    assert shape[0] == 8 * 32 and sharding.shard_shape(shape)[0] == 32
+    assert shape[0] == 8 * 8 and sharding.shard_shape(shape)[0] == 8 and len(used) == 4
     texts = [f"a wren with {n} eggs" for n in range(100)]
     close(predictor.encode_text(texts)[98:], predictor.encode_text(texts[98:]))
 
@@ -170,9 +175,9 @@ def test_pictures_and_texts_from_a_generator(predictor, monkeypatch):
 def test_regions_are_the_models_last_layer(predictor):
     few = normalised(FEW)
     image, region, boxes = applied(predictor, grain.GRAIN.encode_image, few)
-    regions = predictor.encode_regions(few)
+    regions = predictor.encode_regions(few, normalized=True)
     close(regions.embed, region)
-    close(predictor.encode_image(few), image)
+    close(predictor.encode_image(few, normalized=True), image)
     cx, cy, w, h = np.moveaxis(np.asarray(boxes[-1]), -1, 0)
     corners = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=-1)
     close(regions.boxes_xyxy, corners.clip(0, 1))
@@ -243,19 +248,54 @@ def test_the_first_call_says_what_it_compiles(predictor, monkeypatch):
     """Where that takes long: tests/core/test_progress.py."""
     lines = []
 
-    def while_compiling(label, usually, *, silent):
-        lines.append((label, silent))
+    def while_compiling(label, usually, *, silent, once):
+        lines.append((label, silent, once))
         return contextlib.nullcontext()
 
     monkeypatch.setattr(progress, "while_compiling", while_compiling)
     predictor.classify(FEW, ["wren", "kite"])
-    predictor.ground(ONE, "a tail")
-    rows = {"encode_texts": [4, 1], "encode_images": [4, 1]}  # of classify and of ground
-    for name, counts in rows.items():
-        assert [x for x in lines if name in x[0]] == [
-            (f"{name} for {n} rows", False) for n in counts
-        ]
-    assert len(lines) == 4
+    assert set(lines) == {("the model for this machine", False, True)}
+
+
+@pytest.mark.parametrize(
+    "count, kinds, expected",
+    [
+        (3, (64, 8, 1), [1, 1, 1]),
+        (5, (64, 8, 1), [8]),
+        (70, (64, 8, 1), [64, 8]),
+        (33, (64, 8, 1), [64]),
+        (32, (64, 8, 1), [8] * 4),
+        (1, (8,), [8]),
+        (65, (64, 8), [64, 8]),
+    ],
+)
+def test_batches_have_few_sizes(count, kinds, expected):
+    assert encoder._sizes(count, kinds) == expected
+
+
+def test_few_programs_serve_the_first_calls(predictor):
+    """README's example: one program of images, one of texts, and one more for `ground` with a box head."""
+    c = tiny.config(model__embed_dim=D, model__boxes__kind="roi_align", loss__box_description=1.0)
+    fresh = inference.Predictor(c.model, perturbed.params(c.model))
+    programs = []
+    listen = lambda name, _, **more: programs.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    fresh.classify(list(FEW), CLASSES, alpha=0)
+    assert len(programs) == 2
+    fresh.ground(ONE, "a tail")
+    assert len(programs) == 3
+    fresh.detect(list(FEW), ["a tail", "a beak"])
+    assert len(programs) == 3
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_copy_has_the_weights_and_the_settings(predictor):
+    for same in (copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
+        assert same.templates == predictor.templates and same.model == predictor.model
+        np.testing.assert_array_equal(same.encode_image(FEW), predictor.encode_image(FEW))
+    moved = inference.Predictor(predictor.model, predictor.params, device=jax.devices()[3])
+    assert moved.params["logit_scale"].devices() == {jax.devices()[3]}
+    close(moved.encode_image(PICTURES), predictor.encode_image(PICTURES))
 
 
 def test_load_reads_what_save_model_wrote(predictor, tmp_path):
@@ -275,7 +315,7 @@ def test_two_towers_that_see_their_padding(two_towers):
     image, _, _ = applied(loaded, grain.GRAIN.encode_image, normalised)
     assert np.abs(image[0] - image[1]).max() > 0.01
     close(loaded.encode_image(FEW), image)
-    close(loaded.encode_image(normalised), image)
+    close(loaded.encode_image(normalised, normalized=True), image)
 
     texts = ["A long, orange beak!", "wren", " ".join(["photo"] * 40)]
     ids = np.full((3, 32), 1, np.int32)  # padded with model.text.pad_id to the whole context
@@ -332,8 +372,16 @@ def cut_off():
 zeros = lambda *shape, dtype=np.uint8: np.zeros(shape, dtype)
 classify = lambda *arguments: lambda p: p.classify(jnp.zeros((1, S, S, 3)), *arguments)
 ERRORS = {
-    r"float32 \[2, 8, 8, 3\], expected uint8 .* float32 \[B, 16, 16, 3\]": zeros(
-        2, 8, 8, 3, dtype=np.float32
+    r"got float32 \[8, 8, 3\] from 2 to 2, .* normalized=True": [
+        zeros(8, 8, 3, dtype=np.float32) + 2
+    ],
+    r"expected float32 \[B, 16, 16, 3\] with normalized": lambda p: p.encode_image(
+        zeros(2, 8, 8, 3, dtype=np.float32), normalized=True
+    ),
+    r"images\[0\]: got int, expected a path, a PIL image, or uint8": [3],
+    r"images\[0\]: none.png: No such file": ["none.png"],
+    r"device: got 'abacus', expected one of cpu:0": lambda p: inference.Predictor(
+        p.model, p.params, device="abacus"
     ),
     r"images\[1\]: mode F has no fixed range": [PIL.Image.new(m, (4, 4)) for m in "LF"],
     r"images\[1\]: mode I has no fixed range": [PIL.Image.new(m, (4, 4)) for m in "LI"],

@@ -19,7 +19,7 @@ def test_the_snippet_runs(capsys):
     assert names["regions"].boxes_xyxy.shape == (4, queries, 4)
     assert names["logits"].shape == (4, 1) and names["scores"].shape == (4, 4)
     np.testing.assert_allclose(
-        names["model"].encode_image(names["pixels"]), names["embed"][0], atol=1e-5
+        names["model"].encode_image(names["pixels"], normalized=True), names["embed"][0], atol=1e-5
     )
     right = names["scores"].argmax(axis=1) == np.arange(4)
     assert right.sum() >= 3  # it knows 79% of such birds

@@ -35,3 +35,13 @@ def test_combine():
     np.testing.assert_allclose(scores.combine(whole, region, 0.75), [[0.4, 0.3]], rtol=1e-6)
     np.testing.assert_array_equal(scores.combine(whole, None, 1.0), whole)
     np.testing.assert_array_equal(scores.combine(whole, region, 0.0), region)
+
+
+def test_best_pairs_leave_out_what_overlaps_for_the_same_text():
+    boxes = np.array([[0, 0, 1, 1], [0, 0, 1, 0.9], [0, 0, 0.5, 0.5], [0.5, 0, 1, 1]])
+    score = np.array([[0.9, 0.1], [0.8, 0.7], [0.3, 0.6], [0.2, 0.5]])
+    region, text = scores.best_pairs(score, boxes, 10, threshold=0.15)
+    # Region 1 covers region 0 by 0.9: it is left out for text 0 and leaves region 0 out for text 1. 3 has half of 0.
+    assert [*zip(region, text)] == [(0, 0), (1, 1), (2, 1), (3, 1), (2, 0), (3, 0)]
+    assert [*zip(*scores.best_pairs(score, None, 2))] == [(0, 0), (1, 0)]
+    assert scores.best_pairs(np.zeros((0, 2)), np.zeros((0, 4)), 3)[0].size == 0

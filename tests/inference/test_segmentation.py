@@ -12,7 +12,7 @@ import transformers
 from grain_jax import inference
 from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.core import images as image_files
-from grain_jax.inference import scores, segmentation
+from grain_jax.inference import inputs, scores, segmentation
 from grain_jax.inference.inputs import InputError
 from tests import foreign, perturbed
 
@@ -83,6 +83,7 @@ def test_values_are_those_of_transformers(kind, tmp_path):
             patches = vision.head(x.reshape(-1, 1, 32)).reshape(2, 25, 32)
     classes = _classes(ours)
     expected = classes.cosines(patches.numpy()).transpose(0, 2, 1).reshape(2, 5, 5, 5)
+    pixels = inputs.Normalized(pixels)
     got = ours.class_maps(pixels, classes, by="patches", patch_features="values")
     np.testing.assert_allclose(got, expected, atol=1e-5)
     tokens = ours.class_maps(pixels, classes, patch_features="tokens")

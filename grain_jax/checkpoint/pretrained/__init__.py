@@ -32,8 +32,8 @@ def folder_of(path: epath.PathLike) -> epath.Path:
 
     Args:
       path: a folder, local or remote; one of NAMES, where no folder has that name; or a name on the Hub. A model on
-        the Hub is downloaded into the cache of huggingface_hub. Weights of other libraries are then converted into
-        our own cache.
+        the Hub is downloaded into the cache of huggingface_hub. Folders of other libraries' weights are converted
+        into our own cache.
 
     Raises:
       errors.UserError: it cannot be downloaded or converted.
@@ -43,7 +43,10 @@ def folder_of(path: epath.PathLike) -> epath.Path:
         folder = hub.download(text)
         return folder if (folder / "params").is_dir() else importers.import_weights(text, folder)
     path = epath.Path(path)
-    return _FOLDER / text if text in NAMES and not path.is_dir() else path
+    if not path.is_dir():
+        return _FOLDER / text if text in NAMES else path
+    is_ours = any((path / part).is_dir() for part in ("params", "state", "checkpoints"))
+    return path if is_ours or not conversion(path) else importers.import_weights(text, path)
 
 
 def is_packaged(path: epath.PathLike) -> bool:

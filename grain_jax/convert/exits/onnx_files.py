@@ -16,6 +16,7 @@ from grain_jax.convert.exits import folder, needs, tokenizers
 from grain_jax.convert.faults import needing, raise_any
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
+from grain_jax.inference.inputs import Normalized
 
 DESCRIPTION = "onnx.json"  # marks the folder
 PARTS = ("image", "text", "boxes", "maps")  # texts before maps, which take their embeddings
@@ -93,7 +94,9 @@ def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
     if (target / "maps.onnx").exists():
         predictor = inference.Predictor(source.model, source.params)
         texts = [predictor.encode_text(inputs.token_ids)] * len(inputs.images)
-        ours["similarity_map"] = np.stack(predictor.similarity_maps(inputs.images, texts))
+        ours["similarity_map"] = np.stack(
+            predictor.similarity_maps(Normalized(inputs.images), texts)
+        )
 
     def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
         import onnxruntime

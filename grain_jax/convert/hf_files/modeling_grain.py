@@ -579,10 +579,59 @@ class GrainModel(GrainPreTrainedModel):
 
     def get_regions(self, pixel_values):
         """Images [B, 3, S, S] -> `GrainRegions`; needs a region decoder."""
-        _, embeds, boxes = self.decoder(self.backbone.visual(pixel_values))
+        return self._regions(self.backbone.visual(pixel_values))
+
+    def _regions(self, tokens):
+        """`get_regions` of the tokens of images."""
+        _, embeds, boxes = self.decoder(tokens)
         if embeds is None:
             raise ValueError("the model has no region decoder, so it has no regions")
         return GrainRegions(boxes_xyxy=_corners(boxes[-1]).clamp(0, 1), embeds=_unit(embeds))
+
+    def ground(self, pixel_values, input_ids):
+        """For each image and text the region with the largest cosine: boxes_xyxy [B, N, 4], scores [B, N].
+
+        With a box head, the cosine is that of the head's embedding of the box.
+        """
+        tokens = self.backbone.visual(pixel_values)
+        regions = self._regions(tokens)
+        embeds = regions.embeds
+        if self.decoder.boxes is not None:
+            embeds = _unit(self.decoder.boxes(tokens, regions.boxes_xyxy))
+        cosines = _cosines(embeds, _unit(self.get_text_features(input_ids)))  # [B, Q, N]
+        score, best = cosines.max(dim=1)
+        index = best[..., None].expand(-1, -1, 4)
+        return regions.boxes_xyxy.gather(1, index), score
+
+    def detect(self, pixel_values, input_ids, threshold=0.0, top_k=100):
+        """For each image the regions that show one of the texts: (boxes_xyxy [n, 4], scores [n], labels [n]), best first.
+
+        A score is the softmax over the texts of the scaled cosines; a single text has its cosine. Regions of one text
+        overlap by an IoU of at most 0.5.
+        """
+        boxes, embeds = self._regions(self.backbone.visual(pixel_values)).values()
+        cosines = _cosines(embeds, _unit(self.get_text_features(input_ids)))
+        own = self.decoder.logit_scale
+        scale = (self.backbone.logit_scale if own is None else own).exp()
+        scores = cosines
+        if cosines.shape[-1] > 1:
+            scores = (scale * cosines).double().softmax(-1).float()
+        low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
+        high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
+        both = (high - low).clamp(min=0).prod(-1)
+        area = both.diagonal(dim1=1, dim2=2)
+        covers = both > 0.5 * (area[:, :, None] + area[:, None] - both)  # [B, Q, Q]
+        found = []
+        for box, score, covered in zip(boxes, scores, covers):
+            kept = torch.zeros_like(score, dtype=torch.bool)
+            texts = torch.arange(score.shape[1], device=score.device)
+            for best in score.argsort(dim=0, descending=True, stable=True):  # of each text
+                kept[best, texts] = ~(covered[best] & kept.T).any(1)
+            region, label = (kept & (score >= threshold)).nonzero(as_tuple=True)
+            order = score[region, label].argsort(descending=True, stable=True)[:top_k]
+            region, label = region[order], label[order]
+            found.append((box[region], score[region, label], label))
+        return found
 
     def get_boxes(self, pixel_values, boxes_xyxy):
         """Embeddings of boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> [B, R, D], unit length."""

@@ -86,8 +86,6 @@ OTHERS = [  # what is loaded, the files that are there, the command, the rest of
     ("x.pt", ("x.pt",), "from-open-clip --input x.pt", "got a file, expected a folder"),
     ("lit.npz", ("lit.npz",), "from-big-vision --input lit.npz", "got a file"),
     ("a.pth.tar", ("a.pth.tar",), "from-torch --input a.pth.tar", "got a file"),
-    ("clip", ("clip/config.json", "clip/model.safetensors"), "from-hf --input ", "another package"),
-    ("oc", ("oc/open_clip_model.safetensors",), "from-open-clip --input ", "another package"),
 ]
 
 

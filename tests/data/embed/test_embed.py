@@ -34,7 +34,7 @@ COUNT = 11
 @pytest.fixture(scope="module", autouse=True)
 def model():
     """The commands of these tests load it once."""
-    model = inference.load("aviary-tiny", "float32")
+    model = inference.load("aviary-tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "load", lambda *_: model)
         yield model
