@@ -5,17 +5,10 @@ takes a folder of your own, too.
 Importing this package loads neither JAX nor TensorFlow.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grain_jax.checkpoint import importers
 from grain_jax.core.version import __version__ as __version__
-
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "setup.py").is_file():
-    # grain_jax.configs, .data and .launch lie beside this folder; in a wheel they lie in it.
-    __path__.append(str(_checkout))
-
 
 if TYPE_CHECKING:
     from grain_jax.inference import load as load

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
 
 import jax
@@ -45,7 +45,7 @@ class Encoder:
         templates: Sequence[str] | None = None,
         folder: epath.PathLike | None = None,
         progress: bool = False,
-        device: jax.Device | str | None = None,
+        device: Any = None,
     ):
         if dtype not in config_lib.DTYPES:
             names = " or ".join(config_lib.DTYPES)
@@ -400,7 +400,7 @@ class Encoder:
             parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
-    def _batches(self, images: OneOrMany | Tokens) -> Iterator[np.ndarray]:
+    def _batches(self, images: Any) -> Iterator[np.ndarray]:
         """Images, checked, or tokens, at most MAX_BATCH rows per device at a time. Raises InputError."""
         most = MAX_BATCH * len(self._devices)
         images = inputs.checked_images(images, self.model.image.image_size)
@@ -408,7 +408,7 @@ class Encoder:
             for first in range(0, len(images[0]), most):
                 yield images[0][first : first + most]
             return
-        total = len(images) if isinstance(images, Sized) else None
+        total = len(images) if hasattr(images, "__len__") else None
         counter = progress_lib.Counter("images", total, silent=not self.progress)
         resized = (self.resized(x, i) for i, x in enumerate(images))
         while batch := list(itertools.islice(resized, most)):
@@ -464,7 +464,7 @@ def _pad(x: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
 
 
-def _device(name: jax.Device | str) -> jax.Device:
+def _device(name: Any) -> Any:
     """A device, or the one with a name such as "cpu", "gpu" or "gpu:1". Raises InputError."""
     if not isinstance(name, str):
         return name

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast, overload
 
-import jax
 import numpy as np
 from etils import epath
 from scipy import special
@@ -60,7 +59,7 @@ Classes: TypeAlias = ClassTexts | ClassFeatures
 def load(
     name: epath.PathLike,
     *,
-    device: jax.Device | str | None = None,
+    device: Any = None,
     dtype: str | None = None,
     templates: Sequence[str] | None = None,
     progress: bool = False,
@@ -218,7 +217,15 @@ class Predictor(Encoder):
     ) -> Detections: ...
 
     @overload
-    def detect(self, images: np.ndarray, texts: Iterable[str], **options: Any) -> Any: ...
+    def detect(
+        self,
+        images: np.ndarray,
+        texts: Iterable[str],
+        *,
+        threshold: float = ...,
+        top_k: int = ...,
+        pixels: bool = ...,
+    ) -> Any: ...
 
     @overload
     def detect(
