@@ -8,6 +8,8 @@ HARDWARE  as configs/grain_vitb16_cc12m.py, the paper's recipe. Not yet run by u
 from grain_jax.config.recipe import with_pointer
 from grain_jax.configs import grain_vitb16_cc12m
 
+HARDWARE = grain_vitb16_cc12m.HARDWARE
+
 
 def get_config(hardware=None):
     c = with_pointer(grain_vitb16_cc12m.get_config(hardware))

@@ -9,6 +9,7 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.configs import (
     finetune,
+    grain_plus_vitb16_cc12m,
     grain_vitb16_cc12m,
     grain_vitg14_cc12m,
     grain_vith14_cc12m,
@@ -89,7 +90,14 @@ def test_two_towers_that_were_converted_get_a_decoder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe", [grain_vitb16_cc12m, grain_vitl14_cc12m, grain_vith14_cc12m, grain_vitg14_cc12m]
+    "recipe",
+    [
+        grain_vitb16_cc12m,
+        grain_plus_vitb16_cc12m,
+        grain_vitl14_cc12m,
+        grain_vith14_cc12m,
+        grain_vitg14_cc12m,
+    ],
 )
 def test_the_overrides_of_each_hardware(recipe):
     default = recipe.get_config().mesh.fsdp
