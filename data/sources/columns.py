@@ -48,10 +48,9 @@ class Named(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TableOptions(base.BoxUnit):
-    """The options of a table: the names of its columns, the form of its boxes, the names of its labels."""
+class RowOptions(base.BoxUnit):
+    """The options of rows beside their image: the names of columns, the form of boxes."""
 
-    image: str = ""
     caption: str = ""
     captions: str = ""
     boxes: str = ""
@@ -65,7 +64,7 @@ class TableOptions(base.BoxUnit):
         """Finds the columns in the table `where`. Raises SourceError: one is missing."""
         paths, missing = {}, []
         for name in NAMES:
-            column = getattr(self, name) or (name if name in known else "")
+            column = getattr(self, name, "") or (name if name in known else "")
             if column:
                 paths[name] = [column] if column in known else column.split(".")
                 missing += [] if paths[name][0] in known else [column]
@@ -122,6 +121,13 @@ class TableOptions(base.BoxUnit):
             x, y, width, height = box
             box = x - width / 2, y - height / 2, width, height
         return base.xywh(box)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableOptions(RowOptions):
+    """The options of a table."""
+
+    image: str = ""
 
 
 def warn_of_boxes(where: object, known: Sequence[str], named: Named) -> None:

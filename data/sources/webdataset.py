@@ -1,9 +1,12 @@
 """Tar shards as img2dataset and webdataset write them (CC3M, CC12M): KEY.jpg with KEY.txt, KEY.json.
 
+`--option boxes=KEY labels=KEY` reads boxes of the JSON; the other options stand in `data/sources/columns.py`.
+
 Members of one sample stand next to each other and share the name up to its first dot. A shard is one
 tar; its images are called TAR/MEMBER, since keys may be repeated in another tar.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,8 +19,8 @@ from typing import Any, ClassVar
 import msgspec
 from etils import epath
 
-from grain_jax.core import image_bounds, regular_file
-from grain_jax.data.sources import base, join
+from grain_jax.core import image_bounds, nearest, regular_file
+from grain_jax.data.sources import base, columns, join
 
 _MAX_PART = 255  # bytes of a part of a name: no file system takes more
 _UNWANTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, half surrogates
@@ -30,11 +33,8 @@ _HEADERS = (  # members that are part of the next one's header, read whole
 )
 
 
-class WebDataset:
-    """A `base.Source` of tars: images with their caption, the text beside them, else the JSON's `caption`.
-
-    A subclass with another `entry` reads more of what stands beside an image.
-    """
+class Tars:
+    """A `base.Source` of tars; a subclass has `entry(image, files, options)`."""
 
     images_are_files: ClassVar[bool] = False
 
@@ -52,17 +52,19 @@ class WebDataset:
         for path in paths:
             prefix = path.relative_to(root).with_suffix("").as_posix()
             name = urllib.parse.quote(prefix, safe="", errors="surrogateescape")
-            out.append(base.SourceShard(name, {"tar": str(path), "prefix": prefix}))
+            arguments = {"tar": str(path), "prefix": prefix, "label_text": options.label_text}
+            out.append(base.SourceShard(name, arguments))
         return sorted(out, key=lambda shard: shard.name)
 
     def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
         """The tar's images as `entry` makes them."""
         prefix, seen = shard.arguments["prefix"], set()
+        options = base.Options("", label_text=shard.arguments["label_text"])
         for sample in _samples(epath.Path(shard.arguments["tar"]), prefix):
-            yield sample if isinstance(sample, base.Fault) else self._image(*sample, seen)
+            yield sample if isinstance(sample, base.Fault) else self._image(*sample, seen, options)
 
     def _image(
-        self, name: str, files: dict[str, Any], seen: set[str]
+        self, name: str, files: dict[str, Any], seen: set[str], options: base.Options
     ) -> base.Annotation | base.Fault:
         """A sample's image; `seen` are the names of those before it, and then its own too."""
         ending = next(filter(_is_image, files), None)
@@ -76,28 +78,55 @@ class WebDataset:
             most = f"{image_bounds.MAX_BYTES:,} bytes, and {base.MAX_TEXT:,} of a text"
             return base.Fault(image, "too large", f"expected an image of at most {most}")
         try:
-            annotation = None if fault else self.entry(image, files)
+            annotation = None if fault else self.entry(image, files, options)
         except ValueError as error:
             fault = str(error)
         if fault:
             return base.Fault(image, "bad annotation", fault)
         return join.join(annotation._replace(encoded=files[ending]))
 
-    def entry(self, image: str, files: dict[str, bytes]) -> base.Annotation:
+    def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
         """What the files of a sample say about its image.
 
         Args:
           image: its name.
           files: ending -> content; of images only the first has its content.
+          options: with the `label_text` of the command.
 
         Raises:
           ValueError: they cannot be used; the message becomes the fault's detail.
         """
-        if "txt" in files:
-            caption = files["txt"].decode("utf-8", "replace")
-        else:
-            caption = metadata(files).get("caption")
-        return base.Annotation(image, (caption or "",))
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class WebDataset(columns.RowOptions, Tars):
+    """Images with their caption, the text beside them, else the JSON's `caption`; and what the options name of the JSON."""
+
+    def shards(self, options: base.Options) -> list[base.SourceShard]:
+        self._named(options)  # raises before a tar is read
+        return super().shards(options)
+
+    @property
+    def _keys(self) -> list[str]:
+        """The keys of the JSON that the options name."""
+        return [x.split(".")[0] for name in columns.NAMES if (x := getattr(self, name, ""))]
+
+    def _named(self, options: base.Options) -> columns.Named:
+        return self.named("webdataset", ["image", "caption", *self._keys], options)
+
+    def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
+        row = metadata(files) if self._keys or "txt" not in files else {}
+        for key in self._keys:
+            if key not in row:
+                raise ValueError(f"json: no {key}; {nearest.did_you_mean(key, row)}")
+        if not self.caption:
+            beside = files.get("txt", b"").decode("utf-8", "replace")
+            row["caption"] = beside if "txt" in files else join.text(row.get("caption"))
+        _, annotation = self.annotation(image, row, self._named(options))
+        if isinstance(annotation, base.Fault):
+            raise ValueError(annotation.detail)
+        return annotation._replace(where="")
 
 
 _Span = tuple[float, float, float, float, float, float, float]
@@ -109,7 +138,7 @@ class _Item(msgspec.Struct):
     noun_chunks: list[_Span] | None = None
 
 
-class Grit(WebDataset):
+class Grit(Tars):
     """GRIT (zzliang/GRIT): tars of img2dataset with the columns `noun_chunks` and `ref_exps` in the JSON.
 
     Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. Each entry of these columns is
@@ -117,7 +146,7 @@ class Grit(WebDataset):
     in shares of the image, so img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
     """
 
-    def entry(self, image: str, files: dict[str, bytes]) -> base.Annotation:
+    def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
         expected = "a caption and spans of seven numbers"
         item = regular_file.checked(metadata(files), _Item, "json", expected)
         # Referring expressions hold every noun chunk, with the words that belong to it.

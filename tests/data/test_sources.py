@@ -437,6 +437,8 @@ def test_samples_of_tars_that_are_incomplete(tmp_path):
     items = read_all("webdataset", options(tmp_path))
     assert causes(items) == {"00001/a/1": "no image", "00001/a/2.jpg": "bad annotation"}
     assert items[-1].image == "00001/a/3.jpg" and items[-1].captions == ("of the json",)
+    (shard,) = sources.shards("webdataset", options(tmp_path), {"captions": "captoin"})
+    assert list(sources.read(shard))[-1].detail == "json: no captoin; did you mean caption?"
 
 
 @pytest.mark.parametrize(
@@ -451,6 +453,12 @@ def test_samples_of_tars_that_are_incomplete(tmp_path):
         ),
         ("karpathy", {}, {}, "field `split` .*expected dataset_flickr30k"),
         ("csv", {}, {"bxoes": "b"}, "--option bxoes of .*: no such key; did you mean boxes"),
+        (
+            "webdataset",
+            {},
+            {"boxes": "b"},
+            "webdataset: has no column labels or descriptions; --option",
+        ),
         ("csv", {}, {"unit": "inch"}, "Invalid enum value 'inch'"),
     ],
 )
