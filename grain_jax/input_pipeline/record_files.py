@@ -72,13 +72,7 @@ def find(config: Config) -> list[RecordSet]:
 
 
 def _find(source: Dataset) -> RecordSet:
-    directory = text_lengths.folder_of(source)
-    if directory is None:
-        raise errors.MissingData(
-            f"no record set {source.name!r} in {source.data_dir!r} (looked for"
-            f" {epath.Path(source.data_dir) / source.name}/{text_lengths.VERSION}); make it with: grain-jax build --annotations A.jsonl --images DIR"
-            f" --output {source.data_dir or 'DIR'} --name {source.name or 'NAME'}"
-        )
+    directory = text_lengths.existing_folder_of(source)
     try:
         splits = regular_file.read_json(
             directory / DIGEST_FILE, dict[str, SplitDigest], "what grain-jax build writes"

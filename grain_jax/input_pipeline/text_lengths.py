@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax.config import Dataset
-from grain_jax.core import regular_file
+from grain_jax.core import errors, nearest, regular_file
 
 FILE = "text_lengths.json"
 VERSION = "1.0.0"  # of the record format, and the folder that TFDS looks for
@@ -144,6 +144,26 @@ def folder_of(source: Dataset) -> epath.Path | None:
     """The folder of the records of a set, or None if there is no complete one."""
     folder = epath.Path(source.data_dir) / source.name / VERSION
     return folder if source.name and (folder / "dataset_info.json").exists() else None
+
+
+def existing_folder_of(source: Dataset) -> epath.Path:
+    """The folder of the records of a set. Raises MissingData: a name is not set, or no complete set is there."""
+    for key, expected in (("data_dir", "the folder"), ("name", "the name")):
+        if not getattr(source, key):
+            expected += (
+                f" that grain-jax build --output DIR --name NAME wrote: --config.input.{key}=..."
+            )
+            raise errors.MissingData(f"input.{key}: got '', expected {expected}")
+    if folder := folder_of(source):
+        return folder
+    files = epath.Path(source.data_dir).glob(f"*/{VERSION}/dataset_info.json")
+    sets = sorted(x.parent.parent.name for x in files)
+    near = f"; {nearest.did_you_mean(source.name, sets)}" if sets else ""
+    raise errors.MissingData(
+        f"no record set {source.name!r} in {source.data_dir!r}{near} (looked for"
+        f" {epath.Path(source.data_dir) / source.name}/{VERSION}; make it with: grain-jax build"
+        f" --annotations A.jsonl --images DIR --output {source.data_dir} --name {source.name})"
+    )
 
 
 def read(source: Dataset, tokenizer: str) -> TextLengths | None:

@@ -21,7 +21,7 @@ from grain_jax.checkpoint import states
 from grain_jax.cli import process
 from grain_jax.config import loading
 from grain_jax.core import errors, progress
-from grain_jax.input_pipeline import derived, device
+from grain_jax.input_pipeline import derived, device, text_lengths
 from grain_jax.models import attention, placement
 from grain_jax.runtime import distributed, ending, lock, processes
 from grain_jax.train import (
@@ -185,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"mesh {dict(mesh.shape)}")
         print(sharding.table(program.state, program.shardings))
         return
+    if config.input.source == "records" and not config.input.prepare:
+        for source in config.input.sets:  # before TensorFlow is imported and the workdir made
+            text_lengths.existing_folder_of(source)
     keep_freed_memory()
     distributed.keep_compiled_programs()
     handler, watch = ending.PreemptionHandler(), ending.Watchdog(args.stall_seconds)

@@ -220,6 +220,10 @@ def test_a_missing_set_names_the_command(tmp_path):
     message = str(error.value)
     assert "\n" not in message and f"{tmp_path}/birds/1.0.0" in message
     assert "grain-jax build " in message and f" --output {tmp_path} --name birds" in message
+    (tmp_path / "bird/1.0.0").mkdir(parents=True)
+    (tmp_path / "bird/1.0.0/dataset_info.json").touch()
+    with pytest.raises(errors.MissingData, match=f"'birds' in '{tmp_path}'; did you mean bird. "):
+        records.batches(config)
 
 
 @pytest.fixture(scope="module")

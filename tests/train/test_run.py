@@ -39,6 +39,24 @@ def finished(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ((), "input.data_dir: got '', expected the folder .*: --config.input.data_dir=..."),
+        (("data_dir=DIR",), "input.name: got '', expected the name .*: --config.input.name=..."),
+        (("data_dir=DIR", "name=bird"), "no record set 'bird' in 'DIR' .looked for"),
+    ],
+)
+def test_a_dataset_that_is_missing_is_said_before_anything_is_made(
+    flags, line, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run.lock, "held", None)  # neither the workdir nor TensorFlow comes first
+    flags = [f"--config.input.{flag}" for flag in flags]
+    with pytest.raises(errors.MissingData, match=line):
+        run.main(["--config=own", f"--workdir={tmp_path / 'run'}", *flags])
+    assert not (tmp_path / "run").exists()
+
+
 def test_workdir_holds_what_the_contract_says(finished):
     names = (
         "config.json",
