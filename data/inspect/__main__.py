@@ -15,21 +15,28 @@ from grain_jax.data import example, parallel, sources
 from grain_jax.data.inspect import page, statistics
 from grain_jax.data.inspect.arguments import Inspect
 from grain_jax.data.sources import join
+from grain_jax.input_pipeline import text_lengths
 
 _BATCH = 256  # items that are counted together
+_FORMATS = {".json": "coco", ".csv": "csv", ".parquet": "parquet"}  # which only build reads
 _LINES_PER_TASK = 32  # their images are held in memory
 
 
 def inspect(args: Inspect) -> str:
     """Reads the set and writes the two files; returns the summary. Raises `errors.UserError`."""
     path = epath.Path(args.set)
-    output = epath.Path(args.output) if args.output else path.parent / "inspect"
-    output.mkdir(parents=True, exist_ok=True)  # first: without permission it fails early
+    shown = path.parent if path.name == text_lengths.VERSION else path
+    output = epath.Path(args.output or shown.parent / f"inspect-{shown.stem}")
+    if path.suffix in _FORMATS:
+        flags = f"--source {_FORMATS[path.suffix]} --annotations {path} --output DIR --name NAME"
+        expected = f"A.jsonl or a record set; build it first (grain-jax build {flags}) and inspect DIR/NAME"
+        raise errors.UserError(f"{path}: got {path.suffix}, expected {expected}")
     kind, folder, files, size = "tfds", str(path), (), 1000
     if not path.is_dir():
         kind, folder, files = "annotations", args.images or str(path.parent), (str(path),)
         size = _LINES_PER_TASK
     shards = sources.shards(kind, sources.Options(folder, files, shard_size=size))
+    output.mkdir(parents=True, exist_ok=True)  # early, in case that it may not be written
     total = sum(
         x.arguments["lines"] if files else x.arguments["stop"] - x.arguments["start"]
         for x in shards

@@ -14,7 +14,7 @@ class Inspect(Command, name="inspect"):
     what is inspected:
       SET                      record set of grain-jax build, DIR/NAME or DIR/NAME/1.0.0; or an A.jsonl
       --images DIR             folder of the images of an A.jsonl (default: the folder of the file)
-      --output DIR             folder to write (default: inspect beside the set)
+      --output DIR             folder to write (default: inspect-NAME beside the set)
       --num-images N           number of images on the sheet, at most 200
     """
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -135,3 +136,15 @@ def test_a_folder_without_the_images_is_one_line_and_status_2(record_set, capsys
     printed = capsys.readouterr().err.strip()
     assert "none of 40 images could be read; A.jsonl:1: there is no" in printed
     assert "\n" not in printed
+
+
+def test_each_set_has_its_own_page_and_other_formats_are_built_first(record_set, tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copytree(record_set / "out/tiny_set", tmp_path / name)
+    assert command.main([f"{tmp_path}/a"]) == command.main([f"{tmp_path}/b/1.0.0"]) == 0
+    pages = sorted(x.relative_to(tmp_path).as_posix() for x in tmp_path.rglob("inspect.html"))
+    assert pages == ["inspect-a/inspect.html", "inspect-b/inspect.html"]
+    capsys.readouterr()
+    assert command.main([f"{tmp_path}/instances.json"]) == 2
+    line = f"A.jsonl or a record set; build it first (grain-jax build --source coco --annotations {tmp_path}"
+    assert line in capsys.readouterr().err and not (tmp_path / "inspect-instances").exists()
