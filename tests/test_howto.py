@@ -46,6 +46,15 @@ def test_python_compiles(page):
         compile(block, page, "exec")
 
 
+def test_commands_that_train_on_own_images_name_the_dataset():
+    pages = [*PAGES, ROOT / "docs/own_images.md", ROOT / "README.md"]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
+    commands = re.findall(r"^grain-jax train --config (?:own|finetune|regions)\b.*", text, re.M)
+    assert len(commands) > 5
+    keys = ("--config.input.data_dir=records", "--config.input.name=mine")
+    assert [x for x in commands if not all(key in x for key in keys)] == []
+
+
 def test_the_loss_term_keeps_queries_apart(module):
     module("my_loss", blocks("loss.md")[0])
     c = tiny.config(loss__terms__apart={"term": "my_loss:apart", "weight": 0.25, "margin": 0.1})
