@@ -166,8 +166,12 @@ def existing_folder_of(source: Dataset) -> epath.Path:
     )
 
 
-def read(source: Dataset, tokenizer: str) -> TextLengths | None:
+def read(source: Dataset, tokenizer: str | None) -> TextLengths | None:
     """The lengths in the file beside the records of the set; None: no file, or one of another tokenizer or split.
+
+    Args:
+      source: the set.
+      tokenizer: its name; None: any will do.
 
     Raises:
       regular_file.FileError: the file is damaged.
@@ -176,6 +180,6 @@ def read(source: Dataset, tokenizer: str) -> TextLengths | None:
     if folder is None or source.split != "train" or not (folder / FILE).exists():
         return None
     content = regular_file.read_json(folder / FILE, _LengthsFile, "lengths of texts", 4 << 30)
-    if content.tokenizer != tokenizer:
+    if tokenizer not in (None, content.tokenizer):
         return None
     return _table(content.images, repr(source.name), content.records)

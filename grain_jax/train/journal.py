@@ -18,7 +18,7 @@ from grain_jax.core import atomic, errors, low_rank, metrics_file
 from grain_jax.evaluate import encode, tables
 from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.evaluate.report import page
-from grain_jax.input_pipeline import derived, sources, tokenizer
+from grain_jax.input_pipeline import derived, preparation, sources, tokenizer
 from grain_jax.models import grain, lora
 from grain_jax.runtime import processes
 from grain_jax.train import flops, forward, goodput, metrics_writer, schedule, train_step
@@ -47,7 +47,7 @@ class Journal:
         self.results: dict[str, float] = {}
         self._run, self._config, self._workdir = run, config, workdir
         self._checkpoints, terms = checkpoints, run.terms
-        self._terms = [term.metric for term in terms]
+        self._terms = [term.metric for term, _ in terms]
         self._last_good_step, self._last_save = start_step, time.monotonic()
         self._log = None
         if jax.process_index() == 0:
@@ -63,7 +63,7 @@ class Journal:
                 peak_flops=peak and peak * jax.device_count(),
                 flops_per_image=flops.per_image(config).train,
                 config=config,
-                terms={term.metric: term.short for term in terms},
+                terms={term.metric: (term.short, weight) for term, weight in terms},
             )
         counts = last_text_counts(state, self._log.lines() if self._log else [])
         self._text_counts = metrics_writer.TextCounts(counts, config.text.max_dropped_share)
@@ -85,6 +85,8 @@ class Journal:
             f" {millions:.1f}M parameters{self._of_factors(state)}, {run.total_steps} steps of {self._config.batch_size} images"
             + (f", resumed at step {start_step}" if start_step else "")
         )
+        if self._log and (warning := preparation.terms_without_data(self._config)):
+            self.say(warning)
 
     def _of_factors(self, state: train_step.TrainState) -> str:
         """How many parameters are factors of LoRA, in words; "" without."""

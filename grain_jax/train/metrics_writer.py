@@ -222,7 +222,7 @@ class MetricsWriter:
       flops_per_image: FLOPs that training needs an image (`flops.FlopsPerImage.train`).
       peak_flops: FLOPs a second that all devices can do together; None where it is not known.
       config: of the run; its `wandb` says whether Weights & Biases gets the metrics too. None: it does not.
-      terms: metric of each loss term -> its name in the progress line.
+      terms: metric of each loss term -> its name in the progress line, and its weight.
 
     Raises:
       UserError: Weights & Biases is asked for and cannot be reached.
@@ -238,7 +238,7 @@ class MetricsWriter:
         flops_per_image: float = 0.0,
         peak_flops: float | None = None,
         config: config_lib.Config | None = None,
-        terms: Mapping[str, str] | None = None,
+        terms: Mapping[str, tuple[str, float]] | None = None,
     ):
         self.workdir, self._line = epath.Path(workdir), progress.ProgressLine()
         self._terms = terms or {}
@@ -331,12 +331,16 @@ class MetricsWriter:
         last = step >= self.total_steps
         done = step - self._start_step
         eta = (time.monotonic() - self._started) / max(done, 1) * (self.total_steps - step)
-        on = {term: name for term, name in self._terms.items() if term in metrics}
-        terms = ", ".join(f"{name} {metrics[term]:.3f}" for term, name in on.items())
+        summed, unweighted = [], []
+        for term, (name, weight) in self._terms.items():
+            value = f"{metrics[term]:.3f}"
+            shown = f"{name} {value}" if weight in (0, 1) else f"{name} {weight:g} x {value}"
+            (summed if weight else unweighted).append(shown)
         parts = [
             f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})",
             f"ETA {progress.duration(eta)}",
-            f"loss {metrics['loss']:.3f}{' = ' if terms else ''}{terms}",
+            " = ".join(filter(None, [f"loss {metrics['loss']:.3f}", " + ".join(summed)])),
+            *([f"(weight 0: {', '.join(unweighted)})"] if unweighted else []),
             *([f"IoU {metrics['matched_iou']:.2f}"] if "matched_iou" in metrics else []),
             f"{metrics['images_per_second']:.0f} images/s",
             *([f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []),

@@ -32,9 +32,9 @@ class SetUp(NamedTuple):
     evals: dict[str, Evaluator]  # whose data is there
 
     @property
-    def terms(self) -> list[losses.LossTerm]:
-        """The terms of its loss."""
-        return [term for term, _ in losses.terms_of(self.config.loss)]
+    def terms(self) -> list[tuple[losses.LossTerm, float]]:
+        """The terms of its loss and their weights."""
+        return losses.terms_of(self.config.loss)
 
 
 def set_up(config: config_lib.Config, workdir: epath.Path) -> SetUp:

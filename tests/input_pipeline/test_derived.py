@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +171,36 @@ def test_what_does_not_fit_the_mesh_is_named_with_the_flags_that_do(changes, fac
         sharding.check_batch(open_config(**dict(text__pack_rows=8) | changes), mesh)
     assert all(fact in str(caught.value) for fact in facts)
     sharding.check_batch(open_config(batch_size=16, loss__group_size=8), mesh)
+
+
+CAPTION, SYNTHETIC, REGION = [[9], 0, [], []], [[], 9, [], []], [[], 0, [9], [[]]]
+
+
+@pytest.mark.parametrize(
+    "images, keys, warning",
+    [
+        ([SYNTHETIC, REGION], {}, ""),
+        ([REGION] * 3, {}, "no captions in 3 images .*: set --config.loss.image_caption=0$"),
+        ([REGION], {"loss__image_caption": 0.0}, ""),
+        ([REGION], {"input__descriptions_in_captions": 1}, ""),
+        (
+            [CAPTION, SYNTHETIC],
+            {"input__descriptions_in_captions": 1},
+            "no boxes in 2 images of 'x'; terms that need them stay 0: set --config.loss.box=0"
+            " --config.loss.region_description=0$",
+        ),
+    ],
+)
+def test_a_term_without_data_names_its_key(images, keys, warning, tmp_path):
+    source = dict(input__source="records", input__name="x", input__data_dir=str(tmp_path))
+    (tmp_path / "x/1.0.0").mkdir(parents=True)
+    (tmp_path / "x/1.0.0/dataset_info.json").touch()
+    content = {"tokenizer": "clip", "records": len(images), "images": images}
+    (tmp_path / "x/1.0.0" / text_lengths.FILE).write_text(json.dumps(content))
+    assert re.match(
+        warning and f"warning: {warning}" or "$",
+        preparation.terms_without_data(open_config(**source | keys)),
+    )
 
 
 def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):

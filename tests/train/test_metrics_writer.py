@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import struct
 import sys
 import types
 
 import pytest
 
+from grain_jax import losses
 from grain_jax.train import metrics_writer
 from tests import tiny
 
@@ -92,6 +94,23 @@ def test_rates_leave_pauses_out_and_have_mfu_where_the_peak_is_known(tmp_path, n
     now[0] = 53.0
     rates = log.rates(14, wait_seconds=0.5)  # what came before is not counted again
     assert rates["input_wait_fraction"] == 0
+
+
+def test_what_the_line_shows_adds_up_to_its_loss(tmp_path, now, capsys):
+    now[0] = 1.0
+    config = tiny.config(loss__image_caption=0.0, loss__box=0.25, loss__image_description=-2.0)
+    terms = losses.terms_of(config.loss)
+    values = {term.metric: 1.2346 + number for number, (term, _) in enumerate(terms)}
+    total = sum(weight * values[term.metric] for term, weight in terms)
+    shown = {term.metric: (term.short, weight) for term, weight in terms}
+    log = metrics_writer.MetricsWriter(tmp_path, 0, 9, 4, terms=shown)
+    log.progress(9, METRICS | values | {"loss": total} | log.rates(9, 0))
+    line = capsys.readouterr().err
+    loss, summed, apart = re.search(r"loss (\S+) = (.*?)  \((.*?)\)  IoU", line).groups()
+    assert summed == "box 0.25 x 2.235 + region 3.235 + description -2 x 4.235"
+    assert apart == "weight 0: caption 1.235"
+    products = [re.findall(r"-?\d\S*", part) for part in summed.split(" + ")]
+    assert sum(math.prod(map(float, x)) for x in products) == pytest.approx(float(loss), abs=3e-3)
 
 
 @pytest.fixture
