@@ -151,8 +151,9 @@ class Checkpoints:
                 fault = "it was read, but is not what was saved: state"
             if items and fault is None:
                 check_same_data(step, items.data, data)
-                if changed := _other_numbers(items.config, self._config):
-                    say(f"goes on with other values than checkpoint {step}: {', '.join(changed)}")
+                if changed := _other_numbers(items.config, self._config).items():
+                    words = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed)
+                    say(f"goes on with other values than checkpoint {step}: {words}")
                 self._move_aside(list(damaged))
                 return state
             say(f"checkpoint {step} is damaged, trying the one before ({fault})")
@@ -209,7 +210,14 @@ def _read_saved(
     """(state, all else) of a checkpoint."""
     items = read_items(folder)
     check_same_run(items.config, config)
-    return restore(folder, abstract_state), items
+    try:
+        return restore(folder, abstract_state), items
+    except CheckpointError:
+        changed = _other_numbers(items.config, config)
+        of_model = {key: x for key, x in changed.items() if key.startswith("model.")} or changed
+        if not of_model:
+            raise
+        raise CheckpointError(_of_another_run(of_model, "makes another model")) from None
 
 
 def _without_evals(content: dict[str, Any]) -> config_lib.Config:
@@ -217,8 +225,20 @@ def _without_evals(content: dict[str, Any]) -> config_lib.Config:
     return config_lib.from_dict(content | {"evals": {}, "checkpoint_best_metric": ""})
 
 
-def _other_numbers(stored: dict[str, Any], config: config_lib.Config) -> list[str]:
-    """`KEY OLD -> NEW` of each key that has another value than in the `stored` config and changes later steps.
+def _of_another_run(changed: Mapping[str, tuple[Any, Any]], reason: str) -> str:
+    """The message about keys with another value than in the run."""
+    lines = (f"{key}: the run has {old!r}, got {new!r}" for key, (old, new) in changed.items())
+    return "\n".join(lines) + f"\nThis {reason}; use another --workdir, or the old values."
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (old, new) of each that differs; options of a class may be in one of them alone."""
+    pairs = {key: (old.get(key), new.get(key)) for key in old | new}
+    return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
+
+
+def _other_numbers(stored: dict[str, Any], config: config_lib.Config) -> dict[str, tuple[Any, Any]]:
+    """Key -> (old, new) of each key that has another value than in the `stored` config and changes later steps.
 
     Those are of the role "numbers", and the length of the run, over which schedules stretch.
     """
@@ -228,34 +248,20 @@ def _other_numbers(stored: dict[str, Any], config: config_lib.Config) -> list[st
         | dict(total_steps=found.total_steps, total_epochs=found.total_epochs)
         for found in map(_without_evals, contents)
     )
-    return [
-        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
-        for key in old | new  # options of a class may be in one of them alone
-        if old.get(key) != new.get(key)
-    ]
+    return _changed(old, new)
 
 
 def check_same_run(content: dict[str, Any], config: config_lib.Config) -> None:
     """Raises CheckpointError where a stored config has another order of the data, or scale of LoRA, than `config`."""
     of_run = _without_evals(content)
-    stored = config_lib.select(of_run, {"order"})
-    new = config_lib.select(config, {"order"})
-    faults = [
-        f"{name}: the run in this workdir has {stored.get(name)!r}, got {new.get(name)!r}"
-        for name in stored | new  # options of a class may be in one of them alone
-        if stored.get(name) != new.get(name)
-    ]
-    if faults:
-        raise CheckpointError(
-            "\n".join(faults)
-            + "\nThe order of the data depends on these; use another --workdir, or the old values."
-        )
+    stored, new = (config_lib.select(x, {"order"}) for x in (of_run, config))
+    if changed := _changed(stored, new):
+        raise CheckpointError(_of_another_run(changed, "changes the order of the data"))
     old, lora = of_run.optim.lora, config.optim.lora
     if old.rank and old.alpha != lora.alpha:  # another rank does not fit, and says so
-        raise CheckpointError(
-            f"optim.lora.alpha: the run in this workdir has {old.alpha:g}, got {lora.alpha:g}; with the factors stored it"
-            " makes another model: use another --workdir, or the old value"
-        )
+        changed = {"optim.lora.alpha": (old.alpha, lora.alpha)}
+        reason = "makes another model of the stored factors"
+        raise CheckpointError(_of_another_run(changed, reason))
 
 
 def check_same_data(

@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.checkpoint import states
+from grain_jax.checkpoint import files, states
 from grain_jax.cli import process
 from grain_jax.config import loading
 from grain_jax.core import errors, progress
@@ -97,7 +97,7 @@ def _train(
 
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     checkpoints = states.Checkpoints(workdir, config)
-    with clock.spend("restore"):
+    with clock.spend("restore" if files.finished_steps(workdir) else "other"):
         state = restore_or_initialise(checkpoints, run, program)
     start_step = int(state.step)
     log = journal.Journal(run, workdir, checkpoints, state, clock)

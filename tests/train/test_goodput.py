@@ -97,7 +97,7 @@ def test_a_run_that_resumes_has_the_time_of_both(tmp_path, one_device):
     with pytest.raises(SystemExit):
         run.train(c, tmp_path, handler=tiny.EndsAt(3))
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert first["step"] == 3
+    assert first["step"] == 3 and first["time/restore"] == 0
     run.train(c, tmp_path)
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [1, 2, 3, 4]

@@ -35,7 +35,7 @@ def finished(tmp_path_factory, one_device):
 
 
 def test_it_does_not_go_on_with_another_scale(finished):
-    message = "optim.lora.alpha: the run in this workdir has 6, got 8; .* use another --workdir"
+    message = "optim.lora.alpha: the run has 6.0, got 8.0\n.* use another --workdir"
     with pytest.raises(files.CheckpointError, match=message):
         run.train(tiny.small(**RUN | dict(optim__lora__alpha=8.0), **TWO), finished)
 
