@@ -10,19 +10,15 @@ HARDWARE  any batch size that the devices divide; docs/own_images.md lists what 
 from grain_jax.config.recipe import base, with_pointer
 from grain_jax.evaluate.kinds import evaluator
 
-# Size -> images per step, peak learning rate, dtype of activations. A CPU computes bfloat16 slowly.
-SIZES = {
-    "tiny": (64, 1e-3, "float32"),
-    "S/16": (256, 5e-4, "bfloat16"),
-    "B/16": (256, 5e-4, "bfloat16"),
-}
+# Size -> images per step, peak learning rate.
+SIZES = {"tiny": (64, 1e-3), "S/16": (256, 5e-4), "B/16": (256, 5e-4)}
 
 
 def get_config(size="tiny"):
     if size not in SIZES:
         raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}")
     c = own_images(size)
-    c.batch_size, c.optim.learning_rate, c.dtype = SIZES[size]
+    c.batch_size, c.optim.learning_rate = SIZES[size]
     c.total_epochs = 50.0
     c.optim.warmup_epochs = 2.0
     if size == "tiny":  # as configs/demo.py, for a narrow model
@@ -37,6 +33,7 @@ def get_config(size="tiny"):
 def own_images(size="B/16"):
     """What this config shares with configs/finetune.py: a user's images on one machine."""
     c = with_pointer(base(size))
+    c.dtype = "auto"  # a CPU computes bfloat16 slowly
     c.log_every = 10
     c.checkpoint_every = 0
     c.checkpoint_every_minutes = 10.0

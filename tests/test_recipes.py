@@ -36,6 +36,7 @@ def test_the_own_recipe_takes_these_batch_sizes_without_other_flags(size, batch_
     config = config_lib.from_dict(c)
     assert config.model.decoder.queries == config.input.max_regions and config.loss.box == 0.2
     assert {entry["missing"] for entry in config.evals.values()} == {"skip"}
+    assert [config.with_dtype(x).dtype for x in ("cpu", "tpu")] == ["float32", "bfloat16"]
 
 
 def test_evaluations_are_skipped_until_their_images_are_named(tmp_path, capsys):
@@ -67,7 +68,7 @@ def test_all_of_a_run_of_ones_own_is_taken(tmp_path):
     c = finetune.get_config(str(tmp_path / "run"))
     config = config_lib.from_dict(c)
     assert config.model == model and config.input.max_regions == 3
-    assert config.loss.contrast == "sigmoid"
+    assert config.loss.contrast == "sigmoid" and config.with_dtype("cpu").dtype == "float32"
     loaded = initialise.load(config).params
     assert loaded.keys() == expected.keys()
     for name, array in loaded.items():

@@ -217,7 +217,12 @@ class Config:
     microbatches: int = count(
         1, "Parts that the towers see one after another; the loss sees all.", low=1, role="free"
     )
-    dtype: str = key("bfloat16", "Type of the activations.", choices=DTYPES, role="numbers")
+    dtype: str = key(
+        "bfloat16",
+        "Type of the activations; auto: float32 on CPUs, else bfloat16.",
+        choices=(*DTYPES, "auto"),
+        role="numbers",
+    )
     remat: str = key(
         "none",
         "Activations that the backward pass computes again.",
@@ -273,6 +278,11 @@ class Config:
     )
     evals: dict[str, OpenGroup] = key(dict, "Evaluators: dict(kind=..., ...).", role="result")
     init: Init = key(Init, role="result")
+
+    def with_dtype(self, platform: str) -> "Config":
+        """The config for devices of a JAX platform: with a type for `dtype=auto`."""
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+        return dataclasses.replace(self, dtype=dtype) if self.dtype == "auto" else self
 
     @property
     def frozen(self) -> tuple[str, ...]:

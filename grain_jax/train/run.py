@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = Train.parse(arguments)
     config = loading.load(args.config, args.overrides)
     if args.print_shardings:
-        mesh = sharding.make_mesh(config.mesh)
+        config, mesh = config.with_dtype(jax.default_backend()), sharding.make_mesh(config.mesh)
         config, _ = derived.planned(config, derived.Limits(sharding.batch_shards(mesh)))
         program = train_step.build(config, mesh, total_steps=1, steps_per_epoch=1.0)
         print(f"mesh {dict(mesh.shape)}")

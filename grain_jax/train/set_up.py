@@ -43,6 +43,7 @@ def set_up(config: config_lib.Config, workdir: epath.Path) -> SetUp:
     What needs no dataset comes first, since making one takes long.
     """
     losses.terms_of(config.loss)
+    config = config.with_dtype(jax.default_backend())
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config, mesh)
     metrics_writer.check_wandb(config.wandb)

@@ -15,7 +15,7 @@ from grain_jax.core import errors, progress
 from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending
-from grain_jax.train import metrics_writer, run
+from grain_jax.train import metrics_writer, run, set_up
 from tests import runs, tiny
 from tests.paths import ROOT
 
@@ -55,6 +55,10 @@ def test_a_dataset_that_is_missing_is_said_before_anything_is_made(
     with pytest.raises(errors.MissingData, match=line):
         run.main(["--config=own", f"--workdir={tmp_path / 'run'}", *flags])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_type_of_activations_follows_the_devices(tmp_path):
+    assert set_up.set_up(_config(dtype="auto"), tmp_path).config == _config(dtype="float32")
 
 
 def test_workdir_holds_what_the_contract_says(finished):
