@@ -114,7 +114,7 @@ def _largest(arrays: Iterable[tuple[int, str, str]]) -> list[dict[str, Any]]:
         {"count": count, "shape": shape, "bytes": size, "where": where}
         for (size, shape, where), count in Counter(arrays).items()
     ]
-    return sorted(entries, key=lambda entry: -entry["count"] * entry["bytes"])[:LARGEST]
+    return sorted(entries, key=lambda entry: -entry["bytes"])[:LARGEST]
 
 
 def by_kind(collectives: list[hlo_collectives.Collective]) -> dict[str, Any]:

@@ -36,10 +36,10 @@ def page(plan: dict[str, Any]) -> str:
     parts = [_heading(plan, unit), _section(f"Memory of one {unit}", _memory(plan["memory"]))]
     if largest := plan["largest"]:
         rows = [
-            (f"{e['count']} x {e['shape']}", gigabytes(e["count"] * e["bytes"]), e["where"][-44:])
+            (f"{e['count']} x {e['shape']}", f"{gigabytes(e['bytes'])} each", e["where"][-44:])
             for e in largest
         ]
-        title = "The largest arrays that a step makes, not all at one time"
+        title = "The largest arrays that a step makes"
         parts.append(_section(title, rows))
     if plan["roofline"] is not None:
         parts += [

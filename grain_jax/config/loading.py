@@ -16,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from grain_jax import config as config_lib
+from grain_jax.config import keys, parse
 from grain_jax.core import errors, named, nearest
 
 _ROOT = epath.Path(__file__).parent.parent  # of the package; a checkout has configs/ beside it
@@ -73,7 +74,7 @@ def load(
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, errors.UserError):
             raise
-        raise errors.UserError(" ".join(str(error).split())) from None
+        raise errors.UserError(_reason(error, texts)) from None
     for key, text in texts.items():
         if _EVALUATORS.fullmatch(key):
             group, _, name = key.partition(".")
@@ -93,6 +94,16 @@ def load(
                 entry.missing = "error"
     with named.importing():  # the classes that the user's config names
         return resolve(config)
+
+
+def _reason(error: Exception, texts: dict[str, str]) -> str:
+    """What ml_collections says in a line; for a value of another type, what its key expects."""
+    said = " ".join(str(error).split())
+    name = said.removeprefix("flag --config.").partition("=")[0]
+    known = {item.name: item.key for item in keys.listed(config_lib.Config)}
+    if name not in texts or name not in known:
+        return said
+    return f"--config.{name}: got {texts[name]!r}, expected {parse.expected(known[name])}"
 
 
 def _parse(arguments: list[str]) -> Any:

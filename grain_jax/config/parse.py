@@ -112,11 +112,11 @@ def _convert(key: Key, value: Any, path: str, faults: list[str]) -> Any:
     except msgspec.ValidationError:
         converted = None
         finite = not isinstance(value, float) or math.isfinite(value)
-        expected = _expected(key) if finite else "a finite number"
-        faults.append(f"{path}: got {value!r}, expected {expected}")
+        wanted = expected(key) if finite else "a finite number"
+        faults.append(f"{path}: got {value!r}, expected {wanted}")
     built_in = key.declared.get("built_in")
     if built_in and converted and converted not in built_in and not named.is_external(converted):
-        faults.append(f"{path}: got {value!r}, expected {_expected(key)}")
+        faults.append(f"{path}: got {value!r}, expected {expected(key)}")
     return converted
 
 
@@ -127,7 +127,8 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, float) else value
 
 
-def _expected(key: Key) -> str:
+def expected(key: Key) -> str:
+    """The type and the values of a key, in words."""
     is_named = key.declared.get("choices") or key.declared.get("built_in")
     return ", ".join(filter(None, ["" if is_named else key.type_words, key.values_words]))
 

@@ -64,9 +64,17 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         return _write(path, target, "GrainModel", *_read_grain(path, stated))
     family = _FAMILIES.get(str(stated.get("model_type")))
     if family is None:
-        raise ConvertError(
-            f"{file}: model_type: got {stated.get('model_type')!r}, expected one of {', '.join(_FAMILIES)}, grain"
+        kind, sizes = (
+            stated.get("model_type"),
+            "hf://google/siglip2-base-patch16-224, -256, -384, -512",
         )
+        naflex = (
+            f"; NaFlex is not read, but fixed sizes such as {sizes} are"
+            if kind == "siglip2"
+            else ""
+        )
+        expected = f"one of {', '.join(_FAMILIES)}, grain{naflex}"
+        raise ConvertError(f"{file}: model_type: got {kind!r}, expected {expected}")
     with archives.reading(file, f"a config that {family}Config of transformers takes"):
         config = getattr(transformers, f"{family}Config").from_dict(_without_steering(stated))
         stated_towers = (_dinov3 if family == "DINOv3ViT" else _two_towers)(path, family, config)

@@ -15,7 +15,7 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.convert import parity
 from grain_jax.convert.faults import ConvertError
-from grain_jax.core import atomic, errors
+from grain_jax.core import atomic, errors, metrics_file
 from grain_jax.input_pipeline import tokenizer
 
 # Files that conversions and exports write. Those of an older conversion go; whatever else lies there stays.
@@ -38,7 +38,9 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
     path = epath.Path(path)
     if path.exists() and not (path.is_dir() and (path / mark).exists()):
         if not path.is_dir() or any(path.iterdir()):
-            raise ConvertError(f"{path}: is in use by something else; expected a new folder")
+            is_run = (path / metrics_file.FILE).exists()
+            holder = "is a run of grain-jax train" if is_run else "is in use by something else"
+            raise ConvertError(f"{path}: {holder}; expected a new folder")
     if "://" not in str(path) and os.path.realpath(path) == os.path.realpath("."):
         raise ConvertError(f"{path}: is the current folder, expected another one to write")
     if "://" not in str(path):

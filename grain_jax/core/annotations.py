@@ -131,7 +131,7 @@ def parse_line(line: bytes, *, text_required: bool) -> Parsed:
     except (ValueError, RecursionError) as error:
         reason = "too deeply nested or too long a number"
         if isinstance(error, json.JSONDecodeError):
-            reason = f"{error.msg} at column {error.colno}"
+            reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         elif isinstance(error, UnicodeDecodeError):
             reason = f"not UTF-8 text (byte {error.start})"
         return Parsed(None, [f"not JSON: {reason}, expected one JSON object"], [], "", [])

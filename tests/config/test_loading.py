@@ -83,6 +83,8 @@ FAULTS = [
     (("mine.py:L/15",), "mine.py:6: ValueError: model size: got 'L/15', expected one of tiny, S/"),
     (("dmeo",), "--config: no such file dmeo.* did you mean demo"),
     ((None,), "--config: missing"),
+    (("demo", "batch_size=abc"), "^--config.batch_size: got 'abc', expected int, at least 1$"),
+    (("demo", "mesh=3"), "flag --config.mesh=3: Failed to parse '3' as a ConfigDict"),
     (("demo", "evals.sen=None"), "--config.evals.sen: no such key; did you mean evals.seen"),
     (("grain_vitb16_cc12m", "total_epochs=None"), "total_steps, total_epochs: exactly one must be set"),
 ]  # fmt: skip

@@ -109,6 +109,9 @@ def test_what_an_older_conversion_wrote_goes_and_the_users_files_stay(tmp_path):
     assert names_in(out) == {"a.txt", ".git/HEAD", "onnx.json", "image.onnx"}
     with pytest.raises(ConvertError, match="in use by something else; expected a new folder"):
         output.check_free(out)
+    write(out, "metrics.jsonl")
+    with pytest.raises(ConvertError, match="out: is a run of grain-jax train; expected a new"):
+        output.check_free(out)
 
 
 def test_a_fault_leaves_the_old_folder(tmp_path):

@@ -47,6 +47,7 @@ def test_reads(tmp_path):
 @pytest.mark.parametrize(
     "line, fault",
     [
+        (b'{"image": "a', "not JSON: Unterminated string starting at column 11, expected"),
         (b"{", "not JSON: Expecting property name enclosed in double quotes at column 2, expected"),
         (b'{"image": "\xff.png"}', "not JSON: not UTF-8 text (byte 11), expected one JSON object"),
         (b"[" * 100_000, "not JSON: too deeply nested"),

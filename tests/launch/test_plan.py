@@ -91,6 +91,9 @@ def test_plan_of_a_compiled_step(planned):
     assert stored["images_per_second_at_most"] == 16 / stored["roofline"]["step_s"]
     assert 0 < stored["mfu_at_most"] < 1 and stored["hbm_bytes"] > size
     assert stored["unknown_loops"] == 0 and len(stored["largest"]) == plan.LARGEST
+    sizes = [entry["bytes"] for entry in stored["largest"]]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] <= memory["total_bytes"]
+    assert f"{sizes[0] / 1e9:.2f} GB each" in printed
 
 
 def _params(config):
