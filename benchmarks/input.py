@@ -9,7 +9,6 @@ and resize, and open_clip's tokenizer. Each side runs in its own process; a turn
 its clock starts.
 """
 
-import os
 import statistics
 import tempfile
 import time
@@ -130,9 +129,6 @@ def main() -> None:
     real: list[epath.Path] = []
     if args.pictures:
         real = sorted(p for p in args.pictures.iterdir() if p.suffix.lower() in suffixes)
-    # As in records.py; the processes of the sides inherit it.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     result: dict[str, Any] = dict(machine=harness.machine(*PACKAGES), batch=made.BATCH)
     with tempfile.TemporaryDirectory() as temporary:
         folder = epath.Path(temporary)

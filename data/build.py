@@ -11,7 +11,6 @@ are named before the set is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0 
 import functools
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -65,8 +64,6 @@ def _build(
     args: Build, shards: list[sources.SourceShard], target: epath.Path, folder: epath.Path
 ) -> tuple[survey.Survey, str]:
     """Writes the set in `folder`; returns its images, and a line about it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the faults are what people should read
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a banner
     sizes = [x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards]
     known = all("lines" in x.arguments for x in shards)
     workers = args.workers or parallel.default_workers(sum(sizes) if len(shards) > 1 else 0)

@@ -1,6 +1,7 @@
 """What may import what, lazy and indirect imports counted; that nothing opens a user's path by hand."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -50,6 +51,17 @@ def test_import_boundaries(chain):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [""] * len(chain)
+
+
+def test_no_library_prints_lines_when_it_starts():
+    code = "import grain_jax.input_pipeline.records as r, jax; print(jax.devices(), r.tf.zeros(1).shape)"
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TF_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.endswith("] (1,)\n") and done.stderr == ""
 
 
 # epath has nothing like these. Its stat asks for the owner's name, which a container may not know. Its resolve() follows

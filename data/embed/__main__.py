@@ -137,8 +137,6 @@ def _finish(args: arguments.Embed, result: output.Embeddings, count: int, second
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of record sets and object stores
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     return process.console(arguments.Embed, embed, argv)
 
 

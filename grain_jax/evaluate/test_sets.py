@@ -210,8 +210,6 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
 
 def _tensorflow_datasets(name: str) -> Any:
     """Imports the package, which is slow to import and not on every machine."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no log lines at import
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:

@@ -9,10 +9,6 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# TensorFlow's banners tell a user nothing; decoding does not use oneDNN.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
 import msgspec
 import numpy as np
 import tensorflow as tf

@@ -8,13 +8,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from grain_jax.input_pipeline import record_files  # isort: skip  (before TensorFlow, whose logging it sets)
 import numpy as np
 import tensorflow as tf
 
 from grain_jax.config import Config, TextTower
 from grain_jax.core.schema import Batch
-from grain_jax.input_pipeline import assemble, order, sources, tokenizer, transforms
+from grain_jax.input_pipeline import assemble, order, record_files, sources, tokenizer, transforms
 from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 
