@@ -86,15 +86,9 @@ class Tars:
         return join.join(annotation._replace(encoded=files[ending]))
 
     def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
-        """What the files of a sample say about its image.
+        """What the files of a sample (ending -> content, of its first image alone) say about its image.
 
-        Args:
-          image: its name.
-          files: ending -> content; of images only the first has its content.
-          options: with the `label_text` of the command.
-
-        Raises:
-          ValueError: they cannot be used; the message becomes the fault's detail.
+        Raises ValueError: they cannot be used; the message becomes the fault's detail.
         """
         raise NotImplementedError
 
@@ -104,26 +98,23 @@ class WebDataset(columns.RowOptions, Tars):
     """Images with their caption, the text beside them, else the JSON's `caption`; and what the options name of the JSON."""
 
     def shards(self, options: base.Options) -> list[base.SourceShard]:
-        self._named(options)  # raises before a tar is read
+        self._columns(options)  # raises before a tar is read
         return super().shards(options)
 
-    @property
-    def _keys(self) -> list[str]:
-        """The keys of the JSON that the options name."""
-        return [x.split(".")[0] for name in columns.NAMES if (x := getattr(self, name, ""))]
-
-    def _named(self, options: base.Options) -> columns.Named:
-        return self.named("webdataset", ["image", "caption", *self._keys], options)
+    def _columns(self, options: base.Options) -> tuple[list[str], columns.Named]:
+        """The keys of the JSON that the options name, and as columns."""
+        keys = [x.split(".")[0] for name in columns.NAMES if (x := getattr(self, name, ""))]
+        return keys, self.named("webdataset", ["image", "caption", *keys], options)
 
     def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
-        row = metadata(files) if self._keys or "txt" not in files else {}
-        for key in self._keys:
-            if key not in row:
-                raise ValueError(f"json: no {key}; {nearest.did_you_mean(key, row)}")
+        keys, named = self._columns(options)
+        row = metadata(files) if keys or "txt" not in files else {}
+        if missing := [key for key in keys if key not in row]:
+            raise ValueError(f"json: no {missing[0]}; {nearest.did_you_mean(missing[0], row)}")
         if not self.caption:
             beside = files.get("txt", b"").decode("utf-8", "replace")
             row["caption"] = beside if "txt" in files else join.text(row.get("caption"))
-        _, annotation = self.annotation(image, row, self._named(options))
+        _, annotation = self.annotation(image, row, named)
         if isinstance(annotation, base.Fault):
             raise ValueError(annotation.detail)
         return annotation._replace(where="")

@@ -233,7 +233,7 @@ def _of_another_run(changed: Mapping[str, tuple[Any, Any]], reason: str) -> str:
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Key -> (old, new) of each that differs; options of a class may be in one of them alone."""
-    pairs = {key: (old.get(key), new.get(key)) for key in old | new}
+    pairs = {key: (old.get(key), new.get(key)) for key in {**old, **new}}
     return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
 
 

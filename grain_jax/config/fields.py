@@ -280,7 +280,7 @@ class Config:
     init: Init = key(Init, role="result")
 
     def with_dtype(self, platform: str) -> "Config":
-        """The config for devices of a JAX platform: with a type for `dtype=auto`."""
+        """The config with a type for `dtype=auto`, on devices of a JAX platform."""
         dtype = "float32" if platform == "cpu" else "bfloat16"
         return dataclasses.replace(self, dtype=dtype) if self.dtype == "auto" else self
 

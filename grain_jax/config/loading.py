@@ -99,11 +99,10 @@ def load(
 def _reason(error: Exception, texts: dict[str, str]) -> str:
     """What ml_collections says in a line; for a value of another type, what its key expects."""
     said = " ".join(str(error).split())
-    name = said.removeprefix("flag --config.").partition("=")[0]
-    known = {item.name: item.key for item in keys.listed(config_lib.Config)}
-    if name not in texts or name not in known:
-        return said
-    return f"--config.{name}: got {texts[name]!r}, expected {parse.expected(known[name])}"
+    for name, key, *_ in keys.listed(config_lib.Config):
+        if said.startswith(f"flag --config.{name}={texts.get(name)}: "):
+            return f"--config.{name}: got {texts[name]!r}, expected {parse.expected(key)}"
+    return said
 
 
 def _parse(arguments: list[str]) -> Any:

@@ -26,6 +26,9 @@ _FAMILIES = {
     "siglip": "Siglip",
     "dinov3_vit": "DINOv3ViT",
 }
+_INSTEAD_OF_NAFLEX = (
+    "instead of NaFlex take a fixed size, such as hf://google/siglip2-base-patch16-224"
+)
 # Keys of config.json that send transformers to code of the Hub, to quantized arrays, or to outputs without names.
 _STEERING = (
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
@@ -64,17 +67,11 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
         return _write(path, target, "GrainModel", *_read_grain(path, stated))
     family = _FAMILIES.get(str(stated.get("model_type")))
     if family is None:
-        kind, sizes = (
-            stated.get("model_type"),
-            "hf://google/siglip2-base-patch16-224, -256, -384, -512",
+        got, known = stated.get("model_type"), ", ".join(_FAMILIES)
+        naflex = f"; {_INSTEAD_OF_NAFLEX}" if got == "siglip2" else ""
+        raise ConvertError(
+            f"{file}: model_type: got {got!r}, expected one of {known}, grain{naflex}"
         )
-        naflex = (
-            f"; NaFlex is not read, but fixed sizes such as {sizes} are"
-            if kind == "siglip2"
-            else ""
-        )
-        expected = f"one of {', '.join(_FAMILIES)}, grain{naflex}"
-        raise ConvertError(f"{file}: model_type: got {kind!r}, expected {expected}")
     with archives.reading(file, f"a config that {family}Config of transformers takes"):
         config = getattr(transformers, f"{family}Config").from_dict(_without_steering(stated))
         stated_towers = (_dinov3 if family == "DINOv3ViT" else _two_towers)(path, family, config)

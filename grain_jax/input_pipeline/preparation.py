@@ -71,8 +71,8 @@ def terms_without_data(config: Config) -> str:
     It reads the sample of texts that grain-jax build keeps beside the records.
     """
     sets = config.input.sets if config.input.source == "records" else ()
-    samples = [x for x in (text_lengths.read(x, None) for x in sets) if x is not None]
-    if len(samples) < max(len(sets), 1):
+    samples = [x for x in map(text_lengths.read, sets) if x]
+    if not samples or len(samples) < len(sets):
         return ""
     boxes = any(x.descriptions.any() for x in samples)
     joined = config.input.descriptions_in_captions or config.input.captions_per_image == 3
@@ -84,6 +84,5 @@ def terms_without_data(config: Config) -> str:
         return ""
     lacking = " or ".join(["captions"] * (not captions) + ["boxes"] * (not boxes))
     looked_at = " and ".join(f"{len(x.synthetic)} images of {x.name}" for x in samples)
-    return (
-        f"warning: no {lacking} in {looked_at}; terms that need them stay 0: set {' '.join(keys)}"
-    )
+    advice = f"terms that need them stay 0: set {' '.join(keys)}"
+    return f"warning: no {lacking} in {looked_at}; {advice}"

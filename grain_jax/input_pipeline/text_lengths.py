@@ -148,33 +148,25 @@ def folder_of(source: Dataset) -> epath.Path | None:
 
 def existing_folder_of(source: Dataset) -> epath.Path:
     """The folder of the records of a set. Raises MissingData: a name is not set, or no complete set is there."""
-    for key, expected in (("data_dir", "the folder"), ("name", "the name")):
-        if not getattr(source, key):
-            expected += (
-                f" that grain-jax build --output DIR --name NAME wrote: --config.input.{key}=..."
-            )
-            raise errors.MissingData(f"input.{key}: got '', expected {expected}")
+    if missing := [key for key in ("data_dir", "name") if not getattr(source, key)]:
+        expected = "what grain-jax build --output DATA_DIR --name NAME was given"
+        flag = f"--config.input.{missing[0]}=..."
+        raise errors.MissingData(f"input.{missing[0]}: got '', expected {expected}: {flag}")
     if folder := folder_of(source):
         return folder
-    files = epath.Path(source.data_dir).glob(f"*/{VERSION}/dataset_info.json")
-    sets = sorted(x.parent.parent.name for x in files)
+    root = epath.Path(source.data_dir)
+    sets = sorted(x.parent.parent.name for x in root.glob(f"*/{VERSION}/dataset_info.json"))
     near = f"; {nearest.did_you_mean(source.name, sets)}" if sets else ""
     raise errors.MissingData(
-        f"no record set {source.name!r} in {source.data_dir!r}{near} (looked for"
-        f" {epath.Path(source.data_dir) / source.name}/{VERSION}; make it with: grain-jax build"
-        f" --annotations A.jsonl --images DIR --output {source.data_dir} --name {source.name})"
+        f"no record set {source.name!r} in {source.data_dir!r}{near} (looked for {root / source.name}/{VERSION}; make it"
+        f" with: grain-jax build --annotations A.jsonl --images DIR --output {root} --name {source.name})"
     )
 
 
-def read(source: Dataset, tokenizer: str | None) -> TextLengths | None:
+def read(source: Dataset, tokenizer: str | None = None) -> TextLengths | None:
     """The lengths in the file beside the records of the set; None: no file, or one of another tokenizer or split.
 
-    Args:
-      source: the set.
-      tokenizer: its name; None: any will do.
-
-    Raises:
-      regular_file.FileError: the file is damaged.
+    With `tokenizer` None any will do. Raises regular_file.FileError: the file is damaged.
     """
     folder = folder_of(source)
     if folder is None or source.split != "train" or not (folder / FILE).exists():

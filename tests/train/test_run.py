@@ -42,8 +42,8 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags, line",
     [
-        ((), "input.data_dir: got '', expected the folder .*: --config.input.data_dir=..."),
-        (("data_dir=DIR",), "input.name: got '', expected the name .*: --config.input.name=..."),
+        ((), "input.data_dir: got '', expected what .*: --config.input.data_dir=..."),
+        (("data_dir=DIR",), "input.name: got '', expected what .*: --config.input.name=..."),
         (("data_dir=DIR", "name=bird"), "no record set 'bird' in 'DIR' .looked for"),
     ],
 )
