@@ -26,9 +26,7 @@ _FAMILIES = {
     "siglip": "Siglip",
     "dinov3_vit": "DINOv3ViT",
 }
-_INSTEAD_OF_NAFLEX = (
-    "instead of NaFlex take a fixed size, such as hf://google/siglip2-base-patch16-224"
-)
+_INSTEAD_OF_NAFLEX = "take a fixed size such as hf://google/siglip2-base-patch16-224"
 # Keys of config.json that send transformers to code of the Hub, to quantized arrays, or to outputs without names.
 _STEERING = (
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
