@@ -1,5 +1,6 @@
 """The curves of a run: which of them share a chart, and the chart as SVG."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,9 +22,11 @@ _GROUPS = {  # title of a chart -> how the names of its curves begin
     "Regions": ("query_", "matched_", "region_description_accuracy"),
     "Gradient norms": ("grad_norm",),
     "Waiting for input": ("input_wait_",),
+    "Accuracies": ("image_", "hard_negative_", "box_description_"),
 }
+_BOOKKEEPING = ("time/", "process/", "texts", "model_flops_per_second")
 _POINTS = 400  # of a curve, at most
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 190, 52, 20  # of a chart, in its own units
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 190, 64, 20  # of a chart, in its own units
 _COLOURS = 8  # --c0 to --c7 of core/base.css
 
 
@@ -58,6 +61,22 @@ def _headline(key: str, label: str) -> str:
     return f"{name}: {label}{', ' * bool(group)}{' '.join(group)}".replace("_", " ")
 
 
+def figures(series: Mapping[str, Curve]) -> str:
+    """All charts; those of bookkeeping, and those whose curves are all flat, are folded away."""
+    shown, folded = "", []
+    for chart in charts(series):
+        flat = all(len(set(series[key][1])) < 2 for key in chart.labels)
+        if flat or all(key.startswith(_BOOKKEEPING) for key in chart.labels):
+            folded.append(svg(chart, series))
+        else:
+            shown += svg(chart, series)
+    if folded:
+        about = f"{len(folded)} more: flat curves, counts of texts, shares of the time"
+        shown += f'<details><summary>{about}</summary><div class="charts">{"".join(folded)}</div>'
+        shown += "</details>"
+    return shown
+
+
 def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
     """A chart as a figure, with the last value of each curve below."""
     curves = {key: _thinned(series[key]) for key in chart.labels}
@@ -80,7 +99,7 @@ def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
         lines.append(f"<polyline {shape}><title>{html.text(said)}</title></polyline>")
         legend.append(f'<span><i style="background:{colour}"></i>{html.text(said)}</span>')
     ends = (
-        f'<text x="{_LEFT - 5}" y="{y}" text-anchor="end">{value:.3g}</text>'
+        f'<text x="{_LEFT - 5}" y="{y}" text-anchor="end">{_short(value)}</text>'
         for y, value in ((_HEIGHT - _BOTTOM, low), (16, high))
     )
     return (
@@ -91,6 +110,13 @@ def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
         f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 5}" text-anchor="end">{last:,}</text>'
         f'{"".join(lines)}</svg><figcaption class="legend">{"".join(legend)}</figcaption></figure>'
     )
+
+
+def _short(value: float) -> str:
+    """A number for an axis, at most nine characters."""
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.3g}")
 
 
 def _thinned(curve: Curve) -> Curve:

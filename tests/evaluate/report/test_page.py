@@ -51,10 +51,10 @@ def _evals(folder):
 def test_it_holds_the_numbers(run):
     shown = _text(run[0] / "report.html")
     for phrase in (
-        "birds: alpha_1.0/top1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 pictures",
+        "birds: alpha_1.0/top1 77.5% 70.0 - 83.0%; chance 33.3%; of 12 images",
         "boxes: box_iou 0.464 chance 0.200",
-        "cifar10: alpha_1.0/top1 60.0% chance 10.0%; of 40 pictures",
-        "cifar10: by_name/alpha_1.0/top1 50.0% chance 10.0%; of 40 pictures",
+        "cifar10: alpha_1.0/top1 60.0% chance 10.0%; of 40 images",
+        "cifar10: by_name/alpha_1.0/top1 50.0% chance 10.0%; of 40 images",
         "cifar10, alpha 1.0 (suite.json) cat 25.0% ship 95.0%",
         "birds, alpha 1.0 (12 of 12 images)",
         "total 0.225",
@@ -184,7 +184,18 @@ def test_which_curves_share_a_chart():
 def test_the_line_of_a_curve():
     chart = charts.Chart("a < b", {"x": "curve"})
     drawn = charts.svg(chart, {"x": ([0.0, 10.0], [1.0, 3.0])})
-    assert '<polyline points="52.0,170.0 412.0,10.0"' in drawn and "a &lt; b" in drawn
+    assert '<polyline points="64.0,170.0 412.0,10.0"' in drawn and "a &lt; b" in drawn
     assert ">1</text>" in drawn and ">3</text>" in drawn and "curve 3</span>" in drawn
     many = charts.svg(chart, {"x": (list(range(2000)), [0.0] * 1999 + [1.0])})
     assert many.count(",170.0") == 399 and many.count(",10.0") == 1  # the last point stays
+
+
+@pytest.mark.quick
+def test_flat_and_bookkeeping_curves_are_folded_away():
+    lines = dict.fromkeys(["loss", "mfu", "time/unix", "texts_dropped"], ([1, 2], [0.5, 2.5e10]))
+    shown, folded = charts.figures(lines | {"logit_scale": ([1, 2], [3, 3])}).split("<details>")
+    assert re.findall("<h3>(.*?)<", shown) == ["Losses", "mfu"]
+    assert re.findall("<h3>(.*?)<", folded) == ["time/unix", "texts dropped", "logit scale"]
+    numbers = [0, 0.000863, -0.000863, 999, 178715, 2.279e10, -8.63e-5]
+    short = ["0", "0.000863", "-0.000863", "999", "178,715", "2.28e10", "-8.63e-5"]
+    assert list(map(charts._short, numbers)) == short
