@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "docs/site"))
 import commands
 import config_keys
 import hook
+import write
 
 pytestmark = pytest.mark.quick
 
@@ -59,6 +60,12 @@ def test_a_page_of_every_command_has_every_flag():
         text = pages[f"commands/{name.split()[0]}.md"]
         flags = [flag.name for flags in parser.groups.values() for flag in flags]
         assert [flag for flag in flags if flag not in text] == []
+
+
+def test_the_texts_for_readers_on_github_are_up_to_date():
+    old = [str(file) for file, text in write.texts().items() if file.read_text() != text]
+    assert not old, f"{old}: run python docs/site/write.py"
+    assert set((ROOT / "docs").rglob("*.txt")) == set(write.texts())
 
 
 def test_the_menu_has_every_command():
