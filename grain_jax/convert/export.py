@@ -21,10 +21,10 @@ from grain_jax import inference
 from grain_jax.convert import output as files
 from grain_jax.convert import parity, tables
 from grain_jax.convert.arguments import Export
+from grain_jax.convert.exits import folder, tokenizers
 from grain_jax.core import errors
 from grain_jax.core.version import __version__
 from grain_jax.inference import jitted, scores
-from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import box_head, grain
 
 DESCRIPTION = "model.json"  # marks the folder
@@ -37,7 +37,7 @@ def export_model(
 ) -> list[parity.Comparison]:
     """Writes the `.stablehlo` of `image`, `text`, `regions`, `boxes` and `maps`, `params.npz`, `model.json`.
 
-    The tokenizer's file goes with them. A model without region queries has no `regions.stablehlo`, one without a box head
+    `tokenizer.json` prepares texts. A model without region queries has no `regions.stablehlo`, one without a box head
     no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`.
     What was written is read back and runs on this machine.
 
@@ -53,6 +53,9 @@ def export_model(
       ConvertError: the folder holds something else, or cannot be written.
     """
     target = files.check_free(output, DESCRIPTION)
+    token_files, missing = tokenizers.alone(predictor.model.text, predictor.folder)
+    if missing:
+        print(missing, file=sys.stderr)
     params: dict[str, Any] = {
         name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
     }
@@ -66,8 +69,9 @@ def export_model(
             np.savez(file, **params)
         for name, (program, _) in exported.items():
             (new / f"{name}.stablehlo").write_bytes(program.serialize())
-        _copy_tokenizer(predictor, new)
-        description = _description(predictor, exported)
+        for name, content in token_files.items():
+            folder.write_file(new / name, content)
+        description = _description(predictor, exported, missing)
         (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         return _compare(predictor, new, exported)
 
@@ -143,7 +147,9 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
     return maps
 
 
-def _description(predictor: inference.Predictor, exported: Mapping[str, Any]) -> dict[str, Any]:
+def _description(
+    predictor: inference.Predictor, exported: Mapping[str, Any], missing: str
+) -> dict[str, Any]:
     """What `model.json` says: among it, the arguments of each function, `params` being all arrays of params.npz."""
     program, tower = exported["image"][0], predictor.model.text
     end = "not looked at: zeros will do"
@@ -159,20 +165,25 @@ def _description(predictor: inference.Predictor, exported: Mapping[str, Any]) ->
         "platforms": list(program.platforms),
         "activations": predictor.dtype,
         "functions": {name: ["params", *inputs] for name, (_, inputs) in exported.items()},
-        **describe(predictor, "the function: give it the uint8 values", end),
+        **describe(predictor, "the function: give it the uint8 values", end, missing),
     }
 
 
-def describe(predictor: inference.Predictor, normalised_by: str, end: str) -> dict[str, Any]:
+def describe(
+    predictor: inference.Predictor, normalised_by: str, end: str, missing: str
+) -> dict[str, Any]:
     """What a user of exported files must know of the images, of the texts, and of the scores, as values of JSON.
 
     Args:
       predictor: the model.
       normalised_by: who subtracts the mean of pixels and divides by their deviation.
       end: how the end of a text is known.
+      missing: why there is no tokenizer.json, or "".
     """
     image, text = predictor.model.image, predictor.model.text
-    is_clip = text.tokenizer == "clip"
+    cleans = "tokenizer.json, which cleans, cuts and pads texts"
+    if text.cleaning == "lower":
+        cleans += "; it repairs no broken encodings and no HTML entities"
     about: dict[str, Any] = {
         "grain_jax": __version__,
         "image": {
@@ -185,7 +196,7 @@ def describe(predictor: inference.Predictor, normalised_by: str, end: str) -> di
         "text": {
             "context_length": text.context_length,
             "vocab_size": text.vocab_size,
-            "tokenizer": "CLIP's byte pairs" if is_clip else epath.Path(text.tokenizer).name,
+            "tokenizer": missing or cleans,
             "cleaning": text.cleaning,
             "pad_id": text.pad_id,
             "end": end,
@@ -195,21 +206,6 @@ def describe(predictor: inference.Predictor, normalised_by: str, end: str) -> di
     if predictor.logit_bias is not None:
         about["logit_bias"] = float(predictor.logit_bias)
     return about
-
-
-def _copy_tokenizer(predictor: inference.Predictor, output: epath.Path) -> None:
-    """Copies the tokenizer's file from the model's folder; nothing that a config names elsewhere."""
-    tower = predictor.model.text
-    if tower.tokenizer == "clip":
-        return
-    if path := tokenizer.own_file(tower, predictor.folder):
-        (output / path.name).write_bytes(tokenizer.content_of(path))
-    else:
-        print(
-            f"model.text.tokenizer: {tower.tokenizer} is no file in {predictor.folder}, so it was not copied;"
-            f" put the tokenizer's file beside {DESCRIPTION}",
-            file=sys.stderr,
-        )
 
 
 def _compare(

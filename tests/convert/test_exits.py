@@ -157,13 +157,14 @@ def test_the_class_that_loads_an_export_gives_our_outputs(start, trunk, tmp_path
         assert report.verdict == "PROVEN", report.text
 
 
-def test_sentencepiece_goes_out_as_siglips_tokenizer(tmp_path, capsys):
-    keys = dict(text__tokenizer="siglip.model", text__cleaning="siglip", text__pad_id=1)
+@pytest.mark.parametrize("cleaning", ["siglip", "siglip2", "canonical"])
+def test_sentencepiece_goes_out_with_its_cleaning(cleaning, tmp_path, capsys):
+    keys = dict(text__tokenizer="siglip.model", text__cleaning=cleaning, text__pad_id=1)
     source, _ = made(tmp_path / "ours", **SIGLIP | keys)
     perturbed.write_sentencepiece(source)
     assert "\ntoken_ids " in run(capsys, "to-hf", source, tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert type(tokenizer).__name__ == "SiglipTokenizer"
+    assert (type(tokenizer).__name__ == "SiglipTokenizer") == (cleaning == "siglip")
 
 
 REGIONS = dict(image__depth=1, text__depth=1, decoder__depth=1)

@@ -26,8 +26,8 @@ _PREPARE = "RGB / 255, minus pixel_mean, divided by pixel_std; float32 [batch, 3
 def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """to-onnx: a model that `grain_jax.load` reads to image.onnx, text.onnx, and boxes.onnx, maps.onnx if it has them.
 
-    The numbers of images, texts and boxes are free. `onnx.json` says how to prepare images and texts; the
-    tokenizer's files go with them.
+    The numbers of images, texts and boxes are free. `onnx.json` says how to prepare images, and
+    `tokenizer.json` prepares texts.
 
     Args:
       source: a workdir, a checkpoint or a converted folder.
@@ -46,17 +46,13 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
 
         module = torch_module.make_module(stored.model)
     torch_module.load_states(module, names.state_dicts(stored.params))
-    token_files, missing = tokenizers.files(stored.model.text, stored.folder)
-    if (
-        stored.model.text.tokenizer == "clip"
-    ):  # transformers would pad with another id than onnx.json
-        token_files.pop("tokenizer_config.json", None)
+    token_files, missing = tokenizers.alone(stored.model.text, stored.folder)
     with output.replacing(target, DESCRIPTION) as new:
         with _quiet():
             module.export_onnx(str(new))
         for name, content in token_files.items():
             folder.write_file(new / name, content)
-        described = _description(stored, new)
+        described = _description(stored, new, missing)
         folder.write_file(new / DESCRIPTION, described)
         proof = _prove(new, stored)
     lines = [f"to-onnx: {stored.folder} -> {target}: {', '.join(described['files'])}"]
@@ -75,7 +71,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _description(source: folder.SourceModel, path: epath.Path) -> dict[str, Any]:
+def _description(source: folder.SourceModel, path: epath.Path, missing: str) -> dict[str, Any]:
     """What `onnx.json` says of the files in `path`."""
     import torch
 
@@ -84,7 +80,7 @@ def _description(source: folder.SourceModel, path: epath.Path) -> dict[str, Any]
         "torch": torch.__version__,
         "files": [f"{part}.onnx" for part in PARTS if (path / f"{part}.onnx").exists()],
         "sha256": {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in path.iterdir()},
-        **export.describe(predictor, f"you: {_PREPARE}", "found by the file"),
+        **export.describe(predictor, f"you: {_PREPARE}", "found by the file", missing),
     }
 
 

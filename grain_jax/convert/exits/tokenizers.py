@@ -18,7 +18,9 @@ from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 TEXTS = ["a photo of a wren", "Two DOGS and a cat's   bowl, 1998!", "x", "long " * 100]
 
 
-def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str, Any], str]:
+def files(
+    tower: config_lib.TextTower, folder: epath.PathLike | None, *, fast: bool = False
+) -> tuple[dict[str, Any], str]:
     """The files by name (bytes, or JSON values), and a line that says why there are none, or "".
 
     CLIP's files pad with the end token.
@@ -26,6 +28,7 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
     Args:
       tower: the text tower.
       folder: of the model, where the file of its tokenizer is looked for.
+      fast: a tokenizer.json in every case; else SigLIP's own pieces go out as SiglipTokenizer's.
 
     Raises:
       UserError: the file of the tokenizer cannot be read.
@@ -42,14 +45,37 @@ def files(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str
         # Model cards are published, so they name none of this machine's folders.
         name = epath.Path(tower.tokenizer).name
         why = f"{name} is no file in the folder of the model; put it there and convert again"
-    elif path.suffix == ".model" and tower.cleaning != "siglip":
-        why = f"model.text.cleaning: got {tower.cleaning}, transformers' SiglipTokenizer has siglip"
     else:
-        tokenizer.of_tower(tower, folder)  # raises if it does not fit the tower
-        if made := (_of_json if path.suffix == ".json" else _of_sentencepiece)(path, tower):
-            return made, ""
+        library = tokenizer.of_tower(tower, folder)  # raises if it does not fit the tower
+        is_json = path.suffix == ".json"
+        made = _of_json(path, tower) if is_json else _of_sentencepiece(path, tower, fast)
         why = f"model.text.pad_id: got {tower.pad_id}, {path.name} has no such token"
+        if not is_json and "tokenizer.json" in made:
+            ids = [x.ids for x in complete(made, tower).encode_batch(TEXTS)]
+            if ids != library(TEXTS, tower.context_length).tolist():
+                made, why = {}, f"{path.name} as a tokenizer.json gives other token ids"
+        if made:
+            return made, ""
     return {}, f"no tokenizer files: {why}"
+
+
+def alone(tower: config_lib.TextTower, folder: epath.PathLike | None) -> tuple[dict[str, Any], str]:
+    """As `files`, a tokenizer.json that needs no other file: it cleans, cuts and pads texts as the tower wants them."""
+    token_files, missing = files(tower, folder, fast=True)
+    if not token_files:
+        return {}, missing
+    return {"tokenizer.json": json.loads(complete(token_files, tower).to_str())}, ""
+
+
+def complete(token_files: dict[str, Any], tower: config_lib.TextTower) -> Any:
+    """The tokenizer in a tokenizer.json, which cuts and pads texts to the context length."""
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_str(json.dumps(token_files["tokenizer.json"]))
+    library.enable_truncation(tower.context_length)
+    pad = dict(pad_id=tower.pad_id, pad_token=library.id_to_token(tower.pad_id))
+    library.enable_padding(length=tower.context_length, **pad)
+    return library
 
 
 def with_end(source: SourceModel) -> SourceModel:
@@ -119,20 +145,87 @@ def _of_clip(tower: config_lib.TextTower) -> dict[str, Any]:
     return _fast(library, tower, [normalizers.NFC()], tokens)
 
 
-def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:
-    """The files of SiglipTokenizer; {} if the file has no token with the id of the padding."""
+def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower, fast: bool) -> dict[str, Any]:
+    """The files of SiglipTokenizer, or, if `fast` or cleaned otherwise, of a fast tokenizer with the same ids.
+
+    {} if the file has no token with the id of the padding.
+    """
     import sentencepiece
+    import tokenizers
+    from tokenizers import AddedToken, Regex, models, normalizers, processors
 
     content = tokenizer.content_of(path)
     library = sentencepiece.SentencePieceProcessor(model_proto=content)
-    if tower.pad_id >= library.vocab_size():
+    size, end, unknown = library.vocab_size(), library.eos_id(), library.unk_id()
+    if tower.pad_id >= size:
         return {}
-    ids = {"eos_token": library.eos_id(), "unk_token": library.unk_id(), "pad_token": tower.pad_id}
-    tokens = {name: library.id_to_piece(i) for name, i in ids.items()}
-    return {
-        "spiece.model": content,
-        "tokenizer_config.json": _config("SiglipTokenizer", tower, **tokens),
-    }
+    pieces, scores = (
+        [library.id_to_piece(i) for i in range(size)],
+        library.get_score([*range(size)]),
+    )
+    tokens = dict(eos_token=pieces[end], pad_token=pieces[tower.pad_id])
+    if tower.cleaning == "siglip" and not fast:
+        tokens["unk_token"] = pieces[unknown]
+        stated = _config("SiglipTokenizer", tower, **tokens)
+        return {"spiece.model": content, "tokenizer_config.json": stated}
+    bytes_too = any(map(library.is_byte, range(size)))
+    message = _message(content)
+    trainer, rules = (_message(message.get(number, [b""])[-1]) for number in (2, 3))
+    says = lambda number: rules.get(number, [1])[-1] != 0
+    if trainer.get(3, [1])[-1] == 2:
+        made: Any = models.BPE(
+            {piece: i for i, piece in enumerate(pieces)},
+            _merges(pieces, scores),
+            unk_token=pieces[unknown],
+            fuse_unk=True,
+            byte_fallback=bytes_too,
+        )
+    else:
+        made = models.Unigram([*zip(pieces, scores)], unknown, byte_fallback=bytes_too)
+    steps: list[Any] = [normalizers.Precompiled(x) for x in rules.get(2, [])[-1:] if x]
+    if says(4):  # remove_extra_whitespaces
+        steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
+    steps += [normalizers.Prepend(" ")] * says(3) + [normalizers.Replace(" ", "\u2581")]
+    made = tokenizers.Tokenizer(made)
+    made.normalizer = normalizers.Sequence(
+        steps
+    )  # a text is one word, in which "\u2581" is a space
+    if tower.cleaning in ("siglip2", "none"):  # the others would clean around them
+        whole = [i for i, x in enumerate(message[1]) if _message(x).get(3) == [4]]  # never split
+        made.add_tokens([AddedToken(pieces[i], normalized=False) for i in whole])
+    single, special = f"$A {pieces[end]}", [(pieces[end], end)]
+    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    return _fast(made, tower, [], tokens)
+
+
+def _merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """Pairs of pieces that are a piece, the best first."""
+    known = set(pieces)
+    splits = lambda piece: ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+    order = sorted(range(len(pieces)), key=lambda i: -scores[i])
+    return [x for i in order for x in splits(pieces[i]) if known.issuperset(x)]
+
+
+def _message(content: bytes) -> dict[int, list[Any]]:
+    """The fields of a message of protocol buffers by number: numbers, and bytes for all else."""
+    fields, at = {}, 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = content[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(content):
+        field, kind = divmod(number(), 8)
+        length = 0 if kind == 0 else number() if kind == 2 else {1: 8, 5: 4}[kind]
+        value = number() if kind == 0 else content[at : at + length]
+        fields.setdefault(field, []).append(value)
+        at += length
+    return fields
 
 
 def _of_json(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:
