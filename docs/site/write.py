@@ -15,20 +15,17 @@ COLUMNS = 100
 
 def texts() -> dict[pathlib.Path, str]:
     """File -> its text, the same on every machine."""
-    files = {}
     with mock.patch.dict(os.environ, COLUMNS=str(COLUMNS)):
-        for path, page in commands.pages().items():
-            text = re.sub(r"^#+ grain-jax .*\n\n```text\n|```\n", "", page, flags=re.M)
-            files[(DOCS / path).with_suffix(".txt")] = text.strip() + "\n"
-    keys = re.sub(r"^#### `(.*)` \{ #.*\n\n(.*)\n\n(.*)\n\{ \.facts \}", r"\1\n    \2\n    \3",
-                  config_keys.markdown(), flags=re.M)  # fmt: skip
+        pages = {(DOCS / path).with_suffix(".txt"): text for path, text in commands.pages().items()}
+    mark = re.compile(r"^#+ grain-jax .*\n\n```text\n|```\n|\n\Z", re.M)
+    key = re.compile(r"^#### `(.*)` \{ #.*\n\n(.*)\n\n(.*)\n\{ \.facts \}", re.M)
+    keys = key.sub(r"\1\n    \2\n    \3", config_keys.markdown())
     keys = re.sub(r"^## (.*)", r"\1\n" + "=" * 40, keys, flags=re.M)
-    lines = re.sub(r"[`*]", "", keys).splitlines()
-    wrapped = [
-        x for line in lines for x in textwrap.wrap(line, COLUMNS, subsequent_indent="    ") or [""]
-    ]
-    files[DOCS / "config_keys.txt"] = "\n".join(wrapped) + "\n"
-    return files
+    wrap = lambda line: textwrap.fill(line, COLUMNS, subsequent_indent="    ") + "\n"
+    keys = "".join(map(wrap, re.sub(r"[`*]", "", keys).splitlines()))
+    return {file: mark.sub("", text) for file, text in pages.items()} | {
+        DOCS / "config_keys.txt": keys
+    }
 
 
 if __name__ == "__main__":
