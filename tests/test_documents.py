@@ -50,6 +50,7 @@ ELSEWHERE = {
     "our_eval.py",  # the reference
     "util/lr_decay.py",  # facebookresearch/mae
     "DIR/README.md",  # data.aviary
+    "WORKDIR/results.md",  # examples.coco
 }
 
 PATH = re.compile(rf"(?<![\w/.{{}}<>*-])((?:[\w.-]+/)*[\w-]+\.(?:{'|'.join(SUFFIXES)}))\b(?!\()")

@@ -141,7 +141,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     workdir, run, val = args.workdir, args.workdir / "run", args.workdir / "val"
     refs = [] if args.refcoco is None else [*map(str, args.refcoco.glob("refs(*).p"))]
-    refs += [str(args.refcoco / "instances.json")] if refs else []
+    refs += [str(pathlib.Path(refs[0]).with_name("instances.json"))] if refs else []
     if args.refcoco and not refs:
         parser.error(f"{args.refcoco}: got no refs(...).p, expected one beside instances.json")
     if not (val / "instances.json").exists():
