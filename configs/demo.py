@@ -17,7 +17,7 @@ def get_config():
     c.dtype = "float32"
     c.log_every = 10
     c.checkpoint_every = 200
-    c.pictures = 12
+    c.report_images = 12
     c.input.data_dir = f"{data}/records"
     c.input.name = "aviary"
     c.input.prepare = (

@@ -37,7 +37,7 @@ def own_images(size="B/16"):
     c.log_every = 10
     c.checkpoint_every = 0
     c.checkpoint_every_minutes = 10.0
-    c.pictures = 12
+    c.report_images = 12
     c.input.flip_rate = 0.5
     c.input.crop_min_area = 0.5
     # As many queries as an image has described regions: set both.

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-SCRIPT = '''
+SCRIPT = """
 import pathlib
 
 import numpy as np
@@ -32,7 +32,7 @@ likely: np.ndarray = model.present([image], ["a beak"])
 maps: np.ndarray = model.similarity_map(image, ["a beak"])
 zero: np.ndarray = model.classify([b.image for b in birds(2)], {"wren": ["a tail"]}, alpha=0.5)
 model.warm_up()
-'''
+"""
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ def get_config(folder: str = "runs/captioner/aviary"):
     """For 1,200 steps; evaluated by the command afterwards."""
     c = demo.get_config()
     c.total_steps = 1200
-    c.pictures = 0
+    c.report_images = 0
     c.input.captions_per_image, c.input.synthetic_caption_rate = 1, 1.0  # they tell what is seen
     c.input.prepare = None
     c.input.data_dir, c.input.name = f"{folder}/records", "aviary"

@@ -42,7 +42,7 @@ class Written(evaluators.AnnotatedImages):
         which = np.array([i for i, _ in asked])
         sides = np.array([pictures[i].size * 2 for i in which])
         true = np.array([region.box_xyxy for _, region in asked]) / sides
-        result: dict[str, Any] = {"pictures": len(records), "phrases": len(phrases)}
+        result: dict[str, Any] = {"images": len(records), "phrases": len(phrases)}
         for name, image in (("", which), ("chance_", (which + 1) % len(records))):
             overlap = np.asarray(
                 boxes_lib.iou_and_union(writer.boxes(tokens[image], phrases), true)[0]

@@ -19,7 +19,7 @@ SETTINGS = {
     "optim.warmup_steps": 60,
     "log_every": 10,
     "checkpoint_every": 0,
-    "pictures": 0,
+    "report_images": 0,
     "input.lanes": 1,
     "input.max_regions": 8,  # the number of parts of a bird, and of queries
     "input.captions_per_image": 1,

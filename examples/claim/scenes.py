@@ -77,7 +77,7 @@ def get_config(argument: str):
     c.model.decoder.reads_box = arm in ("reads", "both", "regions")
     c.total_steps = round(STEPS * (LONGER if arm == "clip_boxes" else 1))
     c.optim.update(learning_rate=RATE, warmup_steps=100)
-    c.pictures, c.checkpoint_every = 0, 500
+    c.report_images, c.checkpoint_every = 0, 500
     c.input.update(prepare=None, data_dir=f"{folder}/data/records", name=boxes)
     if arm == "regions":
         _on_clip(c, folder)

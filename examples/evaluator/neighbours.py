@@ -73,8 +73,8 @@ class Neighbours(evaluators.LabelledImages):
         right = test.labels[:, None] == np.arange(votes.shape[1])
         top1, top5 = (rates.topk_hits(votes, right, k) for k in (1, 5))
         return {
-            "pictures": len(test.labels),
-            "train_pictures": len(train.labels),
+            "images": len(test.labels),
+            "train_images": len(train.labels),
             **encode.report_unreadable(test.unreadable | train.unreadable),
             "chance": 1 / votes.shape[1],
             **rates.of_classes(top1, top5, test.labels, test_set.classes),

@@ -245,7 +245,9 @@ class Config:
         role="free",
     )
     eval_every: int = count(0, "Steps between evaluations; 0: only after the last.", role="result")
-    pictures: int = count(0, "Test images that the report draws with their regions.", role="free")
+    report_images: int = count(
+        0, "Test images that the report draws with their regions.", role="free"
+    )
     profile_start: int = count(0, "First step of a profiler trace; 0: no trace.", role="free")
     profile_steps: int = count(3, "Steps of a trace, also of SIGUSR2.", low=1, role="free")
     profile_port: int = count(

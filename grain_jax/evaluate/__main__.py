@@ -95,11 +95,12 @@ def _run_one(args: argparse.Namespace) -> int:
     print(tables.describe({args.command: (entry.kind, tables.scalars(result))}), flush=True)
     for line in (*result.get("notes", ()), entry.keep(predictor, result)):
         print(line, end="\n" if line else "", flush=True)
-    for reason in result.get("unreadable_pictures", ()):
+    for reason in result.get("unreadable_images", ()):
         print(f"left out: {reason}", file=sys.stderr)
     result |= entry.on_top(result)
-    named = ("checkpoint", "images", "train", "annotations")
-    result = {key: getattr(args, key) for key in named if key in args} | result
+    named = ("checkpoint", "train", "annotations")
+    inputs = {key: getattr(args, key) for key in named if key in args}
+    result = {**inputs, "folder": getattr(args, "images", None), **result}
     saved = suite.save(output, json.dumps(result, indent=2, ensure_ascii=False))
     return 0 if saved else 2
 

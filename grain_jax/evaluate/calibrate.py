@@ -151,7 +151,7 @@ class Calibrate(AnnotatedImages):
             )
             names = ["/".join(folders.paths[i].parts[-2:]) for i in seen.index]
             present = seen.labels[:, None] == np.arange(len(folders.classes))
-            counts = {"pictures": len(names), **encode.report_unreadable(seen.unreadable)}
+            counts = {"images": len(names), **encode.report_unreadable(seen.unreadable)}
             return Pairs(names, folders.classes, present, {"image": seen.image_embed}, counts)
         records, seen, counts = self.gather(predictor, context, regions=predictor.has_regions)
         owner = np.repeat(np.arange(len(records)), [len(x.regions) for x in records])

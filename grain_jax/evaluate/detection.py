@@ -170,9 +170,9 @@ class Detection(Evaluator):
         )
         return {
             "kind": self.kind,
-            "pictures": len(arrays["index"]),
+            "images": len(arrays["index"]),
             **encode.report_unreadable(unreadable),
-            "most_boxes_per_picture": int(arrays["boxes"].max()),
+            "most_boxes_per_image": int(arrays["boxes"].max()),
             "classes": len(names),
             **processes.of_first(lambda: _numbers(dataset, arrays)),
         }

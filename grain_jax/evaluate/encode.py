@@ -230,4 +230,4 @@ def encode_distinct(predictor: inference.Predictor, texts: Sequence[str]) -> np.
 def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
     """The part of a result that counts the images that were left out, and names the first ones."""
     named = list(unreadable.values())[:_NAMED_IMAGES]
-    return {"unreadable": len(unreadable)} | ({"unreadable_pictures": named} if named else {})
+    return {"unreadable": len(unreadable)} | ({"unreadable_images": named} if named else {})

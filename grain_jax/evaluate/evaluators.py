@@ -169,7 +169,7 @@ class AnnotatedImages(Evaluator):
         )
         counts = {
             "kind": self.kind,
-            "pictures": len(seen.index),
+            "images": len(seen.index),
             self.left_out: len(annotated.read.records) - len(annotated.records),
             "faulty_lines": annotated.read.faulty_lines,
             **encode.report_unreadable(seen.unreadable),

@@ -111,7 +111,7 @@ class LinearProbe(LabelledImages):
         result = {
             "kind": "linear_probe",
             **rates.counts_of_classes(tested.label, classes),
-            "train_pictures": len(learnt.label),
+            "train_images": len(learnt.label),
             **encode.report_unreadable(unreadable),
         }
         # Only the first process fits; the others wait for its result.

@@ -113,9 +113,9 @@ def counts_of_classes(target: np.ndarray, classes: list[str]) -> dict[str, objec
     counts = np.bincount(target, minlength=len(classes))
     return {
         "classes": len(classes),
-        "pictures": len(target),
+        "images": len(target),
         **chance_of_classes(len(classes)),
-        "pictures_per_class": dict(zip(classes, counts.tolist())),
+        "images_per_class": dict(zip(classes, counts.tolist())),
     }
 
 

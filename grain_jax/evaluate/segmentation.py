@@ -176,7 +176,7 @@ class Segmentation(WithPrompts):
         return {
             "kind": self.kind,
             "format": self.format,
-            "pictures": len(arrays["index"]),
+            "images": len(arrays["index"]),
             **encode.report_unreadable(unreadable),
             "classes": len(opened.names),
             **measures(pixels, opened.labels, skip if self.background_threshold == 0 else None),

@@ -91,7 +91,7 @@ def run(
             seconds = round(time.monotonic() - began, 1)
             about = {"entry": dataclasses.asdict(entry), "inputs": inputs, "seconds": seconds}
             results["ran"][name] = about | result | {"kind": entry.kind}
-            _say(f"{title}: {inputs['pictures']} images in {seconds:.0f} s")
+            _say(f"{title}: {inputs['images']} images in {seconds:.0f} s")
         _write(output, results, list(suite))
     saved = _write(output, results, list(suite))
     if processes.process_info()[0] == 0:
@@ -151,7 +151,7 @@ def _tasks(
             _say(f"{name}: {line}")
         if ready is not None:
             inputs = {path: _digest_of_file(path) for path in ready.files if path is not None}
-            tasks[name] = ready, {"pictures": images, **inputs}
+            tasks[name] = ready, {"images": images, **inputs}
     return tasks
 
 

@@ -8,7 +8,7 @@ from grain_jax.core import printable
 from grain_jax.evaluate import kinds
 
 # A number per class: too many for a table.
-_OF_CLASSES = ("per_class", "pictures_per_class", "thresholds")
+_OF_CLASSES = ("per_class", "images_per_class", "thresholds")
 _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; the rest is cut off
 HEADER = ("measured", "value", _INTERVAL, "chance", "images")
@@ -59,7 +59,7 @@ class TableRow(NamedTuple):
     value: str
     interval: str  # of 95%
     chance: str
-    pictures: str
+    images: str
 
 
 def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
@@ -76,8 +76,8 @@ def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
         elif (interval or chance is not None or last in shown) and not key.startswith(_IN_PARTS):
             show = "{:.3f}" if re.search("_iou|_rank|_loss", key) else "{:.1%}"
             cell = "" if chance is None else show.format(chance)
-            pictures = f"{numbers['pictures']:.0f}" if "pictures" in numbers else ""
-            rows.append(TableRow(key, show.format(value), interval, cell, pictures))
+            images = f"{numbers['images']:.0f}" if "images" in numbers else ""
+            rows.append(TableRow(key, show.format(value), interval, cell, images))
     return rows
 
 
@@ -125,14 +125,14 @@ def suite(ran: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[s
         return out + [share(way, "top1") for way in described]
 
     rows = [
-        [*row(name, _ways(result)), f"{result['chance']:.1%}", str(result["pictures"])]
+        [*row(name, _ways(result)), f"{result['chance']:.1%}", str(result["images"])]
         for name, result in ran.items()
         if result["kind"] == "zeroshot"
     ]
     if len(rows) > 1:
         counts = sorted({average["sets"] for average in averages.values()})
         rows.append([*row("average", averages), "", f"{' or '.join(map(str, counts))} sets"])
-    return f"{about}\n{table([*header, 'chance', 'pictures'], rows)}"
+    return f"{about}\n{table([*header, 'chance', 'images'], rows)}"
 
 
 def _interval(numbers: Mapping[str, float], key: str) -> str:

@@ -17,7 +17,7 @@ class Train(Configured, Processes, name="train"):
           --config.input.name=mine --config.batch_size=128
 
     the run:
-      --workdir DIR             folder of the run: checkpoints, metrics, pictures; local or gs://
+      --workdir DIR             folder of the run: checkpoints, metrics, report; local or gs://
       --[no-]print-shardings    print where each array of the state lies, and stop
       --stall-seconds S         seconds without a step after which the run ends with status 124; 0: never
     """

@@ -172,7 +172,7 @@ class Journal:
             kinds = {name: entry["kind"] for name, entry in config.evals.items()}
             numbers = tables.by_evaluation(self.results).items()
             print(tables.describe({name: (kinds[name], of) for name, of in numbers}))
-        page.write(workdir, predictor, model=bool(config.pictures))
+        page.write(workdir, predictor, model=bool(config.report_images))
         print(f"time: {self._clock.words()}", file=sys.stderr)
         print(f"Everything of this run is in {workdir}", file=sys.stderr)
 

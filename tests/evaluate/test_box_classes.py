@@ -40,7 +40,7 @@ def test_hand_computed(data):
     predictor, options = data
     got = measure("boxes", predictor, **options)
     assert predictor.asked == list(TEXTS)
-    assert (got["pictures"], got["unreadable"], got["without_regions"]) == (2, 1, 1)
+    assert (got["images"], got["unreadable"], got["without_regions"]) == (2, 1, 1)
     assert (got["boxes"], got["boxes_outside"], got["boxes_of_other_classes"]) == (3, 1, 0)
     assert (got["classes"], got["chance"], got["chance_top5"]) == (3, 1 / 3, 1.0)
     # cat by query 0 (IoU 1): right; dog by query 1 (IoU 5/6): it says cow; cow by query 0 (.4): right.

@@ -92,7 +92,7 @@ def stub(tmp_path):
 def test_annotations(stub):
     predictor, options = stub
     got = measure("calibrate", predictor, **options, share=0.4)
-    assert got["fitted"] + got["held_out"] == got["pictures"] == 60 and 14 < got["fitted"] < 34
+    assert got["fitted"] + got["held_out"] == got["images"] == 60 and 14 < got["fitted"] < 34
     assert got["classes"] == 3
     for way in ("image", "regions"):
         before, after = got[way]["before"], got[way]["after"]

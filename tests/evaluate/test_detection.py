@@ -180,8 +180,8 @@ def files(tmp_path):
 def test_queries(files):
     predictor, options, folder = files
     got = measure("detection", predictor, **options, seen=folder / "seen.txt")
-    assert (got["pictures"], got["boxes"], got["classes"]) == (2, 3, 2)
-    assert got["most_boxes_per_picture"] == 2
+    assert (got["images"], got["boxes"], got["classes"]) == (2, 3, 2)
+    assert got["most_boxes_per_image"] == 2
     # The dog comes first of its class; the first image has the first of three sure cats (ties: by image).
     assert got["per_class"]["dog"] == 1.0 and got["unseen"]["ap"] == 1.0
     assert got["seen"]["boxes"] == 2 and got["seen"]["ar1"] == 1.0
@@ -194,7 +194,7 @@ def test_objects_of_an_image_that_cannot_be_read_do_not_count(files):
     predictor, options, folder = files
     (folder / "val2017/1.png").write_bytes(b"no image")
     got = measure("detection", predictor, **options)
-    assert (got["pictures"], got["unreadable"], got["boxes"]) == (1, 1, 2)
+    assert (got["images"], got["unreadable"], got["boxes"]) == (1, 1, 2)
     assert got["ap"] == got["ar100"] == 1.0
 
 
@@ -261,7 +261,7 @@ def test_the_command(files, capsys):
     result = json.loads(output.read_text())
     assert result["kind"] == "detection" and result["boxes"] == 3
     assert 0 <= result["ap"] <= result["ap50"] <= 1 and result["seen"]["boxes"] == 2
-    assert result["most_boxes_per_picture"] == c.model.decoder.queries
+    assert result["most_boxes_per_image"] == c.model.decoder.queries
     assert "detection: unseen/ar100" in out and "oading" not in out + err
 
 

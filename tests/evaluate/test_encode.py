@@ -25,7 +25,7 @@ def test_pictures_come_in_order_and_the_unreadable_are_named(tmp_path):
     assert whole.labels.tolist() == [-1] * 5 and whole.regions.embed.shape == (5, 0, 2)
     report = encode.report_unreadable(whole.unreadable)
     assert report["unreadable"] == 2
-    for name, reason in zip(("2.png", "5.png"), report["unreadable_pictures"], strict=True):
+    for name, reason in zip(("2.png", "5.png"), report["unreadable_images"], strict=True):
         assert name in reason
     with pytest.raises(errors.UserError, match="none of 1 images can be read.*2.png"):
         encode.gather_images(predictor, paths[2:3], label="")

@@ -29,7 +29,7 @@ def test_hand_computed(tmp_path):
     predictor = StubPredictor({i: [1, 0, 0] for i in range(3)}, TEXTS, regions)
     result = measure("grounding", predictor, **options)
     assert predictor.asked == ["tail", "beak"]
-    assert result["pictures"] == 2 and result["without_regions"] == 1
+    assert result["images"] == 2 and result["without_regions"] == 1
     assert result["regions"] == 3 == result["regions_matched"] and result["regions_outside"] == 1
     assert result["distinct_descriptions"] == 2
     assert result["box_iou"] == pytest.approx((1 + 0.5 + 1) / 3)

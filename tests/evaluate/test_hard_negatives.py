@@ -36,7 +36,7 @@ def test_hand_computed(data):
     predictor, options = data
     got = measure("hard_negatives", predictor, **options, negatives=2)
     assert (got["boxes"], got["boxes_with_fewer_negatives"], got["boxes_outside"]) == (3, 1, 1)
-    assert (got["chance"], got["chance_mean_rank"], got["pictures"]) == (1 / 3, 2.0, 3)
+    assert (got["chance"], got["chance_mean_rank"], got["images"]) == (1 / 3, 2.0, 3)
     assert got["region"]["top1"] == pytest.approx(1 / 3)
     # The last box: red and green are at 0, and a tie counts as lost.
     assert got["region"]["mean_rank"] == pytest.approx((1 + 2 + 3) / 3)

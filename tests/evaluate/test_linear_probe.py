@@ -50,7 +50,7 @@ def _evaluate(folder, predictor, train="train", **options):
 def test_is_scikit_learns_on_the_same_features(noisy):
     folder, predictor, (x_train, y_train), (x_test, y_test) = noisy
     result = _evaluate(folder, predictor, batch_size=5)
-    assert (result["pictures"], result["train_pictures"], result["classes"]) == (22, 31, 3)
+    assert (result["images"], result["train_images"], result["classes"]) == (22, 31, 3)
     assert (result["chance"], result["chance_top5"]) == (1 / 3, 1.0)
     found = result
     # The C by hand: all that the search could have tried, at an eighth of a decade.
@@ -95,12 +95,12 @@ def test_two_classes_and_a_split_of_one_folder(tmp_path):
     labels = _folders(tmp_path / "test", (10, 10))
     predictor = StubPredictor(dict(enumerate(np.eye(2)[labels])))
     result = _evaluate(tmp_path, predictor, train=None)
-    assert (result["train_pictures"], result["pictures"]) == (14, 6)
-    assert result["pictures_per_class"] == {"bee": 3, "cow": 3}
+    assert (result["train_images"], result["images"]) == (14, 6)
+    assert result["images_per_class"] == {"bee": 3, "cow": 3}
     assert result["top1"] == 1.0
     (tmp_path / "test/bee/00.png").write_bytes(b"no picture")
     result = _evaluate(tmp_path, predictor, train=None)
-    assert result["unreadable"] == 1 and result["train_pictures"] + result["pictures"] == 19
+    assert result["unreadable"] == 1 and result["train_images"] + result["images"] == 19
 
 
 def test_a_tfds_set_is_probed_by_its_splits(tmp_path):
@@ -112,7 +112,7 @@ def test_a_tfds_set_is_probed_by_its_splits(tmp_path):
     entry = kinds.from_entry(ConfigDict(evaluator("linear_probe", **given)))
     assert entry.check() == 8
     result = entry.evaluate(StubPredictor(dict(enumerate(np.eye(2)[labels]))))
-    assert (result["train_pictures"], result["pictures"]) == (5, 3)
+    assert (result["train_images"], result["images"]) == (5, 3)
     assert result["top1"] == 1.0
 
 

@@ -23,7 +23,7 @@ def test_hand_computed(tmp_path):
     predictor = StubPredictor(images, texts)
     result = measure("retrieval", predictor, **options)
     assert predictor.asked == ["one", "uno", "two", "three"]
-    assert (result["pictures"], result["captions"], result["distinct_captions"]) == (3, 4, 4)
+    assert (result["images"], result["captions"], result["distinct_captions"]) == (3, 4, 4)
     assert result["synthetic_captions"] == 1 and result["without_caption"] == 1
     # Images: 0 finds "two" first (1 against uno .86): wrong, then uno; 1 "two"; 2 "three".
     way = result["image_to_text"]

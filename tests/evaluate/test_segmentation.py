@@ -124,7 +124,7 @@ def test_chance_and_classes_without_pixels():
 
 def test_a_folder(tmp_path):
     got = measure(images=folder(tmp_path))
-    assert (got["pictures"], got["classes"], got["classes_seen"]) == (4, 3, 3)
+    assert (got["images"], got["classes"], got["classes_seen"]) == (4, 3, 3)
     assert got["pixels"] == 4 * 17 * 19 and got["pixel_accuracy"] == pytest.approx(18 / 19)
     truth, predicted = [], []
     for i in range(4):
@@ -237,7 +237,7 @@ def test_masks_of_public_sets_are_of_the_pixels_as_stored(tmp_path, monkeypatch)
         PIL.Image.open(path).save(path, exif=exif, quality=100)
         mask(tmp_path / "annotations/validation" / f"{i}.png", [[i + 1] * 10 + [109] * 10] * 17)
     got = measure(images=tmp_path, format="ade20k")
-    assert got["pictures"] == 3 and got["pixel_accuracy"] > 0.85
+    assert got["images"] == 3 and got["pixel_accuracy"] > 0.85
 
 
 @pytest.mark.parametrize("name, count", [("ade20k", 150), ("pascal_voc", 21)])
@@ -289,7 +289,7 @@ def test_masks_that_cannot_be_used_are_left_out_and_named(tmp_path):
     mask(masks[4], np.repeat(ids, 17, 0).repeat(2, 1))
     masks[5].write_bytes(masks[5].read_bytes()[:-30])
     got = measure(images=tmp_path)
-    assert (got["pictures"], got["unreadable"]) == (1, 5)
+    assert (got["images"], got["unreadable"]) == (1, 5)
     said = (
         "No such file or directory",
         "got (21, 17) pixels, expected (20, 17)",
@@ -297,7 +297,7 @@ def test_masks_that_cannot_be_used_are_left_out_and_named(tmp_path):
         "got the ids 3, 7, 9, 11, 12 and 1 more",
         "expected a readable image",
     )
-    for path, named, line in zip(masks[1:], got["unreadable_pictures"], said, strict=True):
+    for path, named, line in zip(masks[1:], got["unreadable_images"], said, strict=True):
         assert named.startswith(str(path)) and line in named and "\n" not in named
 
 

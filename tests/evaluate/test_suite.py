@@ -112,7 +112,7 @@ def test_every_set_has_the_accuracy_that_was_counted_by_hand(suite, data, capsys
     assert rates["top5"] == pytest.approx((5 + 4 * 4 / 9) / 9)
     shares = {"airplane": 1, "automobile": 1, "bird": 0, "cat": 2 / 3, "truck": 1 / 3}
     assert rates["per_class"] == pytest.approx(shares)
-    assert ran["cifar10"]["pictures"] == 9 and ran["cifar10"]["classes"] == 10
+    assert ran["cifar10"]["images"] == 9 and ran["cifar10"]["classes"] == 10
     assert ran["oxford_flowers102"]["alpha_1.0"]["top1"] == 4 / 5
     assert ran["oxford_flowers102"]["classes"] == 102
     assert ran["products2023"]["alpha_1.0"]["top1"] == 2 / 3

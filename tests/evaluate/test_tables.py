@@ -20,7 +20,7 @@ def test_scalars():
 
 
 def test_rows_of_an_evaluator_of_the_package():
-    numbers = {"found": 0.5, "found_low": 0.4, "found_high": 0.6, "pictures": 9.0, "chance": 0.1}
+    numbers = {"found": 0.5, "found_low": 0.4, "found_high": 0.6, "images": 9.0, "chance": 0.1}
     numbers |= {"region/top1": 0.25, "found_boxes/region/top1": 0.5, "chance_box_iou": 0.2}
     table = tables.describe({"lvis": ("boxes", numbers | {"box_iou": 0.3, "boxes": 100.0})})
     assert [" ".join(line.split()) for line in table.splitlines()[2:]] == [
@@ -41,7 +41,7 @@ def test_an_evaluator_from_outside_keeps_all_its_rows(tmp_path, capsys):
             return 1
 
         def evaluate(self, predictor, context=base.STANDALONE):
-            return {"kind": "boxes", "miou": 0.5, "sharpness": 2.0, "found": 0.25, "pictures": 1}
+            return {"kind": "boxes", "miou": 0.5, "sharpness": 2.0, "found": 0.25, "images": 1}
 
     output = epath.Path(tmp_path / "o.json")
     assert suite.run({"mine": Mine()}, output, checkpoint="RUN", load=StubPredictor) == 0

@@ -51,9 +51,9 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     evaluators = suite.present(kinds.from_entries(config.evals))
     results = journal.evaluate_all(config, evaluators, state)
     assert {key.split("/")[1] for key in results} == {"classes", "probe", "retrieval", "grounding"}
-    assert results["eval/classes/pictures"] == 11.0 and results["eval/classes/descriptions"] == 6.0
+    assert results["eval/classes/images"] == 11.0 and results["eval/classes/descriptions"] == 6.0
     assert 0 <= results["eval/classes/by_name/alpha_0.5/mean_per_class"] <= 1
-    assert results["eval/probe/pictures"] + results["eval/probe/train_pictures"] == 11
+    assert results["eval/probe/images"] + results["eval/probe/train_images"] == 11
     assert 0 <= results["eval/probe/top1"] <= 1
 
 

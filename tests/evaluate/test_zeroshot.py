@@ -44,8 +44,8 @@ def test_names(folder):
     # unit length would have made it a red fox (1.34). 3: (0, 1, 1.25) red fox.
     (folder / "classes" / "dog" / "bad.jpg").write_bytes(b"oops")
     result = _evaluate(folder, StubPredictor(images, NAMES))
-    assert result["unreadable"] == 1 and "bad.jpg" in result["unreadable_pictures"][0]
-    assert result["kind"] == "zeroshot" and result["classes"] == 3 and result["pictures"] == 4
+    assert result["unreadable"] == 1 and "bad.jpg" in result["unreadable_images"][0]
+    assert result["kind"] == "zeroshot" and result["classes"] == 3 and result["images"] == 4
     assert result["chance"] == pytest.approx(1 / 3) and result["chance_top5"] == 1.0
     alpha = result["alpha_1.0"]
     assert alpha["top1"] == 0.75 and alpha["top5"] == 1.0
@@ -54,7 +54,7 @@ def test_names(folder):
     # With 2, 1 and 1 images: as a share among 9 / (1/2 + 1 + 1).
     interval = alpha["mean_per_class_low"], alpha["mean_per_class_high"]
     assert interval == pytest.approx(rates.interval(2.5 / 3 * 3.6, 3.6))
-    assert result["pictures_per_class"] == {"cat": 2, "dog": 1, "red fox": 1}
+    assert result["images_per_class"] == {"cat": 2, "dog": 1, "red fox": 1}
     assert (alpha["top1_low"], alpha["top1_high"]) == pytest.approx(rates.interval(3, 4))
     assert "alpha_0.5" not in result
 

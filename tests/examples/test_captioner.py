@@ -122,7 +122,7 @@ def test_a_run_writes(tmp_path, monkeypatch, one_device):
     monkeypatch.setattr(evaluator, "Writer", lambda _: Knowing(described))
     measured = evaluator.Written(images=str(tmp_path), annotations=str(tmp_path / "A.jsonl"))
     result = measured.evaluate(predictor)
-    assert (result["pictures"], result["phrases"]) == (len(described), 12) == (6, 12)
+    assert (result["images"], result["phrases"]) == (len(described), 12) == (6, 12)
     assert (result["phrase_iou"], result["phrase_acc50"]) == (pytest.approx(1), 1.0)
     assert result["chance_phrase_acc50"] == 0.0
     named = sum(len(line["regions"]) for line in described[:-1]) + len(described[0]["regions"])

@@ -39,5 +39,5 @@ def test_accuracy_is_the_one_counted_by_hand(folder, predictor, k, cats, dogs):
     numbers = tables.scalars(neighbours.Neighbours(**entry(folder, k=k)).evaluate(predictor))
     assert numbers["top1"] == pytest.approx(np.mean(cats + dogs))
     assert numbers["mean_per_class"] == pytest.approx((np.mean(cats) + np.mean(dogs)) / 2)
-    assert (numbers["pictures"], numbers["train_pictures"], numbers["chance"]) == (4, 5, 0.5)
+    assert (numbers["images"], numbers["train_images"], numbers["chance"]) == (4, 5, 0.5)
     assert numbers["top1_low"] < numbers["top1"] < numbers["top1_high"]

@@ -105,7 +105,7 @@ def test_finished_is_the_last_step_logged_and_saved_and_the_report_there(tmp_pat
     pretend(by_epochs, 10)
     assert sweep_runs.finished(by_epochs)
     skipped = "'grounding', 'birds', annotations='absent.jsonl', missing='skip'"
-    (evaluated,) = make(tmp_path / "e", [{"seed": 0}], evaluator=skipped, pictures=8)
+    (evaluated,) = make(tmp_path / "e", [{"seed": 0}], evaluator=skipped, report_images=8)
     pretend(evaluated, 10)  # as the trainer leaves a run whose evaluation has no data
     assert sweep_runs.finished(evaluated)
 

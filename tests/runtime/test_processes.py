@@ -76,8 +76,8 @@ def test_two_processes_give_what_one_gives(model, tmp_path):
     one, both = results
     assert (one["processes"], both["processes"]) == (1, 2) and one["digest"] == both["digest"]
     assert list(both["ran"]) == ["classes", "grounding", "probe", "retrieval"]
-    assert both["ran"]["classes"]["pictures"] == 12 == both["ran"]["grounding"]["pictures"]
-    unread = [r["ran"]["classes"]["unreadable_pictures"] for r in results]
+    assert both["ran"]["classes"]["images"] == 12 == both["ran"]["grounding"]["images"]
+    unread = [r["ran"]["classes"]["unreadable_images"] for r in results]
     assert unread[0] == unread[1]
     absent = {"absent": f"{tmp_path}/absent: not there; to get it: ask"}
     assert both["skipped"] == one["skipped"] == absent
@@ -87,7 +87,7 @@ def test_two_processes_give_what_one_gives(model, tmp_path):
         found = [r["ran"]["classes"].get(part, r["ran"]["classes"])["alpha_0.5"] for r in results]
         assert found[0]["per_class"] == found[1]["per_class"]
     probes = [r["ran"]["probe"] for r in results]
-    assert probes[0]["pictures"] + probes[0]["train_pictures"] == 12
+    assert probes[0]["images"] + probes[0]["train_images"] == 12
     assert probes[0]["top1"] == probes[1]["top1"] and probes[0]["C"] == probes[1]["C"]
     lines = done.stderr.splitlines()  # launch.local's; one process speaks
     assert len([line for line in lines if line.startswith("[0] classes ")]) == 2

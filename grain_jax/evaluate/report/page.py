@@ -110,7 +110,7 @@ def _results(results: Sequence[run_files.Result]) -> str:
     for result in results:
         for row in tables.rows_of(result.kind, result.numbers):
             parts = [row.interval, row.chance and f"chance {row.chance}"]
-            parts.append(row.pictures and f"of {row.pictures} images")
+            parts.append(row.images and f"of {row.images} images")
             rows += f'<tr><th scope="row">{html.text(f"{result.name}: {row.key}")}</th><td class="value"><b>{row.value}</b>'
             rows += f" <small>{'; '.join(filter(None, parts))}</small></td><td>{html.text(result.source)}</td></tr>"
     if not rows:

@@ -82,7 +82,7 @@ def workdir(folder, data_folder):
         "eval/birds/alpha_1.0/top1_low": 0.7,
         "eval/birds/alpha_1.0/top1_high": 0.83,
         "eval/birds/chance": 1 / 3,
-        "eval/birds/pictures": 12.0,
+        "eval/birds/images": 12.0,
         "eval/boxes/box_iou": 0.4641,
         "eval/boxes/chance_box_iou": 0.2,
     }
@@ -97,11 +97,11 @@ def workdir(folder, data_folder):
         "ran": {
             "cifar10": {
                 "kind": "zeroshot",
-                "pictures": 40,
+                "images": 40,
                 "chance": 0.1,
                 "alpha_1.0": {"top1": 0.6, "per_class": {"cat": 0.25, "ship": 0.95}},
                 "by_name": {"alpha_1.0": {"top1": 0.5, "per_class": {"cat": 0.05, "ship": 0.95}}},
-                "pictures_per_class": {"cat": 20, "ship": 20},
+                "images_per_class": {"cat": 20, "ship": 20},
             }
         },
         "skipped": {"dtd": "no data: tfds build dtd"},
