@@ -19,7 +19,7 @@ from grain_jax import config as config_lib
 from grain_jax.config import keys, parse
 from grain_jax.core import errors, named, nearest
 
-_ROOT = epath.Path(__file__).parent.parent  # of the package; a checkout has configs/ beside it
+_CONFIGS = epath.Path(__file__).parent.parent / "configs"
 # Keys that the config file need not have: options of loss terms, towers and data sources of the user.
 _OPEN = re.compile(r"loss\.terms\.\w+\.\w+|(model\.(image|text)|input)\.options\.\w+")
 _EVALUATORS = re.compile(r"evals(\.[^.]*)?")  # one of them, or all
@@ -171,8 +171,7 @@ def find(text: str, flag: str) -> tuple[str, str]:
 
 def packaged(flag: str = "config") -> dict[str, epath.Path]:
     """Name -> file of the configs (or, for "sweep", of the sweeps) of the package."""
-    folder = _ROOT / "configs" if (_ROOT / "configs").exists() else _ROOT.parent / "configs"
-    folder = folder / "sweeps" if flag == "sweep" else folder
+    folder = _CONFIGS / "sweeps" if flag == "sweep" else _CONFIGS
     files = sorted(folder.glob("*.py"), key=lambda path: path.stem)
     return {path.stem: path for path in files if path.stem != "__init__"}
 

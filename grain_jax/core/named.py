@@ -49,11 +49,10 @@ def may_import(name: str) -> bool:
 
 
 def _is_of_package(module_name: str) -> bool:
-    """Whether a module is one of this package; the path of the package has its whole checkout, and what lies there."""
+    """Whether a module is one of this package."""
     top, _, rest = module_name.partition(".")
     room, folder = rest.partition(".")[0], Path(__file__).parent.parent
-    rooms = ("", "configs", "data", "launch")
-    inside = room in rooms or (folder / room).is_dir() or (folder / f"{room}.py").is_file()
+    inside = not room or (folder / room).is_dir() or (folder / f"{room}.py").is_file()
     return top == "grain_jax" and inside
 
 

@@ -42,7 +42,9 @@ def _serve(arguments: Demo, folder: epath.Path) -> None:
     examples = copies(arguments.examples, folder) if arguments.examples else []
     predictor = inference.load(arguments.checkpoint)
     start = starting_point(predictor.folder or "", folder)
-    blocks = page.build(page.Views(predictor), classes or start[0], examples or start[1])
+    views = page.Views(predictor)
+    views.warm_up()  # so that the first answer on the page is quick
+    blocks = page.build(views, classes or start[0], examples or start[1])
     url = page.launch(blocks, arguments.host, arguments.port, str(folder))
     print(f"{url} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

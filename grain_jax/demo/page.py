@@ -38,6 +38,13 @@ class Views:
             lambda text: predictor.class_features(_given(text))
         )
 
+    def warm_up(self) -> None:
+        """Compiles what the page calls, so that its first answer is quick."""
+        size = self.predictor.model.image.image_size
+        self.predictor.warm_up()
+        if self.has_maps:
+            self.predictor.similarity_map(PIL.Image.new("RGB", (size, size)), ["a"])
+
     def scores(self, path: str | None, text: str, alpha: float) -> tuple[list[list[Any]], Any]:
         """Rows of class, score and softmax, best first; and the image with its regions, each with its description."""
         image, classes = read_image(path), class_lists.parse(text)

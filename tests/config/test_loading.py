@@ -53,11 +53,11 @@ def folder(tmp_path, monkeypatch):
     ],
 )
 def test_a_name_is_a_file_of_the_package(folder, flag, text, name, argument):
-    assert loading.find(text, flag) == (str(ROOT / f"configs/{name}.py"), argument)
+    assert loading.find(text, flag) == (str(ROOT / f"grain_jax/configs/{name}.py"), argument)
 
 
 def test_a_file_wins_over_the_package(folder):
-    here, packaged = epath.Path("configs/demo.py"), str(ROOT / "configs/demo.py")
+    here, packaged = epath.Path("configs/demo.py"), str(ROOT / "grain_jax/configs/demo.py")
     assert loading.find("configs/demo.py", "config") == (packaged, "")
     here.parent.mkdir()
     here.write_text("")
