@@ -33,7 +33,8 @@ def torch_images(images):
 def close_to_ours(model, params, images, ids, theirs):
     """Our image and text embeddings are theirs; with the programs that the parity report has compiled."""
     predictor = inference.Predictor(model, params)
-    for ours, other in zip((predictor.encode_image(images), predictor.encode_text(ids)), theirs):
+    image = predictor.encode_image(images, normalized=True)
+    for ours, other in zip((image, predictor.encode_text(ids)), theirs):
         close(ours, other)
 
 

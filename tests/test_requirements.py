@@ -100,7 +100,8 @@ def test_imports_are_declared():
 
 def test_the_files_beside_the_modules_are_in_the_wheel():
     tools = PROJECT["tool"]["setuptools"]
-    folders = {"grain_jax": "grain_jax"} | tools["package-dir"]
+    folders = {"grain_jax": "grain_jax"}
+    folders |= {f"grain_jax.{name}": name for name in ("configs", "data", "launch")}  # by links
     given = [f"{folders[x]}/{one}" for x, files in tools["package-data"].items() for one in files]
     for folder in folders.values():
         for path in (ROOT / folder).rglob("*"):

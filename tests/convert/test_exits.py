@@ -23,6 +23,7 @@ from grain_jax.convert.exits import needs, timm_trunk
 from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
+from grain_jax.inference.inputs import Normalized
 from tests import foreign, perturbed
 from tests.paths import GOLDENS
 
@@ -87,7 +88,8 @@ def pixels():
 
 def logits(ours):
     """Embeddings of images and texts, and their logits."""
-    image, text = ours.encode_image(pixels()), ours.encode_text(IDS.astype(np.int32))
+    image = ours.encode_image(pixels(), normalized=True)
+    text = ours.encode_text(IDS.astype(np.int32))
     return image, text, ours.logit_scale * image @ text.T + (ours.logit_bias or 0)
 
 
@@ -198,7 +200,7 @@ def test_our_modeling_file_goes_out_and_comes_back(kind, tmp_path, capsys):
     with torch.no_grad():
         maps = module.similarity_maps(*parity.for_torch(inputs)).numpy()
     texts = [ours.encode_text(inputs.token_ids)] * len(maps)
-    foreign.close(np.stack(ours.similarity_maps(inputs.images, texts)), maps)
+    foreign.close(np.stack(ours.similarity_maps(Normalized(inputs.images), texts)), maps)
 
 
 # Keys of a tower whose values every export takes from the arrays, or that matter to new weights and speed alone.

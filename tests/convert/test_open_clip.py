@@ -143,7 +143,8 @@ def test_dinov3_embeds_images_alone(gated, registers, tmp_path):
     images = np.random.default_rng(0).normal(size=(2, 112, 112, 3)).astype(np.float32)
     with torch.no_grad():
         pooled = module(foreign.torch_images(images)).pooler_output.numpy()
-    foreign.close(ours.encode_image(images), pooled / np.linalg.norm(pooled, axis=1, keepdims=True))
+    expected = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    foreign.close(ours.encode_image(images, normalized=True), expected)
     with pytest.raises(errors.UserError, match="vocab_size"):
         ours.encode_text("a wren")
     c = finetune.get_config(str(tmp_path / "ours"))

@@ -7,7 +7,8 @@ import pytest
 
 import grain_jax
 from grain_jax.checkpoint import files, saved_model
-from grain_jax.convert import export
+from grain_jax.convert.exits import tokenizers
+from grain_jax.input_pipeline import tokenizer
 from grain_jax.train import run
 from tests import runs, tiny
 
@@ -44,7 +45,7 @@ def test_a_forged_workdir_runs_no_command(copy, tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-def test_a_tokenizer_outside_the_checkpoint_is_not_copied(copy, tmp_path, capsys):
+def test_a_tokenizer_outside_the_checkpoint_is_not_copied(copy, tmp_path):
     secret = tmp_path / "secret.json"
     secret.write_text("the user's own")
     config = tiny.config(**RUN, model__text__tokenizer=str(secret))
@@ -53,14 +54,13 @@ def test_a_tokenizer_outside_the_checkpoint_is_not_copied(copy, tmp_path, capsys
         link = copy / "checkpoints" / "2" / "link.json"
         if name == "link.json" and not link.exists():
             link.symlink_to(secret)
-        out = tmp_path / "out"
-        export._copy_tokenizer(grain_jax.load(copy), out)
-        assert not out.exists() and "was not copied" in capsys.readouterr().err, name
+        model = grain_jax.load(copy)
+        made, why = tokenizers.alone(model.model.text, model.folder)
+        assert not made and "is no file in the folder of the model" in why, name
     runs.forge_config(copy, config)
     (copy / "secret.json").write_text("the run's")
-    (tmp_path / "out").mkdir()
-    export._copy_tokenizer(grain_jax.load(copy), tmp_path / "out")
-    assert (tmp_path / "out" / "secret.json").read_text() == "the run's"
+    model = grain_jax.load(copy)
+    assert tokenizer.own_file(model.model.text, model.folder) == copy / "secret.json"
 
 
 @pytest.mark.parametrize("missing", ["state", "_CHECKPOINT_METADATA", "state/manifest.ocdbt"])

@@ -36,7 +36,7 @@ def model():
     """The commands of these tests load it once."""
     model = inference.load("aviary-tiny")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "load", lambda *_: model)
+        patch.setattr(inference, "load", lambda *_, **__: model)
         yield model
 
 
