@@ -7,7 +7,7 @@ FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are lo
           and their logit scale are loaded, the decoder is new. configs/regions.py leaves such a model as it is.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
 LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors beside the towers' matrices.
-HARDWARE  one GPU; docs/own_images.md lists what fits where.
+HARDWARE  one GPU; grain-jax plan says what fits.
 """
 
 import json

@@ -4,7 +4,7 @@ COMMAND   grain-jax train --config own[:S/16|:B/16] --workdir runs/own \
               --config.input.data_dir=records --config.input.name=mine
 DATA      records of grain-jax build (docs/own_images.md). The paper trains on millions of images; with fewer, start from
           pretrained towers: configs/finetune.py.
-HARDWARE  any batch size that the devices divide; docs/own_images.md lists what fits where.
+HARDWARE  any batch size that the devices divide; grain-jax plan says what fits.
 """
 
 from grain_jax.config.recipe import base, with_pointer
