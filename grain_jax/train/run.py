@@ -9,6 +9,7 @@ saving. One trainer at a time has a workdir (lock.py). A run that does no step f
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -185,7 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"mesh {dict(mesh.shape)}")
         print(sharding.table(program.state, program.shardings))
         return
-    if config.input.source == "records" and not config.input.prepare:
+    is_read = config.input.source == "records" and not config.input.prepare
+    if is_read and importlib.util.find_spec(
+        "tensorflow"
+    ):  # else the extra is missing, which is said below
         for source in config.input.sets:  # before TensorFlow is imported and the workdir made
             text_lengths.existing_folder_of(source)
     keep_freed_memory()
