@@ -186,10 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"mesh {dict(mesh.shape)}")
         print(sharding.table(program.state, program.shardings))
         return
-    is_read = config.input.source == "records" and not config.input.prepare
-    if is_read and importlib.util.find_spec(
-        "tensorflow"
-    ):  # else the extra is missing, which is said below
+    has_tensorflow = importlib.util.find_spec("tensorflow")  # else the extra is missing: said below
+    if has_tensorflow and config.input.source == "records" and not config.input.prepare:
         for source in config.input.sets:  # before TensorFlow is imported and the workdir made
             text_lengths.existing_folder_of(source)
     keep_freed_memory()
