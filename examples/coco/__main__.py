@@ -149,7 +149,7 @@ def main() -> None:
     if not (workdir / "records" / NAME).exists():
         train = workdir / "train"
         files = ["--annotations", train / "instances.json", "--images", train / "images"]
-        stored = [
+        files += [
             "--store-size",
             args.size,
             "--encoding",
@@ -158,7 +158,7 @@ def main() -> None:
             workdir / "records",
         ]
         text = ["--label-text", "a photo of a {}"]
-        command("build", "--source", "coco", *files, *stored, "--name", NAME, *text)
+        command("build", "--source", "coco", *files, "--name", NAME, *text)
     data = f"--config.input.data_dir={workdir / 'records'}", f"--config.input.name={NAME}"
     config = ["--config", f"regions:{args.start}", *data, *overrides]
     if args.topology and not (workdir / "plan.json").exists():
@@ -174,17 +174,8 @@ def main() -> None:
         if result.exists():
             continue
         images = ["--images", workdir / "refcoco"]
-        source = [
-            "--source",
-            "refcoco",
-            "--annotations",
-            *refs,
-            "--split",
-            split,
-            "--passes",
-            "none",
-        ]
-        command("annotate", *source, *images, "--output", lines)
+        source = ["--source", "refcoco", "--annotations", *refs, "--split", split]
+        command("annotate", *source, "--passes", "none", *images, "--output", lines)
         files = ["--annotations", lines / "A.jsonl", *images]
         command("evaluate", "grounding", "--checkpoint", run, *files, "--output", result)
     atomic.write_text(workdir / "results.md", table(workdir))

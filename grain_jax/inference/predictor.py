@@ -8,7 +8,7 @@ share the programs. Large calls use all devices of the process.
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast, overload
+from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack, cast, overload
 
 import numpy as np
 from etils import epath
@@ -42,6 +42,14 @@ class Detections(NamedTuple):
     scores: np.ndarray  # float32 [n], see `Predictor.detect`
     texts: tuple[str, ...]  # n
     labels: np.ndarray  # int [n], positions in the given texts
+
+
+class DetectOptions(TypedDict, total=False):
+    """The options of `Predictor.detect`."""
+
+    threshold: float
+    top_k: int
+    pixels: bool
 
 
 class ClassFeatures(NamedTuple):
@@ -207,35 +215,17 @@ class Predictor(Encoder):
 
     @overload
     def detect(  # pyright: ignore[reportOverlappingOverload]
-        self,
-        images: OneImage,
-        texts: Iterable[str],
-        *,
-        threshold: float = ...,
-        top_k: int = ...,
-        pixels: bool = ...,
+        self, images: OneImage, texts: Iterable[str], **options: Unpack[DetectOptions]
     ) -> Detections: ...
 
     @overload
     def detect(
-        self,
-        images: np.ndarray,
-        texts: Iterable[str],
-        *,
-        threshold: float = ...,
-        top_k: int = ...,
-        pixels: bool = ...,
+        self, images: np.ndarray, texts: Iterable[str], **options: Unpack[DetectOptions]
     ) -> Any: ...
 
     @overload
     def detect(
-        self,
-        images: Images,
-        texts: Iterable[str],
-        *,
-        threshold: float = ...,
-        top_k: int = ...,
-        pixels: bool = ...,
+        self, images: Images, texts: Iterable[str], **options: Unpack[DetectOptions]
     ) -> list[Detections]: ...
 
     def detect(
@@ -392,7 +382,7 @@ class Predictor(Encoder):
         """For each image the class of every pixel, int32 [H, W], positions in the classes; for one image [H, W].
 
         Args:
-          images: PIL images, turned by their EXIF orientation, or uint8 [H, W, 3], of any size; or one.
+          images: see `Predictor`, of any size; or one.
           classes: names, {name: [description, ...]} or the result of `segmentation_classes`. Commas divide names of one
             class: "sofa, couch".
           background: pixels are -1 if the best class has a smaller share of the softmax of scaled cosines; None: none.

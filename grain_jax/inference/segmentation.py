@@ -17,8 +17,8 @@ import PIL.Image
 from grain_jax import config as config_lib
 from grain_jax.core import images as image_files
 from grain_jax.core import named
-from grain_jax.inference import prompts, scores
-from grain_jax.inference.inputs import InputError, kind_of
+from grain_jax.inference import inputs, prompts, scores
+from grain_jax.inference.inputs import InputError
 
 # Where the maps come from: what the model has, its patches, the boxes of its region queries, or a weighted sum.
 WAYS = ("auto", "patches", "regions", "both")
@@ -123,19 +123,12 @@ def cut(
 
 
 def windows_of(index: int, image: Any, *options: int) -> Windows:
-    """`cut` of an image, PIL or uint8 [H, W, 3]. Raises InputError, which names the image by `index`."""
+    """`cut` of an image, as `Predictor` takes them. Raises InputError, which names the image by `index`."""
+    pixels = inputs.as_uint8(index, image)
     try:
-        if isinstance(image, PIL.Image.Image):
-            image = image_files.upright(image)
-        elif getattr(image, "dtype", None) == np.uint8 and np.shape(image)[2:] == (3,):
-            image = PIL.Image.fromarray(np.asarray(image))
-        else:
-            raise image_files.ImageError(
-                f"got {kind_of(image)}, expected a PIL image or uint8 [H, W, 3]"
-            )
-        return cut(image, *options)
-    except Exception as error:  # PIL reads the pixels here, and raises many types of error
-        raise InputError(f"images[{index}]: {' '.join(str(error).split())}") from None
+        return cut(PIL.Image.fromarray(pixels), *options)
+    except image_files.ImageError as error:
+        raise InputError(f"images[{index}]: {error}") from None
 
 
 def _starts(length: int, size: int, step: int) -> list[int]:

@@ -205,13 +205,14 @@ def test_segment():
     expected = scores.resize_map(maps, 40, 40).argmax(0)
     assert (got[1] == expected).mean() > 0.999
     np.testing.assert_array_equal(predictor.segment(PICTURES[1], classes), got[1])
+    np.testing.assert_array_equal(predictor.segment(PICTURES[1] / np.float32(255), classes), got[1])
     assert (predictor.segment(PICTURES[1], classes, background=1.0) == -1).all()
 
 
 def test_what_a_model_cannot_do_and_images_that_cannot_be_used():
     two, regions = _predictor(decoder=None, image__pool="class"), _predictor()
-    with pytest.raises(InputError, match=r"^images\[1\]: got float32 \[40, 40, 3\]"):
-        two.segment([PICTURES[0], PICTURES[1] / np.float32(255)], _classes(two))
+    with pytest.raises(InputError, match=r"^images\[1\]: got int64 \[40, 40, 3\]"):
+        two.segment([PICTURES[0], PICTURES[1].astype(np.int64)], _classes(two))
     for predictor, options in (
         (two, dict(by="patch")),
         (two, dict(patch_features="value")),
