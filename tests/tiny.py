@@ -54,7 +54,7 @@ class Once:
 
 # Keys of a config that its program does not depend on.
 _NOT_COMPILED = re.compile(
-    r"(total|log|eval|checkpoint|profile)_.*|evals|pictures|wandb|text\.max_dropped_share"
+    r"(total|log|eval|checkpoint|profile)_.*|evals|report_images|wandb|text\.max_dropped_share"
     r"|input\.(source|options|data_dir|name|prepare|shards_per_block|reader_threads)"
 )
 
