@@ -103,12 +103,12 @@ def _product(x, kernel, dimensions, **options):
     return product.reshape(*x.shape[: x.ndim - shared], *kernel.shape[shared:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    return _norm_forward(x, scale, bias, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, on_gpu: bool) -> jax.Array:
+    return _norm_forward(x, scale, bias, eps, on_gpu)[0]
 
 
-def _norm_forward(x, scale, bias, eps):
+def _norm_forward(x, scale, bias, eps, on_gpu):
     y = x.astype(jnp.float32)
     mean = jnp.mean(y, -1)
     centred = y - mean[..., None]
@@ -118,14 +118,18 @@ def _norm_forward(x, scale, bias, eps):
     return y.astype(x.dtype), (x, scale, mean, rstd)
 
 
-def _norm_backward(eps, residuals, dy):
+def _norm_backward(eps, on_gpu, residuals, dy):
     x, scale, mean, rstd = residuals
-    dy = dy.astype(jnp.float32)
+    given, dy = dy, dy.astype(jnp.float32)
     normed = (x.astype(jnp.float32) - mean[..., None]) * rstd[..., None]
     d = dy * scale
     d = d - jnp.mean(d, -1, keepdims=True) - normed * jnp.mean(d * normed, -1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
     dx = (d * rstd[..., None]).astype(x.dtype)
+    if on_gpu:  # else XLA writes both factors in float32, for the sums over rows
+        x, dy, mean, rstd = jax.lax.optimization_barrier((x, given, mean, rstd))
+        dy = dy.astype(jnp.float32)
+        normed = (x.astype(jnp.float32) - mean[..., None]) * rstd[..., None]
+    rows = tuple(range(x.ndim - 1))
     return dx, jnp.sum(dy * normed, rows), jnp.sum(dy, rows)
 
 
@@ -142,7 +146,7 @@ class LayerNorm(nn.Module):
     eps: float
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _norm(x, *self.parameters(x.shape[-1]), self.eps)
+        return _norm(x, *self.parameters(x.shape[-1]), self.eps, placement.on_gpu())
 
     @nn.compact
     def parameters(self, features: int) -> tuple[jax.Array, jax.Array]:

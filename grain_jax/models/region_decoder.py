@@ -32,20 +32,23 @@ class DecoderLayer(nn.Module):
         drop = lambda x, site: layers.example_dropout(x, keys, site, t.dropout)
         # In the reference query, key and value are one [3E, E] matrix: this is its xavier for each [E, E].
         qkv_init = nn.initializers.variance_scaling(0.5 * t.qkv_init_gain**2, "fan_in", "uniform")
-        attend = lambda name: attention.Attention(
+        attend = lambda name, absorbs=False: attention.Attention(
             t.width,
             t.heads,
             self.dtype,
             kernel_init=qkv_init,
             out_init=xavier,
             dropout=t.dropout,
+            absorbs=absorbs,
             name=name,
         )
         y = norm("norm_1")(content)
         q = y + query_embed
         content = content + drop(attend("self_attention")(q, q, y, None, keys, 0), 1)
         q = norm("norm_2")(content) + query_embed
-        content = content + drop(attend("cross_attention")(q, memory, memory, None, keys, 2), 3)
+        content = content + drop(
+            attend("cross_attention", True)(q, memory, memory, None, keys, 2), 3
+        )
         mlp = layers.MLP(
             t.width,
             t.mlp_dim,

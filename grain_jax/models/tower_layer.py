@@ -66,7 +66,7 @@ class TowerLayer(nn.Module):
             key_bias=self.key_bias,
             name="attention",
         )(y, y, y, mask, rotation=rotation)
-        x = x + self._scaled("layer_scale_1", y)
+        x = placement.by_batch(x + self._scaled("layer_scale_1", y))
         norm = LayerNorm(t.norm_eps, name="norm_2")
         of_mlp: dict[str, Any] = dict(
             in_init=inits.mlp_in,
