@@ -8,6 +8,7 @@
 Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
 """
 
+import functools
 from typing import NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -87,6 +88,22 @@ def of_towers(model: config_lib.Model, dtype: str) -> str:
     return ", ".join(f"{program} ({tower} tower)" for tower, program in chosen.items())
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logits(axes: str, q: jax.Array, k: jax.Array) -> jax.Array:
+    """An einsum whose result is float32, and whose backward pass multiplies numbers of the type of `q` alone."""
+    return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(axes, kept, d):
+    q, k = kept
+    (of_q, of_k), out = axes.split("->")[0].split(","), axes.split("->")[1]
+    d = d.astype(q.dtype)
+    return jnp.einsum(f"{out},{of_k}->{of_q}", d, k), jnp.einsum(f"{out},{of_q}->{of_k}", d, q)
+
+
+_logits.defvjp(lambda axes, q, k: (_logits(axes, q, k), (q, k)), _logits_backward)
+
+
 class Attention(nn.Module):
     """Multi-head attention, optionally with LayerNorm and then rotary positions on the queries and keys of each head."""
 
@@ -135,6 +152,7 @@ class Attention(nn.Module):
 
         def project(name, x):
             if self.program == "cudnn":  # cuBLAS adds a vector inside its product, and no matrix
+                x = jax.lax.optimization_barrier(x)  # XLA would join products, and copy to do so
                 return self._affine(name)(x).reshape(*x.shape[:-1], heads, head_dim)
             return dense(
                 (heads, head_dim),
@@ -155,14 +173,8 @@ class Attention(nn.Module):
         if self.program == "cudnn":
             out = with_cudnn(q, k, v, mask)
             return self._affine("out")(out.reshape(*out.shape[:2], -1))
-        weights = self._weights(
-            jnp.einsum(
-                "bqkh,bskh->bkqs", q * head_dim**-0.5, k, preferred_element_type=jnp.float32
-            ),
-            mask,
-            dropout_keys,
-            site,
-        )
+        logits = _logits("bqkh,bskh->bkqs", q * head_dim**-0.5, k)
+        weights = self._weights(logits, mask, dropout_keys, site)
         out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
         return dense(
             self.width,
@@ -206,12 +218,10 @@ class Attention(nn.Module):
         to_values, bias = self._affine("value", memory).parameters()
         to_keys, to_values = (x.reshape(memory, heads, head_dim) for x in (to_keys, to_values))
         q = jnp.einsum("bqkh,ekh->bkqe", q * head_dim**-0.5, to_keys)
-        logits = jnp.einsum("bkqe,bse->bkqs", q, key, preferred_element_type=jnp.float32)
+        logits = _logits("bkqe,bse->bkqs", q, key)
         weights = self._weights(logits, mask, dropout_keys, site)
         out = jnp.einsum("bkqe,ekh->bqkh", jnp.einsum("bkqs,bse->bkqe", weights, value), to_values)
-        total = weights.sum(-1, dtype=jnp.float32).astype(
-            self.dtype
-        )  # dropout leaves less than 1, or more
+        total = weights.sum(-1, dtype=jnp.float32).astype(self.dtype)  # dropout: it is not 1
         out = out + total.swapaxes(1, 2)[..., None] * bias.reshape(heads, head_dim)
         return self._affine("out")(out.reshape(*query.shape[:2], -1))
 

@@ -110,12 +110,28 @@ def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, on_gpu: b
 
 def _norm_forward(x, scale, bias, eps, on_gpu):
     y = x.astype(jnp.float32)
-    mean = jnp.mean(y, -1)
+    mean, variance = _moments(y) if on_gpu else (jnp.mean(y, -1), None)
     centred = y - mean[..., None]
-    # Not E[x^2] - E[x]^2, which loses digits that parity with torch needs.
-    rstd = jax.lax.rsqrt(jnp.mean(centred * centred, -1) + eps)
+    if variance is None:  # not E[x^2] - E[x]^2, which loses digits that parity with torch needs
+        variance = jnp.mean(centred * centred, -1)
+    rstd = jax.lax.rsqrt(variance + eps)
     y = centred * (rstd[..., None] * scale) + bias
     return y.astype(x.dtype), (x, scale, mean, rstd)
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance over the last axis in one pass, by the update of Chan et al. (1979)."""
+
+    def joined(a, b):
+        (n, mean, squares), (m, other, more) = a, b
+        total, d = n + m, other - mean
+        share = m / jnp.maximum(total, 1)
+        return total, mean + d * share, squares + more + d * d * n * share
+
+    zero = jnp.zeros((), x.dtype)
+    of_one = jnp.ones_like(x), x, jnp.zeros_like(x)
+    count, mean, squares = jax.lax.reduce(of_one, (zero,) * 3, joined, (x.ndim - 1,))
+    return mean, squares / count
 
 
 def _norm_backward(eps, on_gpu, residuals, dy):

@@ -76,6 +76,11 @@ def by_batch(x: jax.Array) -> jax.Array:
     return on_each_device(lambda x: with_layout_constraint(x, rows), mesh(), (spec,), spec)(x)
 
 
+def added(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y `by_batch`; on GPUs not inside the product that makes y, for which XLA would copy x."""
+    return by_batch(x + (jax.lax.optimization_barrier(y) if on_gpu() else y))
+
+
 def whole(x: jax.Array) -> jax.Array:
     """`x` whole on every device, such as a table before a lookup."""
     return _constrain(x, PartitionSpec())

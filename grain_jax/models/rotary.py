@@ -45,9 +45,8 @@ def of_grid(
     angles = np.pad(angles, ((leading, 0), (0, 0)))[:, None]  # [N, 1, head_dim]
     tables = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
     if kept is not None:
-        number = jnp.pad(
-            kept + leading, ((0, 0), (leading, 0))
-        )  # token 0 stands for all leading ones
+        # Token 0 stands for all leading ones.
+        number = jnp.pad(kept + leading, ((0, 0), (leading, 0)))
         tables = (table[number] for table in tables)
     after = (0, trailing), (0, 0), (0, 0)
     return Rotation(*(jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [*after]) for x in tables))

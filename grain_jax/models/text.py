@@ -47,13 +47,9 @@ class TextTransformer(towers.TextTower):
             positions = jnp.broadcast_to(jnp.arange(shape[-1]), tokens.shape)
             segments = jnp.ones_like(segments)
         program, length = attention.choose(self.attention, self.dtype, t.heads), shape[-1]
-        extra = (
-            attention.filled(length, program, 8) - length
-        )  # 8: cuBLAS takes the rows as they are
-        if extra:  # padding is a text of its own
-            tokens, positions, segments = (
-                jnp.pad(a, ((0, 0), (0, extra))) for a in (tokens, positions, segments)
-            )
+        extra = attention.filled(length, program, 8) - length  # cuBLAS takes eights
+        fill = lambda ids: jnp.pad(ids, ((0, 0), (0, extra)))  # with padding, a text of its own
+        tokens, positions, segments = fill(tokens), fill(positions), fill(segments)
         token_embed = nn.Embed(
             t.vocab_size,
             t.width,

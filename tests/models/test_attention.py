@@ -243,7 +243,9 @@ def test_towers_fill_their_rows_for_cudnn(monkeypatch, kind, mesh_shape):
     def loss(program):
         def run(params):
             out = build(program).apply(params, *args, **options)
-            real = kind != "masked" or (args[2] > 0)[..., None]  # no one reads the features of padding
+            real = (
+                kind != "masked" or (args[2] > 0)[..., None]
+            )  # no one reads the features of padding
             return jnp.sum(real * jnp.sin(3 * out + jnp.arange(out.shape[-2])[:, None]))
 
         return jax.jit(jax.value_and_grad(run))(params)
