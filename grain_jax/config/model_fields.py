@@ -130,7 +130,7 @@ class RegionDecoder:
     dropout: float = key(0.1, "Dropout rate in training.", low=0, high=0.99)
     norm_eps: float = key(1e-5, "Epsilon of the LayerNorms.")
     qkv_init_gain: float = key(1.0, "Factor on initial query, key and value weights.", low=0)
-    unroll: int = layers(1, "Layers in the body of the loop over layers.")
+    unroll: int = count(0, "Layers in the body of the loop over layers; 0: derived.", high=DEEPEST)
     image_pool: str = key(
         "query",
         "Image embedding: that of the image query, of all queries, or of the image tower.",

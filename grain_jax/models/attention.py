@@ -8,6 +8,7 @@
 Self-attention of the towers alone is fused. The region decoder has few queries and dropout on its weights.
 """
 
+import functools
 from typing import NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -44,7 +45,18 @@ class CausalWithin(NamedTuple):
         return (causal & (self.ids[:, :, None] == self.ids[:, None, :]))[:, None]
 
 
-Mask: TypeAlias = Within | CausalWithin
+class First(NamedTuple):
+    """A mask for cuDNN: all positions see the first `count`."""
+
+    count: int
+
+
+Mask: TypeAlias = Within | CausalWithin | First
+
+
+def filled(length: int, program: str, multiple: int) -> int:
+    """The length that a tower gives its rows, once for all layers: cuDNN's backward pass takes even ones alone."""
+    return -(-length // multiple) * multiple if program == "cudnn" else length
 
 
 def choose(attention: str, dtype: np.dtype, heads: int) -> str:
@@ -76,6 +88,22 @@ def of_towers(model: config_lib.Model, dtype: str) -> str:
     return ", ".join(f"{program} ({tower} tower)" for tower, program in chosen.items())
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logits(axes: str, q: jax.Array, k: jax.Array) -> jax.Array:
+    """An einsum whose result is float32, and whose backward pass multiplies numbers of the type of `q` alone."""
+    return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(axes, kept, d):
+    q, k = kept
+    (of_q, of_k), out = axes.split("->")[0].split(","), axes.split("->")[1]
+    d = d.astype(q.dtype)
+    return jnp.einsum(f"{out},{of_k}->{of_q}", d, k), jnp.einsum(f"{out},{of_q}->{of_k}", d, q)
+
+
+_logits.defvjp(lambda axes, q, k: (_logits(axes, q, k), (q, k)), _logits_backward)
+
+
 class Attention(nn.Module):
     """Multi-head attention, optionally with LayerNorm and then rotary positions on the queries and keys of each head."""
 
@@ -89,6 +117,7 @@ class Attention(nn.Module):
     dropout: float = 0.0
     program: str = "xla"  # "pallas" and "cudnn" serve self-attention without dropout
     key_bias: bool = True
+    absorbs: bool = False  # whether few queries take in the maps of keys and values (`_absorbed`)
 
     @nn.compact
     def __call__(
@@ -115,19 +144,27 @@ class Attention(nn.Module):
         Returns:
           [B, Lq, E].
         """
-        head_dim = self.width // self.heads
         if self.program == "pallas":
             return self._heads_side_by_side(query, mask, rotation)
-        project = lambda name, x: dense(
-            (self.heads, head_dim),
-            ("width",),
-            ("heads", "head_dim"),
-            dtype=self.dtype,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            use_bias=name != "key" or self.key_bias,
-            name=name,
-        )(x)
+        if self.absorbs and query.shape[1] * self.heads < key.shape[1]:
+            return self._absorbed(query, key, value, mask, dropout_keys, site)
+        heads, head_dim = self.heads, self.width // self.heads
+
+        def project(name, x):
+            if self.program == "cudnn":  # cuBLAS adds a vector inside its product, and no matrix
+                x = jax.lax.optimization_barrier(x)  # XLA would join products, and copy to do so
+                return self._affine(name)(x).reshape(*x.shape[:-1], heads, head_dim)
+            return dense(
+                (heads, head_dim),
+                ("width",),
+                ("heads", "head_dim"),
+                dtype=self.dtype,
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
+                use_bias=name != "key" or self.key_bias,
+                name=name,
+            )(x)
+
         q = project("query", query)  # [B, Lq, K, head_dim]
         k = project("key", key)
         v = project("value", value)
@@ -135,15 +172,10 @@ class Attention(nn.Module):
         q, k = self._normed_and_rotated(rotation, q, k)
         if self.program == "cudnn":
             out = with_cudnn(q, k, v, mask)
-        else:
-            logits = jnp.einsum(
-                "bqkh,bskh->bkqs", q * head_dim**-0.5, k, preferred_element_type=jnp.float32
-            )
-            if mask is not None:
-                logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-            weights = softmax(logits, self.dtype)  # [B, K, Lq, Lk]
-            weights = example_dropout(weights, dropout_keys, site, self.dropout)
-            out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
+            return self._affine("out")(out.reshape(*out.shape[:2], -1))
+        logits = _logits("bqkh,bskh->bkqs", q * head_dim**-0.5, k)
+        weights = self._weights(logits, mask, dropout_keys, site)
+        out = jnp.einsum("bkqs,bskh->bqkh", weights, v)
         return dense(
             self.width,
             ("heads", "head_dim"),
@@ -153,6 +185,45 @@ class Attention(nn.Module):
             bias_init=self.bias_init,
             name="out",
         )(out)
+
+    @nn.nowrap
+    def _affine(self, name: str, memory_width: int = 0) -> Affine:
+        """A map with the heads side by side."""
+        whole = (memory_width or self.width,), ("width",)
+        split = (self.heads, self.width // self.heads), ("heads", "head_dim")
+        ins, outs, init = whole, split, self.kernel_init
+        if name == "out":
+            ins, outs, init = split, whole, self.out_init
+        shape_and_axes = ins[0], outs[0], ins[1], outs[1]
+        use_bias = name != "key" or self.key_bias
+        return Affine(*shape_and_axes, self.dtype, init, self.bias_init, use_bias, name=name)
+
+    @nn.nowrap
+    def _weights(self, logits, mask, dropout_keys, site: int) -> jax.Array:
+        """float32 logits -> weights [B, K, Lq, Lk]."""
+        if mask is not None:
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        weights = softmax(logits, self.dtype)
+        return example_dropout(weights, dropout_keys, site, self.dropout)
+
+    @nn.nowrap
+    def _absorbed(self, query, key, value, mask, dropout_keys, site: int) -> jax.Array:
+        """The same with (q W) m for q (W m): no keys and values of a long memory are made.
+
+        A bias of the keys adds the same to all logits of a query, so it has no effect, and here no gradient.
+        """
+        heads, head_dim, memory = self.heads, self.width // self.heads, key.shape[-1]
+        q = self._affine("query")(query).reshape(*query.shape[:2], heads, head_dim)
+        to_keys, _ = self._affine("key", memory).parameters()
+        to_values, bias = self._affine("value", memory).parameters()
+        to_keys, to_values = (x.reshape(memory, heads, head_dim) for x in (to_keys, to_values))
+        q = jnp.einsum("bqkh,ekh->bkqe", q * head_dim**-0.5, to_keys)
+        logits = _logits("bkqe,bse->bkqs", q, key)
+        weights = self._weights(logits, mask, dropout_keys, site)
+        out = jnp.einsum("bkqe,ekh->bqkh", jnp.einsum("bkqs,bse->bkqe", weights, value), to_values)
+        total = weights.sum(-1, dtype=jnp.float32).astype(self.dtype)  # dropout: it is not 1
+        out = out + total.swapaxes(1, 2)[..., None] * bias.reshape(heads, head_dim)
+        return self._affine("out")(out.reshape(*query.shape[:2], -1))
 
     @nn.nowrap
     def _normed_and_rotated(self, rotation, *queries_and_keys: jax.Array) -> list[jax.Array]:
@@ -172,16 +243,7 @@ class Attention(nn.Module):
         from grain_jax.models import attention_kernel  # a fifth of a second to import
 
         heads, head_dim = self.heads, self.width // self.heads
-        width, split = ((self.width,), ("width",)), ((heads, head_dim), ("heads", "head_dim"))
-
-        def affine(name, ins, outs, init, use_bias=True):
-            shape, axes = (ins[0], outs[0]), (ins[1], outs[1])
-            return Affine(*shape, *axes, self.dtype, init, self.bias_init, use_bias, name=name)
-
-        maps = [
-            affine(name, width, split, self.kernel_init, use_bias)
-            for name, use_bias in (("query", True), ("key", self.key_bias), ("value", True))
-        ]
+        maps = [self._affine(name) for name in ("query", "key", "value")]
         together = attention_kernel.arranges(heads, head_dim) and not programs.are_apart()
         if together:  # one product reads x once
             kernel, bias = (
@@ -205,13 +267,13 @@ class Attention(nn.Module):
                 for part in LayerNorm(eps, name=name).parameters(head_dim)
             )
         out = with_pallas(*qkv, heads=heads, norms=norms, eps=eps, within=mask)
-        return affine("out", split, width, self.out_init)(out)
+        return self._affine("out")(out)
 
 
 def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) -> jax.Array:
     """Attention by cuDNN.
 
-    Its backward pass takes even lengths alone, so an odd one grows by a position that no other sees.
+    Its backward pass takes even lengths alone, so towers have `filled` rows.
 
     Args:
       q, k, v: [B, L, heads, width], bfloat16.
@@ -220,20 +282,16 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) ->
     Returns:
       [B, L, heads, width].
     """
-    length, heads = q.shape[1:3]
-    odd = length % 2
-    if odd:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-        if within is not None:  # a text of its own
-            ids = jnp.pad(within.ids, ((0, 0), (0, 1)), constant_values=-1)
-            within = within._replace(ids=ids)
+    heads, first = q.shape[2], None
+    if isinstance(within, First):
+        within, first = None, within.count
 
     def attend(q, k, v, *of_mask):
         seen = {}
         if within is not None:
             seen["mask"] = within._replace(ids=of_mask[0]).mask()
-        elif odd:
-            seen["key_value_seq_lengths"] = jnp.full(len(q), length, jnp.int32)
+        elif first is not None:
+            seen["key_value_seq_lengths"] = jnp.full(len(q), first, jnp.int32)
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)
 
     of_mask = () if within is None else tuple(within)
@@ -242,7 +300,7 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, within: Mask | None) ->
     tensor = 1 if mesh is None else mesh.shape.get("tensor", 1)
     both = PartitionSpec(batch, None, "tensor" if tensor > 1 and heads % tensor == 0 else None)
     specs = (both, both, both, *[PartitionSpec(batch)] * len(of_mask))
-    return placement.on_each_device(attend, mesh, specs, both)(q, k, v, *of_mask)[:, :length]
+    return placement.on_each_device(attend, mesh, specs, both)(q, k, v, *of_mask)
 
 
 def with_pallas(*given: jax.Array, within: Mask | None, **options) -> jax.Array:
@@ -250,6 +308,6 @@ def with_pallas(*given: jax.Array, within: Mask | None, **options) -> jax.Array:
     from grain_jax.models import attention_kernel  # a fifth of a second to import
 
     masks = {}
-    if within is not None:
+    if isinstance(within, (Within, CausalWithin)):
         masks = dict(ids=within.ids, causal=isinstance(within, CausalWithin))
     return attention_kernel.attend(*given, **masks, **options)

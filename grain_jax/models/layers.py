@@ -103,29 +103,49 @@ def _product(x, kernel, dimensions, **options):
     return product.reshape(*x.shape[: x.ndim - shared], *kernel.shape[shared:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    return _norm_forward(x, scale, bias, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, on_gpu: bool) -> jax.Array:
+    return _norm_forward(x, scale, bias, eps, on_gpu)[0]
 
 
-def _norm_forward(x, scale, bias, eps):
+def _norm_forward(x, scale, bias, eps, on_gpu):
     y = x.astype(jnp.float32)
-    mean = jnp.mean(y, -1)
+    mean, variance = _moments(y) if on_gpu else (jnp.mean(y, -1), None)
     centred = y - mean[..., None]
-    # Not E[x^2] - E[x]^2, which loses digits that parity with torch needs.
-    rstd = jax.lax.rsqrt(jnp.mean(centred * centred, -1) + eps)
+    if variance is None:  # not E[x^2] - E[x]^2, which loses digits that parity with torch needs
+        variance = jnp.mean(centred * centred, -1)
+    rstd = jax.lax.rsqrt(variance + eps)
     y = centred * (rstd[..., None] * scale) + bias
     return y.astype(x.dtype), (x, scale, mean, rstd)
 
 
-def _norm_backward(eps, residuals, dy):
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance over the last axis in one pass, by the update of Chan et al. (1979)."""
+
+    def joined(a, b):
+        (n, mean, squares), (m, other, more) = a, b
+        total, d = n + m, other - mean
+        share = m / jnp.maximum(total, 1)
+        return total, mean + d * share, squares + more + d * d * n * share
+
+    zero = jnp.zeros((), x.dtype)
+    of_one = jnp.ones_like(x), x, jnp.zeros_like(x)
+    count, mean, squares = jax.lax.reduce(of_one, (zero,) * 3, joined, (x.ndim - 1,))
+    return mean, squares / count
+
+
+def _norm_backward(eps, on_gpu, residuals, dy):
     x, scale, mean, rstd = residuals
-    dy = dy.astype(jnp.float32)
+    given, dy = dy, dy.astype(jnp.float32)
     normed = (x.astype(jnp.float32) - mean[..., None]) * rstd[..., None]
     d = dy * scale
     d = d - jnp.mean(d, -1, keepdims=True) - normed * jnp.mean(d * normed, -1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
     dx = (d * rstd[..., None]).astype(x.dtype)
+    if on_gpu:  # else XLA writes both factors in float32, for the sums over rows
+        x, dy, mean, rstd = jax.lax.optimization_barrier((x, given, mean, rstd))
+        dy = dy.astype(jnp.float32)
+        normed = (x.astype(jnp.float32) - mean[..., None]) * rstd[..., None]
+    rows = tuple(range(x.ndim - 1))
     return dx, jnp.sum(dy * normed, rows), jnp.sum(dy, rows)
 
 
@@ -142,7 +162,7 @@ class LayerNorm(nn.Module):
     eps: float
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _norm(x, *self.parameters(x.shape[-1]), self.eps)
+        return _norm(x, *self.parameters(x.shape[-1]), self.eps, placement.on_gpu())
 
     @nn.compact
     def parameters(self, features: int) -> tuple[jax.Array, jax.Array]:

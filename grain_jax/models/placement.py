@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _mesh_and_axes: contextvars.ContextVar[tuple[Mesh, tuple[str, ...]] | None]
@@ -40,6 +41,12 @@ def on_one_cpu() -> bool:
     return where is not None and where.size == 1 and where.devices.flat[0].platform == "cpu"
 
 
+def on_gpu() -> bool:
+    """Whether the mesh has GPUs."""
+    where = mesh()
+    return where is not None and where.devices.flat[0].platform in ("gpu", "cuda", "rocm")
+
+
 def batch_axes() -> tuple[str, ...]:
     """The axes of the mesh that cut the batch; none without a mesh."""
     current = _mesh_and_axes.get()
@@ -56,8 +63,22 @@ def on_each_device(function, mesh: Mesh | None, in_specs: tuple, out_specs):
 
 
 def by_batch(x: jax.Array) -> jax.Array:
-    """`x` with its leading axis sharded like the batch, all other axes whole."""
-    return _constrain(x, PartitionSpec(batch_axes()))
+    """`x` with its leading axis sharded like the batch, all other axes whole; on GPUs in row-major order.
+
+    XLA for GPUs would put the batch innermost and transpose around each product. The order is fixed on each device, since
+    XLA gathers an array whose order is fixed for all.
+    """
+    spec = PartitionSpec(batch_axes())
+    x = _constrain(x, spec)
+    if not on_gpu():
+        return x
+    rows = Layout(tuple(range(x.ndim)))
+    return on_each_device(lambda x: with_layout_constraint(x, rows), mesh(), (spec,), spec)(x)
+
+
+def added(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y `by_batch`; on GPUs not inside the product that makes y, for which XLA would copy x."""
+    return by_batch(x + (jax.lax.optimization_barrier(y) if on_gpu() else y))
 
 
 def whole(x: jax.Array) -> jax.Array:

@@ -78,7 +78,8 @@ def unrolled(tower: ImageTower | TextTower, remat: str, *programs: str) -> int:
     """
     if tower.unroll:
         return tower.unroll
-    copies = remat == "none" and "pallas" in programs and not _gathers()
+    has_kernel = not {"pallas", "cudnn"}.isdisjoint(programs)
+    copies = remat == "none" and has_kernel and not _gathers()
     return tower.depth if copies and tower.depth <= UNROLLED else 1
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from grain_jax.config import RegionDecoder
 from grain_jax.core import schema
-from grain_jax.models import attention, layers, placement
+from grain_jax.models import attention, layers, placement, programs
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -22,8 +22,8 @@ class DecoderLayer(nn.Module):
     dtype: np.dtype
 
     @nn.compact
-    def __call__(self, content, layer, memory, query_embed, dropout_keys):
-        """content [B, Q+1, E], layer int32 [], memory [B, N, E], query_embed [Q+1, E] -> (carry, per-layer output)."""
+    def __call__(self, content, layer, memory, mask, query_embed, dropout_keys):
+        """content [B, Q+1, E], layer int32 [], memory [B, N, E], mask, query_embed [Q+1, E] -> (carry, per-layer output)."""
         t = self.tower
         keys = dropout_keys
         if keys is not None:
@@ -32,20 +32,22 @@ class DecoderLayer(nn.Module):
         drop = lambda x, site: layers.example_dropout(x, keys, site, t.dropout)
         # In the reference query, key and value are one [3E, E] matrix: this is its xavier for each [E, E].
         qkv_init = nn.initializers.variance_scaling(0.5 * t.qkv_init_gain**2, "fan_in", "uniform")
-        attend = lambda name: attention.Attention(
+        attend = lambda name, absorbs=False: attention.Attention(
             t.width,
             t.heads,
             self.dtype,
             kernel_init=qkv_init,
             out_init=xavier,
             dropout=t.dropout,
+            absorbs=absorbs,
             name=name,
         )
         y = norm("norm_1")(content)
         q = y + query_embed
         content = content + drop(attend("self_attention")(q, q, y, None, keys, 0), 1)
         q = norm("norm_2")(content) + query_embed
-        content = content + drop(attend("cross_attention")(q, memory, memory, None, keys, 2), 3)
+        cross = attend("cross_attention", True)(q, memory, memory, mask, keys, 2)
+        content = content + drop(cross, 3)
         mlp = layers.MLP(
             t.width,
             t.mlp_dim,
@@ -73,7 +75,10 @@ class QueryDecoder(nn.Module):
     @nn.compact
     def __call__(self, image_tokens, dropout_keys=None):
         """image_tokens [B, N, E_image], dropout_keys: PRNG keys [B] or None -> [T, B, Q+1 or Q, E], normed."""
-        t = self.tower
+        t, mask, length = self.tower, None, image_tokens.shape[1]
+        if extra := placement.on_gpu() * (-length % 8):  # else each layer fills it for cuBLAS
+            image_tokens = jnp.pad(image_tokens, ((0, 0), (0, extra), (0, 0)))
+            mask = np.arange(length + extra) < length
         memory = layers.dense(
             t.width,
             ("width",),
@@ -93,10 +98,10 @@ class QueryDecoder(nn.Module):
             DecoderLayer,
             t.depth,
             remat=self.remat,
-            unroll=t.unroll,
-            in_axes=(0, every, every, every),
+            unroll=programs.unrolled(t, self.remat, "cudnn" if placement.on_gpu() else "xla"),
+            in_axes=(0, every, every, every, every),
         )(t, self.dtype, name="blocks")
-        _, hidden = blocks(content, jnp.arange(t.depth), memory, query_embed, dropout_keys)
+        _, hidden = blocks(content, jnp.arange(t.depth), memory, mask, query_embed, dropout_keys)
         return layers.LayerNorm(t.norm_eps, name="norm")(hidden)
 
 

@@ -20,9 +20,15 @@ class Rotation(NamedTuple):
 
 
 def of_grid(
-    grid: int, *, theta: float, head_dim: int, leading: int, kept: jax.Array | None = None
+    grid: int,
+    *,
+    theta: float,
+    head_dim: int,
+    leading: int,
+    kept: jax.Array | None = None,
+    trailing: int = 0,
 ) -> Rotation:
-    """The rotation of `leading` tokens, then of `grid` x `grid` patches, row by row.
+    """The rotation of `leading` tokens, then of `grid` x `grid` patches, row by row, then of `trailing` tokens.
 
     Args:
       grid: patches per side.
@@ -30,6 +36,7 @@ def of_grid(
       head_dim: channels of a head.
       leading: tokens before the patches.
       kept: int32 [B, n], the numbers of the patches that are there; None: all.
+      trailing: tokens after the patches.
     """
     centres = 2 * np.pi * (2 * (np.arange(grid) + 0.5) / grid - 1)
     waves = theta ** -(np.arange(head_dim // 4) / (head_dim // 4))
@@ -37,10 +44,12 @@ def of_grid(
     angles = np.tile(np.concatenate([y * waves, x * waves], axis=-1), 2)
     angles = np.pad(angles, ((leading, 0), (0, 0)))[:, None]  # [N, 1, head_dim]
     tables = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
-    if kept is None:
-        return Rotation(*tables)
-    number = jnp.pad(kept + leading, ((0, 0), (leading, 0)))  # token 0 stands for all leading ones
-    return Rotation(*(table[number] for table in tables))
+    if kept is not None:
+        # Token 0 stands for all leading ones.
+        number = jnp.pad(kept + leading, ((0, 0), (leading, 0)))
+        tables = (table[number] for table in tables)
+    after = (0, trailing), (0, 0), (0, 0)
+    return Rotation(*(jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [*after]) for x in tables))
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:

@@ -46,6 +46,10 @@ class TextTransformer(towers.TextTower):
             tokens = jnp.where(segments > 0, tokens, t.pad_id)
             positions = jnp.broadcast_to(jnp.arange(shape[-1]), tokens.shape)
             segments = jnp.ones_like(segments)
+        program, length = attention.choose(self.attention, self.dtype, t.heads), shape[-1]
+        extra = attention.filled(length, program, 8) - length  # cuBLAS takes eights
+        fill = lambda ids: jnp.pad(ids, ((0, 0), (0, extra)))  # with padding, a text of its own
+        tokens, positions, segments = fill(tokens), fill(positions), fill(segments)
         token_embed = nn.Embed(
             t.vocab_size,
             t.width,
@@ -59,15 +63,14 @@ class TextTransformer(towers.TextTower):
         )
         x = x + placement.whole(table)[positions]
         x = placement.by_batch(x.astype(self.dtype))  # [G*rows, L, E]
-        program = attention.choose(self.attention, self.dtype, t.heads)
-        mask = None
+        mask = attention.First(length) if extra else None
         if t.causal:
             mask = attention.CausalWithin(segments)
         elif t.mask_padding:
             mask = attention.Within(segments)
         if mask is not None and program == "xla":
             mask = mask.mask()  # once for all layers
-        mlp = programs.of_mlp(self.mlp, self.dtype, t, length=shape[-1], remat=self.remat)
+        mlp = programs.of_mlp(self.mlp, self.dtype, t, length=x.shape[1], remat=self.remat)
         blocks = layers.scan_layers(
             tower_layer.TowerLayer,
             t.depth,
@@ -76,7 +79,7 @@ class TextTransformer(towers.TextTower):
             in_axes=(nn.broadcast,),
         )(t, self.dtype, _inits(t), program, mlp, name="blocks")
         x, _ = blocks(x, mask)
-        return x.reshape(*shape, t.width)
+        return x[:, :length].reshape(*shape, t.width)
 
 
 def gather_texts(features: jax.Array, end_at: jax.Array) -> jax.Array:

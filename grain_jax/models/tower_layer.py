@@ -66,7 +66,7 @@ class TowerLayer(nn.Module):
             key_bias=self.key_bias,
             name="attention",
         )(y, y, y, mask, rotation=rotation)
-        x = x + self._scaled("layer_scale_1", y)
+        x = placement.added(x, self._scaled("layer_scale_1", y))
         norm = LayerNorm(t.norm_eps, name="norm_2")
         of_mlp: dict[str, Any] = dict(
             in_init=inits.mlp_in,
@@ -80,7 +80,7 @@ class TowerLayer(nn.Module):
             return placement.by_batch(fused(x, norm.parameters(t.width), t.norm_eps)), None
         mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, gated=self.gated, **of_mlp)
         y = mlp(norm(x))
-        return placement.by_batch(x + self._scaled("layer_scale_2", y)), None
+        return placement.added(x, self._scaled("layer_scale_2", y)), None
 
     @nn.nowrap
     def _scaled(self, name: str, x: jax.Array) -> jax.Array:

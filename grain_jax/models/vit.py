@@ -131,8 +131,14 @@ class ImageTransformer(towers.ImageTower):
         else:
             program = attention.choose(self.attention, self.dtype, t.heads)
             mlp = programs.of_mlp(self.mlp, self.dtype, t, length=x.shape[1], remat=self.remat)
+        length = x.shape[1]
+        extra = attention.filled(length, program, 2) - length
+        if extra:
+            x, mask = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), attention.First(length)
         if t.rope == "centres":
-            sizes = dict(head_dim=t.width // t.heads, leading=self.leading_tokens(t))
+            sizes = dict(
+                head_dim=t.width // t.heads, leading=self.leading_tokens(t), trailing=extra
+            )
             rotation = rotary.of_grid(grid, theta=t.rope_theta, kept=kept, **sizes)
         blocks = layers.scan_layers(
             tower_layer.TowerLayer,
@@ -153,7 +159,7 @@ class ImageTransformer(towers.ImageTower):
             name="blocks",
         )
         x, _ = blocks(x, mask, rotation)
-        return layers.LayerNorm(t.norm_eps, name="norm")(x)
+        return layers.LayerNorm(t.norm_eps, name="norm")(x)[:, :length]
 
     @nn.nowrap
     def _with_leading(self, x: jax.Array, grid: int, kept: jax.Array | None) -> jax.Array:

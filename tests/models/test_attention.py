@@ -1,12 +1,14 @@
 """The attention programs against a float64 replica and against each other; the kernel runs in Pallas' interpreter."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grain_jax.models import attention, attention_kernel, layers, placement
+from grain_jax.models import attention, attention_kernel, layers, placement, text, vit
+from tests import tiny
 
 pytestmark = pytest.mark.long
 
@@ -77,7 +79,7 @@ def _by_xla(q, k, v, norms, heads, eps, within):
     """As attention.Attention has it."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     if norms is not None:
-        q, k = layers._norm(q, *norms[:2], eps), layers._norm(k, *norms[2:], eps)
+        q, k = (layers._norm(x, *n, eps, False) for x, n in ((q, norms[:2]), (k, norms[2:])))
     scale, float32 = q.shape[-1] ** -0.5, jnp.float32
     scores = jnp.einsum("bqkh,bskh->bkqs", q * scale, k, preferred_element_type=float32)
     if within is not None:
@@ -206,35 +208,85 @@ def test_heads_that_fill_no_tiles_stay_three_arrays():
         assert not attention_kernel.arranges(4, 64)  # one head per device
 
 
-@pytest.mark.parametrize(
-    "mesh_shape,length,kind",
-    [(None, 9, None), (None, 10, CAUSAL), ((2, 2, 2), 9, WITHIN)],
-)
-def test_lengths_that_cudnn_takes(monkeypatch, mesh_shape, length, kind):
-    """Odd lengths have no backward pass in cuDNN; the layer equals XLA's at every length."""
-    calls, real = [], jax.nn.dot_product_attention
+def _tower(kind):
+    """The class and the config of a tower whose rows cuDNN does not take, and its inputs."""
+    rng = np.random.default_rng(0)
+    if kind.startswith("image"):  # 17 tokens; with half of the patches 9
+        kept = jnp.asarray(np.sort([rng.permutation(16)[:8] for _ in range(8)]))
+        model = tiny.config(model__image__patch_size=4, model__image__rope="centres").model
+        args = (jnp.asarray(rng.normal(size=(8, 16, 16, 3)), jnp.float32),)
+        return vit.ImageTransformer, model.image, args, dict(kept=kept) if "kept" in kind else {}
+    keys = dict(model__text__causal=kind == "causal", model__text__mask_padding=kind == "masked")
+    keys["text__packing"] = kind != "padding seen"
+    config = tiny.config(model__text__context_length=29, **keys).model.text
+    segments = np.sort(rng.integers(0, 4, (8, 2, 29)))[..., ::-1]
+    positions = np.broadcast_to(np.arange(29), segments.shape)
+    args = (rng.integers(1, 99, segments.shape), positions, segments)
+    return text.TextTransformer, config, tuple(jnp.asarray(x, jnp.int32) for x in args), {}
+
+
+@pytest.mark.parametrize("mesh_shape", [None, (2, 2, 2)])
+@pytest.mark.parametrize("kind", ["image", "image kept", "causal", "masked", "padding seen"])
+def test_towers_fill_their_rows_for_cudnn(monkeypatch, kind, mesh_shape):
+    """Odd lengths have no backward pass in cuDNN; what fills a row is not seen, and no feature of it comes out."""
+    lengths, real = [], jax.nn.dot_product_attention
 
     def stand_in(q, k, v, *, implementation, **seen):
-        calls.append((q.shape, implementation))
+        lengths.append(q.shape[1])
         return real(q, k, v, implementation="xla", **seen)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    x = jax.random.normal(jax.random.key(0), (8, length, 32))
-    ids = jnp.sort(jax.random.randint(jax.random.key(1), (8, length), 0, 3))
-    within = kind and kind(ids)
-    xla, cudnn = (_layer(program, 4, kind is None) for program in ("xla", "cudnn"))
-    params = jax.jit(lambda: xla.init(jax.random.key(3), x, x, x))()
-    weight = jax.random.normal(jax.random.key(2), x.shape)
+    tower, config, args, options = _tower(kind)
+    build = lambda program: tower(config, jnp.dtype("float32"), attention=program)
+    params = jax.jit(build("xla").init)(jax.random.key(3), *args)
 
-    expected = _loss(xla, within and within.mask(), weight)(params, x)
-    mesh, local = None, (8, 4)
+    def loss(program):
+        def run(params):
+            out = build(program).apply(params, *args, **options)
+            real = (
+                kind != "masked" or (args[2] > 0)[..., None]
+            )  # no one reads the features of padding
+            return jnp.sum(real * jnp.sin(3 * out + jnp.arange(out.shape[-2])[:, None]))
+
+        return jax.jit(jax.value_and_grad(run))(params)
+
+    expected = loss("xla")
+    mesh = None
     if mesh_shape is not None:
         mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
-        local = (2, 2)
     with placement.on(mesh, ("data", "fsdp") if mesh else ()):
-        got = _loss(cudnn, within, weight)(params, x)
-    assert calls == [((local[0], 10, local[1], 8), "cudnn")]
-    _assert_near(got, expected)
+        got = loss("cudnn")
+    assert set(lengths) == {{"image": 18, "image kept": 10}.get(kind, 32)}
+    assert _worst(got, expected) < 2e-5
+
+
+@pytest.mark.parametrize("masked,rate", [(False, 0.0), (True, 0.0), (False, 0.4)])
+def test_few_queries_absorb_the_maps_of_keys_and_values(masked, rate):
+    rng, init = np.random.default_rng(1), layers.normal(0.3)
+    query, memory = (jnp.asarray(rng.normal(size=(4, n, 32)), jnp.float32) for n in (3, 40))
+    mask = jnp.asarray(rng.integers(0, 2, (4, 1, 1, 40)), bool) if masked else None
+    keys = jax.random.split(jax.random.key(5), 4)
+    build = lambda absorbs: attention.Attention(
+        32, 8, jnp.dtype("float32"), init, init, init, dropout=rate, absorbs=absorbs
+    )
+    params, same = (
+        jax.jit(build(x).init)(jax.random.key(3), query, memory, memory) for x in (0, 1)
+    )
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+
+    def run(absorbs):
+        out = lambda *a: jnp.sum(jnp.sin(build(absorbs).apply(a[0], a[1], a[2], a[2], mask, keys)))
+        return jax.jit(jax.value_and_grad(out, (0, 1, 2)))(params, query, memory)
+
+    got, expected = run(True), run(False)
+    assert not np.asarray(
+        nn.unbox(got[1][0])["params"]["key"]["bias"]
+    ).any()  # softmax does not see it
+    assert _worst(got, expected) < 2e-5
+    text_of = lambda absorbs: (
+        jax.jit(build(absorbs).apply).lower(params, query, memory, memory).as_text()
+    )
+    assert "4x40x8x4" in text_of(False) and "4x40x8x4" not in text_of(True)  # keys and values
 
 
 def test_auto_is_xla_without_a_mesh_and_on_a_cpu():

@@ -24,8 +24,10 @@ def draw():
     return lambda *shape: rng.normal(size=shape).astype(np.float32)
 
 
-def test_layer_norm_and_its_gradients_are_torchs(draw):
-    x, dy, scale, bias = draw(3, 5, 24) + 4, draw(3, 5, 24), draw(24), draw(24)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_layer_norm_and_its_gradients_are_torchs(draw, monkeypatch, on_gpu):
+    monkeypatch.setattr(placement, "on_gpu", lambda: on_gpu)
+    x, dy, scale, bias = 2 * draw(3, 5, 24) + 4, draw(3, 5, 24), draw(24), draw(24)
     variables = {"params": {"scale": scale, "bias": bias}}
     y, backward = jax.vjp(lambda v, x: layers.LayerNorm(1e-6).apply(v, x), variables, x)
     d_variables, dx = backward(jnp.asarray(dy))
@@ -36,6 +38,14 @@ def test_layer_norm_and_its_gradients_are_torchs(draw):
     ours = (dx, d_variables["params"]["scale"], d_variables["params"]["bias"])
     for got, wanted in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(got, wanted.grad.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_moments_keep_their_digits_in_one_pass(draw):
+    x = draw(50, 197) + 1000 * (np.arange(197) == 0) + np.logspace(-3, 4, 50)[:, None]
+    x = x.astype(np.float32)
+    mean, variance = jax.jit(layers._moments)(x)
+    np.testing.assert_allclose(mean, x.mean(1, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(variance, x.var(1, dtype=np.float64), rtol=1e-5)
 
 
 def test_on_a_single_cpu_a_dense_layer_multiplies_matrices(draw):

@@ -71,7 +71,7 @@ def test_kernel_equals_the_replica(activation):
         return mlp_kernel.half_layer(x, eps=EPS, activation=ours, **p)
 
     def xla(x, p):
-        normed = layers._norm(x, p["scale"], p["bias"], EPS)
+        normed = layers._norm(x, p["scale"], p["bias"], EPS, False)
         hidden = normed @ p["w_in"].astype(x.dtype) + p["b_in"].astype(x.dtype)
         return x + ours(hidden) @ p["w_out"].astype(x.dtype) + p["b_out"].astype(x.dtype)
 
