@@ -81,7 +81,8 @@ def _trips(body: str, predicate: str) -> int:
     if not test:
         return 1
     step = re.search(rf"%{test[1]} = sadd\.s32 (\d+), ", body)
-    surplus = 2 if "/* iteration index, stage = " in body else 0  # of a loop over the grid
+    of_grid = "/* iteration index, stage = " in body and ">>" not in body.partition("{")[0]
+    surplus = 2 if of_grid else 0
     return max(1, math.ceil((int(test[2]) - surplus) / int(step[1] if step else 1)))
 
 
