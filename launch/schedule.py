@@ -8,6 +8,7 @@ import math
 import pathlib
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 from grain_jax.launch.chips import Chip
 from grain_jax.launch.hlo import Instruction, Module
@@ -25,17 +26,18 @@ def flags(folder: pathlib.Path) -> str:
     return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={PASS}"
 
 
+def texts(folder: pathlib.Path, names: set[str]) -> Iterator[tuple[str, str]]:
+    """(name, schedule) of the instructions of these names; libtpu writes one for equal kernels."""
+    for path in folder.iterdir():
+        match = re.fullmatch(rf"\d+-(.+)-\d+-{PASS}\.txt", path.name)
+        if match and match[1] in names:
+            yield match[1], path.read_text()
+
+
 def read(folder: pathlib.Path, hlo: str) -> dict[str, int]:
-    """`cycles` of the Pallas kernels of a compiled program, by name; libtpu writes one schedule for equal kernels."""
+    """`cycles` of the Pallas kernels of a compiled program, by name."""
     kernels = set(re.findall(r'%(\S+) = [^\n]*custom_call_target="tpu_custom_call"', hlo))
-    names = {
-        path: re.fullmatch(rf"\d+-(.+)-\d+-{PASS}\.txt", path.name) for path in folder.iterdir()
-    }
-    return {
-        match[1]: cycles(path.read_text())
-        for path, match in names.items()
-        if match and match[1] in kernels
-    }
+    return {name: cycles(text) for name, text in texts(folder, kernels)}
 
 
 def cycles(text: str) -> int:

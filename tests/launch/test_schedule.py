@@ -70,7 +70,13 @@ def test_the_plan_says_how_kernels_were_counted():
 
 def test_clocks_reach_the_printed_peaks():
     """Cores x MXUs x area x rows a cycle x 2 FLOPs x clock."""
-    per_cycle = {"v4": 8 * 128**2, "v5e": 4 * 128**2, "v5p": 8 * 128**2, "v6e": 4 * 256**2, "tpu7x": 4 * 256**2}
+    per_cycle = {
+        "v4": 8 * 128**2,
+        "v5e": 4 * 128**2,
+        "v5p": 8 * 128**2,
+        "v6e": 4 * 256**2,
+        "tpu7x": 4 * 256**2,
+    }
     for name, products in per_cycle.items():
         chip = chips.CHIPS[name]
         assert 2 * products * chip.clock_ghz * 1e9 == pytest.approx(chip.bf16_flops, rel=3e-3), name
