@@ -3,6 +3,9 @@
 Peak rates are the makers', so a time computed from them is a lower bound. Sources: https://cloud.google.com/tpu/docs,
 https://jax-ml.github.io/scaling-book/tpus, https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth, NVIDIA's
 data sheets, and gb200.txtpb of https://github.com/openxla/xla. A TPU's memory is what libtpu 0.0.42.1 allows a program.
+Its clock is peak / (2 FLOPs x MXUs x their area x rows a cycle), with cores and MXUs of jax's pallas/mosaic/tpu_info.py.
+A row a cycle gives the 1.5 GHz of v5e in https://jax-ml.github.io/scaling-book/tpus. For v6e libtpu puts products of
+16 rows 8 cycles apart: two rows. tpu7x is taken to have two as well: no source was found.
 
 A *device* is what JAX sees: a chip, but on tpu7x half of a chip. All numbers are per device.
 """
@@ -74,6 +77,7 @@ class Chip:
       axes: axes of its torus: 2 or 3; of GPUs 0.
       libtpu: its name in TPU_ACCELERATOR_TYPE, and what that counts of a chip (2 TensorCores, or itself).
       devices: of a chip. A ring runs through both, so that a link of the chip carries one hop of it.
+      clock_ghz: of a TPU.
       gpu: what XLA must know of a GPU; None of TPUs.
     """
 
@@ -86,6 +90,7 @@ class Chip:
     axes: int = 0
     libtpu: tuple[str, int] = ("", 0)
     devices: int = 1
+    clock_ghz: float = 0.0
     gpu: Gpu | None = None
 
     @property
@@ -119,11 +124,11 @@ _H200 = _H100._replace(memory=144_384, memory_rate=4800e9)
 _B200 = Gpu((10, 0), 148, 1.965, 228 * 1024, 126, 182_642, 8000e9)
 _GB200 = Gpu((10, 0), 152, 2.062, 228 * 1024, 129, 188_730, 8000e9, machine=4, node=72)
 _ALL = (
-    Chip("v4", "TPU v4", 30.75, 1200e9, 50e9, 6.25e9, 3, ("v4", 2)),
-    Chip("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, 2, ("v5litepod", 1)),
-    Chip("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, 3, ("v5p", 2)),
-    Chip("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, 2, ("v6e", 1)),
-    Chip("tpu7x", "TPU7x", 94.75, 3690e9, 100e9, 6.25e9, 3, ("tpu7x", 2), devices=2),
+    Chip("v4", "TPU v4", 30.75, 1200e9, 50e9, 6.25e9, 3, ("v4", 2), clock_ghz=1.05),
+    Chip("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, 2, ("v5litepod", 1), clock_ghz=1.5),
+    Chip("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, 3, ("v5p", 2), clock_ghz=1.75),
+    Chip("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, 2, ("v6e", 1), clock_ghz=1.75),
+    Chip("tpu7x", "TPU7x", 94.75, 3690e9, 100e9, 6.25e9, 3, ("tpu7x", 2), devices=2, clock_ghz=2.2),
     Chip("a100-40", "NVIDIA A100-SXM4-40GB", 40, 1555e9, 300e9, 1.5625e9, gpu=_A100_40),
     Chip("a100-80", "NVIDIA A100-SXM4-80GB", 80, 2039e9, 300e9, 1.5625e9, gpu=_A100_80),
     Chip("h100", "NVIDIA H100 80GB HBM3", 80, 3350e9, 450e9, 25e9, gpu=_H100),

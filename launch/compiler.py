@@ -1,13 +1,18 @@
 """Compiles the train step for chips that this machine does not have: libtpu for TPUs, the CUDA plugin of JAX for GPUs."""
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import math
 import os
+import pathlib
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +21,7 @@ from jax.experimental import topologies
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors, progress
-from grain_jax.launch import chips
+from grain_jax.launch import chips, schedule
 from grain_jax.train import sharding, train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -48,6 +53,7 @@ class Compiled:
       out_of_memory: the compiler's message, or None.
       program: hash of the StableHLO that was compiled.
       hlo: the compiled program as text; empty if out of memory.
+      cycles: of Pallas kernels for which libtpu wrote a schedule, by name.
       mesh: sizes of the mesh's axes.
       versions: of JAX and of the compilers that are installed.
     """
@@ -59,6 +65,7 @@ class Compiled:
     hlo: str
     mesh: dict[str, int]
     versions: dict[str, str]
+    cycles: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def compile_step(
@@ -91,7 +98,7 @@ def compile_step(
             config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
         )
         lowered = program.step.lower(program.state, program.batch)
-        memory, out_of_memory, hlo = {}, None, ""
+        memory, out_of_memory, hlo, cycles = {}, None, "", {}
         name = topology.chip.name.upper()
         with progress.while_compiling(f"for {name}", "usually one to five minutes"):
             try:
@@ -105,6 +112,7 @@ def compile_step(
                     ) from None
             else:
                 analysis, hlo = compiled.memory_analysis(), compiled.as_text()
+                cycles = schedule.read(_dump(), hlo)
                 memory = {
                     name: getattr(analysis, f"{key}_in_bytes") for name, key in _MEMORY.items()
                 }
@@ -117,6 +125,7 @@ def compile_step(
         hlo=hlo,
         mesh=dict(mesh.shape),
         versions={name: installed[name] for name in _PACKAGES if name in installed},
+        cycles=cycles,
     )
 
 
@@ -142,6 +151,7 @@ def _environment(topology: chips.Topology) -> Iterator[None]:
             "TPU_ACCELERATOR_TYPE": f"{prefix}-{math.prod(topology.shape) * cores}",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened: several may compile at once
+            "LIBTPU_INIT_ARGS": f"{schedule.flags(_dump())} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip(),
         }
     before = dict(os.environ)
     os.environ.update(variables)
@@ -150,6 +160,16 @@ def _environment(topology: chips.Topology) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+        for file in _dump().iterdir():
+            file.unlink()
+
+
+@functools.cache
+def _dump() -> pathlib.Path:
+    """The folder for schedules: one for the process, since libtpu reads its flags once."""
+    folder = tempfile.mkdtemp(prefix="grain-jax-plan-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return pathlib.Path(folder)
 
 
 def _options(topology: chips.Topology) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Assumptions; all but the second err on the fast side:
 
-- Every unit runs at its printed peak.
+- Every unit runs at its printed peak. Pallas kernels take the time of their schedule (schedule.py).
 - A collective runs as one ring over one axis of the torus. XLA can be faster over a whole torus, and slower over an axis
   that is not closed.
 - Memory traffic and compute hide each other.
@@ -24,7 +24,7 @@ LATENCY_SECONDS = 1e-6  # of one transfer between neighbours
 class Roofline(NamedTuple):
     """Seconds per step: of each resource alone, and together."""
 
-    compute_s: float  # matrix products at peak
+    compute_s: float  # matrix products at peak, and kernels
     hbm_s: float  # traffic with main memory
     interconnect_s: float  # all collectives within slices or nodes, overlapped or not
     dcn_s: float  # the parts of collectives that leave a slice or node

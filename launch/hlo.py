@@ -123,6 +123,7 @@ class Module:
         of one slice.
       across_slices: whether it is such a program, in which sends through the host leave the slice.
       trips: of each loop, by the name of its instruction; None if unknown: its body counts once.
+      kernels: of Pallas kernels by name, the FLOPs that take their time at the chip's peak (`schedule.price`).
     """
 
     computations: dict[str, Computation]
@@ -133,6 +134,7 @@ class Module:
     partitions: int
     across_slices: bool
     trips: dict[str, int | None]
+    kernels: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
         """(computation, instruction, runs per step) of everything that a step runs."""

@@ -35,9 +35,9 @@ def dot_flops(module: Module, *, passes: bool = False) -> float:
     Args:
       module: the compiled step.
       passes: counts float32 products as often as a TPU makes them in bfloat16: 6 times at HIGHEST precision; on a
-        GPU as the bfloat16 products that take their time.
+        GPU as the bfloat16 products that take their time; a Pallas kernel as `Module.kernels` says.
     """
-    return sum((n * _flops(c, i, passes) for c, i, n in module.running()), 0.0)
+    return sum((n * _flops(module, c, i, passes) for c, i, n in module.running()), 0.0)
 
 
 def bytes_accessed(module: Module) -> float:
@@ -73,7 +73,7 @@ def work_of(module: Module, computation: Computation, instructions: Iterable[Ins
     """The work of one run of these instructions of a computation, with all that they call."""
     flops = traffic = 0.0
     for instruction in instructions:
-        flops += _flops(computation, instruction, True)
+        flops += _flops(module, computation, instruction, True)
         if computation.name not in module.fused:
             traffic += _traffic(module, computation, instruction)
         for inner, times in module.callees(instruction):
@@ -83,10 +83,14 @@ def work_of(module: Module, computation: Computation, instructions: Iterable[Ins
     return Work(flops, traffic)
 
 
-def _flops(computation: Computation, instruction: Instruction, passes: bool) -> float:
+def _flops(
+    module: Module, computation: Computation, instruction: Instruction, passes: bool
+) -> float:
     """The FLOPs of the instruction itself, without the computations that it calls."""
     target = instruction.target
     if target == "tpu_custom_call":
+        if passes and instruction.name in module.kernels:
+            return module.kernels[instruction.name]
         return float(instruction.find(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
     if target.startswith("__cudnn$fmha"):
         return _attention_flops(computation, instruction)

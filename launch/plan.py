@@ -1,5 +1,6 @@
 """Plans a run for chips that this machine does not have: grain-jax plan --config X --topology v5e:16x16"""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,16 @@ from grain_jax.cli import process
 from grain_jax.config import loading
 from grain_jax.core import atomic
 from grain_jax.input_pipeline import derived
-from grain_jax.launch import chips, compiler, cost, hlo, hlo_collectives, hlo_work, plan_text
+from grain_jax.launch import (
+    chips,
+    compiler,
+    cost,
+    hlo,
+    hlo_collectives,
+    hlo_work,
+    plan_text,
+    schedule,
+)
 from grain_jax.launch.arguments import Plan
 from grain_jax.train import flops, sharding
 
@@ -70,15 +80,25 @@ def _of_program(compiled: compiler.Compiled, plan, topology) -> dict[str, Any]:
         total, available, largest = compiler.parse_out_of_memory(compiled.out_of_memory)
         arguments = sum(kinds.values())
         memory = _memory(kinds, available or limit, arguments, total - arguments)
-        unknown = ("flops", "hbm_bytes", "roofline", "images_per_second_at_most", "mfu_at_most")
+        unknown = (
+            "flops",
+            "hbm_bytes",
+            "kernels",
+            "roofline",
+            "images_per_second_at_most",
+            "mfu_at_most",
+        )
         out = {"memory": memory, "fits": False, "largest": _largest(largest), "collectives": {}}
         return out | dict.fromkeys(unknown)
     module = hlo.parse(compiled.hlo)
+    kernels, counted = schedule.price(module, compiled.cycles, topology.chip)
+    module = dataclasses.replace(module, kernels=kernels)
     sums = hlo_collectives.collectives(module, mesh=compiled.mesh, slices=topology.slices)
     traffic = hlo_work.bytes_accessed(module)
     memory = _memory(kinds, limit, **compiled.memory)
     roofline = cost.roofline(hlo_work.dot_flops(module, passes=True), traffic, sums, topology.chip)
     peak = topology.count * topology.chip.bf16_flops
+    of_kernels = sum(n * kernels.get(i.name, 0.0) for _, i, n in module.running())
     return {
         "memory": memory,
         "fits": memory["total_bytes"] <= limit,
@@ -86,6 +106,7 @@ def _of_program(compiled: compiler.Compiled, plan, topology) -> dict[str, Any]:
         "flops": round(hlo_work.dot_flops(module) * topology.count),
         "unknown_loops": list(module.trips.values()).count(None),
         "hbm_bytes": round(traffic),
+        "kernels": {"runs": counted, "seconds": of_kernels / topology.chip.bf16_flops},
         "collectives": by_kind(sums),
         "roofline": roofline._asdict(),
         "images_per_second_at_most": plan["batch_size"] / roofline.step_s,

@@ -126,8 +126,12 @@ def _times(plan: dict[str, Any]) -> Rows:
     time = lambda name: f"{roof[name] * 1e3:.3g} ms"
     traffic = f"{amount(plan['hbm_bytes'], 'B')} to and from the chip's memory"
     rate = f"{plan['images_per_second_at_most']:,.0f}"
+    kernels = plan["kernels"]
+    runs = ", ".join(f"{count} by {source}" for source, count in kernels["runs"].items())
+    row = ("  kernels", f"{kernels['seconds'] * 1e3:.3g} ms", f"of it: {runs}")
     return [
-        ("compute", time("compute_s"), "matrix products at the chip's printed peak"),
+        ("compute", time("compute_s"), "matrix products at the chip's printed peak, and kernels"),
+        *([row] if runs else []),
         ("HBM", time("hbm_s"), traffic),
         ("interconnect", time("interconnect_s"), "between the chips of a slice or node"),
         ("network", time("dcn_s"), "between slices or nodes"),

@@ -2,10 +2,12 @@
 
 Queries, keys and values are [B, L, heads * width], with the heads side by side: no head is padded to the 128 lanes of a
 register. Or they are one array, the result of one product (`arranged`). A program has a few heads of a few rows of the
-batch, a multiple of 128 lanes if the widths allow it. It works on tiles of 128 lanes. A head that shares a tile reads it
-through a mask. This costs no extra pass of the matrix unit, which has 128 lanes as well. LayerNorm of queries and keys
-is inside. The backward pass keeps the inputs alone and computes norms and weights again
-(as FlashAttention does, Dao et al. 2022; whole rows of scores fit into VMEM here, so no softmax is pieced together).
+batch, a multiple of 128 lanes if the widths allow it. It works on transposed arrays: heads are then rows, and softmax
+and LayerNorm reduce over rows, which needs no shuffles of lanes. Scores are [keys, queries], in base 2. LayerNorm of queries
+and keys is inside; its factors are those of the queries, since a bias of the keys changes no softmax. The backward pass
+keeps the inputs alone and computes norms and weights again (as FlashAttention does, Dao et al. 2022; whole rows of
+scores fit into VMEM here, so no softmax is pieced together). Several heads are at the same stage, so that one computes
+while another waits (`python -m benchmarks.kernels` counts the cycles).
 
 On other platforms the kernel runs in Pallas' interpreter, for tests.
 """
@@ -13,6 +15,7 @@ On other platforms the kernel runs in Pallas' interpreter, for tests.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,8 @@ from grain_jax.models import placement
 TILE = 128  # lanes of a register
 BLOCK_BYTES = 2**19  # of one array in VMEM; a backward program has eight, twice over
 MOST_ROWS = 8  # of the batch, in one program
+TOGETHER_FORWARD, TOGETHER_BACKWARD = 8, 4  # heads at the same stage, at most
+LN2 = math.log(2)
 VMEM_BYTES = 100 * 2**20  # at most; v5e has 128 MiB
 
 
@@ -39,22 +44,27 @@ class _Heads:
     def lanes(self) -> int:
         return self.count * self.width
 
-    @property
-    def tiles(self) -> list[slice]:
-        """The lanes of each tile."""
-        return [slice(i, min(i + TILE, self.lanes)) for i in range(0, self.lanes, TILE)]
+    def rows(self, head: int) -> slice:
+        """The rows of a head in a transposed array."""
+        return slice(head * self.width, (head + 1) * self.width)
 
-    def parts(self, head: int) -> list[tuple[int, jax.Array | None]]:
-        """The tiles that have lanes of the head: (tile, its lanes of the head as a mask [1, lanes]; None: all)."""
-        first, end = head * self.width, (head + 1) * self.width
+    def split(self, x) -> list:
+        """[lanes, L] -> the rows of each head. Sixteen rows of bfloat16 share a register: else by float32."""
+        whole = self.width % 16 == 0
+        parts = x if whole else x.astype(jnp.float32)
+        return [parts[self.rows(head)].astype(x.dtype) for head in range(self.count)]
+
+    def times(self, x, parts: list) -> list:
+        """x [L, lanes] times each head [width, n] -> [L, n]; the head gets zeros for others on its tiles of lanes."""
         out = []
-        for number, tile in enumerate(self.tiles):
-            low, high = max(first, tile.start), min(end, tile.stop)
-            if low < high:
-                size = tile.stop - tile.start
-                lane = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) + tile.start
-                whole = high - low == size
-                out.append((number, None if whole else (lane >= low) & (lane < high)))
+        for head, part in enumerate(parts):
+            first, end = head * self.width, (head + 1) * self.width
+            low, high = first // TILE * TILE, min(-(-end // TILE) * TILE, self.lanes)
+            zeros = lambda rows, like=part: [jnp.zeros((rows, like.shape[1]), like.dtype)][
+                : bool(rows)
+            ]
+            filled = jnp.concatenate([*zeros(first - low), part, *zeros(high - end)], 0)
+            out.append(_dot(x[:, low:high], filled.astype(x.dtype), ((1,), (0,))))
         return out
 
 
@@ -73,62 +83,59 @@ def _dot(a, b, contract):
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _only(mask, x):
-    return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
+def _sum(x):
+    return jnp.sum(x, 0, keepdims=True)
 
 
-def _head_means(heads: _Heads, tiles: list) -> list:
-    """float32 [L, lanes] each -> the mean over the lanes of each head, at all of its lanes."""
-    out = [jnp.zeros_like(x) for x in tiles]
-    for head in range(heads.count):
-        parts = heads.parts(head)
-        sums = [jnp.sum(_only(mask, tiles[i]), -1, keepdims=True) for i, mask in parts]
-        mean = sum(sums[1:], sums[0]) / heads.width
-        for i, mask in parts:
-            out[i] = (
-                jnp.broadcast_to(mean, out[i].shape)
-                if mask is None
-                else jnp.where(mask, mean, out[i])
-            )
-    return out
+def _normed(x, eps):
+    """LayerNorm of a head [width, L] without factors: (float32, 1 / deviation [1, L])."""
+    centred = x - jnp.mean(x, 0, keepdims=True)
+    rstd = jax.lax.rsqrt(jnp.mean(centred * centred, 0, keepdims=True) + eps)
+    return centred * rstd, rstd
 
 
-def _normed(heads: _Heads, tiles: list, scale: list, bias: list, eps: float):
-    """LayerNorm of each head: (in the dtype of the tiles, normed float32, 1 / deviation float32)."""
-    x = [tile.astype(jnp.float32) for tile in tiles]
-    centred = [a - b for a, b in zip(x, _head_means(heads, x))]
-    squares = _head_means(heads, [c * c for c in centred])
-    rstd = [jax.lax.rsqrt(s + eps) for s in squares]
-    normed = [c * r for c, r in zip(centred, rstd)]
-    out = [(n * s + b).astype(t.dtype) for n, s, b, t in zip(normed, scale, bias, tiles)]
-    return out, normed, rstd
+def _norm_backward(d, kept):
+    """The gradient of the input of `_normed`, up to the factor of the exponential's base."""
+    normed, rstd = kept
+    mean = lambda x: jnp.mean(x, 0, keepdims=True)
+    return (d - mean(d) - normed * mean(d * normed)) * (rstd * LN2)
 
 
-def _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row):
-    """Tiles of the normed queries and keys, and what their backward pass needs."""
-    q, k = ([ref[row, :, tile] for tile in heads.tiles] for ref in (q_ref, k_ref))
-    if eps is None:
-        return q, k, None, None
-    rows_of_norm = lambda i: [norm_ref[i : i + 1, tile] for tile in heads.tiles]
-    q, *q_kept = _normed(heads, q, rows_of_norm(0), rows_of_norm(1), eps)
-    k, *k_kept = _normed(heads, k, rows_of_norm(2), rows_of_norm(3), eps)
-    return q, k, q_kept, k_kept
+class _Row(NamedTuple):
+    """A row of the batch in a program, a list of heads [width, L] each."""
+
+    queries: list  # times scale and factor of the norm, in the dtype of the keys
+    keys: list
+    natural_keys: jax.Array  # [L, lanes]
+    kept: list | None  # of the norms: `_normed` of the queries and of the keys
 
 
-def _weights(heads, head, q, k, allowed):
-    """Softmax of the scores of a head, float32 [n, n]."""
-    parts = heads.parts(head)
-    scaled = [_only(mask, q[i] * heads.width**-0.5) for i, mask in parts]
-    scores = [_dot(a.astype(k[0].dtype), k[i], ((1,), (1,))) for a, (i, _) in zip(scaled, parts)]
-    scores = sum(scores[1:], scores[0])
+def _read(heads, eps, q_ref, k_ref, norm_ref, row) -> _Row:
+    dtype = k_ref.dtype
+    q, k = (heads.split(ref[row].T.astype(jnp.float32)) for ref in (q_ref, k_ref))
+    natural, kept = k_ref[row], None
+    if eps is not None:
+        kept = [[_normed(x, eps) for x in part] for part in (q, k)]
+        q, k = ([normed for normed, _ in part] for part in kept)
+        natural = jnp.concatenate(k, 0).astype(dtype).T
+    scaled = []
+    for head, x in enumerate(q):
+        factor, bias = (norm_ref[heads.rows(head), i : i + 1] for i in (0, 1))
+        scaled.append((x * factor + bias).astype(dtype))
+    return _Row(scaled, [x.astype(dtype) for x in k], natural, kept)
+
+
+def _weights(heads, row: _Row, allowed) -> list[tuple[jax.Array, jax.Array]]:
+    """Of each head the weights [keys, queries] before their division, and 1 / their sums [1, queries]; float32."""
+    scores = heads.times(row.natural_keys, row.queries)
     if allowed is not None:
-        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
-    exp = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
-    return exp / jnp.sum(exp, -1, keepdims=True)
+        scores = [jnp.where(allowed, x, jnp.finfo(jnp.float32).min) for x in scores]
+    powers = [jnp.exp2(x - jnp.max(x, 0, keepdims=True)) for x in scores]
+    return [(x, 1 / _sum(x)) for x in powers]
 
 
 def _allowed(masks, row, causal):
-    """bool [L, L]: within the same text, where `causal` itself and earlier ones; None: all."""
+    """bool [keys, queries]: within the same text, where `causal` itself and earlier ones; None: all."""
     if not masks:
         return None
     column, line = masks[0][row], masks[1][row]  # [L, 1], [1, L]
@@ -136,51 +143,38 @@ def _allowed(masks, row, causal):
         return column == line
     size = line.shape[1]
     numbers_along = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
-    return (column == line) & (numbers_along(0) >= numbers_along(1))
+    return (column == line) & (numbers_along(0) <= numbers_along(1))
 
 
-def _for_each_row(ref, run) -> None:
-    """Calls `run(row)` for each row of a program."""
+def _for_rows(ref, count, run) -> None:
+    """Calls `run(rows)` for the rows of a program, a few at a time: as many as have `count` heads at most, or one."""
+    total, most = ref.shape[0], max(1, count)
+    group = max(n for n in range(1, most + 1) if total % n == 0)
 
-    def one_row(row, _):
-        run(row)
+    def some_rows(i, _):
+        run([i * group + n for n in range(group)])
         return 0
 
-    jax.lax.fori_loop(0, ref.shape[0], one_row, 0)
+    jax.lax.fori_loop(0, total // group, some_rows, 0)
 
 
-def _write(ref, row, tiles: list[slice], values: list) -> None:
-    for tile, x in zip(tiles, values):
-        ref[row, :, tile] = x.astype(ref.dtype)
+def _write(ref, row, lanes: slice, parts: list) -> None:
+    ref[row, :, lanes] = jnp.concatenate(parts, 0).astype(ref.dtype).T
 
 
 def _forward_kernel(heads, eps, causal, q_ref, k_ref, v_ref, norm_ref, *rest):
     *masks, out_ref = rest
+    dtype = v_ref.dtype
 
-    def one_row(row):
-        q, k, _, _ = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
-        v = [v_ref[row, :, tile] for tile in heads.tiles]
-        allowed = _allowed(masks, row, causal)
-        out = [jnp.zeros(x.shape, jnp.float32) for x in v]
-        for head in range(heads.count):
-            weights = _weights(heads, head, q, k, allowed).astype(v[0].dtype)
-            for i, mask in heads.parts(head):
-                out[i] += _dot(weights, _only(mask, v[i]), ((1,), (0,)))
-        _write(out_ref, row, heads.tiles, out)
+    def some_rows(rows):
+        read = [_read(heads, eps, q_ref, k_ref, norm_ref, row) for row in rows]
+        weights = [_weights(heads, x, _allowed(masks, row, causal)) for x, row in zip(read, rows)]
+        for row, of_row in zip(rows, weights):
+            v = heads.split(v_ref[row].T)
+            out = [_dot(x, w.astype(dtype), ((1,), (0,))) * over for x, (w, over) in zip(v, of_row)]
+            _write(out_ref, row, slice(None), out)
 
-    _for_each_row(q_ref, one_row)
-
-
-def _norm_backward(heads, d, kept, scale):
-    """(gradients of the input of LayerNorm, of its scale, of its bias), tiles each."""
-    normed, rstd = kept
-    d_scale = [jnp.sum(a * n, 0, keepdims=True) for a, n in zip(d, normed)]
-    d_bias = [jnp.sum(a, 0, keepdims=True) for a in d]
-    d = [a * s for a, s in zip(d, scale)]
-    means = _head_means(heads, d)
-    products = _head_means(heads, [a * n for a, n in zip(d, normed)])
-    d = [(a - m - n * p) * r for a, m, n, p, r in zip(d, means, normed, products, rstd)]
-    return d, d_scale, d_bias
+    _for_rows(q_ref, TOGETHER_FORWARD // heads.count, some_rows)
 
 
 def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref, do_ref, *rest):
@@ -188,44 +182,45 @@ def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref
     results = 1 if together else 3  # gradients of queries, keys and values
     masks, d_refs = rest[:-results], rest[-results:]
     dtype = v_ref.dtype
-    tiles = heads.tiles
 
     @pl.when(pl.program_id(1) == 0)
     def _():
         dnorm_ref[...] = jnp.zeros(dnorm_ref.shape, jnp.float32)
 
-    def one_row(row):
-        q, k, q_kept, k_kept = _queries_and_keys(heads, eps, q_ref, k_ref, norm_ref, row)
-        v, do = ([ref[row, :, tile] for tile in tiles] for ref in (v_ref, do_ref))
-        allowed = _allowed(masks, row, causal)
-        dq, dk, dv = ([jnp.zeros(x.shape, jnp.float32) for x in v] for _ in range(3))
-        for head in range(heads.count):
-            parts = heads.parts(head)
-            weights = _weights(heads, head, q, k, allowed).astype(dtype)
-            products = [_dot(_only(mask, do[i]), v[i], ((1,), (1,))) for i, mask in parts]
-            d_weights = sum(products[1:], products[0])
-            weights_32 = weights.astype(jnp.float32)
-            d_scores = weights_32 * d_weights
-            row_sums = jnp.sum(d_scores, -1, keepdims=True)
-            d_scores = (d_scores - weights_32 * row_sums).astype(dtype)
-            for i, mask in parts:
-                dv[i] += _dot(weights, _only(mask, do[i]), ((0,), (0,)))
-                dq[i] += _dot(d_scores, _only(mask, k[i]), ((1,), (0,)))
-                dk[i] += _dot(d_scores, _only(mask, q[i]), ((0,), (0,)))
-        dq, dk = ([x * heads.width**-0.5 for x in d] for d in (dq, dk))
-        if eps is not None:
-            rows_of_norm = lambda i: [norm_ref[i : i + 1, tile] for tile in tiles]
-            dq, *d_query_norm = _norm_backward(heads, dq, q_kept, rows_of_norm(0))
-            dk, *d_key_norm = _norm_backward(heads, dk, k_kept, rows_of_norm(2))
-            for i, parts in enumerate([*d_query_norm, *d_key_norm]):
-                for tile, part in zip(tiles, parts):
-                    dnorm_ref[0, i : i + 1, tile] += part
-        for i, d in enumerate((dq, dk, dv)):
-            start = i * heads.lanes if together else 0
-            lanes = [slice(start + tile.start, start + tile.stop) for tile in tiles]
-            _write(d_refs[0 if together else i], row, lanes, d)
+    def of_scores(weights, d_weights, over):
+        return (weights * (d_weights - over * _sum(weights * d_weights))).astype(dtype)
 
-    _for_each_row(q_ref, one_row)
+    def some_rows(rows):
+        read = [_read(heads, eps, q_ref, k_ref, norm_ref, row) for row in rows]
+        weights = [_weights(heads, x, _allowed(masks, row, causal)) for x, row in zip(read, rows)]
+        do = [heads.split(do_ref[row].T.astype(jnp.float32)) for row in rows]
+        # Divided by the sums here, where a head has fewer values than its weights.
+        do = [[(d * over).astype(dtype) for d, (_, over) in zip(*x)] for x in zip(do, weights)]
+        products = [heads.times(v_ref[row], d) for row, d in zip(rows, do)]
+        d_scores = [
+            [of_scores(w, d, over) for (w, over), d in zip(*x)] for x in zip(weights, products)
+        ]
+        for row, x, d_out, of_row, d_row in zip(rows, read, do, weights, d_scores):
+            dv = [_dot(d, w.astype(dtype), ((1,), (1,))) for d, (w, _) in zip(d_out, of_row)]
+            dq = [_dot(k, d, ((1,), (0,))) for k, d in zip(x.keys, d_row)]
+            dk = [_dot(q, d, ((1,), (1,))) for q, d in zip(x.queries, d_row)]
+            for head in range(heads.count):
+                at = heads.rows(head)
+                factor = norm_ref[at, 0:1]
+                if x.kept is None:
+                    dq[head], dk[head] = dq[head] * (factor * LN2), dk[head] * LN2
+                    continue
+                of_q, of_k = x.kept[0][head], x.kept[1][head]
+                for i, d in enumerate((dq[head] * of_q[0], dq[head])):
+                    dnorm_ref[0, at, i : i + 1] += jnp.sum(d, 1, keepdims=True) * LN2
+                dq[head] = _norm_backward(dq[head] * factor, of_q)
+                dk[head] = _norm_backward(dk[head], of_k)
+            for i, d in enumerate((dq, dk, dv)):
+                start = i * heads.lanes if together else 0
+                lanes = slice(start, start + heads.lanes)
+                _write(d_refs[0 if together else i], row, lanes, d)
+
+    _for_rows(q_ref, TOGETHER_BACKWARD // heads.count, some_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +247,7 @@ class _AttentionCall:
         if self.together:
             parts = [spec(heads.lanes, lambda h, b, i=i: (b, 0, 3 * h + i)) for i in range(3)]
             gradients = [spec(3 * heads.lanes, lambda h, b: (b, 0, h))]
-        norm = pl.BlockSpec((8, heads.lanes), lambda h, b: (0, 0))
+        norm = pl.BlockSpec((heads.lanes, 8), lambda h, b: (0, 0))
         of_ids = [
             pl.BlockSpec((rows, length, 1), lambda h, b: (b, 0, 0)),
             pl.BlockSpec((rows, 1, length), lambda h, b: (b, 0, 0)),
@@ -281,7 +276,7 @@ class _AttentionCall:
         return jax.ShapeDtypeStruct((*shape, lanes), qkv[0].dtype)
 
     def forward(self, *arrays):
-        """Attention on one device: [B, L, lanes] each or one, norm float32 [8, lanes of a program], masks -> [B, L, lanes]."""
+        """Attention on one device: [B, L, lanes] each or one, norm float32 [lanes of a program, 8], masks -> [B, L, lanes]."""
         qkv, norm, masks = self._split(arrays)
         heads, grid, block, parts, _, of_norm, of_masks = self._layout(qkv, masks)
         like = self._like(qkv)
@@ -298,7 +293,7 @@ class _AttentionCall:
         )(*(qkv * 3 if self.together else qkv), norm, *masks)
 
     def backward(self, do, *arrays):
-        """The gradient of the result, then as of `forward` -> gradients of what is given, and of the norms, [1, 8, lanes]."""
+        """The gradient of the result, then as of `forward` -> gradients of what is given, and of the norms, [1, lanes, 8]."""
         qkv, norm, masks = self._split(arrays)
         heads, grid, block, parts, gradients, of_norm, of_masks = self._layout(qkv, masks)
         like = self._like(qkv)
@@ -306,10 +301,10 @@ class _AttentionCall:
             functools.partial(_backward_kernel, heads, self.eps, self.causal, self.together),
             grid=grid,
             in_specs=[*parts, of_norm, block, *of_masks],
-            out_specs=[*gradients, pl.BlockSpec((1, 8, heads.lanes), lambda h, b: (0, 0, h))],
+            out_specs=[*gradients, pl.BlockSpec((1, heads.lanes, 8), lambda h, b: (0, h, 0))],
             out_shape=[
                 *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv),
-                jax.ShapeDtypeStruct((1, 8, like.shape[-1]), jnp.float32),
+                jax.ShapeDtypeStruct((1, like.shape[-1], 8), jnp.float32),
             ],
             compiler_params=self._params(),
             cost_estimate=self._cost(like, products=5, arrays=7),
@@ -388,10 +383,12 @@ def attend(
     )
     width = given[0].shape[-1] // (3 if together else 1) // heads
     count_of_program = _heads_of_a_program(local, width).count
-    if norms is None:
-        rows = jnp.zeros((8, count_of_program * width), jnp.float32)
-    else:  # eight rows: float32 comes in registers of 8 x 128
-        rows = jnp.pad(jnp.tile(jnp.stack(norms), (1, count_of_program)), ((0, 4), (0, 0)))
+    ones = jnp.ones(width, jnp.float32)
+    scale, bias, of_keys, _ = (
+        norms if norms is not None else (ones, jnp.zeros_like(ones), ones, None)
+    )
+    factors = jnp.stack([scale, bias], 1) * of_keys[:, None] * (width**-0.5 / LN2)
+    rows = jnp.pad(jnp.tile(factors, (count_of_program, 1)), ((0, 0), (0, 6)))
     masks = () if ids is None else (ids[:, :, None], ids[:, None, :])
     return _attend(call, given, rows, masks)
 
@@ -410,11 +407,11 @@ def _attend_forward(call, qkv, norm, masks):
 def _attend_backward(call, kept, do):
     qkv, norm, masks = kept
     both, specs = call.specs(qkv, masks)
-    results = (both,) * (len(qkv) + 1)
+    results = (*[both] * len(qkv), PartitionSpec(call.batch, call.cut_heads))
     backward = placement.on_each_device(call.backward, call.mesh, (both, *specs), results)
     *d_given, dnorm = backward(do, *qkv, norm, *masks)
-    # [devices of the batch axes, 8, lanes] -> of the program that all heads share.
-    dnorm = dnorm.sum(0).reshape(8, -1, norm.shape[1]).sum(1)
+    # [devices of the batch axes, lanes, 8] -> of the program that all heads share.
+    dnorm = dnorm.sum(0).reshape(-1, *norm.shape).sum(0)
     return tuple(d_given), dnorm, tuple(None for _ in masks)
 
 

@@ -1,0 +1,82 @@
+"""Cycles of the Pallas kernels by libtpu's schedule, without a chip: python -m benchmarks.kernels --topology v5e:2x2
+
+A layer of B/16 with 128 images, forward and backward. Per unit (a head, or a row of 197 tokens): bundles, stores that
+spill registers, and the share of the time in which padded products alone would keep the matrix units busy.
+"""
+
+import argparse
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grain_jax.launch import chips, compiler, hlo, schedule
+from grain_jax.models import attention_kernel, layers, mlp_kernel, placement
+
+BATCH, LENGTH, WIDTH, HEADS, HIDDEN = 128, 197, 768, 12, 3072
+AXES = ("data", "fsdp")
+
+
+def _attention(x, norms, weight):
+    y = attention_kernel.attend(x, heads=HEADS, norms=norms, eps=1e-6)
+    return jnp.sum((y * weight).astype(jnp.float32))
+
+
+def _mlp(x, vectors, weights, bias, weight):
+    scale, shift, b_out = vectors
+    matrices = dict(w_in=weights, b_in=bias, w_out=weights.T, b_out=b_out)
+    gelu = layers.ACTIVATIONS["gelu"]
+    y = mlp_kernel.half_layer(x, scale=scale, bias=shift, eps=1e-6, activation=gelu, **matrices)
+    return jnp.sum((y * weight).astype(jnp.float32))
+
+
+def _schedules(function, topology, *shapes):
+    """(name, schedule, instruction) of the kernels of a function and its gradient."""
+    with compiler._environment(topology):
+        devices = topologies.get_topology_desc(**compiler._options(topology)).devices
+        mesh = Mesh(np.array(devices[:1]).reshape(1, 1, 1), (*AXES, "tensor"))
+        whole = NamedSharding(mesh, PartitionSpec())
+        arrays = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+        )
+        graded = jax.value_and_grad(function, argnums=tuple(range(len(shapes) - 1)))
+        with placement.on(mesh, AXES):
+            text = jax.jit(graded).lower(*arrays).compile().as_text()
+        kernels = {
+            i.name: i for _, i, _ in hlo.parse(text).running() if i.target == "tpu_custom_call"
+        }
+        for name, bundles in schedule.texts(compiler._dump(), set(kernels)):
+            yield name.split(".")[0], bundles, kernels[name].find(r'"body":"([^"]*)"')
+
+
+def main():
+    """Compiles the kernels and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--topology", default="v5e:2x2")
+    topology = chips.parse_topology(parser.parse_args().topology)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    vector = lambda size: array(size, dtype=jnp.float32)
+    x = array(BATCH, LENGTH, WIDTH)
+    attention = array(BATCH, LENGTH, 3 * WIDTH), tuple(vector(WIDTH // HEADS) for _ in range(4)), x
+    mlp = x, tuple(vector(WIDTH) for _ in range(3)), array(WIDTH, HIDDEN), vector(HIDDEN), x
+    chip = topology.chip
+    for function, shapes, units in ((_attention, attention, HEADS * BATCH), (_mlp, mlp, BATCH)):
+        for name, bundles, body in _schedules(function, topology, *shapes):
+            cycles = schedule.cycles(bundles)
+            seconds = cycles / (chip.clock_ghz * 1e9)
+            busy = schedule.padded_flops(body) / chip.bf16_flops / seconds
+            stores = re.findall(r"= vst[. ][^;]*", bundles)
+            spills = sum("_spill" in store for store in stores) / len(stores)
+            print(
+                f"{name:<20} {cycles / units:8.0f} bundles a unit  {seconds * 1e3:5.2f} ms a layer"
+                f"  products {busy:4.0%}  spills {spills:4.0%} of the stores"
+            )
+
+
+if __name__ == "__main__":
+    main()
