@@ -67,14 +67,13 @@ class TextTransformer(towers.TextTower):
             mask = attention.Within(segments)
         if mask is not None and program == "xla":
             mask = mask.mask()  # once for all layers
-        mlp = programs.of_mlp(self.mlp, self.dtype, t, length=shape[-1], remat=self.remat)
         blocks = layers.scan_layers(
             tower_layer.TowerLayer,
             t.depth,
             remat=self.remat,
-            unroll=programs.unrolled(t, self.remat, program, mlp),
+            unroll=programs.unrolled(t, self.remat, program),
             in_axes=(nn.broadcast,),
-        )(t, self.dtype, _inits(t), program, mlp, name="blocks")
+        )(t, self.dtype, _inits(t), program, name="blocks")
         x, _ = blocks(x, mask)
         return x.reshape(*shape, t.width)
 
