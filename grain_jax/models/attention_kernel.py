@@ -207,7 +207,7 @@ def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref
             for head in range(heads.count):
                 at = heads.rows(head)
                 factor = norm_ref[at, 0:1]
-                if eps is None:
+                if x.kept is None:
                     dq[head], dk[head] = dq[head] * (factor * LN2), dk[head] * LN2
                     continue
                 of_q, of_k = x.kept[0][head], x.kept[1][head]
