@@ -182,12 +182,6 @@ class Model:
         choices=("auto", "xla", "pallas", "cudnn"),
         role="free",
     )
-    mlp: str = key(
-        "auto",
-        "Program of the MLP. auto: Pallas on TPUs with remat=none, mesh.fsdp=1 and room, else XLA.",
-        choices=("auto", "xla", "pallas"),
-        role="free",
-    )
 
     @property
     def tower_pools(self) -> bool:

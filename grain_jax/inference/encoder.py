@@ -59,7 +59,7 @@ class Encoder:
                 " grain_jax.load and grain_jax.models.lora.merged return them"
             )
         # The run chose its programs for its own devices.
-        self.model = model = dataclasses.replace(model, attention="auto", mlp="auto")
+        self.model = model = dataclasses.replace(model, attention="auto")
         self.dtype = dtype
         self.folder = folder
         self.progress = progress

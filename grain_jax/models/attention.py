@@ -9,7 +9,7 @@ Self-attention of the towers alone is fused. The region decoder has few queries 
 """
 
 import functools
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         return Affine(*shape_and_axes, self.dtype, init, self.bias_init, use_bias, name=name)
 
     @nn.nowrap
-    def _weights(self, logits, mask, dropout_keys, site: int) -> jax.Array:
+    def _weights(self, logits, mask, dropout_keys, site: int) -> Any:
         """float32 logits -> weights [B, K, Lq, Lk]."""
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)

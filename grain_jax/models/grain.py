@@ -38,8 +38,8 @@ class GRAIN(nn.Module):
 
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.dtype)
-        self.image = towers.image_tower(c.image)(c.image, dtype, self.remat, c.attention, c.mlp)
-        self.text = towers.text_tower(c.text)(c.text, dtype, self.remat, c.attention, c.mlp)
+        self.image = towers.image_tower(c.image)(c.image, dtype, self.remat, c.attention)
+        self.text = towers.text_tower(c.text)(c.text, dtype, self.remat, c.attention)
         self.text_norm = layers.LayerNorm(c.text.norm_eps)
         if c.text.pool == "map":
             self.text_pool = tower_layer.AttentionPool(c.text, dtype)

@@ -306,40 +306,6 @@ class MLP(nn.Module):
         return nn.remat(from_hidden, prevent_cse=False)(self, *hidden)
 
 
-class FusedMLP(nn.Module):
-    """LayerNorm, `MLP` and residual by a kernel (mlp_kernel.py): x -> x + MLP(LayerNorm(x)); the parameters of `MLP`."""
-
-    width: int
-    mlp_dim: int
-    activation: str
-    in_init: Init
-    out_init: Init
-    in_bias_init: Init
-    out_bias_init: Init
-
-    @nn.compact
-    def __call__(self, x: jax.Array, norm: tuple[jax.Array, jax.Array], eps: float) -> jax.Array:
-        """[B, L, E] -> [B, L, E]; `norm` has scale and bias, float32 [E]."""
-        from grain_jax.models import mlp_kernel  # a fifth of a second to import
-
-        (e, h), (width, mlp) = ((self.width,), (self.mlp_dim,)), (("width",), ("mlp",))
-        float32 = jnp.dtype("float32")
-        to = Affine(e, h, width, mlp, float32, self.in_init, self.in_bias_init, name="in")
-        back = Affine(h, e, mlp, width, float32, self.out_init, self.out_bias_init, name="out")
-        (w_in, b_in), (w_out, b_out) = to.parameters(), back.parameters()
-        return mlp_kernel.half_layer(
-            x,
-            scale=norm[0],
-            bias=norm[1],
-            eps=eps,
-            w_in=w_in,
-            b_in=b_in,
-            w_out=w_out,
-            b_out=b_out,
-            activation=ACTIVATIONS[self.activation],
-        )
-
-
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "qkv": jax.checkpoint_policies.save_only_these_names("qkv"),

@@ -64,20 +64,16 @@ class TextTransformer(towers.TextTower):
         x = x + placement.whole(table)[positions]
         x = placement.by_batch(x.astype(self.dtype))  # [G*rows, L, E]
         mask = attention.First(length) if extra else None
-        if t.causal:
-            mask = attention.CausalWithin(segments)
-        elif t.mask_padding:
-            mask = attention.Within(segments)
-        if mask is not None and program == "xla":
-            mask = mask.mask()  # once for all layers
-        mlp = programs.of_mlp(self.mlp, self.dtype, t, length=x.shape[1], remat=self.remat)
+        if t.causal or t.mask_padding:
+            mask = (attention.CausalWithin if t.causal else attention.Within)(segments)
+            mask = mask.mask() if program == "xla" else mask  # once for all layers
         blocks = layers.scan_layers(
             tower_layer.TowerLayer,
             t.depth,
             remat=self.remat,
-            unroll=programs.unrolled(t, self.remat, program, mlp),
+            unroll=programs.unrolled(t, self.remat, program),
             in_axes=(nn.broadcast,),
-        )(t, self.dtype, _inits(t), program, mlp, name="blocks")
+        )(t, self.dtype, _inits(t), program, name="blocks")
         x, _ = blocks(x, mask)
         return x[:, :length].reshape(*shape, t.width)
 

@@ -1,7 +1,7 @@
 """The layer of both towers and the pool with a learned query."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,6 @@ from grain_jax.config import ImageTower, TextTower
 from grain_jax.models import attention, placement, rotary
 from grain_jax.models.layers import (
     MLP,
-    FusedMLP,
     Init,
     LayerNorm,
     normal,
@@ -43,7 +42,6 @@ class TowerLayer(nn.Module):
     dtype: np.dtype  # of activations
     inits: LayerInits  # the initialisers
     program: str = "xla"  # as of `Attention`
-    mlp_program: str = "xla"  # or "pallas", of the half with the MLP (`programs.of_mlp`)
     qk_norm: bool = False  # whether the queries and keys of each head have a LayerNorm
     key_bias: bool = True  # whether the projection to the keys has a bias
     gated: bool = False  # whether the MLP is gated
@@ -67,19 +65,19 @@ class TowerLayer(nn.Module):
             name="attention",
         )(y, y, y, mask, rotation=rotation)
         x = placement.added(x, self._scaled("layer_scale_1", y))
-        norm = LayerNorm(t.norm_eps, name="norm_2")
-        of_mlp: dict[str, Any] = dict(
+        y = LayerNorm(t.norm_eps, name="norm_2")(x)
+        y = MLP(
+            t.width,
+            t.mlp_dim,
+            t.activation,
+            self.dtype,
             in_init=inits.mlp_in,
             out_init=inits.mlp_out,
             in_bias_init=inits.mlp_bias(t.width),
             out_bias_init=inits.mlp_bias(t.mlp_dim),
+            gated=self.gated,
             name="mlp",
-        )
-        if self.mlp_program == "pallas":
-            fused = FusedMLP(t.width, t.mlp_dim, t.activation, **of_mlp)
-            return placement.by_batch(fused(x, norm.parameters(t.width), t.norm_eps)), None
-        mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, gated=self.gated, **of_mlp)
-        y = mlp(norm(x))
+        )(y)
         return placement.added(x, self._scaled("layer_scale_2", y)), None
 
     @nn.nowrap

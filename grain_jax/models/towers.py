@@ -36,14 +36,12 @@ class ImageTower(nn.Module):
       dtype: of activations.
       remat: what the backward pass keeps, "none" or a key of `layers.REMAT`.
       attention: `model.attention`; `attention.Attention` takes it.
-      mlp: `model.mlp`; `tower_layer.TowerLayer` takes it.
     """
 
     config: config_lib.ImageTower
     dtype: np.dtype
     remat: str = "none"
     attention: str = "auto"
-    mlp: str = "auto"
 
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector an image, [B, E]. It needs `model.decoder=None` and `pool="none"`.
@@ -75,7 +73,6 @@ class TextTower(nn.Module):
     dtype: np.dtype
     remat: str = "none"
     attention: str = "auto"
-    mlp: str = "auto"
 
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector a row, [G, rows, E], which is only projected. It is not packable.

@@ -124,13 +124,12 @@ class ImageTransformer(towers.ImageTower):
         if t.pre_norm:
             x = layers.LayerNorm(t.norm_eps, name="pre_norm")(x)
         x = placement.by_batch(x)
-        program, mlp, mask, rotation = "xla", "xla", None, None
+        program, mask, rotation = "xla", None, None
         if values:
             alone = jnp.eye(x.shape[1], dtype=bool)
             mask = jnp.stack([jnp.ones_like(alone)] * (t.depth - 1) + [alone])[:, None, None]
         else:
             program = attention.choose(self.attention, self.dtype, t.heads)
-            mlp = programs.of_mlp(self.mlp, self.dtype, t, length=x.shape[1], remat=self.remat)
         length = x.shape[1]
         extra = attention.filled(length, program, 2) - length
         if extra:
@@ -144,14 +143,13 @@ class ImageTransformer(towers.ImageTower):
             tower_layer.TowerLayer,
             t.depth,
             remat=self.remat,
-            unroll=programs.unrolled(t, self.remat, program, mlp),
+            unroll=programs.unrolled(t, self.remat, program),
             in_axes=(0 if values else nn.broadcast, nn.broadcast),
         )(
             t,
             self.dtype,
             _inits(t),
             program,
-            mlp,
             t.qk_norm,
             key_bias=t.key_bias,
             gated=t.mlp == "gated",

@@ -108,7 +108,7 @@ def per_image(config: Config) -> FlopsPerImage:
     formula, without the terms of `loss.terms` and the sums of `loss.hard_negative`, which are no matrix products.
     """
     # A kernel would be counted as what it says of itself.
-    model = dataclasses.replace(config.model, attention="xla", mlp="xla")
+    model = dataclasses.replace(config.model, attention="xla")
     module, batch = grain.GRAIN(model, config.dtype), forward_lib.abstract_batch(config)
     parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder", "terms"), 0.0)
     forward = forward_lib.Forward(module, dataclasses.replace(config, model=model, remat="none"))

@@ -95,7 +95,7 @@ ROLES = {
     "order": "seed batch_size input.source input.options input.name input.lanes input.shards_per_block"
     " input.datasets input.datasets.name input.datasets.weight input.datasets.split",
     "result": "total_steps total_epochs eval_every evals init.image init.text init.decoder",
-    "free": "microbatches remat model.attention model.mlp log_every checkpoint_every checkpoint_every_minutes checkpoint_keep"
+    "free": "microbatches remat model.attention log_every checkpoint_every checkpoint_every_minutes checkpoint_keep"
     " checkpoint_keep_every checkpoint_best_metric checkpoint_best_mode report_images profile_start"
     " profile_steps profile_port wandb.mode wandb.project wandb.name input.data_dir input.datasets.data_dir"
     " input.prepare input.reader_threads text.max_dropped_share loss.tile loss.gather loss.precision mesh.data"

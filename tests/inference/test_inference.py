@@ -230,7 +230,7 @@ def test_ground_finds_the_best_region(predictor):
 
 def test_parameters_stay_where_they_are_and_programs_are_shared(predictor):
     # A run on GPUs may have asked for cuDNN; its model is read on a machine that has none.
-    trained = dataclasses.replace(predictor.model, attention="cudnn", mlp="pallas")
+    trained = dataclasses.replace(predictor.model, attention="cudnn")
     other = inference.Predictor(trained, predictor.params)
     assert other.model == predictor.model
     for mine, theirs in zip(jax.tree.leaves(other.params), jax.tree.leaves(predictor.params)):

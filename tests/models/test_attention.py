@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grain_jax.models import attention, attention_kernel, layers, placement, text, vit
+from grain_jax import config as config_lib
+from grain_jax.models import attention, attention_kernel, layers, placement, programs, text, vit
 from tests import tiny
 
 pytestmark = pytest.mark.long
@@ -303,3 +304,16 @@ def test_programs_for_rows_and_heads():
     assert [heads_of(*shape).lanes for shape in shapes] == [128, 192, 640, 1408, 32]
     rows = attention_kernel._rows_of_a_program
     assert [rows(128, 197, 128, 2), rows(6, 77, 128, 2), rows(32, 257, 1408, 2)] == [8, 6, 1]
+
+
+def test_kernels_whose_results_are_kept_stand_in_no_loop():
+    """`unroll` of the tower wins; XLA's programs, recomputed layers and deep towers are loops."""
+    deep = lambda depth, unroll=0: config_lib.ImageTower(depth=depth, unroll=unroll)
+    unrolled = programs.unrolled
+    assert unrolled(deep(12), "none", "pallas") == 12
+    assert unrolled(deep(12), "none", "xla") == unrolled(deep(12), "full", "pallas") == 1
+    assert unrolled(deep(32), "none", "pallas") == 1
+    assert unrolled(deep(12, 3), "none", "pallas") == 3
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    with placement.on(mesh, ("data", "fsdp")):  # gathers
+        assert unrolled(deep(12), "none", "pallas") == 1
