@@ -29,6 +29,7 @@ from grain_jax.train import (
     goodput,
     initialise,
     journal,
+    layer_trials,
     memory_check,
     profiling,
     schedule,
@@ -84,10 +85,12 @@ def _train(
     watch: ending.Watchdog,
 ) -> None:
     """`train`, in a workdir that is locked."""
-    # 1. Devices and data.
+    # 1. Devices, data and programs.
     clock = goodput.Clock()
     profiling.start_server(config.profile_port)
     run = set_up.set_up(config, workdir)
+    with clock.spend("compile"):
+        run = layer_trials.choose(run, workdir)
     config = run.config
 
     # 2. Model, optimiser and step, as shapes only.

@@ -1,0 +1,228 @@
+"""Chooses the programs of attention and MLP where a run runs: times two layers of each tower with each program.
+
+The program that `auto` takes stays if its results are XLA's and it is no slower; else XLA's is taken. Process 0 decides
+for all, and WORKDIR/programs.json keeps the choice for a resume.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from grain_jax import config as config_lib
+from grain_jax.core import atomic, progress
+from grain_jax.models import attention, placement, programs, towers
+from grain_jax.runtime import processes
+from grain_jax.train import forward, set_up, sharding
+
+TOWERS = {"image": towers.image_tower, "text": towers.text_tower}
+TOLERANCE = 2e-2  # of results in bfloat16
+_LAYERS, _TEXT = 2, 16  # layers that are timed, tokens of a text
+_COMPILERS = re.compile(r"jax.*|libtpu|nvidia-cudnn.*")  # packages
+
+
+class Trial(NamedTuple):
+    """Layers of a tower with some programs."""
+
+    seconds: float = math.inf  # per layer, forward and backward
+    error: float = math.nan  # of output and gradients, relative to XLA's
+    fault: str = ""  # why these programs cannot be taken
+
+
+def median_seconds(call: Callable[[], Any], seconds: float = 1.0) -> float:
+    """The median time of a call that returns JAX's arrays, after two that warm up; takes about `seconds`."""
+    jax.block_until_ready(call())
+    calls, took = 1, []
+    for part in range(6):
+        began = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(calls)][-1])
+        took.append((time.perf_counter() - began) / calls)
+        if part == 0:
+            calls = max(1, round(seconds / 5 / took.pop()))
+    return statistics.median(took)
+
+
+def with_programs(config: config_lib.Config, **chosen: str) -> config_lib.Config:
+    """The config with these values of `model.attention` and `model.mlp`."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **chosen))
+
+
+def taken_by_auto(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """Which of "attention" and "mlp" are `auto` and take another program than XLA's on this mesh, and its name."""
+    model, dtype = config.model, jnp.dtype(config.dtype)
+    patches = towers.image_tower(model.image).leading_tokens(model.image)
+    patches += forward.patches_seen(config)
+    with _as_in_a_run(config, mesh):
+        taken = {"attention": attention.of_towers(model, config.dtype)}
+        for tower, length in ((model.image, patches), (model.text, config.row_length)):
+            of_mlp = programs.of_mlp(model.mlp, dtype, tower, length=length, remat=config.remat)
+            taken["mlp"] = max(of_mlp, taken.get("mlp", "xla"), key="xla".__ne__)
+    return {k: v for k, v in taken.items() if getattr(model, k) == "auto" and v != "xla"}
+
+
+def compare(
+    config: config_lib.Config, tower: str, images: int, choices: Sequence[Mapping[str, str]]
+) -> list[Trial]:
+    """Tries values of `model.attention` and `model.mlp` on one device of this process.
+
+    Args:
+      config: of a run, without open numbers.
+      tower: "image" or "text".
+      images: that a device sees at once.
+      choices: the first is XLA's, and the results of the others are compared with its results.
+    """
+    trials, expected = [], None
+    arguments = _arguments(config, tower, images)
+    for choice in choices:
+        try:
+            step = _step(with_programs(config, **choice), tower)
+            results = step(*arguments)
+            expected = results if expected is None else expected
+            error = relative_error(results, expected)
+            fault = "" if error <= TOLERANCE else f"differs by {error:.1e}"
+            seconds = median_seconds(functools.partial(step, *arguments)) / _LAYERS
+            trials.append(Trial(seconds, error, fault))
+        except Exception as raised:  # whatever a compiler or a kernel raises
+            trials.append(Trial(fault=(str(raised).strip() or repr(raised)).splitlines()[0]))
+    return trials
+
+
+def relative_error(results: Any, expected: Any) -> float:
+    """The largest norm of a difference to the expected norm, of the arrays of each module together.
+
+    A module counts as 1% of all at least: some gradients are zero but for rounding.
+    """
+    norms: dict[Any, jax.Array] = {}  # module -> the squares of both
+    of_all = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(results))
+    for (path, x), y in of_all:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        squares = jnp.stack([jnp.sum((x - y) ** 2), jnp.sum(x * x)])
+        norms[path[:-1]] = norms.get(path[:-1], 0) + squares
+    differences, wanted = jnp.sqrt(jnp.stack([*norms.values()])).T
+    return float(jnp.max(differences / jnp.maximum(wanted, 0.01 * jnp.linalg.norm(wanted))))
+
+
+@contextlib.contextmanager
+def _as_in_a_run(
+    config: config_lib.Config, mesh: jax.sharding.Mesh | None = None
+) -> Iterator[None]:
+    """Inside, towers choose their programs as in a run, by default on one device."""
+    mesh = mesh or sharding.make_mesh(config_lib.Mesh(data=1), jax.local_devices()[:1])
+    apart = programs.maps_apart() if config.optim.lora.rank else contextlib.nullcontext()
+    with placement.on(mesh, sharding.BATCH_AXES), apart:
+        yield
+
+
+def _tower(config: config_lib.Config, tower: str) -> Any:
+    """The module of a tower with two layers."""
+    full, model = getattr(config.model, tower), config.model
+    short = dataclasses.replace(full, depth=_LAYERS, unroll=min(full.unroll, _LAYERS))
+    dtype = jnp.dtype(config.dtype)
+    return TOWERS[tower](full)(short, dtype, config.remat, model.attention, model.mlp)
+
+
+def _step(config: config_lib.Config, tower: str) -> Callable[..., Any]:
+    """The jitted function of `_arguments`: the output of the layers, and the gradients of their parameters."""
+    module = _tower(config, tower)
+
+    def loss(params, cotangent, inputs, options):
+        out = module.apply({"params": params}, *inputs, **options)
+        return jnp.vdot(out.astype(jnp.float32), cotangent), out
+
+    @jax.jit
+    def step(*arguments):
+        with _as_in_a_run(config):
+            (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(*arguments)
+        return out, gradients
+
+    return step
+
+
+def _arguments(config: config_lib.Config, tower: str, images: int) -> tuple[Any, ...]:
+    """(parameters, cotangent of the output, inputs, keywords) of a tower for so many images, drawn at random."""
+    keys, options = iter(jax.random.split(jax.random.key(0), 3)), {}
+    if tower == "image":
+        size, kept = config.model.image.image_size, forward.patches_seen(config)
+        inputs = (jax.random.normal(next(keys), (images, size, size, 3)),)
+        if config.model.image.keep != 1:
+            options = {"kept": jnp.broadcast_to(jnp.arange(kept), (images, kept))}
+    else:
+        group, rows = config.text_layout
+        at = jnp.broadcast_to(
+            jnp.arange(config.row_length), (images // group, rows, config.row_length)
+        )
+        tokens = jax.random.randint(next(keys), at.shape, 1, config.model.text.vocab_size)
+        inputs = (tokens, at % _TEXT, 1 + at // _TEXT)
+    module = _tower(with_programs(config, attention="xla", mlp="xla"), tower)
+    with _as_in_a_run(config):
+        init = jax.jit(functools.partial(module.init, **options))
+        params = sharding.unbox(init(next(keys), *inputs)["params"])
+        out = jax.eval_shape(module.apply, {"params": params}, *inputs, **options)
+    return params, jax.random.normal(next(keys), out.shape), inputs, options
+
+
+def images_at_once(config: config_lib.Config, mesh: jax.sharding.Mesh) -> int:
+    """The images of a micro-batch on a device."""
+    return config.batch_size // (sharding.batch_shards(mesh) * config.microbatches)
+
+
+def choose(run: set_up.SetUp, workdir: epath.Path) -> set_up.SetUp:
+    """The run with XLA's programs in place of those of `auto` that are wrong, slower or do not run.
+
+    Nothing is measured where `auto` takes XLA's, as on CPUs.
+    """
+    config, path = run.config, workdir / "programs.json"
+    taken, images = taken_by_auto(config, run.mesh), images_at_once(config, run.mesh)
+    if not taken:
+        return run
+    device = jax.devices()[0].device_kind
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    key = {
+        "device": device,
+        "versions": {k: v for k, v in sorted(installed.items()) if _COMPILERS.fullmatch(k)},
+        "shapes": [images, *config.text_layout, config.row_length],
+        "others": [taken, config.dtype, config.remat, config.optim.lora.rank],
+        "model": json.loads(config_lib.to_json(config))["model"],
+    }
+
+    def decide() -> tuple[list[str], str]:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            stored = json.loads(path.read_text())
+            if stored["key"] == key:
+                return stored["xla"], f"{stored['line']} (as in {path})"
+        with progress.while_compiling("layers with each program", "usually under a minute"):
+            xla, words = _decide(config, images, taken)
+        stored = {"line": f"programs on {device}: {words}", "xla": xla, "key": key}
+        atomic.write_text(path, json.dumps(stored, indent=2) + "\n")
+        return xla, stored["line"]
+
+    xla, line = processes.of_first(decide)
+    set_up.tell(line)
+    return run._replace(config=with_programs(config, **dict.fromkeys(xla, "xla")))
+
+
+def _decide(config: config_lib.Config, images: int, taken: Mapping[str, str]):
+    """The keys of `taken` that XLA's program serves, and the choice in words."""
+    plain = dict.fromkeys(taken, "xla")
+    choices = [plain, *(plain | {key: "auto"} for key in taken)]
+    depths = [getattr(config.model, tower).depth for tower in TOWERS]
+    tried = zip(*(compare(config, tower, images, choices) for tower in TOWERS))
+    sums = [(sum(d * t.seconds for d, t in zip(depths, of)), [t.fault for t in of]) for of in tried]
+    xla, words, least = [], [], sums[0][0]
+    for (key, program), (seconds, faults) in zip(taken.items(), sums[1:]):
+        times = f"{seconds * 1e3:.3g} ms, xla {least * 1e3:.3g} ms"
+        fault = next(filter(None, faults), f"slower, {times}" if seconds > least else "")
+        xla += [key] if fault else []
+        words.append(f"{key} xla ({program}: {fault})" if fault else f"{key} {program} ({times})")
+    return xla, ", ".join(words)
