@@ -17,6 +17,7 @@ COMMANDS = {
     "report": ("evaluate.report.arguments:Report", "evaluate.report.page:main"),
     "demo": ("demo.arguments:Demo", "demo.__main__:main"),
     "plan": ("launch.arguments:Plan", "launch.plan:main"),
+    "tune": ("launch.arguments:Tune", "launch.tune:main"),
     "sweep": ("launch.arguments:Sweep", "launch.sweep:main"),
     "local": ("launch.arguments:Local", "launch.local:main"),
     "launch-files": ("launch.arguments:LaunchFiles", "launch.files:main"),

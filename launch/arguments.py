@@ -1,4 +1,4 @@
-"""The flags of `grain-jax plan`, `sweep`, `local` and `launch-files`."""
+"""The flags of `grain-jax plan`, `tune`, `sweep`, `local` and `launch-files`."""
 
 from typing import Literal
 
@@ -24,6 +24,25 @@ class Plan(Configured, name="plan"):
 
     topology: str
     output: str | None = flag(None, also="json")
+
+
+class Tune(Configured, name="tune"):
+    """Measures a run on this machine and writes the fastest keys.
+
+    It compares the programs of attention and MLP with XLA's, and times their layers. Then it times whole steps with
+    other programs, remat, unroll, microbatches and loss.gather, a key at a time, and keeps the fastest. Keys that the
+    command line sets stay. At the end it compares the step with plan's bound and with the images per second of the
+    input. Ctrl-C keeps what was measured.
+
+    Example:
+      grain-jax tune --config demo --output tuned.txt
+      grain-jax train --config demo --workdir runs/demo $(cat tuned.txt)
+
+    the result:
+      --output FILE  file for the keys, a line each, as grain-jax train takes them
+    """
+
+    output: str = "tuned.txt"
 
 
 class Sweep(Configured, name="sweep"):
