@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def chosen(workdir, **changes):
     """`model.attention` of a run in that workdir once its programs are chosen."""
     config = tiny.small(**changes)
     mesh = sharding.make_mesh(config.mesh)
-    run = set_up.SetUp(config, "", mesh, *[None] * (len(set_up.SetUp._fields) - 3))
+    run = set_up.SetUp(config, "", mesh, *cast(Any, [None]) * (len(set_up.SetUp._fields) - 3))
     return layer_trials.choose(run, workdir).config.model.attention
 
 
