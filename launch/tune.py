@@ -1,5 +1,6 @@
 """Measures a run on this machine and writes the fastest keys: grain-jax tune --config X"""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,14 +30,16 @@ class Tuner:
 
     Attributes:
       best: the keys of the fastest step.
-      seconds: per step with them; None before a step ran.
+      seconds: per step with them; infinite before a step ran.
     """
 
     def __init__(self, file: str, overrides: Sequence[str]):
         self._file, self._overrides = file, list(overrides)
         self.best: Keys = {}
-        self.seconds: float | None = None
-        self._state = self._compiled = self._source = None
+        self.seconds = math.inf
+        self._state: Any = None
+        self._compiled: Any = None  # the fastest step
+        self._source: sources.DataSource | None = None
         self.mesh = sharding.make_mesh(self._loaded({}).mesh)
         sharding.check_batch(self._loaded({}), self.mesh)
         try:
@@ -65,16 +68,17 @@ class Tuner:
     def layers(self) -> list[str]:
         """Prints the layers with each program of attention; returns the values of `model.attention` without a fault."""
         auto = layer_trials.with_attention(self.config, "auto")
-        taken = layer_trials.taken_by_auto(auto, self.mesh)
-        choices, good = ["xla", *["auto"] * bool(taken)], ["auto", "xla"]
+        taken, good = layer_trials.taken_by_auto(auto, self.mesh), ["auto", "xla"]
+        names = {"xla": "xla"} | ({"auto": f"attention {taken}"} if taken else {})
         images = layer_trials.images_at_once(self.config, self.mesh)
         print(f"a layer, forward and backward, {images} images:")
         for tower in layer_trials.TOWERS:
-            trials = layer_trials.compare(self.config, tower, images, choices)
-            for name, trial in zip(("xla", taken), trials):
-                said = trial.fault or f"{trial.seconds * 1e3:.3g} ms, differs by {trial.error:.1e}"
-                print(f"  {tower:5} attention {name:10} {said}", flush=True)
-                if trial.fault and name == taken:
+            trials = layer_trials.compare(self.config, tower, images, [*names])
+            for (choice, name), trial in zip(names.items(), trials):
+                error = f", differs by {trial.error:.1e}" * (choice != "xla")
+                said = trial.fault or f"{trial.seconds * 1e3:.3g} ms{error}"
+                print(f"  {tower:5} {name:20} {said}", flush=True)
+                if trial.fault and choice == "auto":
                     good = ["xla"]
         return good if taken else good[:1]
 
@@ -119,7 +123,7 @@ class Tuner:
         except Exception as fault:  # memory, or whatever a compiler raises
             self._state = None  # it was given to the step
             return (str(fault).strip() or repr(fault)).splitlines()[0]
-        better = self.seconds is None or seconds < GAIN * self.seconds
+        better = seconds < GAIN * self.seconds
         if better:
             self.best, self.seconds, self._compiled = keys, seconds, compiled
         rate = self.config.batch_size / seconds
@@ -147,7 +151,7 @@ class Tuner:
     def bound(self) -> str:
         """The fastest step beside the bound of `grain-jax plan`, where the chip is known."""
         kind, count, config = self.mesh.devices.flat[0].device_kind, self.mesh.size, self.config
-        chip = next((c for c in chips.CHIPS.values() if c.device_kind == kind), None)
+        chip = chip_of(kind)
         if chip is None:
             return f"plan: no bound, since {kind} is not among its chips"
         facts = {
@@ -180,6 +184,11 @@ class Tuner:
         return f"input: {rate:.4g} images/s, the step needs {needed:.4g}: {said}"
 
 
+def chip_of(kind: str) -> chips.Chip | None:
+    """The chip of a `jax.Device.device_kind`, if plan knows it."""
+    return next((chip for chip in chips.CHIPS.values() if chip.device_kind == kind), None)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, measures, prints and writes."""
     args = Tune.parse(arguments)
@@ -193,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", flush=True)
         status = 130
-    if tuner.seconds is None:
+    if tuner.seconds == math.inf:
         raise errors.UserError("no step was measured, so nothing is written")
     words = [f"--config.{key}={value}" for key, value in tuner.best.items()]
     atomic.write_text(epath.Path(args.output), "".join(f"{word}\n" for word in words))
