@@ -36,10 +36,9 @@ class Tune(Configured, name="tune"):
 
     Example:
       grain-jax tune --config demo --output tuned.txt
-      grain-jax train --config demo --workdir runs/demo $(cat tuned.txt)
 
     the result:
-      --output FILE  file for the keys, a line each, as grain-jax train takes them
+      --output FILE  file for the keys, as grain-jax train takes them: grain-jax train ... $(cat tuned.txt)
     """
 
     output: str = "tuned.txt"

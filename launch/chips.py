@@ -3,7 +3,7 @@
 Peak rates are the makers', so a time computed from them is a lower bound. Sources: https://cloud.google.com/tpu/docs,
 https://jax-ml.github.io/scaling-book/tpus, https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth, NVIDIA's
 data sheets, and gb200.txtpb of https://github.com/openxla/xla. A TPU's memory is what libtpu 0.0.42.1 allows a program.
-Its clock is peak / (2 FLOPs x MXUs x their area x rows a cycle), with cores and MXUs of jax's pallas/mosaic/tpu_info.py.
+Its clock is peak / (2 FLOPs x MXUs x their area x rows a cycle), with the cores and MXUs that JAX's Pallas knows.
 A row a cycle gives the 1.5 GHz of v5e in https://jax-ml.github.io/scaling-book/tpus. For v6e libtpu puts products of
 16 rows 8 cycles apart: two rows. tpu7x is taken to have two as well: no source was found.
 

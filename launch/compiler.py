@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import math
 import os
-import pathlib
 import re
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from etils import epath
 from jax.experimental import topologies
 
 from grain_jax import config as config_lib
@@ -165,11 +165,11 @@ def _environment(topology: chips.Topology) -> Iterator[None]:
 
 
 @functools.cache
-def _dump() -> pathlib.Path:
+def _dump() -> epath.Path:
     """The folder for schedules: one for the process, since libtpu reads its flags once."""
     folder = tempfile.mkdtemp(prefix="grain-jax-plan-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return pathlib.Path(folder)
+    return epath.Path(folder)
 
 
 def _options(topology: chips.Topology) -> dict[str, Any]:

@@ -5,10 +5,11 @@ A schedule has a bundle of instructions for each cycle. A chip may wait longer, 
 
 import base64
 import math
-import pathlib
 import re
 from collections import Counter
 from collections.abc import Iterator
+
+from etils import epath
 
 from grain_jax.launch.chips import Chip
 from grain_jax.launch.hlo import Instruction, Module
@@ -21,12 +22,12 @@ _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel \(!?%(\w+)\) target = \$region(\d+)")
 
 
-def flags(folder: pathlib.Path) -> str:
+def flags(folder: epath.Path) -> str:
     """What LIBTPU_INIT_ARGS must hold when libtpu is loaded, so that it writes schedules into the folder."""
     return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={PASS}"
 
 
-def texts(folder: pathlib.Path, names: set[str]) -> Iterator[tuple[str, str]]:
+def texts(folder: epath.Path, names: set[str]) -> Iterator[tuple[str, str]]:
     """(name, schedule) of the instructions of these names; libtpu writes one for equal kernels."""
     for path in folder.iterdir():
         match = re.fullmatch(rf"\d+-(.+)-\d+-{PASS}\.txt", path.name)
@@ -34,7 +35,7 @@ def texts(folder: pathlib.Path, names: set[str]) -> Iterator[tuple[str, str]]:
             yield match[1], path.read_text()
 
 
-def read(folder: pathlib.Path, hlo: str) -> dict[str, int]:
+def read(folder: epath.Path, hlo: str) -> dict[str, int]:
     """`cycles` of the Pallas kernels of a compiled program, by name."""
     kernels = set(re.findall(r'%(\S+) = [^\n]*custom_call_target="tpu_custom_call"', hlo))
     return {name: cycles(text) for name, text in texts(folder, kernels)}

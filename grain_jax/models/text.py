@@ -48,8 +48,9 @@ class TextTransformer(towers.TextTower):
             segments = jnp.ones_like(segments)
         program, length = attention.choose(self.attention, self.dtype, t.heads), shape[-1]
         extra = attention.filled(length, program, 8) - length  # cuBLAS takes eights
-        fill = lambda ids: jnp.pad(ids, ((0, 0), (0, extra)))  # with padding, a text of its own
-        tokens, positions, segments = fill(tokens), fill(positions), fill(segments)
+        if extra:  # with padding, a text of its own
+            fill = lambda ids: jnp.pad(ids, ((0, 0), (0, extra)))
+            tokens, positions, segments = fill(tokens), fill(positions), fill(segments)
         token_embed = nn.Embed(
             t.vocab_size,
             t.width,
