@@ -192,6 +192,8 @@ def chip_of(kind: str) -> chips.Chip | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, measures, prints and writes."""
     args = Tune.parse(arguments)
+    output = epath.Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
     run.keep_freed_memory()
     distributed.keep_compiled_programs()
     tuner, status = Tuner(args.config, args.overrides), 0
@@ -205,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tuner.seconds == math.inf:
         raise errors.UserError("no step was measured, so nothing is written")
     words = [f"--config.{key}={value}" for key, value in tuner.best.items()]
-    atomic.write_text(epath.Path(args.output), "".join(f"{word}\n" for word in words))
+    atomic.write_text(output, "".join(f"{word}\n" for word in words))
     print(f"fastest: {tuner.seconds * 1e3:.4g} ms a step with {' '.join(words)}")
     given = " ".join(args.overrides)
     print(

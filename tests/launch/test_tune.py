@@ -75,7 +75,7 @@ def test_each_key_is_chosen_beside_the_fastest_of_the_others(steps, tmp_path, ca
 
 
 def test_ctrl_c_keeps_what_was_measured(steps, tmp_path):
-    output = tmp_path / "tuned.txt"
+    output = tmp_path / "new" / "tuned.txt"
     steps += [1.0, 0.8, KeyboardInterrupt()]
     assert tune.main([CONFIG, *FIXED, f"--output={output}"]) == 130
     assert output.read_text().splitlines()[:2] == [
