@@ -63,9 +63,7 @@ def machine(*packages: str, about: str = "") -> dict[str, Any]:
     )
     versions = "".join(f", {name} {version}" for name, version in environment["versions"].items())
     line = f"{processor}, {environment['cores']} cores, load {environment['load']} at the start;"
-    print(
-        f"{about}{'; ' if about else ''}{line} Python {environment['python']}{versions}", flush=True
-    )
+    print(f"{about}{'; ' if about else ''}{line} Python {environment['python']}{versions}", flush=True)
     return environment
 
 

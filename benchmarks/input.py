@@ -96,9 +96,7 @@ def throughput(folder: str, batches: int, turns: int) -> list[dict[str, Any]]:
     """Times all sides, prints their table and returns its rows."""
     kinds = ("PIL", "torchvision")
     options = dict(folder=folder, count=batches)
-    sides: dict[str, Any] = {
-        f"DataLoader {kind}": (torch_side, options | dict(kind=kind)) for kind in kinds
-    }
+    sides: dict[str, Any] = {f"DataLoader {kind}": (torch_side, options | dict(kind=kind)) for kind in kinds}
     for name in made.SETS:
         more = dict(name=name, count=batches * (1 if name == "full_size" else STORED_TURNS))
         sides[f"ours {name}"] = (our_side, options | more)

@@ -30,15 +30,11 @@ def _schedules(function, topology, *shapes):
         devices = topologies.get_topology_desc(**compiler._options(topology)).devices
         mesh = Mesh(np.array(devices[:1]).reshape(1, 1, 1), (*AXES, "tensor"))
         whole = NamedSharding(mesh, PartitionSpec())
-        arrays = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
-        )
+        arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
         graded = jax.value_and_grad(function, argnums=tuple(range(len(shapes) - 1)))
         with placement.on(mesh, AXES):
             text = jax.jit(graded).lower(*arrays).compile().as_text()
-        kernels = {
-            i.name: i for _, i, _ in hlo.parse(text).running() if i.target == "tpu_custom_call"
-        }
+        kernels = {i.name: i for _, i, _ in hlo.parse(text).running() if i.target == "tpu_custom_call"}
         for name, bundles in schedule.texts(compiler._dump(), set(kernels)):
             yield name.split(".")[0], bundles, kernels[name].find(r'"body":"([^"]*)"')
 

@@ -78,7 +78,5 @@ def agree(values: Mapping[str, Any], tolerance: float, label: str) -> float:
     errors = [np.abs(other - reference).max() / np.abs(reference).max() for other in others]
     worst = float(max(errors, default=0.0))
     if not worst <= tolerance:
-        sys.exit(
-            f"{label} differ by {worst:.1e}: " + ", ".join(f"{n} {v}" for n, v in values.items())
-        )
+        sys.exit(f"{label} differ by {worst:.1e}: " + ", ".join(f"{n} {v}" for n, v in values.items()))
     return worst

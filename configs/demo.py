@@ -20,9 +20,7 @@ def get_config():
     c.report_images = 12
     c.input.data_dir = f"{data}/records"
     c.input.name = "aviary"
-    c.input.prepare = (
-        f"grain_jax.data.aviary --output {data} --records {{data_dir}} --name {{name}}"
-    )
+    c.input.prepare = f"grain_jax.data.aviary --output {data} --records {{data_dir}} --name {{name}}"
     # A model this small needs these to leave the plateau within minutes. Weights scale with the width (0.02 is for wide
     # towers), position waves fit a grid of 8 x 8, and the decoder's attention starts sharper.
     c.model.image.block_init = "torch"

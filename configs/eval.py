@@ -115,9 +115,7 @@ def _tfds(name: str, data_dir: Any) -> dict[str, Any]:
     fields: dict[str, Any] = dict(zip(("tfds", "split", "classes"), TFDS[name]), data_dir=data_dir)
     if name == "imagenet2012":  # TFDS cannot fetch it
         archives = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org into "
-        fields["get"] = (
-            archives + data_dir + "/downloads/manual, then TFDS's download_and_prepare()"
-        )
+        fields["get"] = archives + data_dir + "/downloads/manual, then TFDS's download_and_prepare()"
     return fields
 
 

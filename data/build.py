@@ -107,11 +107,7 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
 
 
 def _write(
-    args: Build,
-    surveyed: survey.Survey,
-    divided: survey.Splits,
-    target: epath.Path,
-    folder: epath.Path,
+    args: Build, surveyed: survey.Survey, divided: survey.Splits, target: epath.Path, folder: epath.Path
 ) -> int:
     """Writes the set; returns the number of shards of train. Raises errors.UserError."""
     encoding, counts = args.stored, surveyed.counts
@@ -127,9 +123,7 @@ def _write(
     has_negatives = counts["negatives"] > 0
     lengths = text_lengths.TextSample()
     parts = str(folder / "parts")
-    train = progress.over(
-        surveyed.examples(divided.train, parts), total=len(divided.train), what="writing"
-    )
+    train = progress.over(surveyed.examples(divided.train, parts), total=len(divided.train), what="writing")
     validation = surveyed.examples(divided.validation, parts)
     tfds_writer.write(
         folder,
@@ -149,9 +143,7 @@ def _write(
         negatives=has_negatives,
         files=lambda: {
             duplicates.FILE: duplicates.encode(divided.fingerprints),
-            "duplicates.jsonl": "".join(
-                json.dumps(line) + "\n" for line in divided.duplicates
-            ).encode(),
+            "duplicates.jsonl": "".join(json.dumps(line) + "\n" for line in divided.duplicates).encode(),
             text_lengths.FILE: lengths.encode(tokenizer.ClipTokenizer()),
         },
     )

@@ -50,9 +50,7 @@ def check(item: Annotation) -> Checked:
     return _check(annotations.Parsed(item, faults, [], item.image, boxes_xyxy), item)
 
 
-def _check(
-    parsed: annotations.Parsed, item: Annotation | Fault | None, shares: bool = False
-) -> Checked:
+def _check(parsed: annotations.Parsed, item: Annotation | Fault | None, shares: bool = False) -> Checked:
     """Checks what a line says with its image; `item` has the image or its fault, None without a name."""
     faults, unknown = list(parsed.faults), tuple(parsed.unknown_keys)
     image, turned, boxes_xyxy = item and join.decode(item), False, []

@@ -121,13 +121,7 @@ class Output(NamedTuple):
 
 
 def check_faults(
-    file: epath.PathLike,
-    causes: Mapping[str, int],
-    *,
-    images: int,
-    faulty: int,
-    left: int,
-    most: float,
+    file: epath.PathLike, causes: Mapping[str, int], *, images: int, faulty: int, left: int, most: float
 ) -> None:
     """Prints how many images have each fault, by cause; `file` names them.
 

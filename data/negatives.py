@@ -108,8 +108,7 @@ def _of_kind(description: str, kind: str) -> Iterator[str]:
                 continue
             new = new.upper() if old.isupper() else new.capitalize() if old[0].isupper() else new
             before = _ARTICLE.sub(
-                lambda article, new=new: _article(article.group(), new),
-                description[: match.start()],
+                lambda article, new=new: _article(article.group(), new), description[: match.start()]
             )
             yield before + new + description[match.end() :]
 

@@ -44,9 +44,7 @@ class Prepared(NamedTuple):
     part: tuple[int, int, int] = (0, 0, 0)  # number of the part, first byte, end
 
 
-def prepare(
-    job: tuple[int, sources.SourceShard], *, parts: str, encoding: Encoding
-) -> list[Prepared]:
+def prepare(job: tuple[int, sources.SourceShard], *, parts: str, encoding: Encoding) -> list[Prepared]:
     """Checks the images of a shard and writes their examples to its part.
 
     Args:
@@ -71,8 +69,7 @@ def prepare(
                         "boxes_clipped": checked.boxes_clipped,
                         "regions": len(annotation.regions),
                         "pixel_boxes": sum(
-                            max(region.box_xyxy) > base.LARGEST_SHARE
-                            for region in annotation.regions
+                            max(region.box_xyxy) > base.LARGEST_SHARE for region in annotation.regions
                         ),
                         "negatives": sum(len(region.negatives) for region in annotation.regions),
                         "left_out": len(annotation.left_out),
@@ -120,9 +117,7 @@ class Survey:
         self.lines = self.turned = 0  # of all images
         self.regions_written = 0
         self.counts: collections.Counter[str] = collections.Counter()  # as Prepared.counts
-        self.pixel_boxes: collections.Counter[str] = (
-            collections.Counter()
-        )  # of each file with boxes
+        self.pixel_boxes: collections.Counter[str] = collections.Counter()  # of each file with boxes
         self.unknown_keys: collections.Counter[str] = collections.Counter()
         self.fingerprints = array.array("Q")  # exact and near
         self.parts = array.array("Q")  # as Prepared.part
@@ -178,9 +173,7 @@ class Survey:
         """One line about all that was left out or changed."""
         more = len(self.faults) - MOST_PRINTED
         shown = f", {more} of them not shown" if more > 0 else ""
-        keys = ", ".join(
-            f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common()
-        )
+        keys = ", ".join(f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common())
         count = self.counts
         parts = [
             f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults{shown})",

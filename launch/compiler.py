@@ -69,11 +69,7 @@ class Compiled:
 
 
 def compile_step(
-    config: config_lib.Config,
-    topology: chips.Topology,
-    *,
-    total_steps: int,
-    steps_per_epoch: float,
+    config: config_lib.Config, topology: chips.Topology, *, total_steps: int, steps_per_epoch: float
 ) -> Compiled:
     """Compiles the step that `train` runs on that topology; needs no chip. `jax_platforms` has to be "cpu".
 
@@ -94,9 +90,7 @@ def compile_step(
             first = str(error).splitlines()[0]
             raise errors.UserError(f"--topology: no such topology: {first}") from None
         mesh = sharding.make_mesh(config.mesh, devices)
-        program = train_step.build(
-            config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
-        )
+        program = train_step.build(config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         lowered = program.step.lower(program.state, program.batch)
         memory, out_of_memory, hlo, cycles = {}, None, "", {}
         name = topology.chip.name.upper()
@@ -107,15 +101,11 @@ def compile_step(
                 out_of_memory = str(error)
                 if "RESOURCE_EXHAUSTED" not in out_of_memory:
                     first = out_of_memory.splitlines()[0]
-                    raise CompilerFailed(
-                        f"{name}: this program cannot be compiled: {first}"
-                    ) from None
+                    raise CompilerFailed(f"{name}: this program cannot be compiled: {first}") from None
             else:
                 analysis, hlo = compiled.memory_analysis(), compiled.as_text()
                 cycles = schedule.read(_dump(), hlo)
-                memory = {
-                    name: getattr(analysis, f"{key}_in_bytes") for name, key in _MEMORY.items()
-                }
+                memory = {name: getattr(analysis, f"{key}_in_bytes") for name, key in _MEMORY.items()}
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return Compiled(
         state_bytes=_state_bytes(program),

@@ -33,9 +33,7 @@ class Roofline(NamedTuple):
     step_s: float  # max(max(compute, HBM) + exposed, interconnect, network)
 
 
-def roofline(
-    flops: float, hbm_bytes: float, collectives: Iterable[Collective], chip: Chip
-) -> Roofline:
+def roofline(flops: float, hbm_bytes: float, collectives: Iterable[Collective], chip: Chip) -> Roofline:
     """The roofline of one step.
 
     Args:

@@ -278,9 +278,7 @@ def _trips(computations, caller: Computation, loop: Instruction) -> int | None:
     known = loop.find(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
         return int(known)
-    condition, body = (
-        computations[loop.find(rf"\b{part}=%([^\s,]+)")] for part in ("condition", "body")
-    )
+    condition, body = (computations[loop.find(rf"\b{part}=%([^\s,]+)")] for part in ("condition", "body"))
     state = caller.instructions[loop.operands[0]]
     test, inputs = condition.root, None
     if test.opcode == "fusion":

@@ -55,9 +55,7 @@ def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest)
     if iota:
         return _iota(iota[2]).reshape(_ints(iota[1])).tolist()
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\)?)\))? \{(['\w,]*)\}", rest
-    )
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\)?)\))? \{(['\w,]*)\}", rest)
     if mesh is None:
         raise ValueError(f"HLO: replica groups of an unknown form in {rest[:200]!r}")
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}

@@ -55,16 +55,10 @@ def arrays(module: Module) -> list[tuple[int, str, str]]:
     made = []
     for computation, instruction, _ in module.running():
         names = instruction.opcode in hlo.FREE or instruction.target in hlo.FREE_CALLS
-        if (
-            names
-            or instruction.opcode == "dynamic-update-slice"
-            or computation.name in module.fused
-        ):
+        if names or instruction.opcode == "dynamic-update-slice" or computation.name in module.fused:
             continue
         where = (instruction.find(r'op_name="([^"]*)"') or instruction.name).replace("\\", "")
-        results = (
-            instruction.shapes[-1:] if instruction.opcode.endswith("-start") else instruction.shapes
-        )
+        results = instruction.shapes[-1:] if instruction.opcode.endswith("-start") else instruction.shapes
         made += [(round(s.stored_bytes), str(s), where) for s in results if s.in_hbm]
     return made
 
@@ -83,9 +77,7 @@ def work_of(module: Module, computation: Computation, instructions: Iterable[Ins
     return Work(flops, traffic)
 
 
-def _flops(
-    module: Module, computation: Computation, instruction: Instruction, passes: bool
-) -> float:
+def _flops(module: Module, computation: Computation, instruction: Instruction, passes: bool) -> float:
     """The FLOPs of the instruction itself, without the computations that it calls."""
     target = instruction.target
     if target == "tpu_custom_call":
@@ -179,11 +171,7 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
         inner = module.called(instruction)
         if inner.root.target in hlo.FREE_CALLS:
             return 0.0
-        read = [
-            _read_of_parameter(module, inner, n)
-            for n, shapes in enumerate(operands)
-            if shapes[0].in_hbm
-        ]
+        read = [_read_of_parameter(module, inner, n) for n, shapes in enumerate(operands) if shapes[0].in_hbm]
         return sum(read) + _written(module, inner, instruction.shapes)
     if opcode in _SLICES:
         return sum(s.stored_bytes * (s.in_hbm + i.in_hbm) for s, i in zip(results, inputs))

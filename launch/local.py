@@ -58,13 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for index in range(args.processes):
         arguments = [*command, *rendezvous, f"--process-id={index}"]
         try:
-            process = subprocess.Popen(
-                arguments, env=environment, preexec_fn=end_with_launcher, **options
-            )
+            process = subprocess.Popen(arguments, env=environment, preexec_fn=end_with_launcher, **options)
         except OSError as error:
-            raise errors.UserError(
-                f"grain-jax local: cannot start {command[0]}: {error.strerror}"
-            ) from None
+            raise errors.UserError(f"grain-jax local: cannot start {command[0]}: {error.strerror}") from None
         processes.append(process)
         for number in signals:  # while we were starting
             process.send_signal(number)
@@ -87,9 +83,7 @@ def _wait(processes: list[subprocess.Popen], signals: list[int], grace: float) -
     while True:
         running = [index for index, p in enumerate(processes) if p.poll() is None]
         # A signal that was passed on before the process handled signals has its usual status.
-        codes = [
-            _PASSED_ON[-n] if n and -n in signals else n for n in (p.returncode for p in processes)
-        ]
+        codes = [_PASSED_ON[-n] if n and -n in signals else n for n in (p.returncode for p in processes)]
         if failure is None and (failure := _first_failure(codes, signals)) is not None:
             code = codes[failure] or 0
             how = f"ended with status {code}"

@@ -13,16 +13,7 @@ from grain_jax.cli import process
 from grain_jax.config import loading
 from grain_jax.core import atomic
 from grain_jax.input_pipeline import derived
-from grain_jax.launch import (
-    chips,
-    compiler,
-    cost,
-    hlo,
-    hlo_collectives,
-    hlo_work,
-    plan_text,
-    schedule,
-)
+from grain_jax.launch import chips, compiler, cost, hlo, hlo_collectives, hlo_work, plan_text, schedule
 from grain_jax.launch.arguments import Plan
 from grain_jax.train import flops, sharding
 
@@ -80,14 +71,7 @@ def _of_program(compiled: compiler.Compiled, plan, topology) -> dict[str, Any]:
         total, available, largest = compiler.parse_out_of_memory(compiled.out_of_memory)
         arguments = sum(kinds.values())
         memory = _memory(kinds, available or limit, arguments, total - arguments)
-        unknown = (
-            "flops",
-            "hbm_bytes",
-            "kernels",
-            "roofline",
-            "images_per_second_at_most",
-            "mfu_at_most",
-        )
+        unknown = ("flops", "hbm_bytes", "kernels", "roofline", "images_per_second_at_most", "mfu_at_most")
         out = {"memory": memory, "fits": False, "largest": _largest(largest), "collectives": {}}
         return out | dict.fromkeys(unknown)
     module = hlo.parse(compiled.hlo)

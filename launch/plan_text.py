@@ -99,11 +99,7 @@ def _work(plan: dict[str, Any]) -> Rows:
     model, compiled = plan["model_flops"], plan["flops"]
     rows = [
         ("model", amount(model, "FLOP"), "forward and backward, nothing computed twice"),
-        (
-            "compiled",
-            amount(compiled, "FLOP"),
-            f"{model / compiled:.0%} of the work is the model's",
-        ),
+        ("compiled", amount(compiled, "FLOP"), f"{model / compiled:.0%} of the work is the model's"),
     ]
     if loops := plan["unknown_loops"]:
         note = "loop(s) of unknown length were counted once: the figures here are too low"

@@ -55,16 +55,7 @@ def cycles(text: str) -> int:
         for predicate, region in _BRANCH.findall(bundle):
             if (target := regions.get(region, n + 1)) <= n:
                 # The bundles behind a branch run with it, up to the end of the region.
-                end = max(
-                    [
-                        n,
-                        *(
-                            m
-                            for m, x in enumerate(bundles[: n + 9])
-                            if f"End region {region} " in x
-                        ),
-                    ]
-                )
+                end = max([n, *(m for m, x in enumerate(bundles[: n + 9]) if f"End region {region} " in x)])
                 loops.append((target, end + 1, _trips("".join(bundles[target : n + 1]), predicate)))
             else:
                 conditions.append((n + 1, target))
@@ -132,9 +123,7 @@ def _up(size: int, tile: int) -> int:
     return -(-size // tile) * tile
 
 
-def price(
-    module: Module, found: dict[str, int], chip: Chip
-) -> tuple[dict[str, float], Counter[str]]:
+def price(module: Module, found: dict[str, int], chip: Chip) -> tuple[dict[str, float], Counter[str]]:
     """The kernels of a program by name, as the FLOPs that take their time at the chip's peak; and runs by count.
 
     Args:

@@ -45,10 +45,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
                     raise errors.UserError(f"input.prepare: {said}")
         here, start = local_folder(workdir), (sys.executable, "-m", "grain_jax.train")
         runner = jobs.Runner(
-            [
-                jobs.LocalJob(x.name, (*start, *x.arguments), here / x.name / "log.txt")
-                for x in left
-            ],
+            [jobs.LocalJob(x.name, (*start, *x.arguments), here / x.name / "log.txt") for x in left],
             jobs.slots(parallel),
             progress.ProgressLine("sweep: "),
             # Runs that differ in their seed alone share a compiled program.

@@ -51,9 +51,7 @@ def render(run: SweepRun, template: str) -> str:
     return variable.sub(lambda name: values[name[1]], template)
 
 
-def write(
-    launcher: str, runs: Sequence[SweepRun], workdir: epath.Path, parallel: int | None
-) -> str:
+def write(launcher: str, runs: Sequence[SweepRun], workdir: epath.Path, parallel: int | None) -> str:
     """Writes the file of the unfinished runs; returns the command that submits it.
 
     Args:

@@ -98,9 +98,7 @@ def make_runs(
         flags = (*overrides, *(f"--config.{key}={value}" for key, value in point.items()))
         try:
             for key in set_here & {*point}:
-                raise errors.UserError(
-                    f"{key}: the sweep and the command line both set it; leave one out"
-                )
+                raise errors.UserError(f"{key}: the sweep and the command line both set it; leave one out")
             config = loading.load(file, flags)
             kinds.from_entries(config.evals, config.model)
         except errors.UserError as error:

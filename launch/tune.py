@@ -210,9 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atomic.write_text(output, "".join(f"{word}\n" for word in words))
     print(f"fastest: {tuner.seconds * 1e3:.4g} ms a step with {' '.join(words)}")
     given = " ".join(args.overrides)
-    print(
-        f"train with it: grain-jax train --config {args.config} {given} $(cat {args.output}) --workdir DIR"
-    )
+    print(f"train with it: grain-jax train --config {args.config} {given} $(cat {args.output}) --workdir DIR")
     return status
 
 

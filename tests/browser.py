@@ -17,9 +17,7 @@ class Opened:
     page: Any
     console: list[str] = field(default_factory=list)  # errors and warnings
     errors: list[str] = field(default_factory=list)  # exceptions that nothing caught
-    elsewhere: list[str] = field(
-        default_factory=list
-    )  # requests that leave this machine, all refused
+    elsewhere: list[str] = field(default_factory=list)  # requests that leave this machine, all refused
 
     def complaints(self) -> list[str]:
         """All of it; an empty list is a page in order."""
@@ -28,8 +26,7 @@ class Opened:
     def broken_pictures(self) -> list[str]:
         """The starts of the addresses of images that did not load."""
         return self.page.eval_on_selector_all(
-            "img",
-            "all => all.filter(i => !(i.complete && i.naturalWidth)).map(i => i.src.slice(0, 80))",
+            "img", "all => all.filter(i => !(i.complete && i.naturalWidth)).map(i => i.src.slice(0, 80))"
         )
 
 
@@ -57,14 +54,12 @@ def opened(
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
             page = browser.new_page(
-                viewport={"width": width, "height": height},
-                color_scheme="dark" if dark else "light",
+                viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
             )
             page.set_default_timeout(1000 * timeout_s)
             found = Opened(page)
             page.on(
-                "console",
-                lambda m: found.console.append(m.text) if m.type in ("error", "warning") else None,
+                "console", lambda m: found.console.append(m.text) if m.type in ("error", "warning") else None
             )
             page.on("pageerror", lambda error: found.errors.append(str(error)))
 

@@ -20,11 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Commands that tests start need not compile the modules of the checkout each time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        compiling.FLAGS,
-    )
+    (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", compiling.FLAGS)
 )
 # What one test compiled, the next one and the commands that tests start need not compile again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -48,17 +48,11 @@ def _draw(qk_norm: bool) -> dict[str, np.ndarray]:
 
     norm = functools.partial(nn.LayerNorm, eps=1e-6)
     sizes = dict(patch_size=16, embed_dim=768, depth=2, num_heads=12, mlp_ratio=4, qkv_bias=True)
-    image = custom_models.VisionTransformer(
-        qk_norm=qk_norm, num_classes=0, norm_layer=norm, **sizes
-    )
+    image = custom_models.VisionTransformer(qk_norm=qk_norm, num_classes=0, norm_layer=norm, **sizes)
     text = dict(transformer_width=512, transformer_heads=8, transformer_layers=2, vocab_size=2048)
     backbone = custom_models.CLIP(512, 768, image, context_length=77, **text)
-    attention = tfm.Cross_Attention(
-        num_decoder_layers=2, normalize_before=True, return_intermediate_dec=True
-    )
-    decoder = tfm.ObjDecoder(
-        attention, num_classes=22047, num_queries=6, feature_dim=768, aux_loss=True
-    )
+    attention = tfm.Cross_Attention(num_decoder_layers=2, normalize_before=True, return_intermediate_dec=True)
+    decoder = tfm.ObjDecoder(attention, num_classes=22047, num_queries=6, feature_dim=768, aux_loss=True)
     states = (
         {name: x.detach().numpy() for name, x in module.state_dict().items()}
         for module in (backbone, decoder)

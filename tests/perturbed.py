@@ -14,10 +14,7 @@ from grain_jax.models import grain
 
 # Queries that point, regions that read the box head, and classes by their best query.
 POINTER = dict(
-    boxes__kind="roi_align",
-    decoder__boxes="pointer",
-    decoder__reads_box=True,
-    decoder__class_score="best",
+    boxes__kind="roi_align", decoder__boxes="pointer", decoder__reads_box=True, decoder__class_score="best"
 )
 
 

@@ -55,16 +55,7 @@ def build_set(folder, output, *arguments, name="tiny_set", lines="A.jsonl"):
 
 
 def config(
-    output,
-    *,
-    seed=0,
-    batch_size=8,
-    lanes=4,
-    pack_group=2,
-    pack_rows=4,
-    size=16,
-    name="tiny_set",
-    **inputs,
+    output, *, seed=0, batch_size=8, lanes=4, pack_group=2, pack_rows=4, size=16, name="tiny_set", **inputs
 ):
     """A tiny config that reads the set."""
     values = recipe.base("tiny")

@@ -9,12 +9,7 @@ from typing import Any
 
 from tests import compiling
 
-TIMINGS = (
-    "images_per_second",
-    "input_wait_fraction",
-    "model_flops_per_second",
-    "mfu",
-)
+TIMINGS = ("images_per_second", "input_wait_fraction", "model_flops_per_second", "mfu")
 # Settings of tests/run_config.py: as little to compile as there can be.
 SMALL = {
     "model.text.vocab_size": 600,
@@ -30,11 +25,7 @@ def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def command(
-    workdir: pathlib.Path,
-    changes: Mapping[str, Any],
-    *,
-    processes: int = 0,
-    devices: int = 1,
+    workdir: pathlib.Path, changes: Mapping[str, Any], *, processes: int = 0, devices: int = 1
 ) -> list[str]:
     """`grain-jax train` of tests/run_config.py; with `processes`, by `grain-jax local`."""
     out = [sys.executable, "-m", "grain_jax.train", "--config", "tests/run_config.py"]

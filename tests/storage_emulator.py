@@ -51,9 +51,7 @@ class Store:
     def describe(self, bucket: str, name: str) -> dict:
         blob = self.blobs[bucket, name]
         time = blob.written.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        numbers = dict(
-            size=str(len(blob.data)), generation=str(blob.generation), metageneration="1"
-        )
+        numbers = dict(size=str(len(blob.data)), generation=str(blob.generation), metageneration="1")
         return dict(kind="storage#object", bucket=bucket, name=name, updated=time) | numbers
 
     def names(self, bucket: str, prefix: str = "") -> list[str]:
@@ -261,7 +259,9 @@ def serve(folder):
     """
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     names = ",".join(f"DNS:{host}" for host in HOSTS)
-    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=emulator -addext subjectAltName={names}"
+    command = (
+        f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=emulator -addext subjectAltName={names}"
+    )
     files = ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*command.split(), *files], check=True, capture_output=True)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

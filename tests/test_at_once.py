@@ -33,9 +33,7 @@ def _too_late(*_, **__):
         ({"workdir": "a file"}, "--workdir: .*expected a folder that can be written"),
     ],
 )
-def test_what_needs_no_data_is_said_before_the_data_set_is_made(
-    tmp_path, monkeypatch, overrides, message
-):
+def test_what_needs_no_data_is_said_before_the_data_set_is_made(tmp_path, monkeypatch, overrides, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(preparation, "open_or_make", _too_late)
     workdir = tmp_path / overrides.pop("workdir", "workdir")
@@ -73,14 +71,10 @@ def test_what_the_data_lacks_is_said_before_anything_is_compiled(
     if entry == "a shard":
         (one,) = record_files.find(config_lib.from_dict(c))
         lost, stat = one.shards[2].path, record_files.os.stat
-        there = lambda path, *more, **names: stat(
-            path if str(path) != lost else "/nope", *more, **names
-        )
+        there = lambda path, *more, **names: stat(path if str(path) != lost else "/nope", *more, **names)
         monkeypatch.setattr(record_files.os, "stat", there)
     else:
-        c.evals = {
-            "one": {k: v.format(folder=folder) for k, v in entry.items()} | {"missing": "error"}
-        }
+        c.evals = {"one": {k: v.format(folder=folder) for k, v in entry.items()} | {"missing": "error"}}
     with pytest.raises(errors.UserError, match=message):
         run.train(config_lib.from_dict(c), tmp_path / "workdir")
 
@@ -99,10 +93,7 @@ def built(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "flags,message",
-    [
-        ({"--checkpoint": "/nope"}, "/nope"),
-        ({"--output": "/proc/out.json"}, "--output: /proc/out.json: "),
-    ],
+    [({"--checkpoint": "/nope"}, "/nope"), ({"--output": "/proc/out.json"}, "--output: /proc/out.json: ")],
 )
 def test_evaluate_looks_for_its_model_and_its_output_before_the_images(
     tmp_path, monkeypatch, capsys, flags, message

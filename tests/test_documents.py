@@ -54,9 +54,7 @@ ELSEWHERE = {
 }
 
 PATH = re.compile(rf"(?<![\w/.{{}}<>*-])((?:[\w.-]+/)*[\w-]+\.(?:{'|'.join(SUFFIXES)}))\b(?!\()")
-FOLDER = re.compile(
-    r"(?<![\w/.{}<>*-])((?:grain_jax|configs|launch|benchmarks|tests|docs)/[\w./-]*\w)"
-)
+FOLDER = re.compile(r"(?<![\w/.{}<>*-])((?:grain_jax|configs|launch|benchmarks|tests|docs)/[\w./-]*\w)")
 FUNCTION = re.compile(r"`((?!configs)\w+/[\w/]+\.py):([A-Za-z_][\w.]*)`")
 MODULE = re.compile(r"python3? -m ((?:grain_jax|data|launch|benchmarks|tests)(?:\.\w+)*)")
 LINK = re.compile(r"(?<!\\)\[[^\]]*\]\(([^)\s]+)\)")
@@ -172,9 +170,7 @@ def test_links_lead_somewhere(name):
         file = (ROOT / name).parent / path if path else ROOT / name
         if not file.exists():
             dead.append(target)
-        elif anchor and anchor not in map(
-            slug, headings(str(file.resolve().relative_to(ROOT.resolve())))
-        ):
+        elif anchor and anchor not in map(slug, headings(str(file.resolve().relative_to(ROOT.resolve())))):
             dead.append(target)
     assert not dead, dead
 
@@ -247,12 +243,8 @@ def fault_of(words: list[str]) -> str:
         found = PARSERS[name].parse_args(rest)
         config, _, argument = (getattr(found, "config", None) or "").partition(":")
         if config in loading.packaged():
-            of_package = (
-                argument and not argument.isupper() and not argument.startswith(("runs/", "hf://"))
-            )
-            config = (
-                "finetune" if config == "regions" else config
-            )  # the same keys; no model to load
+            of_package = argument and not argument.isupper() and not argument.startswith(("runs/", "hf://"))
+            config = "finetune" if config == "regions" else config  # the same keys; no model to load
             given = f"{config}:{argument}" if of_package else config
             loading.load(given, found.overrides, resolve=lambda tree: tree)
     except errors.UserError as error:
@@ -262,22 +254,16 @@ def fault_of(words: list[str]) -> str:
 
 @pytest.mark.parametrize("name", documents())
 def test_commands_take_their_flags(name):
-    faults = [
-        f"{place}: {fault_of(words)}" for place, words in written_commands(name) if fault_of(words)
-    ]
+    faults = [f"{place}: {fault_of(words)}" for place, words in written_commands(name) if fault_of(words)]
     assert not faults, "\n".join(faults)
 
 
 def test_a_wrong_command_is_found():
-    (words,) = words_of(
-        "srun -N4 grain-jax train --config demo --workdir R --config.batchsize=3 | tee log"
-    )
+    (words,) = words_of("srun -N4 grain-jax train --config demo --workdir R --config.batchsize=3 | tee log")
     assert words == ["train", "--config", "demo", "--workdir", "R", "--config.batchsize=3"]
     assert "did you mean batch_size?" in fault_of(words)
     assert "--work-dir: no flag" in fault_of(["train", "--config", "demo", "--work-dir", "R"])
     assert "--pictures: no flag" in fault_of(["report", "R", "--pictures", "3"])
     assert "no such command" in fault_of(["trian"])
-    nested = words_of(
-        "grain-jax local --processes 2 -- grain-jax train --config demo && grain-jax export"
-    )
+    nested = words_of("grain-jax local --processes 2 -- grain-jax train --config demo && grain-jax export")
     assert [words[0] for words in nested] == ["local", "export"]

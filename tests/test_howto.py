@@ -22,9 +22,7 @@ PAGES = sorted((ROOT / "docs/howto").glob("*.md"))
 
 
 def blocks(page):
-    return re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs/howto" / page).read_text(), re.M | re.S
-    )
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/howto" / page).read_text(), re.M | re.S)
 
 
 @pytest.fixture
@@ -64,8 +62,7 @@ def test_the_loss_term_keeps_queries_apart(module):
     x = np.asarray(outputs.region_embed, np.float64)
     apart = ~np.eye(x.shape[1], dtype=bool)
     expected = [
-        (np.maximum(cosine[apart] - 0.1, 0) ** 2).mean()
-        for cosine in np.einsum("bqd,brd->bqr", x, x)
+        (np.maximum(cosine[apart] - 0.1, 0) ** 2).mean() for cosine in np.einsum("bqd,brd->bqr", x, x)
     ]
     assert (weight, output.count) == (0.25, len(x))
     np.testing.assert_allclose(output.sum, np.sum(expected), rtol=1e-5)

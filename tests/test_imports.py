@@ -12,9 +12,7 @@ from tests.paths import ROOT
 
 pytestmark = pytest.mark.quick
 
-HEAVY = (
-    "sklearn jax flax tensorflow torch transformers ml_collections tensorflow_datasets matplotlib"
-)
+HEAVY = "sklearn jax flax tensorflow torch transformers ml_collections tensorflow_datasets matplotlib"
 # For one process each: modules in the order of their imports, with what none of them, nor those before, may load.
 CHAINS = (
     (
@@ -47,17 +45,13 @@ def test_import_boundaries(chain):
         f"import {modules}\nprint(*{{*{forbidden.split()}}} & {{*sys.modules}})\n"
         for modules, forbidden in chain
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [""] * len(chain)
 
 
 def test_no_library_prints_lines_when_it_starts():
     code = "import grain_jax.input_pipeline.records as r, jax; print(jax.devices(), r.tf.zeros(1).shape)"
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TF_"))
-    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TF_"))}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -86,9 +80,7 @@ def test_paths_go_through_epath():
     for folder in ("grain_jax", "data", "launch"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             tree = ast.parse(path.read_text())
-            found += [
-                f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in _calls_on_files(tree)
-            ]
+            found += [f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in _calls_on_files(tree)]
     assert not found, "\n".join(found)
 
 

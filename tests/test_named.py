@@ -12,8 +12,7 @@ TABLE = {"coco": 1, "folder": 2}
 
 
 @pytest.mark.parametrize(
-    "name, found",
-    [("coco", 1), ("grain_jax.core.named:find", named.find), ("tests.test_named:TABLE", TABLE)],
+    "name, found", [("coco", 1), ("grain_jax.core.named:find", named.find), ("tests.test_named:TABLE", TABLE)]
 )
 def test_what_is_found(name, found):
     assert named.find("data source", name, TABLE) == found
@@ -41,9 +40,7 @@ def test_a_module_is_imported_where_the_user_allows_it(monkeypatch, tmp_path):
     (tmp_path / "of_a_stranger.py").write_text("class Source: pass")
     monkeypatch.syspath_prepend(tmp_path)
     name = "of_a_stranger:Source"
-    with pytest.raises(
-        errors.UserError, match="import of_a_stranger first, or set GRAIN_JAX_IMPORT"
-    ):
+    with pytest.raises(errors.UserError, match="import of_a_stranger first, or set GRAIN_JAX_IMPORT"):
         named.find("data source", name, TABLE)
     assert "of_a_stranger" not in sys.modules
     monkeypatch.setenv(named.VARIABLE, "another, of_a_stranger")

@@ -32,9 +32,7 @@ def printed(notebook) -> str:
 def run(tmp_path, monkeypatch):
     """Runs a notebook in an empty folder, with the command grain-jax of this checkout."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "grain-jax").write_text(
-        f'#!/bin/sh\nexec {sys.executable} -m grain_jax "$@"\n'
-    )
+    (tmp_path / "bin" / "grain-jax").write_text(f'#!/bin/sh\nexec {sys.executable} -m grain_jax "$@"\n')
     (tmp_path / "bin" / "grain-jax").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -53,9 +51,7 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_from_nothing_to_a_trained_model(run):
     text = printed(run("aviary"))
-    accuracy = {
-        m[1]: int(m[2]) for m in re.finditer(r"^(this run|aviary-tiny) +(\d+)% of 60", text, re.M)
-    }
+    accuracy = {m[1]: int(m[2]) for m in re.finditer(r"^(this run|aviary-tiny) +(\d+)% of 60", text, re.M)}
     assert accuracy["this run"] > 30 and accuracy["aviary-tiny"] >= 90, text
 
 

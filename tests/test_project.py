@@ -19,9 +19,7 @@ PREPARE = "import sys, setuptools.build_meta as b; b.prepare_metadata_for_build_
 def built(tmp_path_factory):
     """The folder of metadata that a wheel of this checkout has."""
     folder = tmp_path_factory.mktemp("metadata")
-    subprocess.run(
-        [sys.executable, "-c", PREPARE, folder], cwd=ROOT, check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, "-c", PREPARE, folder], cwd=ROOT, check=True, capture_output=True)
     (found,) = folder.glob("*.dist-info")
     return found
 

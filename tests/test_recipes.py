@@ -92,13 +92,7 @@ def test_two_towers_that_were_converted_get_a_decoder(tmp_path):
 
 @pytest.mark.parametrize(
     "recipe",
-    [
-        grain_vitb16_cc12m,
-        grain_plus_vitb16_cc12m,
-        grain_vitl14_cc12m,
-        grain_vith14_cc12m,
-        grain_vitg14_cc12m,
-    ],
+    [grain_vitb16_cc12m, grain_plus_vitb16_cc12m, grain_vitl14_cc12m, grain_vith14_cc12m, grain_vitg14_cc12m],
 )
 def test_the_overrides_of_each_hardware(recipe):
     default = recipe.get_config().mesh.fsdp

@@ -29,12 +29,7 @@ pytestmark = pytest.mark.quick
     [
         ("../data/SCHEMA.md", "docs/inspect.md", "inspect.md", "schema.md"),
         ("../data/SCHEMA.md#shards", "docs/inspect.md", "inspect.md", "schema.md#shards"),
-        (
-            "../../examples/README.md",
-            "docs/howto/README.md",
-            "howto/README.md",
-            "../examples/README.md",
-        ),
+        ("../../examples/README.md", "docs/howto/README.md", "howto/README.md", "../examples/README.md"),
         ("#where-it-differs", "docs/method.md", "method.md", "#where-it-differs"),
     ],
 )
@@ -96,8 +91,7 @@ class _Silent(http.server.SimpleHTTPRequestHandler):
 @pytest.mark.slow
 @pytest.mark.parametrize("width, dark", [(1280, False), (400, True)])
 @pytest.mark.parametrize(
-    "page",
-    ["index", "commands/train", "config_keys", "api/losses", "howto/evaluator", "diagnostics"],
+    "page", ["index", "commands/train", "config_keys", "api/losses", "howto/evaluator", "diagnostics"]
 )
 def test_a_page_in_a_browser(address, page, width, dark):
     with browser.opened(f"{address}/{page}.html", width=width, dark=dark) as opened:

@@ -43,9 +43,7 @@ class Once:
     def __getattr__(self, name):
         if name not in self._names:
             return getattr(self._held, name)
-        return lambda *args: (
-            self._got.get(name) or self._got.setdefault(name, self._call(name, *args))
-        )
+        return lambda *args: self._got.get(name) or self._got.setdefault(name, self._call(name, *args))
 
     def _call(self, name, *args):
         result = operator.methodcaller(name, *args)(self._held)
@@ -149,10 +147,7 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
     slots = np.stack([rng.permutation(order)[: b // groups * texts] for _ in range(groups)])
     slots = slots.reshape(b, texts)
     end_at = np.stack([slots // a_row, slots % a_row * 7 + 6], axis=-1).astype(np.int32)
-    negative_at, negative_mask = (
-        end_at[:, captions + r :].reshape(b, r, h, 2),
-        np.ones((b, r, h), bool),
-    )
+    negative_at, negative_mask = (end_at[:, captions + r :].reshape(b, r, h, 2), np.ones((b, r, h), bool))
     negative_mask &= np.random.default_rng(seed + 1).random((b, r, h)) < 0.6
     column = np.arange(length)
     low = rng.uniform(0, 0.6, (b, r, 2))

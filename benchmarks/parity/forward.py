@@ -52,10 +52,7 @@ def matched() -> Iterator[Comparison]:
     inputs = batch(arrays["inputs/boxes"], packed=False)
     layers = outputs()["pred_boxes"]
     cost_of = functools.partial(
-        matching.cost_matrix,
-        l1=c.match_l1,
-        giou=c.match_giou,
-        iou_epsilon=iou_epsilon(reference=True),
+        matching.cost_matrix, l1=c.match_l1, giou=c.match_giou, iou_epsilon=iou_epsilon(reference=True)
     )
     cost = cost_of(layers[-1], inputs.region_boxes_cxcywh)
     counts = inputs.region_mask.sum(axis=1)

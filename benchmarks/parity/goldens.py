@@ -119,9 +119,7 @@ def outputs(*, packed: bool = False) -> dict[str, np.ndarray]:
         tokens = module.image_tokens(inputs.image)
         hidden = module.decoder(tokens)
         texts = (inputs.text_tokens, inputs.text_positions, inputs.text_segments)
-        captions, descriptions = module.text_features(
-            *texts, inputs.caption_at, inputs.description_at
-        )
+        captions, descriptions = module.text_features(*texts, inputs.caption_at, inputs.description_at)
         return dict(
             vision_tokens=tokens,
             decoder_hs=hidden,

@@ -48,9 +48,7 @@ def decay_groups() -> Iterator[Comparison]:
     groups = json.loads((GOLDENS / "grain_public_param_groups.json").read_text())
     unused = {f"{m}/{name}" for m, names in torch_names.UNUSED.items() for name in names}
     for group, decayed in (("decay", True), ("no_decay", False)):
-        decayed_names = {
-            f"{m}/{n}" for m in named for n, a in named[m].items() if (a == decayed).all()
-        }
+        decayed_names = {f"{m}/{n}" for m in named for n, a in named[m].items() if (a == decayed).all()}
         yield Comparison(group, float(len(decayed_names ^ (set(groups[group]) - unused))), 0.0)
 
 

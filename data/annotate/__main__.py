@@ -91,9 +91,7 @@ def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping
     output.join("annotations", names, LINES)
     output.join("failed", names, FAILED)
     total = passes.counts(output, names)
-    faults = {
-        x.removeprefix(passes.FAULT): n for x, n in total.items() if x.startswith(passes.FAULT)
-    }
+    faults = {x.removeprefix(passes.FAULT): n for x, n in total.items() if x.startswith(passes.FAULT)}
     output.put_json({"total": total, "settings": _settings(args)}, "summary.json")
     job.check_faults(
         output.path(FAILED),

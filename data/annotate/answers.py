@@ -17,9 +17,7 @@ EMPTY, REFUSAL, RUN_ON, REPEATED = "empty answer", "refusal", "run-on", "repeate
 CUT_OFF, NO_SUBJECT, NO_CAPTION, NO_WORDS = "cut off", "no subject", "no caption", "no words"
 
 # What stands before a line: bullets, quotation marks, Markdown; a number or a letter with its mark.
-_BULLET = re.compile(
-    r"^(?:[\s>*•·▪◦‣●○■□–—\-+#_\"'“”‘’`]|[(\[]?\d{1,2}[.):\]](?!\d)|\(?[a-zA-Z][.)]\s)+"
-)
+_BULLET = re.compile(r"^(?:[\s>*•·▪◦‣●○■□–—\-+#_\"'“”‘’`]|[(\[]?\d{1,2}[.):\]](?!\d)|\(?[a-zA-Z][.)]\s)+")
 _TAIL = re.compile(r"[\s.,;:!*_\"'“”‘’`]+$")
 _BROKEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufffd\ud800-\udfff]")
 _MARKDOWN = re.compile(r"\*\*|__|`")

@@ -123,10 +123,7 @@ class EndpointChat:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=JPEG_QUALITY)
         url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-        parts = [
-            {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": prompt},
-        ]
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
         body = {"messages": [{"role": "user", "content": parts}], "temperature": 0}
         body |= {"model": self._args.chat, "max_tokens": chat.MAX_TOKENS}
         return json.dumps(body).encode()

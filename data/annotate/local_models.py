@@ -97,13 +97,9 @@ class LocalChat:
 
     def __init__(self, args: Annotate):
         name = args.chat or CHAT_MODEL
-        self._model, self._processor, self._device = load(
-            name, "AutoModelForImageTextToText", half=True
-        )
+        self._model, self._processor, self._device = load(name, "AutoModelForImageTextToText", half=True)
         if not getattr(self._processor, "chat_template", None):
-            raise errors.UserError(
-                f"{name}: its processor has no chat template, expected a chat model"
-            )
+            raise errors.UserError(f"{name}: its processor has no chat template, expected a chat model")
         # Answers start where the prompt ends, so the prompts of a batch must end at the same place.
         tokenizer = self._processor.tokenizer
         tokenizer.padding_side = "left"
@@ -127,10 +123,7 @@ class LocalChat:
         ).to(self._device, self._model.dtype)
         with torch.inference_mode():
             tokens = self._model.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=chat.MAX_TOKENS,
-                pad_token_id=tokenizer.pad_token_id,
+                **inputs, do_sample=False, max_new_tokens=chat.MAX_TOKENS, pad_token_id=tokenizer.pad_token_id
             )
         tokens = tokens[:, inputs["input_ids"].shape[1] :].cpu().numpy()
         is_end = np.isin(tokens, self._model.generation_config.eos_token_id)

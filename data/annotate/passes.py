@@ -23,14 +23,7 @@ import PIL.Image
 
 from grain_jax.core import annotations, atomic, errors, images, regular_file
 from grain_jax.data import job, negatives, sources
-from grain_jax.data.annotate import (
-    PASSES,
-    answers,
-    chat,
-    detector,
-    endpoint_chat,
-    local_models,
-)
+from grain_jax.data.annotate import PASSES, answers, chat, detector, endpoint_chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.sources import join
 
@@ -282,9 +275,7 @@ def unmark_damaged(args: Annotate, output: job.Output, shards: Iterable[str]) ->
         except job.Damaged as error:
             if lost:
                 every = ",".join(name for name in PASSES if name in made | set(args.passes))
-                line = (
-                    f"{error}; it holds results of {','.join(sorted(lost))}: give --passes {every}"
-                )
+                line = f"{error}; it holds results of {','.join(sorted(lost))}: give --passes {every}"
                 raise errors.UserError(f"{line} to make its shard again") from None
             print(f"{error}; its shard is made again", file=sys.stderr)
             for mark in marks(args):

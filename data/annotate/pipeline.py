@@ -50,9 +50,7 @@ def run(args: Annotate, shards: Sequence[sources.SourceShard]) -> None:
     """
     options = pipeline_options.PipelineOptions(args.beam)
     # Beam logs the traceback of every error; user errors are printed as one line.
-    logging.getLogger(beam.runners.common.__name__).addFilter(
-        lambda record: _MARK not in record.getMessage()
-    )
+    logging.getLogger(beam.runners.common.__name__).addFilter(lambda record: _MARK not in record.getMessage())
     name = options.view_as(pipeline_options.StandardOptions).runner or _LOCAL[0]
     # Beam's DirectRunner would first fetch another runner (Prism) from the internet.
     runner = fn_api_runner.FnApiRunner() if name.lower() in _LOCAL else name

@@ -52,9 +52,7 @@ def web_caption(
     return named.format(name=name, **values)
 
 
-def synthetic_caption(
-    species: Species, drawing: Drawing, key: str, noise: Noise, *, parts: int = 2
-) -> str:
+def synthetic_caption(species: Species, drawing: Drawing, key: str, noise: Noise, *, parts: int = 2) -> str:
     """A caption as an MLLM writes it: some parts, the perch or the background, never a name."""
     rng = random.Random(key + "/synthetic")
     template = rng.choice(_CAPTIONS["synthetic"])
@@ -95,9 +93,7 @@ def regions(
             continue
         true_box = drawing.boxes_xyxy[part]
         box = _jittered(true_box, drawing.image.size, box_rng, noise.jitter)
-        description, wrong = _describe(
-            species, part, word_rng, noise.wrong_descriptions, noise.paraphrased
-        )
+        description, wrong = _describe(species, part, word_rng, noise.wrong_descriptions, noise.paraphrased)
         score = 0.88 - 0.6 * (1 - iou(box, true_box)) - 0.22 * wrong
         score = round(min(0.99, max(0.3, score + noise.score_noise * error.gauss(0, 1))), 3)
         made.append({"box": box, "description": description, "score": score})

@@ -9,16 +9,7 @@ with the body and the eye.
 # fmt: off
 import numpy as np
 
-from grain_jax.data.aviary.outlines import (
-    bands,
-    curve,
-    ellipse,
-    grow,
-    place,
-    polygon,
-    spots,
-    stroke,
-)
+from grain_jax.data.aviary.outlines import bands, curve, ellipse, grow, place, polygon, spots, stroke
 
 INK = 1.0  # width of outlines
 EYE_AT = (18.0, -21.0)

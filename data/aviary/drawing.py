@@ -86,13 +86,7 @@ class _Canvas:
         return boxes, areas, shown
 
 
-def draw(
-    species: Species,
-    *,
-    rng: random.Random,
-    size: int = 64,
-    pose: Pose = DEFAULT.pose,
-) -> Drawing:
+def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = DEFAULT.pose) -> Drawing:
     """Draws one bird of `species`, `size` x `size` pixels; all random numbers come from `rng`.
 
     Every species draws the same number of them, so that another look of a part changes only
@@ -123,9 +117,7 @@ def draw(
 
     layer, coverage = canvas.layer(_light(size))
     hidden = ImageChops.invert(coverage)
-    image = ImageChops.add(
-        ImageChops.multiply(background, Image.merge("RGB", (hidden,) * 3)), layer
-    )
+    image = ImageChops.add(ImageChops.multiply(background, Image.merge("RGB", (hidden,) * 3)), layer)
     boxes, areas, labels = canvas.visible()
     return Drawing(image=image, boxes_xyxy=boxes, areas=areas, scene=scene, labels=labels)
 

@@ -19,9 +19,7 @@ from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
 
 _LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)."
-STAMP = (
-    "settings.json"  # written first; A.jsonl is written last, and says that the dataset is complete
-)
+STAMP = "settings.json"  # written first; A.jsonl is written last, and says that the dataset is complete
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +49,7 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
     synthetic = annotations.synthetic_caption(task.species, drawn, key, noise, parts=num_parts)
     texts = {"caption": synthetic}
     if not exact:
-        others = tuple(
-            species for species in species_of(settings).training if species != task.species
-        )
+        others = tuple(species for species in species_of(settings).training if species != task.species)
         web = annotations.web_caption(task.species, others, drawn, key, noise)
         texts = {"caption": web, "synthetic_caption": synthetic}
     parts = {"least": settings.least_parts, "most": settings.most_parts}

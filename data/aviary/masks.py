@@ -52,9 +52,7 @@ def begin(output: epath.Path, groups: Iterable[str] = GROUPS) -> None:
     (output / FOLDER / TEMPLATES).write_text("{}\n")
 
 
-def save(
-    output: epath.Path, group: str, name: str, encoded: bytes, species: Species, drawn: Drawing
-) -> None:
+def save(output: epath.Path, group: str, name: str, encoded: bytes, species: Species, drawn: Drawing) -> None:
     """Writes a test image, whose file has this name and content, and its label images."""
     folder = output / FOLDER / group
     (folder / "images" / name).write_bytes(encoded)

@@ -54,8 +54,7 @@ class Scene:
     def thing_phrases(self) -> list[str]:
         """E.g. ["a pink flower"]."""
         return [
-            ("an " if colour[0] in "aeiou" else "a ") + f"{colour} {kind}"
-            for kind, colour in self.things
+            ("an " if colour[0] in "aeiou" else "a ") + f"{colour} {kind}" for kind, colour in self.things
         ]
 
 

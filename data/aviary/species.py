@@ -110,9 +110,7 @@ def invent_names(count: int, rng: random.Random) -> list[str]:
     chosen, alike, taken = [], [], set(_WORDS)
     for name in possible:
         # "?umbel", "w?mbel", ...: two names that share one differ in a single letter.
-        masked = {name[:position] + "?" + name[position + 1 :] for position in range(len(name))} | {
-            name
-        }
+        masked = {name[:position] + "?" + name[position + 1 :] for position in range(len(name))} | {name}
         (alike if masked & taken else chosen).append(name)
         if not masked & taken:
             taken |= masked

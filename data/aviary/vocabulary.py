@@ -63,11 +63,7 @@ class Trait:
 def _wordings() -> dict[str, tuple[Trait, int, bool]]:
     """Description -> trait, phrase, other word for the colour; also for looks that no bird has."""
     return {
-        Trait(*look, colour).worded(template, word): (
-            Trait(*look, colour),
-            template,
-            word != colour,
-        )
+        Trait(*look, colour).worded(template, word): (Trait(*look, colour), template, word != colour)
         for look, (_, *templates) in _LOOKS.items()
         for template in range(len(templates))
         for colour, synonym in COLOUR_SYNONYMS.items()
@@ -85,9 +81,7 @@ def hard_negatives(description: str) -> list[tuple[str, Trait]]:
     others = [dataclasses.replace(trait, colour=colour) for colour in COLOUR_SYNONYMS]
     others += [Trait(part, shape, trait.colour) for part, shape in _LOOKS if part == trait.part]
     words = COLOUR_SYNONYMS if reworded else {colour: colour for colour in COLOUR_SYNONYMS}
-    return [
-        (other.worded(template, words[other.colour]), other) for other in others if other != trait
-    ]
+    return [(other.worded(template, words[other.colour]), other) for other in others if other != trait]
 
 
 _ALL = [Trait(*look, colour) for look, row in _LOOKS.items() for colour in row[0].split()]

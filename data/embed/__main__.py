@@ -33,9 +33,7 @@ def embed(args: arguments.Embed) -> str:
     arrow_tables.pyarrow()  # before the model is read: it may be missing
     folder = job.Output(str(absolute(args.output)))
     distributed.keep_compiled_programs()
-    distributed.initialize(
-        args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
-    )
+    distributed.initialize(args.coordinator, args.processes, args.process_id, args.heartbeat_seconds)
     with distributed.ending_together(args.heartbeat_seconds), contextlib.ExitStack() as stack:
         processes.run_together(lambda: saved_model.find(args.checkpoint))
         lock = staging.locked(folder.path(FAULTS), "--output")
@@ -76,9 +74,7 @@ def _embed(args: arguments.Embed, folder: job.Output) -> str:
     return processes.of_first(lambda: _finish(args, result, count, time.monotonic() - began))
 
 
-def find(
-    args: arguments.Embed, folder: job.Output
-) -> tuple[dict[str, str], str, list[sources.SourceShard]]:
+def find(args: arguments.Embed, folder: job.Output) -> tuple[dict[str, str], str, list[sources.SourceShard]]:
     """Lists the source; `folder` gets the lists of a folder's images, which all processes read.
 
     Returns: settings of the source, the folder that paths of images start from or "", the shards.

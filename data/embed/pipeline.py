@@ -57,9 +57,7 @@ def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sour
     return output.Row(item.image, caption, item.id or item.image, *image.size, pixels)
 
 
-def run(
-    job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: int, threads: int
-) -> int:
+def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: int, threads: int) -> int:
     """Embeds the parts with the numbers `mine` and writes their files, in order; returns the number of images.
 
     Args:
@@ -78,9 +76,7 @@ def run(
     counter = progress.Counter("embed", None, "images", silent=first > 0, times=times)
     readers, device = ThreadPoolExecutor(threads), ThreadPoolExecutor(_AT_DEVICE)
     # Each image with the number of its part, and a None at the end of each part.
-    items = (
-        (i, item) for i in mine for item in itertools.chain(sources.read(job.parts[i]), [None])
-    )
+    items = ((i, item) for i in mine for item in itertools.chain(sources.read(job.parts[i]), [None]))
 
     def encoded(batch: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
         ready = [entry for _, entry in batch if isinstance(entry, output.Row)]

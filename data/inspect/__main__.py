@@ -37,10 +37,7 @@ def inspect(args: Inspect) -> str:
         size = _LINES_PER_TASK
     shards = sources.shards(kind, sources.Options(folder, files, shard_size=size))
     output.mkdir(parents=True, exist_ok=True)  # early, in case that it may not be written
-    total = sum(
-        x.arguments["lines"] if files else x.arguments["stop"] - x.arguments["start"]
-        for x in shards
-    )
+    total = sum(x.arguments["lines"] if files else x.arguments["stop"] - x.arguments["start"] for x in shards)
     workers = parallel.default_workers(total) if files else 0
     read = parallel.ordered_map(_read, shards, workers=workers)
     coming = progress.over(itertools.chain.from_iterable(read), total=total, what="inspecting")
@@ -52,9 +49,7 @@ def inspect(args: Inspect) -> str:
                 sample.append(image)
     result = stats.result(str(path), total)
     if not stats.images:
-        raise errors.UserError(
-            f"{path}: none of {total} images could be read; {stats.problems()[0].example}"
-        )
+        raise errors.UserError(f"{path}: none of {total} images could be read; {stats.problems()[0].example}")
     atomic.write_text(output / "inspect.html", page.render(result, sample))
     atomic.write_text(output / "statistics.json", json.dumps(result, indent=1) + "\n")
     return _summary(result) + f"\n{output}: inspect.html, statistics.json"

@@ -99,9 +99,7 @@ class Statistics:
                 except images.ImageError as error:
                     faults.append(Fault(item.image, "image", str(error)))
             for fault in faults:
-                self._note(
-                    f"faulty: {fault.cause}", f"{fault.where or fault.image}: {fault.detail}"
-                )
+                self._note(f"faulty: {fault.cause}", f"{fault.where or fault.image}: {fault.detail}")
         texts = [texts_of(item) for item, _ in headers]
         flat = [text for of_image in texts for _, text in of_image]
         lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist() if flat else ())
@@ -128,9 +126,7 @@ class Statistics:
             # No model wrote web texts.
             if kind != "web" and answers.is_refusal(tokenizer.clean(text)):
                 self._note("refusals of a model", example)
-        for kind, plain in dict.fromkeys(
-            (kind, tokenizer.clean(text).lower()) for kind, text in texts
-        ):
+        for kind, plain in dict.fromkeys((kind, tokenizer.clean(text).lower()) for kind, text in texts):
             self.texts[kind].add(plain, where)
         if not any(kind != "description" for kind, _ in texts):
             self._note("images without any caption", where)

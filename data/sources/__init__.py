@@ -86,15 +86,11 @@ def of_path(path: epath.Path) -> str:
 
 def of_flags(args: Any, scratch: str, shard_size: int) -> list[SourceShard]:
     """The shards of the source that the flags of build or annotate name; raises as `shards`."""
-    options = Options(
-        args.images, tuple(args.annotations), args.split, scratch, shard_size, args.label_text
-    )
+    options = Options(args.images, tuple(args.annotations), args.split, scratch, shard_size, args.label_text)
     return shards(args.source, options, dict(args.option))
 
 
-def shards(
-    source: str, options: Options, own_options: Mapping[str, str] | None = None
-) -> list[SourceShard]:
+def shards(source: str, options: Options, own_options: Mapping[str, str] | None = None) -> list[SourceShard]:
     """The source's shards, in order; the same again as long as the source is the same.
 
     Reads whole annotation files if the source has such, and writes lists of their images to `options.scratch`, which

@@ -236,9 +236,7 @@ def _with_image(
         encoded = path = None
     if encoded is None:
         if not path:
-            return base.Fault(
-                where, "no image", "expected the bytes of an image or its path", where
-            )
+            return base.Fault(where, "no image", "expected the bytes of an image or its path", where)
         if not arguments["images"]:
             got = f"got a path and no --images, expected the folder of {path:.200}"
             return base.Fault(where, "no such file", got, where)

@@ -135,9 +135,7 @@ def read_json(path: epath.PathLike, kind: type[T], expected: str) -> T:
     return regular_file.read_json(path, kind, expected, _MAX_FILE)
 
 
-def items(
-    values: Iterable[msgspec.Raw], kind: type[T], where: str
-) -> Iterator[tuple[str, T | Fault]]:
+def items(values: Iterable[msgspec.Raw], kind: type[T], where: str) -> Iterator[tuple[str, T | Fault]]:
     """(WHERE[NUMBER], the item in the declared form) of a list in a JSON file; else the fault of the item."""
     for number, value in enumerate(values):
         position = f"{where}[{number}]"

@@ -84,9 +84,7 @@ class RowOptions(base.BoxUnit):
             raise base.SourceError(f"{where}: {got}, expected one of: {columns}")
         return Named(paths, [], options.described)
 
-    def annotation(
-        self, where: str, row: Mapping[str, Any], named: Named
-    ) -> tuple[Any, Annotation | Fault]:
+    def annotation(self, where: str, row: Mapping[str, Any], named: Named) -> tuple[Any, Annotation | Fault]:
         """The value of the column `image` in a row, by column, and what the row says about the image."""
         values = {name: _pick(row, path) for name, path in named.paths.items()}
         image = values.pop("image")

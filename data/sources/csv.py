@@ -43,9 +43,7 @@ class Csv(columns.TableOptions, staged.ListedSource):
                 elif image:
                     yield annotation._replace(image=image)
                 else:
-                    yield base.Fault(
-                        where, "bad annotation", "got no image, expected a path", where
-                    )
+                    yield base.Fault(where, "bad annotation", "got no image, expected a path", where)
 
     def _row(self, cells: Mapping[str, str], named: columns.Named) -> dict[str, Any]:
         """The cells; lists are JSON. What is no JSON stays as it is: the row's form says what is wrong."""

@@ -121,10 +121,6 @@ def _region(
         return "bad box", f"{got} with score {annotations.show(score)}, expected 0 to 1"
     # Neither the description nor each other, as A.jsonl wants them.
     kept = {annotations.plain(text(description)): ""}
-    for negative in filter(
-        None, map(text, negatives if isinstance(negatives, list | tuple) else ())
-    ):
+    for negative in filter(None, map(text, negatives if isinstance(negatives, list | tuple) else ())):
         kept.setdefault(annotations.plain(negative), negative)
-    return Region(
-        (x1, y1, x2, y2), text(description), float(score), tuple(filter(None, kept.values()))
-    )
+    return Region((x1, y1, x2, y2), text(description), float(score), tuple(filter(None, kept.values())))

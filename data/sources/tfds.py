@@ -36,9 +36,7 @@ class Tfds:
         total, size = builder.info.splits[split].num_examples, options.shard_size
         shared = {"directory": str(builder.data_dir), "split": split}
         return [
-            base.SourceShard(
-                f"{split}-{start:09d}-{stop:09d}", shared | {"start": start, "stop": stop}
-            )
+            base.SourceShard(f"{split}-{start:09d}-{stop:09d}", shared | {"start": start, "stop": stop})
             for start in range(0, total, size)
             for stop in [min(start + size, total)]
         ]
@@ -96,9 +94,7 @@ def _builder(folder: epath.PathLike) -> Any:
         return builder
     except Exception as error:  # wrong types in either file raise errors of all kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise base.SourceError(
-            f"{where}: dataset_info.json or features.json is damaged ({reason})"
-        ) from None
+        raise base.SourceError(f"{where}: dataset_info.json or features.json is damaged ({reason})") from None
 
 
 def _annotation(image: str, example: dict[str, Any]) -> base.Annotation:

@@ -23,9 +23,7 @@ def texts() -> dict[pathlib.Path, str]:
     keys = re.sub(r"^## (.*)", r"\1\n" + "=" * 40, keys, flags=re.M)
     wrap = lambda line: textwrap.fill(line, COLUMNS, subsequent_indent="    ") + "\n"
     keys = "".join(map(wrap, re.sub(r"[`*]", "", keys).splitlines()))
-    return {file: mark.sub("", text) for file, text in pages.items()} | {
-        DOCS / "config_keys.txt": keys
-    }
+    return {file: mark.sub("", text) for file, text in pages.items()} | {DOCS / "config_keys.txt": keys}
 
 
 if __name__ == "__main__":

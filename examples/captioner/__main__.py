@@ -80,9 +80,7 @@ def draw(writer: Writer, folder: pathlib.Path, output: pathlib.Path) -> None:
 def main() -> int:
     """Trains, measures and draws; returns the exit status."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m examples.captioner", description=__doc__, formatter_class=raw
-    )
+    parser = argparse.ArgumentParser("python -m examples.captioner", description=__doc__, formatter_class=raw)
     parser.add_argument("--workdir", type=pathlib.Path, default="runs/captioner", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="--config.KEY=VALUE")
     args, more = parser.parse_known_args()

@@ -44,9 +44,7 @@ class Written(evaluators.AnnotatedImages):
         true = np.array([region.box_xyxy for _, region in asked]) / sides
         result: dict[str, Any] = {"images": len(records), "phrases": len(phrases)}
         for name, image in (("", which), ("chance_", (which + 1) % len(records))):
-            overlap = np.asarray(
-                boxes_lib.iou_and_union(writer.boxes(tokens[image], phrases), true)[0]
-            )
+            overlap = np.asarray(boxes_lib.iou_and_union(writer.boxes(tokens[image], phrases), true)[0])
             result |= {f"{name}phrase_iou": float(overlap.mean())}
             result |= {f"{name}phrase_acc50": float((overlap >= 0.5).mean())}
         every = set(phrases)

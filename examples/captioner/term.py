@@ -56,14 +56,10 @@ class Words(LocalTerm):
         """Sizes that do not fit together, and a run without regions."""
         faults = []
         if options.width % options.heads:
-            faults.append(
-                f"heads: got {options.heads}, expected a divisor of width {options.width}"
-            )
+            faults.append(f"heads: got {options.heads}, expected a divisor of width {options.width}")
         if options.phrases > config.input.max_regions:
             most = config.input.max_regions
-            faults.append(
-                f"phrases: got {options.phrases}, expected at most input.max_regions {most}"
-            )
+            faults.append(f"phrases: got {options.phrases}, expected at most input.max_regions {most}")
         return faults
 
     def setup(self):
@@ -123,9 +119,7 @@ def texts_of(batch, positions: jax.Array, longest: int) -> tuple[jax.Array, jax.
     return tokens.reshape(*positions.shape[:2], longest), count
 
 
-def caption_sequences(
-    vocabulary, texts: jax.Array, count: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def caption_sequences(vocabulary, texts: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sequences int32 [B, k, n + 1] of words [B, k, n], and whether a token but the first is predicted, bool [B, k, n]."""
     first = jnp.full_like(texts[..., :1], vocabulary.caption)
     predicted = jnp.arange(texts.shape[-1]) < count[..., None]

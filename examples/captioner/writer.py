@@ -58,9 +58,7 @@ class Writer:
         tower = grain.GRAIN(self.predictor.model)
         leading = grain.leading_tokens(config.model)
         self._tokens_of = jax.jit(
-            lambda params, image: tower.apply({"params": params}, image, method="image_tokens")[
-                :, leading:
-            ]
+            lambda params, image: tower.apply({"params": params}, image, method="image_tokens")[:, leading:]
         )
 
     def image_tokens(self, images: Iterable[Any]) -> jax.Array:
@@ -73,9 +71,7 @@ class Writer:
         """The caption of each image."""
         vocabulary, most = self.decoder.vocabulary, self.options.caption_length
         start = np.full((len(image_tokens), 1), vocabulary.caption, np.int32)
-        written = self._continue(
-            start, np.ones(len(start)), image_tokens, most, 0, vocabulary.words
-        )
+        written = self._continue(start, np.ones(len(start)), image_tokens, most, 0, vocabulary.words)
         texts = []
         for ids in written.tolist():
             ids = ids[: ids.index(self.end)] if self.end in ids else ids

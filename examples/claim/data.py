@@ -48,9 +48,7 @@ def prepare(source: pathlib.Path, output: pathlib.Path) -> None:
     """
     missing = [part for part in PARTS if not (source / part).exists()]
     if missing:
-        raise errors.UserError(
-            f"--source: {source} has no {', '.join(missing)}; --help says what it needs"
-        )
+        raise errors.UserError(f"--source: {source} has no {', '.join(missing)}; --help says what it needs")
     records = output / "records"
     if not (records / NAME / example.VERSION).exists():  # moved there when it is complete
         flags = [f"--annotations={source / 'A.jsonl'}", f"--images={source}"]

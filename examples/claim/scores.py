@@ -70,9 +70,7 @@ class Scores(zeroshot.ZeroShot):
 
         prepare = encode.resizing(predictor)
         size = context.batch_size
-        arrays, unreadable = encode.over_images(
-            test_set, prepare, answers, label=self.kind, batch_size=size
-        )
+        arrays, unreadable = encode.over_images(test_set, prepare, answers, label=self.kind, batch_size=size)
         counts = rates.counts_of_classes(arrays.pop("target"), list(test_set.classes))
         result = {"kind": self.kind, **counts, **encode.report_unreadable(unreadable)}
         for name, hits in arrays.items():

@@ -131,12 +131,8 @@ def main() -> None:
     parser.add_argument("--start", required=True, help="a model with two towers")
     parser.add_argument("--workdir", type=pathlib.Path, required=True, metavar="DIR")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of TFDS")
-    parser.add_argument(
-        "--refcoco", type=pathlib.Path, metavar="DIR", help="refs and instances.json"
-    )
-    parser.add_argument(
-        "--topology", metavar="CHIP:SHAPE", help="also plan the run for these chips"
-    )
+    parser.add_argument("--refcoco", type=pathlib.Path, metavar="DIR", help="refs and instances.json")
+    parser.add_argument("--topology", metavar="CHIP:SHAPE", help="also plan the run for these chips")
     parser.add_argument("--size", type=int, default=224, help="pixels that images are stored at")
     args, overrides = parser.parse_known_args()
     workdir, run, val = args.workdir, args.workdir / "run", args.workdir / "val"
@@ -149,14 +145,7 @@ def main() -> None:
     if not (workdir / "records" / NAME).exists():
         train = workdir / "train"
         files = ["--annotations", train / "instances.json", "--images", train / "images"]
-        files += [
-            "--store-size",
-            args.size,
-            "--encoding",
-            "jpeg:95",
-            "--output",
-            workdir / "records",
-        ]
+        files += ["--store-size", args.size, "--encoding", "jpeg:95", "--output", workdir / "records"]
         text = ["--label-text", "a photo of a {}"]
         command("build", "--source", "coco", *files, "--name", NAME, *text)
     data = f"--config.input.data_dir={workdir / 'records'}", f"--config.input.name={NAME}"

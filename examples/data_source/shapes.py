@@ -17,12 +17,7 @@ from grain_jax.config import Config, TextTower
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, sources, text_lengths, tokenizer
 
-_COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 180, 60),
-    "blue": (40, 70, 220),
-    "yellow": (230, 210, 40),
-}
+_COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,9 +55,7 @@ class Neighbours(evaluators.LabelledImages):
                 f" {self.images}: {', '.join(test.classes)}"
             )
         if self.k > len(train):
-            raise errors.UserError(
-                f"k: got {self.k}, expected at most the {len(train)} training images"
-            )
+            raise errors.UserError(f"k: got {self.k}, expected at most the {len(train)} training images")
         return len(test) + len(train)
 
     def evaluate(self, predictor, context=STANDALONE):

@@ -44,13 +44,9 @@ class Smoothness(local.LocalTerm):
             here = lambda x, axis=axis: jax.lax.slice_in_dim(x, 0, side - 1, axis=axis)
             there = lambda x, axis=axis: jax.lax.slice_in_dim(x, 1, side, axis=axis)
             cosine = jnp.sum(here(patches) * there(patches), axis=-1)
-            weight = jnp.exp(
-                -self.options.edge * jnp.abs(here(colours) - there(colours)).mean(axis=-1)
-            )
+            weight = jnp.exp(-self.options.edge * jnp.abs(here(colours) - there(colours)).mean(axis=-1))
             loss += (weight * (1 - cosine)).sum((1, 2))
             cosines += cosine.sum((1, 2))
             pairs += cosine[0].size
         count = jnp.full(batch, pairs, jnp.float32)
-        return local.LocalOutput(
-            local.PerImage(loss, count), {"cosine": local.PerImage(cosines, count)}
-        )
+        return local.LocalOutput(local.PerImage(loss, count), {"cosine": local.PerImage(cosines, count)})

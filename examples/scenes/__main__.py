@@ -53,9 +53,7 @@ class Scenes:
         every = things.cutouts(args.cutouts, args.exclude_cutouts, args.least_colours)
         places = list(things.read(args.places, args.exclude_places).values())
         if len(every) < 10 or len(places) < 2:
-            sys.exit(
-                f"got {len(every)} phrases and {len(places)} places, expected 10 and 2 or more"
-            )
+            sys.exit(f"got {len(every)} phrases and {len(places)} places, expected 10 and 2 or more")
         kinds = json.loads(args.kinds.read_text())
         self.kinds = {}
         for phrase, images in every.items():  # the kind of the deepest folder that has one
@@ -119,13 +117,9 @@ class Scenes:
         folder, lines, objects = self.args.output / "test", [], []
         ids = {x: i for i, x in enumerate(self.loud, 1)}
         pairs = {x: [y for y in self.loud if frozenset((x, y)) in self.held_out] for x in self.loud}
-        common = [
-            x for x, partners in pairs.items() if len(partners) >= GROUP + self.args.objects[1]
-        ]
+        common = [x for x, partners in pairs.items() if len(partners) >= GROUP + self.args.objects[1]]
         if not common:
-            sys.exit(
-                f"got {len(self.loud)} loud phrases, expected more: test scenes need held-out pairs"
-            )
+            sys.exit(f"got {len(self.loud)} loud phrases, expected more: test scenes need held-out pairs")
         for group in range(self.args.test // GROUP):
             rng = random.Random(f"{self.args.seed} test {group}")
             second, more = rng.choice(common), max(0, rng.randint(*self.args.objects) - 2)
@@ -196,9 +190,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     pair = lambda kind: lambda text: tuple(map(kind, text.split(",")))
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m examples.scenes", None, __doc__, formatter_class=raw
-    )
+    parser = argparse.ArgumentParser("python -m examples.scenes", None, __doc__, formatter_class=raw)
     add, here = parser.add_argument, pathlib.Path(__file__).parent
     for name in ("cutouts", "places", "output"):
         add(f"--{name}", type=pathlib.Path, required=True, metavar="DIR")

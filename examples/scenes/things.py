@@ -38,9 +38,7 @@ def read(folder: pathlib.Path, exclude: str) -> dict[str, Image.Image]:
     return images
 
 
-def cutouts(
-    folder: pathlib.Path, exclude: str, least_colours: int
-) -> dict[str, dict[str, Image.Image]]:
+def cutouts(folder: pathlib.Path, exclude: str, least_colours: int) -> dict[str, dict[str, Image.Image]]:
     """The cut-outs of each phrase, by path: those of `read` with a text beside them, whose first line has the phrase.
 
     A cut-out has at least `least_colours` colours, at 32 levels per channel: photographs have more than drawings.

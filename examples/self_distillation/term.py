@@ -59,9 +59,7 @@ class Head(nn.Module):
         x = make(o.bottleneck, "mlp", "embed", "bottleneck")(x)
         shape = (o.prototypes, o.bottleneck)
         rows = layers.parameter(self, "prototypes", layers.normal(1.0), ("vocab", "embed"), shape)
-        return jnp.einsum(
-            "...e,ke->...k", *(grain.normalize(y.astype(jnp.float32)) for y in (x, rows))
-        )
+        return jnp.einsum("...e,ke->...k", *(grain.normalize(y.astype(jnp.float32)) for y in (x, rows)))
 
 
 class SelfDistillation(LocalTerm):
@@ -91,9 +89,7 @@ class SelfDistillation(LocalTerm):
         """The sum over the crops of each image."""
         o, state = self.options, seen.state
         images, count = len(seen.keys), o.crops
-        crops = jax.vmap(lambda image, key: random_crops(o, image, key))(
-            seen.batch.image, seen.keys
-        )
+        crops = jax.vmap(lambda image, key: random_crops(o, image, key))(seen.batch.image, seen.keys)
         crops = placement.by_batch(crops.reshape(images * count, *crops.shape[2:]))
         read = lambda tokens: tokens[:, seen.leading :].mean(1)  # the mean of the patches
         student = self.head(read(seen.apply("image_tokens", crops))).reshape(images, count, -1)
@@ -132,9 +128,7 @@ class SelfDistillation(LocalTerm):
 
     def update(self, state, statistics, params: Parameters) -> dict[str, Any]:
         """The averages after a step."""
-        average = lambda decay, old, new: jax.tree.map(
-            lambda a, b: decay * a + (1 - decay) * b, old, new
-        )
+        average = lambda decay, old, new: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
         o, count = self.options, statistics["count"]
         return {
             "tower": average(o.decay, state["tower"], params.model[TOWER]),

@@ -68,9 +68,7 @@ def of_arrays(tree: Any) -> str:
     return f"{total % 2**64:016x}"
 
 
-def _of_block(
-    values: np.ndarray, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
-) -> int:
+def _of_block(values: np.ndarray, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> int:
     """The sum of `values`, the part at `index` of an array of that name and shape."""
     values = values.view(f"uint{8 * values.dtype.itemsize}")
     for axis in reversed(range(values.ndim)):

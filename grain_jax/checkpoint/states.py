@@ -76,10 +76,7 @@ class Checkpoints:
         self._saving: Any = None  # what Orbax gave for the last save
 
     def save(
-        self,
-        state: Any,
-        metrics: Mapping[str, float] | None = None,
-        data: Sequence[Mapping[str, Any]] = (),
+        self, state: Any, metrics: Mapping[str, float] | None = None, data: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         """Starts to write `state` under its step, and does not wait for it.
 
@@ -118,10 +115,7 @@ class Checkpoints:
         self.close()
 
     def restore_newest(
-        self,
-        abstract_state: Any,
-        say: Callable[[str], None],
-        data: Sequence[Mapping[str, Any]] = (),
+        self, abstract_state: Any, say: Callable[[str], None], data: Sequence[Mapping[str, Any]] = ()
     ) -> Any | None:
         """The state of the newest undamaged checkpoint, or None if there is no checkpoint.
 
@@ -204,9 +198,7 @@ class _Best:
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def _read_saved(
-    folder: epath.Path, config: config_lib.Config, abstract_state: Any
-) -> tuple[Any, Items]:
+def _read_saved(folder: epath.Path, config: config_lib.Config, abstract_state: Any) -> tuple[Any, Items]:
     """(state, all else) of a checkpoint."""
     items = read_items(folder)
     check_same_run(items.config, config)
@@ -265,9 +257,7 @@ def check_same_run(content: dict[str, Any], config: config_lib.Config) -> None:
 
 
 def check_same_data(
-    step: int,
-    stored: Sequence[Mapping[str, Any]],
-    data: Sequence[Mapping[str, Any]],
+    step: int, stored: Sequence[Mapping[str, Any]], data: Sequence[Mapping[str, Any]]
 ) -> None:
     """Raises CheckpointError, a line a set, where `data` is not the data of the checkpoint.
 
@@ -300,9 +290,7 @@ def check_same_data(
 def placed(state: Any, shardings: Any) -> Any:
     """A tree of ShapeDtypeStructs with the shardings of an equal tree: what `restore` takes."""
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        shardings,
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings
     )
 
 

@@ -35,9 +35,7 @@ def share(default: float) -> Any:
     return flag(default, low=0.0, high=1.0)
 
 
-def number(
-    kind: type[int] | type[float], low: float, high: float | None = None
-) -> Callable[[str], float]:
+def number(kind: type[int] | type[float], low: float, high: float | None = None) -> Callable[[str], float]:
     """Parses a number in [low, high]; `high` is MOST of a whole number, else infinite."""
     if high is None:
         high = MOST if kind is int else math.inf

@@ -59,11 +59,7 @@ def render(
 def _entry(flag: Flag, width: int) -> Iterator[str]:
     """The flag and its explanation, beside it or below."""
     left = f"  {_invocation(flag)}"
-    right = textwrap.wrap(
-        flag.help + _note(flag),
-        max(width - _FLAGS, 20),
-        **_WHOLE_WORDS,
-    )
+    right = textwrap.wrap(flag.help + _note(flag), max(width - _FLAGS, 20), **_WHOLE_WORDS)
     if len(left) <= _FLAGS - 2:
         left = f"{left:{_FLAGS}}{right.pop(0)}"
     yield left

@@ -390,9 +390,7 @@ def _value(shown: Flag, text: str) -> Any:
     kind, options = _kind_of(shown.field), shown.field.metadata
     parse = options.get("parse", str)
     if kind in (int, float) and "parse" not in options:
-        parse = number(
-            kind, options.get("low", 1 if kind is int else -math.inf), options.get("high")
-        )
+        parse = number(kind, options.get("low", 1 if kind is int else -math.inf), options.get("high"))
     value = parse(text)
     if shown.choices and value not in shown.choices:
         raise ValueError(nearest.choice(str(value), shown.choices))

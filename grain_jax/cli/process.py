@@ -50,9 +50,7 @@ def fail(message: object, status: int = USAGE_ERROR) -> NoReturn:
     sys.exit(status)
 
 
-def console(
-    declared: Any, command: Callable[[Any], str | None], arguments: Sequence[str] | None
-) -> int:
+def console(declared: Any, command: Callable[[Any], str | None], arguments: Sequence[str] | None) -> int:
     """Runs a command with its flags, prints the line that it returns, and returns its exit status.
 
     Args:

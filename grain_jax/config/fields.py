@@ -48,9 +48,7 @@ class Dataset:
 class Input:
     """Which examples are read, in which order, and how they are varied."""
 
-    source: str = key(
-        "records", "Source of examples.", built_in=("records", "synthetic"), role="order"
-    )
+    source: str = key("records", "Source of examples.", built_in=("records", "synthetic"), role="order")
     options: Any = key(NoOptions, "Options of your source.", options_of="source", role="order")
     data_dir: str = key("", "Folder of datasets.", role="free")
     name: str = key("", "Name of the dataset: records are in data_dir/name/VERSION.", role="order")
@@ -100,9 +98,7 @@ class Loss:
     image_caption: float = key(1.0, "Weight of L_ic, images and captions.")
     region_description: float = key(1.0, "Weight of L_rd, regions and descriptions.")
     box: float = key(1.0, "Weight of L_box, predicted and annotated boxes.")
-    token_boxes: float = key(
-        3.0, "Weight in L_box of the boxes of patches (decoder.boxes=pointer)."
-    )
+    token_boxes: float = key(3.0, "Weight in L_box of the boxes of patches (decoder.boxes=pointer).")
     image_description: float = key(0.0, "Weight of L_id, images and all of their descriptions.")
     box_description: float = key(0.0, "Weight of L_bd, annotated boxes; needs model.boxes.")
     hard_negative: float = key(0.0, "Weight of L_hard, regions and their hard negatives.")
@@ -114,9 +110,7 @@ class Loss:
     match_description: float = key(0.0, "Weight of -cosine(region, text) in the matching cost.")
     deep_supervision: bool = key(False, "Whether each earlier decoder layer adds its box loss.")
     tile: int = count(1024, "Side of a tile of the similarity matrix.", low=1, role="free")
-    gather: int = count(
-        1, "Neighbouring devices that exchange embeddings at once.", low=1, role="free"
-    )
+    gather: int = count(1, "Neighbouring devices that exchange embeddings at once.", low=1, role="free")
     precision: str = key(
         "high",
         "Products of float32 embeddings on TPUs: high (three passes of bfloat16) or highest (six).",
@@ -157,9 +151,7 @@ class Lora:
 class Optim:
     """AdamW or Muon, and the schedule (docs/method.md, Training recipe)."""
 
-    name: str = key(
-        "adamw", "Optimiser; muon trains the matrices of the towers.", choices=("adamw", "muon")
-    )
+    name: str = key("adamw", "Optimiser; muon trains the matrices of the towers.", choices=("adamw", "muon"))
     muon_beta: float = share(0.95, "Decay of Muon's momentum.")
     learning_rate: float = key(1e-3, "Peak learning rate, after the warm-up.")
     warmup_init: float = key(1e-6, "Learning rate of step 0.")
@@ -207,11 +199,7 @@ class Config:
         None, "Number of training steps; set this or total_epochs.", low=1, role="result"
     )
     total_epochs: float | None = key(
-        None,
-        "Passes over the dataset; set this or total_steps.",
-        low=0,
-        high=1_000_000,
-        role="result",
+        None, "Passes over the dataset; set this or total_steps.", low=0, high=1_000_000, role="result"
     )
     batch_size: int = count(2048, "Images per step, over all devices.", low=1, role="order")
     microbatches: int = count(
@@ -224,30 +212,20 @@ class Config:
         role="numbers",
     )
     remat: str = key(
-        "none",
-        "Activations that the backward pass computes again.",
-        choices=REMAT_POLICIES,
-        role="free",
+        "none", "Activations that the backward pass computes again.", choices=REMAT_POLICIES, role="free"
     )
     ema_decay: float = share(0.0, "EMA decay of the parameters; 0 disables it.", role="numbers")
     log_every: int = count(50, "Steps between lines of metrics.jsonl.", low=1, role="free")
     checkpoint_every: int = count(1000, "Steps between checkpoints; 0: only the last.", role="free")
-    checkpoint_every_minutes: float = key(
-        0.0, "Minutes between checkpoints; 0: off.", low=0, role="free"
-    )
+    checkpoint_every_minutes: float = key(0.0, "Minutes between checkpoints; 0: off.", low=0, role="free")
     checkpoint_keep: int = count(2, "Number of newest checkpoints to keep.", low=1, role="free")
     checkpoint_keep_every: int = count(0, "Multiples of this step are kept; 0: none.", role="free")
     checkpoint_best_metric: str = key("", "Metric whose best checkpoint is kept.", role="free")
     checkpoint_best_mode: str = key(
-        "max",
-        "Whether the largest or the smallest value is best.",
-        choices=("max", "min"),
-        role="free",
+        "max", "Whether the largest or the smallest value is best.", choices=("max", "min"), role="free"
     )
     eval_every: int = count(0, "Steps between evaluations; 0: only after the last.", role="result")
-    report_images: int = count(
-        0, "Test images that the report draws with their regions.", role="free"
-    )
+    report_images: int = count(0, "Test images that the report draws with their regions.", role="free")
     profile_start: int = count(0, "First step of a profiler trace; 0: no trace.", role="free")
     profile_steps: int = count(3, "Steps of a trace, also of SIGUSR2.", low=1, role="free")
     profile_port: int = count(

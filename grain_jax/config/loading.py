@@ -27,9 +27,7 @@ _PAIRS = {key: other for pair in config_lib.EITHER_OR for key, other in (pair, p
 
 
 def load(
-    file: str | None,
-    overrides: Sequence[str] = (),
-    resolve: Callable[[Any], Any] = config_lib.from_dict,
+    file: str | None, overrides: Sequence[str] = (), resolve: Callable[[Any], Any] = config_lib.from_dict
 ) -> Any:
     """The config of a file, with overrides.
 

@@ -28,9 +28,7 @@ class ImageTower:
     mlp_dim: int = count(3072, "Hidden width of the MLP in each layer.", low=1, high=4 * WIDEST)
     qk_norm: bool = key(True, "Whether a LayerNorm normalises the queries and keys.")
     norm_eps: float = key(1e-6, "Epsilon of the LayerNorms.")
-    position_init: str = key(
-        "normal", "Initial values of learned positions.", choices=("normal", "sincos2d")
-    )
+    position_init: str = key("normal", "Initial values of learned positions.", choices=("normal", "sincos2d"))
     position_period: float = key(1e4, "Longest / shortest wave of position_init=sincos2d.", low=1)
     block_init: str = key(
         "trunc_normal",

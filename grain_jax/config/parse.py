@@ -135,10 +135,7 @@ def expected(key: Key) -> str:
 
 def _entries(value: Any, path: str, faults: list[str]) -> dict[str, OpenGroup]:
     entries = value if isinstance(value, Mapping) else {}
-    for name, entry in {
-        "": value,
-        **{f".{name}": entry for name, entry in entries.items()},
-    }.items():
+    for name, entry in {"": value, **{f".{name}": entry for name, entry in entries.items()}}.items():
         if not isinstance(entry, Mapping):
             faults.append(f"{path}{name}: got {entry!r}, expected a group of keys")
     return {
@@ -165,9 +162,7 @@ def _options(key: Key, group: Mapping[str, Any], path: str, faults: list[str]) -
             faults.append(str(error))
             return value
     if cls is NoOptions and value:
-        faults.append(
-            f"{prefix}{key.name}: got {value}, but {prefix}{names_class}={name} has no options"
-        )
+        faults.append(f"{prefix}{key.name}: got {value}, but {prefix}{names_class}={name} has no options")
     return _group(cls, value or {}, prefix + key.name, faults) if cls is not NoOptions else cls()
 
 

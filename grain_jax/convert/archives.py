@@ -94,9 +94,7 @@ def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
                 try:
                     array = stored[name]
                 except MemoryError:
-                    raise ConvertError(
-                        f"{name}: its header declares more than the memory"
-                    ) from None
+                    raise ConvertError(f"{name}: its header declares more than the memory") from None
                 if array.dtype.str == "|V2":  # numpy stores bfloat16 as raw bytes
                     array = array.view(jnp.dtype("bfloat16"))
                 out[name] = array.astype(np.float32)

@@ -21,10 +21,7 @@ from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 
 # Keys that may differ; the last two are compared in another way.
-_FREE = {
-    *towers.OF_TRAINING,
-    *("attention", "mlp", "logit_scale_init", "logit_bias_init", "tokenizer"),
-}
+_FREE = {*towers.OF_TRAINING, *("attention", "mlp", "logit_scale_init", "logit_bias_init", "tokenizer")}
 
 
 def average(

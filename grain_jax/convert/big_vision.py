@@ -42,9 +42,7 @@ def from_big_vision(source: epath.PathLike, folder: epath.PathLike) -> parity.Re
         "ASSUMED  norm epsilon 1e-6, tanh GELU, pixels in [-1, 1]: its models'",
         f"ASSUMED  texts padded with the id {imported.model.text.pad_id}; pools mean and last without a head of their own",
     )
-    return towers.write(
-        "from-big-vision", epath.Path(checkpoint.path), target, imported, proof, *lines
-    )
+    return towers.write("from-big-vision", epath.Path(checkpoint.path), target, imported, proof, *lines)
 
 
 def read(path: epath.PathLike) -> BigVisionCheckpoint:
@@ -81,9 +79,7 @@ def _unstacked(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             out[name] = array
             continue
         if not array.ndim or not 0 < len(array) <= tables.MAX_LAYERS:
-            raise ConvertError(
-                f"{name}: got shape {array.shape}, expected 1 to {tables.MAX_LAYERS} layers"
-            )
+            raise ConvertError(f"{name}: got shape {array.shape}, expected 1 to {tables.MAX_LAYERS} layers")
         out |= {f"{before}encoderblock_{i}/{after}": x for i, x in enumerate(array)}
     return out
 
@@ -129,9 +125,7 @@ def sizes_of(model: config_lib.Model) -> dict[str, Any]:
     return dict(
         image=sizes(model.image) | dict(patch_size=(model.image.patch_size,) * 2),
         text=sizes(model.text) | dict(vocab_size=model.text.vocab_size),
-        out_dim=tuple(
-            model.embed_dim if t.projection != "none" else None for t in (model.image, model.text)
-        ),
+        out_dim=tuple(model.embed_dim if t.projection != "none" else None for t in (model.image, model.text)),
         bias_init=model.logit_bias_init,
     )
 
@@ -140,10 +134,7 @@ def prove(checkpoint: BigVisionCheckpoint, model: config_lib.Model, params: Any)
     """Our model against big_vision's two_towers, loaded by its own code, if big_vision is on the path."""
     try:  # not a package of an index: it is on the path where its repository is
         from big_vision.models import vit  # pyright: ignore[reportMissingImports]
-        from big_vision.models.proj.image_text import (  # pyright: ignore[reportMissingImports]
-            text_transformer,
-            two_towers,
-        )
+        from big_vision.models.proj.image_text import text_transformer, two_towers  # pyright: ignore[reportMissingImports]
     except ImportError:
         return parity.not_proven("big_vision is not on the path, so nothing could be compared.")
     path = checkpoint.path if "/" in checkpoint.path else f"./{checkpoint.path}"

@@ -40,10 +40,6 @@ def import_weights(reference: str, source: epath.Path) -> epath.Path:
             report = convert(source, folder)
             if not report.ok:
                 folder.rmtree()
-                raise ConvertError(
-                    f"{reference}: the converted model gives other outputs\n{report.text}"
-                )
-            print(
-                f"{reference}: converted into {folder}, parity: {report.verdict}", file=sys.stderr
-            )
+                raise ConvertError(f"{reference}: the converted model gives other outputs\n{report.text}")
+            print(f"{reference}: converted into {folder}, parity: {report.verdict}", file=sys.stderr)
     return folder

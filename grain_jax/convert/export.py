@@ -56,9 +56,7 @@ def export_model(
     token_files, missing = tokenizers.alone(predictor.model.text, predictor.folder)
     if missing:
         print(missing, file=sys.stderr)
-    params: dict[str, Any] = {
-        name: np.asarray(x) for name, x in grain.flat(predictor.params).items()
-    }
+    params: dict[str, Any] = {name: np.asarray(x) for name, x in grain.flat(predictor.params).items()}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     exported = {}
     for name, (function, inputs) in _functions(predictor).items():
@@ -147,18 +145,12 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
     return maps
 
 
-def _description(
-    predictor: inference.Predictor, exported: Mapping[str, Any], missing: str
-) -> dict[str, Any]:
+def _description(predictor: inference.Predictor, exported: Mapping[str, Any], missing: str) -> dict[str, Any]:
     """What `model.json` says: among it, the arguments of each function, `params` being all arrays of params.npz."""
     program, tower = exported["image"][0], predictor.model.text
     end = "not looked at: zeros will do"
     if tower.seeks_end:
-        which = (
-            "; for CLIP's ids tokens.argmax(1)"
-            if tower.end_id is None
-            else f", the id {tower.end_id}"
-        )
+        which = "; for CLIP's ids tokens.argmax(1)" if tower.end_id is None else f", the id {tower.end_id}"
         end = f"position of each text's last token{which}"
     return {
         "jax": jax.__version__,
@@ -169,9 +161,7 @@ def _description(
     }
 
 
-def describe(
-    predictor: inference.Predictor, normalised_by: str, end: str, missing: str
-) -> dict[str, Any]:
+def describe(predictor: inference.Predictor, normalised_by: str, end: str, missing: str) -> dict[str, Any]:
     """What a user of exported files must know of the images, of the texts, and of the scores, as values of JSON.
 
     Args:

@@ -59,9 +59,7 @@ _DINOV3 = {
 }
 
 
-def rows(
-    ours: str, theirs: str, names: Names, tokens: tables.ArrayLayout = tables.SAME
-) -> list[NamePair]:
+def rows(ours: str, theirs: str, names: Names, tokens: tables.ArrayLayout = tables.SAME) -> list[NamePair]:
     """The table of a model, or of a part of one, in PyTorch.
 
     Args:

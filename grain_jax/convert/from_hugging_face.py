@@ -20,12 +20,7 @@ from grain_jax.convert.reference import names
 from grain_jax.core import regular_file
 
 # model_type of config.json -> how the classes of transformers begin.
-_FAMILIES = {
-    "clip": "CLIP",
-    "metaclip_2": "MetaClip2",
-    "siglip": "Siglip",
-    "dinov3_vit": "DINOv3ViT",
-}
+_FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaClip2", "siglip": "Siglip", "dinov3_vit": "DINOv3ViT"}
 _INSTEAD_OF_NAFLEX = "take a fixed size such as hf://google/siglip2-base-patch16-224"
 # Keys of config.json that send transformers to code of the Hub, to quantized arrays, or to outputs without names.
 _STEERING = (
@@ -67,9 +62,7 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     if family is None:
         got, known = stated.get("model_type"), ", ".join(_FAMILIES)
         naflex = f"; {_INSTEAD_OF_NAFLEX}" if got == "siglip2" else ""
-        raise ConvertError(
-            f"{file}: model_type: got {got!r}, expected one of {known}, grain{naflex}"
-        )
+        raise ConvertError(f"{file}: model_type: got {got!r}, expected one of {known}, grain{naflex}")
     with archives.reading(file, f"a config that {family}Config of transformers takes"):
         config = getattr(transformers, f"{family}Config").from_dict(_without_steering(stated))
         stated_towers = (_dinov3 if family == "DINOv3ViT" else _two_towers)(path, family, config)
@@ -154,9 +147,7 @@ def _two_towers(path: epath.Path, family: str, config: Any) -> towers.Towers:
     )
     end = text_config.eos_token_id  # with 2, CLIPModel takes the highest id
     is_highest = siglip or (end == 2 and family == "CLIP") or end == text_config.vocab_size - 1
-    end_id = (
-        end if isinstance(end, int) and not is_highest and end < text_config.vocab_size else None
-    )
+    end_id = end if isinstance(end, int) and not is_highest and end < text_config.vocab_size else None
     fields = towers.text_fields(path, text_config.vocab_size, siglip=siglip, end_id=end_id)
     if end_id is not None and isinstance(text_config.pad_token_id, int):
         fields["pad_id"] = text_config.pad_token_id

@@ -45,9 +45,7 @@ class OpenClipCheckpoint(NamedTuple):
         return "text.token_embedding.weight" in self.state
 
 
-def from_open_clip(
-    source: epath.PathLike, folder: epath.PathLike, name: str | None = None
-) -> parity.Report:
+def from_open_clip(source: epath.PathLike, folder: epath.PathLike, name: str | None = None) -> parity.Report:
     """from-open-clip: a folder or a file of weights to a two-tower model in `folder`.
 
     Args:
@@ -69,9 +67,7 @@ def from_open_clip(
 def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
     state = archives.read_weights(path, WEIGHTS)
     if any(x.startswith(("vision_model.", "text_model.")) for x in state):
-        raise ConvertError(
-            f"{path}: got weights of transformers; grain-jax convert from-hf reads them"
-        )
+        raise ConvertError(f"{path}: got weights of transformers; grain-jax convert from-hf reads them")
     is_openai, pixels = _OPENAI[0] in state, towers.CLIP_PIXELS
     ignored = (*_OPENAI, "attn_mask", "text.attn_mask")
     state = {key: x for key, x in state.items() if key not in ignored}
@@ -169,12 +165,7 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
             pre_norm=not vision.no_ln_pre,
             pool=_POOLS.get(vision.pool_type, vision.pool_type),
         )
-    image = config_lib.ImageTower(
-        **fields,
-        image_size=size,
-        pixel_mean=mean,
-        pixel_std=std,
-    )
+    image = config_lib.ImageTower(**fields, image_size=size, pixel_mean=mean, pixel_std=std)
     end_id = text_config.eos_id if text_config.pool_type == "eos" else None
     end_id = end_id if end_id is not None and 0 <= end_id < text_config.vocab_size - 1 else None
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent

@@ -211,9 +211,7 @@ def _siglip(source: exits.SourceModel) -> Arrays:
     return state | {row.theirs: state[row.theirs].reshape(1) for row in towers.SCALARS}
 
 
-def _prove(
-    target: epath.Path, source: exits.SourceModel, kind: str, has_tokenizer: bool
-) -> parity.Report:
+def _prove(target: epath.Path, source: exits.SourceModel, kind: str, has_tokenizer: bool) -> parity.Report:
     """Our model against a class of transformers on the folder, from raw images and texts.
 
     `AutoModel` is our modeling file, whose processor cleans texts.
@@ -241,9 +239,7 @@ def _prove(
             ids = load(transformers.AutoProcessor)(text=texts, **as_ours)["input_ids"]
             cleaned = ids[: len(tokenizers.TEXTS)]
             images = np.repeat(inputs.images[:1], len(cleaned), axis=0)
-            theirs["encode_text"] = parity.clip_outputs(module, parity.Inputs(images, cleaned))[
-                "text_embed"
-            ]
+            theirs["encode_text"] = parity.clip_outputs(module, parity.Inputs(images, cleaned))["text_embed"]
             theirs["token_ids"] = ids
         return theirs
 

@@ -103,9 +103,7 @@ def _run(folder: epath.Path) -> tuple[str, str]:
     """What the card says of training and evaluation: the newest metrics at or before the step of the checkpoint."""
     evaluation = "The run evaluated nothing. Evaluate the model before you rely on it."
     if not (folder / "state").is_dir():
-        notes = regular_file.read_json(
-            folder / "config.json", dict[str, Any], "a converted model's"
-        )
+        notes = regular_file.read_json(folder / "config.json", dict[str, Any], "a converted model's")
         source = notes.get("source") or "a model without its run"
         return f"Converted from {source}, which does not record the training.", evaluation
     step = int(folder.name) if folder.name.isdigit() else -1

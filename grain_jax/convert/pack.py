@@ -41,9 +41,7 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     inputs = _inputs(model, trained)
     rounded = jax.tree.map(lambda x: x.astype(np.float32), packed)
     expected = parity.outputs(model, params, inputs)
-    comparisons = parity.compare(
-        parity.outputs(model, rounded, inputs), expected, tolerance=TOLERANCE
-    )
+    comparisons = parity.compare(parity.outputs(model, rounded, inputs), expected, tolerance=TOLERANCE)
     proof = parity.report(comparisons, f"{read_from} in float32", inputs)
     output.save(folder, model, packed, source, proof, read_from)
     return proof.after(

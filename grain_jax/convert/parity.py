@@ -144,19 +144,14 @@ def outputs_of(predictor: inference.Predictor, batch: Inputs) -> dict[str, np.nd
 
 
 def compare(
-    ours: Mapping[str, np.ndarray],
-    theirs: Mapping[str, np.ndarray],
-    *,
-    tolerance: float,
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], *, tolerance: float
 ) -> list[Comparison]:
     """Compares the outputs of the two sides by name; integers, such as token ids, must be equal.
 
     Raises:
       ParityError: a name that only one side has, or two shapes; one line per fault.
     """
-    faults = [
-        f"parity: {name}: only one side gives it" for name in sorted(ours.keys() ^ theirs.keys())
-    ]
+    faults = [f"parity: {name}: only one side gives it" for name in sorted(ours.keys() ^ theirs.keys())]
     comparisons = []
     for name in sorted(ours.keys() & theirs.keys()):
         a, b = (np.asarray(side[name]) for side in (ours, theirs))

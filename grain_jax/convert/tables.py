@@ -124,8 +124,7 @@ def write(rows: Iterable[NamePair], params: Mapping[str, Any]) -> Arrays:
             layer = layer.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
             out.setdefault(name, []).append(layer)
     return {
-        name: np.asarray(x[0] if len(x) == 1 else np.concatenate(x), order="C")
-        for name, x in out.items()
+        name: np.asarray(x[0] if len(x) == 1 else np.concatenate(x), order="C") for name, x in out.items()
     }
 
 

@@ -31,9 +31,7 @@ SCALARS = (NamePair("logit_scale", "logit_scale"), NamePair("logit_bias", "logit
 _CLIP_VOCABULARY, GEMMA_VOCABULARY = 49408, 256000  # the second is SigLIP 2's
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
 # Stands in for the text tower of a model that embeds images alone: the smallest tower there is.
-_NO_TEXTS: dict[str, Any] = dict(
-    vocab_size=8, context_length=8, width=1, depth=1, heads=1, mlp_dim=1
-)
+_NO_TEXTS: dict[str, Any] = dict(vocab_size=8, context_length=8, width=1, depth=1, heads=1, mlp_dim=1)
 
 
 class Towers(NamedTuple):
@@ -75,9 +73,7 @@ def check_size(path: epath.Path, model: config_lib.Model) -> None:
     values = sum(math.prod(shape) for shape in grain.parameter_shapes(model).values())
     length = sum(regular_file.length(x) or 0 for x in path.iterdir())
     if values > length:
-        raise ConvertError(
-            f"{path}: its config describes {values:,} values, its files have {length:,} bytes"
-        )
+        raise ConvertError(f"{path}: its config describes {values:,} values, its files have {length:,} bytes")
 
 
 def build(towers: Towers, state: Mapping[str, np.ndarray]) -> Imported:
@@ -149,9 +145,7 @@ def text_fields(
     if siglip or vocab_size != _CLIP_VOCABULARY:
         suffix = ".model" if first else ".json"  # the file that the model was trained with
         files = [x for x in _TOKENIZERS if regular_file.is_one(folder / x)]
-        fields["tokenizer"] = min(
-            files, key=lambda x: not x.endswith(suffix), default=_TOKENIZERS[0]
-        )
+        fields["tokenizer"] = min(files, key=lambda x: not x.endswith(suffix), default=_TOKENIZERS[0])
     return fields
 
 

@@ -16,9 +16,7 @@ from grain_jax.core import errors, regular_file
 EXPECTED = "one JSON object a line"
 KEYS = ("image", "caption", "captions", "synthetic_caption", "regions", "phrases", "id")
 REGION_KEYS = ("box", "description", "score", "negatives")
-NO_TEXT = (
-    "no caption: got neither caption, captions, synthetic_caption nor regions, expected one of them"
-)
+NO_TEXT = "no caption: got neither caption, captions, synthetic_caption nor regions, expected one of them"
 MAX_FAULT_SHARE = 0.01  # of the lines; more is an error, fewer are skipped and counted
 MIN_INSIDE = 0.5  # of the area of a box; boxes of detectors overhang a little, wrong boxes a lot
 
@@ -41,9 +39,7 @@ class Region(NamedTuple):
 class Fault(NamedTuple):
     """Why an image, or one region of it, is left out."""
 
-    image: (
-        str  # as Annotation.image; where there is none, what stands in its place (FILE:LINE, a tar)
-    )
+    image: str  # as Annotation.image; where there is none, what stands in its place (FILE:LINE, a tar)
     cause: str  # one of data.sources.CAUSES: counters have these names
     detail: str  # what was got, what was expected
     where: str = ""  # FILE:LINE, in formats that have lines

@@ -65,9 +65,7 @@ MORE_MEMORY = "end what else uses the memory, or take a device or a machine with
 
 
 @contextlib.contextmanager
-def out_of_memory_in_a_line(
-    activity: str, tell: Callable[[], str] = lambda: MORE_MEMORY
-) -> Iterator[None]:
+def out_of_memory_in_a_line(activity: str, tell: Callable[[], str] = lambda: MORE_MEMORY) -> Iterator[None]:
     """Inside, a failed allocation (of an allocator or a compiler) is raised as OutOfMemory.
 
     Args:

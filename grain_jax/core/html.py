@@ -37,9 +37,7 @@ def text(value: str, *, keep: str = "") -> str:
     return escape(printable.plain(value, keep=keep))
 
 
-def document(
-    *, title: str, header: str, sections: Iterable[Section], files: Sequence[epath.PathLike]
-) -> str:
+def document(*, title: str, header: str, sections: Iterable[Section], files: Sequence[epath.PathLike]) -> str:
     """A page.
 
     Args:

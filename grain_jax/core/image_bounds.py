@@ -124,9 +124,7 @@ def _gif_fault(encoded: bytes) -> str | None:
                 return "got a GIF of short blocks, expected blocks of 255 bytes"
         start, end = offset, min(len(encoded), offset + MAX_GIF_PREAMBLE)
         while offset < end and encoded[offset] not in b",;":
-            offset = (
-                _skip_blocks(encoded, offset + 2, end)[0] if encoded[offset] == 0x21 else offset + 1
-            )
+            offset = _skip_blocks(encoded, offset + 2, end)[0] if encoded[offset] == 0x21 else offset + 1
         if offset - start >= MAX_GIF_PREAMBLE:
             return f"got over {MAX_GIF_PREAMBLE:,} bytes of a GIF ahead of a frame, expected fewer"
         if encoded[offset : offset + 1] != b",":
@@ -170,7 +168,9 @@ def _tags_fault(encoded: bytes, name: str) -> str | None:
         # The decoder finds a length beyond the file; it may copy what there is.
         total += min(length, len(encoded)) if length > len(content) else 0
         if values > MAX_TAG_VALUES and kind not in _BYTE_TYPES and length <= len(encoded):
-            return f"got {values:,} numbers under tag {tag} of the {name}, expected at most {MAX_TAG_VALUES:,}"
+            return (
+                f"got {values:,} numbers under tag {tag} of the {name}, expected at most {MAX_TAG_VALUES:,}"
+            )
         if tag in (_TILE_WIDTH, _TILE_LENGTH) and kind in (3, 4, 16) and values == 1:
             tile[tag] = int.from_bytes(content[:unit], "little" if order == "<" else "big")
     if total > len(encoded):

@@ -23,8 +23,6 @@ def plain(text: str, limit: int | None = None, *, keep: str = "") -> str:
         return text
     keep += _JOINERS
     return "".join(
-        x.encode("unicode_escape").decode()
-        if x not in keep and unicodedata.category(x) in _HIDDEN
-        else x
+        x.encode("unicode_escape").decode() if x not in keep and unicodedata.category(x) in _HIDDEN else x
         for x in text
     )

@@ -76,9 +76,7 @@ class Counter:
       times: how many stand for each that is counted: of several processes, the first counts for all.
     """
 
-    def __init__(
-        self, label: str, total: float | None, unit: str = "", *, silent=False, times: float = 1
-    ):
+    def __init__(self, label: str, total: float | None, unit: str = "", *, silent=False, times: float = 1):
         self._label, self._total, self._unit, self._times = label, total, unit, times
         self._line, self._start, self.done = ProgressLine(silent=silent), time.monotonic(), 0.0
 

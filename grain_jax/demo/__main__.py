@@ -61,9 +61,7 @@ def check_address(host: str, port: int | None) -> None:
         raise errors.UserError(f"{flags}: {error.strerror or error}, expected others") from None
 
 
-def starting_point(
-    model: epath.PathLike, folder: epath.Path
-) -> tuple[class_lists.Classes, list[str]]:
+def starting_point(model: epath.PathLike, folder: epath.Path) -> tuple[class_lists.Classes, list[str]]:
     """Classes, and examples that are written to `folder`: those that the run of a model is evaluated on, or none.
 
     For aviary-tiny, which knows nothing else, they are drawn birds.

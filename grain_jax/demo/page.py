@@ -34,9 +34,7 @@ class Views:
             self.has_maps = predictor.grid > 0
         except inference.InputError:
             self.has_maps = False
-        self._features = functools.lru_cache(16)(
-            lambda text: predictor.class_features(_given(text))
-        )
+        self._features = functools.lru_cache(16)(lambda text: predictor.class_features(_given(text)))
 
     def warm_up(self) -> None:
         """Compiles what the page calls, so that its first answer is quick."""
@@ -81,11 +79,7 @@ class Views:
             image.thumbnail((480, 480))
             for heat, phrase in zip(scores.resize_map(cosines, *image.size), phrases):
                 share = (heat - heat.min()) / max(np.ptp(heat), 1e-6) * 0.8
-                pixels = np.asarray(image) * (1 - share[..., None]) + share[..., None] * (
-                    255,
-                    140,
-                    0,
-                )
+                pixels = np.asarray(image) * (1 - share[..., None]) + share[..., None] * (255, 140, 0)
                 maps.append((PIL.Image.fromarray(pixels.astype(np.uint8)), phrase))
         return boxed, maps
 
@@ -145,9 +139,7 @@ def build(views: Views, classes: class_lists.Classes, examples: Sequence[str]) -
                 if examples:
                     gr.Examples(list(examples), image)
                 text = gr.Textbox(class_lists.format(classes), label="Classes", info=info, lines=6)
-                alpha = gr.Slider(
-                    0, 1, 0.5, label="alpha: share of the image", visible=with_regions
-                )
+                alpha = gr.Slider(0, 1, 0.5, label="alpha: share of the image", visible=with_regions)
                 go = gr.Button("Score", variant="primary")
             with gr.Column():
                 header = ["class", "score", "softmax"]

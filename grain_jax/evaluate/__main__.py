@@ -48,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             entries = loading.load(args.config, args.overrides, kinds.suite_from_dict)
         distributed.keep_compiled_programs()
-        distributed.initialize(
-            args.coordinator, args.processes, args.process_id, args.heartbeat_seconds
-        )
+        distributed.initialize(args.coordinator, args.processes, args.process_id, args.heartbeat_seconds)
         with (
             distributed.ending_together(args.heartbeat_seconds),
             errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER),

@@ -68,7 +68,9 @@ def _of_evaluator(name: str) -> type[Command]:
         default = dataclasses.MISSING if options.get("required") else default
         declared[field.name] = flag(default, **options)
     about = (cls.__doc__ or name).splitlines()[0]
-    example = f"grain-jax evaluate {command} --checkpoint runs/demo {cls.example} \\\n    --output {command}.json"
+    example = (
+        f"grain-jax evaluate {command} --checkpoint runs/demo {cls.example} \\\n    --output {command}.json"
+    )
     text = f"{about}\n\nExample:\n{example}\n\nwhat is measured:\n" + "\n".join(lines)
     declared["__doc__"] = text.replace("\n", "\n  ").replace("\n  \n  ", "\n\n")
     declared["__annotations__"] = annotations

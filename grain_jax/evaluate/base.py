@@ -42,9 +42,7 @@ class Evaluator(abc.ABC):
 
     example: ClassVar[str] = ""  # flags of the command, to copy
     lower_is_better: ClassVar[Sequence[str]] = ()  # last words of such metrics: mean_rank
-    shown: ClassVar[
-        Sequence[str]
-    ] = ()  # as well, of metrics without interval and chance in the table
+    shown: ClassVar[Sequence[str]] = ()  # as well, of metrics without interval and chance in the table
 
     kind: str = key("", "Name of an evaluator of the package, or module:Class.")
     missing: str = key("error", "What missing data does.", choices=("error", "skip"))

@@ -106,9 +106,7 @@ class Calibrate(AnnotatedImages):
                 logits = {"before": before[0] * cosines.astype(np.float64) + (before[1] or 0)}
                 if scale:
                     logits["after"] = scale * cosines.astype(np.float64) + bias
-                out[way] = {
-                    k: reliability(x[~fits], pairs.present[~fits]) for k, x in logits.items()
-                }
+                out[way] = {k: reliability(x[~fits], pairs.present[~fits]) for k, x in logits.items()}
                 if not scale:
                     notes.append(f"{way}: {_NO_HIGHER} present; nothing is stored")
                     continue
@@ -146,9 +144,7 @@ class Calibrate(AnnotatedImages):
     def _pairs(self, predictor: Any, context: Context) -> Pairs:
         if not self.annotations:
             folders = test_sets.ClassFolders(self.images)
-            seen = encode.gather_images(
-                predictor, folders, label=self.kind, batch_size=context.batch_size
-            )
+            seen = encode.gather_images(predictor, folders, label=self.kind, batch_size=context.batch_size)
             names = ["/".join(folders.paths[i].parts[-2:]) for i in seen.index]
             present = seen.labels[:, None] == np.arange(len(folders.classes))
             counts = {"images": len(names), **encode.report_unreadable(seen.unreadable)}

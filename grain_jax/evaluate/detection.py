@@ -140,9 +140,7 @@ class Detection(Evaluator):
 
     def check(self) -> int:
         if importlib.util.find_spec("faster_coco_eval") is None:
-            raise errors.UserError(
-                "detection: needs faster-coco-eval: pip install 'grain_jax[detection]'"
-            )
+            raise errors.UserError("detection: needs faster-coco-eval: pip install 'grain_jax[detection]'")
         prompts.load_templates(self.templates)
         return len(self.read().images)
 
@@ -311,9 +309,7 @@ def curves(
     return counter.eval["precision"], counter.eval["recall"]
 
 
-def means(
-    precision: np.ndarray, recall: np.ndarray, limits: Sequence[int] = LIMITS
-) -> dict[str, float]:
+def means(precision: np.ndarray, recall: np.ndarray, limits: Sequence[int] = LIMITS) -> dict[str, float]:
     """The means of `curves` of classes, one of them with a box: `ap`, `ap50`, `ap75`, `ar1`, `ar10`, `ar100`."""
     ap = precision[:, :, :, 0, -1]
     parts = {"ap": ap, "ap50": ap[0], "ap75": ap[5]}

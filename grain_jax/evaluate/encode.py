@@ -109,10 +109,7 @@ def over_images(
             return _Read(position, image, fault=str(error))
 
     try:
-        with (
-            errors.out_of_memory_in_a_line(label, lambda: SMALLER),
-            ThreadPoolExecutor(_THREADS) as pool,
-        ):
+        with errors.out_of_memory_in_a_line(label, lambda: SMALLER), ThreadPoolExecutor(_THREADS) as pool:
             ahead = stream.ahead(read, enumerate(stretch, mine.start), pool, 2 * batch_size)
             for group in stream.groups(ahead, batch_size, lambda each: not each.fault):
                 unreadable |= {each.image.name: each.fault for each in group if each.fault}
@@ -208,9 +205,7 @@ def gather_images(
     return Encoded(**arrays, regions=of_queries, unreadable=unreadable)
 
 
-def encode_texts(
-    predictor: inference.Predictor, texts: Sequence[Sequence[str]]
-) -> list[np.ndarray]:
+def encode_texts(predictor: inference.Predictor, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
     """For each list of texts the embeddings, float32 [n, D]; a text in several lists is encoded once."""
     return prompts.encode_lists(functools.partial(encode_distinct, predictor), texts)
 

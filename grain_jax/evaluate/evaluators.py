@@ -31,9 +31,7 @@ with epy.lazy_imports():
 class LabelledImages(Evaluator):
     """Base of the evaluators on images with classes: class folders, or a dataset of TensorFlow Datasets (TFDS)."""
 
-    images: str = option(
-        "", "Folder with one sub-folder of images per class.", "DIR", required=True
-    )
+    images: str = option("", "Folder with one sub-folder of images per class.", "DIR", required=True)
     tfds: str | None = key(None, "A TFDS dataset instead of images: name or name/config:version.")
     split: str = key("test", "Split of the TFDS dataset.")
     data_dir: str | None = key(None, "Folder of TFDS; None: its default.")
@@ -94,15 +92,11 @@ class Gathered(NamedTuple):
 class AnnotatedImages(Evaluator):
     """Base of the evaluators on images with annotations, an A.jsonl (format: docs/annotate.md)."""
 
-    example: ClassVar[str] = (
-        "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
-    )
+    example: ClassVar[str] = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     left_out: ClassVar[str] = "without_regions"  # key of the number of annotations without use
     # The end of the message if no annotation is usable; {option} stands for its value.
     none_usable: ClassVar[str] = "no line has a region; expected described boxes"
-    images: str = option(
-        "", "Folder that the paths of the annotations start from.", "DIR", required=True
-    )
+    images: str = option("", "Folder that the paths of the annotations start from.", "DIR", required=True)
     annotations: str | None = option(
         None, "A.jsonl, with one JSON object per line.", "A.jsonl", required=True
     )
@@ -126,9 +120,7 @@ class AnnotatedImages(Evaluator):
           errors.UserError: no such folder, the file cannot be used, or none is usable.
         """
         if self.annotations is None:
-            raise errors.UserError(
-                f"annotations: got nothing, expected a file (A.jsonl) for {self.kind}"
-            )
+            raise errors.UserError(f"annotations: got nothing, expected a file (A.jsonl) for {self.kind}")
         folder, path = epath.Path(expanduser(self.images)), expanduser(self.annotations)
         if not folder.is_dir():
             raise errors.UserError(

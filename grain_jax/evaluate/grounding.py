@@ -90,9 +90,7 @@ class Grounding(AnnotatedRegions):
         }
 
 
-def _of_phrases(
-    seen: encode.Encoded, described: Described, text_embed: np.ndarray
-) -> dict[str, Any]:
+def _of_phrases(seen: encode.Encoded, described: Described, text_embed: np.ndarray) -> dict[str, Any]:
     """The part of the result about phrases; text_embed [T, D]."""
     if not described.phrases:
         return {"phrases": 0}
@@ -170,11 +168,7 @@ def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, n
     mask = np.zeros((count, queries), bool)
     use = described.rank < queries
     cell = described.image[use], described.rank[use]
-    true_boxes_xyxy[cell], text[cell], mask[cell] = (
-        described.boxes_xyxy[use],
-        described.text[use],
-        True,
-    )
+    true_boxes_xyxy[cell], text[cell], mask[cell] = (described.boxes_xyxy[use], described.text[use], True)
 
     def matches(predicted: np.ndarray, true: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray]:
         two = (boxes.xyxy_to_cxcywh(jnp.asarray(x)) for x in (predicted, true))

@@ -53,14 +53,10 @@ class HardNegatives(AnnotatedImages):
         seen = box_classes.encode_boxes(self, predictor, context)
         described = seen.described
         regions = (
-            seen.records[image].regions[region]
-            for image, region in zip(described.image, described.region)
+            seen.records[image].regions[region] for image, region in zip(described.image, described.region)
         )
         count = self.negatives
-        texts = [
-            (x.description, *x.negatives[:count]) if len(x.negatives) >= count else ()
-            for x in regions
-        ]
+        texts = [(x.description, *x.negatives[:count]) if len(x.negatives) >= count else () for x in regions]
         use = np.array([bool(each) for each in texts], bool)
         if not use.any():
             raise errors.UserError(
@@ -77,10 +73,7 @@ class HardNegatives(AnnotatedImages):
             "negatives": count,
             "chance": 1 / (1 + count),
             "chance_mean_rank": 1 + count / 2,
-            **{
-                way: _ranks(scores.unit(embed[use]), *of_boxes)
-                for way, embed in seen.embeds.items()
-            },
+            **{way: _ranks(scores.unit(embed[use]), *of_boxes) for way, embed in seen.embeds.items()},
         }
 
 

@@ -46,9 +46,7 @@ def find(kind: str) -> type[Evaluator]:
     target = named.find("evaluator", kind, KINDS)
     cls = named.find("evaluator", target, {}) if isinstance(target, str) else target
     if not (isinstance(cls, type) and issubclass(cls, Evaluator)):
-        raise errors.UserError(
-            f"evaluator {kind!r}: expected a subclass of {Evaluator.__module__}.Evaluator"
-        )
+        raise errors.UserError(f"evaluator {kind!r}: expected a subclass of {Evaluator.__module__}.Evaluator")
     if inspect.isabstract(cls):
         lacks = ", ".join(sorted(cls.__abstractmethods__))
         raise errors.UserError(f"evaluator {kind!r}: has no {lacks}; expected check and evaluate")
@@ -73,9 +71,7 @@ def from_entry(entry: Any, path: str = "evaluator") -> Evaluator:
     return evaluator
 
 
-def from_entries(
-    entries: Mapping[str, Any], model: config_lib.Model | None = None
-) -> dict[str, Evaluator]:
+def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
     """The evaluators of `evals`, by name.
 
     Args:

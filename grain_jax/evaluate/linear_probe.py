@@ -46,9 +46,7 @@ class LinearProbe(LabelledImages):
     example = "--images runs/aviary/seen"
     kind: str = "linear_probe"
     train: str | None = option(
-        None,
-        "Class folders to train on, or a TFDS split; default: a share of each class, or train.",
-        "DIR",
+        None, "Class folders to train on, or a TFDS split; default: a share of each class, or train.", "DIR"
     )
 
     @property
@@ -67,15 +65,11 @@ class LinearProbe(LabelledImages):
 
     def check(self) -> int:
         if importlib.util.find_spec("sklearn") is None:
-            raise errors.UserError(
-                "linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'"
-            )
+            raise errors.UserError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
         test, train = self.open(), self.open_train()
         if train is not None and list(train.classes) != list(test.classes):
             others = test_sets.listed(sorted({*train.classes} ^ {*test.classes}))
-            raise errors.UserError(
-                f"train: got other classes than the test's; only in one of them: {others}"
-            )
+            raise errors.UserError(f"train: got other classes than the test's; only in one of them: {others}")
         return len(test) + (len(train) if train else 0)
 
     def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:

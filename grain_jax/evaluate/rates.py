@@ -12,9 +12,7 @@ from grain_jax.losses.contrastive import TIE
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution, for two-sided 95% intervals
 
 
-def topk_hits(
-    scores: np.ndarray, right: np.ndarray, k: int, tie: float | np.ndarray = TIE
-) -> np.ndarray:
+def topk_hits(scores: np.ndarray, right: np.ndarray, k: int, tie: float | np.ndarray = TIE) -> np.ndarray:
     """The chance, for each row, that a right candidate is among the k best, ties being broken at random.
 
     So a model that gives every class the same score has the accuracy of chance, in any order of the classes.

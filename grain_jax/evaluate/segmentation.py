@@ -43,15 +43,9 @@ class Segmentation(WithPrompts):
         FORMATS[0], "Layout of the dataset; folder: images/, masks/, classes.txt.", choices=FORMATS
     )
     ignore: int | None = option(
-        None,
-        "A further id whose pixels do not count, beside the format's.",
-        "ID",
-        low=0,
-        high=65535,
+        None, "A further id whose pixels do not count, beside the format's.", "ID", low=0, high=65535
     )
-    by: str = option(
-        WAYS[0], "Maps of patches, regions, or both; auto: what the model has.", choices=WAYS
-    )
+    by: str = option(WAYS[0], "Maps of patches, regions, or both; auto: what the model has.", choices=WAYS)
     patch_features: str = option(
         PATCHES[0], "Values (MaskCLIP) or tokens; auto: tokens with a box head.", choices=PATCHES
     )
@@ -91,9 +85,7 @@ class Segmentation(WithPrompts):
         """The images, masks and classes; raises as segmentation_sets.open_set."""
         if not self.images:
             raise errors.MissingData("images: got nothing, expected a folder of images and masks")
-        opened = segmentation_sets.open_set(
-            expanduser(self.images), self.format, self.ignore, self.get
-        )
+        opened = segmentation_sets.open_set(expanduser(self.images), self.format, self.ignore, self.get)
         if self.background_threshold is not None and opened.background is None:
             raise errors.UserError(
                 f"background_threshold: got {self.background_threshold:g}, expected a set with the class"
@@ -103,9 +95,7 @@ class Segmentation(WithPrompts):
 
     def check(self) -> int:
         opened = self.open()
-        faults = faults_of(
-            lambda: self._described(opened), lambda: prompts.load_templates(self.templates)
-        )
+        faults = faults_of(lambda: self._described(opened), lambda: prompts.load_templates(self.templates))
         config.raise_faults(faults)
         return len(opened.masks)
 
@@ -164,11 +154,7 @@ class Segmentation(WithPrompts):
             return {"index": batch.index, "pixels": np.stack(pixels)}
 
         arrays, unreadable = encode.over_images(
-            opened.images,
-            prepare,
-            count,
-            label="segmentation",
-            batch_size=min(context.batch_size, _AT_ONCE),
+            opened.images, prepare, count, label="segmentation", batch_size=min(context.batch_size, _AT_ONCE)
         )
         pixels = arrays["pixels"].sum(axis=0)
         if not pixels.any():

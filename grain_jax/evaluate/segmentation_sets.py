@@ -39,11 +39,7 @@ LAYOUTS = {
     "folder": Layout("images", "masks", 255, orientation="exif"),
     "ade20k": Layout("images/validation", "annotations/validation", 0, "ade20k", first=1),
     "voc": Layout(
-        "JPEGImages",
-        "SegmentationClass",
-        255,
-        "pascal_voc",
-        listed="ImageSets/Segmentation/val.txt",
+        "JPEGImages", "SegmentationClass", 255, "pascal_voc", listed="ImageSets/Segmentation/val.txt"
     ),
 }
 
@@ -63,9 +59,7 @@ class Segmented(NamedTuple):
         return self.labels.index(BACKGROUND) if BACKGROUND in self.labels else None
 
 
-def open_set(
-    images: str, layout: str, ignore: int | None = None, get: str | None = None
-) -> Segmented:
+def open_set(images: str, layout: str, ignore: int | None = None, get: str | None = None) -> Segmented:
     """Finds the images, masks and classes of a dataset; no image is read.
 
     Args:
@@ -158,9 +152,7 @@ def decode_mask(encoded: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
     """The ids in a mask, uint8 or uint16 [H, W]; raises as `read_mask`."""
     image = image_files.open_image(encoded, name)
     if image.size != size:
-        raise image_files.ImageError(
-            f"{name}: got {image.size} pixels, expected {size}, as the image has"
-        )
+        raise image_files.ImageError(f"{name}: got {image.size} pixels, expected {size}, as the image has")
     if image.format != "PNG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         raise image_files.ImageError(
             f"{name}: got {image.format}, mode {image.mode}, expected a PNG of one channel, grey or with a palette"

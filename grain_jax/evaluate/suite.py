@@ -67,8 +67,7 @@ def run(
         results["ran"] = {
             name: result
             for name, result in before["ran"].items()
-            if name not in entries
-            or (name in tasks and not again and _is_same(result, *tasks[name]))
+            if name not in entries or (name in tasks and not again and _is_same(result, *tasks[name]))
         }
     elif before and not again:
         raise InputError(

@@ -66,9 +66,7 @@ class ClassFolders:
 
     def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
         if not str(folder):
-            raise errors.MissingData(
-                f"images: got nothing, expected class folders{how_to_get(get)}"
-            )
+            raise errors.MissingData(f"images: got nothing, expected class folders{how_to_get(get)}")
         folder = epath.Path(folder).expanduser()
         if not folder.is_dir():
             raise errors.MissingData(
@@ -169,9 +167,7 @@ class TfdsSet:
             source = self._builder.as_data_source(self._split, decoders=encoded)
             return (source[row] for row in rows)
         return self._builder.as_dataset(
-            split=tfds.core.ReadInstruction(
-                self._split, from_=rows.start, to=rows.stop, unit="abs"
-            ),
+            split=tfds.core.ReadInstruction(self._split, from_=rows.start, to=rows.stop, unit="abs"),
             decoders=tfds.decode.PartialDecoding({"image": True, "label": True}, encoded),
             shuffle_files=False,
             read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),

@@ -54,9 +54,7 @@ class ZeroShot(WithPrompts, LabelledImages):
         name="alpha",
         parse=_parse_alphas,
     )
-    names: bool = option(
-        True, "Whether class names are used; else a class is its descriptions alone."
-    )
+    names: bool = option(True, "Whether class names are used; else a class is its descriptions alone.")
     class_score: str = option(
         "model",
         "Region score of a class: of the model, by model.decoder.class_score; mean over queries; or best query.",
@@ -77,11 +75,7 @@ class ZeroShot(WithPrompts, LabelledImages):
     def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """The numbers of the first alpha."""
         alpha = self.checked_alphas()[0]
-        return {
-            "alpha": alpha,
-            **result[f"alpha_{alpha}"],
-            "descriptions_file": self.descriptions,
-        }
+        return {"alpha": alpha, **result[f"alpha_{alpha}"], "descriptions_file": self.descriptions}
 
     @property
     def needs_regions(self) -> bool:
@@ -105,9 +99,7 @@ class ZeroShot(WithPrompts, LabelledImages):
 
     def needs_descriptions(self, purpose: str) -> errors.UserError:
         """The error if there are no descriptions."""
-        return errors.UserError(
-            f"descriptions: got nothing, expected a file (D.json) for {purpose}"
-        )
+        return errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {purpose}")
 
     def available(self) -> tuple[typing.Self, str]:
         entry, line = super().available()
@@ -150,17 +142,11 @@ class ZeroShot(WithPrompts, LabelledImages):
             return part
 
         arrays, unreadable = encode.over_images(
-            test_set,
-            encode.resizing(predictor),
-            answers,
-            label="zero-shot",
-            batch_size=context.batch_size,
+            test_set, encode.resizing(predictor), answers, label="zero-shot", batch_size=context.batch_size
         )
         classes, target = list(test_set.classes), arrays["target"]
         if target.min() < 0:
-            raise errors.UserError(
-                "the test set has images without a label, expected another split"
-            )
+            raise errors.UserError("the test set has images without a label, expected another split")
         result = {
             "kind": "zeroshot",
             **rates.counts_of_classes(target, classes),
@@ -229,10 +215,7 @@ class Scorer(NamedTuple):
 
 
 def read_descriptions(
-    path: epath.PathLike,
-    classes: Sequence[str],
-    stems: Sequence[str] | None = None,
-    names: bool = True,
+    path: epath.PathLike, classes: Sequence[str], stems: Sequence[str] | None = None, names: bool = True
 ) -> list[list[str]]:
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 

@@ -16,15 +16,7 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.core import errors, schema
 from grain_jax.core import progress as progress_lib
 from grain_jax.inference import inputs, jitted, prompts
-from grain_jax.inference.inputs import (
-    Images,
-    InputError,
-    Normalized,
-    OneImage,
-    OneOrMany,
-    Texts,
-    Tokens,
-)
+from grain_jax.inference.inputs import Images, InputError, Normalized, OneImage, OneOrMany, Texts, Tokens
 from grain_jax.models import box_head, lora, towers
 
 MAX_BATCH = 64  # images or texts per device and batch
@@ -192,9 +184,7 @@ class Encoder:
             return self.encode_image(inputs.one_image(images))[0]
         return self._encode(images)[0]
 
-    def encode_regions(
-        self, images: OneOrMany | Tokens, *, normalized: bool = False
-    ) -> schema.Regions:
+    def encode_regions(self, images: OneOrMany | Tokens, *, normalized: bool = False) -> schema.Regions:
         """Images -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D]; one image -> [Q, 4] and [Q, D].
 
         `images` may be the result of `encode_tokens`.
@@ -247,9 +237,7 @@ class Encoder:
         method = "box_embeddings" if isinstance(images, Tokens) else "encode_boxes"
         return self._with_boxes(method, images, boxes_xyxy)[1]
 
-    def encode_image_and_boxes(
-        self, images: OneOrMany, boxes_xyxy: Boxes
-    ) -> tuple[np.ndarray, Any]:
+    def encode_image_and_boxes(self, images: OneOrMany, boxes_xyxy: Boxes) -> tuple[np.ndarray, Any]:
         """(`encode_image(images)`, `encode_boxes(images, boxes_xyxy)`) in one pass."""
         if inputs.is_one_image(images):
             image, boxes = self.encode_image_and_boxes(inputs.one_image(images), [boxes_xyxy])
@@ -379,9 +367,7 @@ class Encoder:
             tokens = np.pad(tokens, missing, constant_values=tower.pad_id)
         return tokens, ends
 
-    def _encode(
-        self, images: Any, by_box_head: bool = False
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _encode(self, images: Any, by_box_head: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images -> float32 (image [B, D], regions [B, Q, D], boxes_xyxy [B, Q, 4]), as jitted.image_program."""
         of_tokens = isinstance(images, Tokens)
         program = jitted.image_program(self.model, self.dtype, of_tokens, by_box_head)
@@ -416,9 +402,7 @@ class Encoder:
             counter.add(len(batch))
         counter.close(stays=True)
 
-    def _run(
-        self, program: Callable[..., Any], *rows: np.ndarray, kinds=(MAX_BATCH, _FEW, 1)
-    ) -> Any:
+    def _run(self, program: Callable[..., Any], *rows: np.ndarray, kinds=(MAX_BATCH, _FEW, 1)) -> Any:
         """The results of `program` on `rows`, arrays of equal length, as numpy.
 
         Programs have `kinds` of rows per device; the last row is repeated to fill them. Up to MAX_BATCH rows run on one

@@ -20,9 +20,7 @@ OneImage: TypeAlias = str | os.PathLike[str] | PIL.Image.Image
 Images: TypeAlias = Iterable[OneImage | np.ndarray] | np.ndarray  # or an array [B, H, W, 3]
 OneOrMany: TypeAlias = Images | OneImage  # an array of three axes is one image
 Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]
-ClassTexts: TypeAlias = (
-    Iterable[str] | Mapping[str, Sequence[str]]
-)  # names, or {name: descriptions}
+ClassTexts: TypeAlias = Iterable[str] | Mapping[str, Sequence[str]]  # names, or {name: descriptions}
 
 
 class Tokens(NamedTuple):
@@ -64,9 +62,7 @@ def marked(images: Any, normalized: bool) -> Any:
         return images
     pixels = np.asarray(images if hasattr(images, "dtype") else list(images))
     if pixels.dtype.kind != "f" or pixels.ndim not in (3, 4):
-        raise InputError(
-            f"images: got {kind_of(pixels)}, expected float32 [B, S, S, 3] with normalized=True"
-        )
+        raise InputError(f"images: got {kind_of(pixels)}, expected float32 [B, S, S, 3] with normalized=True")
     return Normalized(pixels.astype(np.float32))
 
 
@@ -146,11 +142,7 @@ def as_uint8(index: int, image: Any) -> np.ndarray:
             raise InputError(f"{name}: {reason}, expected a readable image") from None
     if getattr(image, "dtype", None) == np.uint8:
         return np.asarray(image)
-    if (
-        not hasattr(image, "dtype")
-        or np.asarray(image).dtype.kind != "f"
-        or image.shape[2:] != (3,)
-    ):
+    if not hasattr(image, "dtype") or np.asarray(image).dtype.kind != "f" or image.shape[2:] != (3,):
         raise InputError(f"{name}: got {kind_of(image)}, expected a path, a PIL image, or {wanted}")
     image = np.asarray(image, np.float32)
     if not 0 <= image.min(initial=0) <= image.max(initial=0) <= 1:

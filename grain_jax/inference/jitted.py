@@ -61,9 +61,7 @@ def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
     return jax.jit(encode_texts)
 
 
-def text_arrays(
-    tower: config_lib.TextTower, tokens: jax.Array, ends: jax.Array
-) -> tuple[jax.Array, ...]:
+def text_arrays(tower: config_lib.TextTower, tokens: jax.Array, ends: jax.Array) -> tuple[jax.Array, ...]:
     """Tokens [N, L] and their ends [N] as the arguments of `GRAIN.encode_text`.
 
     Each text is a packing group of its own, so that devices need no communication.

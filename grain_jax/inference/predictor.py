@@ -17,15 +17,7 @@ from scipy import special
 from grain_jax.checkpoint import saved_model
 from grain_jax.inference import calibration, inputs, prompts, scores, segmentation
 from grain_jax.inference.encoder import MAX_BATCH, Boxes, Encoder
-from grain_jax.inference.inputs import (
-    ClassTexts,
-    Images,
-    InputError,
-    OneImage,
-    OneOrMany,
-    Texts,
-    Tokens,
-)
+from grain_jax.inference.inputs import ClassTexts, Images, InputError, OneImage, OneOrMany, Texts, Tokens
 
 
 class Grounding(NamedTuple):
@@ -157,9 +149,7 @@ class Predictor(Encoder):
         if not isinstance(classes, ClassFeatures):
             classes = self._class_features(classes, alpha)
         if alpha < 1.0 and classes.descriptions is None:
-            raise InputError(
-                f"alpha {alpha} needs descriptions of the classes: {{name: [description, ...]}}"
-            )
+            raise InputError(f"alpha {alpha} needs descriptions of the classes: {{name: [description, ...]}}")
         image_embed, region_embed, _ = self._encode(images)
         region = None
         if alpha < 1.0:
@@ -168,9 +158,7 @@ class Predictor(Encoder):
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
     @overload
-    def classify_boxes(
-        self, images: OneImage, boxes_xyxy: Boxes, classes: Classes
-    ) -> np.ndarray: ...  # pyright: ignore[reportOverlappingOverload]
+    def classify_boxes(self, images: OneImage, boxes_xyxy: Boxes, classes: Classes) -> np.ndarray: ...  # pyright: ignore[reportOverlappingOverload]
 
     @overload
     def classify_boxes(self, images: np.ndarray, boxes_xyxy: Boxes, classes: Classes) -> Any: ...
@@ -180,9 +168,7 @@ class Predictor(Encoder):
         self, images: Images | Tokens, boxes_xyxy: Boxes, classes: Classes
     ) -> list[np.ndarray]: ...
 
-    def classify_boxes(
-        self, images: OneOrMany | Tokens, boxes_xyxy: Boxes, classes: Classes
-    ) -> Any:
+    def classify_boxes(self, images: OneOrMany | Tokens, boxes_xyxy: Boxes, classes: Classes) -> Any:
         """For each image the cosine of every class for each of its boxes, float32 [n, C]; for one image [n, C].
 
         `images` and `boxes_xyxy` are as for `encode_boxes`.
@@ -219,9 +205,7 @@ class Predictor(Encoder):
     ) -> Detections: ...
 
     @overload
-    def detect(
-        self, images: np.ndarray, texts: Iterable[str], **options: Unpack[DetectOptions]
-    ) -> Any: ...
+    def detect(self, images: np.ndarray, texts: Iterable[str], **options: Unpack[DetectOptions]) -> Any: ...
 
     @overload
     def detect(
@@ -263,9 +247,7 @@ class Predictor(Encoder):
                 region, label = scores.best_pairs(score, boxes, top_k, threshold)
                 size = np.array(image.shape[1::-1] * 2 if pixels else (1,), np.float32)
                 of_texts = tuple(names[i] for i in label)
-                found.append(
-                    Detections(boxes[region] * size, score[region, label], of_texts, label)
-                )
+                found.append(Detections(boxes[region] * size, score[region, label], of_texts, label))
         return found
 
     def text_scores(self, region_embeds: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -279,9 +261,7 @@ class Predictor(Encoder):
         logits = self.region_logit_scale * cosines.astype(np.float64)
         return special.softmax(logits, axis=-1).astype(np.float32)
 
-    def present(
-        self, images: OneOrMany, texts: str | Iterable[str], by: str = "image"
-    ) -> np.ndarray:
+    def present(self, images: OneOrMany, texts: str | Iterable[str], by: str = "image") -> np.ndarray:
         """Probabilities that texts are true of images, float32 [B, N]; one image -> [N], one text -> [B].
 
         It needs calibration.json in the model's folder, which `grain-jax evaluate calibrate` makes.
@@ -333,9 +313,7 @@ class Predictor(Encoder):
             return self.similarity_map(image, inputs.one_text(texts))[0]
         return self.similarity_maps(inputs.one_image(image), [self.encode_text(texts)])[0]
 
-    def similarity_maps(
-        self, images: Images | Tokens, text_embeds: Sequence[np.ndarray]
-    ) -> list[np.ndarray]:
+    def similarity_maps(self, images: Images | Tokens, text_embeds: Sequence[np.ndarray]) -> list[np.ndarray]:
         """For each image the maps of its own texts, as `similarity_map`: float32 [n, h, w].
 
         Args:
@@ -397,14 +375,10 @@ class Predictor(Encoder):
         is_one = inputs.is_one_image(images)
         labels = []
         for i, image in enumerate([images] if is_one else cast(Iterable[Any], images)):
-            windows = segmentation.windows_of(
-                i, image, size, short_side, stride, len(classes.names)
-            )
+            windows = segmentation.windows_of(i, image, size, short_side, stride, len(classes.names))
             maps_of_windows = self.class_maps(windows.pixels, classes, **maps)
             labels.append(
-                segmentation.labels(
-                    maps_of_windows, windows, background=background, scale=self.logit_scale
-                )
+                segmentation.labels(maps_of_windows, windows, background=background, scale=self.logit_scale)
             )
         return labels[0] if is_one else labels
 

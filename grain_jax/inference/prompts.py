@@ -62,9 +62,7 @@ def descriptor_clause(description: str) -> str:
     return f"which has {text}"
 
 
-def class_texts(
-    name: str, templates: Sequence[str], descriptions: Sequence[str] | None = None
-) -> list[str]:
+def class_texts(name: str, templates: Sequence[str], descriptions: Sequence[str] | None = None) -> list[str]:
     """The texts of one class: every template, or every template with every description (templates in the inner loop).
 
     A name "dog/poodle" is PARENT/CLASS: "a photo of a poodle, a kind of dog". The last of several parents

@@ -19,9 +19,7 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def in_parts(
-    function: Callable[..., Sequence[np.ndarray]], *arrays: np.ndarray
-) -> list[np.ndarray]:
+def in_parts(function: Callable[..., Sequence[np.ndarray]], *arrays: np.ndarray) -> list[np.ndarray]:
     """Calls `function` on AT_ONCE rows of the arrays at a time, which bounds its memory, and joins what it returns."""
     starts = range(0, max(len(arrays[0]), 1), AT_ONCE)
     parts = [function(*(x[first : first + AT_ONCE] for x in arrays)) for first in starts]

@@ -85,9 +85,7 @@ class Windows(NamedTuple):
     size: tuple[int, int]  # width and height of the image
 
 
-def cut(
-    image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0, classes: int = 1
-) -> Windows:
+def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0, classes: int = 1) -> Windows:
     """The windows of an image; the last ones end at its edges.
 
     Args:
@@ -102,9 +100,7 @@ def cut(
     """
     width, height = image.size
     short = max(short_side, size)
-    columns, rows = (
-        max(short, round(edge * short / min(width, height))) for edge in (width, height)
-    )
+    columns, rows = (max(short, round(edge * short / min(width, height))) for edge in (width, height))
     most = min(MAX_CANVAS, MAX_NUMBERS // classes)
     if columns * rows > most:
         advice = "; a smaller short_side makes fewer" if short > size else ""

@@ -26,9 +26,7 @@ def ahead(
         yield waiting.popleft().result()
 
 
-def groups(
-    items: Iterable[Item], size: int, counts: Callable[[Item], bool]
-) -> Iterator[list[Item]]:
+def groups(items: Iterable[Item], size: int, counts: Callable[[Item], bool]) -> Iterator[list[Item]]:
     """Items in groups with `size` of those that count; the last group may have fewer."""
     group, number = [], 0
     for item in items:

@@ -28,9 +28,7 @@ class Example(NamedTuple):
     negatives: Sequence[Sequence[str]] = ()
 
 
-def of_examples(
-    examples: Sequence[Example], config: Config, text_tokenizer: tokenizer.Tokenizer
-) -> Batch:
+def of_examples(examples: Sequence[Example], config: Config, text_tokenizer: tokenizer.Tokenizer) -> Batch:
     """A Batch of the examples, in their order: texts tokenised and laid out as `config.text` says.
 
     Args:
@@ -75,11 +73,7 @@ def of_examples(
 
 
 def of_columns(
-    columns: dict[str, Any],
-    text_tokenizer: tokenizer.Tokenizer,
-    *,
-    config: Config,
-    **arguments: Any,
+    columns: dict[str, Any], text_tokenizer: tokenizer.Tokenizer, *, config: Config, **arguments: Any
 ) -> Batch:
     """`assemble` of columns whose texts, in the shapes of their masks, are not tokenised yet."""
     for name, mask in MASKS.items():
@@ -128,9 +122,7 @@ def assemble(
         )
     else:
         layout = packing.one_text_per_row(lengths, row_length=config.row_length)
-    tokens, positions, segments = packing.fill(
-        layout, np.concatenate([t.ids for t in texts]), lengths
-    )
+    tokens, positions, segments = packing.fill(layout, np.concatenate([t.ids for t in texts]), lengths)
     too_long = packing.TextArrays(*(_scatter(m, t.too_long) for m, t in zip(masks, texts)))
     misfits, texts_there, cut = (
         x.slots().reshape(len(tokens), -1).sum(axis=1, dtype=np.int32)

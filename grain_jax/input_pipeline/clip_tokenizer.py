@@ -24,9 +24,7 @@ _VOCABULARY = epath.Path(__file__).with_name("clip_vocabulary.txt.gz")
 _END_OF_WORD = "</w>"
 SPECIAL = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
 WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_WORD_OR_SPECIAL = regex.compile(
-    "|".join([*map(regex.escape, SPECIAL), WORD]), flags=regex.IGNORECASE
-)
+_WORD_OR_SPECIAL = regex.compile("|".join([*map(regex.escape, SPECIAL), WORD]), flags=regex.IGNORECASE)
 _CACHED_WORDS = 1 << 17
 
 

@@ -206,8 +206,7 @@ def draw(
     weights = np.array([x.weight for x in config.input.sets[: len(lengths)]])
     ends = np.round(np.cumsum(weights) / weights.sum() * images).astype(int)
     of_sets = [
-        _draw_set(config, x, number, rng)
-        for x, number in zip(lengths, np.diff(ends, prepend=0), strict=True)
+        _draw_set(config, x, number, rng) for x, number in zip(lengths, np.diff(ends, prepend=0), strict=True)
     ]
     mixed = rng.permutation(images)
     texts = [np.concatenate(parts)[mixed] for parts in zip(*of_sets)]

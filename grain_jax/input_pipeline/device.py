@@ -31,9 +31,7 @@ class Prefetch:
       wait_seconds: sum of the waits of the consumer for a batch.
     """
 
-    def __init__(
-        self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = DEPTH
-    ):
+    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = DEPTH):
         self.wait_seconds = 0.0
         self._batches, self._sharding = batches, sharding
         self._queue: queue.Queue = queue.Queue(maxsize=depth)

@@ -47,9 +47,7 @@ class Lane:
       seed: of the run.
     """
 
-    def __init__(
-        self, index: int, shards: Sequence[ShardFile], *, shards_per_block: int, seed: int
-    ):
+    def __init__(self, index: int, shards: Sequence[ShardFile], *, shards_per_block: int, seed: int):
         self.index = index
         self.seed = seed
         self.blocks = [
@@ -138,15 +136,10 @@ def make_lanes(
             f" {name!r}; set input.lanes={len(shards)} or fewer, or rebuild with grain-jax build --num-shards"
             f" {lanes}"
         )
-    return [
-        Lane(i, shards[i::lanes], shards_per_block=shards_per_block, seed=seed)
-        for i in range(lanes)
-    ]
+    return [Lane(i, shards[i::lanes], shards_per_block=shards_per_block, seed=seed) for i in range(lanes)]
 
 
-def mix(
-    lanes_of_sets: Sequence[Sequence[Lane]], weights: Sequence[float], *, seed: int
-) -> list[MixedLane]:
+def mix(lanes_of_sets: Sequence[Sequence[Lane]], weights: Sequence[float], *, seed: int) -> list[MixedLane]:
     """All lanes of a mixture, from the lanes of each of its sets, equally many."""
     lanes = len(lanes_of_sets[0])
     by_lane = zip(*lanes_of_sets, strict=True)

@@ -58,12 +58,7 @@ class TextLayout(NamedTuple):
 
 
 def pack(
-    lengths: TextArrays,
-    region_scores: np.ndarray,
-    *,
-    pack_group: int,
-    rows: int,
-    row_length: int,
+    lengths: TextArrays, region_scores: np.ndarray, *, pack_group: int, rows: int, row_length: int
 ) -> TextLayout:
     """Packs the texts of `pack_group` consecutive images into `rows` rows, first-fit decreasing.
 
@@ -96,9 +91,7 @@ def pack(
     number = np.append(np.zeros(captions + regions, int), np.tile(np.arange(negatives), regions))
     slots = np.stack([kind, number])
     scores = np.zeros(by_image.shape, np.float32)
-    scores[:, captions:] = np.append(
-        region_scores, np.repeat(region_scores, negatives, axis=1), axis=1
-    )
+    scores[:, captions:] = np.append(region_scores, np.repeat(region_scores, negatives, axis=1), axis=1)
     in_groups = (batch // pack_group, -1)
     left, scores = by_image.reshape(in_groups).copy(), scores.reshape(in_groups)
     row, start, fits = _first_fit(left, rows, row_length)
@@ -174,9 +167,7 @@ def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
     return np.stack([tokens, positions, segments]).reshape(3, *shape)
 
 
-def _first_fit(
-    lengths: np.ndarray, rows: int, row_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _first_fit(lengths: np.ndarray, rows: int, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First-fit decreasing for all groups at once; equal lengths are placed in the order of the slots.
 
     Texts of one length fill a row before they take the next, so counting places all texts of a length at once. The

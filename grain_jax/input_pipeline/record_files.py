@@ -76,9 +76,7 @@ def _find(source: Dataset) -> RecordSet:
     except regular_file.FileError as error:
         raise DataError(f"{error}; {REBUILD}") from None
     if source.split not in splits:
-        raise DataError(
-            f"{directory} has no split {source.split!r}, expected one of {', '.join(splits)}"
-        )
+        raise DataError(f"{directory} has no split {source.split!r}, expected one of {', '.join(splits)}")
     split = splits[source.split]
     shards = []
     for shard in split.shards:

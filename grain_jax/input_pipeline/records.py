@@ -34,7 +34,9 @@ def check(config: Config) -> None:
     if not config.input.negatives_per_region or any(x.has_negatives for x in sets):
         return
     names = ", ".join(repr(x.source.name) for x in sets)
-    got = f"input.negatives_per_region={config.input.negatives_per_region}: no region of {names} has negatives"
+    got = (
+        f"input.negatives_per_region={config.input.negatives_per_region}: no region of {names} has negatives"
+    )
     if config.loss.hard_negative:
         raise DataError(
             f"{got}, which loss.hard_negative={config.loss.hard_negative:g} needs; add them to A.jsonl (grain-jax annotate"
@@ -67,8 +69,7 @@ def identities(config: Config) -> list[sources.Identity]:
 def num_shards(config: Config) -> dict[str, int]:
     """Name of each set -> number of its shards that have records. Raises as `record_files.find`."""
     return {
-        x.source.name: sum(shard.num_records > 0 for shard in x.shards)
-        for x in record_files.find(config)
+        x.source.name: sum(shard.num_records > 0 for shard in x.shards) for x in record_files.find(config)
     }
 
 
@@ -123,9 +124,7 @@ def _texts(fields: dict[str, Any]) -> text_lengths_lib.ImageTexts:
     )
 
 
-def batches(
-    config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
-) -> Iterator[Batch]:
+def batches(config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0) -> Iterator[Batch]:
     """The part of each global batch that comes from `lanes` (None: all of them), from `start_step` on, endless.
 
     Raises (here, not at the first batch):
@@ -172,11 +171,7 @@ def _batches(config: Config, lanes: list[order.MixedLane], step: int) -> Iterato
 
 
 def _dataset(
-    config: Config,
-    lanes: list[order.MixedLane],
-    per_lane: int,
-    start_step: int,
-    changed: list[str],
+    config: Config, lanes: list[order.MixedLane], per_lane: int, start_step: int, changed: list[str]
 ) -> tf.data.Dataset:
     """Batches of what `transforms.Transform` gives, in order."""
     position = start_step * per_lane
@@ -263,11 +258,7 @@ def _lane_stream(lane: order.Lane, position: int, changed: list[str]) -> tf.data
 
 
 def _damage(
-    lanes: list[order.MixedLane],
-    per_lane: int,
-    step: int,
-    config: Config,
-    error: tf.errors.OpError,
+    lanes: list[order.MixedLane], per_lane: int, step: int, config: Config, error: tf.errors.OpError
 ) -> DataError:
     """The error that names the record that cannot be read; reads the blocks of the step again, record by record."""
     transform = transforms.Transform(config)

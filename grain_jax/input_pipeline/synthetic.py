@@ -86,9 +86,7 @@ class Synthetic(sources.LaneSource):
 batches = Synthetic().batches
 
 
-def _negative_lengths(
-    rng: np.random.Generator, region_mask: np.ndarray, config: Config
-) -> np.ndarray:
+def _negative_lengths(rng: np.random.Generator, region_mask: np.ndarray, config: Config) -> np.ndarray:
     """Tokens of the negatives of each region, int32 [B, R, H]: 0 to H of them, 0 behind them."""
     most = config.input.negatives_per_region
     if not most:  # draws nothing
@@ -98,9 +96,7 @@ def _negative_lengths(
     return np.where(np.arange(most) < count[..., None], lengths, 0).astype(np.int32)
 
 
-def _caption_lengths(
-    rng: np.random.Generator, region_mask: np.ndarray, config: Config
-) -> np.ndarray:
+def _caption_lengths(rng: np.random.Generator, region_mask: np.ndarray, config: Config) -> np.ndarray:
     """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 if the image has none."""
     images, number = len(region_mask), config.input.captions_per_image
     lengths = rng.integers(*CAPTION_TOKENS, size=(images, min(number, 2)), endpoint=True)

@@ -88,7 +88,5 @@ CLEANINGS: dict[str, Callable[[str | bytes], str]] = {
 def clean_all(texts: Sequence[str | bytes], cleaning: str = "lower") -> list[str]:
     """The texts after the `cleaning`, a key of CLEANINGS. Raises TokenizerError."""
     if isinstance(texts, str | bytes):  # would be taken letter by letter
-        raise TokenizerError(
-            f"expected a list of texts, got one text {texts[:40]!r}; wrap it in []"
-        )
+        raise TokenizerError(f"expected a list of texts, got one text {texts[:40]!r}; wrap it in []")
     return list(map(CLEANINGS[cleaning], texts))

@@ -58,9 +58,7 @@ class _LengthsFile(msgspec.Struct):
     images: list[ImageTexts]
 
 
-def of_texts(
-    images: Sequence[ImageTexts], text_tokenizer: Any, *, name: str, records: int
-) -> TextLengths:
+def of_texts(images: Sequence[ImageTexts], text_tokenizer: Any, *, name: str, records: int) -> TextLengths:
     """The lengths of the texts of a dataset.
 
     Args:

@@ -73,9 +73,7 @@ class Tokenizer:
                 f"{self._name}: got a text of {longest} tokens with ids up to {largest}, expected at most"
                 f" {context_length} tokens and ids below {self.vocab_size}; the file's special tokens do not fit"
             )
-        return TokenizedTexts(
-            ids.astype(np.int32), lengths.clip(min=2), too_long, text_ids(cleaned)
-        )
+        return TokenizedTexts(ids.astype(np.int32), lengths.clip(min=2), too_long, text_ids(cleaned))
 
     def __call__(self, texts: Sequence[str | bytes], context_length: int = 77) -> np.ndarray:
         """Returns i32[N, context_length], padded with `pad_id`. As `encode`; 2-D even for one text."""
@@ -125,9 +123,7 @@ def _one_line(path: epath.Path, fault: str) -> Iterator[None]:
     except TokenizerError:
         raise
     except ImportError as error:
-        raise TokenizerError(
-            f"{path}: needs {error.name}: pip install 'grain_jax[interop]'"
-        ) from None
+        raise TokenizerError(f"{path}: needs {error.name}: pip install 'grain_jax[interop]'") from None
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -188,9 +188,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     return image
 
 
-def decode_cropped(
-    encoded: tf.Tensor, draws: tf.Tensor, min_area: float
-) -> tuple[tf.Tensor, tf.Tensor]:
+def decode_cropped(encoded: tf.Tensor, draws: tf.Tensor, min_area: float) -> tuple[tf.Tensor, tf.Tensor]:
     """A random window of the image; of a JPEG only the window is decoded.
 
     Returns: uint8 [h, w, 3] and the window as shares of the image, xyxy float32 [4].
@@ -198,9 +196,7 @@ def decode_cropped(
 
     def jpeg():
         window, shares = crop_window(tf.io.extract_jpeg_shape(encoded), draws, min_area)
-        image = tf.io.decode_and_crop_jpeg(
-            encoded, window, channels=3, dct_method="INTEGER_ACCURATE"
-        )
+        image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3, dct_method="INTEGER_ACCURATE")
         return image, shares
 
     def png():

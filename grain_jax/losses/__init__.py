@@ -6,11 +6,4 @@ the columns of all devices, and `ring` carries the columns there. `boxes` is box
 
 from grain_jax.losses.layout import GroupLayout, make_layout
 from grain_jax.losses.shard import GroupMean, Mean, Shard, Targets, Term, TermOutput
-from grain_jax.losses.total import (
-    TERMS,
-    Losses,
-    LossTerm,
-    labels_of,
-    terms_of,
-    total_loss,
-)
+from grain_jax.losses.total import TERMS, Losses, LossTerm, labels_of, terms_of, total_loss

@@ -5,15 +5,7 @@ import jax.numpy as jnp
 
 from grain_jax.core import boxes, schema
 from grain_jax.losses import matching
-from grain_jax.losses.shard import (
-    GroupMean,
-    Mean,
-    Shard,
-    Targets,
-    TermOutput,
-    iou_epsilon,
-    match_regions,
-)
+from grain_jax.losses.shard import GroupMean, Mean, Shard, Targets, TermOutput, iou_epsilon, match_regions
 
 
 def box(shard: Shard) -> TermOutput:

@@ -86,9 +86,7 @@ def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_lo
     of_rows, of_columns = costs
     loss = streaming.loss_of_rows(contrast, own_logits, of_rows.cost.reshape(own_logits.shape))
     if both:
-        back = streaming.loss_of_rows(
-            contrast, own_logits, of_columns.cost.reshape(len(own_logits), -1)
-        )
+        back = streaming.loss_of_rows(contrast, own_logits, of_columns.cost.reshape(len(own_logits), -1))
         loss = (loss + back) / 2
     return loss, _is_nearest(own_logits, of_rows.highest.reshape(own_logits.shape), scale)
 
@@ -131,9 +129,7 @@ def region_description(shard: Shard) -> TermOutput:
     return TermOutput(GroupMean(loss.sum((1, 2)), matched), measures)
 
 
-def _region_description_of_group(
-    shard, region_embed, region_text_embed, id_, mask, label_slot, match
-):
+def _region_description_of_group(shard, region_embed, region_text_embed, id_, mask, label_slot, match):
     """(loss of each region, 0 where none is matched; whether its own description is nearest), [b, R] each."""
     if 0 in (id_.shape[1], region_embed.shape[1]):  # no regions, or no queries
         return jnp.zeros(id_.shape), jnp.zeros(id_.shape, bool)
@@ -167,9 +163,7 @@ def box_description(shard: Shard) -> TermOutput:
     def of_group(boxes, texts, id_, real, described):
         own_logits = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
         rows, columns = _flat(boxes, id_, real), _flat(texts, id_, described)
-        loss, right = _both_ways(
-            shard, shard.layout.in_group, rows, columns, own_logits, scale, bias
-        )
+        loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own_logits, scale, bias)
         return jnp.where(real, loss, 0), real & right
 
     arrays = outputs.box_embed, outputs.region_text_embed, targets.description_id
@@ -191,9 +185,7 @@ def hard_negative(shard: Shard) -> TermOutput:
     total, measures = Mean(zero, zero), {}
     if outputs.negative_text_embed is None:
         return TermOutput(total, measures)
-    of_label = lambda x: jnp.take_along_axis(
-        x, slot.reshape(*slot.shape, *(1,) * (x.ndim - 2)), axis=1
-    )
+    of_label = lambda x: jnp.take_along_axis(x, slot.reshape(*slot.shape, *(1,) * (x.ndim - 2)), axis=1)
     text, negatives = of_label(outputs.region_text_embed), of_label(outputs.negative_text_embed)
     negative_mask = of_label(shard.batch.negative_mask)
     embeds = {}  # [b, R, D], and which regions have one

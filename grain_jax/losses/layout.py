@@ -33,9 +33,7 @@ class GroupLayout(NamedTuple):
         everywhere = np.moveaxis(everywhere, 0, -1).reshape(-1, len(everywhere))
         on_tpu = devices.flat[0].platform == "tpu"
         products = jax.lax.Precision(precision if on_tpu else "highest")
-        placed = lambda ring, rings: ring._replace(
-            loops=hops.along_links(rings), precision=products
-        )
+        placed = lambda ring, rings: ring._replace(loops=hops.along_links(rings), precision=products)
         return self._replace(
             everywhere=placed(self.everywhere, everywhere), in_group=placed(self.in_group, in_group)
         )

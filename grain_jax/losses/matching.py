@@ -44,9 +44,7 @@ def cost_matrix(
     """
     pred, target = pred_boxes_cxcywh[:, :, None], target_boxes_cxcywh[:, None]
     distance = jnp.abs(pred - target).sum(-1)
-    overlap = boxes.giou(
-        boxes.cxcywh_to_xyxy(pred), boxes.cxcywh_to_xyxy(target), epsilon=iou_epsilon
-    )
+    overlap = boxes.giou(boxes.cxcywh_to_xyxy(pred), boxes.cxcywh_to_xyxy(target), epsilon=iou_epsilon)
     cost = l1 * distance - giou * overlap
     return cost if cosine is None else cost - description * cosine
 

@@ -78,9 +78,7 @@ def negatives(
     return results
 
 
-def loss_of_rows(
-    contrast: str, own_logit: Float[Array, "m"], cost: Float[Array, "m"]
-) -> Float[Array, "m"]:
+def loss_of_rows(contrast: str, own_logit: Float[Array, "m"], cost: Float[Array, "m"]) -> Float[Array, "m"]:
     """The loss of each row from the logit of its own column (bias included) and the cost of `negatives`.
 
     softmax: log(exp(own) + exp(cost)) - own, InfoNCE. sigmoid: log(1 + exp(-own)) + cost, SigLIP
@@ -128,8 +126,7 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
     """The gradients; those that are summed here are without the scale."""
     rows, columns, scale, bias, costs, weight, vectors = residuals
     of_rows, of_columns = (
-        (cost, None if cotangent is None else cotangent.cost)
-        for cost, cotangent in zip(costs, cotangents)
+        (cost, None if cotangent is None else cotangent.cost) for cost, cotangent in zip(costs, cotangents)
     )
     here, there = (rows, columns) if both else (columns, rows)  # `there` travels
 
@@ -154,10 +151,7 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
         _block(there, *numbers),
         _visit(pair, here_tiles, there, tile, nothing),
         operator.add,
-        (
-            jnp.zeros_like(here_tiles[0].embed),
-            jnp.zeros(here_tiles[0].real.shape) if both else None,
-        ),
+        (jnp.zeros_like(here_tiles[0].embed), jnp.zeros(here_tiles[0].real.shape) if both else None),
         nothing(there),
     )
     gradient = _joined(gradient, len(here.real))

@@ -163,9 +163,7 @@ def total_loss(
         devices = mesh.devices.reshape(*layout.sizes, -1)
         loss_mesh = Mesh(devices, (*axes, "rest"))
         layout = layout.on(devices, config.precision)
-        spec = lambda axis: (
-            PartitionSpec() if axis == local.SHARED else PartitionSpec(*[None] * axis, axes)
-        )
+        spec = lambda axis: PartitionSpec() if axis == local.SHARED else PartitionSpec(*[None] * axis, axes)
         if devices.flat[0].platform == "gpu":
             # JAX takes cuDNN's attention only into programs that name their devices in one mesh alone.
             loss_mesh = loss_mesh.abstract_mesh

@@ -26,7 +26,9 @@ from grain_jax.models.layers import Affine, Init, LayerNorm, dense, example_drop
 class Within(NamedTuple):
     """A mask: each position sees all of the same text."""
 
-    ids: jax.Array  # int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one
+    ids: (
+        jax.Array
+    )  # int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one
 
     def mask(self) -> jax.Array:
         """The same as bool [B, 1, L, L]."""

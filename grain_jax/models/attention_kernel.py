@@ -60,9 +60,7 @@ class _Heads:
         for head, part in enumerate(parts):
             first, end = head * self.width, (head + 1) * self.width
             low, high = first // TILE * TILE, min(-(-end // TILE) * TILE, self.lanes)
-            zeros = lambda rows, like=part: [jnp.zeros((rows, like.shape[1]), like.dtype)][
-                : bool(rows)
-            ]
+            zeros = lambda rows, like=part: [jnp.zeros((rows, like.shape[1]), like.dtype)][: bool(rows)]
             filled = jnp.concatenate([*zeros(first - low), part, *zeros(high - end)], 0)
             out.append(_dot(x[:, low:high], filled.astype(x.dtype), ((1,), (0,))))
         return out
@@ -197,9 +195,7 @@ def _backward_kernel(heads, eps, causal, together, q_ref, k_ref, v_ref, norm_ref
         # Divided by the sums here, where a head has fewer values than its weights.
         do = [[(d * over).astype(dtype) for d, (_, over) in zip(*x)] for x in zip(do, weights)]
         products = [heads.times(v_ref[row], d) for row, d in zip(rows, do)]
-        d_scores = [
-            [of_scores(w, d, over) for (w, over), d in zip(*x)] for x in zip(weights, products)
-        ]
+        d_scores = [[of_scores(w, d, over) for (w, over), d in zip(*x)] for x in zip(weights, products)]
         for row, x, d_out, of_row, d_row in zip(rows, read, do, weights, d_scores):
             dv = [_dot(d, w.astype(dtype), ((1,), (1,))) for d, (w, _) in zip(d_out, of_row)]
             dq = [_dot(k, d, ((1,), (0,))) for k, d in zip(x.keys, d_row)]
@@ -384,9 +380,7 @@ def attend(
     width = given[0].shape[-1] // (3 if together else 1) // heads
     count_of_program = _heads_of_a_program(local, width).count
     ones = jnp.ones(width, jnp.float32)
-    scale, bias, of_keys, _ = (
-        norms if norms is not None else (ones, jnp.zeros_like(ones), ones, None)
-    )
+    scale, bias, of_keys, _ = norms if norms is not None else (ones, jnp.zeros_like(ones), ones, None)
     factors = jnp.stack([scale, bias], 1) * of_keys[:, None] * (width**-0.5 / LN2)
     rows = jnp.pad(jnp.tile(factors, (count_of_program, 1)), ((0, 0), (0, 6)))
     masks = () if ids is None else (ids[:, :, None], ids[:, None, :])

@@ -61,13 +61,7 @@ def _bin_weights(start, end, cells: int, bins: int, samples: int):
 
 
 def of_kept(
-    patches: jax.Array,
-    kept: jax.Array,
-    boxes_xyxy: jax.Array,
-    *,
-    grid: int,
-    bins: int,
-    samples: int,
+    patches: jax.Array, kept: jax.Array, boxes_xyxy: jax.Array, *, grid: int, bins: int, samples: int
 ) -> jax.Array:
     """`roi_align` of the kept patches [B, n, E] by their numbers, int32 [B, n], in a square of `grid` a side.
 
@@ -120,11 +114,7 @@ class RoIAlign(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        tokens: jax.Array,
-        boxes_xyxy: jax.Array,
-        leading: int,
-        kept: jax.Array | None = None,
+        self, tokens: jax.Array, boxes_xyxy: jax.Array, leading: int, kept: jax.Array | None = None
     ) -> jax.Array:
         """The means of the parts of each box.
 

@@ -73,21 +73,15 @@ class GRAIN(nn.Module):
                 c.embed_dim, ("width",), ("embed",), dtype=dtype, kernel_init=xavier, use_bias=False
             )
         # In log space, as in CLIP; Outputs hold its exponential.
-        scalar = lambda name, value: layers.parameter(
-            self, name, nn.initializers.constant(value), (), ()
-        )
+        scalar = lambda name, value: layers.parameter(self, name, nn.initializers.constant(value), (), ())
         self.logit_scale = scalar("logit_scale", np.log(c.logit_scale_init))
         sigmoid = c.logit_bias_init is not None
         if sigmoid:
             self.logit_bias = scalar("logit_bias", c.logit_bias_init)
         if c.regions_have_scale:
             # The published scale fits trained embeddings; new ones start as CLIP and SigLIP started.
-            self.region_logit_scale = scalar(
-                "region_logit_scale", np.log(10 if sigmoid else 1 / 0.07)
-            )
-            self.region_logit_bias = (
-                scalar("region_logit_bias", -10.0) if sigmoid else jnp.zeros(())
-            )
+            self.region_logit_scale = scalar("region_logit_scale", np.log(10 if sigmoid else 1 / 0.07))
+            self.region_logit_bias = scalar("region_logit_bias", -10.0) if sigmoid else jnp.zeros(())
 
     def image_tokens(self, image: jax.Array, kept: jax.Array | None = None) -> jax.Array:
         """Images to their tokens. Raises UserError: the tower takes neither this size nor some of the patches.
@@ -180,9 +174,7 @@ class GRAIN(nn.Module):
         """Images and boxes [B, R, 4], corners in [0, 1] -> [B, R, D], unit length; needs a box head."""
         return self.box_embeddings(self.image_tokens(image), boxes_xyxy)
 
-    def encode_image_and_boxes(
-        self, image: jax.Array, boxes_xyxy: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def encode_image_and_boxes(self, image: jax.Array, boxes_xyxy: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As the first result of `encode_image`, and `encode_boxes`, of one pass through the image tower."""
         tokens = self.image_tokens(image)
         return self.embeddings(tokens)[0], self.box_embeddings(tokens, boxes_xyxy)
@@ -207,9 +199,7 @@ class GRAIN(nn.Module):
         """As `encode_patches`, from the tokens of the images."""
         patches = tokens[:, self.image.leading_tokens(self.config.image) :]
         # Pooling "class" reads the first token, "mean" those after the leading ones: a patch stands in for all of them.
-        alone = jnp.repeat(
-            patches.reshape(-1, 1, tokens.shape[2]), tokens.shape[1] - patches.shape[1] + 1, 1
-        )
+        alone = jnp.repeat(patches.reshape(-1, 1, tokens.shape[2]), tokens.shape[1] - patches.shape[1] + 1, 1)
         return normalize(self._pooled_image(alone)).reshape(*patches.shape[:2], -1)
 
     def _pooled_image(self, tokens: jax.Array) -> jax.Array:
@@ -255,17 +245,12 @@ class GRAIN(nn.Module):
         """As `text_features`, of unit length."""
         return tuple(map(normalize, self.text_features(tokens, positions, segments, *at)))
 
-    def __call__(
-        self, batch: schema.Batch, dropout_keys: jax.Array | None = None
-    ) -> schema.Outputs:
+    def __call__(self, batch: schema.Batch, dropout_keys: jax.Array | None = None) -> schema.Outputs:
         """A batch to its embeddings, boxes and logit scale; with `dropout_keys` [B] as in training."""
         return self.outputs_and_features(batch, dropout_keys)[0]
 
     def outputs_and_features(
-        self,
-        batch: schema.Batch,
-        dropout_keys: jax.Array | None = None,
-        kept: jax.Array | None = None,
+        self, batch: schema.Batch, dropout_keys: jax.Array | None = None, kept: jax.Array | None = None
     ) -> tuple[schema.Outputs, schema.Features]:
         """As a call, and what the local loss terms see beside it (losses/local.py); `kept` as of `image_tokens`."""
         tokens = self.image_tokens(batch.image, kept)

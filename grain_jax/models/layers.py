@@ -208,9 +208,9 @@ def example_dropout(x, keys, site: int, rate: float):
     """
     if keys is None or rate == 0.0:
         return x
-    keep = jax.vmap(
-        lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:])
-    )(keys)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:]))(
+        keys
+    )
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 

@@ -85,9 +85,7 @@ def maps_of(
         rank above the smaller side of a map.
     """
     modules = list(dict.fromkeys(name.rpartition("/")[0] for name in shapes if "/" in name))
-    known = {
-        f"{tower}/blocks/{name}" for tower in ("image", "text") for name in config_lib.LAYER_MAPS
-    }
+    known = {f"{tower}/blocks/{name}" for tower in ("image", "text") for name in config_lib.LAYER_MAPS}
     maps = [name for name in modules if name in known]
     chosen = dict.fromkeys(
         name for pattern in lora.modules for name in _matched(pattern, model, modules, maps)
@@ -110,9 +108,7 @@ def maps_of(
     return list(chosen)
 
 
-def _matched(
-    pattern: str, model: config_lib.Model, modules: list[str], maps: list[str]
-) -> list[str]:
+def _matched(pattern: str, model: config_lib.Model, modules: list[str], maps: list[str]) -> list[str]:
     """The maps that a pattern matches. Raises UserError: it matches nothing, or something else."""
     matched = [name for name in modules if re.fullmatch(pattern, name)]
     external = {t: named.is_external(getattr(model, t).tower) for t in ("image", "text")}

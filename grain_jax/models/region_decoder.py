@@ -174,7 +174,5 @@ class Pointer(nn.Module):
         logits = jnp.einsum("tbqe,bpe->tbqp", query, key).astype(jnp.float32)
         logits = logits * (SHARPNESS * self.width**-0.5) + logit[..., 0][:, None]
         weights = jax.nn.softmax(logits, axis=-1)
-        of_queries = jnp.einsum(
-            "tbqp,bpc->tbqc", weights, boxes, precision=jax.lax.Precision.HIGHEST
-        )
+        of_queries = jnp.einsum("tbqp,bpc->tbqc", weights, boxes, precision=jax.lax.Precision.HIGHEST)
         return of_queries, schema.TokenBoxes(boxes, logit[..., 0], centre_xy)

@@ -20,13 +20,7 @@ class Rotation(NamedTuple):
 
 
 def of_grid(
-    grid: int,
-    *,
-    theta: float,
-    head_dim: int,
-    leading: int,
-    kept: jax.Array | None = None,
-    trailing: int = 0,
+    grid: int, *, theta: float, head_dim: int, leading: int, kept: jax.Array | None = None, trailing: int = 0
 ) -> Rotation:
     """The rotation of `leading` tokens, then of `grid` x `grid` patches, row by row, then of `trailing` tokens.
 

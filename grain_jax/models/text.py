@@ -39,9 +39,7 @@ class TextTransformer(towers.TextTower):
         """int32 [G, rows, L] each -> [G, rows, L, E], before the final norm, which is the model's."""
         t = self.config
         shape = tokens.shape
-        tokens, positions, segments = (
-            a.reshape(-1, shape[-1]) for a in (tokens, positions, segments)
-        )
+        tokens, positions, segments = (a.reshape(-1, shape[-1]) for a in (tokens, positions, segments))
         if not self.packable(t):  # the padding is a token of the text, with positions that count on
             tokens = jnp.where(segments > 0, tokens, t.pad_id)
             positions = jnp.broadcast_to(jnp.arange(shape[-1]), tokens.shape)
@@ -92,16 +90,12 @@ def gather_texts(features: jax.Array, end_at: jax.Array) -> jax.Array:
     groups, rows, length, width = features.shape
     index = end_at[..., 0] * length + end_at[..., 1]  # [B, ...]
     picked = jnp.take_along_axis(
-        features.reshape(groups, rows * length, width),
-        index.reshape(groups, index.size // groups, 1),
-        axis=1,
+        features.reshape(groups, rows * length, width), index.reshape(groups, index.size // groups, 1), axis=1
     )
     return picked.reshape(*index.shape, width)
 
 
-def rows_of_texts(
-    features: jax.Array, segments: jax.Array, end_at: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def rows_of_texts(features: jax.Array, segments: jax.Array, end_at: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The row of each of N texts, [N, L, E], and where it has tokens of the text, bool [N, L].
 
     Args:

@@ -10,15 +10,7 @@ import numpy as np
 
 from grain_jax.config import ImageTower, TextTower
 from grain_jax.models import attention, placement, rotary
-from grain_jax.models.layers import (
-    MLP,
-    Init,
-    LayerNorm,
-    normal,
-    parameter,
-    torch_bias,
-    zeros,
-)
+from grain_jax.models.layers import MLP, Init, LayerNorm, normal, parameter, torch_bias, zeros
 
 
 class LayerInits(NamedTuple):

@@ -85,9 +85,7 @@ class ImageTransformer(towers.ImageTower):
         return int(config.class_token) + config.registers
 
     @nn.compact
-    def __call__(
-        self, image: jax.Array, *, values: bool = False, kept: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, image: jax.Array, *, values: bool = False, kept: jax.Array | None = None) -> jax.Array:
         """Normalised images to tokens. Raises UserError: an image is no square of whole patches.
 
         Args:
@@ -135,9 +133,7 @@ class ImageTransformer(towers.ImageTower):
         if extra:
             x, mask = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), attention.First(length)
         if t.rope == "centres":
-            sizes = dict(
-                head_dim=t.width // t.heads, leading=self.leading_tokens(t), trailing=extra
-            )
+            sizes = dict(head_dim=t.width // t.heads, leading=self.leading_tokens(t), trailing=extra)
             rotation = rotary.of_grid(grid, theta=t.rope_theta, kept=kept, **sizes)
         blocks = layers.scan_layers(
             tower_layer.TowerLayer,

@@ -29,9 +29,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 _GKE_TPU = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
 
-def initialize(
-    coordinator: str | None, processes: int, process_id: int, heartbeat_seconds: int
-) -> str:
+def initialize(coordinator: str | None, processes: int, process_id: int, heartbeat_seconds: int) -> str:
     """Joins the other processes, where there are any. Call it before anything that asks for devices.
 
     Args:
@@ -56,9 +54,7 @@ def initialize(
     patience.start()
     try:
         jax.distributed.initialize(
-            **arguments,
-            initialization_timeout=START_SECONDS,
-            heartbeat_timeout_seconds=heartbeat_seconds,
+            **arguments, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=heartbeat_seconds
         )
         alone = jax.process_count() == 1
         ending.take_sigterm_back(leaves_last=jax.process_index() == 0 and not alone)
@@ -66,9 +62,7 @@ def initialize(
             jax.distributed.shutdown()
     finally:
         patience.cancel()
-    return (
-        f"{name}: process {jax.process_index()} of {jax.process_count()}, on {socket.gethostname()}"
-    )
+    return f"{name}: process {jax.process_index()} of {jax.process_count()}, on {socket.gethostname()}"
 
 
 def find(

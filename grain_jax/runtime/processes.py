@@ -146,10 +146,7 @@ def _of_all(content: bytes) -> list[bytes]:
     wait_for_all(f"evaluation {next(_meetings)}")
     # In parts: JAX has no 64 bits.
     halves = np.array(divmod(len(content), _HALF), np.uint32)
-    lengths = np.asarray(multihost_utils.process_allgather(halves)).astype(int).reshape(-1, 2) @ (
-        _HALF,
-        1,
-    )
+    lengths = np.asarray(multihost_utils.process_allgather(halves)).astype(int).reshape(-1, 2) @ (_HALF, 1)
     padded = np.frombuffer(content.ljust(lengths.max(), b"\0"), np.uint8)
     everything = np.asarray(multihost_utils.process_allgather(padded))
     return [part[:length].tobytes() for part, length in zip(everything, lengths)]

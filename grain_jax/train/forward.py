@@ -90,9 +90,7 @@ class Forward:
         """The local terms of the run by name. Raises UserError: one cannot be found, or misses something in this run."""
         terms, faults = {}, []
         for name, entry in total.local_entries(self.config.loss).items():
-            faults += [
-                f"loss.terms.{name}: {x}" for x in entry.cls.faults(entry.options, self.config)
-            ]
+            faults += [f"loss.terms.{name}: {x}" for x in entry.cls.faults(entry.options, self.config)]
             terms[name] = entry.cls(entry.options, self.config.model, self.config.dtype)
         if terms and self.config.model.image.keep != 1:
             faults.append(
@@ -126,9 +124,7 @@ class Forward:
             x = jnp.asarray(x, jnp.float32)
             return nn.Partitioned(x, (None,) * x.ndim) if boxed else x
 
-        states = {
-            name: term.initial_state(_parameters(params, name)) for name, term in self.terms.items()
-        }
+        states = {name: term.initial_state(_parameters(params, name)) for name, term in self.terms.items()}
         return {
             name: jax.tree.map(in_float32, state, is_leaf=sharding.is_box)
             for name, state in states.items()
@@ -224,9 +220,7 @@ def _as_floats(output: local.LocalOutput) -> local.LocalOutput:
     as_float = lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
     converted = local.LocalOutput(*jax.tree.map(lambda x: as_float(jnp.asarray(x)), tuple(output)))
     stop = jax.lax.stop_gradient
-    return converted._replace(
-        measures=stop(converted.measures), statistics=stop(converted.statistics)
-    )
+    return converted._replace(measures=stop(converted.measures), statistics=stop(converted.statistics))
 
 
 def folded(keys: jax.Array, name: str) -> jax.Array:

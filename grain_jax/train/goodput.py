@@ -121,9 +121,7 @@ def of_processes(own: Own) -> dict[str, float]:
     the slowest. Seconds in which a process stood still count as its own.
     """
     alone = jax.process_count() == 1
-    rows = (
-        np.array([own]) if alone else multihost_utils.process_allgather(np.array(own, np.float32))
-    )
+    rows = np.array([own]) if alone else multihost_utils.process_allgather(np.array(own, np.float32))
     seconds, memory, peak = np.asarray(rows, np.float64).reshape(-1, len(Own._fields)).T
     numbers = {}
     if not np.isnan(memory).all():

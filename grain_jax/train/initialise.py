@@ -21,10 +21,7 @@ from grain_jax.train import train_step
 
 _KEPT_POSITIONS = 20  # see `resize_text_positions`
 # Part -> prefixes of its parameters. A model whose image tower pools also takes _POOLED from it.
-_PREFIXES = {
-    "image": ("image/",),
-    "text": ("text/", "text_norm/", "text_pool/", "text_projection/"),
-}
+_PREFIXES = {"image": ("image/",), "text": ("text/", "text_norm/", "text_pool/", "text_projection/")}
 _POOLED = ("image_pool/", "image_projection/")
 _BOX_HEAD = ("box_head/", "box_projection/")
 _SCALE = ("logit_scale", "logit_bias")  # of two towers that were trained together
@@ -136,16 +133,12 @@ def load(config: config_lib.Config) -> Loaded:
     return Loaded(params, report)
 
 
-def _names(
-    part: str, config: config_lib.Config, stored: config_lib.Model, shapes: Any
-) -> list[str]:
+def _names(part: str, config: config_lib.Config, stored: config_lib.Model, shapes: Any) -> list[str]:
     """The parameters of the config's model that a part of a stored model gives."""
     model, init = config.model, config.init
     pooled = _POOLED if model.tower_pools else ()
     if part == "decoder":  # all but the towers; a box head where both have the same
-        others = sum(
-            _PREFIXES.values(), pooled + (_BOX_HEAD if stored.boxes != model.boxes else ())
-        )
+        others = sum(_PREFIXES.values(), pooled + (_BOX_HEAD if stored.boxes != model.boxes else ()))
         return [name for name in shapes if not name.startswith(others)]
     prefixes = _PREFIXES[part] + (pooled if part == "image" else ())
     if part == "text" and model.tower_pools and init.image == init.text and not init.decoder:
@@ -184,9 +177,7 @@ def _about_texts(stored: config_lib.TextTower, wanted: config_lib.TextTower) -> 
     return lines
 
 
-def _resize_positions(
-    config: config_lib.Config, part: str, params: dict[str, np.ndarray]
-) -> list[str]:
+def _resize_positions(config: config_lib.Config, part: str, params: dict[str, np.ndarray]) -> list[str]:
     """Resizes the positions of a built-in tower to the model, in `params`; the line for the report, if any."""
     name, tower = f"{part}/position_embed", getattr(config.model, part)
     if name not in params or named.is_external(tower.tower):  # rotary ones follow the grid
@@ -195,9 +186,7 @@ def _resize_positions(
     if part == "image":
         grid = tower.image_size // tower.patch_size
         if len(old) != tower.class_token + grid**2:
-            params[name] = np.asarray(
-                vit.resized_positions(jnp.asarray(old), int(tower.class_token), grid)
-            )
+            params[name] = np.asarray(vit.resized_positions(jnp.asarray(old), int(tower.class_token), grid))
     else:
         params[name] = resize_text_positions(old, tower.context_length)
     same = len(params[name]) == len(old)

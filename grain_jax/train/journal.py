@@ -35,12 +35,7 @@ class Journal:
     """
 
     def __init__(
-        self,
-        run: SetUp,
-        workdir: epath.Path,
-        checkpoints,
-        state: train_step.TrainState,
-        clock: goodput.Clock,
+        self, run: SetUp, workdir: epath.Path, checkpoints, state: train_step.TrainState, clock: goodput.Clock
     ):
         config, start_step = run.config, int(state.step)
         self._clock, self._own = clock, (time.monotonic(), start_step, clock.waited, 0.0)
@@ -191,9 +186,7 @@ def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
     """What to set where too many texts do not fit: rows by the lengths of the dataset's texts."""
     group, rows = config.text_layout
     enough = derived.rows_of(config, group, source.text_lengths(config))
-    return (
-        f"set --config.text.pack_rows={max(enough, rows + 1)} (got {rows}, for groups of {group})"
-    )
+    return f"set --config.text.pack_rows={max(enough, rows + 1)} (got {rows}, for groups of {group})"
 
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
@@ -205,9 +198,7 @@ def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> i
 
 
 def evaluate_all(
-    config: config_lib.Config,
-    evals: Mapping[str, Evaluator],
-    state: train_step.TrainState,
+    config: config_lib.Config, evals: Mapping[str, Evaluator], state: train_step.TrainState
 ) -> dict[str, float]:
     """The numbers of the evaluators `evals`; the processes share the images, and all get the numbers."""
     results = {}

@@ -65,9 +65,7 @@ def taken_by_auto(config: config_lib.Config, mesh: jax.sharding.Mesh) -> str:
     return taken if config.model.attention == "auto" and taken != "xla" else ""
 
 
-def compare(
-    config: config_lib.Config, tower: str, images: int, choices: Sequence[str]
-) -> list[Trial]:
+def compare(config: config_lib.Config, tower: str, images: int, choices: Sequence[str]) -> list[Trial]:
     """Tries values of `model.attention` on one device of this process.
 
     Args:
@@ -108,9 +106,7 @@ def relative_error(results: Any, expected: Any) -> float:
 
 
 @contextlib.contextmanager
-def _as_in_a_run(
-    config: config_lib.Config, mesh: jax.sharding.Mesh | None = None
-) -> Iterator[None]:
+def _as_in_a_run(config: config_lib.Config, mesh: jax.sharding.Mesh | None = None) -> Iterator[None]:
     """Inside, towers choose their programs as in a run, by default on one device."""
     mesh = mesh or sharding.make_mesh(config_lib.Mesh(data=1), jax.local_devices()[:1])
     apart = programs.maps_apart() if config.optim.lora.rank else contextlib.nullcontext()
@@ -153,9 +149,7 @@ def _arguments(config: config_lib.Config, tower: str, images: int) -> tuple[Any,
             options = {"kept": jnp.broadcast_to(jnp.arange(kept), (images, kept))}
     else:
         group, rows = config.text_layout
-        at = jnp.broadcast_to(
-            jnp.arange(config.row_length), (images // group, rows, config.row_length)
-        )
+        at = jnp.broadcast_to(jnp.arange(config.row_length), (images // group, rows, config.row_length))
         tokens = jax.random.randint(next(keys), at.shape, 1, config.model.text.vocab_size)
         inputs = (tokens, at % _TEXT, 1 + at // _TEXT)
     module = _tower(with_attention(config, "xla"), tower)

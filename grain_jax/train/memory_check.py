@@ -63,9 +63,7 @@ def check(program: train_step.Program) -> None:
     """Checks the state and one batch, before the state is made. Raises OutOfMemory."""
     sizes = state_bytes(program)
     batch = sizes.pop("batch")
-    _compare(
-        {"parameters, moments and averages": sum(sizes.values()), "a batch (batch_size)": batch}
-    )
+    _compare({"parameters, moments and averages": sum(sizes.values()), "a batch (batch_size)": batch})
 
 
 def check_step(compiled: jax.stages.Compiled) -> None:

@@ -33,9 +33,7 @@ class NotFinite(errors.UserError, ArithmeticError):
     status = 1  # the command was right
 
 
-def check_finite(
-    metrics: Mapping[str, float], last_good_step: int, step: int, terms: Iterable[str]
-) -> None:
+def check_finite(metrics: Mapping[str, float], last_good_step: int, step: int, terms: Iterable[str]) -> None:
     """Raises NotFinite with the first bad one of the `metrics` of a `step`: the loss `terms`, total and gradient."""
     for term in (*terms, "loss", "grad_norm"):  # a finite loss may have a gradient that is not
         if not math.isfinite(metrics.get(term, 0)):  # a term that is off has none

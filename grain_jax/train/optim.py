@@ -231,9 +231,7 @@ def _orthogonal_momentum(beta: float) -> optax.GradientTransformation:
         updates, after = muon.update(updates, state, params)
         return updates, after._replace(ns_coeffs=())
 
-    return optax.GradientTransformation(
-        lambda params: muon.init(params)._replace(ns_coeffs=()), update
-    )
+    return optax.GradientTransformation(lambda params: muon.init(params)._replace(ns_coeffs=()), update)
 
 
 def scale_by_muon(config: Optim) -> optax.GradientTransformation:
@@ -271,9 +269,7 @@ def optimizer(
     updates = optax.chain(
         clip,
         scale,
-        optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: decay_mask(params, reference)
-        ),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, reference)),
         optax.scale_by_learning_rate(schedule),
     )
     if config.frozen:

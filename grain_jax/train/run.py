@@ -79,10 +79,7 @@ def train(
 
 
 def _train(
-    config: config_lib.Config,
-    workdir: epath.Path,
-    handler: ending.PreemptionHandler,
-    watch: ending.Watchdog,
+    config: config_lib.Config, workdir: epath.Path, handler: ending.PreemptionHandler, watch: ending.Watchdog
 ) -> None:
     """`train`, in a workdir that is locked."""
     # 1. Devices, data and programs.

@@ -63,10 +63,7 @@ def set_up(config: config_lib.Config, workdir: epath.Path) -> SetUp:
     schedule.check_best_entry(config, evals)
     assert config.input.lanes is not None  # derived
     lanes = sharding.lanes_of_process(
-        of_batch,
-        batch_size=config.batch_size,
-        lanes=config.input.lanes,
-        process_index=jax.process_index(),
+        of_batch, batch_size=config.batch_size, lanes=config.input.lanes, process_index=jax.process_index()
     )
     steps = resolve_steps(config, source.num_examples(config))
     return SetUp(config, derived_from, mesh, source, lanes, *steps, data, evals)

@@ -185,9 +185,7 @@ def table(abstract: Any, shardings: Any) -> str:
     return "\n".join(lines)
 
 
-def place_state(
-    abstract: Any, rules: tuple[tuple[str, str | None], ...], mesh: Mesh
-) -> tuple[Any, Any]:
+def place_state(abstract: Any, rules: tuple[tuple[str, str | None], ...], mesh: Mesh) -> tuple[Any, Any]:
     """Shapes and shardings of a training state, or of parameters alone.
 
     Args:

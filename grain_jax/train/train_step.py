@@ -220,9 +220,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: schema.Batch):
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.caption_mask.shape[0]))
-        losses, grads = loss_and_grads(
-            model, config, mesh, state.params, batch, keys, state.term_state
-        )
+        losses, grads = loss_and_grads(model, config, mesh, state.params, batch, keys, state.term_state)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = optim.clip_logit_scales(params, config.frozen)
@@ -262,9 +260,7 @@ class Program(NamedTuple):
     batch: schema.Batch  # ShapeDtypeStructs
     batch_sharding: NamedSharding
     init: Callable  # jitted: () -> state, fresh from the seed; see `initialise.state_of_step_0`
-    term_state: (
-        Callable  # jitted: params -> `TrainState.term_state` of step 0 beside these parameters
-    )
+    term_state: Callable  # jitted: params -> `TrainState.term_state` of step 0 beside these parameters
     step: Callable  # jitted: (state, batch) -> (state, metrics); donates `state`
 
 
@@ -277,10 +273,7 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     sharding.check_batch(config, mesh)
     model = GRAIN(config.model, config.dtype, config.remat)
     schedule = optim.learning_rate(
-        config.optim,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        reference=config.reference,
+        config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch, reference=config.reference
     )
     of_run = dataclasses.replace(config.optim, frozen=config.frozen)
     tx = optim.optimizer(of_run, schedule, config.reference)
@@ -294,8 +287,7 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
         batch_sharding,
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
         term_state=jax.jit(
-            forward_lib.Forward(model, config, mesh).initial_state,
-            out_shardings=shardings.term_state,
+            forward_lib.Forward(model, config, mesh).initial_state, out_shardings=shardings.term_state
         ),
         step=jax.jit(
             make_train_step(model, config, tx, schedule, mesh),

@@ -20,14 +20,7 @@ from grain_jax.runtime import ending
 from tests import tiny
 from tests.paths import ROOT
 
-DATA = [
-    {
-        "name": "birds",
-        "split": "train",
-        "shard_lengths": [4, 4, 3],
-        "digest": "0f" * 16,
-    }
-]
+DATA = [{"name": "birds", "split": "train", "shard_lengths": [4, 4, 3], "digest": "0f" * 16}]
 
 
 class State(NamedTuple):
@@ -40,9 +33,7 @@ class State(NamedTuple):
 
 
 def state(step, width=8):
-    weights = jax.random.normal(
-        jax.random.key(step), (64, width)
-    )  # random: it must not compress away
+    weights = jax.random.normal(jax.random.key(step), (64, width))  # random: it must not compress away
     return State(jnp.int32(step), {"tower": {"weights": weights, "bias": jnp.zeros(width)}})
 
 
@@ -77,10 +68,7 @@ def kept(workdir):
 def test_the_last_every_k_and_the_best_are_kept(tmp_path):
     losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: 3.0, 6: 2.5}  # 5, 7 and 8 have none
     config = tiny.config(
-        checkpoint_keep=2,
-        checkpoint_keep_every=3,
-        checkpoint_best_metric="loss",
-        checkpoint_best_mode="min",
+        checkpoint_keep=2, checkpoint_keep_every=3, checkpoint_best_metric="loss", checkpoint_best_mode="min"
     )
     measured = lambda step: {"loss": losses[step]} if step in losses else None
     save_steps(tmp_path, range(1, 6), config, measured)
@@ -154,9 +142,7 @@ def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, damage):
     assert ("not what was saved: state" in said[0]) == (damage == "bit flipped"), said
     assert kept(workdir) == [4] and (workdir / "damaged_checkpoints/8").is_dir()
     assert int(restored.step) == 4
-    np.testing.assert_array_equal(
-        restored.params["tower"]["weights"], state(4).params["tower"]["weights"]
-    )
+    np.testing.assert_array_equal(restored.params["tower"]["weights"], state(4).params["tower"]["weights"])
     if damage == "truncated":  # written again
         save_steps(workdir, (8,), MEASURED, LOSS)
         restored, said = restore(workdir, MEASURED)
@@ -187,9 +173,7 @@ def test_all_damaged_is_one_line_and_moves_nothing(saved, tmp_path):
     shutil.copytree(saved, workdir)
     for step in ("4", "8"):
         DAMAGE["truncated"](workdir / "checkpoints" / step)
-    with pytest.raises(
-        checkpoint_files.CheckpointError, match="none of the checkpoints 8, 4 can"
-    ) as e:
+    with pytest.raises(checkpoint_files.CheckpointError, match="none of the checkpoints 8, 4 can") as e:
         restore(workdir, MEASURED)
     assert len(str(e.value).splitlines()) == 1
     assert kept(workdir) == [4, 8]

@@ -21,9 +21,7 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.quick
 
 NEEDS_A_MODEL = "regions"  # has no default argument
-SHIPPED = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", NEEDS_A_MODEL)
-)
+SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", NEEDS_A_MODEL))
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "eval"])
@@ -113,9 +111,7 @@ def test_every_key_has_a_role():
 
 def test_the_recipe_has_the_declared_keys_with_their_defaults():
     c = recipe.base()
-    assert json.loads(json.dumps(c.to_dict())) == json.loads(
-        config_lib.to_json(config_lib.Config())
-    )
+    assert json.loads(json.dumps(c.to_dict())) == json.loads(config_lib.to_json(config_lib.Config()))
     unset = {"total_steps": int, "total_epochs": float, "input.prepare": str, "init.image": str}
     for key, kind in {**unset, "input.lanes": int, "model.logit_bias_init": float}.items():
         *groups, leaf = key.split(".")

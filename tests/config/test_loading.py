@@ -133,6 +133,4 @@ def test_help_config_lists_keys_with_defaults_or_values(folder, capsys):
     lines = show("plan", *changed, "--help-config", "model.image")
     assert re.match(r"\d\d .* own:S/16", lines[0])
     assert "model.image.width = 384  (int, 1 to 131,072, default 768)" in lines
-    assert "evals.unseen.names = False" in show(
-        "train", "--config=demo", "--help-config=evals.unseen"
-    )
+    assert "evals.unseen.names = False" in show("train", "--config=demo", "--help-config=evals.unseen")

@@ -23,9 +23,7 @@ def _save(path, seed=0, **changes):
     """A model with random weights of that seed."""
     model = perturbed.tiny(**DEPTH, **changes)
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda x: np.float32(x + rng.normal(0, 0.1, np.shape(x))), perturbed.params(model)
-    )
+    params = jax.tree.map(lambda x: np.float32(x + rng.normal(0, 0.1, np.shape(x))), perturbed.params(model))
     saved_model.save_model(path, model, params, source="test")
     return str(path)
 
@@ -118,9 +116,7 @@ def test_another_tokenizer_is_another_model(tmp_path, capsys):
         folders.append(_save(tmp_path / name, text__tokenizer="tokenizer.json"))
         perturbed.write_words(tmp_path / name, vocabulary)
     assert _average(tmp_path / "out", *folders[:2]) == 0
-    assert (tmp_path / "out/tokenizer.json").read_bytes() == (
-        tmp_path / "a/tokenizer.json"
-    ).read_bytes()
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "a/tokenizer.json").read_bytes()
     capsys.readouterr()
     assert _average(tmp_path / "no", *folders[1:]) == 2
     said = capsys.readouterr().err

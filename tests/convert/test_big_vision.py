@@ -47,9 +47,7 @@ def _stacked(params):
     for name in params:
         if "encoderblock_0" in name:
             other = name.replace("encoderblock_0", "encoderblock_1")
-            out[name.replace("encoderblock_0", "encoderblock")] = np.stack(
-                [params[name], params[other]]
-            )
+            out[name.replace("encoderblock_0", "encoderblock")] = np.stack([params[name], params[other]])
     return out
 
 

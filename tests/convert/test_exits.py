@@ -31,9 +31,7 @@ pytestmark = pytest.mark.long
 
 torch.set_num_threads(1)
 TWO = dict(decoder=None, image__depth=1, text__depth=1)
-CLIP = TWO | dict(
-    image__pool="class", image__qk_norm=False, image__pre_norm=True, image__norm_eps=1e-5
-)
+CLIP = TWO | dict(image__pool="class", image__qk_norm=False, image__pre_norm=True, image__norm_eps=1e-5)
 QUICK = CLIP | dict(image__activation="quick_gelu")
 WORDS = dict(text__tokenizer="tokenizer.json")
 SIGLIP = TWO | WORDS | dict(

@@ -56,9 +56,7 @@ def test_heads_that_are_not_given(tmp_path, capsys):
     lines = capsys.readouterr().err.strip().split("\n")
     assert [line.split(": ")[1] for line in lines[:-1]] == ["--text-heads", "--decoder-heads"]
     assert lines[-1] == "2 faults; nothing was written"
-    assert (
-        main([*arguments, "--text-heads", "7", "--decoder-heads", "6", "--image-heads", "4"]) == 2
-    )
+    assert main([*arguments, "--text-heads", "7", "--decoder-heads", "6", "--image-heads", "4"]) == 2
     err = capsys.readouterr().err
     assert "image heads: got 4, expected 3" in err
     assert "text heads: got 7, expected a divisor of the width 40" in err

@@ -168,8 +168,7 @@ def test_the_golden_strings_have_our_ids(converted):
     wrong = [
         s["text"]
         for s, row in zip(strings, ids["input_ids"].tolist())
-        if row[: len(s["ids"])] != s["ids"]
-        or set(row[len(s["ids"]) :]) - {clip_tokenizer.END_OF_TEXT}
+        if row[: len(s["ids"])] != s["ids"] or set(row[len(s["ids"]) :]) - {clip_tokenizer.END_OF_TEXT}
     ]
     assert not wrong
 
@@ -183,9 +182,7 @@ def test_the_zero_shot_pipeline_of_transformers_takes_it(converted):
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
     )
-    (entries,) = pipeline(
-        raw_images()[:1], candidate_labels=["wren", "owl"], hypothesis_template="{}"
-    )
+    (entries,) = pipeline(raw_images()[:1], candidate_labels=["wren", "owl"], hypothesis_template="{}")
     model = grain_jax.load(ours)
     model.templates = ["{}"]
     scale = np.exp(2.5)

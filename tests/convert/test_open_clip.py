@@ -111,11 +111,7 @@ def test_metaclip_2_ends_texts_with_an_id_that_is_not_the_highest(pad, tmp_path)
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        (
-            "model_type",
-            "siglip2",
-            "got 'siglip2'.* take a fixed size such as hf://google/siglip2-base",
-        ),
+        ("model_type", "siglip2", "got 'siglip2'.* take a fixed size such as hf://google/siglip2-base"),
         ("text_config__num_hidden_layers", 900, "values, its files have"),
         ("text_config__num_hidden_layers", 999_999, "999999"),
         ("vision_config__intermediate_size", 60, "fc1"),

@@ -94,11 +94,7 @@ def write(folder, *names):
 
 
 def names_in(folder):
-    return {
-        str(path.relative_to(folder))
-        for path in pathlib.Path(folder).rglob("*")
-        if not path.is_dir()
-    }
+    return {str(path.relative_to(folder)) for path in pathlib.Path(folder).rglob("*") if not path.is_dir()}
 
 
 def test_what_an_older_conversion_wrote_goes_and_the_users_files_stay(tmp_path):

@@ -69,9 +69,7 @@ def test_what_is_no_difference_and_what_is_one(ours, theirs, ok):
 def test_other_names_and_shapes_are_errors():
     with pytest.raises(parity.ParityError) as error:
         parity.compare(
-            {"a": np.zeros(2), "b": np.zeros(2)},
-            {"b": np.zeros(3), "c": np.zeros(1)},
-            tolerance=1.0,
+            {"a": np.zeros(2), "b": np.zeros(2)}, {"b": np.zeros(3), "c": np.zeros(1)}, tolerance=1.0
         )
     assert str(error.value).split("\n") == [
         "parity: a: only one side gives it",

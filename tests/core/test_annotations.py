@@ -127,9 +127,7 @@ def test_a_caption_may_be_required(item, faults):
 
 def test_a_faulty_line_tells_what_else_to_check():
     regions = [_region(box=[1]), _region(score=2), 5, _region()]
-    parsed = annotations.parse_line(
-        _line({"image": "a.png", "regions": regions}), text_required=False
-    )
+    parsed = annotations.parse_line(_line({"image": "a.png", "regions": regions}), text_required=False)
     assert parsed.annotation is None and parsed.image == "a.png"
     assert parsed.boxes_xyxy == [None, (1, 2, 3, 4), None, (1, 2, 3, 4)]
 

@@ -29,9 +29,7 @@ def test_a_file_or_a_link_is_replaced(tmp_path):
 def test_devices_are_written_to():
     device = os.stat("/dev/null")
     atomic.write_text("/dev/null", "text")
-    assert (
-        stat.S_ISCHR(os.stat("/dev/null").st_mode) and os.stat("/dev/null").st_ino == device.st_ino
-    )
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and os.stat("/dev/null").st_ino == device.st_ino
     with pytest.raises(OSError, match="No space left"):
         atomic.write_text("/dev/full", "text")
     assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
@@ -110,9 +108,7 @@ def test_a_name_is_given_to_what_is_on_the_disk(write, count, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
-def test_a_disk_that_fails_is_an_error_and_one_that_cannot_wait_is_none(
-    code, tmp_path, monkeypatch
-):
+def test_a_disk_that_fails_is_an_error_and_one_that_cannot_wait_is_none(code, tmp_path, monkeypatch):
     def fsync(_):
         raise OSError(code, os.strerror(code))
 

@@ -107,9 +107,7 @@ def test_every_fault_is_named_with_its_line(tmp_path, capsys, monkeypatch):
     assert status == 0
     out = capsys.readouterr().err.splitlines()
     file, bad = tmp_path / "in/A.jsonl", len(MALFORMED)
-    listed = [
-        json.loads(x) for x in (tmp_path / "out/tiny_set/faults.jsonl").read_text().splitlines()
-    ]
+    listed = [json.loads(x) for x in (tmp_path / "out/tiny_set/faults.jsonl").read_text().splitlines()]
     faults = {item["where"]: item["fault"] for item in listed}
     assert list(faults) == [f"{file}:{line}" for line in line_numbers.values()]
     for name, (_, expected) in MALFORMED.items():
@@ -147,9 +145,7 @@ SHARES = {  # source -> its file, with a box in shares of width and height
 
 
 @pytest.mark.parametrize("source", SHARES)
-def test_a_file_whose_boxes_are_all_shares_is_an_error_that_names_the_option(
-    source, tmp_path, capsys
-):
+def test_a_file_whose_boxes_are_all_shares_is_an_error_that_names_the_option(source, tmp_path, capsys):
     record_sets.write_annotations(tmp_path, 4)  # A.jsonl has pixels
     (tmp_path / "shares").write_text(SHARES[source])
     flags = [f"--source={source}", f"--images={tmp_path}", "--name=x", f"--output={tmp_path}/out"]
@@ -303,9 +299,7 @@ def test_a_held_out_share_is_chosen_by_hash(tmp_path):
     for number in range(20):  # the same file, the same pixels, and the image at half its size
         noise(number).save(tmp_path / f"in/{number}b.png")
         noise(number).save(tmp_path / f"in/{number}.bmp")
-        noise(number).resize((36, 32)).convert("RGB").save(
-            tmp_path / f"in/{number}.jpg", quality=85
-        )
+        noise(number).resize((36, 32)).convert("RGB").save(tmp_path / f"in/{number}.jpg", quality=85)
         for kind in ("b.png", ".bmp", ".jpg"):
             line = {"image": f"{number}{kind}", "caption": "a", "id": f"{number}{kind}"}
             lines.append(line)
@@ -318,9 +312,7 @@ def test_a_held_out_share_is_chosen_by_hash(tmp_path):
     drawn = sum(int.from_bytes(digest.digest()[:8]) < 0.3 * 2**64 for digest in digests)
     assert len(held_out) > drawn
     assert splits["train"] == sorted({line["id"] for line in lines} - held_out)
-    sides = [
-        {f"{n}{kind}" in held_out for kind in ("", "b.png", ".bmp", ".jpg")} for n in range(20)
-    ]
+    sides = [{f"{n}{kind}" in held_out for kind in ("", "b.png", ".bmp", ".jpg")} for n in range(20)]
     assert {True} in sides and {False} in sides and {True, False} not in sides
 
 

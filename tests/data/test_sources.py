@@ -149,9 +149,7 @@ def write_objects(path, image=lambda n: {"file_name": f"{n:012d}.jpg"}, negative
 def coco_sample(folder):
     write_pictures(folder / "images", "{:012d}.jpg")
     images = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in range(COUNT)]
-    captions = [
-        {"image_id": n, "caption": caption(n) + "." * k} for n in range(COUNT) for k in (0, 1)
-    ]
+    captions = [{"image_id": n, "caption": caption(n) + "." * k} for n in range(COUNT) for k in (0, 1)]
     path = write_json(folder / "captions.json", {"images": images, "annotations": captions})
     return options(folder, path, write_objects(folder / "instances.json"))
 
@@ -173,9 +171,7 @@ def fg_ovd_sample(folder):
 
 def karpathy_sample(folder):
     write_pictures(folder / "images", "val2014/{}.jpg")
-    images = [
-        {"filename": f"{n}.jpg", "filepath": "val2014", "split": "test"} for n in range(COUNT)
-    ]
+    images = [{"filename": f"{n}.jpg", "filepath": "val2014", "split": "test"} for n in range(COUNT)]
     for number, image in enumerate(images):
         image["sentences"] = [{"raw": caption(number), "tokens": ["a"]}] * 2
     return options(folder, write_json(folder / "dataset_coco.json", {"images": images}))
@@ -246,11 +242,7 @@ def finehard_sample(folder):
             "short_caption": caption(n),
             "f_path": f"grit-12m/coyo_image_0/00000/{n:09d}.jpg",
             "bbox_info": [
-                {
-                    "bbox": [*shares(box), 0.75],
-                    "short_expr": text,
-                    "long_expr": f"{text}, at length",
-                }
+                {"bbox": [*shares(box), 0.75], "short_expr": text, "long_expr": f"{text}, at length"}
                 | {"flag_short_neg": 1, "short_expr_negs": {"0": f"no {text}", "1": text, "2": "x"}}
                 for box, text in regions(n)
             ],
@@ -445,20 +437,10 @@ def test_samples_of_tars_that_are_incomplete(tmp_path):
     "source, fields, own_options, line",
     [
         ("refcoco", {"split": "val"}, {}, "got --split val, expected one of: testA, train"),
-        (
-            "flickr30k_entities",
-            {"split": "val"},
-            {},
-            "val.txt: no such file, expected a list of ids",
-        ),
+        ("flickr30k_entities", {"split": "val"}, {}, "val.txt: no such file, expected a list of ids"),
         ("karpathy", {}, {}, "field `split` .*expected dataset_flickr30k"),
         ("csv", {}, {"bxoes": "b"}, "--option bxoes of .*: no such key; did you mean boxes"),
-        (
-            "webdataset",
-            {},
-            {"boxes": "b"},
-            "webdataset: has no column labels or descriptions; --option",
-        ),
+        ("webdataset", {}, {"boxes": "b"}, "webdataset: has no column labels or descriptions; --option"),
         ("csv", {}, {"unit": "inch"}, "Invalid enum value 'inch'"),
     ],
 )

@@ -68,9 +68,7 @@ def write_all(folder):
         lists = [f"'{json.dumps(values)}'" for values in (boxes(n), labels(n))]
         lines.append(";".join([files[n], text or "", *lists]).replace('"', '""').replace("'", '"'))
     (folder / "boxes.csv").write_text("\n".join(lines) + "\n")
-    of_hub = dict(
-        boxes="objects.bbox", labels="objects.category", box_format="xywh", caption="text"
-    )
+    of_hub = dict(boxes="objects.bbox", labels="objects.category", box_format="xywh", caption="text")
     of_rows = dict(image="file", caption="text", boxes="box", labels="label", delimiter=";")
     members = []
     for n, text in enumerate(texts):
@@ -108,9 +106,7 @@ def test_the_same_images_of_each_form(tmp_path):
 
 
 def options(folder, path, **fields):
-    return sources.Options(
-        str(folder / "images"), (str(path),), scratch=str(folder / "x"), **fields
-    )
+    return sources.Options(str(folder / "images"), (str(path),), scratch=str(folder / "x"), **fields)
 
 
 def test_what_columns_may_be(tmp_path):

@@ -79,9 +79,7 @@ def test_phrases_and_pixels_are_those_of_the_model(predictor, picture):
     (_, boxes), maps = views.find(picture, "a beak; a tail")
     answers = predictor.ground(image, ["a beak", "a tail"])
     phrases = ("a beak", "a tail")
-    assert [label for _, label in boxes] == [
-        f"{w} ({x.score:.2f})" for w, x in zip(phrases, answers)
-    ]
+    assert [label for _, label in boxes] == [f"{w} ({x.score:.2f})" for w, x in zip(phrases, answers)]
     assert [(mask.size, label) for mask, label in maps] == [((40, 30), word) for word in phrases]
     _, masks = views.segment(picture, "wren\nkite")
     labels = predictor.segment(image, ["wren", "kite"])

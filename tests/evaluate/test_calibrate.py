@@ -28,16 +28,12 @@ def test_a_known_scale_and_bias_are_recovered():
     assert scale == pytest.approx(30, rel=0.01) and bias == pytest.approx(-9, rel=0.01)
     # No other pair near it has a smaller loss.
     loss = lambda s, b: calibrate.reliability(s * cosines + b, present)["log_loss"]
-    assert loss(scale, bias) <= min(
-        loss(scale * a, bias + b) for a in (0.99, 1, 1.01) for b in (-0.05, 0.05)
-    )
+    assert loss(scale, bias) <= min(loss(scale * a, bias + b) for a in (0.99, 1, 1.01) for b in (-0.05, 0.05))
     assert calibrate.reliability(scale * cosines + bias, present)["ece"] < 0.005
 
 
 def test_cosines_that_separate_have_the_largest_scale():
-    scale, bias = calibrate.fit(
-        np.array([[0.1, 0.2], [0.3, 0.4]]), np.array([[0, 0], [1, 1]], bool)
-    )
+    scale, bias = calibrate.fit(np.array([[0.1, 0.2], [0.3, 0.4]]), np.array([[0, 0], [1, 1]], bool))
     assert 100 < scale <= calibrate.MAX_SCALE and -scale * 0.3 < bias < -scale * 0.2
     assert calibrate.fit(np.array([0.1, 0.2]), np.array([True, False]))[0] == 0.0  # never below it
 
@@ -161,9 +157,7 @@ def test_the_command_and_present(birds, capsys):
     drawn = samples.birds(3, seen=True)
     images, text = [bird.image for bird in drawn], next(iter(drawn[0].boxes_xyxy))
     model = grain_jax.load(birds / "model")
-    with pytest.raises(
-        InputError, match="grain-jax evaluate calibrate --checkpoint .*model --images"
-    ):
+    with pytest.raises(InputError, match="grain-jax evaluate calibrate --checkpoint .*model --images"):
         model.present(images, [text])
     status, result = _run(birds, "--images", str(birds), "--annotations", str(birds / "A.jsonl"))
     assert status == 0

@@ -23,11 +23,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "D.json").write_text(json.dumps({"cat": ["whiskers"], "dog": ["a tail"]}))
     captions = {"cat": "whiskers", "dog": "a tail"}
     lines = [
-        {
-            "image": f"{name}/{i}.png",
-            "caption": f"a {name}",
-            "regions": [region([0, 0, 10, 5], text, 0.5)],
-        }
+        {"image": f"{name}/{i}.png", "caption": f"a {name}", "regions": [region([0, 0, 10, 5], text, 0.5)]}
         for i, (name, text) in enumerate(captions.items())
     ]
     write_lines(tmp_path / "A.jsonl", lines)

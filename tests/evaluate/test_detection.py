@@ -45,9 +45,7 @@ def _random_set(seed):
                 found.append({"image_id": image["id"], "category_id": category, "bbox": bbox})
         for _ in range(rng.choice([0, 3, 130], p=[0.3, 0.6, 0.1])):  # far from any
             bbox = rng.uniform(0, 200, 4).tolist()
-            found.append(
-                {"image_id": image["id"], "category_id": int(rng.choice(ids)), "bbox": bbox}
-            )
+            found.append({"image_id": image["id"], "category_id": int(rng.choice(ids)), "bbox": bbox})
     for x in found:
         x["score"] = float(rng.integers(0, 12) / 11) if seed % 2 else float(rng.random())
     if all(x["iscrowd"] for x in truth):
@@ -64,8 +62,7 @@ def _expected(truth, found, class_ids=None):
     sets = []
     for items in (truth["annotations"], found):
         numbered = [
-            {"area": x["bbox"][2] * x["bbox"][3], "iscrowd": 0, **x, "id": i}
-            for i, x in enumerate(items, 1)
+            {"area": x["bbox"][2] * x["bbox"][3], "iscrowd": 0, **x, "id": i} for i, x in enumerate(items, 1)
         ]
         sets.append(COCO())
         sets[-1].dataset = copy.deepcopy({**truth, "annotations": numbered})
@@ -109,9 +106,9 @@ def test_lvis_counts_only_where_a_class_was_looked_for():
     categories = [{"id": i, "name": str(i), "frequency": f} for i, f in ((1, "r"), (2, "f"))]
     box = [0.0, 0.0, 10.0, 10.0]
     truth = {"images": images, "categories": categories}
-    truth["annotations"] = [
-        {"image_id": image, "category_id": 1, "bbox": box} for image in (1, 2)
-    ] + [{"image_id": 2, "category_id": 2, "bbox": box}]
+    truth["annotations"] = [{"image_id": image, "category_id": 1, "bbox": box} for image in (1, 2)] + [
+        {"image_id": 2, "category_id": 2, "bbox": box}
+    ]
     far = [50.0, 50.0, 10.0, 10.0]
     found = [
         {"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5},
@@ -141,9 +138,7 @@ class Boxes(StubPredictor):
         assert argument
 
     def encode_boxes(self, pictures, boxes):
-        return [
-            np.array([CAT if x[0] < 0.3 else DOG for x in each]).reshape(-1, 2) for each in boxes
-        ]
+        return [np.array([CAT if x[0] < 0.3 else DOG for x in each]).reshape(-1, 2) for each in boxes]
 
 
 @pytest.fixture
@@ -246,9 +241,7 @@ def test_without_predictions_all_numbers_are_zero(files):
 
 def _run(folder, output, *more):
     flags = ["--images", str(folder), "--annotations", str(folder / "truth.json"), *more]
-    return command.main(
-        ["detection", *flags, "--checkpoint", str(folder / "model"), "--output", output]
-    )
+    return command.main(["detection", *flags, "--checkpoint", str(folder / "model"), "--output", output])
 
 
 def test_the_command(files, capsys):
@@ -273,10 +266,7 @@ def _edited(folder, **changes):
 FAULTS = {
     "no annotation": (dict(annotations=[]), "truth.json: got no annotation, expected boxes"),
     "no image": (dict(images=[{"id": 11}, {"id": 12}]), "none of the 2 images"),
-    "other id": (
-        dict(categories=[]),
-        "annotations[0]: got image_id 11 and category_id 3, expected",
-    ),
+    "other id": (dict(categories=[]), "annotations[0]: got image_id 11 and category_id 3, expected"),
     "no box": (dict(annotations=[{"image_id": 1}]), "missing required field `bbox`"),
     "wide": (dict(annotations=[{"image_id": 1, "bbox": [0, 0, -1, 1]}]), ">= 0"),
     "seen": ("elk\n", "seen.txt: got 1 names that no class has, the first: 'elk'"),

@@ -72,9 +72,7 @@ def test_the_command_gives_the_references_accuracies_and_logits(golden, tmp_path
             np.testing.assert_allclose([100 * rates["top1"], 100 * rates["top5"]], expected)
             logits = golden[f"outputs/{tag}/alpha_{alpha}/logits"]
             column = [entry.open().classes.index(name) for name in meta["class_names"]]
-            np.testing.assert_allclose(
-                scores[f"{prefix}alpha_{alpha}"][:, column], logits, atol=1e-6
-            )
+            np.testing.assert_allclose(scores[f"{prefix}alpha_{alpha}"][:, column], logits, atol=1e-6)
 
 
 def test_names_with_a_parent_are_the_references_but_for_its_words(golden):

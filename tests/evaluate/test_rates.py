@@ -9,14 +9,10 @@ from grain_jax.evaluate import rates
 pytestmark = pytest.mark.quick
 
 
-@pytest.mark.parametrize(
-    "successes, count", [(0, 1), (0, 40), (1, 1), (7, 9), (776, 1000), (50, 50)]
-)
+@pytest.mark.parametrize("successes, count", [(0, 1), (0, 40), (1, 1), (7, 9), (776, 1000), (50, 50)])
 def test_interval_is_scipys_wilson(successes, count):
     expected = scipy.stats.binomtest(successes, count).proportion_ci(0.95, method="wilson")
-    np.testing.assert_allclose(
-        rates.interval(successes, count), (expected.low, expected.high), atol=1e-12
-    )
+    np.testing.assert_allclose(rates.interval(successes, count), (expected.low, expected.high), atol=1e-12)
 
 
 def test_interval_of_nothing():

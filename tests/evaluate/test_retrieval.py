@@ -39,9 +39,7 @@ def test_hand_computed(tmp_path):
 
 
 def test_equal_captions_are_right_for_each_other(tmp_path):
-    options = annotate(
-        tmp_path, [{"caption": "A  bird"}, {"caption": "a bird"}, {"caption": "a fish"}]
-    )
+    options = annotate(tmp_path, [{"caption": "A  bird"}, {"caption": "a bird"}, {"caption": "a fish"}])
     texts = {"A  bird": [1, 0], "a fish": [0, 1]}
     images = {0: [1, 0], 1: [0.9, 0.1], 2: [0.1, 1]}
     result = measure("retrieval", StubPredictor(images, texts), **options)
@@ -63,8 +61,7 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
     # Against the definition.
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     similarity = (
-        unit(np.array([predictor.images[i] for i in range(23)]))
-        @ unit(np.array(list(texts.values()))).T
+        unit(np.array([predictor.images[i] for i in range(23)])) @ unit(np.array(list(texts.values()))).T
     )
     order = np.argsort(-similarity, axis=1)
     for k in (1, 5, 10):

@@ -269,11 +269,7 @@ def test_masks_of_few_and_of_many_bits(tmp_path):
         ids = np.arange(8) % 2**bits
         packed = int("".join(f"{x:0{bits}b}" for x in ids), 2).to_bytes(bits)
         header = np.array([8, 1], ">u4").tobytes() + bytes([bits, 0, 0, 0, 0])
-        chunks = [
-            (b"IHDR", header),
-            (b"IDAT", hostile.zlib.compress(b"\0" + packed)),
-            (b"IEND", b""),
-        ]
+        chunks = [(b"IHDR", header), (b"IDAT", hostile.zlib.compress(b"\0" + packed)), (b"IEND", b"")]
         content = b"\x89PNG\r\n\x1a\n" + b"".join(hostile.png_chunk(*each) for each in chunks)
         got = segmentation_sets.decode_mask(content, name, (8, 1))
         np.testing.assert_array_equal(got, ids[None])

@@ -45,10 +45,7 @@ def data(tmp_path_factory):
             known = name if name == "oxford_flowers102" else None
             names[name] = class_names.for_labels(labels, len(labels), known)
         pictures = tfds_sets.numbered(range(NUMBERS[name], NUMBERS[name] + len(SETS[name])))
-        own, kind = (
-            [label for label, _ in SETS[name]],
-            "array_record" if name == "dtd" else "tfrecord",
-        )
+        own, kind = ([label for label, _ in SETS[name]], "array_record" if name == "dtd" else "tfrecord")
         tfds_sets.write(folder, name, version, "test", pictures, own, labels, kind)
     names["products2023"] = ["air fryer", "e bike"]
     for i, (label, _) in enumerate(PRODUCTS):

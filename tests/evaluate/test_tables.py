@@ -10,12 +10,7 @@ from tests.evaluate.stub import StubPredictor
 
 
 def test_scalars():
-    result = {
-        "kind": "x",
-        "n": 3,
-        "names": True,
-        "alpha_1.0": {"top1": 0.5, "per_class": {"a": 1.0}},
-    }
+    result = {"kind": "x", "n": 3, "names": True, "alpha_1.0": {"top1": 0.5, "per_class": {"a": 1.0}}}
     assert tables.scalars(result) == {"n": 3.0, "alpha_1.0/top1": 0.5}
 
 

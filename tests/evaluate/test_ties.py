@@ -41,9 +41,7 @@ def _classified(outcome):
 
 
 def _zeroshot(folder, predictor, **inputs):
-    inputs |= dict(
-        images=folder / "classes", descriptions=folder / "D.json", alphas=(1.0, 0.5, 0.0)
-    )
+    inputs |= dict(images=folder / "classes", descriptions=folder / "D.json", alphas=(1.0, 0.5, 0.0))
     outcome = measure("zeroshot", predictor, **inputs)
     for result in (outcome, outcome["by_name"]):
         for key in ("alpha_1.0", "alpha_0.5", "alpha_0.0"):

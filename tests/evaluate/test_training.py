@@ -38,9 +38,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     config = config_lib.from_dict(wanted)
     with pytest.raises(errors.UserError, match="but evals.absent is skipped"):
         run.train(config, tmp_path)
-    assert (
-        f"evals.absent: skipped: {data}/absent: not there; to get it: ask" in capfd.readouterr().err
-    )
+    assert f"evals.absent: skipped: {data}/absent: not there; to get it: ask" in capfd.readouterr().err
     random = np.random.default_rng(0)
     some = lambda make: collections.defaultdict(make, {None: 0})
     vectors = some(lambda: random.normal(size=6))

@@ -25,9 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")
 
 def test_the_term_learns_captions_and_boxes_by_heart():
     c = tiny.config(batch_size=8, model__text__vocab_size=400)
-    options = term.Options(
-        width=32, depth=1, heads=2, bins=8, phrases=1, caption_length=8, phrase_length=8
-    )
+    options = term.Options(width=32, depth=1, heads=2, bins=8, phrases=1, caption_length=8, phrase_length=8)
     module, image = term.Words(options, c.model), np.random.default_rng(1).normal(size=(8, 5, 32))
     real = np.ones_like(tiny.batch(c).caption_mask), np.arange(5) < np.ones((8, 1))
     batch = tiny.batch(c)._replace(caption_mask=real[0], region_mask=real[1])
@@ -49,9 +47,9 @@ def test_the_term_learns_captions_and_boxes_by_heart():
     for _ in range(150):
         params, state, output = step(params, state)
     assert output.loss.count.tolist() == [7.0 + 4.0] * 8  # the words of a caption, a box
-    assert {
-        name: float(x.sum.sum() / x.count.sum()) for name, x in output.measures.items()
-    } == dict(caption=1, box=1)
+    assert {name: float(x.sum.sum() / x.count.sum()) for name, x in output.measures.items()} == dict(
+        caption=1, box=1
+    )
     decoder = term.make_decoder(options, c.model)
     vocabulary = decoder.vocabulary
     write = functools.partial(writer.generate, decoder, params["decoder"])
@@ -60,9 +58,7 @@ def test_the_term_learns_captions_and_boxes_by_heart():
     got = write(start, np.ones(8, np.int32), seen.tokens[:, 1:], count=7, low=0, high=400)
     np.testing.assert_array_equal(got, captions[:, 0])
     phrases, _ = term.texts_of(batch, batch.description_at[:, :1], 7)
-    start = np.concatenate([np.full((8, 1), vocabulary.point), phrases[:, 0]], axis=1).astype(
-        np.int32
-    )
+    start = np.concatenate([np.full((8, 1), vocabulary.point), phrases[:, 0]], axis=1).astype(np.int32)
     ends = dict(low=vocabulary.first_bin, high=vocabulary.first_bin + 8)
     got = write(start, np.full(8, 8, np.int32), seen.tokens[:, 1:], count=4, **ends)
     boxes = boxes_lib.cxcywh_to_xyxy(batch.region_boxes_cxcywh[:, 0])

@@ -26,13 +26,8 @@ def test_the_points_are_arms_times_rates_times_seeds(tmp_path):
 
 def result(unseen, seen=0.9, validation=0.5):
     """Results of one run; the way "unit" is the best of validation, and the others score 0 on the test."""
-    row = {
-        f"eval/{way}_{split}/alpha_1.0/top1": 0.0 for way in config.WAYS for split in config.SPLITS
-    }
-    row |= {
-        "eval/unit_validation/alpha_1.0/top1": validation,
-        "eval/unit_test/alpha_1.0/top1": unseen,
-    }
+    row = {f"eval/{way}_{split}/alpha_1.0/top1": 0.0 for way in config.WAYS for split in config.SPLITS}
+    row |= {"eval/unit_validation/alpha_1.0/top1": validation, "eval/unit_test/alpha_1.0/top1": unseen}
     row |= {"eval/seen_validation/alpha_1.0/top1": seen, "eval/seen_test/alpha_1.0/top1": seen}
     row |= {"eval/unseen_test/alpha_0.5/top1": 0.75, "eval/retrieval/image_to_text/r1": 0.25}
     row |= {"eval/retrieval/text_to_image/r1": 0.5, "eval/grounding/box_iou": 0.625}
@@ -40,9 +35,7 @@ def result(unseen, seen=0.9, validation=0.5):
 
 
 def mean_and_interval(values, sign=""):
-    low, high = scipy.stats.t.interval(
-        0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values)
-    )
+    low, high = scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values))
     return f"{np.mean(values):{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
@@ -90,9 +83,7 @@ def test_a_folder_of_a_user_is_divided(tmp_path, monkeypatch, capsys):
     (source / "unseen.json").write_text(json.dumps(described))
     data.divide(source, output)
     data.divide(source, output)  # again, as after a stop
-    divided = {
-        split: [x.name for x in (output / f"unseen_{split}").iterdir()] for split in config.SPLITS
-    }
+    divided = {split: [x.name for x in (output / f"unseen_{split}").iterdir()] for split in config.SPLITS}
     assert divided == {"validation": ["yak"], "test": ["elk"]}
     assert (output / "seen_validation/cat/0.png").read_text() == "seen/cat/0.png"
     assert (output / "seen_test/cat/1.png").read_text() == "seen/cat/1.png"
@@ -123,11 +114,7 @@ def test_the_arms_on_photographs(tmp_path):
     decoders = {x: c.model.decoder for x, c in arms.items() if c.model.decoder}
     points = {x for x, decoder in decoders.items() if decoder.boxes == "pointer"}
     assert points == {"pointer", "both", "plain", "regions"}
-    assert {x for x, decoder in decoders.items() if decoder.reads_box} == {
-        "reads",
-        "both",
-        "regions",
-    }
+    assert {x for x, decoder in decoders.items() if decoder.reads_box} == {"reads", "both", "regions"}
     assert arms["clip_boxes"].total_steps == 1725 and arms["both"].total_steps == 1500
     start = f"{tmp_path}/exact/clip/seed=2"
     assert arms["regions"].init.image == arms["regions"].init.text == start

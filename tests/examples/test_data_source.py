@@ -18,9 +18,7 @@ SOURCE = "examples.data_source.shapes:Shapes"
 
 
 def config(**overrides):
-    c = tiny.dictionary(
-        total_steps=2, checkpoint_every=1, input__source=SOURCE, **tiny.SHALLOW, **overrides
-    )
+    c = tiny.dictionary(total_steps=2, checkpoint_every=1, input__source=SOURCE, **tiny.SHALLOW, **overrides)
     c.input.options = dict(colours=("red", "blue"))
     with named.importing():
         return config_lib.from_dict(c)

@@ -48,9 +48,9 @@ def test_the_term_equals_a_float64_replica():
     outputs = outputs._replace(pred_boxes_cxcywh=boxes)
     mesh = sharding.make_mesh(c.mesh)
 
-    result = jax.jit(
-        lambda *x: losses.total_loss(*x, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES)
-    )(outputs, batch)
+    result = jax.jit(lambda *x: losses.total_loss(*x, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES))(
+        outputs, batch
+    )
     loss, accuracy = replica(outputs, batch, query, temperature=2.0)
     np.testing.assert_allclose(result.terms["phrases"], loss, rtol=1e-5)
     np.testing.assert_allclose(result.measures["phrases/accuracy"], accuracy, atol=1e-6)
@@ -59,9 +59,7 @@ def test_the_term_equals_a_float64_replica():
     np.testing.assert_allclose(result.total, expected, rtol=1e-6)
 
     no_queries = dict(region_embed=outputs.region_embed[:, :0], pred_boxes_cxcywh=boxes[:, :, :0])
-    result = jax.jit(lambda *x: losses.total_loss(*x, c.loss))(
-        outputs._replace(**no_queries), batch
-    )
+    result = jax.jit(lambda *x: losses.total_loss(*x, c.loss))(outputs._replace(**no_queries), batch)
     assert result.terms["phrases"] == 0
 
 

@@ -67,17 +67,11 @@ def test_the_loss_is_that_of_dino():
 
     state = dict(tower=tower, head={}, centre=draw(12) / 9, mean=jnp.full(12, 1 / 12))
     seen = fake.seen(c, leading=1)._replace(apply=apply, state=state)
-    unbox = lambda tree: jax.tree.map(
-        lambda x: x.value, tree, is_leaf=lambda x: hasattr(x, "value")
-    )
-    trained, state["head"] = (
-        unbox(module.init(jax.random.key(i), seen)["params"])["head"] for i in (0, 1)
-    )
+    unbox = lambda tree: jax.tree.map(lambda x: x.value, tree, is_leaf=lambda x: hasattr(x, "value"))
+    trained, state["head"] = (unbox(module.init(jax.random.key(i), seen)["params"])["head"] for i in (0, 1))
     output = module.apply({"params": {"head": trained}}, seen)
     head = distillation.Head(options, np.dtype("float32"))
-    cosines = lambda params, x: np.asarray(
-        head.apply({"params": params}, x[:, 1:].mean(1)), np.float64
-    )
+    cosines = lambda params, x: np.asarray(head.apply({"params": params}, x[:, 1:].mean(1)), np.float64)
     softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
     teacher = cosines(state["head"], vectors[8])
     target = softmax((teacher - np.asarray(state["centre"])) / options.teacher_temperature)
@@ -87,13 +81,9 @@ def test_the_loss_is_that_of_dino():
     assert output.loss.count.tolist() == [2.0] * 8
     np.testing.assert_allclose(output.measures["spread"].sum, np.log(12), rtol=1e-5)
     updated = module.update(
-        state | {"tower": draw(3)},
-        output.statistics,
-        Parameters({"image": draw(3)}, {"head": trained}),
+        state | {"tower": draw(3)}, output.statistics, Parameters({"image": draw(3)}, {"head": trained})
     )
     decay = options.centre_decay
     centre = decay * np.asarray(state["centre"]) + (1 - decay) * teacher.mean(0)
     np.testing.assert_allclose(updated["centre"], centre, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(
-        updated["mean"], decay / 12 + (1 - decay) * target.mean(0), rtol=1e-4
-    )
+    np.testing.assert_allclose(updated["mean"], decay / 12 + (1 - decay) * target.mean(0), rtol=1e-4)

@@ -54,12 +54,7 @@ def mutate(encoded: bytes, seed: int) -> bytes:
 
 def png_chunk(name: bytes, content: bytes) -> bytes:
     """With its length and checksum."""
-    return (
-        struct.pack(">L", len(content))
-        + name
-        + content
-        + struct.pack(">L", zlib.crc32(name + content))
-    )
+    return struct.pack(">L", len(content)) + name + content + struct.pack(">L", zlib.crc32(name + content))
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
@@ -80,9 +75,7 @@ def gif(*, between: bytes = b"", frames: int = 1, size=(1, 1)) -> bytes:
 def gif_comment(length: int) -> bytes:
     """A comment of so many bytes."""
     whole, rest = divmod(length, 255)
-    return (
-        b"!\xfe" + (b"\xff" + b"a" * 255) * whole + bytes([rest]) * bool(rest) + b"a" * rest + b"\0"
-    )
+    return b"!\xfe" + (b"\xff" + b"a" * 255) * whole + bytes([rest]) * bool(rest) + b"a" * rest + b"\0"
 
 
 def jpeg_segment(marker: int, content: bytes) -> bytes:
@@ -141,6 +134,5 @@ def exif_of_shared_values(segments: int) -> list[bytes]:
     length = segments * 60_000
     content = shared_tags((length // 2) // 12, length // 2)[:length]
     return [
-        jpeg_segment(0xE1, b"Exif\0\0" + content[at : at + 60_000])
-        for at in range(0, len(content), 60_000)
+        jpeg_segment(0xE1, b"Exif\0\0" + content[at : at + 60_000]) for at in range(0, len(content), 60_000)
     ]

@@ -53,9 +53,7 @@ def npy(shape, dtype="<f4", content=b"\0" * 16):
 def one_storage_many_times():
     """100,000 times the same 1 MB, in a pickle of 3 MB."""
     storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuJ\0\0\4\0t"
-    again = (
-        b"h\0(h\1K\0J\0\0\4\0\x85K\1\x85tR0"  # _rebuild_tensor_v2(storage, 0, (n,), (1,)), dropped
-    )
+    again = b"h\0(h\1K\0J\0\0\4\0\x85K\1\x85tR0"  # _rebuild_tensor_v2(storage, 0, (n,), (1,)), dropped
     data = b"\x80\2ctorch._utils\n_rebuild_tensor_v2\nq\0(" + storage + b"Qq\x010"
     return program(data + again * 1000 + b"N.", bytes(1 << 20))
 
@@ -68,9 +66,7 @@ def modules_that_hold_themselves():
 
 def says_less_than_it_unpacks_to():
     whole = zipped({"a.npy": npy((4,)) + b"\0" * 4000}, DEFLATED)
-    return whole.replace(
-        struct.pack("<L", len(npy((4,))) + 4000), struct.pack("<L", len(npy((4,))))
-    )
+    return whole.replace(struct.pack("<L", len(npy((4,))) + 4000), struct.pack("<L", len(npy((4,)))))
 
 
 FILES = {  # name -> (suffix of the file, its content, the line)

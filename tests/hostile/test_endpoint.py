@@ -58,10 +58,7 @@ def test_a_response_is_an_answer_or_a_failure_with_its_cause_in_time(behave, cau
     json.dumps(result._asdict())
 
 
-@pytest.mark.parametrize(
-    "status, location",
-    [(302, "{}/chat/completions"), (307, "file:///etc/passwd")],
-)
+@pytest.mark.parametrize("status, location", [(302, "{}/chat/completions"), (307, "file:///etc/passwd")])
 def test_the_key_goes_to_no_other_address(monkeypatch, status, location):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with sockets.serve(body(ANSWER)) as other:

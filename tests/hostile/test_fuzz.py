@@ -103,9 +103,7 @@ class Good:
             patch.setattr(test_sources, "COUNT", 2)  # images of a sample
             samples = test_sources.SAMPLES.items()
             self.samples = {name: make(folder / "sources" / name) for name, make in samples}
-        source = dict(
-            input__source="records", input__data_dir=str(folder / "data"), input__name="tiny_set"
-        )
+        source = dict(input__source="records", input__data_dir=str(folder / "data"), input__name="tiny_set")
         self.config = tiny.config(**source)
         self.batch = next(records.batches(self.config))
         model = perturbed.tiny()

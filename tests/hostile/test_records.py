@@ -35,9 +35,7 @@ def test_a_set_names_no_code(built, tmp_path):
     content = json.loads(path.read_text()) | {"pythonClassName": "antigravity.Fly"}
     path.write_text(json.dumps(content))
     read = lambda _: tfds.Tfds().shards(base.Options(str(path.parent))) and None
-    cases.check(
-        cases.run(read, []), f"{path}: names the class 'antigravity.Fly', expected TFDS's own"
-    )
+    cases.check(cases.run(read, []), f"{path}: names the class 'antigravity.Fly', expected TFDS's own")
     # Training asks TFDS for nothing, and reads no file elsewhere.
     path = path.with_name(record_files.DIGEST_FILE)
     path.write_text(path.read_text().replace('"tiny_set-train', '"/etc/tiny_set-train'))

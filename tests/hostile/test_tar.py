@@ -43,8 +43,7 @@ def test_a_tar(tmp_path, name, content, expected):
     (tmp_path / "00000.tar").write_bytes(content + AFTER + END)
     (shard,) = sources.shards("webdataset", sources.Options(str(tmp_path)))
     images = [
-        (item.image, item.cause if isinstance(item, sources.Fault) else None)
-        for item in sources.read(shard)
+        (item.image, item.cause if isinstance(item, sources.Fault) else None) for item in sources.read(shard)
     ]
     assert images == expected
 
@@ -65,9 +64,7 @@ def test_a_job_writes_below_its_output_alone(tmp_path, capfd):
     lines = (output / "A.jsonl").read_text()
     images = [json.loads(line)["image"] for line in lines.splitlines()]
     letters = [json.loads(x) for x in (output / "failed.jsonl").read_text().splitlines()]
-    written = {
-        x.relative_to(output / "images").as_posix() for x in output.rglob("*.png") if x.is_file()
-    }
+    written = {x.relative_to(output / "images").as_posix() for x in output.rglob("*.png") if x.is_file()}
     assert written == {x.replace("//", "/") for x in images}
     assert {"00000/f.png", "00000/g.png/x.png", "00000/good.png"} <= set(images)
     causes = {x["image"]: (x["cause"], x["detail"]) for x in letters}

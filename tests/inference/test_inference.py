@@ -348,10 +348,7 @@ def test_texts_of_a_tokenizer_file_end_at_their_last_token(tmp_path, two_towers,
 
 def test_models_without_regions_say_so(two_towers):
     c = tiny.config(model__embed_dim=D, model__decoder__queries=0, input__max_regions=0)
-    none, loaded = (
-        inference.Predictor(c.model, perturbed.params(c.model)),
-        grain_jax.load(str(two_towers)),
-    )
+    none, loaded = (inference.Predictor(c.model, perturbed.params(c.model)), grain_jax.load(str(two_towers)))
     for begin, call in {
         "ground: .*model.decoder.queries is 0": lambda: none.ground(ONE, ["wren"]),
         "alpha 0.5: .*model.decoder.queries": lambda: none.classify(ONE, {"a": ["b"]}, 0.5),
@@ -372,9 +369,7 @@ def cut_off():
 zeros = lambda *shape, dtype=np.uint8: np.zeros(shape, dtype)
 classify = lambda *arguments: lambda p: p.classify(jnp.zeros((1, S, S, 3)), *arguments)
 ERRORS = {
-    r"got float32 \[8, 8, 3\] from 2 to 2, .* normalized=True": [
-        zeros(8, 8, 3, dtype=np.float32) + 2
-    ],
+    r"got float32 \[8, 8, 3\] from 2 to 2, .* normalized=True": [zeros(8, 8, 3, dtype=np.float32) + 2],
     r"expected float32 \[B, 16, 16, 3\] with normalized": lambda p: p.encode_image(
         zeros(2, 8, 8, 3, dtype=np.float32), normalized=True
     ),
@@ -388,9 +383,7 @@ ERRORS = {
     r"images\[0\]: .*truncated": [cut_off()],
     r"expected strings or int32": lambda p: p.encode_text(["wren", 3]),
     r"got int32 \[2, 33\]": lambda p: p.encode_text(np.zeros((2, 33), np.int32)),
-    r"token ids 49408 to 49408, expected 0 to 49407": lambda p: p.encode_text(
-        np.full((2, 3), 49408)
-    ),
+    r"token ids 49408 to 49408, expected 0 to 49407": lambda p: p.encode_text(np.full((2, 3), 49408)),
     r"'wren' has no description": classify({"wren": []}),
     r"alpha: got 1.5": classify(["wren"], 1.5),
 }

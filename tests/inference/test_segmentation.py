@@ -68,9 +68,7 @@ def test_values_are_those_of_transformers(kind, tmp_path):
     else:
         phrase = transformers.SiglipTextConfig(**WORDS, projection_size=32)
         vision = transformers.SiglipVisionConfig(**VISION)
-        config = transformers.SiglipConfig(
-            text_config=phrase.to_dict(), vision_config=vision.to_dict()
-        )
+        config = transformers.SiglipConfig(text_config=phrase.to_dict(), vision_config=vision.to_dict())
         module = transformers.SiglipModel(config).eval()
     ours = _ours(module, tmp_path)
     pixels = np.random.default_rng(1).normal(size=(2, 40, 40, 3)).astype(np.float32)
@@ -160,8 +158,7 @@ def _by_loops(image, size, short, stride, maps_of, count):
 
 
 @pytest.mark.parametrize(
-    "width, height, short, stride",
-    [(61, 37, 20, 7), (13, 50, 16, 16), (16, 16, 16, 5), (9, 5, 31, 9)],
+    "width, height, short, stride", [(61, 37, 20, 7), (13, 50, 16, 16), (16, 16, 16, 5), (9, 5, 31, 9)]
 )
 def test_windows_are_those_of_plain_loops(width, height, short, stride, monkeypatch):
     random = np.random.default_rng(width)

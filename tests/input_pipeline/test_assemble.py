@@ -58,11 +58,7 @@ def test_negatives_of_an_example():
         assert batch.text_tokens[0, row, end + 1 - len(ids) : end + 1].tolist() == ids
     assert batch.text_counts.tolist() == [[7, 0]] and batch.texts_dropped.tolist() == [0]
 
-    for change in (
-        dict(negatives=[["a"] * 3, []]),
-        dict(descriptions=["a"] * 6),
-        dict(image=image[:8]),
-    ):
+    for change in (dict(negatives=[["a"] * 3, []]), dict(descriptions=["a"] * 6), dict(image=image[:8])):
         with pytest.raises(ValueError):
             assemble.of_examples([examples[0]._replace(**change), examples[1]], config, clip)
 

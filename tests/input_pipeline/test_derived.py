@@ -12,14 +12,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import states
 from grain_jax.core import errors
-from grain_jax.input_pipeline import (
-    derived,
-    packing,
-    preparation,
-    records,
-    synthetic,
-    text_lengths,
-)
+from grain_jax.input_pipeline import derived, packing, preparation, records, synthetic, text_lengths
 from grain_jax.input_pipeline.text_lengths import TextLengths
 from grain_jax.train import sharding, train_step
 from tests import record_sets, tiny
@@ -91,9 +84,7 @@ def test_microbatches_and_a_set_of_few_shards_are_followed():
     assert numbers(resolve(config, derived.Limits(shards={"birds": 3}))[0])[:2] == (2, 16)
     config = open_config(batch_size=64, text__pack_group=32, text__pack_rows=64)
     assert numbers(resolve(config)[0])[:2] == (2, 32)
-    with pytest.raises(
-        errors.UserError, match=r"got 3 shards in 'birds', .* need 4 lanes.*shards 4"
-    ):
+    with pytest.raises(errors.UserError, match=r"got 3 shards in 'birds', .* need 4 lanes.*shards 4"):
         resolve(config, derived.Limits(4, 4, {"birds": 3}))
     with pytest.raises(errors.UserError, match="set --config.text.pack_group=16|: --config.text"):
         resolve(config, derived.Limits(4, 4))
@@ -198,8 +189,7 @@ def test_a_term_without_data_names_its_key(images, keys, warning, tmp_path):
     content = {"tokenizer": "clip", "records": len(images), "images": images}
     (tmp_path / "x/1.0.0" / text_lengths.FILE).write_text(json.dumps(content))
     assert re.match(
-        warning and f"warning: {warning}" or "$",
-        preparation.terms_without_data(open_config(**source | keys)),
+        warning and f"warning: {warning}" or "$", preparation.terms_without_data(open_config(**source | keys))
     )
 
 

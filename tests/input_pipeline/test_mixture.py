@@ -49,9 +49,7 @@ def mixture(folder, weights=WEIGHTS, **values):
 
 def lane_streams(batches):
     """The images' numbers of each lane, in order: int [LANES, len(batches) * PER_LANE]."""
-    return np.stack([numbers(b).reshape(LANES, PER_LANE) for b in batches], axis=1).reshape(
-        LANES, -1
-    )
+    return np.stack([numbers(b).reshape(LANES, PER_LANE) for b in batches], axis=1).reshape(LANES, -1)
 
 
 def mixed_lanes(weights, lanes=8, seed=0):
@@ -147,13 +145,10 @@ def test_resuming_opens_only_its_blocks(folder, monkeypatch):
     sets = record_files.find(config)
     keys = dict(name="x", lanes=1, shards_per_block=1)
     lanes = [
-        order.make_lanes(x.shards, seed=order.seed_of_set(config.seed, i), **keys)
-        for i, x in enumerate(sets)
+        order.make_lanes(x.shards, seed=order.seed_of_set(config.seed, i), **keys) for i, x in enumerate(sets)
     ]
     (mixed_lane,) = order.mix(lanes, list(WEIGHTS.values()), seed=config.seed)
-    for record_set, stream, position in zip(
-        sets, mixed_lane.streams, mixed_lane.positions(160), strict=True
-    ):
+    for record_set, stream, position in zip(sets, mixed_lane.streams, mixed_lane.positions(160), strict=True):
         mine = [path for path in opened if f"/{record_set.source.name}/" in path]
         first = stream.ordinal(position)
         # From the block of the step on, without a gap: nothing before it is touched.
@@ -169,7 +164,6 @@ def test_a_set_of_few_shards_and_a_missing_one_are_named(folder):
     values = entries(folder)
     values[1]["split"] = "validation"
     with pytest.raises(
-        record_files.DataError,
-        match="stones/1.0.0 has no split 'validation', expected one of train",
+        record_files.DataError, match="stones/1.0.0 has no split 'validation', expected one of train"
     ):
         records.batches(record_sets.config("", name="", datasets=values))

@@ -53,9 +53,7 @@ def row_texts(batch, group_size):
     """(captions, descriptions) of each image, as tuples of token ids, read back from the layout."""
     kinds = (batch.caption_at, batch.caption_mask), (batch.description_at, batch.region_mask)
     return [
-        tuple(
-            [text_at(batch, i // group_size, x) for x in ends[i][mask[i]]] for ends, mask in kinds
-        )
+        tuple([text_at(batch, i // group_size, x) for x in ends[i][mask[i]]] for ends, mask in kinds)
         for i in range(len(batch.image))
     ]
 
@@ -318,9 +316,7 @@ def test_lengths_of_texts_beside_the_records_match_the_records(output_with_negat
             + [region["description"] for region in best],
             6,
         )
-        expected.append(
-            ([web1, web2], synthetic, of_regions, negatives + [[0] * 4] * (3 - len(best)))
-        )
+        expected.append(([web1, web2], synthetic, of_regions, negatives + [[0] * 4] * (3 - len(best))))
     assert images() == sorted(expected)
     (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
     assert images() == sorted(expected)

@@ -9,9 +9,7 @@ pytestmark = pytest.mark.quick
 
 
 def take(count, *, seed=0, captions=1, **arguments):
-    config = record_sets.config(
-        "", source="synthetic", seed=seed, captions_per_image=captions, pack_rows=8
-    )
+    config = record_sets.config("", source="synthetic", seed=seed, captions_per_image=captions, pack_rows=8)
     return list(itertools.islice(synthetic.batches(config, **arguments), count))
 
 

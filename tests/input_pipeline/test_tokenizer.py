@@ -81,11 +81,7 @@ def test_text_ids_are_of_the_cleaned_lowered_text():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (("one text",), "expected a list of texts"),
-        (([None],), "got NoneType"),
-        (([b"\xff"],), "not UTF-8"),
-    ],
+    [(("one text",), "expected a list of texts"), (([None],), "got NoneType"), (([b"\xff"],), "not UTF-8")],
 )
 def test_wrong_input_is_one_line(arguments, message):
     with pytest.raises(text_cleaning.TokenizerError, match=message) as error:
@@ -109,9 +105,7 @@ def json_file(tmp_path_factory):
     vocab = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     library = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     library.pre_tokenizer = pre_tokenizers.Whitespace()
-    library.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
+    library.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     path = tmp_path_factory.mktemp("json") / "tokenizer.json"
     library.save(str(path))
     return path
@@ -171,11 +165,7 @@ def _siglip2(text):
     return normalizer.normalize_str(text).replace("\u2581", " ")
 
 
-OWNERS = {
-    "canonical": open_clip.tokenizer.canonicalize_text,
-    "siglip": _siglip,
-    "siglip2": _siglip2,
-}
+OWNERS = {"canonical": open_clip.tokenizer.canonicalize_text, "siglip": _siglip, "siglip2": _siglip2}
 
 
 @pytest.mark.parametrize("name", OWNERS)
@@ -200,8 +190,7 @@ def test_a_cleaning_is_its_owners(name):
 def test_a_text_of_siglip2_has_the_ids_of_transformers(tmp_path):
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
     vocab = {
-        piece: i
-        for i, piece in enumerate([*pieces, *"\u2581abcdefABC\u00e9\u0301", "\u2581\u2581", "ab"])
+        piece: i for i, piece in enumerate([*pieces, *"\u2581abcdefABC\u00e9\u0301", "\u2581\u2581", "ab"])
     }
     files = dict(vocab=vocab, merges=[("\u2581", "\u2581"), ("a", "b")])
     transformers.GemmaTokenizer(**files).save_pretrained(tmp_path)  # as it is published
@@ -221,9 +210,7 @@ def tower(**changes):
 def test_each_tower_has_its_own(json_file, tmp_path):
     assert isinstance(tokenizer.of_tower(tower()), tokenizer.ClipTokenizer)
     other = tower(tokenizer="tokenizer.json", vocab_size=11)
-    np.testing.assert_array_equal(
-        tokenizer.of_tower(other, json_file.parent)(["a beak"], 4), [[3, 10, 1, 0]]
-    )
+    np.testing.assert_array_equal(tokenizer.of_tower(other, json_file.parent)(["a beak"], 4), [[3, 10, 1, 0]])
     repeated = tmp_path / "tokenizer.json"  # special tokens that leave no room for the text
     template = processors.TemplateProcessing(
         single=" ".join(["</s>"] * 99) + " $A", special_tokens=[("</s>", 1)]
@@ -269,9 +256,7 @@ def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
 def test_no_id_of_a_file_is_beyond_the_embeddings(word, end, highest, tmp_path):
     """Neither of its words nor of what its post-processor adds."""
     library = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "wren": word}, unk_token="[UNK]"))
-    library.post_processor = processors.TemplateProcessing(
-        single="$A [E]", special_tokens=[("[E]", end)]
-    )
+    library.post_processor = processors.TemplateProcessing(single="$A [E]", special_tokens=[("[E]", end)])
     library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(tokenizer.TokenizerError, match=f"has ids up to {highest}, but .* is 9;"):
         tokenizer.of_tower(tower(tokenizer="tokenizer.json", vocab_size=9, pad_id=0), tmp_path)

@@ -64,9 +64,7 @@ def test_a_crop_is_a_window_of_the_picture(file_format):
     whole = transforms.decode(encoded).numpy()
     for position in range(5):
         draws = tf.constant(order.uniforms(order.hash_key(1), [position], transforms.NUM_DRAWS)[0])
-        top, left, height, width = transforms.crop_window(tf.constant([50, 70, 3]), draws, 0.3)[
-            0
-        ].numpy()
+        top, left, height, width = transforms.crop_window(tf.constant([50, 70, 3]), draws, 0.3)[0].numpy()
         image, _ = transforms.decode_cropped(encoded, draws, 0.3)
         expected = whole[top : top + height, left : left + width].astype(int)
         distance = np.abs(image.numpy() - expected)
@@ -87,10 +85,7 @@ def test_boxes_follow_the_crop():
 
 
 def caption(captions, synthetic, first, second, rate=0.5):
-    fields = {
-        "captions": tf.constant(captions, tf.string),
-        "synthetic_caption": tf.constant(synthetic),
-    }
+    fields = {"captions": tf.constant(captions, tf.string), "synthetic_caption": tf.constant(synthetic)}
     draws = tf.constant([first, second] + [0.0] * 5, tf.float32)
     return transforms.choose_caption(fields, draws, rate).numpy().decode()
 
@@ -152,9 +147,7 @@ def test_each_choice_has_a_draw_of_its_own():
         "regions/description": texts(b"d"),
         "regions/score": floats(1.0),
         "regions/negatives/ragged_flat_values": texts(b"m", b"n"),
-        "regions/negatives/ragged_row_lengths_0": tf.train.Feature(
-            int64_list=tf.train.Int64List(value=[2])
-        ),
+        "regions/negatives/ragged_row_lengths_0": tf.train.Feature(int64_list=tf.train.Int64List(value=[2])),
     }
     record = tf.train.Example(features=tf.train.Features(feature=fields)).SerializeToString()
     rates = dict(input__flip_rate=0.5, input__synthetic_caption_rate=0.5, input__crop_min_area=0.5)

@@ -206,10 +206,7 @@ def test_compiled_programs(name, chips, slices, itemsize, gathers, scatters):
     [
         ("v5e_4x4", 1, "v5e", (232784950, 7.350032e-4, 0, 5.067490e-4, 9.427863e-4)),
         ("h100_4x2", 2, "h100", (1293280112, 7.556540e-5, 5.043165e-4, 5.190850e-4, 9.051388e-4)),
-        (
-            *("v5e_2x2_two_slices", 2, "v5e"),
-            (188426829, 5.462595e-4, 4.027532e-3, 4.354872e-3, 4.703702e-3),
-        ),
+        (*("v5e_2x2_two_slices", 2, "v5e"), (188426829, 5.462595e-4, 4.027532e-3, 4.354872e-3, 4.703702e-3)),
     ],
 )
 def test_traffic_and_roofline_of_compiled_programs(name, slices, chip, expected):

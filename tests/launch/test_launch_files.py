@@ -147,9 +147,7 @@ def worker(stand_in, tmp_path):
 
 
 def test_tpu_vm_runs_on_all_workers_with_the_words_intact_and_does_not_wait(stand_in, worker):
-    home = worker(
-        'printf "%s\\n" "$@" >~/words; echo $$ >~/pid.new; mv ~/pid.new ~/pid; exec sleep 60'
-    )
+    home = worker('printf "%s\\n" "$@" >~/words; echo $$ >~/pid.new; mv ~/pid.new ~/pid; exec sleep 60')
     began = time.monotonic()
     done = _run("launch/tpu_vm.sh", "run", "--config", "a b.py", "--config.x='y'", **TPU)
     took = time.monotonic() - began  # until its output is closed

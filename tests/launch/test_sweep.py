@@ -183,9 +183,7 @@ def test_what_is_preempted_goes_on_and_what_fails_is_named(tmp_path):
     text = "\n".join(scripts.said)
     assert text.count("preempted: started") == 2 and text.count("bad: started") == 1
     assert "preempted: preempted and saved after" in text and "killed: FAILED after" in text
-    assert (
-        f"(3): ValueError: why [{tmp_path}/bad/log.txt]" in text and "(killed by SIGKILL)" in text
-    )
+    assert f"(3): ValueError: why [{tmp_path}/bad/log.txt]" in text and "(killed by SIGKILL)" in text
     assert (tmp_path / "bad" / "log.txt").read_text().startswith("$ ")
 
 
@@ -338,9 +336,7 @@ def test_a_sweep_from_the_command_line(tmp_path, capsys, monkeypatch):
     def run_jobs(runner):
         for job in runner.jobs:
             started.append(job.name)
-            pretend(
-                *sweep_runs.make_runs(config[1], [config[2]], [{"seed": 0}], tmp_path / "w"), 10
-            )
+            pretend(*sweep_runs.make_runs(config[1], [config[2]], [{"seed": 0}], tmp_path / "w"), 10)
 
     def launch(*flags):
         status = sweep.main([*config, "--workdir", str(tmp_path / "w"), *flags])

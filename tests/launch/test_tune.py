@@ -78,10 +78,7 @@ def test_ctrl_c_keeps_what_was_measured(steps, tmp_path):
     output = tmp_path / "new" / "tuned.txt"
     steps += [1.0, 0.8, KeyboardInterrupt()]
     assert tune.main([CONFIG, *FIXED, f"--output={output}"]) == 130
-    assert output.read_text().splitlines()[:2] == [
-        "--config.model.attention=xla",
-        "--config.remat=none",
-    ]
+    assert output.read_text().splitlines()[:2] == ["--config.model.attention=xla", "--config.remat=none"]
     output.unlink()
     steps[:] = [KeyboardInterrupt()]
     with pytest.raises(errors.UserError, match="no step was measured, so nothing is written"):

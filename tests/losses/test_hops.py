@@ -12,9 +12,7 @@ from grain_jax.losses import hops, layout
 
 
 def _chip(coords, slice_index=0, core=0):
-    return types.SimpleNamespace(
-        platform="tpu", coords=coords, slice_index=slice_index, core_on_chip=core
-    )
+    return types.SimpleNamespace(platform="tpu", coords=coords, slice_index=slice_index, core_on_chip=core)
 
 
 def _chips(*sizes, slice_index=0):
@@ -28,8 +26,7 @@ def _steps(chips, order):
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [(2, 2, 1), (8, 8, 1), (16, 16, 1), (2, 4, 1), (3, 4, 1), (4, 4, 4), (2, 2, 4), (3, 3, 2)],
+    "sizes", [(2, 2, 1), (8, 8, 1), (16, 16, 1), (2, 4, 1), (3, 4, 1), (4, 4, 4), (2, 2, 4), (3, 3, 2)]
 )
 def test_every_hop_is_a_link(sizes):
     chips = _chips(*sizes)
@@ -85,9 +82,7 @@ def test_without_a_path_they_go_as_they_lie(rings):
 def test_rings_of_a_slice(tensor, group_size, gather, longest):
     """The rings of a batch of 32 images a shard on 8 x 8 chips, laid row by row."""
     shards = 64 // tensor
-    placed = layout.make_layout(
-        shards * 32, config_lib.Loss(group_size=group_size, gather=gather), shards
-    )
+    placed = layout.make_layout(shards * 32, config_lib.Loss(group_size=group_size, gather=gather), shards)
     chips = np.empty(64, object)
     chips[:] = _chips(8, 8, 1)
     grid = chips.reshape(*placed.sizes, -1)

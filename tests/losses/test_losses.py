@@ -43,9 +43,7 @@ def learnt(outputs, batch):
     boxes[-1, ::2, :3] = batch.region_boxes_cxcywh[::2, :3] * 0.95
     return outputs._replace(
         image_embed=unit(
-            outputs.image_embed
-            + 0.6 * outputs.text_embed[:, 0]
-            + 0.4 * outputs.region_text_embed[:, 0]
+            outputs.image_embed + 0.6 * outputs.text_embed[:, 0] + 0.4 * outputs.region_text_embed[:, 0]
         ),
         region_embed=unit(outputs.region_embed + 0.6 * outputs.region_text_embed[:, :Q]),
         box_embed=unit(outputs.box_embed + 0.6 * outputs.region_text_embed),
@@ -93,10 +91,7 @@ def replica(outputs, batch, c):
             absent = [j for j in range(b) if id_of(pair) not in has[j]]
             images = [logit(o.image_embed[j], texts[pair]) for j in absent]
             others = [logit(image, texts[p]) for p in pairs if id_of(p) not in has[pair[0]]]
-            values += [
-                loss_of(own_logit, images),
-                *([loss_of(own_logit, others)] if softmax else []),
-            ]
+            values += [loss_of(own_logit, images), *([loss_of(own_logit, others)] if softmax else [])]
             nearest.append(beats(own_logit, images if by_text else others))
         terms[name], right[f"{name}_accuracy"] = np.mean(values), nearest
 
@@ -123,9 +118,7 @@ def replica(outputs, batch, c):
         )
         queries = linear_sum_assignment(cost.reshape(len(cost), len(regions)))
         matched += [(i, q, regions[k]) for q, k in zip(*queries)]
-    overlaps = {
-        m: _iou_and_giou(o.pred_boxes_cxcywh[-1, m[0], m[1]], target[m[0], m[2]]) for m in matched
-    }
+    overlaps = {m: _iou_and_giou(o.pred_boxes_cxcywh[-1, m[0], m[1]], target[m[0], m[2]]) for m in matched}
     box, rd, bd, from_tokens = [], [], [], []
 
     def of_patches(i, j):
@@ -178,9 +171,7 @@ def replica(outputs, batch, c):
         embeds.append(("hard_negative_box_accuracy", p, o.box_embed[p]))
     for name, pair, embed in embeds:
         negatives = [] if o.negative_text_embed is None else o.negative_text_embed[pair]
-        others = [
-            logit(embed, x) for x, is_one in zip(negatives, batch.negative_mask[pair]) if is_one
-        ]
+        others = [logit(embed, x) for x, is_one in zip(negatives, batch.negative_mask[pair]) if is_one]
         if others:
             own_logit = logit(embed, o.region_text_embed[pair])
             hard.append(loss_of(own_logit, others))
@@ -214,9 +205,7 @@ def _case(contrast, **overrides):
     c = tiny.config(**EVERY, **overrides, loss__contrast=contrast, **bias)
     batch = tiny.batch(c)
     outputs = learnt(random_outputs(c), batch)._replace(
-        logit_bias=np.float32(-2),
-        region_logit_scale=np.float32(9),
-        region_logit_bias=np.float32(-1),
+        logit_bias=np.float32(-2), region_logit_scale=np.float32(9), region_logit_bias=np.float32(-1)
     )
     batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
     batch.region_mask[4:8] = False  # a group, or a device, without regions
@@ -255,9 +244,7 @@ def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, g
     options = {}
     if sizes is not None:
         axes = dict(zip(("data", "fsdp", "tensor"), sizes))
-        mesh = sharding.make_mesh(
-            dataclasses.replace(c.mesh, **axes), jax.devices()[: math.prod(sizes)]
-        )
+        mesh = sharding.make_mesh(dataclasses.replace(c.mesh, **axes), jax.devices()[: math.prod(sizes)])
         options = dict(mesh=mesh, batch_axes=sharding.BATCH_AXES)
 
     def total(outputs, batch, **options):
@@ -313,8 +300,7 @@ def test_hard_negatives_without_queries_or_boxes():
     outputs = learnt(random_outputs(c), batch)
     no_boxes = outputs._replace(box_embed=None)
     no_queries = outputs._replace(
-        region_embed=outputs.region_embed[:, :0],
-        pred_boxes_cxcywh=outputs.pred_boxes_cxcywh[:, :, :0],
+        region_embed=outputs.region_embed[:, :0], pred_boxes_cxcywh=outputs.pred_boxes_cxcywh[:, :, :0]
     )
     both, *alone = (_total(x, batch, c.loss) for x in (outputs, no_boxes, no_queries))
     for result, name in zip(alone, ("hard_negative_accuracy", "hard_negative_box_accuracy")):
@@ -335,8 +321,7 @@ def test_nothing_to_learn_from_is_zero_with_zero_gradient():
     c = tiny.config(input__negatives_per_region=2, loss__hard_negative=1.0)
     batch, outputs = tiny.batch(c), random_outputs(c)
     batch = batch._replace(
-        region_mask=np.zeros_like(batch.region_mask),
-        negative_mask=np.zeros_like(batch.negative_mask),
+        region_mask=np.zeros_like(batch.region_mask), negative_mask=np.zeros_like(batch.negative_mask)
     )
 
     def of_regions(outputs):
@@ -373,8 +358,7 @@ def test_equal_texts_are_negatives_only_with_the_switch_off():
     c = tiny.config()
     batch, outputs = tiny.batch(c), random_outputs(c)
     batch = batch._replace(
-        caption_id=np.zeros_like(batch.caption_id),
-        description_id=np.zeros_like(batch.description_id),
+        caption_id=np.zeros_like(batch.caption_id), description_id=np.zeros_like(batch.description_id)
     )
     # Every other text is the same text: nothing is left to tell apart.
     terms = _total(outputs, batch, c.loss).terms
@@ -396,9 +380,7 @@ def test_deep_supervision_adds_the_earlier_layers_boxes():
 
 def test_no_gradient_flows_through_the_matching():
     cost = np.random.default_rng(0).normal(size=(2, 5, 5)).astype(np.float32)
-    grad = jax.grad(
-        lambda c: matching.match(c, np.ones((2, 5), bool)).query_index.astype(float).sum()
-    )(cost)
+    grad = jax.grad(lambda c: matching.match(c, np.ones((2, 5), bool)).query_index.astype(float).sum())(cost)
     assert not np.any(grad)
 
 

@@ -75,9 +75,7 @@ def test_permuting_regions_permutes_the_answer():
 @pytest.mark.parametrize(
     "queries,regions,broken", [(5, 5, np.inf), (3, 5, -np.inf), (8, 8, np.nan), (7, 9, np.inf)]
 )
-def test_pairs_without_a_finite_cost_are_taken_only_where_nothing_else_is_left(
-    queries, regions, broken
-):
+def test_pairs_without_a_finite_cost_are_taken_only_where_nothing_else_is_left(queries, regions, broken):
     rng = np.random.default_rng(1)
     cost = rng.normal(size=(32, queries, regions)).astype(np.float32)
     bad = rng.random(cost.shape) < 0.2
@@ -111,9 +109,7 @@ def test_large_problems_are_solved_per_device_without_collectives():
     cost = rng.normal(size=(16, 8, 8)).astype(np.float32)
     mask = rng.random((16, 8)) < 0.8
     spec = by_batch.spec
-    run = jax.jit(
-        jax.shard_map(matching.match, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    )
+    run = jax.jit(jax.shard_map(matching.match, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
     cost, mask = jax.device_put((cost, mask), by_batch)
     text = run.lower(cost, mask).compile().as_text()
     assert "while" in text

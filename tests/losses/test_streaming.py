@@ -89,14 +89,7 @@ def test_values_and_gradients_equal_the_whole_matrix(
 
     def value_and_pull(rows, columns, *cotangents):
         run = lambda x, y, scale, bias: streaming.negatives(
-            contrast,
-            both,
-            tile,
-            ring,
-            rows._replace(embed=x),
-            columns._replace(embed=y),
-            scale,
-            bias,
+            contrast, both, tile, ring, rows._replace(embed=x), columns._replace(embed=y), scale, bias
         )
         scalars = jnp.float32(SCALE), jnp.float32(BIAS)
         result, pull = jax.vjp(run, rows.embed, columns.embed, *scalars)
@@ -139,14 +132,7 @@ def test_a_row_without_negatives_costs_nothing():
     rows, columns, *_ = _problem(1)
     columns = columns._replace(ids=columns.ids * 0)
     negatives_of = lambda embed: streaming.negatives(
-        "softmax",
-        False,
-        9,
-        Ring(),
-        rows._replace(embed=embed, ids=rows.ids * 0),
-        columns,
-        20.0,
-        0.0,
+        "softmax", False, 9, Ring(), rows._replace(embed=embed, ids=rows.ids * 0), columns, 20.0, 0.0
     )[0]
     (value, highest), pull = jax.vjp(negatives_of, rows.embed)
     assert np.all(value == -np.inf) and np.all(highest == np.float32(streaming.MASKED))
@@ -181,9 +167,7 @@ def _config_of_gradient(gather, captions):
 def _program_of_gradient(c):
     """The compiled gradient of the losses on 8 devices."""
     mesh = sharding.make_mesh(c.mesh)
-    outputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_outputs(c, width=WIDTH)
-    )
+    outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_outputs(c, width=WIDTH))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(c))
     by_batch = sharding.batch_sharding(mesh)
     cut = jax.tree.map(lambda x: by_batch if x.ndim and x.ndim < 4 else None, outputs)
@@ -192,9 +176,7 @@ def _program_of_gradient(c):
     )
     step = jax.jit(
         jax.grad(
-            lambda o, b: (
-                losses.total_loss(o, b, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES).total
-            )
+            lambda o, b: losses.total_loss(o, b, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES).total
         ),
         in_shardings=(cut, by_batch),
         out_shardings=cut,

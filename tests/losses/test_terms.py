@@ -119,9 +119,7 @@ def test_an_unknown_name_lists_the_terms_of_the_package():
 def test_what_a_term_returns_is_checked(name, fault):
     c = tiny.config()
     with pytest.raises(errors.UserError, match=f"loss term 'mine': .*{fault}"):
-        jax.eval_shape(
-            lambda o, b: losses.total_loss(o, b, _loss(name)), random_outputs(c), tiny.batch(c)
-        )
+        jax.eval_shape(lambda o, b: losses.total_loss(o, b, _loss(name)), random_outputs(c), tiny.batch(c))
 
 
 @pytest.mark.parametrize(

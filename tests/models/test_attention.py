@@ -68,9 +68,7 @@ def _with_gradients(function, arrays, weight):
 
 def _worst(got, expected):
     """The largest difference, in parts of the largest value of its array, or of 1% of the largest of all arrays."""
-    got, expected = (
-        [np.asarray(x, np.float64) for x in jax.tree.leaves(t)] for t in (got, expected)
-    )
+    got, expected = ([np.asarray(x, np.float64) for x in jax.tree.leaves(t)] for t in (got, expected))
     floor = 0.01 * max(np.abs(e).max() for e in expected)  # the gradient of the keys' bias is 0
     differences = [np.abs(a - e).max() / max(np.abs(e).max(), floor) for a, e in zip(got, expected)]
     return max(differences)
@@ -93,8 +91,7 @@ BETWEEN = ("B/16", "S/16", "H/14")  # two sizes of heads, and one block of keys,
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=pytest.mark.slow) if x in BETWEEN else x for x in SHAPES],
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x in BETWEEN else x for x in SHAPES]
 )
 def test_kernel_equals_the_replica(name):
     """Values and all gradients are as near to float64 as with XLA's program, in float32 and for three shapes in bfloat16."""
@@ -102,9 +99,7 @@ def test_kernel_equals_the_replica(name):
     arrays, ids, weight = _inputs(SHAPES[name])
     with jax.enable_x64(True):
         expected = _with_gradients(
-            jax.jit(
-                lambda q, k, v, norms: _replica(q, k, v, heads, norms, eps, ids, kind is CAUSAL)
-            ),
+            jax.jit(lambda q, k, v, norms: _replica(q, k, v, heads, norms, eps, ids, kind is CAUSAL)),
             jax.tree.map(jnp.asarray, arrays),
             jnp.asarray(weight),
         )
@@ -148,12 +143,7 @@ def _layer(program, heads, qk_norm, width=32):
 
 
 @pytest.mark.parametrize(
-    "mesh_shape,qk_norm,width",
-    [
-        (None, False, 256),
-        ((2, 2, 2), True, 256),
-        ((1, 1, 8), False, 32),
-    ],
+    "mesh_shape,qk_norm,width", [(None, False, 256), ((2, 2, 2), True, 256), ((1, 1, 8), False, 32)]
 )
 def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm, width):
     """The same parameters and their gradients; cut by a tensor axis where that divides the heads.
@@ -190,9 +180,7 @@ def test_one_array_is_the_same_as_three(heads, width):
     arrays = tuple(jnp.asarray(rng.normal(size=(3, 2, 9, heads * width)), jnp.float32))
     norms = tuple(rng.normal(size=(4, width)).astype(np.float32))
     weight = rng.normal(size=arrays[0].shape)
-    kernel = lambda *arrays: attention.with_pallas(
-        *arrays, heads=heads, norms=norms, eps=1e-6, within=None
-    )
+    kernel = lambda *arrays: attention.with_pallas(*arrays, heads=heads, norms=norms, eps=1e-6, within=None)
 
     def together(*arrays):
         return kernel(attention_kernel.arranged(*arrays, heads))
@@ -244,9 +232,7 @@ def test_towers_fill_their_rows_for_cudnn(monkeypatch, kind, mesh_shape):
     def loss(program):
         def run(params):
             out = build(program).apply(params, *args, **options)
-            real = (
-                kind != "masked" or (args[2] > 0)[..., None]
-            )  # no one reads the features of padding
+            real = kind != "masked" or (args[2] > 0)[..., None]  # no one reads the features of padding
             return jnp.sum(real * jnp.sin(3 * out + jnp.arange(out.shape[-2])[:, None]))
 
         return jax.jit(jax.value_and_grad(run))(params)
@@ -270,9 +256,7 @@ def test_few_queries_absorb_the_maps_of_keys_and_values(masked, rate):
     build = lambda absorbs: attention.Attention(
         32, 8, jnp.dtype("float32"), init, init, init, dropout=rate, absorbs=absorbs
     )
-    params, same = (
-        jax.jit(build(x).init)(jax.random.key(3), query, memory, memory) for x in (0, 1)
-    )
+    params, same = (jax.jit(build(x).init)(jax.random.key(3), query, memory, memory) for x in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
     def run(absorbs):
@@ -280,13 +264,9 @@ def test_few_queries_absorb_the_maps_of_keys_and_values(masked, rate):
         return jax.jit(jax.value_and_grad(out, (0, 1, 2)))(params, query, memory)
 
     got, expected = run(True), run(False)
-    assert not np.asarray(
-        nn.unbox(got[1][0])["params"]["key"]["bias"]
-    ).any()  # softmax does not see it
+    assert not np.asarray(nn.unbox(got[1][0])["params"]["key"]["bias"]).any()  # softmax does not see it
     assert _worst(got, expected) < 2e-5
-    text_of = lambda absorbs: (
-        jax.jit(build(absorbs).apply).lower(params, query, memory, memory).as_text()
-    )
+    text_of = lambda absorbs: jax.jit(build(absorbs).apply).lower(params, query, memory, memory).as_text()
     assert "4x40x8x4" in text_of(False) and "4x40x8x4" not in text_of(True)  # keys and values
 
 

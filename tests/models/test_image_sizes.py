@@ -20,9 +20,7 @@ from tests.models.test_towers import dictionary
 FLOAT = jnp.dtype("float32")
 
 
-@pytest.mark.parametrize(
-    "side,leading,grid", [(7, 1, 3), (4, 0, 7), (14, 1, 6), (5, 1, 1), (2, 0, 3)]
-)
+@pytest.mark.parametrize("side,leading,grid", [(7, 1, 3), (4, 0, 7), (14, 1, 6), (5, 1, 1), (2, 0, 3)])
 def test_positions_are_resized_as_by_transformers(side, leading, grid):
     """With CLIP's class token, and without one as SigLIP."""
     rng = np.random.default_rng(side)

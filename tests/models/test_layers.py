@@ -62,12 +62,8 @@ def test_on_a_single_cpu_a_dense_layer_multiplies_matrices(draw):
         d_kernel, dx = gradients(kernel, x)
     assert set(re.findall(r"f32\[([\d,]+)\] = dot_general", text)) == {"15,8", "8,8"}
     wide = [a.astype(np.float64) for a in (x, kernel, d)]
-    np.testing.assert_allclose(
-        d_kernel, np.einsum("ble,blkh->ekh", wide[0], wide[2]), rtol=1e-5, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        dx, np.einsum("blkh,ekh->ble", wide[2], wide[1]), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(d_kernel, np.einsum("ble,blkh->ekh", wide[0], wide[2]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, np.einsum("blkh,ekh->ble", wide[2], wide[1]), rtol=1e-5, atol=1e-5)
 
 
 def test_layer_norm_is_flaxs_bit_for_bit(draw):
@@ -121,12 +117,8 @@ def test_what_an_image_block_keeps_for_the_backward_pass():
 
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
-def test_the_gradient_of_a_lookup_is_numpys_and_is_summed_in_the_dtype(
-    draw, dtype, tolerance, axes
-):
-    ids = np.random.default_rng(1).integers(
-        0, 4, (8, 500)
-    )  # a thousand positions of each of four tokens
+def test_the_gradient_of_a_lookup_is_numpys_and_is_summed_in_the_dtype(draw, dtype, tolerance, axes):
+    ids = np.random.default_rng(1).integers(0, 4, (8, 500))  # a thousand positions of each of four tokens
     table, d = draw(12, 8), draw(8, 500, 8)
     mesh = sharding.make_mesh(config_lib.Mesh(**axes)) if axes else None
 

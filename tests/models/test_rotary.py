@@ -44,9 +44,7 @@ def _same_as(module, tokens_of, tower, rows, size=None):
     import torch
 
     parameters = dict(module.named_parameters())
-    params = tables.read(
-        rows, {k: v.detach().numpy() for k, v in parameters.items()}, _shapes(tower)
-    )
+    params = tables.read(rows, {k: v.detach().numpy() for k, v in parameters.items()}, _shapes(tower))
     images = _images(size or tower.image_size)
     theirs = tokens_of(foreign.torch_images(images))
     weight = np.random.default_rng(2).normal(size=theirs.shape).astype(np.float32)
@@ -102,10 +100,7 @@ def _attention(program, qk_norm, key_bias):
     )
 
 
-@pytest.mark.parametrize(
-    "program,qk_norm,mesh_shape",
-    [("pallas", False, (2, 2, 2)), ("cudnn", True, None)],
-)
+@pytest.mark.parametrize("program,qk_norm,mesh_shape", [("pallas", False, (2, 2, 2)), ("cudnn", True, None)])
 def test_every_attention_program_rotates(monkeypatch, program, qk_norm, mesh_shape):
     real = jax.nn.dot_product_attention
     of_xla = lambda *qkv, implementation, **seen: real(*qkv, implementation="xla", **seen)
@@ -114,8 +109,7 @@ def test_every_attention_program_rotates(monkeypatch, program, qk_norm, mesh_sha
     weight = jax.random.normal(jax.random.key(2), x.shape)
     xla, other = (_attention(name, qk_norm, not qk_norm) for name in ("xla", program))
     params, again = (
-        jax.jit(lambda layer=layer: layer.init(jax.random.key(3), x, x, x))()
-        for layer in (xla, other)
+        jax.jit(lambda layer=layer: layer.init(jax.random.key(3), x, x, x))() for layer in (xla, other)
     )
     jax.tree.map(np.testing.assert_array_equal, params, again)
     rotation = rotary.of_grid(3, theta=100.0, head_dim=12, leading=1)

@@ -53,9 +53,7 @@ class NotATower(nn.Module):
 
 
 def dictionary(**overrides):
-    c = tiny.dictionary(
-        model__image__tower=IMAGE, model__text__tower=TEXT, input__max_regions=0, **overrides
-    )
+    c = tiny.dictionary(model__image__tower=IMAGE, model__text__tower=TEXT, input__max_regions=0, **overrides)
     c.model.decoder = None
     c.text.packing = False
     return c

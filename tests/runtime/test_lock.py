@@ -61,9 +61,7 @@ def test_a_dead_process_of_this_machine_locks_nobody_out_for_a_moment(tmp_path, 
     assert capsys.readouterr().err == ""  # nobody waited
 
 
-@pytest.mark.parametrize(
-    "content", [msgspec.json.encode(ELSEWHERE), b"", b'{"host":"\xff"}', b"[" * 100_000]
-)
+@pytest.mark.parametrize("content", [msgspec.json.encode(ELSEWHERE), b"", b'{"host":"\xff"}', b"[" * 100_000])
 def test_a_lock_that_nobody_renews_is_taken_over_after_a_time(tmp_path, capsys, content):
     (tmp_path / lock.FILE).write_bytes(content)
     lock.Lock(tmp_path).release()
@@ -108,9 +106,7 @@ def test_a_trainer_that_was_taken_for_dead_ends_and_leaves_the_lock_of_the_other
     mine = lock.Lock(tmp_path)
     mine.renew()
     _write(tmp_path, ELSEWHERE)  # it was suspended
-    with pytest.raises(
-        errors.StorageFault, match="lost its lock; .* process 4242 on node7 trains there"
-    ):
+    with pytest.raises(errors.StorageFault, match="lost its lock; .* process 4242 on node7 trains there"):
         mine.renew()
     mine.release()
     assert _holder(tmp_path) == ELSEWHERE

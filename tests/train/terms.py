@@ -23,9 +23,7 @@ class Smooth(local.LocalTerm):
     Options: ClassVar[type] = Options
 
     def setup(self):
-        self.map = layers.dense(
-            4, ("width",), ("vector",), dtype=jnp.float32, kernel_init=layers.normal(0.2)
-        )
+        self.map = layers.dense(4, ("width",), ("vector",), dtype=jnp.float32, kernel_init=layers.normal(0.2))
 
     def initial_state(self, params):
         return {"centre": jnp.zeros(4)}

@@ -85,10 +85,7 @@ def test_flops_are_those_of_the_matrix_products():
 
 # The model_profile.csv of open_clip (ViT-S-16 to ViT-g-14), GFLOPs of an image. It counts an image projection that
 # stands in our decoder: 0.003 at most.
-@pytest.mark.parametrize(
-    "size,gflops",
-    [("S/16", 9.20), ("B/16", 35.13), ("g/14", 534.06)],
-)
+@pytest.mark.parametrize("size,gflops", [("S/16", 9.20), ("B/16", 35.13), ("g/14", 534.06)])
 def test_image_towers_are_as_published(size, gflops):
     assert flops.per_image(recipe(size)).image / 1e9 == pytest.approx(gflops, abs=0.007)
 
@@ -156,9 +153,7 @@ def test_the_box_head_is_that_of_the_model(boxes):
     model, params, batch = shapes(config)
     apply = lambda params, batch: model.apply({"params": params}, batch)
     ours = flops.per_image(config)
-    assert (
-        flops.matmul_flops(apply, params, batch) == (ours.forward - ours.losses) * config.batch_size
-    )
+    assert flops.matmul_flops(apply, params, batch) == (ours.forward - ours.losses) * config.batch_size
 
 
 @pytest.mark.parametrize(
@@ -199,9 +194,7 @@ def test_train_step_is_xlas_own_count():
         step = functools.partial(train_step.loss_and_grads, model, config, None)
         return jax.jit(lambda params, batch: step(params, batch, None)).lower(params, batch)
 
-    few = {
-        f"model__{t}__{key}": 2 for t in ("image", "text", "decoder") for key in ("depth", "unroll")
-    }
+    few = {f"model__{t}__{key}": 2 for t in ("image", "text", "decoder") for key in ("depth", "unroll")}
     shallow = one_group(**few)
     lowered = lower(shallow)
     assert 0.98 < ratio(lowered, shallow) < 1.02  # before XLA's passes

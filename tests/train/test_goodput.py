@@ -27,9 +27,7 @@ def _line(step, clock):
 def _seconds(clock):
     numbers = clock.numbers()
     total = numbers[goodput.SECONDS]
-    return {
-        k: round(numbers[f"time/{k}"] * total, 6) for k in goodput.KINDS if numbers[f"time/{k}"]
-    }
+    return {k: round(numbers[f"time/{k}"] * total, 6) for k in goodput.KINDS if numbers[f"time/{k}"]}
 
 
 def test_two_kills_are_counted_by_hand(now):
@@ -60,9 +58,7 @@ def test_two_kills_are_counted_by_hand(now):
     expected = dict(other=2, compile=10, repeated=40, stopped=9)
     assert _seconds(clock) == expected and clock.numbers()[goodput.REPEATED] == 4
     assert sum(clock.numbers()[f"time/{kind}"] for kind in goodput.KINDS) == pytest.approx(1)
-    assert (
-        clock.words() == "steps lost by a restart 65.6%, compiling 16.4%, stopped 14.8%, other 3.3%"
-    )
+    assert clock.words() == "steps lost by a restart 65.6%, compiling 16.4%, stopped 14.8%, other 3.3%"
 
 
 def test_a_clock_that_goes_on_without_lines_is_new(now):

@@ -46,9 +46,7 @@ def test_every_parameter_starts_as_the_references(golden, block_init):
             return module.image_tokens(image)
         return module.encode_image(image), module.encode_text(texts, texts, texts, texts[0, :, :2])
 
-    if (
-        block_init == "trunc_normal"
-    ):  # the documented difference: the image's blocks as timm makes them
+    if block_init == "trunc_normal":  # the documented difference: the image's blocks as timm makes them
         expected |= golden["timm_blocks"]
         expected = {x: expected[x] for x in expected if x.startswith(("image/", "logit_scale"))}
     init = jax.jit(lambda key: grain.GRAIN(model).init(key, method=encode))

@@ -31,9 +31,7 @@ def test_text_positions_are_stretched_after_the_first_twenty():
     expected = old[low] + (position - low) * (old[low + 1] - old[low])
     np.testing.assert_allclose(new[120], expected, rtol=1e-4)
     np.testing.assert_array_equal(initialise.resize_text_positions(old, 30), old[:30])
-    np.testing.assert_array_equal(
-        initialise.resize_text_positions(old[:4], 5)[[0, -1]], old[[0, 3]]
-    )
+    np.testing.assert_array_equal(initialise.resize_text_positions(old[:4], 5)[[0, -1]], old[[0, 3]])
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +144,7 @@ OTHERS = [  # keys of the config; what each line says
             "image/pre_norm/bias: missing",
         ],
     ),
-    (
-        {"model.image.pixel_mean": (0.4, 0.4, 0.4)},
-        [f"model.image.pixel_mean: got (0.4, 0.4, 0.4), {THERE}"],
-    ),
+    ({"model.image.pixel_mean": (0.4, 0.4, 0.4)}, [f"model.image.pixel_mean: got (0.4, 0.4, 0.4), {THERE}"]),
     (
         {"model.embed_dim": 16},
         [
@@ -257,10 +252,7 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
         ),
         ({"model.image.positions": False}, "model.image.positions: got False, expected True"),
         ({"model.image.rope": "axial"}, "rope: got 'axial', expected one of none, centres"),
-        (
-            {"optim.lora.rank": 4, "optim.layer_decay": 0.75},
-            "optim.layer_decay: got 0.75, expected 1",
-        ),
+        ({"optim.lora.rank": 4, "optim.layer_decay": 0.75}, "optim.layer_decay: got 0.75, expected 1"),
         (
             {"optim.lora.rank": 4, "optim.lora.modules": ("(",)},
             "optim.lora.modules: got ('(',), expected regular",

@@ -56,9 +56,7 @@ def program_of(name, on_eight):
         mesh |= dict(loss__gather=2)
     c = tiny.config(**CONFIGS[name] | mesh, ema_decay=0.9, optim__clip_norm=0.0)
     devices = jax.devices()[: 8 if on_eight else 1]
-    program = train_step.build(
-        c, sharding.make_mesh(c.mesh, devices), total_steps=10, steps_per_epoch=1
-    )
+    program = train_step.build(c, sharding.make_mesh(c.mesh, devices), total_steps=10, steps_per_epoch=1)
     return c, program, program.step.lower(program.state, program.batch).compile()
 
 
@@ -137,9 +135,7 @@ def test_another_step_has_other_draws():
 
 
 def test_matching_has_no_collective_loop_or_host_callback():
-    collectives = re.compile(
-        r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
-    )
+    collectives = re.compile(r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(")
     lines = program_of("decoder", True)[2].as_text().splitlines()
     scoped = [line for line in lines if re.search(r'op_name="[^"]*matching', line)]
     assert len(scoped) > 20, "the scope's name is gone: this test sees nothing"
@@ -197,9 +193,7 @@ def test_the_loss_is_the_mean_over_the_global_batch():
     loss = 1.5 * jnp.square(patches + 0.1 * noise[:, None]).sum((1, 2)) + other + texts
     count = 1 + batch.caption_id[:, 0] % 3
     np.testing.assert_allclose(metrics["loss_smooth"], np.average(loss, weights=count), rtol=1e-5)
-    np.testing.assert_allclose(
-        metrics["smooth/norm"], jnp.abs(patches).mean((1, 2)).mean(), rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics["smooth/norm"], jnp.abs(patches).mean((1, 2)).mean(), rtol=1e-5)
     weights = {"image_caption": 1, "smooth": 0.3, "average": 0.7}
     total = sum(weight * metrics[f"loss_{name}"] for name, weight in weights.items())
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
@@ -234,9 +228,7 @@ def test_parameters_of_terms_are_sharded_averaged_and_counted():
 def test_a_fresh_state_does_not_depend_on_the_terms():
     """The model has the parameters of a run without terms; a term's depend on its name alone."""
     c, plain = program_of("terms", False)[0], tiny.config(**terms.TWO_TOWERS)
-    with_terms, without = (
-        jax.jit(forward.Forward(grain.GRAIN(x.model), x).init)() for x in (c, plain)
-    )
+    with_terms, without = (jax.jit(forward.Forward(grain.GRAIN(x.model), x).init)() for x in (c, plain))
     jax.tree.map(np.testing.assert_array_equal, forward.without_terms(with_terms), dict(without))
     kernel = sharding.unbox(with_terms)["terms"]["smooth"]["map"]["kernel"]
     assert 0.1 < np.std(kernel) < 0.3

@@ -24,11 +24,7 @@ TWO_TOWERS = {
     "model__image__image_size": SIDE * PATCH,
     "input__max_regions": 0,
 }
-BOXES = {
-    "model__boxes__kind": "roi_align",
-    "loss__box_description": 1.0,
-    "input__max_regions": 5,
-}
+BOXES = {"model__boxes__kind": "roi_align", "loss__box_description": 1.0, "input__max_regions": 5}
 
 
 def config(**changes):
@@ -41,9 +37,7 @@ def keys_of(images):
 
 def test_random_patches_of_an_image():
     draw = lambda keep, images=64: np.asarray(
-        forward.draw_kept(
-            keys_of(images), SIDE**2, forward.patches_seen(config(model__image__keep=keep))
-        )
+        forward.draw_kept(keys_of(images), SIDE**2, forward.patches_seen(config(model__image__keep=keep)))
     )
     kept = draw(0.3)
     assert kept.shape == (64, 5) and (np.diff(kept) > 0).all()  # 4.8 of 16

@@ -93,17 +93,11 @@ def test_step_0_is_the_base_with_factors_of_the_names_and_axes_of_their_maps():
     out = boxed["image"]["blocks"]["attention"]["out"]
     assert out["lora_a"].names == ("layers", "heads", "head_dim", "vector")
     assert out["lora_b"].names == ("layers", "vector", "width")
-    assert out["lora_a"].value.shape == (1, 4, 8, RANK) and out["lora_b"].value.shape == (
-        1,
-        RANK,
-        32,
-    )
+    assert out["lora_a"].value.shape == (1, 4, 8, RANK) and out["lora_b"].value.shape == (1, RANK, 32)
 
 
 @pytest.mark.parametrize(
-    "more",
-    [dict(model__attention="pallas", model__image__width=128), ROTARY],
-    ids=["pallas", "rotary"],
+    "more", [dict(model__attention="pallas", model__image__width=128), ROTARY], ids=["pallas", "rotary"]
 )
 def test_folded_in_is_beside(more):
     c = tiny.small(**FACTORS, **TWO, model__image__depth=2, **more)
@@ -150,11 +144,7 @@ def test_gradients_of_a_map_are_torchs(inputs, outputs, side_by_side):
         module = layers.Affine(inputs, outputs, *axes, np.dtype("float32"), init)
     else:
         module = layers.dense(
-            outputs,
-            ("a",) * len(inputs),
-            ("b",) * len(outputs),
-            dtype=np.dtype("float32"),
-            kernel_init=init,
+            outputs, ("a",) * len(inputs), ("b",) * len(outputs), dtype=np.dtype("float32"), kernel_init=init
         )
 
     def loss(params, x):
@@ -168,11 +158,7 @@ def test_gradients_of_a_map_are_torchs(inputs, outputs, side_by_side):
         for k, v in params.items()
     }
     their_x = torch.tensor(x.reshape(5, n), dtype=torch.float64, requires_grad=True)
-    y = (
-        their_x @ theirs["kernel"]
-        + 1.5 * (their_x @ theirs["lora_a"]) @ theirs["lora_b"]
-        + theirs["bias"]
-    )
+    y = their_x @ theirs["kernel"] + 1.5 * (their_x @ theirs["lora_a"]) @ theirs["lora_b"] + theirs["bias"]
     total = (y * torch.tensor(weight, dtype=torch.float64)).sum()
     total.backward()
     assert float(value) == pytest.approx(total.item(), rel=1e-5)
@@ -228,10 +214,7 @@ def test_a_predictor_refuses_factors():
             {"modules": (BOTH, "image/blocks/.*")},
             "'image/blocks/.\\*' matches image/blocks/\\w+/?\\w*; expected dense",
         ),
-        (
-            {"modules": (".*/query",)},
-            "'.\\*/query' matches decoder/\\S+query; expected",
-        ),
+        ({"modules": (".*/query",)}, "'.\\*/query' matches decoder/\\S+query; expected"),
         (
             {"rank": 33},
             "optim.lora.rank: got 33, expected at most 32, the smaller side of image/\\S+, which maps 32 to",
@@ -278,9 +261,7 @@ def test_towers_of_users_have_no_factors():
     assert lora.maps_of(model, alone, shapes) == ["image/blocks/mlp/in"]
     # One in which the default names nothing would be frozen whole, without a word.
     shapes = {"image/blocks/mlp/in/kernel": (1, 32, 64), "text/stem/kernel": (32, 64)}
-    message = (
-        "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*would be frozen"
-    )
+    message = "no map of the text tower \\(examples.tower.mixer:TextMixer\\) matches .*would be frozen"
     with pytest.raises(errors.UserError, match=message):
         lora.maps_of(model, c.optim.lora, shapes)
 

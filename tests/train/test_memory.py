@@ -24,9 +24,7 @@ def sizes():
 
 
 @pytest.mark.parametrize("room, part", [(-1, "parameters, moments"), (0, "(state and batch")])
-def test_a_run_that_does_not_fit_ends_before_the_first_step(
-    sizes, tmp_path, monkeypatch, room, part
-):
+def test_a_run_that_does_not_fit_ends_before_the_first_step(sizes, tmp_path, monkeypatch, room, part):
     """By shapes alone, and by the figures of the compiler."""
     there = sum(sizes.values()) + room
     monkeypatch.setattr(memory_check, "device_bytes", lambda: there)

@@ -163,9 +163,7 @@ def _scalars(folder):
     return scalars, purges
 
 
-def test_tensorboard_has_each_step_at_once_and_forgets_those_beyond_a_restart(
-    tmp_path, monkeypatch
-):
+def test_tensorboard_has_each_step_at_once_and_forgets_those_beyond_a_restart(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_writer, "EVENT_FILE_BYTES", 60)  # two events
     first = metrics_writer.MetricsWriter(tmp_path, 0, 10, 4)
     for step in range(1, 6):

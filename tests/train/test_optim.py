@@ -62,9 +62,7 @@ def test_update_equals_adamw_in_float64(clip_norm):
         g = jax.tree.map(lambda x: x.astype(np.float64) * scale, grads)
         m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
         v = jax.tree.map(lambda v, g: 0.98 * v + 0.02 * g * g, v, g)
-        step = jax.tree.map(
-            lambda m, v: (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.98**t)) + 1e-8), m, v
-        )
+        step = jax.tree.map(lambda m, v: (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.98**t)) + 1e-8), m, v)
         decay = {"layer": {"kernel": 0.1, "bias": 0.0}}
         p = jax.tree.map(lambda p, s, d: p - 1e-2 * (s + d * p), p, step, decay)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, p)
@@ -138,9 +136,7 @@ def test_the_first_moment_in_bfloat16_has_no_bias(b1, noise):
             return tx.update(grads, state, mean)[1], None
 
         keys = jax.random.split(jax.random.key(0), 300)
-        states[dtype] = jax.jit(
-            lambda tx=tx, step=step: jax.lax.scan(step, tx.init(mean), keys)[0]
-        )()
+        states[dtype] = jax.jit(lambda tx=tx, step=step: jax.lax.scan(step, tx.init(mean), keys)[0])()
     adam = [states[dtype][1] for dtype in ("float32", "bfloat16")]
     ratio = [np.asarray(state.mu, np.float64) / mean for state in adam]
     assert adam[1].mu.dtype == "bfloat16" and adam[1].nu.dtype == np.float32
@@ -158,9 +154,7 @@ def test_the_rounding_of_an_element_depends_on_its_place_alone():
     other = jax.device_put(other, NamedSharding(mesh, PartitionSpec("x", "y")))
     step = jax.jit(lambda grads: tx.update(grads, tx.init(grads), grads)[1][1].mu)
     assert "all-gather" not in step.lower(other).compile().as_text()
-    one, eight = (
-        jax.tree.map(lambda x: np.asarray(x, np.float32), step(g)) for g in (grads, other)
-    )
+    one, eight = (jax.tree.map(lambda x: np.asarray(x, np.float32), step(g)) for g in (grads, other))
     jax.tree.map(np.testing.assert_array_equal, one, eight)
     low, high = np.unique(one["a"])
     share = (0.03 - low) / (high - low)  # of elements that are rounded up
@@ -216,9 +210,7 @@ def test_layer_decay_counts_each_towers_own_layers():
     c = tiny.config(model__text__depth=4)
     scales = grain.flat(optim.layer_scales(_params(c), 0.5))
     np.testing.assert_array_equal(scales["image/blocks/mlp/in/bias"], [[0.25], [0.5]])
-    np.testing.assert_array_equal(
-        scales["text/blocks/mlp/in/kernel"].ravel(), [0.0625, 0.125, 0.25, 0.5]
-    )
+    np.testing.assert_array_equal(scales["text/blocks/mlp/in/kernel"].ravel(), [0.0625, 0.125, 0.25, 0.5])
     expected = {"image/class_token": 0.125, "image/position_embed": 0.125}
     expected |= {"image/patch_embed/bias": 0.125, "text/token_embed/embedding": 0.03125}
     ones = ("image/norm/scale", "text_norm/bias", "text_projection/kernel", "decoder/query_embed")

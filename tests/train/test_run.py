@@ -47,9 +47,7 @@ def finished(tmp_path_factory):
         (("data_dir=DIR", "name=bird"), "no record set 'bird' in 'DIR' .looked for"),
     ],
 )
-def test_a_dataset_that_is_missing_is_said_before_anything_is_made(
-    flags, line, tmp_path, monkeypatch
-):
+def test_a_dataset_that_is_missing_is_said_before_anything_is_made(flags, line, tmp_path, monkeypatch):
     monkeypatch.setattr(run.lock, "held", None)  # neither the workdir nor TensorFlow comes first
     flags = [f"--config.input.{flag}" for flag in flags]
     with pytest.raises(errors.MissingData, match=line):
@@ -62,14 +60,7 @@ def test_the_type_of_activations_follows_the_devices(tmp_path):
 
 
 def test_workdir_holds_what_the_contract_says(finished):
-    names = (
-        "config.json",
-        "metrics.jsonl",
-        "checkpoints/10",
-        "checkpoints/4",
-        "tensorboard",
-        "report.html",
-    )
+    names = ("config.json", "metrics.jsonl", "checkpoints/10", "checkpoints/4", "tensorboard", "report.html")
     for name in names:
         assert (finished / name).exists(), name
     assert not (finished / "checkpoints" / "2").exists()  # checkpoint_keep = 4
@@ -99,9 +90,7 @@ def test_a_run_whose_texts_do_not_fit_ends_and_saves_nothing(tmp_path, monkeypat
             yield batch._replace(**counts)
 
     monkeypatch.setattr(synthetic.Synthetic, "batches", with_lost_texts)
-    with pytest.raises(
-        metrics_writer.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"
-    ):
+    with pytest.raises(metrics_writer.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"):
         run.train(_config(log_every=2), tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -153,9 +142,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(finished, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(
-    finished, tmp_path, capfd, monkeypatch
-):
+def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(progress, "COMPILING_SECONDS", 0.0)
     handler = ending.PreemptionHandler()
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one counts

@@ -61,9 +61,7 @@ def test_moments_follow_their_parameters():
 def test_a_parameter_that_cannot_be_placed_is_named(mesh, to, overrides, message):
     """With that rule for the axis `mlp`."""
     c = tiny.config(**overrides)
-    rules = tuple(
-        (a, to if a == "mlp" else m) for a, m in c.sharding if (a, to) != ("mlp", "no rule")
-    )
+    rules = tuple((a, to if a == "mlp" else m) for a, m in c.sharding if (a, to) != ("mlp", "no rule"))
     with pytest.raises(sharding.ShardingError, match=message):
         sharding.place_state(_abstract(c), rules, _mesh(*mesh))
 
@@ -98,10 +96,7 @@ def test_slices_are_cut_over_data_first():
     c = tiny.config(mesh__data=4, mesh__fsdp=2, mesh__tensor=2, mesh__dcn_data=2)
     slices = np.vectorize(lambda d: d.slice_index)(sharding.make_mesh(c.mesh, chips).devices)
     np.testing.assert_array_equal(slices, np.broadcast_to([[[0]], [[0]], [[1]], [[1]]], (4, 2, 2)))
-    for slices, message in (
-        (1, "got 1, expected a multiple of the 2"),
-        (8, "divisor of mesh.data = 4"),
-    ):
+    for slices, message in ((1, "got 1, expected a multiple of the 2"), (8, "divisor of mesh.data = 4")):
         with pytest.raises(sharding.ShardingError, match=f"dcn_data: .*{message}"):
             sharding.make_mesh(dataclasses.replace(c.mesh, dcn_data=slices), chips)
 
@@ -153,9 +148,6 @@ def test_a_process_serves_the_lanes_on_its_devices(processes, shape, expected):
 def test_a_lane_on_two_processes_is_one_line():
     with pytest.raises(
         sharding.ShardingError,
-        match="input.lanes: got 2, but process 0 holds 4 of the 8 images of lane 0; expected a"
-        " multiple of 4",
+        match="input.lanes: got 2, but process 0 holds 4 of the 8 images of lane 0; expected a multiple of 4",
     ):
-        sharding.lanes_of_process(
-            _layout([0, 1, 0, 1], (4, 1, 1)), batch_size=16, lanes=2, process_index=1
-        )
+        sharding.lanes_of_process(_layout([0, 1, 0, 1], (4, 1, 1)), batch_size=16, lanes=2, process_index=1)

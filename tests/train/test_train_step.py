@@ -42,9 +42,7 @@ def large():
     program = _build(c)
     module = hlo.parse(program.step.lower(program.state, program.batch).compile().as_text())
     computations = module.computations.items()
-    placed = [
-        (i, name in module.in_loop) for name, x in computations for i in x.instructions.values()
-    ]
+    placed = [(i, name in module.in_loop) for name, x in computations for i in x.instructions.values()]
     return c, program, placed
 
 
@@ -98,9 +96,7 @@ def test_products_of_the_losses_are_float32_at_highest_precision():
     highest = (jax.lax.Precision.HIGHEST,) * 2
     # Forward and backward of two directions of captions and one of regions.
     assert len(products) >= 9
-    assert all(types == {"float32"} and precision == highest for types, precision in products), (
-        products
-    )
+    assert all(types == {"float32"} and precision == highest for types, precision in products), products
 
 
 def test_a_frozen_module_has_no_gradient_norm():

@@ -129,11 +129,7 @@ def build(folder: pathlib.Path, quiet: bool = False) -> pathlib.Path:
 
 
 def install(
-    wheel: str,
-    constraints: str,
-    folder: pathlib.Path,
-    python: str = sys.executable,
-    quiet: bool = False,
+    wheel: str, constraints: str, folder: pathlib.Path, python: str = sys.executable, quiet: bool = False
 ) -> pathlib.Path:
     """A virtual environment below `folder` with the wheel; returns its Python.
 

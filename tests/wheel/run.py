@@ -127,12 +127,7 @@ DATA = (
     ("train, resumed", f"{RECORDS} --config.total_steps=6", "resumed at step 4", 0),
     LOAD,
     ("convert", "convert pack --input run --output packed", "PROVEN", 0),
-    (
-        "evaluate",
-        MEASURE.replace("run", "packed", 1).format("zeroshot", "classes"),
-        "alpha_1.0/top1",
-        0,
-    ),
+    ("evaluate", MEASURE.replace("run", "packed", 1).format("zeroshot", "classes"), "alpha_1.0/top1", 0),
     ("goldens", GOLDENS, "preprocessing, tf 26", 0),
 )
 

@@ -21,9 +21,7 @@ _CONVERSIONS = {
     ".tar": "from-torch",
     ".npz": "from-big-vision",
 }
-_FOREIGN = (
-    r"(vit|rn\d|convnext|eva|coca|siglip|clip).*"  # as models of open_clip and OpenAI are named
-)
+_FOREIGN = r"(vit|rn\d|convnext|eva|coca|siglip|clip).*"  # as models of open_clip and OpenAI are named
 _FOLDER = epath.Path(__file__).parent
 
 
@@ -66,9 +64,7 @@ def conversion(path: epath.PathLike) -> str:
     """The command that converts the weights in a file or folder into a model for `load`; or "" if none does."""
     path = epath.Path(path)
     kind = _CONVERSIONS.get(path.suffix)
-    if path.is_dir() and any(
-        _CONVERSIONS.get(x.suffix) == "from-open-clip" for x in path.iterdir()
-    ):
+    if path.is_dir() and any(_CONVERSIONS.get(x.suffix) == "from-open-clip" for x in path.iterdir()):
         kind = "from-hf" if (path / "config.json").exists() else "from-open-clip"
     if not kind:
         return ""

@@ -60,9 +60,7 @@ def download(reference: str) -> epath.Path:
             library.snapshot_download(match[1], revision=match[2], allow_patterns=list(_READ))
         )
     if not any((folder / name).exists() for name in ("config.json", "open_clip_config.json")):
-        raise HubError(
-            f"{reference}: has no config.json, expected a folder of to-hf or another conversion"
-        )
+        raise HubError(f"{reference}: has no config.json, expected a folder of to-hf or another conversion")
     return folder
 
 
@@ -114,9 +112,7 @@ def _asking(asker: str) -> Iterator[Any]:
     try:
         import huggingface_hub
     except ImportError:
-        raise HubError(
-            f"{asker}: needs the package huggingface_hub; pip install 'grain_jax[hub]'"
-        ) from None
+        raise HubError(f"{asker}: needs the package huggingface_hub; pip install 'grain_jax[hub]'") from None
     try:
         yield huggingface_hub
     except HubError:

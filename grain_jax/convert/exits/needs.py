@@ -28,11 +28,7 @@ class Format(NamedTuple):
                 lines.append(f"model.{key}: got {shown}, {self.name} has {has}")
         if key := self.rule(model):
             got = operator.attrgetter(key)(model)
-            shown = (
-                "regions"
-                if key.startswith("decoder")
-                else "another value with the model's other keys"
-            )
+            shown = "regions" if key.startswith("decoder") else "another value with the model's other keys"
             lines.append(f"model.{key}: got {got}, {self.name} has {shown}")
         return lines
 
@@ -80,11 +76,7 @@ CLIP = _format(
     text__projection=_FREE,
 )._replace(rule=lambda m: "text.end_id" if m.text.end_id == 2 else "")  # it means the highest id
 SIGLIP = _format(
-    "SiglipModel",
-    _TWO | _SIGLIP_IMAGE,
-    image__projection="none",
-    text__causal=False,
-    text__pool="last",
+    "SiglipModel", _TWO | _SIGLIP_IMAGE, image__projection="none", text__causal=False, text__pool="last"
 )
 _is_quick = lambda tower: tower.activation == "quick_gelu"  # in both towers of open_clip or in none
 OPEN_CLIP = _format(

@@ -90,9 +90,7 @@ def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
     if (target / "maps.onnx").exists():
         predictor = inference.Predictor(source.model, source.params)
         texts = [predictor.encode_text(inputs.token_ids)] * len(inputs.images)
-        ours["similarity_map"] = np.stack(
-            predictor.similarity_maps(Normalized(inputs.images), texts)
-        )
+        ours["similarity_map"] = np.stack(predictor.similarity_maps(Normalized(inputs.images), texts))
 
     def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
         import onnxruntime
@@ -122,6 +120,5 @@ def _run(session: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         inputs = {name: x if name == "text_embeds" else x[rows] for name, x in inputs.items()}
         parts.append(session.run(None, inputs))
     return {
-        x.name.removesuffix("s"): np.concatenate(both)
-        for x, both in zip(session.get_outputs(), zip(*parts))
+        x.name.removesuffix("s"): np.concatenate(both) for x, both in zip(session.get_outputs(), zip(*parts))
     }

@@ -37,10 +37,7 @@ def files(
     if tower.tokenizer == "clip" and size == clip_tokenizer.VOCAB_SIZE:
         return _of_clip(tower), ""
     if tower.tokenizer == "clip":
-        why = (
-            f"a vocabulary of {size} is not CLIP's of {clip_tokenizer.VOCAB_SIZE}; give the model"
-            " token ids"
-        )
+        why = f"a vocabulary of {size} is not CLIP's of {clip_tokenizer.VOCAB_SIZE}; give the model token ids"
     elif (path := tokenizer.own_file(tower, folder)) is None:
         # Model cards are published, so they name none of this machine's folders.
         name = epath.Path(tower.tokenizer).name
@@ -105,9 +102,7 @@ def with_end(source: SourceModel) -> SourceModel:
     return source._replace(model=dataclasses.replace(source.model, text=tower))
 
 
-def of_transformers(
-    tower: config_lib.TextTower, folder: epath.PathLike
-) -> tuple[dict[str, Any], str]:
+def of_transformers(tower: config_lib.TextTower, folder: epath.PathLike) -> tuple[dict[str, Any], str]:
     """As `files`, but no CLIP tokenizer for a tower that sees its padding."""
     token_files, missing = files(tower, folder)
     if token_files and tower.tokenizer == "clip" and not (tower.packable and tower.seeks_end):
@@ -159,10 +154,7 @@ def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower, fast: bool)
     size, end, unknown = library.vocab_size(), library.eos_id(), library.unk_id()
     if tower.pad_id >= size:
         return {}
-    pieces, scores = (
-        [library.id_to_piece(i) for i in range(size)],
-        library.get_score([*range(size)]),
-    )
+    pieces, scores = ([library.id_to_piece(i) for i in range(size)], library.get_score([*range(size)]))
     tokens = dict(eos_token=pieces[end], pad_token=pieces[tower.pad_id])
     if tower.cleaning == "siglip" and not fast:
         tokens["unk_token"] = pieces[unknown]
@@ -187,9 +179,7 @@ def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower, fast: bool)
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
     steps += [normalizers.Prepend(" ")] * says(3) + [normalizers.Replace(" ", "\u2581")]
     made = tokenizers.Tokenizer(made)
-    made.normalizer = normalizers.Sequence(
-        steps
-    )  # a text is one word, in which "\u2581" is a space
+    made.normalizer = normalizers.Sequence(steps)  # a text is one word, in which "\u2581" is a space
     if tower.cleaning in ("siglip2", "none"):  # the others would clean around them
         whole = [i for i, x in enumerate(message[1]) if _message(x).get(3) == [4]]  # never split
         made.add_tokens([AddedToken(pieces[i], normalized=False) for i in whole])
@@ -264,9 +254,7 @@ def _fast(
     }
 
 
-def ours(
-    source: SourceModel, texts: Sequence[str], *, pads_with_end: bool
-) -> dict[str, np.ndarray]:
+def ours(source: SourceModel, texts: Sequence[str], *, pads_with_end: bool) -> dict[str, np.ndarray]:
     """Our side of the parity: token ids of texts, int32 [N, L], and embeddings of TEXTS, float32 [N, D].
 
     Each text is read where our tokenizer ends it.

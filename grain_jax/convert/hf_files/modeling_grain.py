@@ -33,9 +33,7 @@ def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
     `mask`, bool [B, 1, 1, Lk]: the keys that are seen; None: all.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -185,9 +183,7 @@ class ImageBlock(nn.Module):
         self.attn = ImageAttention(tower)
         self.norm2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
         self.mlp = MLP(tower, ("fc1", "fc2"), gated=tower["mlp"] == "gated")
-        self.ls1, self.ls2 = (
-            LayerScale(tower) if tower["layer_scale"] else nn.Identity() for _ in range(2)
-        )
+        self.ls1, self.ls2 = (LayerScale(tower) if tower["layer_scale"] else nn.Identity() for _ in range(2))
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -636,9 +632,7 @@ class GrainModel(GrainPreTrainedModel):
     def get_boxes(self, pixel_values, boxes_xyxy):
         """Embeddings of boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> [B, R, D], unit length."""
         if self.decoder.boxes is None:
-            raise ValueError(
-                "the model has no box head: it was trained without loss.box_description"
-            )
+            raise ValueError("the model has no box head: it was trained without loss.box_description")
         return _unit(self.decoder.boxes(self.backbone.visual(pixel_values), boxes_xyxy))
 
     def similarity_maps(self, pixel_values, input_ids):
@@ -680,9 +674,7 @@ class GrainModel(GrainPreTrainedModel):
         scores = alpha * _cosines(_unit(image), class_features)
         if alpha < 1:
             if descriptions is None or regions is None:
-                raise ValueError(
-                    f"alpha {alpha} needs a region decoder and descriptions of classes"
-                )
+                raise ValueError(f"alpha {alpha} needs a region decoder and descriptions of classes")
             # Over descriptions and queries: the maximum over one, the mean over the other.
             by_best = self.config.towers["decoder"].get("class_score") == "best"
             cosines = (_cosines(_unit(regions), _unit(d)) for d in descriptions)

@@ -36,9 +36,7 @@ class GrainImageProcessor(ImageProcessingMixin):
         mean, std = (np.array(x, np.float32) for x in (self.image_mean, self.image_std))
         pixels = np.stack([self._resize(image) for image in images]).astype(np.float32) / 255
         pixels = ((pixels - mean) / std).transpose(0, 3, 1, 2)
-        return BatchFeature(
-            {"pixel_values": np.ascontiguousarray(pixels)}, tensor_type=return_tensors
-        )
+        return BatchFeature({"pixel_values": np.ascontiguousarray(pixels)}, tensor_type=return_tensors)
 
     def _resize(self, image):
         if not isinstance(image, PIL.Image.Image):
@@ -80,9 +78,7 @@ class GrainProcessor(ProcessorMixin):
             clean = CLEANINGS[self.cleaning]
             texts = [clean(t) for t in ([text] if isinstance(text, str) else text)]
             options = {"padding": True, "truncation": True} | kwargs
-            out["input_ids"] = self.tokenizer(texts, return_tensors=return_tensors, **options)[
-                "input_ids"
-            ]
+            out["input_ids"] = self.tokenizer(texts, return_tensors=return_tensors, **options)["input_ids"]
         return out
 
 

@@ -151,9 +151,7 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
     return used
 
 
-def infer(
-    states: StateDicts, heads: Mapping[str, int | None]
-) -> tuple[config_lib.Model, list[str]]:
+def infer(states: StateDicts, heads: Mapping[str, int | None]) -> tuple[config_lib.Model, list[str]]:
     """The model that these state dicts are the parameters of, and a line for each assumption in it.
 
     The number of heads is in no state dict: it comes by flag, from the size of the qk-norm, or is assumed.

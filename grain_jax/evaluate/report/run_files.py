@@ -102,9 +102,7 @@ def _of_evaluations(file: epath.Path, measured: list[Result], unmeasured: list[s
         measured += [_of_file(name, file, result) for name, result in value["ran"].items()]
         for outcome in ("skipped", "failed", "notes"):
             lines = value.get(outcome) or {}
-            unmeasured += [
-                f"{name} ({file.name}): {outcome}: {line}" for name, line in lines.items()
-            ]
+            unmeasured += [f"{name} ({file.name}): {outcome}: {line}" for name, line in lines.items()]
     elif "kind" in value:
         measured.append(_of_file(file.stem, file, value))
 

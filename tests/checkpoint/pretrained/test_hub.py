@@ -141,11 +141,7 @@ def test_a_folder_of_to_hf_is_pushed_with_its_card(there, tmp_path, capsys):
     assert 'grain_jax.load("hf://org/new")' in card and "parity: PROVEN" in card
     assert main(["from-hf", "--input", "hf://org/new", "--output", back]) == 0
     expected = grain_jax.load(OURS).encode_text(TEXT)
-    for name in (
-        "hf://org/new",
-        back,
-        out,
-    ):  # the folder of transformers is converted into the cache
+    for name in ("hf://org/new", back, out):  # the folder of transformers is converted into the cache
         np.testing.assert_allclose(grain_jax.load(name).encode_text(TEXT), expected, atol=1e-6)
 
 

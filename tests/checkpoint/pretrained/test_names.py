@@ -42,9 +42,7 @@ def test_a_part_is_found_where_it_is(model):
     for bird in birds(10, seed=1):
         found = model.ground(bird.image, list(bird.boxes_xyxy))
         for (x1, y1, x2, y2), (box, _) in zip(bird.boxes_xyxy.values(), found, strict=True):
-            both = max(0, min(x2, box[2]) - max(x1, box[0])) * max(
-                0, min(y2, box[3]) - max(y1, box[1])
-            )
+            both = max(0, min(x2, box[2]) - max(x1, box[0])) * max(0, min(y2, box[3]) - max(y1, box[1]))
             areas = (x2 - x1) * (y2 - y1) + (box[2] - box[0]) * (box[3] - box[1])
             overlaps.append(both / (areas - both))
     assert np.mean(overlaps) > 0.5
@@ -68,9 +66,7 @@ def test_a_folder_of_that_name_comes_first(model, tmp_path, monkeypatch):
     assert grain_jax.load("aviary-tiny").params["logit_scale"] == params["logit_scale"]
 
 
-@pytest.mark.parametrize(
-    "name,meant", [("aviary_tiny", True), ("aviary", True), ("org/name", False)]
-)
+@pytest.mark.parametrize("name,meant", [("aviary_tiny", True), ("aviary", True), ("org/name", False)])
 def test_another_name_is_one_line(name, meant):
     with pytest.raises(checkpoint_files.CheckpointError) as error:
         grain_jax.load(name)
@@ -103,8 +99,7 @@ def test_weights_of_others_name_the_command(given, files, kind, expected, tmp_pa
 
 def test_the_names_are_the_folders():
     folders = {
-        path.parent.name
-        for path in (ROOT / "grain_jax" / "checkpoint" / "pretrained").glob("*/README.md")
+        path.parent.name for path in (ROOT / "grain_jax" / "checkpoint" / "pretrained").glob("*/README.md")
     }
     assert folders == set(pretrained.NAMES)
 

@@ -46,10 +46,7 @@ class Reply(NamedTuple):
         if self.status != 200:
             value = {"error": {"message": self.text}}
         data = json.dumps(value).encode() if self.body is None else self.body
-        lines = [
-            f"Content-Length: {len(data)}",
-            "Connection: close",
-        ]  # else a quick retry meets a closed one
+        lines = [f"Content-Length: {len(data)}", "Connection: close"]  # else a quick retry meets a closed one
         if self.retry_after is not None:
             lines.append(f"Retry-After: {self.retry_after}")
         return sockets.head(*lines, status=f"{self.status} Told") + data

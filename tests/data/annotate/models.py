@@ -23,12 +23,7 @@ def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        vision_config={
-            **layers,
-            "num_hidden_layers": 1,
-            "image_size": size,
-            "patch_size": size // 6,
-        },
+        vision_config={**layers, "num_hidden_layers": 1, "image_size": size, "patch_size": size // 6},
         projection_dim=32,
     )
     processor = transformers.Owlv2Processor(
@@ -121,15 +116,7 @@ def _byte_tokenizer():
 def _clip_tokenizer():
     # As the real one: "!" is id 0 and pads, and the end has the highest id, by which the tower finds it.
     letters = ["!", *(letter for letter in _bytes() if letter != "!")]
-    tokens = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return transformers.CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[],
-        pad_token="!",
-        model_max_length=16,
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], pad_token="!", model_max_length=16
     )

@@ -116,9 +116,7 @@ def test_pictures_of_tar_shards_become_files(pictures, tmp_path):
         assert written == (pictures / name.split("/")[1]).read_bytes()
 
 
-def test_a_second_job_waits_until_the_first_ends_so_that_no_results_are_lost(
-    pictures, tmp_path, capsys
-):
+def test_a_second_job_waits_until_the_first_ends_so_that_no_results_are_lost(pictures, tmp_path, capsys):
     output = tmp_path / "out"
     flags = arguments(pictures, output)
     jobs = [[*flags, "--passes=caption", "--chat=tiny"], [*flags, "--passes=negatives"]]

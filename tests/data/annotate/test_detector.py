@@ -43,19 +43,13 @@ def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(folder, monke
         for side in size
     )
     expected = [(x1, y1, x2, y2) for x1, x2 in columns for y1, y2 in rows]
-    np.testing.assert_allclose(
-        sorted(inner, key=lambda b: np.round(b, -1).tolist()), expected, atol=1
-    )
+    np.testing.assert_allclose(sorted(inner, key=lambda b: np.round(b, -1).tolist()), expected, atol=1)
 
 
 def test_pictures_in_a_batch_do_not_disturb_each_other(folder, caplog):
     single, many = (load(folder, threshold=0.1, batch_size=size) for size in (1, 8))
     pictures = [_noise(90, 64, seed=i) for i in range(3)]
-    texts = [
-        ["a beak", "two red wings"],
-        ["a"],
-        ["a beak " * 200, "what? 3.5 cm.", "<|endoftext|>", "喙"],
-    ]
+    texts = [["a beak", "two red wings"], ["a"], ["a beak " * 200, "what? 3.5 cm.", "<|endoftext|>", "喙"]]
     alone, together = single.detect(pictures, texts), many.detect(pictures, texts)
     assert not caplog.records  # the batch did not fall apart
     for a, b, wanted in zip(alone, together, texts):

@@ -44,9 +44,7 @@ def test_a_batch_gives_what_each_picture_gives_alone(folder, caplog, monkeypatch
     assert alone.answer(pictures[:1], prompts[1:2])[0].text != expected[0].text
     assert alone.answer(pictures[:1], ["<image>a<image>"])[0] == expected[0]
     assert all(answer.cut_off for answer in expected)  # noise has no end
-    before, letter, _ = expected[0].text.partition(
-        next(x for x in expected[0].text if "!" <= x <= "~")
-    )
+    before, letter, _ = expected[0].text.partition(next(x for x in expected[0].text if "!" <= x <= "~"))
     end = alone._processor.tokenizer.convert_tokens_to_ids(letter)
     alone._model.generation_config.eos_token_id = end
     assert alone.answer(pictures[:1], prompts[:1]) == [chat.Answer(before + letter, cut_off=False)]

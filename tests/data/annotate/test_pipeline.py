@@ -52,9 +52,7 @@ def test_workers_in_processes_and_a_shard_that_is_done(tmp_path, shards):
     assert line["results"]["describe"] == [text.strip() for text in endpoint.DESCRIPTIONS]
     (line, *_) = lines_of(job, "annotations", shards[1])
     assert line["synthetic_caption"] == endpoint.CAPTION.removeprefix("Caption: ")
-    assert [r["description"] for r in line["regions"]] == [
-        f"the upper part {i} of 3" for i in range(3)
-    ]
+    assert [r["description"] for r in line["regions"]] == [f"the upper part {i} of 3" for i in range(3)]
     assert lines_of(job, "failed", shards[1]) == []
 
 
@@ -89,9 +87,7 @@ def test_what_an_earlier_pass_failed_stays_listed(tmp_path, shards):
     assert [letter["stage"] for letter in letters] == ["caption"] * 3
     assert all(letter["kept"] and letter["cause"] == "refusal" for letter in letters)
     lines = lines_of(job, "annotations", shards[0])
-    assert [line["synthetic_caption"] for line in lines] == [
-        f"synthetic text of {i}" for i in range(3)
-    ]
+    assert [line["synthetic_caption"] for line in lines] == [f"synthetic text of {i}" for i in range(3)]
 
 
 def test_a_server_that_is_down_ends_the_job_before_it_fails_millions(tmp_path, shards, monkeypatch):

@@ -102,9 +102,7 @@ def write_tars(images, folder):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tars", "annotations"])
-def test_every_source_has_the_vectors_of_predictor(
-    kind, images, expected, tmp_path, monkeypatch, capsys
-):
+def test_every_source_has_the_vectors_of_predictor(kind, images, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags, source = ["--shard-size=4"], os.path.relpath(images)  # relative paths
     if kind == "tars":
@@ -143,9 +141,7 @@ def test_every_source_has_the_vectors_of_predictor(
     assert "; 0 of them now" in capsys.readouterr().out
 
 
-def test_the_snippet_of_faiss_reads_the_layout_of_clip_retrieval(
-    images, tmp_path, monkeypatch, capsys
-):
+def test_the_snippet_of_faiss_reads_the_layout_of_clip_retrieval(images, tmp_path, monkeypatch, capsys):
     out = tmp_path / "embeddings"
     assert embed(images / "A.jsonl", out, "--shard-size=1") == 0
     # As many digits as the number of files has, so that names sort.
@@ -276,9 +272,7 @@ def test_a_damaged_part_is_made_again(many, tmp_path, capsys):
         if damage:
             path.write_bytes(damage(whole))
         assert sorted(job.done()) == [0, 1, 3, 4, 5, 6, 7]
-        named = capsys.readouterr().err.count(
-            "damaged, not what was written; its part is made again"
-        )
+        named = capsys.readouterr().err.count("damaged, not what was written; its part is made again")
         assert named == (damage is not None)
         assert go(job) == 4 and job.path(kind, 2).read_bytes() == whole
     assert_whole(tmp_path / "out")

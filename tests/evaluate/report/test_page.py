@@ -150,9 +150,7 @@ def test_no_text_of_a_run_moves_its_neighbours(run, tmp_path):
     assert text.count("\\x1b[2J\\x00\\u202e\N{PARROT}") >= 6
 
 
-@pytest.mark.parametrize(
-    "name, said", [("none", "no such folder"), ("", "has neither config.json")]
-)
+@pytest.mark.parametrize("name, said", [("none", "no such folder"), ("", "has neither config.json")])
 def test_wrong_use(tmp_path, name, said):
     with pytest.raises(errors.UserError, match=said):
         page.main([str(tmp_path / name)])
@@ -163,9 +161,7 @@ def test_which_curves_share_a_chart():
     keys = "mfu eval/d/query/0/cx eval/s/miou eval/s/by_name/alpha_0.5/top1 query_share/1"
     keys += " input_wait_fraction matched_iou50 loss_x loss grad_norm grad_norm/image"
     curve = ([1.0, 2.0], [3.0, 4.0])
-    made = {
-        chart.title: chart.labels for chart in charts.charts(dict.fromkeys(keys.split(), curve))
-    }
+    made = {chart.title: chart.labels for chart in charts.charts(dict.fromkeys(keys.split(), curve))}
     assert made == {
         "Losses": {"loss": "total", "loss_x": "loss_x"},
         "Evaluations": {

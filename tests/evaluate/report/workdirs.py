@@ -70,9 +70,7 @@ def workdir(folder, data_folder):
             alphas=(1.0, 0.5, 0.0),
             names=False,
         ),
-        "boxes": kinds.evaluator(
-            "grounding", str(data_folder), annotations=f"{data_folder}/A.jsonl"
-        ),
+        "boxes": kinds.evaluator("grounding", str(data_folder), annotations=f"{data_folder}/A.jsonl"),
     }
     c = tiny.dictionary(model__decoder__heads=2)
     c.evals.update(evals)
