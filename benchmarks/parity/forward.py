@@ -43,7 +43,7 @@ def decoder() -> Iterator[Comparison]:
     for name, field in fields.items():
         unit = scores.unit(arrays[f"outputs/{name}"])
         yield relative(f"unit {field}", getattr(batch_outputs, field), unit)
-    yield relative("unit boxes", batch_outputs.pred_boxes_cxcywh[-1], arrays["outputs/pred_boxes"])
+    yield relative("unit boxes", batch_outputs.pred_boxes_cxcywh[:, -1], arrays["outputs/pred_boxes"])
 
 
 def matched() -> Iterator[Comparison]:

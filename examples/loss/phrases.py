@@ -36,7 +36,7 @@ def phrases(shard: losses.Shard, *, temperature: float = 1.0) -> losses.TermOutp
     is_own &= match.valid[..., None]
     same = description[:, :, None] == description[:, None]  # [b, R, R]
     fits = (same[..., None] & is_own[:, None]).any(axis=2)  # [b, R, Q]
-    scale, _ = shard.outputs.region_scale_and_bias
+    scale, _ = shard.outputs.scales.of_regions
     logits = scale / temperature * streaming.similarity(text, query)
     own_logit = jnp.where(is_own, logits, 0).sum(-1)
     others = jnp.where(fits, streaming.MASKED, logits)

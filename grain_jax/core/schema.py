@@ -12,27 +12,13 @@ Boxes are normalised to [0, 1] everywhere inside `grain_jax` and carry their for
 (`*_cxcywh`, `*_xyxy`). Masks are positive: True means real. This module imports numpy only.
 """
 
-import typing
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = Any  # a numpy or a jax array
 
-
-class Field(NamedTuple):
-    """How a field of `Batch` or `Outputs` lies over images, and who reads it."""
-
-    image_axis: int | None = 0  # the axis of the images; None: the same for all images
-    for_losses: bool = True  # False: only the model or the trainer reads it
-
-
-Images = Annotated[Array, Field()]
-LayersOfImages = Annotated[Array, Field(1)]
-Shared = Annotated[Array, Field(None)]
-# A tree, each array with an axis of its own (losses.local.axes_of).
-OfTerms = Annotated[Any, Field()]
-ModelInput = Annotated[Array, Field(for_losses=False)]
 
 # Pixels are normalised on the device with ImageNet's statistics (docs/method.md, Annotations).
 IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -47,24 +33,29 @@ class Batch(NamedTuple):
     is one text.
     """
 
-    image: ModelInput  # uint8 [B, H, W, 3]
-    text_tokens: ModelInput  # int32 [G, rows, L], 0 = padding
-    text_positions: ModelInput  # int32 [G, rows, L], restart at 0 for each text
-    text_segments: ModelInput  # int32 [G, rows, L], 1.. within a row, 0 = padding
-    caption_at: ModelInput  # int32 [B, C, 2] (row, end token), zeros if masked
-    caption_id: Images  # int32 [B, C], same text same id
-    caption_mask: Images  # bool [B, C]; False if the image has no such caption
-    description_at: ModelInput  # int32 [B, R, 2] (row, end token), zeros if masked
-    description_id: Images  # int32 [B, R], same text same id
-    region_boxes_cxcywh: Images  # float32 [B, R, 4]
-    region_mask: Images  # bool [B, R]
+    image: Array  # uint8 [B, H, W, 3]
+    text_tokens: Array  # int32 [G, rows, L], 0 = padding
+    text_positions: Array  # int32 [G, rows, L], restart at 0 for each text
+    text_segments: Array  # int32 [G, rows, L], 1.. within a row, 0 = padding
+    caption_at: Array  # int32 [B, C, 2] (row, end token), zeros if masked
+    caption_id: Array  # int32 [B, C], same text same id
+    caption_mask: Array  # bool [B, C]; False if the image has no such caption
+    description_at: Array  # int32 [B, R, 2] (row, end token), zeros if masked
+    description_id: Array  # int32 [B, R], same text same id
+    region_boxes_cxcywh: Array  # float32 [B, R, 4]
+    region_mask: Array  # bool [B, R]
     # int32 [G], negatives and regions that did not fit into the rows of their group, and captions cut to fit
-    texts_dropped: ModelInput
+    texts_dropped: Array
     # int32 [G, 2], captions, descriptions and negatives; those that the tokenizer cut to L. None: not counted.
-    text_counts: ModelInput = None
+    text_counts: Array = None
     # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
-    negative_at: ModelInput = None  # int32 [B, R, H, 2] (row, end token), zeros if masked
-    negative_mask: Images = None  # bool [B, R, H]; False if the region is not real
+    negative_at: Array = None  # int32 [B, R, H, 2] (row, end token), zeros if masked
+    negative_mask: Array = None  # bool [B, R, H]; False if the region is not real
+
+    def for_losses(self) -> "Batch":
+        """What the losses read: ids, boxes and masks, without what is large."""
+        unread = ("image", "text_tokens", "text_positions", "text_segments", "caption_at", "description_at")
+        return self._replace(**dict.fromkeys((*unread, "texts_dropped", "text_counts", "negative_at")))
 
 
 class TokenBoxes(NamedTuple):
@@ -75,35 +66,38 @@ class TokenBoxes(NamedTuple):
     centre_xy: Array  # float32 [B, P, 2], of the patch itself
 
 
-class Outputs(NamedTuple):
-    """Outputs of the model for a batch; embeddings are float32 and of unit length."""
+class Scales(NamedTuple):
+    """The factors and biases of the logits, float32 [] each."""
 
-    image_embed: Images  # float32 [B, D], from the image query
-    text_embed: Images  # float32 [B, C, D], the captions
-    region_embed: Images  # float32 [B, Q, D]
-    region_text_embed: Images  # float32 [B, R, D], the descriptions
-    # float32 [T, B, Q, 4], of every decoder layer; the last one is the prediction
-    pred_boxes_cxcywh: LayersOfImages
-    logit_scale: Shared  # float32 [], the factor itself (the parameter is its logarithm)
-    logit_bias: Shared  # float32 [], of contrastive loss type sigmoid; 0 in a model without
-    # float32 [B, R, D], the annotated boxes by the box head; None in a model without.
-    box_embed: Images = None
-    # TokenBoxes; None in a model without pointer.
-    token_boxes: Images = None
-    # float32 [B, R, H, D], the negatives of the descriptions; None if the batch has none.
-    negative_text_embed: Images = None
-    # Name -> losses.local.LocalOutput, of the local loss terms; None in a run without.
-    local: OfTerms = None
-    # float32 [] each, for the losses of regions; None: they use `logit_scale` and `logit_bias`.
-    region_logit_scale: Shared = None
-    region_logit_bias: Shared = None
+    logit_scale: Array  # the factor itself (the parameter is its logarithm)
+    logit_bias: Array  # of contrastive loss type sigmoid; 0 in a model without
+    region_logit_scale: Array = None  # for the losses of regions; None: they use those above
+    region_logit_bias: Array = None
 
     @property
-    def region_scale_and_bias(self) -> tuple[Array, Array]:
+    def of_regions(self) -> tuple[Array, Array]:
         """Scale and bias of the losses of regions."""
-        if self.region_logit_scale is None:
-            return self.logit_scale, self.logit_bias
-        return self.region_logit_scale, self.region_logit_bias
+        return self[:2] if self.region_logit_scale is None else self[2:]
+
+
+class Outputs(NamedTuple):
+    """Outputs of the model for a batch; embeddings are float32 and of unit length.
+
+    The first axis of every array is that of the images, except in `scales` and `statistics`.
+    """
+
+    image_embed: Array  # [B, D], from the image query
+    text_embed: Array  # [B, C, D], the captions
+    region_embed: Array  # [B, Q, D]
+    region_text_embed: Array  # [B, R, D], the descriptions
+    pred_boxes_cxcywh: Array  # float32 [B, T, Q, 4], of every decoder layer; the last one is the prediction
+    scales: Scales  # the same for all images
+    box_embed: Array = None  # [B, R, D], the annotated boxes by the box head; None in a model without
+    token_boxes: TokenBoxes | None = None  # None in a model without pointer
+    negative_text_embed: Array = None  # [B, R, H, D], the negatives of the descriptions; None without
+    # Name -> losses.local.LocalOutput, of the local loss terms, and their sums over the images; {} in a run without.
+    local: Mapping[str, Any] = {}
+    statistics: Mapping[str, Any] = {}
 
 
 class Features(NamedTuple):
@@ -111,12 +105,6 @@ class Features(NamedTuple):
 
     tokens: Array  # [B, N, E] of the image tower, after the last norm; [B, E] of a pooled one
     text: Array  # [G, rows, L, E], every position of the rows, before the last norm; [G, rows, E] of a pooled tower
-
-
-def fields(kind: type[Batch] | type[Outputs]) -> dict[str, Field]:
-    """The declaration of each field, by name."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
 
 class Regions(NamedTuple):

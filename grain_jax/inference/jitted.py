@@ -41,7 +41,7 @@ def image_program(
     def encode_images(params, image):
         tokens = image if of_tokens else run("image_tokens")(params, image)
         image_embed, region_embed, boxes = run("embeddings")(params, tokens)
-        corners = jnp.clip(boxes_lib.cxcywh_to_xyxy(boxes[-1]), 0.0, 1.0)
+        corners = jnp.clip(boxes_lib.cxcywh_to_xyxy(boxes[:, -1]), 0.0, 1.0)
         if by_box_head:
             region_embed = run("box_embeddings")(params, tokens, corners)
         return image_embed, region_embed, corners

@@ -17,9 +17,9 @@ def box(shard: Shard) -> TermOutput:
     or more) and `query_share` [Q] (share of them that each query has).
     """
     outputs, targets, config = shard.outputs, shard.targets, shard.config
-    loss, iou = _l1_and_giou(outputs.pred_boxes_cxcywh[-1], shard, shard.match)
+    loss, iou = _l1_and_giou(outputs.pred_boxes_cxcywh[:, -1], shard, shard.match)
     if config.deep_supervision:
-        for pred in outputs.pred_boxes_cxcywh[:-1]:
+        for pred in jnp.moveaxis(outputs.pred_boxes_cxcywh, 1, 0)[:-1]:
             match = match_regions(pred, outputs, targets, config, shard.reference)
             loss += _l1_and_giou(pred, shard, match)[0]
     sum_of_group = lambda x: shard.layout.per_group(x).sum((1, 2)).astype(jnp.float32)

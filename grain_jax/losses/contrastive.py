@@ -53,7 +53,7 @@ def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutp
     Args: texts [b, S, D], their ids [b, S], and where they are real, bool [b, S].
     """
     image, one_each = shard.outputs.image_embed, texts.shape[1] == 1
-    scale, bias = shard.outputs.logit_scale, shard.outputs.logit_bias
+    scale, bias = shard.outputs.scales[:2]
     own_logits = scale * jnp.sum(image[:, None] * texts, axis=-1) + bias
     rows = Vectors(image, jnp.where(real, ids, streaming.NO_ID), jnp.ones(len(image), bool))
     columns = _flat(texts, ids, real)
@@ -133,7 +133,7 @@ def _region_description_of_group(shard, region_embed, region_text_embed, id_, ma
     """(loss of each region, 0 where none is matched; whether its own description is nearest), [b, R] each."""
     if 0 in (id_.shape[1], region_embed.shape[1]):  # no regions, or no queries
         return jnp.zeros(id_.shape), jnp.zeros(id_.shape, bool)
-    config, (scale, bias) = shard.config, shard.outputs.region_scale_and_bias
+    config, (scale, bias) = shard.config, shard.outputs.scales.of_regions
     pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
     label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
     own_logits = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
@@ -158,7 +158,7 @@ def box_description(shard: Shard) -> TermOutput:
     Measures `box_description_accuracy`, the share of boxes nearest to their own description.
     """
     outputs, targets = shard.outputs, shard.targets
-    scale, bias = outputs.region_scale_and_bias
+    scale, bias = outputs.scales.of_regions
 
     def of_group(boxes, texts, id_, real, described):
         own_logits = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
@@ -213,7 +213,7 @@ def _among_own_negatives(shard: Shard, embed, text, negatives, negative_mask):
       negatives: [b, R, H, D].
       negative_mask: bool [b, R, H].
     """
-    contrast, (scale, bias) = shard.config.contrast, shard.outputs.region_scale_and_bias
+    contrast, (scale, bias) = shard.config.contrast, shard.outputs.scales.of_regions
     # Sums of products, not matrix products: a text and the same text as a negative then round alike.
     own_logits = scale * jnp.sum(embed * text, axis=-1) + bias
     logits = scale * jnp.sum(embed[:, :, None] * negatives, axis=-1) + bias

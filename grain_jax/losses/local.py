@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, Float
 
 from grain_jax import config as config_lib
@@ -124,23 +123,3 @@ def of_shard(name: str, shard: Shard) -> TermOutput:
 
 def _mean(value: PerImage) -> Mean:
     return Mean(value.sum.sum(0), value.count.sum())
-
-
-def axes_of(outputs: schema.Outputs) -> Any:
-    """A tree like the outputs: for each array the axis of its images, SHARED or SUMMED."""
-    axes = {}
-    for name, field in schema.fields(schema.Outputs).items():
-        axis = SHARED if field.image_axis is None else field.image_axis
-        axes[name] = jax.tree.map(lambda _, axis=axis: axis, getattr(outputs, name))
-    if outputs.local is None:
-        return schema.Outputs(**axes)
-    summed = lambda output: jax.tree.map(lambda _: SUMMED, output.statistics)
-    local = {
-        name: axes["local"][name]._replace(statistics=summed(output))
-        for name, output in outputs.local.items()
-    }
-    return schema.Outputs(**axes)._replace(local=local)
-
-
-SHARED = -1  # the same for all images
-SUMMED = -2  # a sum over the images

@@ -59,7 +59,7 @@ class Targets(NamedTuple):
 class Shard(NamedTuple):
     """The images of one device, b of them, as a loss term sees them."""
 
-    outputs: schema.Outputs  # logit_scale and logit_bias are the same on all devices
+    outputs: schema.Outputs  # its `scales` are the same on all devices
     batch: schema.Batch  # ids, boxes and masks; images, tokens and where texts lie are None
     targets: Targets
     match: matching.Match  # of the queries of the last decoder layer and the regions
@@ -89,7 +89,7 @@ def make_shard(
 ) -> Shard:
     """The images of this device with their targets, matched."""
     targets = _targets(batch, config, layout, reference)
-    match = match_regions(outputs.pred_boxes_cxcywh[-1], outputs, targets, config, reference)
+    match = match_regions(outputs.pred_boxes_cxcywh[:, -1], outputs, targets, config, reference)
     return Shard(outputs, batch, targets, match, layout, config, reference)
 
 

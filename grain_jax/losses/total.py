@@ -139,18 +139,15 @@ def total_loss(
     shards = math.prod(mesh.shape[axis] for axis in batch_axes) if mesh is not None else 1
     layout = make_layout(batch.caption_id.shape[0], config, shards)
     terms = terms_of(config)
-    # What the losses do not read stays outside: images and tokens are large.
-    unread = [name for name, field in schema.fields(schema.Batch).items() if not field.for_losses]
-    batch = batch._replace(**dict.fromkeys(unread))
-    statistics = {}
-    if outputs.local is not None:
-        statistics = {name: output.statistics for name, output in outputs.local.items()}
-        of_terms = {name: output._replace(statistics={}) for name, output in outputs.local.items()}
-        outputs = outputs._replace(local=of_terms)
+    statistics = outputs.statistics
 
-    def of_shard(outputs: schema.Outputs, batch: schema.Batch) -> dict[str, TermOutput]:
+    def of_shard(
+        outputs: schema.Outputs, scales: schema.Scales, batch: schema.Batch
+    ) -> dict[str, TermOutput]:
         """What each term gives on the images of one device, with a leading axis that `shard_map` joins."""
-        shard = make_shard(outputs, batch, config=config, layout=layout, reference=reference)
+        shard = make_shard(
+            outputs._replace(scales=scales), batch, config=config, layout=layout, reference=reference
+        )
         results = {}
         for term, _ in terms:
             with jax.named_scope(term.name):
@@ -163,18 +160,18 @@ def total_loss(
         devices = mesh.devices.reshape(*layout.sizes, -1)
         loss_mesh = Mesh(devices, (*axes, "rest"))
         layout = layout.on(devices, config.precision)
-        spec = lambda axis: PartitionSpec() if axis == local.SHARED else PartitionSpec(*[None] * axis, axes)
         if devices.flat[0].platform == "gpu":
             # JAX takes cuDNN's attention only into programs that name their devices in one mesh alone.
             loss_mesh = loss_mesh.abstract_mesh
         run = jax.shard_map(
             of_shard,
             mesh=loss_mesh,
-            in_specs=(jax.tree.map(spec, local.axes_of(outputs)), PartitionSpec(axes)),
+            in_specs=(PartitionSpec(axes), PartitionSpec(), PartitionSpec(axes)),
             out_specs=PartitionSpec(axes),
             check_vma=False,
         )
-    results = run(outputs, batch)
+    of_images = outputs._replace(scales=None, statistics={})
+    results = run(of_images, outputs.scales, batch.for_losses())
     values = {term.name: _average(results[term.name].loss, layout) for term, _ in terms}
     measures = {
         term.prefix + name: _average(mean, layout)

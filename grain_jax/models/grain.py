@@ -124,7 +124,7 @@ class GRAIN(nn.Module):
         return image
 
     def encode_image(self, image: jax.Array, dropout_keys: jax.Array | None = None):
-        """Images -> (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [T, B, Q, 4]).
+        """Images -> (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [B, T, Q, 4]).
 
         Without a decoder Q is 0 and T is 1.
         """
@@ -139,7 +139,7 @@ class GRAIN(nn.Module):
         """As `embeddings`, and the TokenBoxes of the pointer, or None; `kept` as of `image_tokens`."""
         decoder, batch, token_boxes = self.config.decoder, tokens.shape[0], None
         if decoder is None:
-            no_regions = jnp.zeros((batch, 0, self.config.embed_dim)), jnp.zeros((1, batch, 0, 4))
+            no_regions = jnp.zeros((batch, 0, self.config.embed_dim)), jnp.zeros((batch, 1, 0, 4))
             return normalize(self._pooled_image(tokens)), *no_regions, token_boxes
         hidden = self.decoder(tokens, dropout_keys)
         regions = hidden[:, :, : decoder.queries]
@@ -152,9 +152,10 @@ class GRAIN(nn.Module):
             image_embed = normalize(self._pooled_image(tokens))
         else:
             image_embed = normalize(self.image_projection(hidden[-1, :, -1]))
+        boxes = boxes.swapaxes(0, 1)
         region_embed = self.region_projection(regions[-1])
         if decoder.reads_box:  # no gradient through the corners: L_box alone moves them
-            corners = boxes_lib.cxcywh_to_xyxy(jax.lax.stop_gradient(boxes[-1]))
+            corners = boxes_lib.cxcywh_to_xyxy(jax.lax.stop_gradient(boxes[:, -1]))
             region_embed += self._read_boxes(tokens, corners, kept)
         region_embed = normalize(region_embed)
         if decoder.image_pool == "all":
@@ -271,10 +272,12 @@ class GRAIN(nn.Module):
             region_embed=region_embed,
             region_text_embed=embed(batch.description_at),
             pred_boxes_cxcywh=boxes,
-            logit_scale=jnp.exp(self.logit_scale),
-            logit_bias=jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
-            region_logit_scale=jnp.exp(self.region_logit_scale) if own else None,
-            region_logit_bias=self.region_logit_bias if own else None,
+            scales=schema.Scales(
+                jnp.exp(self.logit_scale),
+                jnp.zeros(()) if self.config.logit_bias_init is None else self.logit_bias,
+                jnp.exp(self.region_logit_scale) if own else None,
+                self.region_logit_bias if own else None,
+            ),
             box_embed=box_embed,
             token_boxes=token_boxes,
             negative_text_embed=None if batch.negative_at is None else embed(batch.negative_at),

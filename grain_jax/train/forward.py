@@ -171,7 +171,9 @@ class Forward:
                 with jax.named_scope(TERMS), jax.named_scope(name):
                     output: Any = term.apply(variables, seen(name, state))
                     results[name] = _as_floats(output)
-        return outputs._replace(local=results) if results else outputs
+        statistics = {name: output.statistics for name, output in results.items()}
+        per_image = {name: output._replace(statistics={}) for name, output in results.items()}
+        return outputs._replace(local=per_image, statistics=statistics)
 
     def _outputs_and_views(self, params, batch: schema.Batch, keys: jax.Array | None = None):
         """The outputs of the model, and the function from the name and state of a local term to what it sees."""

@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import losses as losses_lib
 from grain_jax.config import Config
 from grain_jax.core import schema
-from grain_jax.losses import local
 from grain_jax.models.grain import GRAIN
 from grain_jax.train import forward as forward_lib
 from grain_jax.train import optim, sharding
@@ -118,8 +117,7 @@ def loss_and_grads(
     parts = Parts(config.microbatches, mesh)
     inputs = jax.tree.map(parts.cut, (batch, keys))
     _, outputs = jax.lax.scan(lambda _, part: ({}, apply(params, *part)), {}, inputs)
-    axes = local.axes_of(outputs)
-    cotangents, losses = jax.grad(total, has_aux=True)(jax.tree.map(parts.join, axes, outputs))
+    cotangents, losses = jax.grad(total, has_aux=True)(parts.join(outputs))
 
     def backward(grads, part):
         inputs, cotangent = part
@@ -127,7 +125,7 @@ def loss_and_grads(
         return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    cotangents = jax.tree.map(parts.cotangent, axes, cotangents)
+    cotangents = parts.cotangents(cotangents)
     grads, _ = jax.lax.scan(backward, zeros, (inputs, cotangents))
     return losses, grads
 
@@ -156,26 +154,33 @@ class Parts(NamedTuple):
         placed = NamedSharding(self.mesh, PartitionSpec(None, sharding.BATCH_AXES))
         return jax.lax.with_sharding_constraint(x, placed)
 
-    def join(self, axis: int, x):
-        """The inverse, of [parts, ...] whose images lie on `axis` of each part; or the sum, or what all parts share."""
-        if axis == local.SUMMED:
-            return x.sum(0)
-        if axis == local.SHARED:
-            return x[0]
-        x = jnp.moveaxis(x, axis + 1, 1)
-        n = x.shape[1] // self.shards
-        x = x.reshape(self.count, self.shards, n, *x.shape[2:]).swapaxes(0, 1)
-        return jnp.moveaxis(x.reshape(self.count * self.shards * n, *x.shape[3:]), 0, axis)
+    def join(self, outputs: schema.Outputs) -> schema.Outputs:
+        """The outputs for the whole batch from those of all parts, with a leading axis of parts."""
 
-    def cotangent(self, axis: int, x):
-        """The cotangent of each part, [parts, ...], from the cotangent of the whole that `join` gives."""
-        if axis == local.SUMMED:
-            return jnp.broadcast_to(x, (self.count, *x.shape))
-        if axis == local.SHARED:
-            # Scale and bias are the same in each part, so their cotangents go back through the first part only.
+        def joined(x):
+            n = x.shape[1] // self.shards
+            x = x.reshape(self.count, self.shards, n, *x.shape[2:]).swapaxes(0, 1)
+            return x.reshape(self.count * self.shards * n, *x.shape[3:])
+
+        scales, statistics = outputs.scales, outputs.statistics
+        of_images = jax.tree.map(joined, outputs._replace(scales=None, statistics={}))
+        return of_images._replace(
+            scales=jax.tree.map(lambda x: x[0], scales),
+            statistics=jax.tree.map(lambda x: x.sum(0), statistics),
+        )
+
+    def cotangents(self, whole: schema.Outputs) -> schema.Outputs:
+        """The cotangents of the outputs of all parts from those of what `join` gives; `statistics` have no gradient."""
+
+        def of_first(x):  # the scales of all parts are the same, so one part carries their cotangents back
             first = jnp.arange(self.count) == 0
             return jnp.where(first.reshape(-1, *[1] * x.ndim), x, 0)
-        return jnp.moveaxis(self.cut(jnp.moveaxis(x, axis, 0)), 1, axis + 1)
+
+        repeat = lambda x: jnp.broadcast_to(x, (self.count, *x.shape))
+        of_images = jax.tree.map(self.cut, whole._replace(scales=None, statistics={}))
+        return of_images._replace(
+            scales=jax.tree.map(of_first, whole.scales), statistics=jax.tree.map(repeat, whole.statistics)
+        )
 
 
 def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:

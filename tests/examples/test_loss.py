@@ -23,7 +23,7 @@ LOCAL = {"term": "examples.loss.smoothness:Smoothness", "weight": 0.5, "edge": 4
 def replica(outputs, batch, query, temperature):
     """(the loss, the share that is found) in float64; query int [b, R], that of each region."""
     o, values, found = outputs, [], []
-    scale = np.float64(o.logit_scale) / temperature
+    scale = np.float64(o.scales.logit_scale) / temperature
     for i, regions in enumerate(batch.region_mask):
         text = lambda j, i=i: batch.description_id[i, j]
         for j in np.flatnonzero(regions):
@@ -44,7 +44,7 @@ def test_the_term_equals_a_float64_replica():
     query = np.stack([rng.permutation(queries)[:regions] for _ in batch.region_mask])
     boxes = outputs.pred_boxes_cxcywh.copy()
     for i, of_image in enumerate(query):  # queries that have the boxes are matched to them
-        boxes[-1, i, of_image] = batch.region_boxes_cxcywh[i]
+        boxes[i, -1, of_image] = batch.region_boxes_cxcywh[i]
     outputs = outputs._replace(pred_boxes_cxcywh=boxes)
     mesh = sharding.make_mesh(c.mesh)
 

@@ -26,8 +26,7 @@ def seen(config, leading=0, seed=0) -> Seen:
         region_embed=unit(rng, b, 3, d),
         region_text_embed=unit(rng, b, r, d),
         pred_boxes_cxcywh=None,
-        logit_scale=np.float32(9),
-        logit_bias=np.float32(0),
+        scales=schema.Scales(np.float32(9), np.float32(0)),
         box_embed=unit(rng, b, r, d) if model.boxes.kind != "none" else None,
     )
     return Seen(

@@ -24,12 +24,12 @@ def random_outputs(c, layers=2, width=D):
     b, r, captions = c.batch_size, c.input.max_regions, c.input.captions_per_image
     unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
     h = c.input.negatives_per_region
-    low = rng.uniform(0.2, 0.8, (layers, b, Q, 4))
+    low = rng.uniform(0.2, 0.8, (layers, b, Q, 4)).swapaxes(0, 1)
     shapes = (b,), (b, captions), (b, Q), (b, r)
     embeds = [unit(*shape, width) for shape in shapes]
     boxes, negatives = unit(b, r, width), unit(b, r, h, width) if h else None
     scale, bias = np.float64(12.0), np.float64(0)
-    out = schema.Outputs(*embeds, low, scale, bias, boxes, negative_text_embed=negatives)
+    out = schema.Outputs(*embeds, low, schema.Scales(scale, bias), boxes, negative_text_embed=negatives)
     patches = rng.uniform(0.2, 0.8, (b, PATCHES, 4)), rng.normal(size=(b, PATCHES))
     centres = np.sort(rng.uniform(0, 1, (b, PATCHES, 2)), axis=1)
     out = out._replace(token_boxes=schema.TokenBoxes(*patches, centres))
@@ -40,7 +40,7 @@ def learnt(outputs, batch):
     """The outputs of a model that has learnt something: about half of what it says is right."""
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     boxes = outputs.pred_boxes_cxcywh.copy()
-    boxes[-1, ::2, :3] = batch.region_boxes_cxcywh[::2, :3] * 0.95
+    boxes[::2, -1, :3] = batch.region_boxes_cxcywh[::2, :3] * 0.95
     return outputs._replace(
         image_embed=unit(
             outputs.image_embed + 0.6 * outputs.text_embed[:, 0] + 0.4 * outputs.region_text_embed[:, 0]
@@ -69,7 +69,7 @@ def replica(outputs, batch, c):
     o = jax.tree.map(lambda x: np.asarray(x, np.float64), outputs)
     b, softmax = len(batch.region_mask), c.contrast == "softmax"
     target = batch.region_boxes_cxcywh.astype(np.float64)
-    (scale, bias), of_regions = (o.logit_scale, o.logit_bias), o.region_scale_and_bias
+    (scale, bias), of_regions = o.scales[:2], o.scales.of_regions
     logit = lambda x, y: float(scale * (x @ y) + bias)
     beats = lambda own_logit, others: own_logit > max(others, default=-np.inf) + 1e-5 * scale
     pairs_of = lambda mask: list(map(tuple, np.argwhere(mask)))
@@ -113,12 +113,12 @@ def replica(outputs, batch, c):
                     - c.match_description * (o.region_embed[i, q] @ o.region_text_embed[i, j])
                     for j in regions
                 ]
-                for q, p in enumerate(o.pred_boxes_cxcywh[-1, i])
+                for q, p in enumerate(o.pred_boxes_cxcywh[i, -1])
             ]
         )
         queries = linear_sum_assignment(cost.reshape(len(cost), len(regions)))
         matched += [(i, q, regions[k]) for q, k in zip(*queries)]
-    overlaps = {m: _iou_and_giou(o.pred_boxes_cxcywh[-1, m[0], m[1]], target[m[0], m[2]]) for m in matched}
+    overlaps = {m: _iou_and_giou(o.pred_boxes_cxcywh[m[0], -1, m[1]], target[m[0], m[2]]) for m in matched}
     box, rd, bd, from_tokens = [], [], [], []
 
     def of_patches(i, j):
@@ -141,7 +141,7 @@ def replica(outputs, batch, c):
         id_of = lambda p: batch.description_id[p] if c.mask_duplicates else p
         text = lambda p: o.region_text_embed[p]
         in_group = [m for m in matched if start <= m[0] < start + size]
-        distance = lambda m: np.abs(o.pred_boxes_cxcywh[-1, m[0], m[1]] - target[m[0], m[2]]).sum()
+        distance = lambda m: np.abs(o.pred_boxes_cxcywh[m[0], -1, m[1]] - target[m[0], m[2]]).sum()
         of_boxes = [distance(m) + 1 - overlaps[m][1] for m in in_group]
         of_tokens = [of_patches(*p) for p in described]
         from_tokens += of_tokens
@@ -205,7 +205,7 @@ def _case(contrast, **overrides):
     c = tiny.config(**EVERY, **overrides, loss__contrast=contrast, **bias)
     batch = tiny.batch(c)
     outputs = learnt(random_outputs(c), batch)._replace(
-        logit_bias=np.float32(-2), region_logit_scale=np.float32(9), region_logit_bias=np.float32(-1)
+        scales=schema.Scales(*map(np.float32, (12, -2, 9, -1)))
     )
     batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
     batch.region_mask[4:8] = False  # a group, or a device, without regions
@@ -373,7 +373,7 @@ def test_deep_supervision_adds_the_earlier_layers_boxes():
     batch = tiny.batch(c)
     outputs = random_outputs(c, layers=2)._replace(token_boxes=None)
     boxes = outputs.pred_boxes_cxcywh
-    layers = [outputs._replace(pred_boxes_cxcywh=boxes[n : n + 1]) for n in range(2)]
+    layers = [outputs._replace(pred_boxes_cxcywh=boxes[:, n : n + 1]) for n in range(2)]
     expected = sum(_total(layer, batch, plain).terms["box"] for layer in layers)
     np.testing.assert_allclose(_total(outputs, batch, c.loss).terms["box"], expected, rtol=1e-5)
 

@@ -170,10 +170,7 @@ def _program_of_gradient(c):
     outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_outputs(c, width=WIDTH))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(c))
     by_batch = sharding.batch_sharding(mesh)
-    cut = jax.tree.map(lambda x: by_batch if x.ndim and x.ndim < 4 else None, outputs)
-    cut = cut._replace(
-        pred_boxes_cxcywh=jax.sharding.NamedSharding(mesh, PartitionSpec(None, *by_batch.spec))
-    )
+    cut = jax.tree.map(lambda x: by_batch if x.ndim else None, outputs)
     step = jax.jit(
         jax.grad(
             lambda o, b: losses.total_loss(o, b, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES).total

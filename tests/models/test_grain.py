@@ -48,7 +48,7 @@ def test_queries_point_at_patches_and_read_their_box(keep):
 
     def everything(module):
         tokens = module.image_tokens(image, kept)
-        boxes = module._embeddings(tokens, kept=kept)[2][-1]
+        boxes = module._embeddings(tokens, kept=kept)[2][:, -1]
         corners = boxes_lib.cxcywh_to_xyxy(boxes)
         read = module._read_boxes(tokens, corners, kept)
         hidden = module.decoder(tokens)[:, :, :3]
@@ -61,7 +61,7 @@ def test_queries_point_at_patches_and_read_their_box(keep):
     centres = np.broadcast_to((np.stack([x, y], axis=-1) + 0.5) / 5, (2, *x.shape[-1:], 2))
     pointer = params["pointer"]
     expected = pointer_in_float64(pointer, *map(np.float64, (hidden, tokens[:, 1:])), centres)
-    np.testing.assert_allclose(boxes, expected[0], atol=2e-6)
+    np.testing.assert_allclose(boxes.swapaxes(0, 1), expected[0], atol=2e-6)
     np.testing.assert_allclose(of_tokens.boxes_cxcywh, expected[1][..., :4], atol=2e-6)
     np.testing.assert_allclose(of_tokens.logit, expected[1][..., 4], atol=2e-5)
     np.testing.assert_allclose(of_tokens.centre_xy, centres, atol=1e-7)
