@@ -11,8 +11,8 @@ from grain_jax.losses.shard import GroupMean, Mean, Shard, Targets, TermOutput, 
 def box(shard: Shard) -> TermOutput:
     """L_box: L1 + (1 - GIoU) of the matched boxes, a mean over the boxes of the group.
 
-    With `loss.deep_supervision` the losses of all decoder layers are added, each with a matching of its own. With a
-    pointer, `loss.token_boxes` times the loss of the patches is added; `token_boxes` measures it.
+    With `loss.deep_supervision` the losses of all decoder layers are added, each with a matching of its own.
+    With a pointer, `loss.token_boxes` times the loss of the patches is added; `token_boxes` measures it.
     Measures, over the matched regions: `matched_iou` (mean IoU), `matched_iou50` (share with boxes.FOUND_IOU
     or more) and `query_share` [Q] (share of them that each query has).
     """
@@ -44,8 +44,8 @@ def box(shard: Shard) -> TermOutput:
 def _of_tokens(tokens: schema.TokenBoxes, targets: Targets):
     """The loss of the patches, by region: [b, R], 0 where none is real (docs/method.md, Pointer).
 
-    For a region, L1 + 1 - GIoU of its patches, a mean, and the cross-entropy of "shows an object", a mean over all
-    patches. A patch is of the smallest box that its centre lies in (FCOS, Tian et al. 2019).
+    For a region, L1 + 1 - GIoU of its patches, a mean, and the cross-entropy of "shows an object", a mean
+    over all patches. A patch is of the smallest box that its centre lies in (FCOS, Tian et al. 2019).
     """
     target, real = targets.boxes_cxcywh, targets.box_mask
     distance = jnp.abs(tokens.centre_xy[:, None] - target[:, :, None, :2])  # [b, R, P, 2]

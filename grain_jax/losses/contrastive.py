@@ -1,4 +1,4 @@
-"""The contrastive losses: images, regions, and the captions and descriptions of both (docs/method.md, Losses).
+"""The contrastive losses of images and regions with their texts (docs/method.md, Losses).
 
 Rows and columns that lie on other devices are met in `streaming`.
 """
@@ -21,14 +21,25 @@ TIE = 1e-5  # cosines nearer than this are equal but for rounding
 def image_caption(shard: Shard) -> TermOutput:
     """L_ic: each image and its caption, against all captions and images of the batch.
 
-    The mean of both directions for "softmax" (CLIP). "sigmoid" is symmetric, so one direction suffices. Several
-    captions per image are all its positives; the mean is then over captions. An image without a caption is a negative
-    of the others' captions, and nothing else.
-    Measures `image_caption_accuracy`: the share of images nearest to their own caption, or with several captions the
-    share of captions whose nearest image has them.
+    The mean of both directions for "softmax" (CLIP). "sigmoid" is symmetric, so one direction suffices.
+    Several captions per image are all its positives; the mean is then over captions. An image without a
+    caption is a negative of the others' captions, and nothing else. Measures `image_caption_accuracy`: the
+    share of images nearest to their own caption, or with several captions the share of captions whose nearest
+    image has them.
     """
     texts, ids = shard.outputs.text_embed, shard.targets.caption_id
     return _images_and_texts("image_caption_accuracy", shard, texts, ids, shard.batch.caption_mask)
+
+
+def plain_image_text(image, texts, ids, scale):
+    """L_ic and L_id on one device, with the whole matrix: image [B, D], texts [B, S, D], their ids [B, S]."""
+    z = scale * jnp.einsum("id,jkd->ijk", image, texts, precision="highest")
+    is_own = (ids[:, None, None] == ids[:, :, None]).any(-1)  # [i, j, k]: whether text jk is one of image i's
+    negative = jnp.where(is_own, -jnp.inf, z)
+    own = jnp.einsum("iik->ik", z)
+    of_text, of_image = (jax.nn.logsumexp(negative, axis) for axis in (0, (1, 2)))
+    to_image, to_text = jnp.logaddexp(own, of_text), jnp.logaddexp(own, of_image[:, None])
+    return jnp.mean(to_image + to_text - 2 * own) / 2
 
 
 def image_description(shard: Shard) -> TermOutput:
@@ -46,9 +57,9 @@ def image_description(shard: Shard) -> TermOutput:
 def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutput:
     """The mean loss of all texts, and under that name how many are right.
 
-    A text is compared with the images that do not have it, an image with the texts that it does not have; the mean of
-    both for "softmax". The idea of many texts as positives of one image is DreamLIP's (Zheng et al. 2024); here equal
-    texts of two images are positives of both.
+    A text is compared with the images that do not have it, an image with the texts that it does not have; the
+    mean of both for "softmax". The idea of many texts as positives of one image is DreamLIP's (Zheng et al.
+    2024); here equal texts of two images are positives of both.
 
     Args: texts [b, S, D], their ids [b, S], and where they are real, bool [b, S].
     """
@@ -75,10 +86,10 @@ def _flat(embed, ids, real) -> Vectors:
 
 
 def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_logits, scale, bias):
-    """(loss of each pair, whether its row is nearest to its column), of the form of the pairs' logits `own` [b, S].
+    """(loss of each pair, whether its row is nearest to its column), shaped as their logits [b, S].
 
-    There is a row for each pair, and a column for each pair or for each of the b images. The mean of both directions for
-    "softmax"; "sigmoid" is symmetric, so one direction suffices.
+    There is a row for each pair, and a column for each pair or for each of the b images. The mean of both
+    directions for "softmax"; "sigmoid" is symmetric, so one direction suffices.
     """
     contrast, tile = shard.config.contrast, shard.config.tile
     both = contrast == "softmax"
@@ -106,7 +117,7 @@ def _mean_over_texts(accuracy: str, loss, right, real) -> TermOutput:
 
 
 def region_description(shard: Shard) -> TermOutput:
-    """L_rd: each matched query against the descriptions of its group; a mean over the group's matched regions.
+    """L_rd: each matched query against the descriptions of its group; a mean over its matched regions.
 
     Measures `region_description_accuracy`, the share of matched regions nearest to their own description.
     """
@@ -129,6 +140,13 @@ def region_description(shard: Shard) -> TermOutput:
     return TermOutput(GroupMean(loss.sum((1, 2)), matched), measures)
 
 
+def plain_region_description(regions, descriptions, ids, scale):
+    """L_rd on one device, with the whole matrix: row j of both [n, D] is of region j, whose text is ids[j]."""
+    z = scale * streaming.similarity(regions, descriptions)
+    no_negative = (ids[:, None] == ids) & ~jnp.eye(len(ids), dtype=bool)
+    return jnp.mean(jax.nn.logsumexp(jnp.where(no_negative, -jnp.inf, z), axis=1) - jnp.diag(z))
+
+
 def _region_description_of_group(shard, region_embed, region_text_embed, id_, mask, label_slot, match):
     """(loss of each region, 0 where none is matched; whether its own description is nearest), [b, R] each."""
     if 0 in (id_.shape[1], region_embed.shape[1]):  # no regions, or no queries
@@ -149,13 +167,19 @@ def _region_description_of_group(shard, region_embed, region_text_embed, id_, ma
     return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own_logits, highest, scale)
 
 
-def box_description(shard: Shard) -> TermOutput:
-    """L_bd: each annotated box and its description, against the others of its group; a mean over the group's boxes.
+def plain_box_description(boxes, descriptions, ids, scale):
+    """L_bd on one device: L_rd of the box embeddings, and with boxes and descriptions exchanged."""
+    both = (boxes, descriptions), (descriptions, boxes)
+    return sum(plain_region_description(*pair, ids, scale) for pair in both) / 2
 
-    The box head embeds the boxes, so no query need have found one. A box without an embedding (`Shard.embedded`) is left
-    out; its description stays a negative of the others. The mean of both directions for "softmax". "sigmoid" is
-    symmetric, so one direction suffices.
-    Measures `box_description_accuracy`, the share of boxes nearest to their own description.
+
+def box_description(shard: Shard) -> TermOutput:
+    """L_bd: each annotated box and its description, against the others of its group; a mean over its boxes.
+
+    The box head embeds the boxes, so no query need have found one. A box without an embedding
+    (`Shard.embedded`) is left out; its description stays a negative of the others. The mean of both
+    directions for "softmax". "sigmoid" is symmetric, so one direction suffices. Measures
+    `box_description_accuracy`, the share of boxes nearest to their own description.
     """
     outputs, targets = shard.outputs, shard.targets
     scale, bias = outputs.scales.of_regions
@@ -174,11 +198,11 @@ def box_description(shard: Shard) -> TermOutput:
 
 
 def hard_negative(shard: Shard) -> TermOutput:
-    """L_hard: each matched query, and each box of a box head, against the description of its region and its negatives.
+    """L_hard: each matched query, and each embedded box, against its description and its hard negatives.
 
-    A mean over the regions that have a negative, of all images, once for each embedding that they have. Measures the
-    share of them whose description beats all of its negatives: `hard_negative_accuracy` by the queries,
-    `hard_negative_box_accuracy` by the boxes.
+    A mean over the regions that have a negative, of all images, once for each embedding that they have.
+    Measures the share of them whose description beats all of its negatives: `hard_negative_accuracy` by the
+    queries, `hard_negative_box_accuracy` by the boxes.
     """
     outputs, match, targets = shard.outputs, shard.match, shard.targets
     slot, zero = targets.label_slot, jnp.zeros(())

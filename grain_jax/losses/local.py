@@ -1,12 +1,14 @@
 """Local loss terms, which see tokens and pixels of the images of a micro-batch.
 
-A loss term of the table (total.py) sees embeddings of the global batch. A local term sees what is too large for that:
-the tokens of the images and the features of every text token. It may own parameters, carry a state from step to step,
-and apply the model to other pixels. Its loss is a sum over images that needs no other image's tokens. So it runs inside
-the forward pass of a micro-batch (train/forward.py), and its sums and counts travel with the embeddings. The loss is
-weight * sum / count over the global batch, and the backward pass of each part gets the cotangents of its sums.
+A loss term of the table (total.py) sees embeddings of the global batch. A local term sees what is too large
+for that: the tokens of the images and the features of every text token. It may own parameters, carry a state
+from step to step, and apply the model to other pixels. Its loss is a sum over images that needs no other
+image's tokens. So it runs inside the forward pass of a micro-batch (train/forward.py), and its sums and
+counts travel with the embeddings. The loss is weight * sum / count over the global batch, and the backward
+pass of each part gets the cotangents of its sums.
 
-The result is the same as for the full batch, on every mesh. The backward pass computes tokens again; nothing stores them.
+The result is the same as for the full batch, on every mesh. The backward pass computes tokens again; nothing
+stores them.
 
     c.loss.terms.NAME = {"term": "module:Class", "weight": 0.1, "option": 2.0}
 
@@ -59,8 +61,8 @@ class Seen(NamedTuple):
     leading: int  # tokens that stand for no place in the image
     keys: Array  # PRNG keys [B] of the images for this term and step, the same on every mesh
     # apply("image_tokens", image) calls that method of models.grain.GRAIN with the parameters of the step.
-    # With params=tree it takes others, such as an average in the state of the term. The tree needs only the parts that
-    # the method reads.
+    # With params=tree it takes others, such as an average in the state of the term. The tree needs only the
+    # parts that the method reads.
     apply: Callable[..., Any]
     state: Any  # of the term, from `LocalTerm.initial_state` and `update`
 
@@ -97,8 +99,8 @@ class LocalTerm(nn.Module):
         """A tree of arrays that the term carries from step to step without a gradient, such as an average.
 
         Args:
-          params: of step 0. A copy of them keeps its box with logical axes, and is sharded like them. An array without
-            a box becomes float32 and lies whole on every device.
+          params: of step 0. A copy of them keeps its box with logical axes, and is sharded like them. An
+            array without a box becomes float32 and lies whole on every device.
         """
         del params
         return {}

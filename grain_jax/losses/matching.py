@@ -1,8 +1,8 @@
 """Hungarian matching of region queries to real regions, inside the compiled step (docs/method.md, Losses).
 
-Small problems (at most 6 queries and 6 regions; GRAIN has 5 and 5) are solved exactly, by the minimum over all
-injections, without a loop. Larger ones use `optax.assignment`; call it inside `jax.shard_map`, as the losses do:
-under plain jit all chips would synchronise the condition of its while loop at every turn.
+Small problems (at most 6 queries and 6 regions; GRAIN has 5 and 5) are solved exactly, by the minimum over
+all injections, without a loop. Larger ones use `optax.assignment`; call it inside `jax.shard_map`, as the
+losses do: under plain jit all chips would synchronise the condition of its while loop at every turn.
 """
 
 import functools
@@ -58,7 +58,7 @@ def _injections(queries: int, regions: int) -> np.ndarray:
 
 
 def _exact(cost, mask):
-    """Minimum over all injections; cost [B, Q, R], mask [B, R] -> query of each region [B, R]; Q or more is none."""
+    """Minimum over all injections: cost [B, Q, R], mask [B, R] -> query of each region [B, R] (Q: none)."""
     _, queries, regions = cost.shape
     ways = _injections(queries, regions)  # [W, R]
     usable = jnp.isfinite(cost)

@@ -69,7 +69,7 @@ class Shard(NamedTuple):
 
     @property
     def embedded(self) -> Bool[Array, "b R"]:
-        """The boxes of `box_mask` that the box head embeds: a box without a kept patch (`model.image.keep`) has zeros."""
+        """The boxes of `box_mask` that have an embedding: one without a kept patch has zeros."""
         return self.targets.box_mask & (self.outputs.box_embed != 0).any(-1)
 
 
@@ -129,8 +129,8 @@ def _targets(batch: schema.Batch, config: Loss, layout: GroupLayout, reference: 
     description_mask = box_mask
     label_slot = jnp.broadcast_to(jnp.arange(target.shape[1]), box_mask.shape)
     if reference:
-        # It drops the box but keeps its description, so that the labels of the image's later boxes fall on the
-        # descriptions before theirs (quirk 1).
+        # It drops the box but keeps its description, so that the labels of the image's later boxes fall on
+        # the descriptions before theirs (quirk 1).
         description_mask = batch.region_mask
         slots_of_texts = jnp.argsort(~description_mask, axis=1, stable=True)
         rank = jnp.maximum(jnp.cumsum(box_mask, axis=1) - 1, 0)

@@ -1,8 +1,9 @@
 """Contrastive loss of rows against the columns of all devices, in memory that does not grow with their number.
 
-Blocks of columns visit all devices (ring.py), and each device keeps running sums over their tiles, as FlashAttention
-does (Dao et al. 2022). The backward pass computes the tiles again (a custom VJP). If rows and columns both have a loss,
-columns travel in both passes, and their sums or gradients travel back to them. If rows alone have one, the forward
+Blocks of columns visit all devices (ring.py), and each device keeps running sums over their tiles, as
+FlashAttention does (Dao et al. 2022). The backward pass computes the tiles again (a custom VJP). If rows and
+columns both have a loss, columns travel in both passes, and their sums or gradients travel back to them. If
+rows alone have one, the forward
 pass sums their gradients, too, and in the backward pass the rows visit the columns: no gradient travels.
 """
 
@@ -62,12 +63,13 @@ def negatives(
 ) -> tuple[Negatives, Negatives | None]:
     """The negative part of the loss of the rows over the columns, and of the columns over the rows (`both`).
 
-    With logits z = scale * row . column + bias the cost is log(sum(exp(z))) for "softmax", -inf without a negative,
-    and sum(log(1 + exp(z))) for "sigmoid". See `loss_of_rows`.
+    With logits z = scale * row . column + bias the cost is log(sum(exp(z))) for "softmax", -inf without a
+    negative, and sum(log(1 + exp(z))) for "sigmoid". See `loss_of_rows`.
 
     Args:
       contrast: "softmax" or "sigmoid".
-      both: whether the columns have a cost, too; for "softmax". Let the columns be the smaller side: they travel.
+      both: whether the columns have a cost, too; for "softmax". Let the columns be the smaller side: they
+      travel.
       tile: largest number of rows, and of columns, whose similarities are in memory at once.
       ring: the devices with the other rows and columns; outside `jax.shard_map`, the default.
       rows, columns: those on this device.

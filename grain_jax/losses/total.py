@@ -1,8 +1,8 @@
 """The table of the loss terms, and their weighted sum over a global batch (docs/method.md, Losses).
 
 What the trainer logs, checks for NaN, prints and draws of the losses is derived from `TERMS` and `terms_of`.
-To add a term: a function of a `Shard`, a row here, and its weight as a key of `config.Loss`. A term from outside of
-this package is an entry of `loss.terms` (examples/loss):
+To add a term: a function of a `Shard`, a row here, and its weight as a key of `config.Loss`. A term from
+outside of this package is an entry of `loss.terms` (examples/loss):
 
     c.loss.terms.NAME = {"term": "module:name", "weight": 0.1, "option": 2.0}
 
@@ -83,7 +83,7 @@ class Losses(NamedTuple):
 
 
 def _function(name: str, entry: Any) -> Term | config_lib.LocalEntry:
-    """What an entry of `loss.terms` names. Raises UserError: it cannot be found, or has options that it does not take."""
+    """What an entry of `loss.terms` names. Raises UserError: not found, or options that it does not take."""
     functions = {term.name: term.function for term in TERMS.values()}
     return config_lib.loss_term(f"loss.terms.{name}", entry, functions)
 
@@ -97,8 +97,8 @@ def local_entries(config: Loss) -> dict[str, config_lib.LocalEntry]:
 def terms_of(config: Loss) -> list[tuple[LossTerm, float]]:
     """The loss terms of a run and their weights: first `TERMS`, then `loss.terms`.
 
-    A run has each term whose weight is not 0. It also measures `ALWAYS_MEASURED` with a weight of 0, unless it trains
-    `loss.terms` alone.
+    A run has each term whose weight is not 0. It also measures `ALWAYS_MEASURED` with a weight of 0, unless
+    it trains `loss.terms` alone.
 
     Raises:
       UserError: an entry of `loss.terms` cannot be found, or has options that its term does not take.
@@ -134,7 +134,8 @@ def total_loss(
       batch_axes: the mesh axes, its first ones, that the leading axes of batch and outputs are sharded over.
 
     Raises:
-      UserError: `loss.group_size` or `loss.gather` does not fit the mesh, or an entry of `loss.terms` is wrong.
+      UserError: `loss.group_size` or `loss.gather` does not fit the mesh, or an entry of `loss.terms` is
+      wrong.
     """
     shards = math.prod(mesh.shape[axis] for axis in batch_axes) if mesh is not None else 1
     layout = make_layout(batch.caption_id.shape[0], config, shards)
@@ -201,8 +202,8 @@ def _joinable(name: str, output: Mean | GroupMean | TermOutput, layout: GroupLay
         shapes = jnp.shape(mean.sum), jnp.shape(mean.count)
         if shapes[1] != shape or (key == "loss" and shapes[0] != shape):
             raise errors.UserError(
-                f"loss term {name!r}: the sum and count of its {key} have shapes {shapes[0]} and {shapes[1]}, expected"
-                f" {shape} for both: a {type(mean).__name__}"
+                f"loss term {name!r}: the sum and count of its {key} have shapes {shapes[0]} and {shapes[1]},"
+                f" expected {shape} for both: a {type(mean).__name__}"
                 + (f" of {shape[0]} groups per device" if shape else "")
             )
         mean = type(mean)(*(jnp.asarray(x, jnp.float32) for x in mean))

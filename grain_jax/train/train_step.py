@@ -1,9 +1,9 @@
 """One training step, a pure function: towers, losses over the global batch, gradients, update, metrics.
 
-With `microbatches` > 1 the towers see a part of the batch at a time, but the losses still see all of it (gradient
-caching, Gao et al. 2021). The embeddings of all parts are computed first, and the losses give their cotangents. Then
-each part is run again to carry these back into the parameters. The result is the same as for the full batch, not an
-average of smaller contrastive losses.
+With `microbatches` > 1 the towers see a part of the batch at a time, but the losses still see all of it
+(gradient caching, Gao et al. 2021). The embeddings of all parts are computed first, and the losses give their
+cotangents. Then each part is run again to carry these back into the parameters. The result is the same as for
+the full batch, not an average of smaller contrastive losses.
 """
 
 import dataclasses
@@ -133,7 +133,8 @@ def loss_and_grads(
 class Parts(NamedTuple):
     """The parts of a batch that are micro-batches.
 
-    All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part must lie on
+    All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part
+    must lie on
     all devices: it takes a piece of every shard.
     """
 
@@ -170,7 +171,7 @@ class Parts(NamedTuple):
         )
 
     def cotangents(self, whole: schema.Outputs) -> schema.Outputs:
-        """The cotangents of the outputs of all parts from those of what `join` gives; `statistics` have no gradient."""
+        """The cotangents of the outputs of all parts, from those of the result of `join`."""
 
         def of_first(x):  # the scales of all parts are the same, so one part carries their cotangents back
             first = jnp.arange(self.count) == 0
@@ -184,7 +185,7 @@ class Parts(NamedTuple):
 
 
 def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
-    """Norms of the gradient of all parameters that are not `frozen` (`Config.frozen`), and of those in each module.
+    """Norms of the gradient of the parameters that are not `frozen`, of all and of each module.
 
     Returns: `grad_norm`, and `grad_norm/image`, `/text`, `/decoder` and `/heads` (projections, boxes, logit
       scale and bias); without modules that are frozen or that the model does not have.

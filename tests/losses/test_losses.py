@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 
 from grain_jax import losses
 from grain_jax.core import schema
-from grain_jax.losses import matching
+from grain_jax.losses import contrastive, matching
 from grain_jax.train import sharding
 from tests import tiny
 
@@ -292,6 +292,49 @@ def test_matching_equals_the_replica(changes):
         without = dataclasses.replace(c.loss, match_description=0.0, match_l1=5.0)
         of_boxes = _total(outputs, batch, without).terms["region_description"]
         assert abs(of_boxes - terms["region_description"]) > 1e-3
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_streamed_losses_equal_their_plain_forms(devices):
+    """Losses and gradients; query j has box j, so that the matching is known."""
+    c = tiny.config(input__captions_per_image=2, loss__deep_supervision=False)
+    batch, outputs = tiny.batch(c), random_outputs(c)
+    batch = batch._replace(
+        caption_mask=np.ones_like(batch.caption_mask), region_mask=np.ones_like(batch.region_mask)
+    )
+    regions = batch.region_mask.shape[1]
+    outputs.pred_boxes_cxcywh[:, -1, :regions] = batch.region_boxes_cxcywh
+    outputs.pred_boxes_cxcywh[:, -1, regions:] = [0.01, 0.01, 0.02, 0.02]
+    flat = lambda x: x.reshape(-1, D)
+    ids = batch.description_id.reshape(-1)
+
+    def plain(o, name):
+        scale, texts = o.scales.logit_scale, flat(o.region_text_embed)
+        match name:
+            case "image_caption":
+                return contrastive.plain_image_text(o.image_embed, o.text_embed, batch.caption_id, scale)
+            case "image_description":
+                own = o.image_embed, o.region_text_embed, batch.description_id
+                return contrastive.plain_image_text(*own, scale)
+            case "region_description":
+                own = flat(o.region_embed[:, :regions])
+                return contrastive.plain_region_description(own, texts, ids, scale)
+            case "box_description":
+                return contrastive.plain_box_description(flat(o.box_embed), texts, ids, scale)
+
+    mesh = sharding.make_mesh(c.mesh) if devices == 8 else None
+    axes = sharding.BATCH_AXES if mesh else ()
+    every = ("image_caption", "image_description", "region_description", "box_description")
+    config = dataclasses.replace(c.loss, **dict.fromkeys(every, 1.0))
+    streamed = lambda o: losses.total_loss(o, batch, config, mesh=mesh, batch_axes=axes).terms
+    (got, got_gradient), (expected, gradient) = (
+        jax.jit(lambda o, f=f: (f(o), jax.grad(lambda o: sum(f(o)[x] for x in every))(o)))(outputs)
+        for f in (streamed, lambda o: {name: plain(o, name) for name in every})
+    )
+    for name in every:
+        np.testing.assert_allclose(got[name], expected[name], rtol=2e-6, err_msg=name)
+    for ours, theirs in zip(jax.tree.leaves(got_gradient), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_hard_negatives_without_queries_or_boxes():
