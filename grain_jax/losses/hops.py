@@ -1,36 +1,35 @@
 """The path of the ring through a TPU slice: along links.
 
-A mesh numbers chips row by row, and no link joins the end of one row to the start of the next: libtpu then lets nothing
-run beside any hop. The same holds for a wrap-around link (libtpu 0.0.42.1, v5e:16x16). Along a closed path of
-neighbours all hops run beside work. Each slice has its own path: one path over all slices would send every block
-through the few chips between two of them.
+A mesh numbers chips row by row, and no link joins the end of one row to the start of the next: libtpu then
+lets nothing run beside any hop. The same holds for a wrap-around link (libtpu 0.0.42.1, v5e:16x16). Along a
+closed path of neighbours all hops run beside work.
 """
 
 import numpy as np
 
 
-def along_links(rings: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """Closed paths through the positions of a ring, one per slice, in which each device is a neighbour of the next.
+def along_links(rings: np.ndarray) -> tuple[int, ...]:
+    """A path through the positions of a ring in which each device is a neighbour of the next, slice by slice.
 
     Args:
       rings: devices [rings, positions]; all rings go the same way, as a permutation over a mesh axis does.
 
     Returns:
-      The positions along each path, all of one length. () if the devices have no coordinates, slices are not
-      equal grids, or the same paths do not serve all rings.
+      The positions along the path. () if the devices have no coordinates, a slice is no full grid of an even
+      number of chips, or the same path does not serve all rings.
     """
     if any(getattr(device, "coords", None) is None for device in rings.flat):
         return ()
     coordinates = np.array([[_place(device) for device in ring] for ring in rings])
-    loops = []
+    path = []
     for number in np.unique(coordinates[0, :, 0]):
         in_slice = np.flatnonzero(coordinates[0, :, 0] == number)
-        loops.append(in_slice[_closed_path(coordinates[0, in_slice, 1:])].tolist())
-    if not loops[0] or len(set(map(len, loops))) > 1:
-        return ()
-    steps = [np.abs(np.diff(coordinates[:, [*loop, loop[0]]], axis=1)) for loop in loops]
-    same = all((of_loop == of_loop[0]).all() for of_loop in steps)
-    return tuple(map(tuple, loops)) if same else ()
+        loop = in_slice[_closed_path(coordinates[0, in_slice, 1:])].tolist()
+        steps = np.abs(np.diff(coordinates[:, [*loop, *loop[:1]]], axis=1))
+        if not loop or (steps != steps[0]).any():
+            return ()
+        path += loop
+    return tuple(path)
 
 
 def _place(device) -> tuple[int, ...]:
@@ -40,7 +39,7 @@ def _place(device) -> tuple[int, ...]:
 
 
 def _closed_path(coordinates: np.ndarray) -> np.ndarray:
-    """Indices of the chips [n, axes] along a closed path of neighbours; empty without a full grid of an even size."""
+    """Indices of the chips [n, axes] along a closed path of neighbours; empty without a full, even grid."""
     none = np.zeros(0, int)
     numbers = [np.unique(axis, return_inverse=True)[1] for axis in coordinates.T]
     grid = np.full([n.max() + 1 for n in numbers], -1)

@@ -21,19 +21,19 @@ class GroupLayout(NamedTuple):
     shards_per_group: int  # 1 or more; above 1 a group spans devices
 
     def on(self, devices: np.ndarray, precision: str) -> "GroupLayout":
-        """The layout with rings that follow the links of these devices, and with the precision of their products.
+        """The layout with rings along the links of these devices, and with the precision of their products.
 
         Args:
           devices: [group, ring, gather, rest].
           precision: `loss.precision`; for TPUs alone: "high" would cut float32 to TF32 on a GPU.
         """
-        # Rings of a group lie side by side along all other axes, rings of all images along gather and rest alone.
+        # Rings of a group lie side by side along all other axes, rings of all images along gather and rest.
         in_group = np.moveaxis(devices, 1, -1).reshape(-1, devices.shape[1])
         everywhere = devices.reshape(-1, *devices.shape[2:])
         everywhere = np.moveaxis(everywhere, 0, -1).reshape(-1, len(everywhere))
         on_tpu = devices.flat[0].platform == "tpu"
         products = jax.lax.Precision(precision if on_tpu else "highest")
-        placed = lambda ring, rings: ring._replace(loops=hops.along_links(rings), precision=products)
+        placed = lambda ring, rings: ring._replace(path=hops.along_links(rings), precision=products)
         return self._replace(
             everywhere=placed(self.everywhere, everywhere), in_group=placed(self.in_group, in_group)
         )

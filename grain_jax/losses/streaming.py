@@ -1,4 +1,4 @@
-"""Contrastive loss of rows against the columns of all devices, in memory that does not grow with their number.
+"""Contrastive loss of rows against the columns of all devices, in memory that does not grow with them.
 
 Blocks of columns visit all devices (ring.py), and each device keeps running sums over their tiles, as
 FlashAttention does (Dao et al. 2022). The backward pass computes the tiles again (a custom VJP). If rows and
@@ -104,16 +104,16 @@ def _forward(contrast, both, tile, ring, rows, columns, scale, bias):
         return None, (sums, weight, vectors * fade[:, None] + pulled)
 
     row_tiles = cut(rows, tile)
-    nothing = lambda x: _no_sums(x.real) if both else None
+    initial_sums = lambda x: _no_sums(x.real) if both else None
     weight = None if both else jnp.zeros(row_tiles.real.shape)
     vectors = None if both else jnp.zeros_like(row_tiles.embed)
     of_rows, column_sums = exchange(
         ring,
         _block(columns),
-        _visit(pair, row_tiles, columns, tile, nothing),
+        functools.partial(_visit, pair, row_tiles, columns, tile, initial_sums),
         _add_sums,
         (_no_sums(row_tiles.real), weight, vectors),
-        nothing(columns),
+        initial_sums(columns),
     )
     sums, weight, vectors = _joined(of_rows, len(rows.real))
     if contrast == "softmax" and not both:
@@ -147,14 +147,14 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
 
     numbers: Any = of_columns if both else of_rows
     here_tiles = cut((here, of_rows if both else None), tile)
-    nothing = lambda x: jnp.zeros_like(x.embed) if both else None
+    initial_back = lambda x: jnp.zeros_like(x.embed) if both else None
     (gradient, of_bias), back = exchange(
         ring,
         _block(there, *numbers),
-        _visit(pair, here_tiles, there, tile, nothing),
+        functools.partial(_visit, pair, here_tiles, there, tile, initial_back),
         operator.add,
         (jnp.zeros_like(here_tiles[0].embed), jnp.zeros(here_tiles[0].real.shape) if both else None),
-        nothing(there),
+        initial_back(there),
     )
     gradient = _joined(gradient, len(here.real))
     of_rows, of_columns = gradient, back
@@ -172,19 +172,18 @@ def _backward(contrast, both, tile, ring, residuals, cotangents):
 negatives.defvjp(_forward, _backward)
 
 
-def _visit(pair, here_tiles, there: Vectors, tile: int, nothing):
-    """The `visit` of `exchange`, by `back, state = pair(here, state, there, numbers, back)` for each pair of tiles."""
+def _visit(pair, here, like: Vectors, tile: int, initial_back, state, block: Block):
+    """The `visit` of `exchange`: the tiles `here`, each with its part of `state`, against those of a block."""
+    of_tile = functools.partial(_of_tile, pair, here, initial_back)
+    state, back = jax.lax.scan(of_tile, state, _tiles(block, like, tile))
+    return state, _joined(back, len(block.vectors))
 
-    def visit(state, block):
-        def one_tile(state, part):
-            one_pair = lambda back, of_here: pair(*of_here, *part, back)
-            back, state = jax.lax.scan(one_pair, nothing(part[0]), (here_tiles, state))
-            return state, back
 
-        state, back = jax.lax.scan(one_tile, state, _tiles(block, there, tile))
-        return state, _joined(back, len(block.vectors))
-
-    return visit
+def _of_tile(pair, here, initial_back, state, there):
+    """All tiles here against one of the block: (state, what goes back with it)."""
+    one_pair = lambda back, of_here: pair(*of_here, *there, back)
+    back, state = jax.lax.scan(one_pair, initial_back(there[0]), (here, state))
+    return state, back
 
 
 def _logits(rows: Vectors, columns: Vectors, scale, bias, precision) -> Float[Array, "m k"]:
@@ -204,12 +203,12 @@ def _share(contrast: str, logits, cost, cotangent):
 
 
 def _no_sums(like):
-    """Running sums of no logits: [..., 2], the largest, and the sum of exp(z - largest) or of log(1 + exp(z))."""
+    """Running sums [..., 2] of no logits: the largest, and the sum of exp(z - largest) or log(1 + exp(z))."""
     return jnp.stack([jnp.full(like.shape, MASKED), jnp.zeros(like.shape)], axis=-1)
 
 
 def _add(contrast: str, sums, logits):
-    """(running sums [m, 2] with logits [m, k] added, derivative of the sum by each, factor of former derivatives)."""
+    """(sums [m, 2] with logits [m, k] added, derivative of the sum by each, factor of former derivatives)."""
     real = logits > MASKED
     highest = jnp.maximum(sums[:, 0], logits.max(1))
     if contrast == "sigmoid":

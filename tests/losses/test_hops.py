@@ -31,7 +31,7 @@ def _steps(chips, order):
 def test_every_hop_is_a_link(sizes):
     chips = _chips(*sizes)
     np.random.default_rng(0).shuffle(chips)
-    (order,) = hops.along_links(np.array([chips], object))
+    order = hops.along_links(np.array([chips], object))
     assert sorted(order) == list(range(len(chips)))
     assert set(_steps(chips, order)) == {1}
 
@@ -39,7 +39,7 @@ def test_every_hop_is_a_link(sizes):
 def test_every_hop_is_a_link_where_a_chip_is_two_devices():
     """On Ironwood: to the other half of the chip, or over a link; no link carries two hops one way."""
     devices = [_chip(c, core=core) for c in np.ndindex(4, 4, 4) for core in (0, 1)]
-    (order,) = hops.along_links(np.array([devices], object))
+    order = hops.along_links(np.array([devices], object))
     assert sorted(order) == list(range(128))
     pairs = [(devices[i].coords, devices[j].coords) for i, j in zip(order, order[1:] + order[:1])]
     steps = [sum(abs(a - b) for a, b in zip(*pair)) for pair in pairs]
@@ -48,12 +48,12 @@ def test_every_hop_is_a_link_where_a_chip_is_two_devices():
     assert len(links) == len(set(links))
 
 
-def test_each_slice_has_a_path():
+def test_the_path_goes_slice_by_slice():
     chips = [*_chips(2, 2, 1), *_chips(2, 2, 1, slice_index=1)]
     np.random.default_rng(0).shuffle(chips)
-    loops = hops.along_links(np.array([chips], object))
-    assert [[chips[i].slice_index for i in loop] for loop in loops] == [[0] * 4, [1] * 4]
-    assert all(set(_steps(chips, loop)) == {1} for loop in loops)
+    path = hops.along_links(np.array([chips], object))
+    assert [chips[i].slice_index for i in path] == [0] * 4 + [1] * 4
+    assert all(set(_steps(chips, loop)) == {1} for loop in (path[:4], path[4:]))
     assert hops.along_links(np.array([chips[:7]], object)) == ()
 
 
@@ -90,9 +90,9 @@ def test_rings_of_a_slice(tensor, group_size, gather, longest):
     assert placed.everywhere.precision == jax.lax.Precision.HIGH
     for gathered, rest in np.ndindex(grid.shape[2:]):
         ring = grid[:, :, gathered, rest].ravel()
-        assert max(_steps(ring, placed.everywhere.loops[0])) == longest
+        assert max(_steps(ring, placed.everywhere.path)) == longest
         for group in grid[:, :, gathered, rest] if group_size else ():
-            assert max(_steps(group, placed.in_group.loops[0])) == longest
+            assert max(_steps(group, placed.in_group.path)) == longest
 
 
 def test_precision_is_that_of_tpus():
