@@ -25,4 +25,5 @@ def get_config(start=""):
     c.optim.learning_rate = 1e-3
     c.optim.clip_norm = 1.0
     c.loss.image_caption = 0.0
+    c.model.decoder.class_score = "mean"  # most class images show one object, whose parts are the regions
     return c
