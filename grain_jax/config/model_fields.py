@@ -8,6 +8,10 @@ from grain_jax.core import named
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 PROJECTIONS = ("none", "matrix", "affine")
+# What segmentation maps come from: what the model has, its patches, the boxes of its queries, or a weighted sum.
+MAPS_BY = ("auto", "patches", "regions", "both")
+# What a patch is: its value in the last layer, or its last token. auto: the token where a box head reads it.
+PATCH_FEATURES = ("auto", "values", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict
         return {"image_embed": regions(params, image)["image_embed"]}
 
     def boxes(params, image, boxes_xyxy):
-        encode_boxes = jitted.program(model, dtype, "encode_boxes")
+        encode_boxes = jitted.image_program(model, dtype, "box_embeddings")
         return {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
 
     def text(params, tokens, end):
@@ -131,8 +131,8 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
             if has_patches:
                 cells = box_head.token_boxes(grid * grid, 0)
                 boxes = [jnp.broadcast_to(cells, (image.shape[0], *cells.shape))] * has_head
-                method = "encode_boxes" if has_head else "encode_patches"
-                patches = jitted.program(model, dtype, method)(params, image, *boxes)
+                head = "box_embeddings" if has_head else "patch_embeddings"
+                patches = jitted.image_program(model, dtype, head)(params, image, *boxes)
                 cosines = jnp.einsum("nd,bpd->bnp", text_embed, patches.astype(np.float32))
                 all_maps.append(cosines.reshape(*cosines.shape[:2], grid, grid))
             if predictor.has_regions:

@@ -44,25 +44,9 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
     if "://" not in str(path) and os.path.realpath(path) == os.path.realpath("."):
         raise ConvertError(f"{path}: is the current folder, expected another one to write")
     if "://" not in str(path):
-        with writing(path), _locked(_work(path)):
+        with errors.storage_faults_as_one_line(path), _locked(_work(path)):
             pass
     return path
-
-
-@contextlib.contextmanager
-def writing(path: epath.PathLike) -> Iterator[None]:
-    """Turns a fault of the system inside into a UserError of one line, even if TensorStore wraps it in a ValueError."""
-    try:
-        yield
-    except errors.UserError:
-        raise
-    except Exception as error:
-        fault = errors.of_system(error, path)
-        if fault is None:
-            raise
-        if isinstance(fault, errors.StorageFault):
-            raise fault from error
-        raise ConvertError(f"{path}: cannot be written: {fault}") from error
 
 
 @contextlib.contextmanager
@@ -80,7 +64,7 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
       ConvertError: it cannot be written, or another process writes it.
     """
     if "://" in str(folder):
-        with writing(folder), tempfile.TemporaryDirectory() as scratch:
+        with errors.storage_faults_as_one_line(folder), tempfile.TemporaryDirectory() as scratch:
             yield epath.Path(scratch)
             if folder.exists():
                 folder.rmtree()
@@ -91,7 +75,7 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
     target, work = epath.Path(os.path.realpath(folder)), _work(folder)
     # transformers caches the code of a folder under the folder's name, so the new one needs the same name.
     old, new = work / "old" / target.name, work / "new" / target.name
-    with writing(folder), _locked(work):
+    with errors.storage_faults_as_one_line(folder), _locked(work):
         try:
             _clear(old, new, target)
             old.parent.mkdir()

@@ -2,9 +2,10 @@
 
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
+import jax
 import numpy as np
 import PIL.Image
 
@@ -20,6 +21,7 @@ OneImage: TypeAlias = str | os.PathLike[str] | PIL.Image.Image
 Images: TypeAlias = Iterable[OneImage | np.ndarray] | np.ndarray  # or an array [B, H, W, 3]
 OneOrMany: TypeAlias = Images | OneImage  # an array of three axes is one image
 Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]
+Method = TypeVar("Method", bound=Callable[..., Any])
 ClassTexts: TypeAlias = Iterable[str] | Mapping[str, Sequence[str]]  # names, or {name: descriptions}
 
 
@@ -32,12 +34,7 @@ class Tokens(NamedTuple):
 class Normalized(NamedTuple):
     """Images that are resized and normalised already."""
 
-    pixels: np.ndarray  # float32 [B, S, S, 3]; [S, S, 3] is one image
-
-    @property
-    def ndim(self) -> int:
-        """Axes: 3 of one image, 4 of a batch."""
-        return self.pixels.ndim
+    pixels: np.ndarray  # float32 [B, S, S, 3]
 
 
 class InputError(errors.UserError):
@@ -50,10 +47,23 @@ def tokenizer_of(tower: config_lib.TextTower, folder: Any) -> tokenizer.Tokenize
     return tokenizer.of_tower(tower, folder)
 
 
-def is_one_image(images: Any) -> bool:
+def is_one_image(images: Any) -> TypeGuard[OneImage]:
     """Whether it is one image, and not a batch."""
     is_single = isinstance(images, (str, os.PathLike, PIL.Image.Image))
     return is_single or getattr(images, "ndim", None) == 3
+
+
+def one_or_many(method: Method) -> Method:
+    """Makes a method of a batch of images take one image, too: its results then lack the axis of the batch."""
+
+    @functools.wraps(method)
+    def call(self, images, *arguments, **options):
+        if not is_one_image(images):
+            return method(self, images, *arguments, **options)
+        results = method(self, [images], *arguments, **options)
+        return jax.tree.map(lambda x: x[0], results) if isinstance(results, tuple) else results[0]
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def marked(images: Any, normalized: bool) -> Any:
@@ -61,7 +71,7 @@ def marked(images: Any, normalized: bool) -> Any:
     if not normalized or isinstance(images, (Normalized, Tokens)):
         return images
     pixels = np.asarray(images if hasattr(images, "dtype") else list(images))
-    if pixels.dtype.kind != "f" or pixels.ndim not in (3, 4):
+    if pixels.dtype.kind != "f" or pixels.ndim != 4:
         raise InputError(f"images: got {kind_of(pixels)}, expected float32 [B, S, S, 3] with normalized=True")
     return Normalized(pixels.astype(np.float32))
 
@@ -82,11 +92,6 @@ def several_texts(texts: Any) -> list[str]:
 def one_text(text: Any) -> Any:
     """A text as a batch of one."""
     return [text] if isinstance(text, str) else np.asarray(text)[None]
-
-
-def one_image(image: Any) -> Any:
-    """An image as a batch of one."""
-    return Normalized(image.pixels[None]) if isinstance(image, Normalized) else [image]
 
 
 def checked_boxes(boxes_xyxy: Any) -> list[np.ndarray]:

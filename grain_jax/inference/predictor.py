@@ -16,8 +16,18 @@ from scipy import special
 
 from grain_jax.checkpoint import saved_model
 from grain_jax.inference import calibration, inputs, prompts, scores, segmentation
-from grain_jax.inference.encoder import MAX_BATCH, Boxes, Encoder
-from grain_jax.inference.inputs import ClassTexts, Images, InputError, OneImage, OneOrMany, Texts, Tokens
+from grain_jax.inference.batches import MAX_BATCH
+from grain_jax.inference.encoder import Boxes, Encoder
+from grain_jax.inference.inputs import (
+    ClassTexts,
+    Images,
+    InputError,
+    OneImage,
+    OneOrMany,
+    Texts,
+    Tokens,
+    one_or_many,
+)
 
 
 class Grounding(NamedTuple):
@@ -125,9 +135,10 @@ class Predictor(Encoder):
             embeds = tuple(prompts.encode_lists(self.encode_text, descriptions))
         return ClassFeatures(tuple(name for name, _ in pairs), features, embeds)
 
+    @one_or_many
     def classify(
         self,
-        images: OneOrMany,
+        images: OneOrMany | Tokens,
         classes: ClassTexts | ClassFeatures,
         alpha: float = 1.0,
         *,
@@ -139,9 +150,6 @@ class Predictor(Encoder):
           images, classes: see `Predictor`.
           alpha: share of the global score; values below 1 need descriptions.
         """
-        images = inputs.marked(images, normalized)
-        if inputs.is_one_image(images):
-            return self.classify(inputs.one_image(images), classes, alpha)[0]
         if not 0.0 <= alpha <= 1.0:
             raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if alpha < 1.0:
@@ -150,7 +158,7 @@ class Predictor(Encoder):
             classes = self._class_features(classes, alpha)
         if alpha < 1.0 and classes.descriptions is None:
             raise InputError(f"alpha {alpha} needs descriptions of the classes: {{name: [description, ...]}}")
-        image_embed, region_embed, _ = self._encode(images)
+        image_embed, region_embed, _ = self._encode(inputs.marked(images, normalized))
         region = None
         if alpha < 1.0:
             embeds = classes.descriptions or ()
@@ -174,7 +182,7 @@ class Predictor(Encoder):
         `images` and `boxes_xyxy` are as for `encode_boxes`.
         """
         if inputs.is_one_image(images):
-            return self.classify_boxes(inputs.one_image(images), [boxes_xyxy], classes)[0]
+            return self.classify_boxes([images], [boxes_xyxy], classes)[0]
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)
         embeds = self.encode_boxes(images, boxes_xyxy)
@@ -194,7 +202,8 @@ class Predictor(Encoder):
         if inputs.is_one_text(texts):
             return self.ground(image, inputs.one_text(texts))[0]
         self.need_regions("ground")
-        _, embeds, boxes_xyxy = self._encode(inputs.one_image(image), self.has_box_head)
+        head = "regions_by_box_head" if self.has_box_head else "embeddings"
+        _, embeds, boxes_xyxy = self._encode([image], head)
         similarity = self.encode_text(texts) @ embeds[0].T  # [N, Q]
         best = similarity.argmax(axis=1)
         return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)]
@@ -212,6 +221,7 @@ class Predictor(Encoder):
         self, images: Images, texts: Iterable[str], **options: Unpack[DetectOptions]
     ) -> list[Detections]: ...
 
+    @one_or_many
     def detect(
         self,
         images: OneOrMany,
@@ -233,10 +243,6 @@ class Predictor(Encoder):
           top_k: detections per image at most.
           pixels: whether boxes are in pixels of the image as it was given, or in [0, 1].
         """
-        if inputs.is_one_image(images):
-            return self.detect(
-                inputs.one_image(images), texts, threshold=threshold, top_k=top_k, pixels=pixels
-            )[0]
         self.need_regions("detect")
         names = inputs.several_texts(texts)
         features, found = self.encode_text(names), []
@@ -261,6 +267,7 @@ class Predictor(Encoder):
         logits = self.region_logit_scale * cosines.astype(np.float64)
         return special.softmax(logits, axis=-1).astype(np.float32)
 
+    @one_or_many
     def present(self, images: OneOrMany, texts: str | Iterable[str], by: str = "image") -> np.ndarray:
         """Probabilities that texts are true of images, float32 [B, N]; one image -> [N], one text -> [B].
 
@@ -271,8 +278,6 @@ class Predictor(Encoder):
           texts: strings; names of classes if class folders made the calibration.
           by: "image", the embedding of the image, or "regions", the region that fits best.
         """
-        if inputs.is_one_image(images):
-            return self.present(inputs.one_image(images), texts, by)[0]
         if isinstance(texts, str):
             return self.present(images, [texts], by)[:, 0]
         if by not in ("image", "regions"):
@@ -311,17 +316,16 @@ class Predictor(Encoder):
         """
         if inputs.is_one_text(texts):
             return self.similarity_map(image, inputs.one_text(texts))[0]
-        return self.similarity_maps(inputs.one_image(image), [self.encode_text(texts)])[0]
+        return self.similarity_maps([image], [self.encode_text(texts)])[0]
 
     def similarity_maps(self, images: Images | Tokens, text_embeds: Sequence[np.ndarray]) -> list[np.ndarray]:
         """For each image the maps of its own texts, as `similarity_map`: float32 [n, h, w].
 
         Args:
-          images: a batch; with a box head also the result of `encode_tokens`.
+          images: a batch.
           text_embeds: for each image the embeddings [n, D] of its texts.
         """
-        if not isinstance(images, Tokens) and self.has_box_head:
-            images = self.image_tokens(images)
+        images = images if isinstance(images, Tokens) else self.encode_tokens(images)
         patches = regions = [None] * len(text_embeds)
         if self.has_patches:
             patches = self.encode_patches(images)
@@ -347,6 +351,7 @@ class Predictor(Encoder):
         self, images: Images, classes: ClassTexts | segmentation.Classes, **options: Any
     ) -> list[np.ndarray]: ...
 
+    @one_or_many
     def segment(
         self,
         images: OneOrMany,
@@ -372,15 +377,14 @@ class Predictor(Encoder):
         segmentation.check_stride(size, short_side, stride)
         if not isinstance(classes, segmentation.Classes):
             classes = self.segmentation_classes(classes)
-        is_one = inputs.is_one_image(images)
         labels = []
-        for i, image in enumerate([images] if is_one else cast(Iterable[Any], images)):
+        for i, image in enumerate(cast(Iterable[Any], images)):
             windows = segmentation.windows_of(i, image, size, short_side, stride, len(classes.names))
             maps_of_windows = self.class_maps(windows.pixels, classes, **maps)
             labels.append(
                 segmentation.labels(maps_of_windows, windows, background=background, scale=self.logit_scale)
             )
-        return labels[0] if is_one else labels
+        return labels
 
     def segmentation_classes(self, classes: ClassTexts) -> segmentation.Classes:
         """Embeds classes for `segment`, once for any number of images."""
@@ -412,19 +416,19 @@ class Predictor(Encoder):
             and it takes it for a small one.
         """
         by, patch_features = self.maps_by(by, patch_features)
-        grid, maps, tokens = self.grid, [], None
+        maps, use_values = [], patch_features == "values"
         if not isinstance(images, (np.ndarray, inputs.Normalized)):
             images = list(images)  # they may be read twice
+        tokens = images
         if by != "regions":
-            tokens = self.image_tokens(images, f"image_{patch_features}")
+            tokens = self.encode_tokens(images, values=use_values)
             cosines = classes.cosines(self.encode_patches(tokens, patch_sides))
             maps.append(cosines.transpose(0, 3, 1, 2))
         if by != "patches":
-            shared = tokens if tokens is not None and patch_features == "tokens" else images
-            regions = self.encode_regions(shared)
+            regions = self.encode_regions(images if use_values else tokens)
             cosines = classes.cosines(regions.embed).transpose(0, 2, 1)  # [B, C, Q]
             pairs = zip(cosines, regions.boxes_xyxy)
-            maps.append(np.stack([scores.region_map(*pair, grid) for pair in pairs]))
+            maps.append(np.stack([scores.region_map(*pair, self.grid) for pair in pairs]))
         if len(maps) == 1:
             return maps[0]
         return np.float32(patch_weight) * maps[0] + np.float32(1 - patch_weight) * maps[1]

@@ -2,7 +2,6 @@
 
 * `PreemptionHandler`: SIGTERM and Ctrl-C save the state after a step that all processes agree on, and end the run.
 * `Watchdog`: a run that stands still says where.
-* `in_a_line`: a full disk is one line.
 * `leave` waits for no thread. An ordinary exit joins all threads: Orbax's wait for 300 s after a failed save, and a
   reader at a hung disk never ends.
 """
@@ -22,7 +21,6 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
-from etils import epath
 from jax.experimental import multihost_utils
 
 from grain_jax.core import errors
@@ -276,22 +274,3 @@ class Watchdog:
                 text += f"\nending: not over {limit} s after this fault"
             text += f"; {self._activity}, last step {self._step}. Stacks of all threads:"
             leave(status, text, stacks=True)
-
-
-@contextlib.contextmanager
-def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
-    """Replaces errors inside that come from a full disk, or from a workdir that was removed or cannot be written.
-
-    Raises:
-      errors.StorageFault: in place of such an error; one line.
-    """
-    try:
-        yield
-    except errors.UserError:
-        raise
-    except Exception as error:
-        fault = errors.of_system(error, workdir)
-        if fault is None:
-            raise
-        again = "the same command goes on from the newest checkpoint"
-        raise errors.StorageFault(f"{fault}; {again}") from None

@@ -47,12 +47,11 @@ def test_any_number_of_boxes_an_image(predictor):
     assert [x.shape for x in got] == [(4, 28), (0, 28), (3, 28)]
     close([got[0], got[2]], [expected[0], expected[2, :3]])
     assert np.abs(got[0][0] - got[0][1]).max() > 1e-3
-    # Their tokens stand for images; and both embeddings in one pass.
+    # Their tokens stand for images.
     tokens = predictor.encode_tokens(PICTURES)
     assert tokens.values.shape[0] == 3
     close(predictor.encode_boxes(tokens, BOXES), expected)
-    image_embed, embeds = predictor.encode_image_and_boxes(PICTURES, BOXES)
-    close([image_embed, *embeds], [predictor.encode_image(PICTURES), *expected])
+    close(predictor.encode_image(tokens), predictor.encode_image(PICTURES))
 
 
 def test_a_phrase_is_compared_with_the_boxes_of_the_regions(predictor):
@@ -69,9 +68,7 @@ def test_a_phrase_is_compared_with_the_boxes_of_the_regions(predictor):
 def test_one_image_and_the_classes_of_its_boxes(predictor):
     single, boxes = PIL.Image.fromarray(PICTURES[0]), BOXES[0]
     (expected,) = predictor.encode_boxes(PICTURES[:1], [boxes])
-    image, embeds = predictor.encode_image_and_boxes(single, boxes)
-    assert image.shape == (28,)
-    close([predictor.encode_boxes(single, boxes), embeds], [expected] * 2)
+    close([predictor.encode_boxes(single, boxes)], [expected])
     features = predictor.encode_text(TEXTS)
     classes = inference.ClassFeatures(("a", "b"), features, None)
     close([predictor.classify_boxes(single, boxes, classes)], [expected @ features.T])

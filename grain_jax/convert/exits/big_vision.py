@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import big_vision, output, parity, tables, towers
+from grain_jax.convert import big_vision, parity, tables, towers
 from grain_jax.convert.exits import arrays, folder, needs
 from grain_jax.convert.faults import ConvertError, raise_any
 from grain_jax.convert.tables import Arrays
-from grain_jax.core import atomic
+from grain_jax.core import atomic, errors
 from grain_jax.models import grain
 
 
@@ -35,7 +35,7 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     content = io.BytesIO()
     named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
     np.savez(content, **named)
-    with output.writing(path):
+    with errors.storage_faults_as_one_line(path):
         atomic.write_bytes(path, content.getvalue())
     proof = big_vision.prove(big_vision.read(path), model, source_model.params)
     mean, std = model.image.pixel_mean, model.image.pixel_std

@@ -12,7 +12,7 @@ from grain_jax.convert.exits import folder
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.module import prove
-from grain_jax.core import atomic, regular_file
+from grain_jax.core import atomic, errors, regular_file
 
 KEYS = {"backbone": "backbone_state_dict", "decoder": "state_dict"}
 
@@ -58,7 +58,7 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     stored_model = folder.read(source)
     model, params = stored_model.model, stored_model.params
     states = names.to_states(model, params)
-    with output.writing(path), needing("torch", path):
+    with errors.storage_faults_as_one_line(path), needing("torch", path):
         write(path, states)
     proof = prove(model, params, read(path))
     lines = [f"to-torch: {stored_model.folder} -> {path}"]
