@@ -126,7 +126,11 @@ def _times(plan: dict[str, Any]) -> Rows:
     runs = ", ".join(f"{count} by {source}" for source, count in kernels["runs"].items())
     row = ("  kernels", f"{kernels['seconds'] * 1e3:.3g} ms", f"of it: {runs}")
     return [
-        ("compute", time("compute_s"), "matrix products at the chip's printed peak, and kernels"),
+        (
+            "compute",
+            time("compute_s"),
+            f"matrix products at the chip's printed peak{', and kernels' * bool(runs)}",
+        ),
         *([row] if runs else []),
         ("HBM", time("hbm_s"), traffic),
         ("interconnect", time("interconnect_s"), "between the chips of a slice or node"),
