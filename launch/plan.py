@@ -140,7 +140,7 @@ def _memory(kinds, limit, arguments, temporaries, output=0, aliased=0, code=0, *
 
 
 def _largest(arrays: Iterable[tuple[int, str, str]]) -> list[dict[str, Any]]:
-    """The largest arrays as entries, from (bytes, shape, operation); equal ones are one entry with their number."""
+    """The largest arrays, from (bytes, shape, operation); equal ones are one entry with their number."""
     entries = [
         {"count": count, "shape": shape, "bytes": size, "where": where}
         for (size, shape, where), count in Counter(arrays).items()

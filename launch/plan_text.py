@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 WIDTH = 96
-# Keys that trade memory against time; when memory runs out, the first cost the least time (docs/performance.md).
+# Keys that trade memory against time; the first cost the least time (docs/performance.md).
 REMEDIES = ("remat=qkv", "microbatches=2", "mesh.fsdp=8", "optim.moment_dtype=bfloat16")
 _NOTES = {  # of memory
     "arguments": "held from step to step",

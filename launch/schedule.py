@@ -1,6 +1,6 @@
-"""The time of Pallas kernels on a TPU: libtpu's schedule, which it writes without a chip, or their padded products.
+"""The time of Pallas kernels on a TPU: libtpu's schedule, which needs no chip, or their padded products.
 
-A schedule has a bundle of instructions for each cycle. A chip may wait longer, never less, so the count is a bound.
+A schedule has a bundle of instructions for each cycle. A chip may wait longer, so the count is a bound.
 """
 
 import base64
@@ -51,8 +51,8 @@ def read(folder: epath.Path, hlo: str) -> dict[str, int]:
 def cycles(text: str) -> int:
     """The least cycles of one run of a scheduled kernel: its bundles, each as often as its loops run.
 
-    A loop over the grid runs more often than the grid has programs, to start and to end its pipeline. What stands
-    behind a condition of a program (`pl.when`) counts once. A loop of unknown length counts once.
+    A loop over the grid runs more often than the grid has programs, to start and to end its pipeline. What
+    stands behind a condition of a program (`pl.when`) counts once. A loop of unknown length counts once.
     """
     starts = [match.start() for match in _BUNDLE.finditer(text)]
     bundles = [text[i:j] for i, j in zip(starts, [*starts[1:], len(text)])]
@@ -89,7 +89,7 @@ def _runs(n: int, loops: list[_Loop], conditions: list[tuple[int, int]]) -> int:
 
 
 def _trips(body: str, predicate: str) -> int:
-    """How often a loop runs what its counter is for: up to the constant of its exit test, without its pipeline."""
+    """How often a loop runs what it is for: up to the constant of its exit test, without its pipeline."""
     test = re.search(rf"%{predicate} = scmp\.ge\.s32\.totalorder %(\w+), (\d+)", body)
     if not test:
         return 1
@@ -143,7 +143,7 @@ def _up(size: int, tile: int) -> int:
 
 
 def price(module: Module, found: dict[str, int], chip: Chip) -> tuple[dict[str, float], Counter[str]]:
-    """The kernels of a program by name, as the FLOPs that take their time at the chip's peak; and runs by count.
+    """The kernels by name, as the FLOPs that take their time at the chip's peak; and runs by count.
 
     Args:
       module: the compiled step.

@@ -66,7 +66,7 @@ class Tuner:
         return derived.planned(config, limits)[0]
 
     def layers(self) -> list[str]:
-        """Prints the layers with each program of attention; returns the values of `model.attention` without a fault."""
+        """Prints the layers with each program of attention; returns the `model.attention` without a fault."""
         auto = layer_trials.with_attention(self.config, "auto")
         taken, good = layer_trials.taken_by_auto(auto, self.mesh), ["auto", "xla"]
         names = {"xla": "xla"} | ({"auto": f"attention {taken}"} if taken else {})

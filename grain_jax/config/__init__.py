@@ -1,5 +1,5 @@
-"""The configuration of a run as frozen dataclasses: its keys (`fields`), `from_dict` (`parse`), and what contradicts
-itself (`checks`).
+"""The configuration of a run as frozen dataclasses: its keys (`fields`), `from_dict` (`parse`), and what
+contradicts itself (`checks`).
 
 It needs neither JAX nor ml_collections, so that a config can be checked anywhere.
 """

@@ -1,4 +1,4 @@
-"""Images and rows through the programs of a model, in batches of a few sizes, so that few programs are compiled."""
+"""Images and rows through the programs of a model, in batches of few sizes: few programs are compiled."""
 
 import functools
 import itertools
@@ -63,8 +63,8 @@ class BatchRunner:
     def run(self, program: Callable[..., Any], *rows: np.ndarray, kinds=(MAX_BATCH, FEW, 1)) -> Any:
         """The results of `program` on `rows`, arrays of equal length, as numpy.
 
-        Programs have `kinds` of rows per device; the last row is repeated to fill them. Up to MAX_BATCH rows run on one
-        device, more on all devices.
+        Programs have `kinds` of rows per device; the last row is repeated to fill them. Up to MAX_BATCH rows
+        run on one device, more on all devices.
         """
         count, params, sharding, devices = len(rows[0]), self.params, None, 1
         if count > MAX_BATCH:
@@ -90,7 +90,7 @@ class BatchRunner:
 
 
 def _sizes(count: int, kinds: Sequence[int]) -> list[int]:
-    """The rows of the programs that take `count` rows, of descending `kinds`; no program is filled less than half."""
+    """The rows of the programs that take `count` rows, of descending `kinds`, each filled at least half."""
     sizes = []
     for kind in kinds:
         times, rest = divmod(count, kind)

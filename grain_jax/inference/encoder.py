@@ -81,8 +81,8 @@ class Encoder(LoadedModel):
 
         Args:
           images: as for `encode_image`.
-          boxes_xyxy: for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image; they may reach
-            over its edge.
+          boxes_xyxy: for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image; they
+            may reach over its edge.
 
         Returns:
           A list; for one image and its boxes [n, D].
@@ -91,8 +91,8 @@ class Encoder(LoadedModel):
             return self.encode_boxes([images], [boxes_xyxy])[0]
         if not self.has_box_head:
             raise InputError(
-                "boxes: the model has no box head (model.boxes.kind is none), expected one that was trained with"
-                " loss.box_description"
+                "boxes: the model has no box head (model.boxes.kind is none), expected one that was trained"
+                " with loss.box_description"
             )
         program = jitted.image_program(self.model, self.dtype, "box_embeddings")
         boxes, embeds = inputs.checked_boxes(boxes_xyxy), []
@@ -114,14 +114,14 @@ class Encoder(LoadedModel):
     def encode_patches(self, images: OneOrMany | Tokens, sides: Sequence[int] = (1,)) -> np.ndarray:
         """Images -> an embedding of each patch, float32 [B, h, w, D], unit length; one image -> [h, w, D].
 
-        With a box head a patch is a box, or the mean of boxes around it that are `sides` patches wide. A model of two
-        towers pools each patch alone, as MaskCLIP does (Zhou et al. 2022).
+        With a box head a patch is a box, or the mean of boxes around it that are `sides` patches wide. A
+        model of two towers pools each patch alone, as MaskCLIP does (Zhou et al. 2022).
         """
         grid = self.grid
         if not self.has_patches:
             raise InputError(
-                "patches: got a model with a decoder and no box head, expected a box head; similarity_maps asks the"
-                " regions"
+                "patches: got a model with a decoder and no box head, expected a box head;"
+                " similarity_maps asks the regions"
             )
         if self.has_box_head:
             tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
@@ -140,8 +140,8 @@ class Encoder(LoadedModel):
         if tower.seeks_end and (tower.ends(tokens) != ends).any():
             expected = "the highest id" if tower.end_id is None else f"the id {tower.end_id}"
             raise InputError(
-                f"tokenizer: got texts of {tower.tokenizer} that do not end with {expected}, by which encode_text finds"
-                " the end; give encode_text the texts"
+                f"tokenizer: got texts of {tower.tokenizer} that do not end with {expected}, by which"
+                " encode_text finds the end; give encode_text the texts"
             )
         return tokens
 
@@ -149,9 +149,9 @@ class Encoder(LoadedModel):
         """Texts -> float32 [N, D], unit length; one text -> [D].
 
         Args:
-          texts: strings, also from a generator, or int32 token ids [N, L] (`tokenizer`); or one string, or ids [L]. The
-            highest id of a row ends its text, as in CLIP. Shorter rows are padded for a tower that sees its padding
-            (SigLIP).
+          texts: strings, also from a generator, or int32 token ids [N, L] (`tokenizer`); or one string, or
+            ids [L]. The highest id of a row ends its text, as in CLIP. Shorter rows are padded for a tower
+            that sees its padding (SigLIP).
         """
         if inputs.is_one_text(texts):
             return self.encode_text(inputs.one_text(texts))[0]
@@ -190,7 +190,8 @@ class Encoder(LoadedModel):
         tokens = np.asarray(texts)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not 1 <= tokens.shape[1] <= context:
             raise InputError(
-                f"texts: got {inputs.kind_of(tokens)}, expected strings or int32 token ids [N, at most {context}]"
+                f"texts: got {inputs.kind_of(tokens)}, expected strings or int32 token ids"
+                f" [N, at most {context}]"
             )
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
             raise InputError(
@@ -209,7 +210,7 @@ class Encoder(LoadedModel):
 
 
 def _boxes_around(grid: int, sides: Sequence[int]) -> np.ndarray:
-    """Boxes around each patch of a grid, `sides` patches wide, float32 xyxy [S * grid * grid, 4], cut at the image."""
+    """Boxes around each patch, `sides` patches wide, float32 xyxy [S * grid * grid, 4], cut at the image."""
     if min(sides, default=0) < 1:
         raise InputError(f"sides: got {tuple(sides)}, expected numbers of patches, 1 or more")
     y, x = np.divmod(np.arange(grid * grid), grid)

@@ -54,7 +54,7 @@ def is_one_image(images: Any) -> TypeGuard[OneImage]:
 
 
 def one_or_many(method: Method) -> Method:
-    """Makes a method of a batch of images take one image, too: its results then lack the axis of the batch."""
+    """Makes a method of a batch of images take one, too: its results then lack the axis of the batch."""
 
     @functools.wraps(method)
     def call(self, images, *arguments, **options):
@@ -116,8 +116,8 @@ def _boxes_of_image(name: str, boxes: Any) -> np.ndarray:
     wrong = (corners[:, :2] > corners[:, 2:]).any(axis=1) | (np.abs(corners) > _FAR).any(axis=1)
     if wrong.any():
         raise InputError(
-            f"{name}: got {corners[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2, as shares of the"
-            " image; divide pixels by its width and height"
+            f"{name}: got {corners[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2, as shares of"
+            " the image; divide pixels by its width and height"
         )
     return corners
 
@@ -131,7 +131,7 @@ def resize(index: int, image: Any, size: int) -> np.ndarray:
 
 
 def as_uint8(index: int, image: Any) -> np.ndarray:
-    """A path, a PIL image or an array as uint8 [H, W, 3]. Raises InputError, which names the image by `index`."""
+    """A path, a PIL image or an array as uint8 [H, W, 3]. Raises InputError, which names the `index`."""
     name, wanted = f"images[{index}]", "uint8 or float [H, W, 3] with values in [0, 1]"
     if isinstance(image, (str, os.PathLike)):
         try:
@@ -152,8 +152,8 @@ def as_uint8(index: int, image: Any) -> np.ndarray:
     image = np.asarray(image, np.float32)
     if not 0 <= image.min(initial=0) <= image.max(initial=0) <= 1:
         raise InputError(
-            f"{name}: got {kind_of(image)} from {image.min():.3g} to {image.max():.3g}, expected {wanted}; normalised"
-            " images need normalized=True"
+            f"{name}: got {kind_of(image)} from {image.min():.3g} to {image.max():.3g}, expected {wanted};"
+            " normalised images need normalized=True"
         )
     return np.round(image * 255).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""The jitted programs of a model. Parameters are arguments, so Predictors with one model configuration share them."""
+"""The jitted programs of a model. Parameters are arguments, so Predictors of one configuration share them."""
 
 import functools
 from collections.abc import Callable
@@ -36,8 +36,8 @@ def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings")
     Args:
       model, dtype: as of `program`.
       head: "embeddings" gives image_embed [B, D], region_embed [B, Q, D] and boxes_xyxy [B, Q, 4];
-        "regions_by_box_head" the same, with the box head's embeddings of the predicted boxes; others are methods of
-        GRAIN that take tokens.
+        "regions_by_box_head" the same, with the box head's embeddings of the predicted boxes; others are
+        methods of GRAIN that take tokens.
     """
     run = functools.partial(program, model, dtype)
 
@@ -56,7 +56,7 @@ def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings")
 
 @functools.lru_cache(maxsize=8)
 def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted encode_texts(params, tokens int32 [N, L], ends int32 [N]) -> [N, D]; a text's last token is at its end."""
+    """The jitted encode_texts(params, tokens int32 [N, L], ends of the texts int32 [N]) -> [N, D]."""
     apply = program(model, dtype, "encode_text")
 
     def encode_texts(params, tokens, ends):

@@ -37,8 +37,8 @@ class LoadedModel:
         towers.text_tower(model.text)
         if lora.left_out(params):
             raise InputError(
-                "params: got factors of LoRA, which a Predictor does not apply; expected merged parameters, as"
-                " grain_jax.load and grain_jax.models.lora.merged return them"
+                "params: got factors of LoRA, which a Predictor does not apply; expected merged parameters,"
+                " as grain_jax.load and grain_jax.models.lora.merged return them"
             )
         # The run chose its programs for its own devices.
         self.model = dataclasses.replace(model, attention="auto")

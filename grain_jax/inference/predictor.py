@@ -1,9 +1,9 @@
 """Using a trained model: `grain_jax.load(DIR)` returns a `Predictor` that encodes images, texts and regions.
 
-A call takes any number of images or texts, also from a generator, and runs them in batches of a few fixed sizes,
-so that few programs are compiled. For one image or one text it returns the result without the axis of the
-batch: `encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors with the same model configuration
-share the programs. Large calls use all devices of the process.
+A call takes any number of images or texts, also from a generator, and runs them in batches of few sizes, so
+that few programs are compiled. For one image or text the result lacks the axis of the batch:
+`encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors of one configuration share the
+programs. Large calls use all devices of the process.
 """
 
 import itertools
@@ -74,13 +74,13 @@ def load(
     templates: Sequence[str] | None = None,
     progress: bool = False,
 ) -> "Predictor":
-    """Loads the model of a training workdir (its newest checkpoint), a checkpoint, a converted folder, or a name.
+    """Loads the model of a workdir (its newest checkpoint), a checkpoint, a converted folder, or a name.
 
     Args:
-      name: the folder, local or remote; a folder of transformers or open_clip is converted into the user's cache. If
-        no folder has that name: a model that comes with the package ("aviary-tiny"), or one of the Hugging Face Hub
+      name: the folder, local or remote; one of transformers or open_clip is converted into the user's cache.
+        If no folder has that name: a model of the package ("aviary-tiny") or of the Hugging Face Hub
         ("hf://ORG/NAME", "hf://ORG/NAME@REVISION"). No code of the Hub is downloaded.
-      device: where it runs, a device of JAX or "cpu", "gpu", "gpu:1"; None: the default one, and all for large calls.
+      device: a device of JAX or "cpu", "gpu", "gpu:1"; None: the default one, and all for large calls.
       dtype: "float32" or "bfloat16"; None: float32.
       templates, progress: as in `Predictor`.
 
@@ -97,14 +97,14 @@ def load(
 class Predictor(Encoder):
     """Encodes and compares images and texts; every result is float32 numpy.
 
-    An image is a path, a PIL image of any mode, or an array [H, W, 3], uint8 or float in [0, 1]. Images come as one, as
-    anything to iterate over, or as an array [B, H, W, 3], and are resized to the model's size. Files and PIL images are
-    turned by their EXIF orientation, as a viewer shows them; `np.asarray(image)` takes the pixels as they are. With
-    `normalized=True` images are float32 [B, S, S, 3], as `preprocess` makes them. Classes are names, {name:
-    [description, ...]}, or the result of `class_features`.
+    An image is a path, a PIL image of any mode, or an array [H, W, 3], uint8 or float in [0, 1]. Images come
+    as one, as anything to iterate over, or as an array [B, H, W, 3], and are resized to the model's size.
+    Files and PIL images are turned by their EXIF orientation, as a viewer shows them; `np.asarray(image)`
+    takes the pixels as they are. With `normalized=True` images are float32 [B, S, S, 3], as `preprocess`
+    makes them. Classes are names, {name: [description, ...]}, or the result of `class_features`.
 
-    Every method raises InputError for arguments that it cannot take, and if the model lacks region queries, a box head
-    or a grid of patches that the method needs. A tokenizer that cannot be read is a UserError.
+    Every method raises InputError for arguments that it cannot take, and if the model lacks region queries, a
+    box head or a grid of patches that the method needs. A tokenizer that cannot be read is a UserError.
 
     Args:
       model: configuration of the model.
@@ -120,7 +120,7 @@ class Predictor(Encoder):
     """
 
     def class_features(self, classes: ClassTexts) -> ClassFeatures:
-        """Embeds classes: names in prompts, or names with descriptions (docs/method.md, Zero-shot evaluation)."""
+        """Embeds classes, maybe with descriptions, in prompts (docs/method.md, Zero-shot evaluation)."""
         return self._class_features(classes)
 
     def _class_features(self, classes: ClassTexts, alpha: float = 0.5) -> ClassFeatures:
@@ -144,7 +144,7 @@ class Predictor(Encoder):
         *,
         normalized: bool = False,
     ) -> np.ndarray:
-        """Scores of every class, float32 [B, C]: alpha * global + (1 - alpha) * region cosines; for one image [C].
+        """Scores of classes, float32 [B, C]: alpha * global + (1 - alpha) * region cosines; one image -> [C].
 
         Args:
           images, classes: see `Predictor`.
@@ -177,7 +177,7 @@ class Predictor(Encoder):
     ) -> list[np.ndarray]: ...
 
     def classify_boxes(self, images: OneOrMany | Tokens, boxes_xyxy: Boxes, classes: Classes) -> Any:
-        """For each image the cosine of every class for each of its boxes, float32 [n, C]; for one image [n, C].
+        """For each image the cosines of classes and its boxes, float32 [n, C]; for one image [n, C].
 
         `images` and `boxes_xyxy` are as for `encode_boxes`.
         """
@@ -195,7 +195,7 @@ class Predictor(Encoder):
     def ground(self, image: OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
 
     def ground(self, image: OneImage | np.ndarray, texts: Any) -> Any:
-        """For each text the box of the region with the largest cosine, and that cosine; for one text one `Grounding`.
+        """For each text the box of the region with the largest cosine, and that cosine; one text -> one.
 
         With a box head, the cosine is that of the head's embedding of the box.
         """
@@ -231,10 +231,10 @@ class Predictor(Encoder):
         top_k: int = 100,
         pixels: bool = True,
     ) -> Any:
-        """For each image the regions that show one of the texts, as `grain-jax evaluate detection` measures them.
+        """For each image the regions that show one of the texts, as `evaluate detection` measures them.
 
-        A score is the probability by calibration.json (`present`), or without one the softmax over the texts of the scaled
-        cosines; a single text then has its cosine.
+        A score is the probability by calibration.json (`present`), or without one the softmax over the texts
+        of the scaled cosines; a single text then has its cosine.
 
         Args:
           images: see `Predictor`; one image has one `Detections`.
@@ -257,7 +257,7 @@ class Predictor(Encoder):
         return found
 
     def text_scores(self, region_embeds: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """The scores of `detect` of embeddings [..., Q, D] for texts or class features [K, D]: float32 [..., Q, K]."""
+        """`detect`'s scores of embeddings [..., Q, D] for texts or classes [K, D]: float32 [..., Q, K]."""
         cosines = scores.unit(region_embeds) @ np.asarray(features, np.float32).T
         calibrated = self._calibration("regions")[0]
         if calibrated is not None:
@@ -293,8 +293,8 @@ class Predictor(Encoder):
         if score is None:
             data = "--images DIR" + " --annotations A.jsonl" * (by == "regions")
             raise InputError(
-                f"{self.folder}/{calibration.NAME}: got {fault}, expected a calibration; make it by: grain-jax evaluate"
-                f" calibrate --checkpoint {self.folder} {data} --output OUT.json"
+                f"{self.folder}/{calibration.NAME}: got {fault}, expected a calibration; make it by:"
+                f" grain-jax evaluate calibrate --checkpoint {self.folder} {data} --output OUT.json"
             )
         return score
 
@@ -310,8 +310,8 @@ class Predictor(Encoder):
     def similarity_map(self, image: OneImage | np.ndarray, texts: Texts) -> np.ndarray:
         """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
 
-        For one text it returns [h, w]. A patch has its own cosine (`encode_patches`), the best cosine of the regions
-        there (`scores.region_map`), or the mean of the two, depending on what the model has.
+        For one text it returns [h, w]. A patch has its own cosine (`encode_patches`), the best cosine of the
+        regions there (`scores.region_map`), or the mean of the two, depending on what the model has.
         `scores.resize_map` makes the map as large as the image.
         """
         if inputs.is_one_text(texts):
@@ -362,13 +362,13 @@ class Predictor(Encoder):
         stride: int = 0,
         **maps: Any,
     ) -> Any:
-        """For each image the class of every pixel, int32 [H, W], positions in the classes; for one image [H, W].
+        """For each image the position of each pixel's class, int32 [H, W]; for one image [H, W].
 
         Args:
           images: see `Predictor`, of any size; or one.
-          classes: names, {name: [description, ...]} or the result of `segmentation_classes`. Commas divide names of one
-            class: "sofa, couch".
-          background: pixels are -1 if the best class has a smaller share of the softmax of scaled cosines; None: none.
+          classes: names, {name: [description, ...]} or the result of `segmentation_classes`. Commas divide
+            names of one class: "sofa, couch".
+          background: pixels whose best class has a smaller share of the softmax of scaled cosines are -1.
           short_side: pixels that the shorter side is resized to; 0: the model's image size.
           stride: pixels between windows of the model's size; 0: half of it.
           **maps: `by`, `patch_features`, `patch_weight` and `patch_sides`, as for `class_maps`.
@@ -407,13 +407,13 @@ class Predictor(Encoder):
         Args:
           images: a batch, see `Predictor`.
           classes: the result of `segmentation_classes`.
-          by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto", what the
-            model has, as in `similarity_maps`.
-          patch_features: "tokens", the last ones (`encode_patches`); "values", for which each token of the last layer
-            attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
+          by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto",
+            what the model has, as in `similarity_maps`.
+          patch_features: "tokens", the last ones (`encode_patches`); "values", for which each token of the
+            last layer attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
           patch_weight: share of the patches in "both"; the regions have the rest.
-          patch_sides: `sides` of `encode_patches`. A box of one patch is smaller than any part that a box head has learnt,
-            and it takes it for a small one.
+          patch_sides: `sides` of `encode_patches`. A box of one patch is smaller than any part that a box
+            head has learnt, and it takes it for a small one.
         """
         by, patch_features = self.maps_by(by, patch_features)
         maps, use_values = [], patch_features == "values"

@@ -1,10 +1,10 @@
-"""Open-vocabulary segmentation: the class of every pixel, from the cosines of patches or regions and class names.
+"""Open-vocabulary segmentation: the class of every pixel, from cosines of patches or regions and class names.
 
-The image is resized and cut into windows of the model's size. Each window gets a map per class; where windows overlap
-the maps are averaged. The maps are resized to the image, and each pixel gets the class with the largest cosine.
+The image is resized and cut into windows of the model's size. Each window gets a map per class; overlapping
+maps are averaged. The maps are resized to the image, and each pixel gets the class with the largest cosine.
 
-Maps of patches follow MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on cell
-centres, the edge held.
+Maps of patches follow MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on
+cell centres, the edge held.
 """
 
 import itertools
@@ -102,8 +102,8 @@ def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0,
     if columns * rows > most:
         advice = "; a smaller short_side makes fewer" if short > size else ""
         raise image_files.TooLargeError(
-            f"got {width} x {height} pixels, which become {columns} x {rows}, expected at most {most:,} in all of"
-            f" {classes} classes{advice}"
+            f"got {width} x {height} pixels, which become {columns} x {rows}, expected at most"
+            f" {most:,} in all of {classes} classes{advice}"
         )
     image = image_files.to_rgb(image)
     if image.size != (columns, rows):
@@ -142,7 +142,7 @@ def labels(
     Args:
       maps: [n, C, h, w], of the windows.
       windows: of the image.
-      background: pixels whose best class has a smaller share of the softmax over classes are BACKGROUND; None: none.
+      background: pixels whose best class has a smaller share of the softmax are BACKGROUND; None: none.
       scale: of the cosines in that softmax.
       skip: a class that no pixel gets, and that the softmax leaves out.
     """

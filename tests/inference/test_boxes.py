@@ -113,7 +113,7 @@ def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
 def test_a_map_of_regions_has_the_best_of_those_that_cover_a_cell():
     boxes = np.array([[0, 0, 0.5, 0.5], [0.25, 0, 1, 0.25], [0.9, 0.9, 1, 1]])
     got = scores.region_map(np.array([[0.5, 0.9, -0.1]]), boxes, 2)
-    # Cells of a half. Region 0 covers the cell above on the left, region 1 a quarter of it: -0.1 + 1.0 / 4 is less.
+    # Cells of a half. Region 0 covers the upper left cell, region 1 a quarter of it: -0.1 + 1.0 / 4 is less.
     np.testing.assert_allclose(got, [[[0.5, -0.1 + 1.0 / 2], [-0.1, -0.1]]], atol=3e-6)
     predictor = _predictor()
     regions = predictor.encode_regions(PICTURES[:1])

@@ -9,8 +9,8 @@ from grain_jax.launch import chips, cost, hlo, hlo_work, plan_text, schedule
 
 pytestmark = pytest.mark.quick
 
-# Of a kernel for v5e by libtpu 0.0.42.1, with all but the control flow cut out: a grid of 5, a loop of 3 products
-# [12, 64] x [64, 12] and a `pl.when`.
+# Of a kernel for v5e by libtpu 0.0.42.1, with all but the control flow cut out: a grid of 5, a loop of 3
+# products [12, 64] x [64, 12] and a `pl.when`.
 RECORDED = pathlib.Path(__file__).with_name("bundles.txt").read_text()
 BODY = pathlib.Path(__file__).with_name("kernel.b64").read_text().strip()
 KERNEL = f"""
@@ -18,8 +18,10 @@ HloModule m, is_scheduled=true
 
 ENTRY %main (a: bf16[15,12,64]) -> f32[15,12,12] {{
   %a = bf16[15,12,64]{{2,1,0}} parameter(0)
-  %small.1 = f32[15,12,12]{{2,1,0}} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={{"body":"{BODY}","cost_estimate":{{"flops":"100"}}}}
-  ROOT %small.2 = f32[15,12,12]{{2,1,0}} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={{"body":"{BODY}"}}
+  %small.1 = f32[15,12,12]{{2,1,0}} custom-call(%a), custom_call_target="tpu_custom_call", \
+backend_config={{"body":"{BODY}","cost_estimate":{{"flops":"100"}}}}
+  ROOT %small.2 = f32[15,12,12]{{2,1,0}} custom-call(%a), custom_call_target="tpu_custom_call", \
+backend_config={{"body":"{BODY}"}}
 }}
 """
 V5E = chips.CHIPS["v5e"]
