@@ -35,7 +35,7 @@ def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, A
     import torch
 
     from benchmarks import torch_step
-    from grain_jax.convert.reference import module as torch_module
+    from grain_jax.convert.reference import commands as torch_module
     from grain_jax.convert.reference.names import to_states
 
     run.keep_freed_memory()

@@ -1,11 +1,11 @@
 """The chips that a run can be planned for, and the names of their slices and nodes.
 
-Peak rates are the makers', so a time computed from them is a lower bound. Sources: https://cloud.google.com/tpu/docs,
-https://jax-ml.github.io/scaling-book/tpus, https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth, NVIDIA's
-data sheets, and gb200.txtpb of https://github.com/openxla/xla. A TPU's memory is what libtpu 0.0.42.1 allows a program.
-Its clock is peak / (2 FLOPs x MXUs x their area x rows a cycle), with the cores and MXUs that JAX's Pallas knows.
-A row a cycle gives the 1.5 GHz of v5e in https://jax-ml.github.io/scaling-book/tpus. For v6e libtpu puts products of
-16 rows 8 cycles apart: two rows. tpu7x is taken to have two as well: no source was found.
+Peak rates are the makers', so times by them are lower bounds. Sources: https://cloud.google.com/tpu/docs,
+https://jax-ml.github.io/scaling-book/tpus, NVIDIA's data sheets, gb200.txtpb of
+https://github.com/openxla/xla, https://cloud.google.com/compute/docs/gpus/gpu-network-bandwidth. A TPU's
+memory is what libtpu 0.0.42.1 allows a program. Its clock is peak / (2 FLOPs x MXUs x their area x rows a
+cycle), with the cores and MXUs of JAX's Pallas. A row a cycle gives v5e the 1.5 GHz of the scaling book. For
+v6e libtpu puts products of 16 rows 8 cycles apart: two rows. tpu7x is taken to have two: no source was found.
 
 A *device* is what JAX sees: a chip, but on tpu7x half of a chip. All numbers are per device.
 """
@@ -22,7 +22,7 @@ _JAX_TAKES = 0.75  # of a GPU's memory, https://docs.jax.dev/en/latest/gpu_memor
 
 
 class Gpu(NamedTuple):
-    """What XLA must know of a GPU that is not there; memory is a little less than is printed, as `nvidia-smi` has it.
+    """What XLA must know of a GPU that is not there; memory is that of `nvidia-smi`, less than is printed.
 
     `machine` and `node` are what a plan must know.
     """
@@ -38,7 +38,7 @@ class Gpu(NamedTuple):
     node: int = 8  # most GPUs that NVLink joins: all of a machine, or of a rack
 
     def description(self, name: str) -> str:
-        """The text of its GpuTargetConfigProto, for `get_topology_desc(platform="cuda", target_config=...)`."""
+        """The text of its GpuTargetConfigProto, `target_config` of JAX's `get_topology_desc`."""
         major, minor = self.capability
         # From 9.0 on, instructions of this generation alone (wgmma, tcgen05) are compiled for, as JAX does.
         extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
@@ -55,7 +55,8 @@ gpu_device_info {{
   core_count: {self.cores} fpus_per_core: {64 if major < 9 else 128} clock_rate_ghz: {self.clock_ghz}
   device_memory_size: {self.memory * 2**20} memory_bandwidth: {self.memory_rate:.0f}
   l2_cache_size: {self.l2_cache * 2**20} device_address_bits: 64 ecc_enabled: true
-  driver_version: "12.9.0" runtime_version: "12.9.0" compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
+  driver_version: "12.9.0" runtime_version: "12.9.0"
+  compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
@@ -65,7 +66,7 @@ device_description_str: "{name}"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of a chip and its share of the machine that it is in; bandwidths are bytes per second, one way.
+    """One device of a chip and its share of its machine; bandwidths are bytes per second, one way.
 
     Attributes:
       name: as in a topology, "v5e".
@@ -110,7 +111,7 @@ class Chip:
 
     @property
     def ici_bytes_per_second(self) -> float:
-        """What it sends in a ring. TPU: two links, since a ring over one axis of the torus runs both ways round.
+        """What it sends in a ring. TPU: two links, since a ring over an axis of the torus runs both ways.
 
         An axis that does not close on itself gives about half.
         """
@@ -140,7 +141,7 @@ CHIPS = {chip.name: chip for chip in _ALL}
 
 
 class Topology(NamedTuple):
-    """Chips that work together: `count` devices in `slices` equal slices (TPU) or nodes (GPU) of `shape`, in chips."""
+    """Chips that work together: `count` devices in `slices` slices (TPU) or nodes (GPU) of `shape` chips."""
 
     chip: Chip
     count: int
@@ -164,8 +165,8 @@ def parse_topology(text: str) -> Topology:
     """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "tpu7x:4x4x4" or "h100:8x2" (8 GPUs per node, 2 nodes).
 
     Args:
-      text: chip, colon, shape. "*n" means n TPU slices that the data-centre network joins. For GPUs the numbers are
-        GPUs per node, which NVLink joins (at most 8; gb200: 72), and nodes (default 1); `shape` is (GPUs per node,).
+      text: chip, colon, shape. "*n": n TPU slices that the data-centre network joins. GPUs: those per node,
+        which NVLink joins (at most 8; gb200: 72), and nodes (default 1); `shape` is (GPUs per node,).
 
     Raises:
       UserError: an unknown chip, or a shape that such chips do not come in.

@@ -1,4 +1,4 @@
-"""Compiles the train step for chips that this machine does not have: libtpu for TPUs, the CUDA plugin of JAX for GPUs."""
+"""Compiles the train step for chips that are not here: libtpu for TPUs, the CUDA plugin of JAX for GPUs."""
 
 import atexit
 import contextlib
@@ -25,7 +25,8 @@ from grain_jax.launch import chips, schedule
 from grain_jax.train import sharding, train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# A GPU finds out whether cuBLAS or Triton multiplies faster. Without a GPU, only cuBLAS compiles. The scheduler is the one that slurm.sbatch and the Dockerfile ask for.
+# A GPU finds out whether cuBLAS or Triton multiplies faster; without one, only cuBLAS compiles. slurm.sbatch
+# and the Dockerfile ask for the same scheduler.
 _GPU_FLAGS = (
     "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
     " --xla_gpu_enable_latency_hiding_scheduler=true"
@@ -205,7 +206,7 @@ def parse_out_of_memory(message: str) -> tuple[int, int, list[tuple[int, str, st
     """Reads the message of RESOURCE_EXHAUSTED: an early one of libtpu, or one of its buffer assignment.
 
     Returns:
-      (bytes needed, bytes there are, [(bytes, shape, operation) of the largest allocations, if it names any]).
+      (bytes needed, bytes there are, [(bytes, shape, operation) of the largest allocations, if named]).
 
     Raises:
       CompilerFailed: it was another memory than HBM.

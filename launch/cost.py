@@ -3,11 +3,11 @@
 Assumptions; all but the second err on the fast side:
 
 - Every unit runs at its printed peak. Pallas kernels take the time of their schedule (schedule.py).
-- A collective runs as one ring over one axis of the torus. XLA can be faster over a whole torus, and slower over an axis
-  that is not closed.
+- A collective runs as one ring over one axis of the torus. XLA can be faster over a whole torus, and slower
+  over an axis that is not closed.
 - Memory traffic and compute hide each other.
-- A collective hides behind the work that the schedule puts between its start and its end. For the rest of its time it
-  stops the chip.
+- A collective hides behind the work that the schedule puts between its start and its end. For the rest of its
+  time it stops the chip.
 - A transfer takes at least LATENCY_SECONDS.
 """
 
@@ -37,7 +37,7 @@ def roofline(flops: float, hbm_bytes: float, collectives: Iterable[Collective], 
     """The roofline of one step.
 
     Args:
-      flops: matrix products of one chip a step (`hlo_work.dot_flops`, with passes), priced at the bfloat16 peak.
+      flops: matrix products of one chip a step (`hlo_work.dot_flops`, with passes), at the bfloat16 peak.
       hbm_bytes: traffic of one chip with its memory a step (`hlo_work.bytes_accessed`).
       collectives: `hlo_collectives.collectives`; which of them leave a slice is in their `slices`.
       chip: what it runs on.
@@ -69,8 +69,8 @@ def roofline(flops: float, hbm_bytes: float, collectives: Iterable[Collective], 
 def seconds(collective: Collective, chip: Chip) -> tuple[float, float]:
     """(within slices, between slices) of all runs of a collective.
 
-    One that spans slices is taken apart as XLA and NCCL do: within every slice over all of the payload, between
-    slices over each chip's share of it. A permutation between slices waits for the slowest, the link between.
+    One that spans slices is taken apart as XLA and NCCL do: within every slice over all of the payload,
+    between slices over each chip's share. A permutation between slices waits for the link between.
     """
     kind, slices = collective.kind, collective.slices
     within = across = 0.0
@@ -88,5 +88,5 @@ def seconds(collective: Collective, chip: Chip) -> tuple[float, float]:
 
 
 def _share(kind: str, members: int) -> float:
-    """How often a member of a ring sends the payload: its own part once to each other, twice if it reduces too."""
+    """How often a member of a ring sends the payload: its part once to each other, twice if it reduces."""
     return (2 if kind == "all-reduce" else 1) * (members - 1) / members

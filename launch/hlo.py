@@ -1,8 +1,8 @@
 """Reads the text of a compiled XLA program: computations, and how often a step runs each.
 
 XLA's own `cost_analysis()` counts the body of a loop once, and says nothing of collectives. The text is
-`compiled.as_text()`: optimised, partitioned (so every number is of one chip) and scheduled (so that it shows what
-runs while a collective is under way). Text of the TPU compiler and of the CPU compiler is known.
+`compiled.as_text()`: optimised, partitioned (so every number is of one chip) and scheduled (so that it shows
+what runs while a collective is under way). Text of the TPU compiler and of the CPU compiler is known.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-# The TPU compiler cuts a collective into fusions that start it, compute meanwhile and wait; all three name it.
+# The TPU compiler cuts a collective into fusions that start it, compute meanwhile and wait; all name it.
 START, DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 # Instructions that move no data: names for data that is there already.
 FREE = frozenset(
@@ -119,11 +119,11 @@ class Module:
       times: runs of each computation a step (loops multiplied; each branch of a conditional counts as taken).
       in_loop: computations that a loop runs, directly or not.
       fused: computations that a fusion or an asynchronous wrapper runs as one instruction.
-      partitions: chips that the program is cut over; of TPU slices that the data-centre network joins, the chips
-        of one slice.
+      partitions: chips that the program is cut over; of TPU slices that the data-centre network joins, the
+        chips of one slice.
       across_slices: whether it is such a program, in which sends through the host leave the slice.
       trips: of each loop, by the name of its instruction; None if unknown: its body counts once.
-      kernels: of Pallas kernels by name, the FLOPs that take their time at the chip's peak (`schedule.price`).
+      kernels: of Pallas kernels by name, the FLOPs that take their time at peak (`schedule.price`).
     """
 
     computations: dict[str, Computation]
@@ -242,14 +242,14 @@ def _callees(instruction: Instruction) -> list[str]:
 
 
 class _Value(NamedTuple):
-    """A loop counter as far as it is known: entry `slot` of the loop's state (None: a constant) plus `offset`."""
+    """A loop counter, as far as known: entry `slot` of the loop's state (None: a constant) plus `offset`."""
 
     slot: int | None
     offset: int
 
 
 def _value(computations, computation, name, arguments=None) -> _Value | None:
-    """Follows copies, sums and fusions back to constants and the state; `arguments` are a fusion's operands."""
+    """Follows copies, sums and fusions to constants and the state; `arguments` are a fusion's operands."""
     instruction = computation.instructions[name]
     opcode = instruction.opcode
     if opcode == "constant":

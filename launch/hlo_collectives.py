@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, summed over a step: kind, payload, mesh axes, whether they are hidden."""
+"""The collectives of a compiled step, summed: kind, payload, mesh axes, whether they are hidden."""
 
 import math
 import re
@@ -28,8 +28,8 @@ class Collective(NamedTuple):
       bytes: payload of one chip, all runs together: the array that all chips of a group hold together at its
         largest (all-reduce, reduce-scatter, all-to-all, permutation: the operand; all-gather: the result).
       ways: different permutations of one loop, which go over different links or the two directions of one.
-      work: what the schedule runs between their starts and ends; transfers that overlap share it. None: unknown, and
-        assumed to hide them.
+      work: what the schedule runs between their starts and ends; transfers that overlap share it. None:
+        unknown, and assumed to hide them.
     """
 
     kind: str
@@ -136,7 +136,7 @@ def _channel(module: Module, fusion: Instruction) -> str | None:
 
 
 def _issued(module: Module, computation: Computation, instruction: Instruction):
-    """(kind, the collective, its computation, whether it is asynchronous) if `instruction` issues one, else None."""
+    """(kind, the collective, its computation, whether it is asynchronous) that is issued here, or None."""
     opcode = instruction.opcode
     if opcode.removesuffix("-start") in hlo.KINDS:
         return opcode.removesuffix("-start"), instruction, computation, opcode.endswith("-start")
@@ -210,7 +210,7 @@ def _across(module, computation, send, in_loop, slices) -> _Transfer:
 
 
 def _within(module, computation, instruction, in_loop, ways, per_slice, mesh) -> _Transfer | None:
-    """The transfer of an instruction that issues a collective of several chips; `ways` counts for permutations."""
+    """The transfer of an instruction that issues a collective of several chips; `ways` of permutations."""
     issued = _issued(module, computation, instruction)
     if issued is None:
         return None

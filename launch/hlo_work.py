@@ -13,14 +13,14 @@ from grain_jax.launch.hlo import Computation, Instruction, Module, Shape
 
 # A TPU multiplies bfloat16. Passes that it needs for a float32 product:
 _PASSES = {"highest": 6, "high": 3}
-# Time of a float32 product on a GPU, in bfloat16 products. TF32 takes twice the time. HIGHEST precision uses the FP32
-# units, which are 16 times slower on an A100 and 15 times on an H100 (data sheets of NVIDIA).
+# Time of a float32 product on a GPU, in bfloat16 products. TF32 takes twice the time. HIGHEST precision uses
+# the FP32 units, which are 16 times slower on an A100 and 15 times on an H100 (data sheets of NVIDIA).
 _GPU_PASSES = {"HIGHEST": 16, "HIGH": 2, "DEFAULT": 2}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 class Work(NamedTuple):
-    """The work of one chip: FLOPs of matrix products (float32 by passes), and bytes to and from main memory."""
+    """The work of one chip: FLOPs of matrix products (float32 by passes), and traffic with main memory."""
 
     flops: float
     bytes: float
@@ -29,13 +29,13 @@ class Work(NamedTuple):
 def dot_flops(module: Module, *, passes: bool = False) -> float:
     """FLOPs of matrix products a step on one chip, a multiply-add counting as two.
 
-    Dots, convolutions, which is what the TPU compiler makes of dots, and Pallas kernels, as they estimate their
-    own; products by cuBLAS and attention by cuDNN.
+    Dots, convolutions, which is what the TPU compiler makes of dots, and Pallas kernels, as they estimate
+    their own; products by cuBLAS and attention by cuDNN.
 
     Args:
       module: the compiled step.
-      passes: counts float32 products as often as a TPU makes them in bfloat16: 6 times at HIGHEST precision; on a
-        GPU as the bfloat16 products that take their time; a Pallas kernel as `Module.kernels` says.
+      passes: counts float32 products as often as a TPU makes them in bfloat16: 6 times at HIGHEST precision;
+        on a GPU as the bfloat16 products that take their time; a Pallas kernel as `Module.kernels` says.
     """
     return sum((n * _flops(module, c, i, passes) for c, i, n in module.running()), 0.0)
 
@@ -43,8 +43,8 @@ def dot_flops(module: Module, *, passes: bool = False) -> float:
 def bytes_accessed(module: Module) -> float:
     """Traffic with main memory (HBM) a step on one chip, bytes: an estimate.
 
-    It counts operands and results of every instruction outside of fusions. A slice or an update in place counts what it
-    touches. Arrays that the TPU compiler keeps in the core's own memory count nothing.
+    It counts operands and results of every instruction outside of fusions. A slice or an update in place
+    counts what it touches. Arrays that the TPU compiler keeps in the core's own memory count nothing.
     """
     outside = ((c, i, n) for c, i, n in module.running() if c.name not in module.fused)
     return sum((n * _traffic(module, c, i) for c, i, n in outside), 0.0)
@@ -108,7 +108,7 @@ def _flops(module: Module, computation: Computation, instruction: Instruction, p
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
-    """Multiply-adds with real inputs alone: batched dots become dilated windows that are nearly all padding."""
+    """Multiply-adds with real inputs: batched dots become dilated windows that are nearly all padding."""
     left, kernel = (computation.instructions[n].shapes[0].dims for n in convolution.operands[:2])
     out = convolution.shapes[0].dims
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest)
@@ -130,7 +130,7 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
 
 
 def _attention_flops(computation, instruction) -> float:
-    """By cuDNN. Forward two products of length x length x width a head; backward five, the scores made again."""
+    """By cuDNN. Forward two products of length x length x width a head; backward five, with the scores."""
     config = _backend_config(instruction)["cudnn_fmha_backend_config"]
     scores = math.prod(int(n) for n in config["intermediate_tensor_shape"]["dimensions"])
     # The query, [B, L, heads, width] in whatever layout: its last axis is the width.

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wait(processes: list[subprocess.Popen], signals: list[int], grace: float) -> int:
-    """Waits for all processes, ends the others once one has failed, and returns the status of the launcher."""
+    """Waits for all processes, ends the others if one fails, and returns the status of the launcher."""
     failure, deadline = None, math.inf
     while True:
         running = [index for index, p in enumerate(processes) if p.poll() is None]

@@ -37,7 +37,8 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
     steps = config.total_steps or max(round(config.total_epochs * EPOCH), 1)
     epoch = float(config.total_steps or EPOCH)
     compiled = compiler.compile_step(config, topology, total_steps=steps, steps_per_epoch=epoch)
-    plan: dict[str, Any] = {
+    model_flops = round(flops.per_image(config).train * config.batch_size)
+    return {
         "chips": topology.chips,
         "devices": topology.count,
         "hosts": topology.hosts,
@@ -48,9 +49,9 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
         "derived": derived_from,
         "versions": compiled.versions,
         "program": compiled.program,
-        "model_flops": round(flops.per_image(config).train * config.batch_size),
+        "model_flops": model_flops,
+        **_of_program(compiled, topology, config.batch_size, model_flops),
     }
-    return plan | _of_program(compiled, plan, topology)
 
 
 def mesh_sizes(mesh: config_lib.Mesh, topology: chips.Topology) -> dict[str, int]:
@@ -64,7 +65,9 @@ def mesh_sizes(mesh: config_lib.Mesh, topology: chips.Topology) -> dict[str, int
     return sizes
 
 
-def _of_program(compiled: compiler.Compiled, plan, topology) -> dict[str, Any]:
+def _of_program(
+    compiled: compiler.Compiled, topology: chips.Topology, batch_size: int, model_flops: float
+) -> dict[str, Any]:
     """Memory, FLOPs, collectives and times of a compiled step, or of one that ran out of memory."""
     limit, kinds = round(topology.chip.hbm_bytes), compiled.state_bytes
     if compiled.out_of_memory is not None:
@@ -75,26 +78,49 @@ def _of_program(compiled: compiler.Compiled, plan, topology) -> dict[str, Any]:
         out = {"memory": memory, "fits": False, "largest": _largest(largest), "collectives": {}}
         return out | dict.fromkeys(unknown)
     module = hlo.parse(compiled.hlo)
-    kernels, counted = schedule.price(module, compiled.cycles, topology.chip)
-    module = dataclasses.replace(module, kernels=kernels)
-    sums = hlo_collectives.collectives(module, mesh=compiled.mesh, slices=topology.slices)
-    traffic = hlo_work.bytes_accessed(module)
     memory = _memory(kinds, limit, **compiled.memory)
-    roofline = cost.roofline(hlo_work.dot_flops(module, passes=True), traffic, sums, topology.chip)
-    peak = topology.count * topology.chip.bf16_flops
-    of_kernels = sum(n * kernels.get(i.name, 0.0) for _, i, n in module.running())
     return {
         "memory": memory,
         "fits": memory["total_bytes"] <= limit,
         "largest": _largest(hlo_work.arrays(module)),
+        **work(module, topology, compiled.mesh, compiled.cycles, batch_size, model_flops),
+    }
+
+
+def work(
+    module: hlo.Module,
+    topology: chips.Topology,
+    mesh: dict[str, int],
+    cycles: dict[str, int],
+    batch_size: int,
+    model_flops: float,
+) -> dict[str, Any]:
+    """FLOPs, traffic, collectives and times of a compiled step, as the plan has them.
+
+    Args:
+      module: the compiled step.
+      topology: what it was compiled for.
+      mesh: sizes of the mesh's axes.
+      cycles: of its Pallas kernels, see `compiler.Compiled`.
+      batch_size: images per step.
+      model_flops: of the model's own products, per step on all chips.
+    """
+    kernels, counted = schedule.price(module, cycles, topology.chip)
+    module = dataclasses.replace(module, kernels=kernels)
+    sums = hlo_collectives.collectives(module, mesh=mesh, slices=topology.slices)
+    traffic = hlo_work.bytes_accessed(module)
+    roofline = cost.roofline(hlo_work.dot_flops(module, passes=True), traffic, sums, topology.chip)
+    peak = topology.count * topology.chip.bf16_flops
+    of_kernels = sum(n * kernels.get(i.name, 0.0) for _, i, n in module.running())
+    return {
         "flops": round(hlo_work.dot_flops(module) * topology.count),
         "unknown_loops": list(module.trips.values()).count(None),
         "hbm_bytes": round(traffic),
         "kernels": {"runs": counted, "seconds": of_kernels / topology.chip.bf16_flops},
         "collectives": by_kind(sums),
         "roofline": roofline._asdict(),
-        "images_per_second_at_most": plan["batch_size"] / roofline.step_s,
-        "mfu_at_most": plan["model_flops"] / (roofline.step_s * peak),
+        "images_per_second_at_most": batch_size / roofline.step_s,
+        "mfu_at_most": model_flops / (roofline.step_s * peak),
     }
 
 
@@ -114,7 +140,7 @@ def _memory(kinds, limit, arguments, temporaries, output=0, aliased=0, code=0, *
 
 
 def _largest(arrays: Iterable[tuple[int, str, str]]) -> list[dict[str, Any]]:
-    """The largest arrays as entries, from (bytes, shape, operation); equal ones are one entry with their number."""
+    """The largest arrays, from (bytes, shape, operation); equal ones are one entry with their number."""
     entries = [
         {"count": count, "shape": shape, "bytes": size, "where": where}
         for (size, shape, where), count in Counter(arrays).items()
@@ -125,10 +151,10 @@ def _largest(arrays: Iterable[tuple[int, str, str]]) -> list[dict[str, Any]]:
 def by_kind(collectives: list[hlo_collectives.Collective]) -> dict[str, Any]:
     """kind -> count and bytes per chip and step: in all, by overlap with work, and by mesh axes."""
     out: dict[str, Any] = {}
-    nothing = {"count": 0, "bytes": 0}
+    zero = {"count": 0, "bytes": 0}
     for c in collectives:
-        parts = {"overlapped": {**nothing}, "sync": {**nothing}, "axes": []}
-        entry = out.setdefault(c.kind, {**nothing, **parts})
+        parts = {"overlapped": {**zero}, "sync": {**zero}, "axes": []}
+        entry = out.setdefault(c.kind, {**zero, **parts})
         for part in (entry, entry["overlapped" if c.overlapped else "sync"]):
             part["count"] += c.count
             part["bytes"] += round(c.bytes)

@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 WIDTH = 96
-# Keys that trade memory against time; when memory runs out, the first cost the least time (docs/performance.md).
+# Keys that trade memory against time; the first cost the least time (docs/performance.md).
 REMEDIES = ("remat=qkv", "microbatches=2", "mesh.fsdp=8", "optim.moment_dtype=bfloat16")
 _NOTES = {  # of memory
     "arguments": "held from step to step",
@@ -126,7 +126,11 @@ def _times(plan: dict[str, Any]) -> Rows:
     runs = ", ".join(f"{count} by {source}" for source, count in kernels["runs"].items())
     row = ("  kernels", f"{kernels['seconds'] * 1e3:.3g} ms", f"of it: {runs}")
     return [
-        ("compute", time("compute_s"), "matrix products at the chip's printed peak, and kernels"),
+        (
+            "compute",
+            time("compute_s"),
+            f"matrix products at the chip's printed peak{', and kernels' * bool(runs)}",
+        ),
         *([row] if runs else []),
         ("HBM", time("hbm_s"), traffic),
         ("interconnect", time("interconnect_s"), "between the chips of a slice or node"),

@@ -1,6 +1,6 @@
-"""The time of Pallas kernels on a TPU: libtpu's schedule, which it writes without a chip, or their padded products.
+"""The time of Pallas kernels on a TPU: libtpu's schedule, which needs no chip, or their padded products.
 
-A schedule has a bundle of instructions for each cycle. A chip may wait longer, never less, so the count is a bound.
+A schedule has a bundle of instructions for each cycle. A chip may wait longer, so the count is a bound.
 """
 
 import base64
@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from etils import epath
 
@@ -20,6 +21,12 @@ GRID = "iteration_bounds"
 _BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(?:[A-Z]{2})?: *>* *\{", re.M)
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel \(!?%(\w+)\) target = \$region(\d+)")
+
+
+class _Loop(NamedTuple):
+    start: int  # its first bundle
+    end: int  # the bundle after its last
+    trips: int
 
 
 def flags(folder: epath.Path) -> str:
@@ -44,33 +51,45 @@ def read(folder: epath.Path, hlo: str) -> dict[str, int]:
 def cycles(text: str) -> int:
     """The least cycles of one run of a scheduled kernel: its bundles, each as often as its loops run.
 
-    A loop over the grid runs more often than the grid has programs, to start and to end its pipeline. What stands
-    behind a condition of a program (`pl.when`) counts once. A loop of unknown length counts once.
+    A loop over the grid runs more often than the grid has programs, to start and to end its pipeline. What
+    stands behind a condition of a program (`pl.when`) counts once. A loop of unknown length counts once.
     """
     starts = [match.start() for match in _BUNDLE.finditer(text)]
     bundles = [text[i:j] for i, j in zip(starts, [*starts[1:], len(text)])]
+    loops, conditions = _control_flow(bundles)
+    return sum(_runs(n, loops, conditions) for n in range(len(bundles)))
+
+
+def _control_flow(bundles: list[str]) -> tuple[list[_Loop], list[tuple[int, int]]]:
+    """The loops, which branches back make, and the bundles (first, end) that branches ahead may skip."""
     regions = {name: n for n, bundle in enumerate(bundles) for name in _REGION.findall(bundle)}
     loops, conditions = [], []
     for n, bundle in enumerate(bundles):
         for predicate, region in _BRANCH.findall(bundle):
-            if (target := regions.get(region, n + 1)) <= n:
-                # The bundles behind a branch run with it, up to the end of the region.
-                end = max([n, *(m for m, x in enumerate(bundles[: n + 9]) if f"End region {region} " in x)])
-                loops.append((target, end + 1, _trips("".join(bundles[target : n + 1]), predicate)))
-            else:
+            target = regions.get(region, n + 1)
+            if target > n:
                 conditions.append((n + 1, target))
-    total = 0
-    for n in range(len(bundles)):
-        around = sorted(loop for loop in loops if loop[0] <= n < loop[1])  # from the outermost on
-        start, _, trips = around[-1] if around else (0, 0, 1)
-        within = sum(start <= first <= n < end for first, end in conditions)
-        outside = math.prod(loop[2] for loop in around[:-1])
-        total += outside * (trips if within < 2 else 1)
-    return total
+                continue
+            # The bundles behind a branch run with it, up to the end of the region.
+            ends = [m for m, x in enumerate(bundles[: n + 9]) if f"End region {region} " in x]
+            trips = _trips("".join(bundles[target : n + 1]), predicate)
+            loops.append(_Loop(target, max([n, *ends]) + 1, trips))
+    return loops, conditions
+
+
+def _runs(n: int, loops: list[_Loop], conditions: list[tuple[int, int]]) -> int:
+    """How often the bundle `n` runs."""
+    around = sorted(loop for loop in loops if loop.start <= n < loop.end)
+    if not around:
+        return 1
+    *outer, inner = around
+    # A stage of the pipeline over the grid stands behind one condition; a second is the program's own.
+    skips = sum(inner.start <= first <= n < end for first, end in conditions)
+    return math.prod(loop.trips for loop in outer) * (1 if skips > 1 else inner.trips)
 
 
 def _trips(body: str, predicate: str) -> int:
-    """How often a loop runs what its counter is for: up to the constant of its exit test, without its pipeline."""
+    """How often a loop runs what it is for: up to the constant of its exit test, without its pipeline."""
     test = re.search(rf"%{predicate} = scmp\.ge\.s32\.totalorder %(\w+), (\d+)", body)
     if not test:
         return 1
@@ -124,7 +143,7 @@ def _up(size: int, tile: int) -> int:
 
 
 def price(module: Module, found: dict[str, int], chip: Chip) -> tuple[dict[str, float], Counter[str]]:
-    """The kernels of a program by name, as the FLOPs that take their time at the chip's peak; and runs by count.
+    """The kernels by name, as the FLOPs that take their time at the chip's peak; and runs by count.
 
     Args:
       module: the compiled step.

@@ -25,7 +25,7 @@ def train_here(runs: Sequence[SweepRun], workdir: epath.Path, parallel: int) -> 
     """Trains the runs that are not finished on this machine, `parallel` at a time.
 
     Raises:
-      UserError: another sweep has the workdir; or a trainer has one of the runs, as after a sweep that was killed.
+      UserError: another sweep has the workdir, or a trainer one of the runs, as after a killed sweep.
     """
     from grain_jax.runtime import lock  # imports JAX
 

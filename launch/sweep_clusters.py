@@ -1,4 +1,4 @@
-"""The files that run the unfinished points of a sweep on a cluster: a SLURM array, or a JobSet for each run."""
+"""The files that run the unfinished points of a sweep on a cluster: a SLURM array, or a JobSet per run."""
 
 import hashlib
 import os
@@ -55,7 +55,7 @@ def write(launcher: str, runs: Sequence[SweepRun], workdir: epath.Path, parallel
     """Writes the file of the unfinished runs; returns the command that submits it.
 
     Args:
-      launcher: "slurm" (a line of arguments for each task of an array), "gke" or "gke-gpu" (a JobSet for each run).
+      launcher: "slurm" (a line of arguments per task of an array), "gke" or "gke-gpu" (a JobSet per run).
       parallel: tasks of an array that run at a time; None: all.
     """
     left = [run for run in runs if not finished(run)]

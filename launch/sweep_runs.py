@@ -43,7 +43,7 @@ def load_points(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def short(value: Any) -> str:
-    """A value for the name of a run: the fewest digits that identify it, only characters that a path may have."""
+    """A value for the name of a run: the fewest digits that identify it, in characters of a path."""
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
     return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
@@ -155,14 +155,14 @@ def finished(run: SweepRun) -> bool:
 
 
 def makes_dataset(run: SweepRun) -> list[str]:
-    """The words after `python -m` that make the dataset of a run (`input.prepare`), if it is missing; else []."""
+    """The words after `python -m` that make the missing dataset of a run (`input.prepare`); else []."""
     data = run.config.input
     there = data.source != "records" or (epath.Path(data.data_dir) / data.name).exists()
     return [] if there else [w.format(**vars(data)) for w in shlex.split(data.prepare or "")]
 
 
 def local_folder(workdir: epath.Path) -> epath.Path:
-    """The folder of the logs and job files of a sweep: its workdir, or a local folder if the workdir is remote."""
+    """The folder of the logs and job files of a sweep: its workdir, or a local one for a remote workdir."""
     if "://" not in str(workdir):
         return workdir
     return epath.Path("runs/sweeps") / re.sub(r"\W+", "_", str(workdir).partition("://")[2])

@@ -13,7 +13,7 @@ from grain_jax.cli import process
 from grain_jax.config import loading
 from grain_jax.core import atomic, errors, progress
 from grain_jax.input_pipeline import derived, device, sources, synthetic
-from grain_jax.launch import chips, compiler, plan
+from grain_jax.launch import chips, hlo, plan
 from grain_jax.launch.arguments import Tune
 from grain_jax.models import programs
 from grain_jax.runtime import distributed
@@ -66,7 +66,7 @@ class Tuner:
         return derived.planned(config, limits)[0]
 
     def layers(self) -> list[str]:
-        """Prints the layers with each program of attention; returns the values of `model.attention` without a fault."""
+        """Prints the layers with each program of attention; returns the `model.attention` without a fault."""
         auto = layer_trials.with_attention(self.config, "auto")
         taken, good = layer_trials.taken_by_auto(auto, self.mesh), ["auto", "xla"]
         names = {"xla": "xla"} | ({"auto": f"attention {taken}"} if taken else {})
@@ -154,14 +154,10 @@ class Tuner:
         chip = chip_of(kind)
         if chip is None:
             return f"plan: no bound, since {kind} is not among its chips"
-        facts = {
-            "batch_size": config.batch_size,
-            "model_flops": flops.per_image(config).train * config.batch_size,
-        }
-        memory, shape = dict(arguments=0, temporaries=0), dict(self.mesh.shape)
-        text = self._compiled.as_text()
-        compiled = compiler.Compiled({}, memory, None, "", text, shape, {})
-        found = plan._of_program(compiled, facts, chips.Topology(chip, count, (count,), 1))
+        topology = chips.Topology(chip, count, (count,), 1)
+        model_flops = flops.per_image(config).train * config.batch_size
+        module, mesh = hlo.parse(self._compiled.as_text()), dict(self.mesh.shape)
+        found = plan.work(module, topology, mesh, {}, config.batch_size, model_flops)
         least = found["roofline"]["step_s"]
         return (
             f"plan: at best {least * 1e3:.4g} ms, bound by {found['roofline']['bound']}; the step takes"

@@ -16,8 +16,7 @@ from grain_jax.core import images, progress
 from grain_jax.data import sources
 from grain_jax.data.embed import output
 from grain_jax.data.sources import join
-from grain_jax.inference import encoder as encoder_lib
-from grain_jax.inference import stream
+from grain_jax.inference import batches, stream
 from grain_jax.runtime import processes
 
 _AT_DEVICE = 2  # batches on their way to a device: while one is computed, the next is sent
@@ -70,7 +69,7 @@ def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: in
     Raises:
       inference.InputError: the model gives numbers that are not finite.
     """
-    batch_size = encoder_lib.MAX_BATCH * jax.local_device_count()
+    batch_size = batches.MAX_BATCH * jax.local_device_count()
     count, rows, faults = 0, [], []
     first, times = processes.process_info()
     counter = progress.Counter("embed", None, "images", silent=first > 0, times=times)
@@ -88,10 +87,10 @@ def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: in
 
     try:
         entries = stream.ahead(prepared, items, readers, _BATCHES_READ * batch_size)
-        batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
+        full = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
         # The first one alone: it compiles the program that the others use.
-        alone = map(encoded, itertools.islice(batches, 1))
-        others = stream.ahead(encoded, batches, device, _AT_DEVICE)
+        alone = map(encoded, itertools.islice(full, 1))
+        others = stream.ahead(encoded, full, device, _AT_DEVICE)
         for index, entry in itertools.chain.from_iterable(itertools.chain(alone, others)):
             if entry is None:  # the end of a part
                 job.write(index, rows, faults)

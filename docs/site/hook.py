@@ -1,6 +1,6 @@
 """What MkDocs does beside its own work: pages from files outside docs/, and pages made from the code.
 
-Documents link to files of the repository, as GitHub wants it; on the site these links lead to the pages of `PAGES`.
+Documents link to files of the repository, as GitHub wants it; on the site they lead to the pages of `PAGES`.
 """
 
 import pathlib

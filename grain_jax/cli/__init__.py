@@ -1,1 +1,1 @@
-"""The command line: `grain-jax SUB ...`: the one parser, the list of commands, and what reads a config file."""
+"""The command line: `grain-jax SUB ...`: the one parser, and the list of commands."""

@@ -1,6 +1,6 @@
 """Runs a command of a table (`grain_jax.__main__.COMMANDS`), and gives the parsers of all its commands.
 
-The arguments are parsed before the module of the command is imported: help and wrong usage need nothing heavy.
+Arguments are parsed before the module of the command is imported: help and wrong usage need nothing heavy.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def declared(table: Table, name: str) -> type[Command]:
 
 
 def parsers(table: Table) -> dict[str, Parser]:
-    """The parser of each command, and of each kind of a command: "train", ..., "evaluate", "evaluate zeroshot", ..."""
+    """The parser of each command and kind: "train", ..., "evaluate", "evaluate zeroshot", ..."""
     by_name: dict[str, Parser] = {}
     for name in table:
         by_name[name] = Parser(declared(table, name))

@@ -26,7 +26,7 @@ def flag(default: Any = dataclasses.MISSING, **options: Any) -> Any:
 
 
 def many(**options: Any) -> Any:
-    """A field that is a list, empty by default: `--x A [A ...]` takes several, `--x A` may be given several times."""
+    """A field that is a list, empty by default: `--x A [A ...]` takes several, and may be given again."""
     return dataclasses.field(default_factory=list, metadata=options)
 
 

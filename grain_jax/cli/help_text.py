@@ -1,4 +1,4 @@
-"""The text of `--help`: a short usage line, what the command does, its flags with defaults, and an example."""
+"""The text of `--help`: a usage line, what the command does, its flags with defaults, and an example."""
 
 import shutil
 import textwrap
@@ -32,7 +32,7 @@ def render(
     groups: Mapping[str, Sequence[Flag]],
     example: str,
 ) -> str:
-    """Everything about a command; arguments as the attributes of parser.Parser, `kinds` with a line about each."""
+    """Everything about a command; arguments as the attributes of parser.Parser, `kinds` name -> a line."""
     width = min(shutil.get_terminal_size().columns, WIDEST) - 2
     needed = [_invocation(f) for flags in groups.values() for f in flags if f.required]
     parts = [*(["KIND"] if kinds else []), *needed, "[--flags]"]

@@ -18,8 +18,8 @@
         least: int = 1
         again: bool = False
 
-`Count.parse(["images"])` is `Count(folder="images", least=1, again=False)`. The docstring is the help: each field has
-a line there, which names its value. `flags.flag` is for fields with bounds or choices.
+`Count.parse(["images"])` is `Count(folder="images", least=1, again=False)`. The docstring is the help: each
+field has a line there, which names its value. `flags.flag` is for fields with bounds or choices.
 """
 
 import argparse
@@ -48,8 +48,8 @@ _ENTRY = re.compile(r"^  (\S.*?)  +(.*(?:\n {4,}.*)*)", re.MULTILINE)
 class Command(argparse.Namespace):
     """Base of the declaration of a command, which is also what its arguments become: a dataclass.
 
-    A field that is itself a dataclass is filled by the flags that its fields declare. `__post_init__` may raise
-    ValueError for arguments that do not fit each other.
+    A field that is itself a dataclass is filled by the flags that its fields declare. `__post_init__` may
+    raise ValueError for arguments that do not fit each other.
     """
 
     prog: ClassVar[str] = ""
@@ -79,8 +79,8 @@ class Configured(Command):
     """Base of the commands that take a config.
 
     the config:
-      --config FILE|NAME[:ARG]  Python file with get_config, or a config of the package, such as demo; get_config
-        receives ARG
+      --config FILE|NAME[:ARG]  Python file with get_config, or a config of the package, such as demo;
+        get_config receives ARG
       --config.KEY VALUE        change a key; --help-config lists the keys
     """
 
@@ -95,7 +95,8 @@ class Processes(Command):
       --coordinator HOST:PORT   address of the first process
       --processes P             number of processes
       --process-id N            number of this process, from 0
-      --heartbeat-seconds S     seconds without an answer after which a process counts as dead and the run ends
+      --heartbeat-seconds S     seconds without an answer after which a process counts as dead and the run
+        ends
     """
 
     last = True
@@ -108,8 +109,8 @@ class Processes(Command):
 class Parser:
     """The parser of a declared command.
 
-    Flags are spelled with hyphens; underscores are accepted. `--flag VALUE` and `--flag=VALUE` are the same. Nothing is
-    abbreviated. Wrong usage raises UserError, in one line, with the nearest flag or value if one is near.
+    Flags are spelled with hyphens; underscores are accepted. `--flag VALUE` and `--flag=VALUE` are the same.
+    Nothing is abbreviated. Wrong usage raises UserError: one line, with the nearest flag or value if any.
 
     Attributes:
       about: one line about the command.
@@ -140,7 +141,7 @@ class Parser:
             (self._unknown,) = (field.name for field in fields.values())
         self.groups["help"] = [Flag("-h, --help", "", "show this text")]
         if "--help-config" in self._flags:
-            about = "list the keys of a config, all or those below PREFIX, with defaults, or with the values of --config"
+            about = "list the keys, all or those below PREFIX, with defaults, or with the values of --config"
             self.groups["help"].append(Flag("--help-config", "[PREFIX]", about))
 
     @functools.cached_property
@@ -260,7 +261,7 @@ class Parser:
         sys.exit(0)
 
     def _take(self, word: str, rest: list[str], parsed: dict[str, Any]) -> None:
-        """Takes a flag with its values, which stand in the word or in `rest`, into the fields that are `given`."""
+        """Puts a flag's values, which stand in the word or in `rest`, into `parsed`."""
         spelled, equals, value = word.partition("=")
         flag = self._declared_as(spelled)
         if flag not in self._flags:
@@ -340,7 +341,7 @@ class Parser:
 
 
 def _sections(declared: type) -> tuple[str, dict[str, str]]:
-    """The text of a docstring, and title -> lines of its sections, with the sections of bases and groups of fields."""
+    """The text of a docstring, and title -> lines of its sections, with those of bases and groups."""
     text, sections = "", {}
     bases = [base for base in declared.__mro__ if dataclasses.is_dataclass(base)]
     for base in sorted(reversed(bases), key=lambda base: bool(vars(base).get("last"))):

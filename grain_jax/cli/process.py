@@ -42,7 +42,7 @@ class _PlainStream:
 
 
 def fail(message: object, status: int = USAGE_ERROR) -> NoReturn:
-    """Prints the fault (a line each, then their number) on stderr and exits, with status 2 for wrong usage."""
+    """Prints the faults, a line each, and their number on stderr; exits, with status 2 for wrong usage."""
     lines = str(message).strip().splitlines()
     print(*lines, sep="\n", file=sys.stderr)
     if len(lines) > 1:
@@ -124,7 +124,7 @@ def _flush() -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads: an unbuffered stream has nothing left to flush."""
+    """Whether stdout or stderr is a pipe that nobody reads: an unbuffered stream has nothing to flush."""
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, 0)

@@ -1,5 +1,5 @@
-"""The configuration of a run as frozen dataclasses: its keys (`fields`), `from_dict` (`parse`), and what contradicts
-itself (`checks`).
+"""The configuration of a run as frozen dataclasses: its keys (`fields`), `from_dict` (`parse`), and what
+contradicts itself (`checks`).
 
 It needs neither JAX nor ml_collections, so that a config can be checked anywhere.
 """
@@ -24,6 +24,8 @@ from grain_jax.config.fields import (
 from grain_jax.config.keys import NoOptions, OpenGroup, flatten, select, without_defaults
 from grain_jax.config.model_fields import (
     ACTIVATIONS,
+    MAPS_BY,
+    PATCH_FEATURES,
     BoxHead,
     ImageTower,
     Model,

@@ -101,7 +101,7 @@ def _pooling(model: Model) -> Iterator[Fault]:
 
 
 def _pools(tower: ImageTower | TextTower) -> bool:
-    """Whether the tower gives one vector per image or row (models/towers.py), if its class may be imported."""
+    """Whether the tower gives one vector per image or row (models/towers.py), if it may be imported."""
     if not named.is_external(tower.tower) or not named.may_import(tower.tower):
         return False
     return getattr(named.find("tower", tower.tower, {}), "pooled", False)

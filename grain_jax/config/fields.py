@@ -2,8 +2,8 @@
 
 model_fields has the keys of `model`.
 
-`grain_jax.config.recipe` makes the ConfigDict of the defaults from these classes, `parse` makes the classes from a
-dict, and `checks` finds keys that contradict each other.
+`grain_jax.config.recipe` makes the ConfigDict of the defaults from these classes, `parse` makes the classes
+from a dict, and `checks` finds keys that contradict each other.
 """
 
 import dataclasses
@@ -192,7 +192,7 @@ class Wandb:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run. The defaults are the recipe of the paper for GRAIN B/16 (docs/method.md, Training recipe)."""
+    """A whole run. The defaults are the paper's for GRAIN B/16 (docs/method.md, Training recipe)."""
 
     seed: int = key(0, "Seed of all draws.", low=-(2**63), high=2**63 - 1, role="order")
     total_steps: int | None = count(

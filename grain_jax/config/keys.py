@@ -1,4 +1,4 @@
-"""What a key is: its declaration (`key`), and what reads declarations: words for people, types for msgspec, walks.
+"""A key: its declaration (`key`), and what reads declarations: words for people, types for msgspec, walks.
 
 A group of keys is a frozen dataclass whose fields are declared with `key`.
 """
@@ -15,7 +15,7 @@ import msgspec
 # What a resumed run is if the key has another value (docs/config_keys.md):
 # - "order": the key decides which examples a step sees. The trainer refuses to resume.
 # - "numbers": it decides what a step computes from them. `grain-jax sweep` calls it another run.
-# - "result": it changes how a run starts or ends, or what is measured. `grain-jax sweep` calls it another run.
+# - "result": it changes how a run starts or ends, or what is measured. A sweep calls it another run.
 # - "free": it changes where a run computes, how fast, or what is kept and shown. It is the same run.
 Role = Literal["order", "numbers", "result", "free"]
 
@@ -46,7 +46,7 @@ def key(
       high: the largest value.
       choices: the possible values of a text.
       role: see Role; None takes the role of the group.
-      built_in: names that the package has. The key is one of them, or `module:Name` (grain_jax/core/named.py).
+      built_in: names of the package. The key is one of them, or `module:Name` (grain_jax/core/named.py).
       options_of: a key of the same group that names a class. This group then has the keys of that class's
         `Options`, a frozen dataclass. A built-in name, or a class without `Options`, has NoOptions.
       **flag: what a command needs to make a flag of the key (evaluate/base.py, `option`).

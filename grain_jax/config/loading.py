@@ -1,4 +1,4 @@
-"""`--config FILE[:ARG]` or `NAME[:ARG]`: which file is meant, and its config with the overrides of the command line.
+"""`--config FILE[:ARG]` or `NAME[:ARG]`: which file is meant, and its config with the overrides.
 
 ml_collections loads the file and parses the overrides by the types of their keys. Errors are one line.
 """
@@ -31,10 +31,10 @@ def load(
 ) -> Any:
     """The config of a file, with overrides.
 
-    - `total_steps` of the overrides wins over `total_epochs` of the file, and the other way round; so do the two
-      lengths of the warm-up. None leaves the key unset.
-    - `--config.evals.NAME=None` removes an evaluator, `--config.evals=None` all. `--config.evals.NAME.KEY` also sets
-      `missing` of that entry to "error", since it was asked for.
+    - `total_steps` of the overrides wins over `total_epochs` of the file, and the other way round; so do the
+      two lengths of the warm-up. None leaves the key unset.
+    - `--config.evals.NAME=None` removes an evaluator, `--config.evals=None` all. `--config.evals.NAME.KEY`
+      also sets `missing` of that entry to "error", since it was asked for.
     - `--config.loss.terms.NAME.KEY` may be a key that the file does not have.
 
     Args:

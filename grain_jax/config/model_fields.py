@@ -8,14 +8,18 @@ from grain_jax.core import named
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 PROJECTIONS = ("none", "matrix", "affine")
+# What maps come from: what the model has, its patches, the boxes of its queries, or a weighted sum.
+MAPS_BY = ("auto", "patches", "regions", "both")
+# What a patch is: its value in the last layer, or its last token. auto: the token where a box head reads it.
+PATCH_FEATURES = ("auto", "values", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTower:
-    """The image tower: "vit" is a vision transformer (docs/method.md, Model) with learned positions and pre-norm layers.
+    """The image tower: "vit" is a vision transformer (docs/method.md, Model) with pre-norm layers.
 
-    A tower of your own (models/towers.py) may ignore keys. All towers use image_size, pool, projection, pixel_mean and
-    pixel_std.
+    A tower of your own (models/towers.py) may ignore keys. All towers use image_size, pool, projection,
+    pixel_mean and pixel_std.
     """
 
     tower: str = key("vit", "The image tower, or a class of your own.", built_in=("vit",))
@@ -60,10 +64,10 @@ class ImageTower:
 
 @dataclasses.dataclass(frozen=True)
 class TextTower:
-    """The text tower: "transformer" is CLIP's (causal, read at the end token of each text), or one such as SigLIP's.
+    """The text tower: "transformer" is CLIP's (causal, read at each text's end token), or such as SigLIP's.
 
-    A tower of your own (models/towers.py) may ignore keys. All towers use vocab_size, context_length, norm_eps, pool,
-    projection, tokenizer, cleaning and pad_id.
+    A tower of your own (models/towers.py) may ignore keys. All towers use vocab_size, context_length,
+    norm_eps, pool, projection, tokenizer, cleaning and pad_id.
     """
 
     tower: str = key("transformer", "The text tower, or your own class.", built_in=("transformer",))
@@ -136,7 +140,7 @@ class RegionDecoder:
     )
     boxes: str = key(
         "query",
-        "Boxes of the queries: query, by an MLP of their content; pointer, as means of boxes that patches predict.",
+        "Boxes of the queries: query, by an MLP; pointer, as means of boxes that patches predict.",
         choices=("query", "pointer"),
     )
     reads_box: bool = key(

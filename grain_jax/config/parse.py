@@ -1,6 +1,6 @@
 """From a dict to the classes of `fields`, and back.
 
-Every key is consumed: an unknown one is an error that names the nearest key. A key that is not set has its default.
+An unknown key is an error that names the nearest one. A key that is not set has its default.
 """
 
 import dataclasses
@@ -178,8 +178,8 @@ def loss_term(path: str, entry: Mapping[str, Any], table: Mapping[str, Any]) -> 
 
     Args:
       path: its key, for error messages.
-      entry: `term`, `weight` and the options. The term is a function `term(shard, *, option: float = 1.0)`, a frozen
-        dataclass with the options as fields and `__call__(self, shard)`, or a class that derives from
+      entry: `term`, `weight` and the options. The term is a function `term(shard, *, option: float = 1.0)`, a
+        frozen dataclass with the options as fields and `__call__(self, shard)`, or a class that derives from
         losses.local.LocalTerm.
       table: terms by name, which `term` may name instead of `module:Name`.
 
@@ -207,7 +207,8 @@ def _parameters_of(function: Callable, path: str) -> type:
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name not in hints:
             raise errors.UserError(
-                f"{path}.term: it has the parameter {parameter}, expected (shard, *, option: type = default, ...)"
+                f"{path}.term: it has the parameter {parameter},"
+                " expected (shard, *, option: type = default, ...)"
             )
         default = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
         fields.append((parameter.name, hints[parameter.name], dataclasses.field(default=default)))

@@ -1,4 +1,4 @@
-"""Grids, zips and seeds for sweep files: plain Python on flat overrides such as {"optim.learning_rate": 1e-3}."""
+"""Grids, zips and seeds for sweep files: plain Python on overrides such as {"optim.learning_rate": 1e-3}."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What config files share: the defaults of grain_jax/config/fields.py as a ConfigDict, and the sizes of the towers.
+"""What config files share: the defaults of config/fields.py as a ConfigDict, and the sizes of the towers.
 
 A config file starts from `base` and changes what differs. It may lie anywhere: this package imports
 ml_collections alone, no JAX.
@@ -15,9 +15,9 @@ from grain_jax.config.keys import keys_of
 
 Keys = Any  # a ConfigDict, whose keys are attributes that type checkers do not know
 
-# What differs from B/16. S/16, B/16 and L/14 are the reference's sizes (clip/custom_models.py): S/16 has
-# 12 heads of 32, not timm's 6 of 64; L/14 keeps the text tower of width 512. H/14 and g/14 have the towers and the
-# joint space of OpenCLIP's ViT-H-14 and ViT-g-14 (open_clip/model_configs), with heads of 80 and 88.
+# What differs from B/16. S/16, B/16 and L/14 are the reference's sizes (clip/custom_models.py): S/16 has 12
+# heads of 32, not timm's 6 of 64; L/14 keeps the text tower of width 512. H/14 and g/14 have the towers and
+# the joint space of OpenCLIP's ViT-H-14 and ViT-g-14 (open_clip/model_configs), with heads of 80 and 88.
 _LARGE_TEXT = dict(width=1024, depth=24, heads=16, mlp_dim=4096)
 SIZES = {
     "tiny": dict(
@@ -84,7 +84,7 @@ def base(size: str = "B/16") -> Keys:
 
 
 def with_pointer(c: Keys) -> Keys:
-    """`c` with the region decoder that docs/claim.md recommends: queries point at patches and read the box head."""
+    """`c` with the decoder that docs/claim.md recommends: queries point at patches and read the box head."""
     c.model.decoder.update(boxes="pointer", reads_box=True, class_score="best")
     c.model.boxes.update(kind="roi_align", bins=3)
     c.loss.update(box=0.2, deep_supervision=True, box_description=1.0)

@@ -1,6 +1,6 @@
 """`grain-jax convert KIND --input IN --output OUT` (to-...: --checkpoint DIR): conversion of checkpoints.
 
-Conversions end with a parity report. Exit status: 0; 1 if parity failed or the disk is full; 2 for wrong input.
+Conversions end with a parity report. Exit status: 0; 1 if parity failed or the disk is full; 2: wrong input.
 """
 
 import argparse
@@ -11,8 +11,7 @@ from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import huggingface, parity
 from grain_jax.convert.arguments import Convert
 from grain_jax.convert.average import average
-from grain_jax.convert.big_vision import from_big_vision
-from grain_jax.convert.exits.big_vision import to_big_vision
+from grain_jax.convert.big_vision import from_big_vision, to_big_vision
 from grain_jax.convert.exits.onnx_files import to_onnx
 from grain_jax.convert.exits.open_clip import to_open_clip
 from grain_jax.convert.from_hugging_face import from_hf

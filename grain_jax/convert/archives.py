@@ -79,7 +79,8 @@ class Budget:
                 total = sum(member.file_size for member in archive.infolist())
             if total > self.total:
                 raise ConvertError(
-                    f"its members unpack to {total:,} bytes, expected at most {self.total:,} of a file of {self.length:,}"
+                    f"its members unpack to {total:,} bytes, expected at most {self.total:,} of a file of"
+                    f" {self.length:,}"
                 )
         file.seek(0)
 

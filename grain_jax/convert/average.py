@@ -1,7 +1,7 @@
 """The command average: a weighted sum of the parameters of equal models.
 
-The sum of a fine-tuned model and its start is WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), the sum of several
-fine-tuned models a soup (Wortsman et al. 2022, arXiv 2203.05482). One run with LoRA gives the model without factors.
+The sum of a fine-tuned model and its start is WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), of several
+fine-tuned models a soup (Wortsman et al. 2022, arXiv 2203.05482). A run with LoRA loses its factors.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ def average(
 ) -> parity.Report:
     """average: equal models -> the model of the weighted sum of their parameters, for `grain_jax.load`.
 
-    Sums are float32, in the order of the models, so equal calls give equal bits. Factors of LoRA are folded in first. The
-    logit scale is summed as it is stored, as a logarithm. The host holds two models at a time.
+    Sums are float32, in the order of the models, so equal calls give equal bits. Factors of LoRA are folded
+    in first. The logit scale is summed as it is stored, as a logarithm. The host holds two models at a time.
 
     Args:
       sources: workdirs, checkpoints or converted folders.
@@ -41,15 +41,15 @@ def average(
       What was averaged.
 
     Raises:
-      ConvertError: wrong weights; the models differ, with a line per difference; a sum is not finite; the folder holds
-        something else, or cannot be written.
+      ConvertError: wrong weights; the models differ, with a line per difference; a sum is not finite; the
+        folder holds something else, or cannot be written.
       checkpoint.CheckpointError: a source cannot be read.
     """
     weights = weights or [1 / len(sources)] * len(sources)
     if len(weights) != len(sources) or not abs(math.fsum(weights) - 1) <= 1e-6:
         raise ConvertError(
-            f"--weights: got {len(weights)} for {len(sources)} models with the sum {math.fsum(weights):.7g}, expected one"
-            " per model with the sum 1, as 0.5,0.5"
+            f"--weights: got {len(weights)} for {len(sources)} models with the sum {math.fsum(weights):.7g},"
+            " expected one per model with the sum 1, as 0.5,0.5"
         )
     folder = output.check_free(folder)
     first: saved_model.Stored | None = None
@@ -78,7 +78,8 @@ def _differences(first: saved_model.Stored, other: saved_model.Stored) -> list[s
     """A line for each key that makes the parameters of the other model mean something else."""
     expected, actual = _keys(first), _keys(other)
     return [
-        f"{other.folder}: model.{key}: got {actual.get(key)!r}, expected {expected.get(key)!r} as {first.folder} has"
+        f"{other.folder}: model.{key}: got {actual.get(key)!r}, expected {expected.get(key)!r} as"
+        f" {first.folder} has"
         for key in expected | actual
         if actual.get(key) != expected.get(key)
     ]

@@ -1,8 +1,9 @@
-"""from-big-vision: a two_towers .npz of big_vision, which has no config; its models' habits are stated here.
+"""from-big-vision and to-big-vision: the .npz of two_towers, which has no config; its habits stand here.
 
 A path may name a sub-tree of the file, `FILE.npz:params`.
 """
 
+import io
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,16 +13,19 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import archives, output, parity, tables, towers
-from grain_jax.convert.faults import ConvertError, prefixed
-from grain_jax.convert.tables import Entries, NamePair
-from grain_jax.core import regular_file
+from grain_jax.convert.exits import arrays, needs
+from grain_jax.convert.exits import folder as exits
+from grain_jax.convert.faults import ConvertError, prefixed, raise_any
+from grain_jax.convert.tables import Arrays, Entries, NamePair
+from grain_jax.core import atomic, errors, regular_file
+from grain_jax.models import grain
 
 SCALARS = (NamePair("logit_scale", "t"), NamePair("logit_bias", "b"))
 _FIRST_VOCABULARY = 32000  # SigLIP's; its padding has the id 1
 
 
 class BigVisionCheckpoint(NamedTuple):
-    """A path and its arrays, each layer apart: "img/Transformer/encoderblock_0/LayerNorm_0/scale" and so on."""
+    """A path and its arrays, each layer apart: "img/Transformer/encoderblock_0/LayerNorm_0/scale" ..."""
 
     path: str
     state: dict[str, np.ndarray]
@@ -40,7 +44,7 @@ def from_big_vision(source: epath.PathLike, folder: epath.PathLike) -> parity.Re
     proof = prove(checkpoint, imported.model, imported.params)
     lines = (
         "ASSUMED  norm epsilon 1e-6, tanh GELU, pixels in [-1, 1]: its models'",
-        f"ASSUMED  texts padded with the id {imported.model.text.pad_id}; pools mean and last without a head of their own",
+        f"ASSUMED  texts padded with the id {imported.model.text.pad_id}; pools mean and last without a head",
     )
     return towers.write("from-big-vision", epath.Path(checkpoint.path), target, imported, proof, *lines)
 
@@ -112,6 +116,53 @@ def _towers(state: Mapping[str, np.ndarray]) -> towers.Towers:
     has_matrix = image.projection != "none"
     embed_dim = entries.width("image_projection/kernel") if has_matrix else image.width
     return towers.Towers(embed_dim, image, text, ROWS)
+
+
+def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
+    """to-big-vision: a two-tower model that `grain_jax.load` reads to a .npz of
+
+    Args:
+      source: a workdir, a checkpoint or a converted folder.
+      path: the file to write.
+
+    Raises:
+      ConvertError: big_vision cannot express the model, or `path` is no file name that ends in .npz.
+      checkpoint.CheckpointError: `source` cannot be read.
+    """
+    path = epath.Path(path)
+    if path.suffix != ".npz" or path.is_dir():
+        raise ConvertError(f"{path}: expected the name of a file that ends in .npz")
+    source_model = exits.read_towers(source)
+    model = source_model.model
+    raise_any(needs.BIG_VISION.faults(model))
+    state = _state(grain.flat(source_model.params))
+    content = io.BytesIO()
+    named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
+    np.savez(content, **named)
+    with errors.storage_faults_as_one_line(path):
+        atomic.write_bytes(path, content.getvalue())
+    proof = prove(read(path), model, source_model.params)
+    mean, std = model.image.pixel_mean, model.image.pixel_std
+    pixels = f"pixels not in a .npz: ([0, 1] - {list(mean)}) / {list(std)}"
+    if (tuple(mean), tuple(std)) != towers.SIGLIP_PIXELS:
+        pixels = f"ATTENTION: {pixels}; value_range(-1, 1) and from-big-vision give others"
+    tokenizer = f"tokenizer not in a .npz: {model.text.tokenizer}, texts {model.text.cleaning}"
+    return proof.after(
+        f"to-big-vision: {source_model.folder} -> {path}, its sub-trees img and txt",
+        f"{tokenizer}, padded with the id {model.text.pad_id}",
+        pixels,
+        f"for its config: {sizes_of(model)}",
+    )
+
+
+def _state(flat: Arrays) -> Arrays:
+    """The arrays by big_vision's names, without `params/`."""
+    flat = arrays.with_patch_bias(arrays.without_class_position(flat))
+    for tower in ("image", "text"):
+        if f"{tower}_projection/kernel" in flat:
+            flat = arrays.with_projection(flat, tower, 0, bias=True)
+    state = tables.write(ROWS, flat)
+    return state | {row.theirs: state[row.theirs].reshape(1) for row in SCALARS if row.ours in flat}
 
 
 def sizes_of(model: config_lib.Model) -> dict[str, Any]:

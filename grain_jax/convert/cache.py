@@ -1,10 +1,10 @@
-"""Other libraries' weights, on the Hugging Face Hub or in a local folder: converted once, into the user's cache."""
+"""Other libraries' weights, of the Hugging Face Hub or a local folder: converted once, into the cache."""
 
-import fcntl
 import os
 import re
 import sys
 
+import filelock
 from etils import epath
 
 from grain_jax.checkpoint import digests
@@ -32,8 +32,7 @@ def import_weights(reference: str, source: epath.Path) -> epath.Path:
         name, version = source.name, digests.of_json([str(source.absolute()), files])[:12]
     folder = base / "grain_jax" / f"models-{__version__}" / f"{name}-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # other processes wait until it is there
+    with filelock.FileLock(f"{folder}.lock"):  # other processes wait until it is there
         if not (folder / "params").is_dir():
             is_hf = (source / "config.json").exists()
             convert = from_hugging_face.from_hf if is_hf else from_open_clip.from_open_clip

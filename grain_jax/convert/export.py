@@ -37,9 +37,9 @@ def export_model(
 ) -> list[parity.Comparison]:
     """Writes the `.stablehlo` of `image`, `text`, `regions`, `boxes` and `maps`, `params.npz`, `model.json`.
 
-    `tokenizer.json` prepares texts. A model without region queries has no `regions.stablehlo`, one without a box head
-    no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`.
-    What was written is read back and runs on this machine.
+    `tokenizer.json` prepares texts. A model without region queries has no `regions.stablehlo`, one without a
+    box head no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`. What was
+    written is read back and runs on this machine.
 
     Args:
       predictor: the model; the functions' activations have its `dtype`.
@@ -88,7 +88,7 @@ def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict
         return {"image_embed": regions(params, image)["image_embed"]}
 
     def boxes(params, image, boxes_xyxy):
-        encode_boxes = jitted.program(model, dtype, "encode_boxes")
+        encode_boxes = jitted.image_program(model, dtype, "box_embeddings")
         return {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
 
     def text(params, tokens, end):
@@ -114,7 +114,7 @@ def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict
 
 
 def _maps(predictor: inference.Predictor) -> Callable | None:
-    """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]); None if the model has none."""
+    """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]), or None."""
     model, dtype = predictor.model, predictor.dtype
     has_head = model.boxes.kind != "none"
     has_patches = has_head or model.tower_pools
@@ -131,8 +131,8 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
             if has_patches:
                 cells = box_head.token_boxes(grid * grid, 0)
                 boxes = [jnp.broadcast_to(cells, (image.shape[0], *cells.shape))] * has_head
-                method = "encode_boxes" if has_head else "encode_patches"
-                patches = jitted.program(model, dtype, method)(params, image, *boxes)
+                head = "box_embeddings" if has_head else "patch_embeddings"
+                patches = jitted.image_program(model, dtype, head)(params, image, *boxes)
                 cosines = jnp.einsum("nd,bpd->bnp", text_embed, patches.astype(np.float32))
                 all_maps.append(cosines.reshape(*cosines.shape[:2], grid, grid))
             if predictor.has_regions:
@@ -146,7 +146,7 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
 
 
 def _description(predictor: inference.Predictor, exported: Mapping[str, Any], missing: str) -> dict[str, Any]:
-    """What `model.json` says: among it, the arguments of each function, `params` being all arrays of params.npz."""
+    """What `model.json` says, with the arguments of each function; `params` are all arrays of params.npz."""
     program, tower = exported["image"][0], predictor.model.text
     end = "not looked at: zeros will do"
     if tower.seeks_end:
@@ -162,7 +162,7 @@ def _description(predictor: inference.Predictor, exported: Mapping[str, Any], mi
 
 
 def describe(predictor: inference.Predictor, normalised_by: str, end: str, missing: str) -> dict[str, Any]:
-    """What a user of exported files must know of the images, of the texts, and of the scores, as values of JSON.
+    """What a user of exported files must know of images, texts and scores, as values of JSON.
 
     Args:
       predictor: the model.
@@ -178,7 +178,8 @@ def describe(predictor: inference.Predictor, normalised_by: str, end: str, missi
         "grain_jax": __version__,
         "image": {
             "size": image.image_size,
-            "prepare": "turned by the EXIF orientation, RGB, resized to a square by Pillow's bicubic filter (antialiased), no crop",
+            "prepare": "turned by the EXIF orientation, RGB, resized to a square by Pillow's bicubic filter"
+            " (antialiased), no crop",
             "pixel_mean": list(image.pixel_mean),
             "pixel_std": list(image.pixel_std),
             "normalised_by": normalised_by,
@@ -227,7 +228,7 @@ def _compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exports a checkpoint; returns 0, 1 if the functions give other outputs or the disk is full, 2 for wrong input."""
+    """Exports a checkpoint; returns 0, 1 for other outputs or a full disk, 2 for wrong input."""
     try:
         args = Export.parse(arguments)
         files.check_free(args.output, DESCRIPTION)  # before the model is loaded

@@ -28,7 +28,7 @@ def raise_any(faults: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def needing(package: str, where: object, extra: str = "interop") -> Iterator[None]:
-    """Inside, an ImportError is a ConvertError of one line: `where` needs the package, which `extra` installs."""
+    """Inside, an ImportError is a ConvertError of one line: `where` needs the package, which `extra` has."""
     try:
         yield
     except ImportError:

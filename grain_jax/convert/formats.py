@@ -64,8 +64,8 @@ def rows(ours: str, theirs: str, names: Names, tokens: tables.ArrayLayout = tabl
 
     Args:
       ours, theirs: what all names begin with; "{}" in `theirs` is the layer.
-      names: of modules and parameters. An attention has its entries for query, key and value (together or apart) and
-        its output, with a space between.
+      names: of modules and parameters. An attention has its entries for query, key and value (together or
+        apart) and its output, with a space between.
       tokens: how class token, registers and positions are held.
     """
     out = []
@@ -120,7 +120,7 @@ def openai_image() -> list[NamePair]:
 
 
 def openai_text(prefix: str = "", matrix: bool = True) -> list[NamePair]:
-    """The text tower of OpenAI, open_clip and the PyTorch reference; `matrix`: its projection is no linear layer."""
+    """The text tower of OpenAI, open_clip and the reference; `matrix`: its projection is no linear layer."""
     names = {
         "text/token_embed/embedding": "token_embedding.weight",
         "text/position_embed": "positional_embedding",
@@ -168,7 +168,7 @@ def timm_image_in_open_clip() -> list[NamePair]:
 
 
 def hf_dinov3(layers: str = "") -> list[NamePair]:
-    """DINOv3 in transformers; `layers`: the first part of the names of its layers in memory, which files leave out."""
+    """DINOv3 in transformers; `layers`: what the names of its layers begin with in memory, not in files."""
     names = {
         "patch_embed": "embeddings.patch_embeddings",
         "class_token": "embeddings.cls_token",

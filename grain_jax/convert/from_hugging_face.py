@@ -1,7 +1,7 @@
 """from-hf: CLIP, MetaCLIP, SigLIP, SigLIP 2 and DINOv3 of transformers, and folders of to-hf.
 
-The class of transformers (for folders of to-hf our own, in `hf_files/`) reads config and weights; no code of the folder
-runs. Its module is the other side of the parity.
+The class of transformers (for folders of to-hf our own, in `hf_files/`) reads config and weights; no code of
+the folder runs. Its module is the other side of the parity.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from grain_jax.core import regular_file
 # model_type of config.json -> how the classes of transformers begin.
 _FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaClip2", "siglip": "Siglip", "dinov3_vit": "DINOv3ViT"}
 _INSTEAD_OF_NAFLEX = "take a fixed size such as hf://google/siglip2-base-patch16-224"
-# Keys of config.json that send transformers to code of the Hub, to quantized arrays, or to outputs without names.
+# Keys of config.json that send transformers to code of the Hub, quantized arrays, or outputs without names.
 _STEERING = (
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
     *("_experts_implementation", "quantization_config", "return_dict"),
@@ -47,8 +47,8 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     """from-hf: a folder or hf://ORG/NAME to a folder for `grain_jax.load`.
 
     Raises:
-      ConvertError: config or weights that are missing, damaged, unknown or of another shape, or `folder` holds
-        something else; one line per fault.
+      ConvertError: config or weights that are missing, damaged, unknown or of another shape, or `folder`
+        holds something else; one line per fault.
       config.ConfigError: sizes that no model has, such as heads that do not divide the width.
     """
     path, target = hub.local(str(source)), output.check_free(folder)
@@ -105,8 +105,8 @@ def _load(path: epath.Path, model: config_lib.Model, kind: Any, config: Any) -> 
     """The module of a class of transformers with the weights in a folder, in float32.
 
     Raises:
-      ConvertError: weights that are missing, unknown, damaged or of another shape; or the config describes a model
-        that is far larger than the files.
+      ConvertError: weights that are missing, unknown, damaged or of another shape; or the config describes a
+        model that is far larger than the files.
     """
     towers.check_size(path, model)
     with output.on_disk(path) as local, archives.reading(path, f"what {kind.__name__} takes"):

@@ -1,8 +1,8 @@
 """from-open-clip: CLIP and SigLIP of open_clip, and the files of OpenAI.
 
-open_clip's classes read the config: open_clip_config.json beside the weights, or the config of a model that the user
-names. OpenAI's files have none, so the rules of OpenAI's own loader give it. The model of open_clip, with the same
-weights, is the other side of the parity.
+open_clip's classes read the config: open_clip_config.json beside the weights, or the config of a model that
+the user names. OpenAI's files have none, so the rules of OpenAI's own loader give it. The model of open_clip,
+with the same weights, is the other side of the parity.
 """
 
 import functools
@@ -91,7 +91,8 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
             pixels = tuple(mean), tuple(std)
     else:
         raise ConvertError(
-            f"{path}: has no {_CONFIG} beside it; --model NAME says which model of open_clip it is, such as ViT-B-32"
+            f"{path}: has no {_CONFIG} beside it; --model NAME says which model of open_clip it is,"
+            " such as ViT-B-32"
         )
     return OpenClipCheckpoint(path, state, config, pixels)
 

@@ -1,8 +1,8 @@
 """The command to-hf: models as folders that transformers loads.
 
-Two towers become CLIPModel or SiglipModel where these can hold them. Any other model goes with the files of `hf_files/`
-(loaded with trust_remote_code, without JAX) and has the PyTorch reference's names. Writing needs safetensors and
-tokenizers; torch and transformers only run the parity.
+Two towers become CLIPModel or SiglipModel where these can hold them. Any other model goes with the files of
+`hf_files/` (loaded with trust_remote_code, without JAX) and has the PyTorch reference's names. Writing needs
+safetensors and tokenizers; torch and transformers only run the parity.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ CODE = epath.Path(__file__).parent / "hf_files"
 _TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 _UNCLEAN = ["Two DOGS  &amp; a cat's   bowl, 1998!", ""]
 _PIXELS = (
-    'images: AutoImageProcessor.from_pretrained(DIR, backend="pil") gives our pixels; the resize of torchvision,'
-    " its default, differs by up to 1 of 255 levels"
+    'images: AutoImageProcessor.from_pretrained(DIR, backend="pil") gives our pixels; the resize of'
+    " torchvision, its default, differs by up to 1 of 255 levels"
 )
 
 

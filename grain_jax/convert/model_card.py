@@ -23,9 +23,11 @@ license: other
 
 # {title}
 
-Embeds images, texts and, with a region decoder, image regions in one space: zero-shot classification by class names or
-descriptions, and boxes for what a text describes. Method: Halbe et al., "Grounding Descriptions in Images informs
-Zero-Shot Visual Recognition" (WACV 2026, arXiv 2412.04429). `grain-jax convert` wrote this folder.
+Embeds images, texts and, with a region decoder, image regions in one space: zero-shot classification by class
+names or descriptions, and boxes for what a text describes. Method: Halbe et al., "Grounding Descriptions in
+Images informs Zero-Shot Visual Recognition" (WACV 2026, arXiv 2412.04429).
+
+`grain-jax convert` wrote this folder.
 
 ```python
 {use}
@@ -52,13 +54,13 @@ Parity of the conversion:
 
 ## Limits
 
-Images are resized to a square, and scores are cosine similarities, not probabilities. The errors, gaps and biases of the
-captions and descriptions are in this model: do not use it for decisions about people.
+Images are resized to a square, and scores are cosine similarities, not probabilities. The errors, gaps and
+biases of the captions and descriptions are in this model: do not use it for decisions about people.
 
 ## Licence
 
-Code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the training data and of the model's
-author apply. State a licence before you publish the weights.
+Code in this folder: Apache-2.0. The weights: not stated by the run; the terms of the training data and of the
+model's author apply. State a licence before you publish the weights.
 """
 
 
@@ -100,7 +102,7 @@ def write(
 
 
 def _run(folder: epath.Path) -> tuple[str, str]:
-    """What the card says of training and evaluation: the newest metrics at or before the step of the checkpoint."""
+    """What the card says of training and evaluation: the newest metrics up to the checkpoint's step."""
     evaluation = "The run evaluated nothing. Evaluate the model before you rely on it."
     if not (folder / "state").is_dir():
         notes = regular_file.read_json(folder / "config.json", dict[str, Any], "a converted model's")

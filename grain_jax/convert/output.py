@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import filelock
 from etils import epath
 
 from grain_jax import config as config_lib
@@ -32,8 +32,8 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
       mark: a file or folder that every conversion of this kind has; a folder with it may be overwritten.
 
     Raises:
-      ConvertError: `path` is neither new, nor empty, nor an older conversion; it is the current folder, cannot be
-        written, or another process writes it.
+      ConvertError: `path` is neither new, nor empty, nor an older conversion; it is the current folder,
+        cannot be written, or another process writes it.
     """
     path = epath.Path(path)
     if path.exists() and not (path.is_dir() and (path / mark).exists()):
@@ -44,33 +44,17 @@ def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
     if "://" not in str(path) and os.path.realpath(path) == os.path.realpath("."):
         raise ConvertError(f"{path}: is the current folder, expected another one to write")
     if "://" not in str(path):
-        with writing(path), _locked(_work(path)):
+        with errors.storage_faults_as_one_line(path), _locked(_work(path)):
             pass
     return path
-
-
-@contextlib.contextmanager
-def writing(path: epath.PathLike) -> Iterator[None]:
-    """Turns a fault of the system inside into a UserError of one line, even if TensorStore wraps it in a ValueError."""
-    try:
-        yield
-    except errors.UserError:
-        raise
-    except Exception as error:
-        fault = errors.of_system(error, path)
-        if fault is None:
-            raise
-        if isinstance(fault, errors.StorageFault):
-            raise fault from error
-        raise ConvertError(f"{path}: cannot be written: {fault}") from error
 
 
 @contextlib.contextmanager
 def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
     """Gives an empty local folder, which takes the place of `folder` after the block.
 
-    An error, a kill or a full disk leaves the old folder whole. Between the two renames neither folder is in place; the
-    next call then puts the old one back. Object stores cannot rename: there a kill leaves part of the new folder.
+    An error, a kill or a full disk leaves the old folder whole. Between the two renames neither is in place;
+    the next call puts the old one back. Object stores cannot rename: a kill leaves part of the new folder.
 
     Args:
       folder: as `check_free` returned it.
@@ -80,7 +64,7 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
       ConvertError: it cannot be written, or another process writes it.
     """
     if "://" in str(folder):
-        with writing(folder), tempfile.TemporaryDirectory() as scratch:
+        with errors.storage_faults_as_one_line(folder), tempfile.TemporaryDirectory() as scratch:
             yield epath.Path(scratch)
             if folder.exists():
                 folder.rmtree()
@@ -91,7 +75,7 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
     target, work = epath.Path(os.path.realpath(folder)), _work(folder)
     # transformers caches the code of a folder under the folder's name, so the new one needs the same name.
     old, new = work / "old" / target.name, work / "new" / target.name
-    with writing(folder), _locked(work):
+    with errors.storage_faults_as_one_line(folder), _locked(work):
         try:
             _clear(old, new, target)
             old.parent.mkdir()
@@ -121,24 +105,17 @@ def _clear(old: epath.Path, new: epath.Path, target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _locked(work: epath.Path) -> Iterator[None]:
-    """Makes the folder `work`, keeps other processes out of it, and removes it at the end."""
-    with contextlib.ExitStack() as stack:
-        is_ours = False
-        while not is_ours:
-            # The process that had the lock before may remove it between any two lines.
-            with contextlib.suppress(FileNotFoundError):
-                work.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((work / "lock").open("a"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    busy = work.with_suffix("")
-                    raise ConvertError(f"{busy}: another process writes it; wait for it") from None
-                is_ours = os.stat(work / "lock").st_ino == os.stat(file.fileno()).st_ino
+    """Makes the folder `work`, keeps other processes of this machine out of it, and removes it at the end."""
+    path = f"{tempfile.gettempdir()}/grain_jax-{atomic.digest(str(work).encode())[:16]}.lock"
+    try:
+        held = filelock.FileLock(path, mode=0o666).acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConvertError(f"{work.with_suffix('')}: another process writes it; wait for it") from None
+    with held:
+        work.mkdir(parents=True, exist_ok=True)
         try:
             yield
         finally:
-            (work / "lock").unlink()
             with contextlib.suppress(OSError):  # an old folder that could not be put back
                 work.rmdir()
 

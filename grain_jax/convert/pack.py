@@ -1,8 +1,8 @@
 """The command pack: a small copy of a trained model, to be given away.
 
-Weights are rounded to bfloat16. In a checkpoint of a run, embeddings of tokens that training never met are still their
-random initial values: they become zeros, which compress to nothing. In a small model with the vocabulary of CLIP they
-are most of the file. A run that starts from another text tower keeps them.
+Weights are rounded to bfloat16. Embeddings of tokens that a run never met are still random: they become
+zeros, which compress to nothing. In a small model with the vocabulary of CLIP they are most of the file.
+A run that starts from another text tower keeps them.
 """
 
 import jax
@@ -53,8 +53,8 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
 def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
     """bool [V]: tokens whose embedding ever had a gradient, by the second moments of AdamW.
 
-    All tokens if none had, if the moments are not stored, as for a frozen tower, or if the run began from another text
-    tower (`init.text`).
+    All tokens if none had, if the moments are not stored, as for a frozen tower, or if the run began from
+    another text tower (`init.text`).
     """
     trained = np.zeros(model.text.vocab_size, bool)
     is_run = (folder / "state").is_dir()

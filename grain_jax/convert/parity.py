@@ -1,7 +1,7 @@
 """The parity report of a conversion: the same images and texts through our model and through the other side.
 
-The other side is an independent implementation: transformers, open_clip, big_vision or a torch module. Without
-its package the report says NOT PROVEN; a round trip through our own code would prove nothing.
+The other side is an independent implementation: transformers, open_clip, big_vision or a torch module.
+Without its package the report says NOT PROVEN; a round trip through our own code would prove nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +26,8 @@ PROVEN, NOT_PROVEN = "PROVEN", "NOT PROVEN"
 def tolerance(model: config_lib.Model, dtype: str = "float32") -> float:
     """The largest max|a-b| / max|b| of two programs of a model that differ in the order of their sums alone.
 
-    It is 2 eps sqrt(n), since n roundings of random sign grow so, with n on the longest way to an output. In float32
-    these are the products in its sums. In bfloat16 they are the layers: products are summed in float32.
+    It is 2 eps sqrt(n), since n roundings of random sign grow so, with n on the longest way to an output: in
+    float32 the products in its sums, in bfloat16 the layers, since products are summed in float32.
 
     Args:
       model: its sizes.
@@ -130,7 +130,7 @@ def outputs(model: config_lib.Model, params: Any, batch: Inputs) -> dict[str, np
 
 
 def outputs_of(predictor: inference.Predictor, batch: Inputs) -> dict[str, np.ndarray]:
-    """The outputs of our model: image_embed, text_embed; region_embed, boxes_xyxy and box_embed where it has them."""
+    """Our outputs: image_embed, text_embed; region_embed, boxes_xyxy and box_embed if the model has them."""
     out = {"text_embed": predictor.encode_text(batch.token_ids)}
     images = inference_inputs.marked(batch.images, batch.images.dtype == np.float32)
     if predictor.model.boxes.kind != "none":

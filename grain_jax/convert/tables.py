@@ -1,7 +1,7 @@
 """Tables of names: for each of our parameters, the array of another library's checkpoint and its layout.
 
-A table is a sequence of rows; `read` makes our parameters of the entries, `write` the entries of our parameters. `formats`
-has the tables of PyTorch's packages.
+A table is a sequence of rows; `read` makes our parameters of the entries, `write` the entries of our
+parameters. `formats` has the tables of PyTorch's packages.
 """
 
 import math
@@ -69,7 +69,7 @@ def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str
       shapes: our name -> shape, as `grain.parameter_shapes` gives for a model.
 
     Raises:
-      ConvertError: entries that are missing, not finite or of another shape, parameters without a row; one line per fault.
+      ConvertError: entries that are missing, not finite or of another shape, parameters without a row.
     """
     out: Arrays = {}
     rows = [row for row in rows if row.ours in shapes]
@@ -152,7 +152,7 @@ class Entries:
         return self.name(ours) in self._state
 
     def shape(self, ours: str, *axes: int) -> Shape:
-        """The shape of the entry. Raises ConvertError: it is missing, empty, or has another number of axes."""
+        """The entry's shape. Raises ConvertError: it is missing, empty, or has another number of axes."""
         name = self.name(ours)
         if ours not in self:
             raise_any([f"{name}: missing"])

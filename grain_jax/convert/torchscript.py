@@ -1,7 +1,7 @@
 """The arrays in a TorchScript archive, such as the CLIP files of OpenAI, without running its program.
 
-The archive is a zip: `data.pkl` holds the attributes of the modules, `data/N` the numbers. The pickle may name
-only tensors, modules and plain containers; anything else is refused.
+The archive is a zip: `data.pkl` holds the attributes of the modules, `data/N` the numbers. The pickle may
+name only tensors, modules and plain containers; anything else is refused.
 """
 
 import math

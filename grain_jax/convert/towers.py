@@ -1,7 +1,7 @@
-"""What imports of other libraries' checkpoints share: towers and arrays become one of our models, in a folder.
+"""What imports of other libraries' checkpoints share: towers and arrays become one of our models.
 
-Each import states the configuration of its two towers and the table of its names. Every array of the checkpoint is
-accounted for.
+Each import states the configuration of its two towers and the table of its names. Every array of the
+checkpoint is accounted for.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Imported(NamedTuple):
 
 
 def model_of(towers: Towers, scale: Any = 0.0, bias: Any = None) -> config_lib.Model:
-    """The model of two towers, or of one; `scale` (a logarithm) and `bias` of its logits may be arrays of one value.
+    """The model of one or two towers; `scale` (a logarithm) and `bias` of logits may be arrays of one value.
 
     Raises:
       config.ConfigError: sizes that no model has.
@@ -157,7 +157,7 @@ def write(
     proof: parity.Report,
     *lines: str,
 ) -> parity.Report:
-    """Writes a model, with the file of its tokenizer where it lies beside the weights; returns the whole report.
+    """Writes a model, with its tokenizer's file if it lies beside the weights; returns the whole report.
 
     Args:
       command: that imported it.
@@ -214,7 +214,7 @@ def image_sizes(entries: Entries) -> dict[str, Any]:
 
 
 def text_sizes(entries: Entries) -> dict[str, Any]:
-    """The keys of a text tower that the shapes of a checkpoint without a config tell; raises as `image_sizes`."""
+    """The keys of a text tower that shapes of a checkpoint without a config tell; raises as `image_sizes`."""
     vocab_size, width = entries.shape("text/token_embed/embedding", 2)
     return dict(
         context_length=entries.shape("text/position_embed", 2, 3)[-2],

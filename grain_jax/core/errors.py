@@ -129,3 +129,22 @@ def of_system(error: BaseException | None, output: Any = None) -> UserError | No
         if isinstance(cause, OSError) and path is not None:
             return UserError(f"{where}{cause.strerror or text}")
     return None
+
+
+@contextlib.contextmanager
+def storage_faults_as_one_line(path: Any, advice: str = "") -> Iterator[None]:
+    """Inside, what the system refuses is a UserError of one line, also where TensorStore wraps it in a ValueError.
+
+    Args:
+      path: what is written; the line names it if the error names no file.
+      advice: the end of the line; with it every such fault is a StorageFault, since the command had begun to write.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        fault = of_system(error, path)
+        if fault is None:
+            raise
+        raise (StorageFault(f"{fault}; {advice}") if advice else fault) from error

@@ -62,7 +62,7 @@ def check_address(host: str, port: int | None) -> None:
 
 
 def starting_point(model: epath.PathLike, folder: epath.Path) -> tuple[class_lists.Classes, list[str]]:
-    """Classes, and examples that are written to `folder`: those that the run of a model is evaluated on, or none.
+    """Classes, and examples that are written to `folder`: those that a model's run is evaluated on, or none.
 
     For aviary-tiny, which knows nothing else, they are drawn birds.
     """

@@ -12,7 +12,8 @@ class Demo(Command, name="demo"):
 
     the model and what it sees:
       --checkpoint DIR  workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME
-      --classes FILE    {"class name": ["description", ...]} as JSON, or one class per line (default: the run's)
+      --classes FILE    {"class name": ["description", ...]} as JSON, or one class per line (default: the
+        run's)
       --examples DIR    folder of images, or of folders of images (default: from the run's evaluations)
 
     the server:

@@ -37,14 +37,14 @@ def format(classes: Mapping[str, Sequence[str]]) -> str:
 
 
 def read(path: epath.PathLike) -> Classes:
-    """Reads {"class name": ["description", ...]} of a .json, else lines as of `parse`. Raises errors.UserError."""
+    """Reads {"class name": ["description", ...]} of a .json, else lines as of `parse`. Raises UserError."""
     if epath.Path(path).suffix == ".json":
         return regular_file.read_json(epath.Path(path), Classes, "descriptions of classes")
     return parse(regular_file.read_text(path, "a class a line"))
 
 
 def of_run(folder: epath.PathLike) -> tuple[Classes, str | None]:
-    """The first classes (a .json) and folder of images on this machine that the run of a checkpoint is evaluated on."""
+    """The first classes (a .json) and local folder of images that the run of a checkpoint is evaluated on."""
     of_run = (epath.Path(folder) / "state").is_dir()
     evals = files.read_items(folder).config.get("evals") if of_run else None
     classes, images = {}, None

@@ -44,7 +44,7 @@ class Views:
             self.predictor.similarity_map(PIL.Image.new("RGB", (size, size)), ["a"])
 
     def scores(self, path: str | None, text: str, alpha: float) -> tuple[list[list[Any]], Any]:
-        """Rows of class, score and softmax, best first; and the image with its regions, each with its description."""
+        """Rows of class, score and softmax, best first; and the image with its described regions."""
         image, classes = read_image(path), class_lists.parse(text)
         features, texts = self._features(text), sum(classes.values(), [])
         has_regions = self.predictor.has_regions
@@ -105,7 +105,7 @@ def read_image(path: str | None) -> PIL.Image.Image:
 
 
 def _boxed(image: PIL.Image.Image, boxes_xyxy: Any, labels: Sequence[str]) -> tuple[Any, list[Any]]:
-    """An image with boxes [n, 4] in [0, 1] and their labels, as gr.AnnotatedImage takes it; a small one larger."""
+    """An image, enlarged if small, with boxes [n, 4] in [0, 1] and labels, for gr.AnnotatedImage."""
     share = max(1, 480 / max(image.size))
     image = image.resize([round(share * edge) for edge in image.size])
     pixels = np.rint(np.array(boxes_xyxy) * [*image.size, *image.size]).astype(int)
@@ -161,7 +161,7 @@ def build(views: Views, classes: class_lists.Classes, examples: Sequence[str]) -
 
 
 def launch(page: gr.Blocks, host: str, port: int | None, examples: str) -> str:
-    """Starts the server at an address (port None: the first free one from 7860); returns its URL. Raises OSError."""
+    """Starts the server (port None: the first free one from 7860); returns its URL. Raises OSError."""
     options: dict[str, Any] = dict(share=False, ssr_mode=False, pwa=False, mcp_server=False)
     options |= dict(quiet=True, prevent_thread_lock=True, footer_links=[], max_file_size=32 << 20)
     options["theme"] = themes.Base(font=["sans-serif"], font_mono=["monospace"])  # none is fetched

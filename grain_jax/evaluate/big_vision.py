@@ -77,7 +77,7 @@ class Model:
         if "logit_bias" in params:
             out["b"] = jnp.asarray(params["logit_bias"])[None]
         if image is not None:
-            encode = jitted.program(model, "float32", "encode_image")
+            encode = jitted.image_program(model, "float32")
             out["img/normalized"] = zimg = encode(params, jnp.asarray(image))[0]
         if text is not None:
             out["txt/normalized"] = ztxt = self._encode_text(model, params, jnp.asarray(text))

@@ -25,10 +25,8 @@ with epy.lazy_imports():
     from grain_jax.inference import prompts, scores, stream
     from grain_jax.inference import segmentation as segmenting
 
-# Known here, too, because a config may not import the modules above.
+# Known here, too, because a config may not import segmentation_sets.
 FORMATS = ("folder", "ade20k", "voc")
-WAYS = ("auto", "patches", "regions", "both")
-PATCHES = ("auto", "values", "tokens")
 _AT_ONCE = 16  # images whose windows and masks are in memory, at most
 
 
@@ -45,9 +43,15 @@ class Segmentation(WithPrompts):
     ignore: int | None = option(
         None, "A further id whose pixels do not count, beside the format's.", "ID", low=0, high=65535
     )
-    by: str = option(WAYS[0], "Maps of patches, regions, or both; auto: what the model has.", choices=WAYS)
+    by: str = option(
+        config.MAPS_BY[0],
+        "Maps of patches, regions, or both; auto: what the model has.",
+        choices=config.MAPS_BY,
+    )
     patch_features: str = option(
-        PATCHES[0], "Values (MaskCLIP) or tokens; auto: tokens with a box head.", choices=PATCHES
+        config.PATCH_FEATURES[0],
+        "Values (MaskCLIP) or tokens; auto: tokens with a box head.",
+        choices=config.PATCH_FEATURES,
     )
     short_side: int = option(
         0, "Pixels of the shorter side after resizing; 0: the model's size.", "PIXELS", low=0

@@ -1,4 +1,4 @@
-"""calibration.json beside a model: how the cosine of a text becomes the probability that it is true of an image."""
+"""calibration.json beside a model: from the cosine of a text to the probability that it is true."""
 
 from collections.abc import Callable, Sequence
 
@@ -55,7 +55,7 @@ def embed_texts(encode: Encode, texts: Sequence[str], templates: Sequence[str]) 
 
 
 def cosines(image_embeds: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:
-    """Cosines of images [B, D], or the largest ones of their regions [B, Q, D], with texts [N, D]: float32 [B, N]."""
+    """Cosines of images [B, D], or the largest of regions [B, Q, D], with texts [N, D]: float32 [B, N]."""
     of_regions = image_embeds.reshape(len(image_embeds), -1, image_embeds.shape[-1])
     best = lambda part: [(scores.unit(part) @ text_embeds.T).max(axis=1)]
     return scores.in_parts(best, of_regions)[0]

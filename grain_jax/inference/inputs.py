@@ -2,9 +2,10 @@
 
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
+import jax
 import numpy as np
 import PIL.Image
 
@@ -20,6 +21,7 @@ OneImage: TypeAlias = str | os.PathLike[str] | PIL.Image.Image
 Images: TypeAlias = Iterable[OneImage | np.ndarray] | np.ndarray  # or an array [B, H, W, 3]
 OneOrMany: TypeAlias = Images | OneImage  # an array of three axes is one image
 Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]
+Method = TypeVar("Method", bound=Callable[..., Any])
 ClassTexts: TypeAlias = Iterable[str] | Mapping[str, Sequence[str]]  # names, or {name: descriptions}
 
 
@@ -32,12 +34,7 @@ class Tokens(NamedTuple):
 class Normalized(NamedTuple):
     """Images that are resized and normalised already."""
 
-    pixels: np.ndarray  # float32 [B, S, S, 3]; [S, S, 3] is one image
-
-    @property
-    def ndim(self) -> int:
-        """Axes: 3 of one image, 4 of a batch."""
-        return self.pixels.ndim
+    pixels: np.ndarray  # float32 [B, S, S, 3]
 
 
 class InputError(errors.UserError):
@@ -50,10 +47,23 @@ def tokenizer_of(tower: config_lib.TextTower, folder: Any) -> tokenizer.Tokenize
     return tokenizer.of_tower(tower, folder)
 
 
-def is_one_image(images: Any) -> bool:
+def is_one_image(images: Any) -> TypeGuard[OneImage]:
     """Whether it is one image, and not a batch."""
     is_single = isinstance(images, (str, os.PathLike, PIL.Image.Image))
     return is_single or getattr(images, "ndim", None) == 3
+
+
+def one_or_many(method: Method) -> Method:
+    """Makes a method of a batch of images take one, too: its results then lack the axis of the batch."""
+
+    @functools.wraps(method)
+    def call(self, images, *arguments, **options):
+        if not is_one_image(images):
+            return method(self, images, *arguments, **options)
+        results = method(self, [images], *arguments, **options)
+        return jax.tree.map(lambda x: x[0], results) if isinstance(results, tuple) else results[0]
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def marked(images: Any, normalized: bool) -> Any:
@@ -61,7 +71,7 @@ def marked(images: Any, normalized: bool) -> Any:
     if not normalized or isinstance(images, (Normalized, Tokens)):
         return images
     pixels = np.asarray(images if hasattr(images, "dtype") else list(images))
-    if pixels.dtype.kind != "f" or pixels.ndim not in (3, 4):
+    if pixels.dtype.kind != "f" or pixels.ndim != 4:
         raise InputError(f"images: got {kind_of(pixels)}, expected float32 [B, S, S, 3] with normalized=True")
     return Normalized(pixels.astype(np.float32))
 
@@ -82,11 +92,6 @@ def several_texts(texts: Any) -> list[str]:
 def one_text(text: Any) -> Any:
     """A text as a batch of one."""
     return [text] if isinstance(text, str) else np.asarray(text)[None]
-
-
-def one_image(image: Any) -> Any:
-    """An image as a batch of one."""
-    return Normalized(image.pixels[None]) if isinstance(image, Normalized) else [image]
 
 
 def checked_boxes(boxes_xyxy: Any) -> list[np.ndarray]:
@@ -111,8 +116,8 @@ def _boxes_of_image(name: str, boxes: Any) -> np.ndarray:
     wrong = (corners[:, :2] > corners[:, 2:]).any(axis=1) | (np.abs(corners) > _FAR).any(axis=1)
     if wrong.any():
         raise InputError(
-            f"{name}: got {corners[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2, as shares of the"
-            " image; divide pixels by its width and height"
+            f"{name}: got {corners[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2, as shares of"
+            " the image; divide pixels by its width and height"
         )
     return corners
 
@@ -126,7 +131,7 @@ def resize(index: int, image: Any, size: int) -> np.ndarray:
 
 
 def as_uint8(index: int, image: Any) -> np.ndarray:
-    """A path, a PIL image or an array as uint8 [H, W, 3]. Raises InputError, which names the image by `index`."""
+    """A path, a PIL image or an array as uint8 [H, W, 3]. Raises InputError, which names the `index`."""
     name, wanted = f"images[{index}]", "uint8 or float [H, W, 3] with values in [0, 1]"
     if isinstance(image, (str, os.PathLike)):
         try:
@@ -147,8 +152,8 @@ def as_uint8(index: int, image: Any) -> np.ndarray:
     image = np.asarray(image, np.float32)
     if not 0 <= image.min(initial=0) <= image.max(initial=0) <= 1:
         raise InputError(
-            f"{name}: got {kind_of(image)} from {image.min():.3g} to {image.max():.3g}, expected {wanted}; normalised"
-            " images need normalized=True"
+            f"{name}: got {kind_of(image)} from {image.min():.3g} to {image.max():.3g}, expected {wanted};"
+            " normalised images need normalized=True"
         )
     return np.round(image * 255).astype(np.uint8)
 

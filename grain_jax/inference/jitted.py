@@ -1,4 +1,4 @@
-"""The jitted programs of a model. Parameters are arguments, so Predictors with one model configuration share them."""
+"""The jitted programs of a model. Parameters are arguments, so Predictors of one configuration share them."""
 
 import functools
 from collections.abc import Callable
@@ -27,22 +27,27 @@ def program(model: config_lib.Model, dtype: str, method: str) -> Callable[..., A
     return jax.jit(apply)
 
 
-@functools.lru_cache(maxsize=8)
-def image_program(
-    model: config_lib.Model, dtype: str, of_tokens: bool = False, by_box_head: bool = False
-) -> Callable[..., Any]:
-    """The jitted encode_images(params, image) -> image_embed [B, D], region_embed [B, Q, D], boxes_xyxy [B, Q, 4].
+@functools.lru_cache(maxsize=64)
+def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings") -> Callable[..., Any]:
+    """The jitted (params, image, *arrays) -> what the head makes of the tokens of images.
 
-    `image` is [B, S, S, 3], uint8 or normalised float32; or, with `of_tokens`, the images' tokens. With `by_box_head`,
-    region_embed has the box head's embeddings of the predicted boxes.
+    `image` is [B, S, S, 3], uint8 or normalised float32, or the images' tokens, which have fewer axes.
+
+    Args:
+      model, dtype: as of `program`.
+      head: "embeddings" gives image_embed [B, D], region_embed [B, Q, D] and boxes_xyxy [B, Q, 4];
+        "regions_by_box_head" the same, with the box head's embeddings of the predicted boxes; others are
+        methods of GRAIN that take tokens.
     """
     run = functools.partial(program, model, dtype)
 
-    def encode_images(params, image):
-        tokens = image if of_tokens else run("image_tokens")(params, image)
+    def encode_images(params, image, *arrays):
+        tokens = run("image_tokens")(params, image) if image.ndim == 4 else image
+        if head not in ("embeddings", "regions_by_box_head"):
+            return run(head)(params, tokens, *arrays)
         image_embed, region_embed, boxes = run("embeddings")(params, tokens)
         corners = jnp.clip(boxes_lib.cxcywh_to_xyxy(boxes[:, -1]), 0.0, 1.0)
-        if by_box_head:
+        if head == "regions_by_box_head":
             region_embed = run("box_embeddings")(params, tokens, corners)
         return image_embed, region_embed, corners
 
@@ -51,7 +56,7 @@ def image_program(
 
 @functools.lru_cache(maxsize=8)
 def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted encode_texts(params, tokens int32 [N, L], ends int32 [N]) -> [N, D]; a text's last token is at its end."""
+    """The jitted encode_texts(params, tokens int32 [N, L], ends of the texts int32 [N]) -> [N, D]."""
     apply = program(model, dtype, "encode_text")
 
     def encode_texts(params, tokens, ends):

@@ -1,9 +1,9 @@
 """Using a trained model: `grain_jax.load(DIR)` returns a `Predictor` that encodes images, texts and regions.
 
-A call takes any number of images or texts, also from a generator, and runs them in batches of a few fixed sizes,
-so that few programs are compiled. For one image or one text it returns the result without the axis of the
-batch: `encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors with the same model configuration
-share the programs. Large calls use all devices of the process.
+A call takes any number of images or texts, also from a generator, and runs them in batches of few sizes, so
+that few programs are compiled. For one image or text the result lacks the axis of the batch:
+`encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors of one configuration share the
+programs. Large calls use all devices of the process.
 """
 
 import itertools
@@ -16,8 +16,18 @@ from scipy import special
 
 from grain_jax.checkpoint import saved_model
 from grain_jax.inference import calibration, inputs, prompts, scores, segmentation
-from grain_jax.inference.encoder import MAX_BATCH, Boxes, Encoder
-from grain_jax.inference.inputs import ClassTexts, Images, InputError, OneImage, OneOrMany, Texts, Tokens
+from grain_jax.inference.batches import MAX_BATCH
+from grain_jax.inference.encoder import Boxes, Encoder
+from grain_jax.inference.inputs import (
+    ClassTexts,
+    Images,
+    InputError,
+    OneImage,
+    OneOrMany,
+    Texts,
+    Tokens,
+    one_or_many,
+)
 
 
 class Grounding(NamedTuple):
@@ -64,13 +74,13 @@ def load(
     templates: Sequence[str] | None = None,
     progress: bool = False,
 ) -> "Predictor":
-    """Loads the model of a training workdir (its newest checkpoint), a checkpoint, a converted folder, or a name.
+    """Loads the model of a workdir (its newest checkpoint), a checkpoint, a converted folder, or a name.
 
     Args:
-      name: the folder, local or remote; a folder of transformers or open_clip is converted into the user's cache. If
-        no folder has that name: a model that comes with the package ("aviary-tiny"), or one of the Hugging Face Hub
+      name: the folder, local or remote; one of transformers or open_clip is converted into the user's cache.
+        If no folder has that name: a model of the package ("aviary-tiny") or of the Hugging Face Hub
         ("hf://ORG/NAME", "hf://ORG/NAME@REVISION"). No code of the Hub is downloaded.
-      device: where it runs, a device of JAX or "cpu", "gpu", "gpu:1"; None: the default one, and all for large calls.
+      device: a device of JAX or "cpu", "gpu", "gpu:1"; None: the default one, and all for large calls.
       dtype: "float32" or "bfloat16"; None: float32.
       templates, progress: as in `Predictor`.
 
@@ -87,14 +97,14 @@ def load(
 class Predictor(Encoder):
     """Encodes and compares images and texts; every result is float32 numpy.
 
-    An image is a path, a PIL image of any mode, or an array [H, W, 3], uint8 or float in [0, 1]. Images come as one, as
-    anything to iterate over, or as an array [B, H, W, 3], and are resized to the model's size. Files and PIL images are
-    turned by their EXIF orientation, as a viewer shows them; `np.asarray(image)` takes the pixels as they are. With
-    `normalized=True` images are float32 [B, S, S, 3], as `preprocess` makes them. Classes are names, {name:
-    [description, ...]}, or the result of `class_features`.
+    An image is a path, a PIL image of any mode, or an array [H, W, 3], uint8 or float in [0, 1]. Images come
+    as one, as anything to iterate over, or as an array [B, H, W, 3], and are resized to the model's size.
+    Files and PIL images are turned by their EXIF orientation, as a viewer shows them; `np.asarray(image)`
+    takes the pixels as they are. With `normalized=True` images are float32 [B, S, S, 3], as `preprocess`
+    makes them. Classes are names, {name: [description, ...]}, or the result of `class_features`.
 
-    Every method raises InputError for arguments that it cannot take, and if the model lacks region queries, a box head
-    or a grid of patches that the method needs. A tokenizer that cannot be read is a UserError.
+    Every method raises InputError for arguments that it cannot take, and if the model lacks region queries, a
+    box head or a grid of patches that the method needs. A tokenizer that cannot be read is a UserError.
 
     Args:
       model: configuration of the model.
@@ -110,7 +120,7 @@ class Predictor(Encoder):
     """
 
     def class_features(self, classes: ClassTexts) -> ClassFeatures:
-        """Embeds classes: names in prompts, or names with descriptions (docs/method.md, Zero-shot evaluation)."""
+        """Embeds classes, maybe with descriptions, in prompts (docs/method.md, Zero-shot evaluation)."""
         return self._class_features(classes)
 
     def _class_features(self, classes: ClassTexts, alpha: float = 0.5) -> ClassFeatures:
@@ -125,23 +135,21 @@ class Predictor(Encoder):
             embeds = tuple(prompts.encode_lists(self.encode_text, descriptions))
         return ClassFeatures(tuple(name for name, _ in pairs), features, embeds)
 
+    @one_or_many
     def classify(
         self,
-        images: OneOrMany,
+        images: OneOrMany | Tokens,
         classes: ClassTexts | ClassFeatures,
         alpha: float = 1.0,
         *,
         normalized: bool = False,
     ) -> np.ndarray:
-        """Scores of every class, float32 [B, C]: alpha * global + (1 - alpha) * region cosines; for one image [C].
+        """Scores of classes, float32 [B, C]: alpha * global + (1 - alpha) * region cosines; one image -> [C].
 
         Args:
           images, classes: see `Predictor`.
           alpha: share of the global score; values below 1 need descriptions.
         """
-        images = inputs.marked(images, normalized)
-        if inputs.is_one_image(images):
-            return self.classify(inputs.one_image(images), classes, alpha)[0]
         if not 0.0 <= alpha <= 1.0:
             raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if alpha < 1.0:
@@ -150,7 +158,7 @@ class Predictor(Encoder):
             classes = self._class_features(classes, alpha)
         if alpha < 1.0 and classes.descriptions is None:
             raise InputError(f"alpha {alpha} needs descriptions of the classes: {{name: [description, ...]}}")
-        image_embed, region_embed, _ = self._encode(images)
+        image_embed, region_embed, _ = self._encode(inputs.marked(images, normalized))
         region = None
         if alpha < 1.0:
             embeds = classes.descriptions or ()
@@ -169,12 +177,12 @@ class Predictor(Encoder):
     ) -> list[np.ndarray]: ...
 
     def classify_boxes(self, images: OneOrMany | Tokens, boxes_xyxy: Boxes, classes: Classes) -> Any:
-        """For each image the cosine of every class for each of its boxes, float32 [n, C]; for one image [n, C].
+        """For each image the cosines of classes and its boxes, float32 [n, C]; for one image [n, C].
 
         `images` and `boxes_xyxy` are as for `encode_boxes`.
         """
         if inputs.is_one_image(images):
-            return self.classify_boxes(inputs.one_image(images), [boxes_xyxy], classes)[0]
+            return self.classify_boxes([images], [boxes_xyxy], classes)[0]
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)
         embeds = self.encode_boxes(images, boxes_xyxy)
@@ -187,14 +195,15 @@ class Predictor(Encoder):
     def ground(self, image: OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
 
     def ground(self, image: OneImage | np.ndarray, texts: Any) -> Any:
-        """For each text the box of the region with the largest cosine, and that cosine; for one text one `Grounding`.
+        """For each text the box of the region with the largest cosine, and that cosine; one text -> one.
 
         With a box head, the cosine is that of the head's embedding of the box.
         """
         if inputs.is_one_text(texts):
             return self.ground(image, inputs.one_text(texts))[0]
         self.need_regions("ground")
-        _, embeds, boxes_xyxy = self._encode(inputs.one_image(image), self.has_box_head)
+        head = "regions_by_box_head" if self.has_box_head else "embeddings"
+        _, embeds, boxes_xyxy = self._encode([image], head)
         similarity = self.encode_text(texts) @ embeds[0].T  # [N, Q]
         best = similarity.argmax(axis=1)
         return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)]
@@ -212,6 +221,7 @@ class Predictor(Encoder):
         self, images: Images, texts: Iterable[str], **options: Unpack[DetectOptions]
     ) -> list[Detections]: ...
 
+    @one_or_many
     def detect(
         self,
         images: OneOrMany,
@@ -221,10 +231,10 @@ class Predictor(Encoder):
         top_k: int = 100,
         pixels: bool = True,
     ) -> Any:
-        """For each image the regions that show one of the texts, as `grain-jax evaluate detection` measures them.
+        """For each image the regions that show one of the texts, as `evaluate detection` measures them.
 
-        A score is the probability by calibration.json (`present`), or without one the softmax over the texts of the scaled
-        cosines; a single text then has its cosine.
+        A score is the probability by calibration.json (`present`), or without one the softmax over the texts
+        of the scaled cosines; a single text then has its cosine.
 
         Args:
           images: see `Predictor`; one image has one `Detections`.
@@ -233,10 +243,6 @@ class Predictor(Encoder):
           top_k: detections per image at most.
           pixels: whether boxes are in pixels of the image as it was given, or in [0, 1].
         """
-        if inputs.is_one_image(images):
-            return self.detect(
-                inputs.one_image(images), texts, threshold=threshold, top_k=top_k, pixels=pixels
-            )[0]
         self.need_regions("detect")
         names = inputs.several_texts(texts)
         features, found = self.encode_text(names), []
@@ -251,7 +257,7 @@ class Predictor(Encoder):
         return found
 
     def text_scores(self, region_embeds: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """The scores of `detect` of embeddings [..., Q, D] for texts or class features [K, D]: float32 [..., Q, K]."""
+        """`detect`'s scores of embeddings [..., Q, D] for texts or classes [K, D]: float32 [..., Q, K]."""
         cosines = scores.unit(region_embeds) @ np.asarray(features, np.float32).T
         calibrated = self._calibration("regions")[0]
         if calibrated is not None:
@@ -261,6 +267,7 @@ class Predictor(Encoder):
         logits = self.region_logit_scale * cosines.astype(np.float64)
         return special.softmax(logits, axis=-1).astype(np.float32)
 
+    @one_or_many
     def present(self, images: OneOrMany, texts: str | Iterable[str], by: str = "image") -> np.ndarray:
         """Probabilities that texts are true of images, float32 [B, N]; one image -> [N], one text -> [B].
 
@@ -271,8 +278,6 @@ class Predictor(Encoder):
           texts: strings; names of classes if class folders made the calibration.
           by: "image", the embedding of the image, or "regions", the region that fits best.
         """
-        if inputs.is_one_image(images):
-            return self.present(inputs.one_image(images), texts, by)[0]
         if isinstance(texts, str):
             return self.present(images, [texts], by)[:, 0]
         if by not in ("image", "regions"):
@@ -288,8 +293,8 @@ class Predictor(Encoder):
         if score is None:
             data = "--images DIR" + " --annotations A.jsonl" * (by == "regions")
             raise InputError(
-                f"{self.folder}/{calibration.NAME}: got {fault}, expected a calibration; make it by: grain-jax evaluate"
-                f" calibrate --checkpoint {self.folder} {data} --output OUT.json"
+                f"{self.folder}/{calibration.NAME}: got {fault}, expected a calibration; make it by:"
+                f" grain-jax evaluate calibrate --checkpoint {self.folder} {data} --output OUT.json"
             )
         return score
 
@@ -305,23 +310,22 @@ class Predictor(Encoder):
     def similarity_map(self, image: OneImage | np.ndarray, texts: Texts) -> np.ndarray:
         """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
 
-        For one text it returns [h, w]. A patch has its own cosine (`encode_patches`), the best cosine of the regions
-        there (`scores.region_map`), or the mean of the two, depending on what the model has.
+        For one text it returns [h, w]. A patch has its own cosine (`encode_patches`), the best cosine of the
+        regions there (`scores.region_map`), or the mean of the two, depending on what the model has.
         `scores.resize_map` makes the map as large as the image.
         """
         if inputs.is_one_text(texts):
             return self.similarity_map(image, inputs.one_text(texts))[0]
-        return self.similarity_maps(inputs.one_image(image), [self.encode_text(texts)])[0]
+        return self.similarity_maps([image], [self.encode_text(texts)])[0]
 
     def similarity_maps(self, images: Images | Tokens, text_embeds: Sequence[np.ndarray]) -> list[np.ndarray]:
         """For each image the maps of its own texts, as `similarity_map`: float32 [n, h, w].
 
         Args:
-          images: a batch; with a box head also the result of `encode_tokens`.
+          images: a batch.
           text_embeds: for each image the embeddings [n, D] of its texts.
         """
-        if not isinstance(images, Tokens) and self.has_box_head:
-            images = self.image_tokens(images)
+        images = images if isinstance(images, Tokens) else self.encode_tokens(images)
         patches = regions = [None] * len(text_embeds)
         if self.has_patches:
             patches = self.encode_patches(images)
@@ -347,6 +351,7 @@ class Predictor(Encoder):
         self, images: Images, classes: ClassTexts | segmentation.Classes, **options: Any
     ) -> list[np.ndarray]: ...
 
+    @one_or_many
     def segment(
         self,
         images: OneOrMany,
@@ -357,13 +362,13 @@ class Predictor(Encoder):
         stride: int = 0,
         **maps: Any,
     ) -> Any:
-        """For each image the class of every pixel, int32 [H, W], positions in the classes; for one image [H, W].
+        """For each image the position of each pixel's class, int32 [H, W]; for one image [H, W].
 
         Args:
           images: see `Predictor`, of any size; or one.
-          classes: names, {name: [description, ...]} or the result of `segmentation_classes`. Commas divide names of one
-            class: "sofa, couch".
-          background: pixels are -1 if the best class has a smaller share of the softmax of scaled cosines; None: none.
+          classes: names, {name: [description, ...]} or the result of `segmentation_classes`. Commas divide
+            names of one class: "sofa, couch".
+          background: pixels whose best class has a smaller share of the softmax of scaled cosines are -1.
           short_side: pixels that the shorter side is resized to; 0: the model's image size.
           stride: pixels between windows of the model's size; 0: half of it.
           **maps: `by`, `patch_features`, `patch_weight` and `patch_sides`, as for `class_maps`.
@@ -372,15 +377,14 @@ class Predictor(Encoder):
         segmentation.check_stride(size, short_side, stride)
         if not isinstance(classes, segmentation.Classes):
             classes = self.segmentation_classes(classes)
-        is_one = inputs.is_one_image(images)
         labels = []
-        for i, image in enumerate([images] if is_one else cast(Iterable[Any], images)):
+        for i, image in enumerate(cast(Iterable[Any], images)):
             windows = segmentation.windows_of(i, image, size, short_side, stride, len(classes.names))
             maps_of_windows = self.class_maps(windows.pixels, classes, **maps)
             labels.append(
                 segmentation.labels(maps_of_windows, windows, background=background, scale=self.logit_scale)
             )
-        return labels[0] if is_one else labels
+        return labels
 
     def segmentation_classes(self, classes: ClassTexts) -> segmentation.Classes:
         """Embeds classes for `segment`, once for any number of images."""
@@ -403,28 +407,28 @@ class Predictor(Encoder):
         Args:
           images: a batch, see `Predictor`.
           classes: the result of `segmentation_classes`.
-          by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto", what the
-            model has, as in `similarity_maps`.
-          patch_features: "tokens", the last ones (`encode_patches`); "values", for which each token of the last layer
-            attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
+          by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto",
+            what the model has, as in `similarity_maps`.
+          patch_features: "tokens", the last ones (`encode_patches`); "values", for which each token of the
+            last layer attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
           patch_weight: share of the patches in "both"; the regions have the rest.
-          patch_sides: `sides` of `encode_patches`. A box of one patch is smaller than any part that a box head has learnt,
-            and it takes it for a small one.
+          patch_sides: `sides` of `encode_patches`. A box of one patch is smaller than any part that a box
+            head has learnt, and it takes it for a small one.
         """
         by, patch_features = self.maps_by(by, patch_features)
-        grid, maps, tokens = self.grid, [], None
+        maps, use_values = [], patch_features == "values"
         if not isinstance(images, (np.ndarray, inputs.Normalized)):
             images = list(images)  # they may be read twice
+        tokens = images
         if by != "regions":
-            tokens = self.image_tokens(images, f"image_{patch_features}")
+            tokens = self.encode_tokens(images, values=use_values)
             cosines = classes.cosines(self.encode_patches(tokens, patch_sides))
             maps.append(cosines.transpose(0, 3, 1, 2))
         if by != "patches":
-            shared = tokens if tokens is not None and patch_features == "tokens" else images
-            regions = self.encode_regions(shared)
+            regions = self.encode_regions(images if use_values else tokens)
             cosines = classes.cosines(regions.embed).transpose(0, 2, 1)  # [B, C, Q]
             pairs = zip(cosines, regions.boxes_xyxy)
-            maps.append(np.stack([scores.region_map(*pair, grid) for pair in pairs]))
+            maps.append(np.stack([scores.region_map(*pair, self.grid) for pair in pairs]))
         if len(maps) == 1:
             return maps[0]
         return np.float32(patch_weight) * maps[0] + np.float32(1 - patch_weight) * maps[1]

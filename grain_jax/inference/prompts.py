@@ -1,4 +1,4 @@
-"""Prompts: class names and descriptions as the sentences that the text tower reads (docs/method.md, Zero-shot evaluation)."""
+"""Class names and descriptions as the sentences that the text tower reads (docs/method.md, Zero-shot)."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ class PromptError(errors.UserError):
 
 
 def load_templates(path: epath.PathLike | None = None) -> list[str]:
-    """Reads a text file of templates, one per line, each with one `{}`; blank lines and `#` lines are skipped.
+    """Reads templates, one per line, each with one `{}`; blank lines and `#` lines are skipped.
 
     Args:
       path: the file; None: DEFAULT_TEMPLATES.
@@ -63,7 +63,7 @@ def descriptor_clause(description: str) -> str:
 
 
 def class_texts(name: str, templates: Sequence[str], descriptions: Sequence[str] | None = None) -> list[str]:
-    """The texts of one class: every template, or every template with every description (templates in the inner loop).
+    """The texts of a class: every template, or each with every description (templates in the inner loop).
 
     A name "dog/poodle" is PARENT/CLASS: "a photo of a poodle, a kind of dog". The last of several parents
     is used. A `/` between single letters or beside a space ("C/V", "jacket / coat") is part of the name.
@@ -89,7 +89,7 @@ def class_texts(name: str, templates: Sequence[str], descriptions: Sequence[str]
 
 
 def distinct(texts: Sequence[str], key: Callable[[str], str] = str) -> tuple[list[str], np.ndarray]:
-    """The first of each set of texts whose `key` is equal, and for each text the position of its set, int [N]."""
+    """The first of each set of texts with one `key`, and for each text the position of its set, int [N]."""
     first: dict[str, tuple[int, str]] = {}
     position = [first.setdefault(key(text), (len(first), text))[0] for text in texts]
     return [text for _, text in first.values()], np.array(position, int)
@@ -98,7 +98,7 @@ def distinct(texts: Sequence[str], key: Callable[[str], str] = str) -> tuple[lis
 def encode_lists(
     encode: Callable[[list[str]], np.ndarray], lists: Sequence[Sequence[str]]
 ) -> list[np.ndarray]:
-    """For each list of texts the embeddings [n, D], by `encode`: texts -> [N, D]; a text in several goes there once."""
+    """For each list of texts the embeddings [n, D]; `encode`, texts -> [N, D], gets each text once."""
     texts, position = distinct([text for each in lists for text in each])
     ends = np.cumsum([len(each) for each in lists])
     return np.split(encode(texts)[position], ends[:-1])

@@ -1,7 +1,7 @@
 """Zero-shot scores from embeddings, in numpy (docs/method.md, Zero-shot evaluation).
 
-Shapes use the letters of `schema`, C for classes, and n_c for the texts of class c. Embeddings may have any length: every
-function normalises them, and scores are cosines.
+Shapes use the letters of `schema`, C for classes, and n_c for the texts of class c. Embeddings may have any
+length: every function normalises them, and scores are cosines.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def in_parts(function: Callable[..., Sequence[np.ndarray]], *arrays: np.ndarray) -> list[np.ndarray]:
-    """Calls `function` on AT_ONCE rows of the arrays at a time, which bounds its memory, and joins what it returns."""
+    """Calls `function` on AT_ONCE rows at a time, which bounds its memory, and joins what it returns."""
     starts = range(0, max(len(arrays[0]), 1), AT_ONCE)
     parts = [function(*(x[first : first + AT_ONCE] for x in arrays)) for first in starts]
     return [np.concatenate(each) for each in zip(*parts)]
@@ -34,8 +34,8 @@ def class_features(text_embeds: Sequence[np.ndarray], unit_length: bool = False)
       unit_length: normalise the means, as OpenAI's CLIP and open_clip do; False: as the reference.
 
     Returns:
-      float32 [C, D]. Without `unit_length`, the less alike the texts of a class, the shorter its feature and the
-      lower its scores.
+      float32 [C, D]. Without `unit_length`, the less alike the texts of a class, the shorter its feature and
+      the lower its scores.
     """
     means = np.stack([unit(embeds).mean(axis=0) for embeds in text_embeds])
     return unit(means) if unit_length else means
@@ -54,8 +54,8 @@ def region_scores(
     Args:
       region_embed: [B, Q, D].
       description_embeds: for each class the embeddings of its descriptions, [n_c, D], n_c >= 1.
-      by: "mean" averages the queries' cosines with the best description of the class, as the paper does. "best" averages
-        the descriptions' cosines with the best query, so other things in the image do not count.
+      by: "mean" averages the queries' cosines with the best description of the class, as the paper does.
+        "best" averages the descriptions' cosines with the best query: other things do not count.
 
     Returns:
       float32 [B, C].
@@ -80,7 +80,7 @@ def best_pairs(
 
     Args:
       score: [Q, K], of regions and texts.
-      boxes_xyxy: [Q, 4]. A region is left out for a text that a region with an IoU above 0.5 fits better; None: none is.
+      boxes_xyxy: [Q, 4]. A text's regions with an IoU above 0.5 to a better one are left out; None: none is.
       most: pairs at most.
       threshold: the lowest score.
 
@@ -117,8 +117,8 @@ def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.
 def region_map(cosines: Any, boxes_xyxy: Any, grid: int, xp: Any = np) -> Any:
     """Cosines of texts and regions as a map: a cell has the best cosine of the regions that cover it.
 
-    A region that covers a share of a cell counts there in that share, above the lowest cosine of the text; a cell
-    without a region has the lowest.
+    A region that covers a share of a cell counts there in that share, above the lowest cosine of the text; a
+    cell without a region has the lowest.
 
     Args:
       cosines: [N, Q], of texts and regions.

@@ -1,10 +1,10 @@
-"""Open-vocabulary segmentation: the class of every pixel, from the cosines of patches or regions and class names.
+"""Open-vocabulary segmentation: the class of every pixel, from cosines of patches or regions and class names.
 
-The image is resized and cut into windows of the model's size. Each window gets a map per class; where windows overlap
-the maps are averaged. The maps are resized to the image, and each pixel gets the class with the largest cosine.
+The image is resized and cut into windows of the model's size. Each window gets a map per class; overlapping
+maps are averaged. The maps are resized to the image, and each pixel gets the class with the largest cosine.
 
-Maps of patches follow MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on cell
-centres, the edge held.
+Maps of patches follow MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on
+cell centres, the edge held.
 """
 
 import itertools
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+from scipy import sparse
 
 from grain_jax import config as config_lib
 from grain_jax.core import images as image_files
@@ -20,10 +21,6 @@ from grain_jax.core import named
 from grain_jax.inference import inputs, prompts, scores
 from grain_jax.inference.inputs import InputError
 
-# Where the maps come from: what the model has, its patches, the boxes of its region queries, or a weighted sum.
-WAYS = ("auto", "patches", "regions", "both")
-# What a patch is: its value in the last layer, or its last token. "auto": the token where a box head reads it.
-PATCHES = ("auto", "values", "tokens")
 BACKGROUND = -1  # the label of pixels below the threshold
 MAX_CANVAS = 1 << 22  # pixels of a resized image
 MAX_NUMBERS = 1 << 29  # float32 numbers, one for each class, of these pixels: 2 GiB
@@ -105,8 +102,8 @@ def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0,
     if columns * rows > most:
         advice = "; a smaller short_side makes fewer" if short > size else ""
         raise image_files.TooLargeError(
-            f"got {width} x {height} pixels, which become {columns} x {rows}, expected at most {most:,} in all of"
-            f" {classes} classes{advice}"
+            f"got {width} x {height} pixels, which become {columns} x {rows}, expected at most"
+            f" {most:,} in all of {classes} classes{advice}"
         )
     image = image_files.to_rgb(image)
     if image.size != (columns, rows):
@@ -145,7 +142,7 @@ def labels(
     Args:
       maps: [n, C, h, w], of the windows.
       windows: of the image.
-      background: pixels whose best class has a smaller share of the softmax over classes are BACKGROUND; None: none.
+      background: pixels whose best class has a smaller share of the softmax are BACKGROUND; None: none.
       scale: of the cosines in that softmax.
       skip: a class that no pixel gets, and that the softmax leaves out.
     """
@@ -183,31 +180,14 @@ def _overlapped(maps: np.ndarray, windows: Windows) -> np.ndarray:
 def _resized(canvas: np.ndarray, width: int, height: int) -> Iterator[np.ndarray]:
     """The canvas [rows, columns, C] resized to [height, width, C], in bands of rows."""
     rows, columns, classes = canvas.shape
-    (above, down), (left, right) = _neighbours(height, rows), _neighbours(width, columns)
+    weights = lambda size, cells: sparse.csr_array(scores.bilinear(size, cells).astype(np.float32))
+    down, across = weights(height, rows), weights(width, columns)
     most = max(1, _BAND // (width * classes))
     for first in range(0, height, most):
-        part = slice(first, first + most)
-        band = canvas[part]
+        band = canvas[first : first + most]
         if rows != height:
-            band = _between(canvas, above[part], down[part, None, None], 0)
-        yield band if columns == width else _between(band, left, right[None, :, None], 1)
-
-
-def _neighbours(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `size` pixels the cell before it, int, and its distance from that cell, float32 in [0, 1]."""
-    positions = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
-    before = np.minimum(positions.astype(int), max(cells - 2, 0))
-    return before, (positions - before).astype(np.float32)
-
-
-def _between(x: np.ndarray, before: np.ndarray, share: np.ndarray, axis: int) -> np.ndarray:
-    """`x` between the cells `before` and the next ones along an axis."""
-    out = x.take(before, axis)
-    other = x.take(np.minimum(before + 1, x.shape[axis] - 1), axis)
-    other -= out
-    other *= share
-    out += other
-    return out
+            band = (down[first : first + most] @ canvas.reshape(rows, -1)).reshape(-1, columns, classes)
+        yield band if columns == width else np.stack([across @ row for row in band])
 
 
 def maps_by(model: config_lib.Model, by: str, patch_features: str) -> tuple[str, str]:
@@ -215,7 +195,7 @@ def maps_by(model: config_lib.Model, by: str, patch_features: str) -> tuple[str,
 
     Raises InputError, which begins with the option, if the model cannot use them.
     """
-    options = (("by", by, WAYS), ("patch_features", patch_features, PATCHES))
+    options = (("by", by, config_lib.MAPS_BY), ("patch_features", patch_features, config_lib.PATCH_FEATURES))
     for name, value, known in options:
         if value not in known:
             raise InputError(f"{name}: got {value!r}, expected one of {', '.join(known)}")

@@ -1,7 +1,7 @@
 """Joins the processes of a run, and ends them all soon after one fails.
 
-The coordinator and the number of each process come from flags, SLURM, Kubernetes or TPU metadata; JAX detects all
-but the flags.
+The coordinator and the number of each process come from flags, SLURM, Kubernetes or TPU metadata; JAX detects
+all but the flags.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def initialize(coordinator: str | None, processes: int, process_id: int, heartbe
 def find(
     coordinator: str | None, processes: int, process_id: int, environment: Mapping[str, str]
 ) -> tuple[str, dict[str, Any]] | None:
-    """(name of the cluster, arguments of `jax.distributed.initialize`), or None for a process that is known to be alone.
+    """(name of the cluster, arguments of `jax.distributed.initialize`), or None for a process that is alone.
 
     Args:
       coordinator, processes, process_id: see `initialize`.
@@ -134,8 +134,8 @@ def _find_cluster(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] 
 def _gpus_of_task(environment: Mapping[str, str]) -> list[int]:
     """The GPUs of a SLURM task, among those that it sees; [] leaves the choice to JAX.
 
-    JAX takes one GPU, with the number of the task on its node. That is right only where the tasks of a node see the
-    same GPUs, as many as there are tasks.
+    JAX takes one GPU, with the number of the task on its node. That is right only where the tasks of a node
+    see the same GPUs, as many as there are tasks.
 
     Raises:
       UserError: the tasks of a node see the same GPUs, and there is not one for each task.
@@ -155,9 +155,9 @@ def _gpus_of_task(environment: Mapping[str, str]) -> list[int]:
 
 
 def keep_compiled_programs() -> None:
-    """Turns JAX's cache of compiled programs on, in the user's cache folder, so that the next start compiles nothing.
+    """Turns JAX's cache of compiled programs on, in the user's cache: the next start compiles nothing.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder. Each host has its own, since XLA compiles for its processor.
+    `JAX_COMPILATION_CACHE_DIR` names another folder. Each host has one, since XLA compiles for its processor.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
         cache = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -171,8 +171,8 @@ def keep_compiled_programs() -> None:
 def ending_together(heartbeat_seconds: int) -> Iterator[None]:
     """Ends the process at once where the code inside fails, so that the other processes soon end too.
 
-    An ordinary exit waits for all processes, up to five minutes, and a process that waits still sends heartbeats:
-    the others would stand in a collective all the while. The statuses of `ending.AGREED` are ordinary exits.
+    An ordinary exit waits for all processes, up to five minutes, and still sends heartbeats: the others would
+    stand in a collective all the while. The statuses of `ending.AGREED` are ordinary exits.
 
     Args:
       heartbeat_seconds: as given to `initialize`.

@@ -1,10 +1,9 @@
 """How the process of a trainer ends: told by a signal, standing still, by a fault, or done.
 
-* `PreemptionHandler`: SIGTERM and Ctrl-C save the state after a step that all processes agree on, and end the run.
+* `PreemptionHandler`: SIGTERM and Ctrl-C save the state after a step that all agree on, and end the run.
 * `Watchdog`: a run that stands still says where.
-* `in_a_line`: a full disk is one line.
-* `leave` waits for no thread. An ordinary exit joins all threads: Orbax's wait for 300 s after a failed save, and a
-  reader at a hung disk never ends.
+* `leave` waits for no thread. An ordinary exit joins all threads: Orbax's wait for 300 s after a failed save,
+  and a reader at a hung disk never ends.
 """
 
 import atexit
@@ -22,7 +21,6 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
-from etils import epath
 from jax.experimental import multihost_utils
 
 from grain_jax.core import errors
@@ -74,7 +72,7 @@ def leave(status: int, text: str = "", *, stacks: bool = False) -> NoReturn:
 
 
 def end_by(error: BaseException) -> tuple[int, str]:
-    """(status, text to print) where `error` ends the process: lines of a UserError or of what the system refused, else a traceback."""
+    """(status, text) of a process that `error` ends: lines of a UserError or the system, or a traceback."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None), ""
     fault = error if isinstance(error, errors.UserError) else errors.of_system(error)
@@ -99,8 +97,8 @@ def run(command: Callable[[], None]) -> None:
 def take_sigterm_back(*, leaves_last: bool) -> None:
     """Gives SIGTERM back to a PreemptionHandler that listened before `jax.distributed.initialize`.
 
-    JAX replaces Python's handler by a C function, which sets the flag that makes the processes agree on a step.
-    `PreemptionHandler.tell` calls that function.
+    JAX replaces Python's handler by a C function, which sets the flag that makes the processes agree on a
+    step. `PreemptionHandler.tell` calls that function.
 
     Args:
       leaves_last: whether this is process 0.
@@ -118,9 +116,9 @@ def take_sigterm_back(*, leaves_last: bool) -> None:
 class PreemptionHandler:
     """Handles SIGTERM and Ctrl-C; inactive until `listen`.
 
-    A first signal in training asks all processes to save and end after a step. A signal outside training ends the
-    process at once: there is nothing to save. So does a second signal more than a second after the first, even if the
-    main thread hangs.
+    A first signal in training asks all processes to save and end after a step. A signal outside training ends
+    the process at once: there is nothing to save. So does a second signal more than a second after the first,
+    even if the main thread hangs.
 
     Attributes:
       status: exit status of a run that was told to end: PREEMPTED or INTERRUPTED.
@@ -168,8 +166,8 @@ class PreemptionHandler:
     def reached(self, step: int) -> bool:
         """Whether to save and end after this step; the same answer on all processes.
 
-        All processes call it after every step. Under `jax.distributed` they agree on a step that lies ahead. Orbax
-        asks JAX with the same number when it saves.
+        All processes call it after every step. Under `jax.distributed` they agree on a step that lies ahead.
+        Orbax asks JAX with the same number when it saves.
         """
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
@@ -223,7 +221,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def running(self, step: int) -> Iterator[None]:
-        """Watches from `step` on until `stop`; after a fault inside, `stop` must come within FAULT_SECONDS."""
+        """Watches from `step` on until `stop`, which must come within FAULT_SECONDS after a fault inside."""
         self._step = step
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
@@ -276,22 +274,3 @@ class Watchdog:
                 text += f"\nending: not over {limit} s after this fault"
             text += f"; {self._activity}, last step {self._step}. Stacks of all threads:"
             leave(status, text, stacks=True)
-
-
-@contextlib.contextmanager
-def in_a_line(workdir: epath.PathLike) -> Iterator[None]:
-    """Replaces errors inside that come from a full disk, or from a workdir that was removed or cannot be written.
-
-    Raises:
-      errors.StorageFault: in place of such an error; one line.
-    """
-    try:
-        yield
-    except errors.UserError:
-        raise
-    except Exception as error:
-        fault = errors.of_system(error, workdir)
-        if fault is None:
-            raise
-        again = "the same command goes on from the newest checkpoint"
-        raise errors.StorageFault(f"{fault}; {again}") from None

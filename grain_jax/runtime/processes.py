@@ -88,7 +88,7 @@ def run_together(function: Callable[[], T]) -> T:
 
 
 def of_first(function: Callable[[], T]) -> T:
-    """Calls `function` on the first process and returns its result, a JSON value, on all; all raise where it fails.
+    """Calls `function` on the first process; returns its result, a JSON value, on all; all raise a failure.
 
     Raises:
       Exception: see `agree`.

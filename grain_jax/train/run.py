@@ -39,6 +39,8 @@ from grain_jax.train import (
 )
 from grain_jax.train.arguments import Train
 
+_RESUMES = "the same command goes on from the newest checkpoint"
+
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next step instead of returning it to the kernel.
@@ -74,7 +76,7 @@ def train(
     handler, watch = handler or ending.PreemptionHandler(), watch or ending.Watchdog()
     first = jax.process_index() == 0
     with lock.held(workdir) if first else contextlib.nullcontext():
-        with ending.in_a_line(workdir):
+        with errors.storage_faults_as_one_line(workdir, _RESUMES):
             _train(config, workdir, handler, watch)
 
 
@@ -124,7 +126,11 @@ def _train(
         waits = "waiting for a checkpoint to be written"
         closes.callback(clock.spend("save")(watch.doing(waits)(checkpoints.wait)))
         closes.callback(watch.doing("waiting for the input to stop")(batches.close))
-        with watch.running(start_step), ending.in_a_line(workdir), clock.spend("steps"):
+        with (
+            watch.running(start_step),
+            errors.storage_faults_as_one_line(workdir, _RESUMES),
+            clock.spend("steps"),
+        ):
             for step in range(start_step + 1, run.total_steps + 1):
                 trace.begin(step)
                 with watch.doing("waiting for the next batch (input)"), clock.spend("input"):

@@ -16,7 +16,6 @@ import pytest
 from grain_jax.checkpoint import files as checkpoint_files
 from grain_jax.checkpoint import states
 from grain_jax.core import errors
-from grain_jax.runtime import ending
 from tests import tiny
 from tests.paths import ROOT
 
@@ -256,7 +255,7 @@ def test_a_full_disk_for_real(tmp_path):
         pytest.skip("only root can mount a small disk")
     try:
         with pytest.raises(errors.StorageFault, match="No space left"):
-            with ending.in_a_line(tmp_path):
+            with errors.storage_faults_as_one_line(tmp_path):
                 save_steps(tmp_path, range(1, 99), config, width=256)
         last = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
         subprocess.run(["mount", "-o", "remount,size=8m", str(tmp_path)], check=True)

@@ -19,7 +19,7 @@ from tests.paths import ROOT
 HEAVY = "jax flax tensorflow torch numpy matplotlib ml_collections absl PIL scipy apache_beam etils.epath"
 PARSERS = commands.parsers(COMMANDS)
 
-# Prints help of every command and kind, and what heavy was imported for it, or for the list of keys of a config.
+# Prints help of every command and kind, and what heavy was imported for it, or for the keys of a config.
 _ALL_HELP = f"""
 import contextlib, io, json, sys
 from grain_jax.__main__ import main

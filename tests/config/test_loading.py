@@ -1,4 +1,4 @@
-"""Which file `--config` and `--sweep` mean, from any folder; what the command line changes; `--help-config`."""
+"""Which file `--config` and `--sweep` mean, from any folder; what overrides change; `--help-config`."""
 
 import re
 import sys

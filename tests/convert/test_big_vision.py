@@ -1,4 +1,4 @@
-"""from-big-vision against what big_vision itself gave (goldens/big_vision_*.npz), and what it says of faults."""
+"""from-big-vision against what big_vision itself gave (goldens/big_vision_*.npz), and its faults."""
 
 import jax
 import jax.numpy as jnp

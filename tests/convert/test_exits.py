@@ -1,4 +1,4 @@
-"""The exports against the classes that load them, which we did not write; each model has perturbed weights."""
+"""The exports against the classes of others that load them; each model has perturbed weights."""
 
 import dataclasses
 import re
@@ -19,9 +19,10 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.convert import parity, towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision import from_big_vision
-from grain_jax.convert.exits import needs, timm_trunk
+from grain_jax.convert.exits import needs
+from grain_jax.convert.exits import open_clip as to_open_clip
 from grain_jax.convert.from_hugging_face import from_hf
-from grain_jax.convert.reference import module as torch_module
+from grain_jax.convert.reference import commands as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.inference.inputs import Normalized
 from tests import foreign, perturbed
@@ -121,13 +122,16 @@ def trunk(monkeypatch):
     name = vit_tiny_patch8_siglip_40.__name__
     monkeypatch.setitem(_registry._model_entrypoints, name, vit_tiny_patch8_siglip_40)
     monkeypatch.setitem(_registry._model_to_module, name, "vision_transformer")
-    monkeypatch.setitem(timm_trunk.SIZES, 48, "tiny")
+    monkeypatch.setitem(to_open_clip.TRUNKS, 48, "tiny")
 
 
 # A model, and the class that loads what an export makes of it.
 TABLE = {
     "clip folded": ("CLIPModel", CLIP | dict(text__projection="none", embed_dim=40)),
-    "siglip filled": ("SiglipModel", SIGLIP | dict(image__patch_bias=False, logit_bias_init=None, text__cleaning="siglip2")),
+    "siglip filled": (
+        "SiglipModel",
+        SIGLIP | dict(image__patch_bias=False, logit_bias_init=None, text__cleaning="siglip2"),
+    ),
     "regions of siglip": ("SiglipModel", beside(SIGLIP) | dict(text__projection="affine")),
     "regions of clip": ("open_clip", beside(QUICK)),
     "mean": ("open_clip", CLIP | dict(image__pool="mean", text__projection="affine", logit_bias_init=-2.0)
@@ -201,13 +205,13 @@ def test_our_modeling_file_goes_out_and_comes_back(kind, tmp_path, capsys):
     foreign.close(np.stack(ours.similarity_maps(Normalized(inputs.images), texts)), maps)
 
 
-# Keys of a tower whose values every export takes from the arrays, or that matter to new weights and speed alone.
+# Keys of a tower whose values every export takes from the arrays, or that matter to new weights and speed.
 SIZES = {
     *("options", "width", "depth", "heads", "mlp_dim", "unroll", "image_size", "patch_size"),
     *("vocab_size", "context_length"),
     *towers.OF_TRAINING,
 }
-# For the other keys, a value that a plain tower has not, with what it needs beside it; None: the other one of the two.
+# For the other keys, a value that a plain tower has not, with what it needs; None: the other one of the two.
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "image": dict(
         tower=dict(tower="a:Tower"),
@@ -364,7 +368,7 @@ GRAIN_ENDS = REGIONS | ENDS | dict(image__qk_norm=False, image__pre_norm=True)
     ids=["CLIP", "CLIP, highest id of the file", "GRAIN"],
 )
 def test_a_text_is_read_where_its_tokenizer_ends_it(changes, kind, end, tmp_path, capsys):
-    """The id that ends it is not the highest of the tower: the export finds it in the file of the tokenizer."""
+    """The id that ends it is not the highest of the tower: the export finds it in the tokenizer's file."""
     source, _ = made(tmp_path / "ours", **changes)
     write_words_with_end(source, end)
     ours = grain_jax.load(source)

@@ -103,7 +103,10 @@ BAD = {  # what is in the file, which makes folders at `marker` if it is run; th
         f"tensors (it asks for {os.name}.mkdir; what might run code is not loaded)",
     ),
     "cut": (lambda _: None, "not a checkpoint of plain tensors"),
-    "twice": (lambda _: _stored({"a": ZEROS, "module.a": ZEROS}), "decoder a: is there with and without module."),
+    "twice": (
+        lambda _: _stored({"a": ZEROS, "module.a": ZEROS}),
+        "decoder a: is there with and without module.",
+    ),
     "no_state_dicts": (
         lambda _: {"state_dict": {}, "epoch": 1},
         "no state dict 'backbone_state_dict'; the file has state_dict, epoch",

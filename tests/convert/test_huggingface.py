@@ -120,7 +120,7 @@ def as_stored(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_transformers_saves_comes_back(small, tmp_path, capsys, dtype):
-    """Trained on in torch: another weight, in that precision, in one file or several. Code beside it is not run."""
+    """Trained on in torch: another weight, in that precision, in one file or several. No code is run."""
     model = transformers.AutoModel.from_pretrained(small[1], dtype=dtype, **REMOTE)
     with torch.no_grad():
         model.decoder.img_proj += 0.25

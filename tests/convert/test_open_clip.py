@@ -1,4 +1,4 @@
-"""from-open-clip and from-hf: random models of the real packages give the same embeddings here; faults are named."""
+"""from-open-clip and from-hf: random models of the real packages give the same embeddings; faults."""
 
 import functools
 import json
@@ -55,7 +55,7 @@ def _changed(folder, **keys):
 
 
 def _check(folder, outputs_of):
-    """The model in a folder, whose outputs are those of another package, on other inputs than the report's."""
+    """The model in a folder, with the outputs of another package, on other inputs than the report's."""
     model, params, _ = saved_model.load_model(folder)
     size = model.image.image_size
     inputs = parity.inputs(size, VOCAB, LENGTH, seed=1, end_id=model.text.end_id)
@@ -182,7 +182,7 @@ def test_a_file_of_openai_needs_no_config(tmp_path):
 
 
 def test_the_config_decides_what_arrays_cannot_tell(tmp_path):
-    """Patches' mean, a bias without SigLIP's other habits, norm epsilon, pixels: of open_clip's own classes."""
+    """Patches' mean, a bias without SigLIP's other habits, norm epsilon, pixels: of open_clip's classes."""
     vision = VISION | dict(head_width=16, pool_type="avg", norm_kwargs=dict(eps=1e-2))
     vision |= dict(act_kwargs=dict(approximate="tanh"))
     text, pixels = TEXT | dict(proj_bias=True), dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])

@@ -16,7 +16,7 @@ from grain_jax.convert import export, output
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core import errors
 
-# Kills the exchange before each of its calls to the system, and prints what was there then, and after the next start.
+# Kills the exchange before each of its calls to the system; prints what is there then, and after a new start.
 KILLED = """
 import json, os, pathlib, shutil, signal, sys
 from etils import epath

@@ -22,7 +22,7 @@ def test_the_error_is_relative_to_the_other_sides_largest():
 
 
 def _tower(width, depth, parts, activation=np.tanh):
-    """What `depth` layers of an MLP make of eight tokens, [8, width], float32; each sum is computed in so many parts."""
+    """What `depth` layers of an MLP make of eight tokens, [8, width], float32; each sum in so many parts."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32) / np.float32(shape[0] ** 0.5)
     product = lambda x, w: sum(x[:, i::parts] @ w[i::parts] for i in range(parts))

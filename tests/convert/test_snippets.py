@@ -1,4 +1,4 @@
-"""The snippets of the documents run on the exports of CLIP, SigLIP and SigLIP 2 of transformers, with regions."""
+"""The documents' snippets run on the exports of CLIP, SigLIP and SigLIP 2 of transformers, with regions."""
 
 import dataclasses
 import re
@@ -103,7 +103,10 @@ GEMMA: Any = dict(
     normalization_rule_name="identity",
     user_defined_symbols=["\u2581\u2581", "\n"],
 )
-TEXTS = ["a photo of a wren", "  Two DOGS and\ta cat's bowl, 1998! ", "", "caf\u00e9 \uff26\uff55ll _a_\n\nb"]  # fmt: skip
+TEXTS = [
+    *("a photo of a wren", "  Two DOGS and\ta cat's bowl, 1998! ", ""),
+    "caf\u00e9 \uff26\uff55ll _a_\n\nb",
+]
 
 
 @pytest.mark.parametrize("cleaning", ["canonical", "siglip", "siglip2", "none"])

@@ -8,7 +8,6 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.convert import parity
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.reference import commands as files
-from grain_jax.convert.reference import module as torch_module
 from grain_jax.convert.reference import names
 from tests import perturbed
 
@@ -52,8 +51,8 @@ def test_golden_to_jax_and_back_is_identical(golden, tmp_path, capsys):
 
 
 def test_the_torch_module_gives_the_references_outputs(golden):
-    a, module = golden.arrays, torch_module.make_module(golden.model)
-    torch_module.load_states(module, golden_states(golden))
+    a, module = golden.arrays, files.make_module(golden.model)
+    files.load_states(module, golden_states(golden))
     with torch.no_grad():
         tokens = module.backbone.visual(torch.tensor(a["inputs/images"]))
         image, regions, boxes = module.decoder(tokens)

@@ -16,9 +16,9 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.cli import process
 from grain_jax.convert import __main__ as convert
 from grain_jax.convert import output
+from grain_jax.core import errors
 from grain_jax.data import build
 from grain_jax.data.annotate import __main__ as annotate
-from grain_jax.runtime import ending
 from tests import record_sets, tiny
 from tests.checkpoint import test_states
 from tests.hostile import cases
@@ -66,7 +66,7 @@ def train(folder):
     """Saves by a run."""
 
     def main(_):
-        with ending.in_a_line(folder / "out"):
+        with errors.storage_faults_as_one_line(folder / "out"):
             test_states.save_steps(folder / "out", range(1, 5), tiny.config(), width=256)
 
     return main, []

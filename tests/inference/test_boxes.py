@@ -47,12 +47,11 @@ def test_any_number_of_boxes_an_image(predictor):
     assert [x.shape for x in got] == [(4, 28), (0, 28), (3, 28)]
     close([got[0], got[2]], [expected[0], expected[2, :3]])
     assert np.abs(got[0][0] - got[0][1]).max() > 1e-3
-    # Their tokens stand for images; and both embeddings in one pass.
+    # Their tokens stand for images.
     tokens = predictor.encode_tokens(PICTURES)
     assert tokens.values.shape[0] == 3
     close(predictor.encode_boxes(tokens, BOXES), expected)
-    image_embed, embeds = predictor.encode_image_and_boxes(PICTURES, BOXES)
-    close([image_embed, *embeds], [predictor.encode_image(PICTURES), *expected])
+    close(predictor.encode_image(tokens), predictor.encode_image(PICTURES))
 
 
 def test_a_phrase_is_compared_with_the_boxes_of_the_regions(predictor):
@@ -69,9 +68,7 @@ def test_a_phrase_is_compared_with_the_boxes_of_the_regions(predictor):
 def test_one_image_and_the_classes_of_its_boxes(predictor):
     single, boxes = PIL.Image.fromarray(PICTURES[0]), BOXES[0]
     (expected,) = predictor.encode_boxes(PICTURES[:1], [boxes])
-    image, embeds = predictor.encode_image_and_boxes(single, boxes)
-    assert image.shape == (28,)
-    close([predictor.encode_boxes(single, boxes), embeds], [expected] * 2)
+    close([predictor.encode_boxes(single, boxes)], [expected])
     features = predictor.encode_text(TEXTS)
     classes = inference.ClassFeatures(("a", "b"), features, None)
     close([predictor.classify_boxes(single, boxes, classes)], [expected @ features.T])
@@ -116,7 +113,7 @@ def test_a_map_of_a_box_head_asks_for_each_patch_and_the_regions(predictor):
 def test_a_map_of_regions_has_the_best_of_those_that_cover_a_cell():
     boxes = np.array([[0, 0, 0.5, 0.5], [0.25, 0, 1, 0.25], [0.9, 0.9, 1, 1]])
     got = scores.region_map(np.array([[0.5, 0.9, -0.1]]), boxes, 2)
-    # Cells of a half. Region 0 covers the cell above on the left, region 1 a quarter of it: -0.1 + 1.0 / 4 is less.
+    # Cells of a half. Region 0 covers the upper left cell, region 1 a quarter of it: -0.1 + 1.0 / 4 is less.
     np.testing.assert_allclose(got, [[[0.5, -0.1 + 1.0 / 2], [-0.1, -0.1]]], atol=3e-6)
     predictor = _predictor()
     regions = predictor.encode_regions(PICTURES[:1])

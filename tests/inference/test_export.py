@@ -100,7 +100,7 @@ def test_the_description(folder):
 
 
 def test_two_towers_that_see_their_padding(tmp_path):
-    """Whole rows, no regions, every option of the image tower; the tokenizer goes along, an older export goes."""
+    """Whole rows, no regions, all options of the image tower; the tokenizer comes, an older export goes."""
     text = dict(causal=False, pool="last", pad_id=1, tokenizer="tokenizer.json", depth=1)
     image = dict(registers=2, layer_scale=True, mlp="gated", key_bias=False, depth=1)
     image |= dict(rope="centres", positions=False, pool="map")

@@ -16,7 +16,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.checkpoint import files, saved_model
 from grain_jax.core import images, progress, schema
-from grain_jax.inference import encoder, jitted, prompts, scores
+from grain_jax.inference import batches, jitted, prompts, scores
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 from tests import perturbed, tiny
@@ -146,7 +146,7 @@ def test_a_large_call_is_shared_out_among_the_devices(predictor):
         return image
 
     many = np.concatenate([PICTURES] * 4)[:200]
-    np.testing.assert_array_equal(predictor._run(program, many), many)
+    np.testing.assert_array_equal(predictor._runner.run(program, many), many)
     (devices, sharding, shape) = used[0]
     assert devices == set(jax.devices()) and len(devices) == 8
     assert shape[0] == 8 * 8 and sharding.shard_shape(shape)[0] == 8 and len(used) == 4
@@ -163,9 +163,9 @@ def test_pictures_and_texts_from_a_generator(predictor, monkeypatch):
             yield PIL.Image.fromarray(picture) if i % 2 else picture
 
     with monkeypatch.context() as patch:
-        patch.setattr("grain_jax.inference.encoder.MAX_BATCH", 4)
+        patch.setattr("grain_jax.inference.batches.MAX_BATCH", 4)
         first_pixel = lambda program, rows: seen.append(len(taken)) or (rows[:, 0, 0],) * 3
-        patch.setattr(predictor, "_run", first_pixel)
+        patch.setattr(predictor._runner, "run", first_pixel)
         np.testing.assert_array_equal(predictor.encode_image(one_by_one()), PICTURES[:, 0, 0])
     assert seen == [32, 64, 70]  # no more are held than run at once: 4 on each of 8 devices
     expected = predictor.classify(FEW, list(CLASSES))
@@ -270,7 +270,7 @@ def test_the_first_call_says_what_it_compiles(predictor, monkeypatch):
     ],
 )
 def test_batches_have_few_sizes(count, kinds, expected):
-    assert encoder._sizes(count, kinds) == expected
+    assert batches._sizes(count, kinds) == expected
 
 
 def test_few_programs_serve_the_first_calls(predictor):
@@ -400,7 +400,7 @@ def test_errors_are_one_line(predictor, said):
 @pytest.mark.parametrize("dtype, expected", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
 def test_products_are_of_full_precision_in_float32(predictor, dtype, expected):
     """CPUs compute both alike; TPUs and GPUs round the operands unless told not to."""
-    encode = jitted.program(predictor.model, dtype, "encode_image")
+    encode = jitted.image_program(predictor.model, dtype)
     text = encode.lower(predictor.params, FEW).as_text()
     products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
     assert len(products) > 10 and all(expected in product for product in products)

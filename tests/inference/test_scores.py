@@ -25,7 +25,7 @@ def test_region_score_is_the_best_description_averaged_over_queries():
     np.testing.assert_allclose(
         scores.region_scores(regions, descriptions), [[0.5, -0.5], [0.9, -0.3]], atol=1e-7
     )
-    # By the best query. Class 0: mean of max(1, 0) and max(0, -1); of max(.6, 0) and max(.8, 1). Class 1: 0; 0.
+    # By the best query. Class 0: means of max(1, 0), max(0, -1) and of max(.6, 0), max(.8, 1). Class 1: 0; 0.
     best = scores.region_scores(regions, descriptions, "best")
     np.testing.assert_allclose(best, [[0.5, 0.0], [0.8, 0.0]], atol=1e-7)
 
@@ -41,7 +41,7 @@ def test_best_pairs_leave_out_what_overlaps_for_the_same_text():
     boxes = np.array([[0, 0, 1, 1], [0, 0, 1, 0.9], [0, 0, 0.5, 0.5], [0.5, 0, 1, 1]])
     score = np.array([[0.9, 0.1], [0.8, 0.7], [0.3, 0.6], [0.2, 0.5]])
     region, text = scores.best_pairs(score, boxes, 10, threshold=0.15)
-    # Region 1 covers region 0 by 0.9: it is left out for text 0 and leaves region 0 out for text 1. 3 has half of 0.
+    # Region 1 covers region 0 by 0.9: it is out for text 0, and region 0 is out for text 1. 3 has half of 0.
     assert [*zip(region, text)] == [(0, 0), (1, 1), (2, 1), (3, 1), (2, 0), (3, 0)]
     assert [*zip(*scores.best_pairs(score, None, 2))] == [(0, 0), (1, 0)]
     assert scores.best_pairs(np.zeros((0, 2)), np.zeros((0, 4)), 3)[0].size == 0

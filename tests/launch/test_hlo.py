@@ -1,6 +1,6 @@
 """Compiled programs read back: texts written by hand, two of the TPU compiler's, one compiled here.
 
-The texts of compilers are `program()` for a slice, for two slices and for two nodes of GPUs, without source lines.
+The texts of compilers are `program()` for a slice, two slices and two nodes of GPUs, without source lines.
 """
 
 import functools
@@ -22,7 +22,7 @@ MIB = 2**20
 
 
 def program(devices, dtype=jnp.bfloat16):
-    """A scanned MLP cut over (data, fsdp), then a ring of products over all chips; the step and its arguments."""
+    """A scanned MLP cut over (data, fsdp), then a ring of products over all chips; step and arguments."""
     mesh = Mesh(np.asarray(devices).reshape(-1, 2, 1), ("data", "fsdp", "tensor"))
     axes, chips = ("data", "fsdp"), mesh.size
     cut = PartitionSpec(axes)
@@ -64,7 +64,7 @@ def program(devices, dtype=jnp.bfloat16):
 
 
 def expected_flops(chips):
-    """FLOPs of one chip: 2 products per layer forward, 4 backward; 1 per turn of the ring forward, 1 backward."""
+    """FLOPs of one chip: 2 products per layer forward, 4 backward; 1 per turn of the ring each way."""
     layers = LAYERS * 6 * (2 * ROWS * WIDTH * 4 * WIDTH)
     return layers + chips * 2 * (2 * ROWS * ROWS * WIDTH)
 
@@ -112,7 +112,7 @@ LOOP_ENTRY = """
 
 
 def test_trips_of_a_loop():
-    """From start, step and limit; what the compiler noted wins; without a known end it counts once and is named."""
+    """From start, step and limit; the compiler's note wins; without a known end it counts once, by name."""
     module = entry(LOOP_ENTRY, LOOP.format(direction="LT"))
     assert module.times["body"] == 4  # 1, 3, 5, 7
     assert module.in_loop == {"body"} and module.trips == {"loop": 4}
@@ -181,8 +181,8 @@ def test_compiled_programs(name, chips, slices, itemsize, gathers, scatters):
     mesh = {"data": chips // 2, "fsdp": 2, "tensor": 1}
     rows = hlo_collectives.collectives(module, mesh=mesh, slices=slices)
     kernel = itemsize * WIDTH * 4 * WIDTH  # bytes of one, whole
-    # Both kernels of a layer are gathered forward and backward. Their gradients are scattered, then summed over data.
-    # The ring turns as often as there are chips, and its permutations hide behind the products.
+    # Both kernels of a layer are gathered forward and backward. Their gradients are scattered, then summed
+    # over data. The ring turns as often as there are chips, and its permutations hide behind the products.
     gathered = total(rows, kind="all-gather", axes=("fsdp",), slices=1)
     assert gathered == (gathers, 4 * LAYERS * kernel)
     ring = dict(kind="collective-permute", axes=("data", "fsdp"), group_size=chips)
@@ -222,7 +222,8 @@ def test_traffic_and_roofline_of_compiled_programs(name, slices, chip, expected)
 
 GEMM = """
   %q = DTYPE[6,200,64]{2,1,0} parameter(0)
-  %call = (f32[6,200,200]{2,1,0}, s8[4194304]{0}) custom-call(%q, %q), custom_call_target="__cublas$lt$matmul", \
+  %call = (f32[6,200,200]{2,1,0}, s8[4194304]{0}) custom-call(%q, %q), \
+custom_call_target="__cublas$lt$matmul", \
 backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"]},\
 "precision_config":{"operand_precision":["PRECISION","PRECISION"]}}}
   ROOT %x = f32[6,200,200]{2,1,0} get-tuple-element(%call), index=0
@@ -242,14 +243,15 @@ def test_products_of_cublas(precision, as_bfloat16):
 def test_attention_of_cudnn():
     call = """
   %q = bf16[8,66,4,24]{3,2,1,0} parameter(0)
-  ROOT %call = (bf16[8,4,66,24]{3,1,2,0}, u8[64]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", \
-backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["8", "4", "66", "66"]}}}
+  ROOT %call = (bf16[8,4,66,24]{3,1,2,0}, u8[64]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": \
+{"intermediate_tensor_shape": {"dimensions": ["8", "4", "66", "66"]}}}
 """.replace("\\\n", "")
     assert hlo_work.dot_flops(entry(call)) == 2 * 2 * 8 * 4 * 66 * 66 * 24
 
 
 def test_batched_products_of_the_tpu_are_dilated_convolutions():
-    """Attention logits of 8 images and 12 heads, 200 x 200 x 64, and a patch embedding, as compiled for v5e."""
+    """Attention logits of 8 images and 12 heads, 200 x 200 x 64, and a patch embedding, compiled for v5e."""
     module = entry("""  %q = bf16[8,200,12,64]{3,1,2,0} parameter(0)
   %i = bf16[4,224,224,3]{3,2,1,0} parameter(1)
   %k = bf16[16,16,3,256]{3,2,1,0} parameter(2)

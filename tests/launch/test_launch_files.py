@@ -1,4 +1,4 @@
-"""The files of launch/ for clusters: checked by shellcheck, run against stand-ins for the cluster's commands, parsed.
+"""The files of launch/ for clusters: checked by shellcheck, run against stand-ins for commands, parsed.
 
 "Rendered, not run" where there is no such cluster; tests/slurm/run.sh runs the SLURM one for real.
 """
@@ -58,7 +58,7 @@ def test_paths_that_the_encoding_of_the_terminal_has_not_got_are_printed(tmp_pat
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Makes commands that write their words, a line a call, to a file, which is returned as lines by `called`."""
+    """Makes commands that write their words, a line a call, to a file, whose lines `called` returns."""
     log = tmp_path / "called.txt"
     log.touch()
     folder = tmp_path / "bin"

@@ -30,7 +30,7 @@ AS_ON_CPUS = {"model__attention": "xla", "loss__precision": "highest"}
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """The plan of the command, compiled by libtpu: (what it printed, the JSON). libtpu keeps 0.7 GB of its process."""
+    """The plan by libtpu: (what the command printed, the JSON). libtpu keeps 0.7 GB of its process."""
     out = tmp_path_factory.mktemp("plan") / "plan.json"
     arguments = ["--config=tests/run_config.py", "--topology=v5e:2x4", f"--output={out}"]
     arguments += [f"--config.{key.replace('__', '.')}={value}" for key, value in AS_ON_CPUS.items()]

@@ -1,4 +1,4 @@
-"""Sweeps: points and names, the check before the start, the local runner, the files for clusters, the table."""
+"""Sweeps: points and names, the check before the start, the local runner, files for clusters, the table."""
 
 import csv
 import json
@@ -73,7 +73,7 @@ def test_every_point_is_checked_as_the_trainer_reads_it(tmp_path):
 
 
 def make(tmp_path, points, overrides=(), evaluator="", name="birds", **base):
-    """Runs of the tiny config with changes and perhaps an evaluator, of arguments in code, which a config file has."""
+    """Runs of the tiny config with changes and perhaps an evaluator; the config file has the arguments."""
     tmp_path.mkdir(exist_ok=True)
     file = tmp_path / f"config{len(list(tmp_path.glob('config*.py')))}.py"
     evals = f", evals={{{name!r}: kinds.evaluator({evaluator})}}" if evaluator else ""

@@ -122,13 +122,13 @@ finally:
 
 
 def test_a_full_disk_is_one_line():
-    with pytest.raises(errors.StorageFault, match="^/run: No space left on device; .*") as e:
-        with ending.in_a_line("/run"):
+    with pytest.raises(errors.StorageFault, match="^/run: No space left on device; .*; again$") as e:
+        with errors.storage_faults_as_one_line("/run", "again"):
             raise RuntimeError("save failed") from OSError(errno.ENOSPC, "No space left on device")
     assert len(str(e.value).splitlines()) == 1
     full = OSError(errno.ENOSPC, "No space", "/x")
     line = "/x: No space left on device; make room, or name another disk"
     assert ending.end_by(full) == (1, line)
     with pytest.raises(RuntimeError, match="save failed"):
-        with ending.in_a_line("/"):
+        with errors.storage_faults_as_one_line("/"):
             raise RuntimeError("save failed") from RuntimeError("another")

@@ -1,14 +1,14 @@
-"""The wheel in fresh environments and empty folders: python -m tests.wheel.run [SET[:PYTHON] ...] [--steps] [--jobs N]
+"""The wheel in fresh environments: python -m tests.wheel.run [SET[:PYTHON] ...] [--steps] [--jobs N]
 
     python -m tests.wheel.run                     # base, newest on Python 3.13, floors on 3.11
     python -m tests.wheel.run default newest:3.12
 
-A set is a file of constraints. The wheel is built once. `base` installs it without extras, so without TensorFlow and
-PyTorch. It trains from a config file anywhere, loads, classifies, evaluates, exports, reads back and reports. What
-needs an extra must say which. The other sets install it with its extra `data` and import every module. They make
-records of images, train a model on them, resume, load, evaluate and pack it. Losses, tokens and resized images are
-compared with the goldens of the PyTorch reference. Prints a line per set; ends with status 1 and the output of the step that failed. Where a Python is not on the machine,
-the line says so. Needs PyPI or pip's cache.
+A set is a file of constraints. The wheel is built once. `base` installs it without extras, so without
+TensorFlow and PyTorch. It trains from a config file anywhere, loads, classifies, evaluates, exports, reads
+back and reports. What needs an extra must say which. The others install it with its extra `data` and import
+every module. They make records of images, train a model on them, resume, load, evaluate and pack it. Losses,
+tokens and resized images are compared with the goldens of the PyTorch reference. Prints a line per set, which
+says so if a Python is missing; status 1 and the output of a step that failed. Needs PyPI or pip's cache.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def find_python(version: str | None) -> str | None:
 
 
 def check(given: str, wheel: pathlib.Path, folder: pathlib.Path, quiet: bool) -> bool:
-    """Installs and runs a set below `folder`, which is new, and prints its line; returns whether all went well."""
+    """Installs and runs a set below `folder`, a new one, and prints its line; returns whether it passed."""
     name, _, version = given.partition(":")
     constraints, own = SETS[name]
     python = find_python(version or own)

@@ -23,7 +23,7 @@ def with_patch_bias(flat: Arrays) -> Arrays:
 
 
 def with_projection(flat: Arrays, tower: str, width: int, *, bias: bool) -> Arrays:
-    """The identity where a tower of that width has no projection and, with `bias`, zeros where that has no bias."""
+    """The identity if a tower of that width has no projection and, with `bias`, zeros if it has no bias."""
     name = f"{tower}_projection"
     kernel = flat.get(f"{name}/kernel", np.eye(width, dtype=np.float32))
     zeros = {f"{name}/bias": np.zeros(kernel.shape[1], np.float32)} if bias else {}

@@ -34,7 +34,7 @@ def read(path: epath.PathLike) -> SourceModel:
 
 
 def read_towers(path: epath.PathLike) -> SourceModel:
-    """As `read`; a model whose tower pools beside regions without them: its two towers, as they were published."""
+    """As `read`; of a model whose tower pools beside regions its two towers, as they were published."""
     source = read(path)
     if source.model.decoder is None or not source.model.tower_pools:
         return source

@@ -14,7 +14,7 @@ from grain_jax import inference
 from grain_jax.convert import export, output, parity
 from grain_jax.convert.exits import folder, needs, tokenizers
 from grain_jax.convert.faults import needing, raise_any
-from grain_jax.convert.reference import module as torch_module
+from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference import names
 from grain_jax.inference.inputs import Normalized
 
@@ -24,7 +24,7 @@ _PREPARE = "RGB / 255, minus pixel_mean, divided by pixel_std; float32 [batch, 3
 
 
 def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
-    """to-onnx: a model that `grain_jax.load` reads to image.onnx, text.onnx, and boxes.onnx, maps.onnx if it has them.
+    """to-onnx: a model to image.onnx, text.onnx, and boxes.onnx, maps.onnx if it has them.
 
     The numbers of images, texts and boxes are free. `onnx.json` says how to prepare images, and
     `tokenizer.json` prepares texts.
@@ -34,7 +34,7 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
       path: the folder; new, or an older one of this command.
 
     Raises:
-      ConvertError: the torch module cannot express the model, a package is missing, or the folder holds something else.
+      ConvertError: the torch module cannot express the model, a package is missing, or the folder is in use.
       checkpoint.CheckpointError: `source` cannot be read.
     """
     target = output.check_free(path, DESCRIPTION)
@@ -44,8 +44,8 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
 
-        module = torch_module.make_module(stored.model)
-    torch_module.load_states(module, names.state_dicts(stored.params))
+        module = reference.make_module(stored.model)
+    reference.load_states(module, names.state_dicts(stored.params))
     token_files, missing = tokenizers.alone(stored.model.text, stored.folder)
     with output.replacing(target, DESCRIPTION) as new:
         with _quiet():
@@ -85,7 +85,7 @@ def _description(source: folder.SourceModel, path: epath.Path, missing: str) -> 
 
 
 def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
-    """Our model against ONNX Runtime on the files, with other numbers of images, texts and boxes than were traced."""
+    """Our model against ONNX Runtime, with other numbers of images, texts and boxes than were traced."""
     inputs, ours = parity.inputs_of(source.model), {}
     if (target / "maps.onnx").exists():
         predictor = inference.Predictor(source.model, source.params)
@@ -113,7 +113,7 @@ def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
 
 
 def _run(session: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The outputs of a file by the names of the parity: of the first three rows, then of the last one alone."""
+    """The outputs of a file by the names of the parity: of the first three rows, then of the last one."""
     parts = []
     for rows in (slice(3), slice(3, None)):
         inputs = {x.name: feeds[x.name] for x in session.get_inputs()}

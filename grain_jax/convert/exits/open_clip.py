@@ -10,12 +10,18 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, from_open_clip, output, parity, tables, towers
-from grain_jax.convert.exits import arrays, folder, needs, timm_trunk, tokenizers
-from grain_jax.convert.faults import raise_any
+from grain_jax.convert.exits import arrays, folder, needs, tokenizers
+from grain_jax.convert.faults import ConvertError, needing, raise_any
 from grain_jax.convert.tables import Arrays
 from grain_jax.models import grain
 
 WEIGHTS = "open_clip_model.safetensors"
+TRUNKS = {
+    768: "base",
+    1024: "large",
+    1152: "so400m",
+    1536: "giantopt",
+}  # of timm's models with attention pooling, by width
 
 
 def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
@@ -34,13 +40,11 @@ def to_open_clip(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     model, image = stored.model, stored.model.image
     kind, faults = needs.nearest(model, needs.OPEN_CLIP, needs.OPEN_CLIP_TIMM)
     raise_any(faults)
-    trunk = "" if kind is needs.OPEN_CLIP else timm_trunk.name_of(image)
+    trunk = "" if kind is needs.OPEN_CLIP else trunk_of(image)
     token_files, missing = tokenizers.files(model.text, stored.folder)
     if token_files and (cleaning := model.text.cleaning) in ("none", "siglip2"):
-        token_files, missing = (
-            {},
-            f"no tokenizer files: model.text.cleaning: got {cleaning}, open_clip joins white space; give the model token ids",
-        )
+        why = f"model.text.cleaning: got {cleaning}, open_clip joins white space; give the model token ids"
+        token_files, missing = {}, f"no tokenizer files: {why}"
     if model.text.tokenizer == "clip":
         token_files = {}  # open_clip has CLIP's tokenizer
     preprocess_cfg = {
@@ -79,6 +83,31 @@ with torch.no_grad():
     image = model.eval().encode_image(image, normalize=True)
     text = model.encode_text(tokenizer(["a photo of a wren"]), normalize=True)
 """
+
+
+def trunk_of(image: config_lib.ImageTower) -> str:
+    """The name of the model of timm that is this tower: open_clip takes trunks by name alone.
+
+    Raises:
+      ConvertError: timm is missing, or has no such model; one line.
+    """
+    with needing("timm", "model.image.pool: open_clip has map with a trunk of timm"):
+        import timm
+        import torch
+    size = TRUNKS.get(image.width, "none")
+    name = f"vit_{size}_patch{image.patch_size}_siglip_{image.image_size}"
+    if timm.is_model(name):
+        with torch.device("meta"):
+            trunk: Any = timm.create_model(name, pretrained=False, num_classes=0)
+        fields = from_open_clip.timm_fields(trunk)
+        del fields["patch_bias"]  # zeros stand in for none
+        if all(getattr(image, key) == value for key, value in fields.items()):
+            return name
+    raise ConvertError(
+        f"model.image: open_clip takes such towers of timm by name, and timm has no {name} of depth"
+        f" {image.depth}, {image.heads} heads, MLP {image.mlp_dim} {image.activation} and norm epsilon"
+        f" {image.norm_eps:g}"
+    )
 
 
 def _config(model: config_lib.Model, trunk: str, has_tokenizer: bool) -> dict[str, Any]:
@@ -137,7 +166,7 @@ def _shared(tower: Any) -> dict[str, Any]:
 
 
 def _arrays(flat: Arrays, model: config_lib.Model, has_trunk: bool) -> Arrays:
-    """The arrays of open_clip's own towers, or around a trunk of timm; the identity stands in for no projection."""
+    """The arrays of open_clip's towers, or around a trunk of timm; the identity stands for no projection."""
     flat = arrays.with_projection(flat, "text", model.text.width, bias=False)
     has_matrix = model.text.projection != "affine"
     if has_trunk:

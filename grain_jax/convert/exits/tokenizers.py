@@ -57,7 +57,7 @@ def files(
 
 
 def alone(tower: config_lib.TextTower, folder: epath.PathLike | None) -> tuple[dict[str, Any], str]:
-    """As `files`, a tokenizer.json that needs no other file: it cleans, cuts and pads texts as the tower wants them."""
+    """As `files`, a tokenizer.json that needs no other file: it cleans, cuts and pads texts for the tower."""
     token_files, missing = files(tower, folder, fast=True)
     if not token_files:
         return {}, missing
@@ -76,9 +76,9 @@ def complete(token_files: dict[str, Any], tower: config_lib.TextTower) -> Any:
 
 
 def with_end(source: SourceModel) -> SourceModel:
-    """The model with the id that ends its texts, if its tower seeks it and the file of its tokenizer tells it.
+    """The model with the id that ends its texts, if its tower seeks it and its tokenizer's file tells it.
 
-    Ours reads a text where its tokenizer ends it; exported files read it at the first `end_id`, or at the highest id.
+    Ours reads a text where its tokenizer ends it; exported files at the first `end_id`, or the highest id.
 
     Raises:
       ConvertError: the tokenizer ends texts otherwise.
@@ -96,8 +96,8 @@ def with_end(source: SourceModel) -> SourceModel:
         tower = dataclasses.replace(tower, end_id=min(last))
     if len(last) != 1 or (tower.ends(ids) != ends).any():
         raise ConvertError(
-            f"model.text.end_id: got {tower.end_id}, but {path} ends texts with the ids {sorted(last)[:5]}; set"
-            " model.text.end_id to the one id that ends each text, or model.text.tokenizer to another file"
+            f"model.text.end_id: got {tower.end_id}, but {path} ends texts with the ids {sorted(last)[:5]};"
+            " set model.text.end_id to the one that ends each text, or model.text.tokenizer to another file"
         )
     return source._replace(model=dataclasses.replace(source.model, text=tower))
 
@@ -107,8 +107,8 @@ def of_transformers(tower: config_lib.TextTower, folder: epath.PathLike) -> tupl
     token_files, missing = files(tower, folder)
     if token_files and tower.tokenizer == "clip" and not (tower.packable and tower.seeks_end):
         return {}, (
-            "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower sees its"
-            f" padding, the id {tower.pad_id}; give the model token ids"
+            "no tokenizer files: CLIP's tokenizer of transformers pads with the end token, and this tower"
+            f" sees its padding, the id {tower.pad_id}; give the model token ids"
         )
     return token_files, missing
 
@@ -141,7 +141,7 @@ def _of_clip(tower: config_lib.TextTower) -> dict[str, Any]:
 
 
 def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower, fast: bool) -> dict[str, Any]:
-    """The files of SiglipTokenizer, or, if `fast` or cleaned otherwise, of a fast tokenizer with the same ids.
+    """The files of SiglipTokenizer, or, if `fast` or cleaned otherwise, of a fast tokenizer of the same ids.
 
     {} if the file has no token with the id of the padding.
     """
@@ -232,7 +232,7 @@ def _of_json(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:
 def _fast(
     library: Any, tower: config_lib.TextTower, first: list[Any], tokens: dict[str, Any]
 ) -> dict[str, Any]:
-    """The files of a tokenizer that cleans texts as the tower's does, except for broken encodings and HTML entities."""
+    """The files of a tokenizer that cleans texts as the tower's, without repairs of encodings and HTML."""
     from tokenizers import Regex, normalizers
 
     spaces = [normalizers.Replace(Regex(r"[\s\x1c-\x1f]+"), " "), normalizers.Strip()]

@@ -38,7 +38,7 @@ def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
 
 
 class Rope(nn.Module):
-    """Rotary positions of DINOv3: angles of a patch's centre in [-1, 1] times 2 pi; channel i turns with i + half."""
+    """Rotary positions of DINOv3: a patch's centre in [-1, 1] times 2 pi; channel i turns with i + half."""
 
     def __init__(self, tower):
         super().__init__()
@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, named `names`, with an activation between them; `gated` multiplies by a third layer."""
+    """Two linear layers, named `names`, with an activation between; `gated` multiplies by a third layer."""
 
     def __init__(self, tower, names, gated=False):
         super().__init__()
@@ -279,10 +279,10 @@ class Backbone(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(float(towers["logit_bias_init"])))
 
     def encode_text(self, input_ids):
-        """Token ids [N, L] -> [N, D], read at the end token, at the last position, or pooled over all positions.
+        """Token ids [N, L] -> [N, D], read at the end token, at the last position, or pooled over all.
 
-        The end token is the first `end_id`, or the highest id if the tower names none. A tower that sees its padding gets
-        texts filled to the context. With `mask_padding`, no position after the end token counts.
+        The end token is the first `end_id`, or the highest id if the tower names none. A tower that sees its
+        padding gets texts filled to the context. With `mask_padding`, no position after the end token counts.
         """
         least = int(self.seeks_end)
         if input_ids.ndim != 2 or not least <= input_ids.shape[1] <= self.context:
@@ -330,7 +330,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(tower["dropout"])
 
     def forward(self, x, memory, positions):
-        """x [B, Q+1, E], memory [B, tokens, E], positions [Q+1, E] (added to queries and keys, not values)."""
+        """x [B, Q+1, E], memory [B, tokens, E], positions [Q+1, E], added to queries and keys alone."""
         y = self.norm1(x)
         x = x + self.dropout(self.self_attn(y + positions, y + positions, y))
         asked = self.multihead_attn(self.norm2(x) + positions, memory, memory)
@@ -353,7 +353,7 @@ class BoxHead(nn.Module):
     def forward(self, tokens, boxes_xyxy):
         """Image tokens and boxes [B, R, 4], corners in [0, 1] -> [B, R, D].
 
-        RoIAlign (He et al. 2017) with aligned half-pixels: a bilinear sample is a product of two hat functions.
+        RoIAlign (He et al. 2017), aligned half-pixels: a bilinear sample is a product of two hat functions.
         """
         x1, y1, x2, y2 = boxes_xyxy.float().unbind(-1)
         features = tokens[:, self.leading :].unflatten(1, (self.grid, self.grid)).float()
@@ -369,7 +369,7 @@ class BoxHead(nn.Module):
         return self(tokens, cells.expand(tokens.shape[0], -1, -1))
 
     def _share_of_cells(self, start, end):
-        """The share of every cell in every bin of the sections from start to end, [B, R] -> [B, R, bins, cells]."""
+        """The share of every cell in every bin of start to end, [B, R] -> [B, R, bins, cells]."""
         count = self.bins * self.samples
         shares = (torch.arange(count, device=start.device) + 0.5) / count
         points = (start[..., None] + (end - start)[..., None] * shares) * self.grid - 0.5
@@ -381,7 +381,7 @@ class BoxHead(nn.Module):
 
 
 class Pointer(nn.Module):
-    """Each patch predicts a box and whether it shows an object; a query's box is the mean of those that it points at."""
+    """Each patch predicts a box and objectness; a query's box is the mean of those that it points at."""
 
     def __init__(self, towers):
         super().__init__()
@@ -570,7 +570,7 @@ class GrainModel(GrainPreTrainedModel):
         return self.decoder(self.backbone.visual(pixel_values))[0]
 
     def get_text_features(self, input_ids):
-        """Token ids [N, L] -> [N, D], not normalised. A tower read at its end token ignores what comes after it."""
+        """Token ids [N, L] -> [N, D], not normalised. A tower read at its end token ignores what follows."""
         return self.backbone.encode_text(input_ids)
 
     def get_regions(self, pixel_values):
@@ -600,10 +600,10 @@ class GrainModel(GrainPreTrainedModel):
         return regions.boxes_xyxy.gather(1, index), score
 
     def detect(self, pixel_values, input_ids, threshold=0.0, top_k=100):
-        """For each image the regions that show one of the texts: (boxes_xyxy [n, 4], scores [n], labels [n]), best first.
+        """For each image the regions with a text: (boxes_xyxy [n, 4], scores [n], labels [n]), best first.
 
-        A score is the softmax over the texts of the scaled cosines; a single text has its cosine. Regions of one text
-        overlap by an IoU of at most 0.5.
+        A score is the softmax over the texts of the scaled cosines; a single text has its cosine. Regions of
+        one text overlap by an IoU of at most 0.5.
         """
         boxes, embeds = self._regions(self.backbone.visual(pixel_values)).values()
         cosines = _cosines(embeds, _unit(self.get_text_features(input_ids)))
@@ -630,7 +630,7 @@ class GrainModel(GrainPreTrainedModel):
         return found
 
     def get_boxes(self, pixel_values, boxes_xyxy):
-        """Embeddings of boxes: images [B, 3, S, S] and corners [B, R, 4] in [0, 1] -> [B, R, D], unit length."""
+        """Images [B, 3, S, S] and boxes [B, R, 4], corners in [0, 1] -> embeddings [B, R, D], unit length."""
         if self.decoder.boxes is None:
             raise ValueError("the model has no box head: it was trained without loss.box_description")
         return _unit(self.decoder.boxes(self.backbone.visual(pixel_values), boxes_xyxy))
@@ -638,8 +638,8 @@ class GrainModel(GrainPreTrainedModel):
     def similarity_maps(self, pixel_values, input_ids):
         """Where texts lie: a cosine for each patch, [B, N, h, w].
 
-        A patch has the best cosine of the regions there. With a box head, it has the mean with its own cosine as a box.
-        Without a region decoder, it has its own cosine alone.
+        A patch has the best cosine of the regions there. With a box head, it has the mean with its own cosine
+        as a box. Without a region decoder, it has its own cosine alone.
         """
         return self._maps(pixel_values, _unit(self.get_text_features(input_ids)))
 
@@ -665,7 +665,7 @@ class GrainModel(GrainPreTrainedModel):
         Args:
           pixel_values: [B, 3, S, S].
           class_features: [C, D], as `class_features` returns; not normalised again.
-          descriptions: for each class the features [n, D] of its descriptions; needed for alpha < 1, as are regions.
+          descriptions: for each class the features [n, D] of its descriptions; alpha < 1 needs them.
           alpha: weight of the global score.
         """
         if not 0 <= alpha <= 1:
@@ -702,12 +702,12 @@ class GrainModel(GrainPreTrainedModel):
         return out
 
     def export_onnx(self, folder):
-        """Writes `image.onnx`, `text.onnx`, `maps.onnx` and, with a box head, `boxes.onnx` to `folder`, which is made.
+        """Makes `folder` with `image.onnx`, `text.onnx`, `maps.onnx` and, with a box head, `boxes.onnx`.
 
-        image.onnx: pixel_values -> image_embeds and, with a region decoder, region_embeds, boxes_xyxy. text.onnx: input_ids
-        [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R, 4] -> box_embeds. maps.onnx:
-        pixel_values, text_embeds [N, D] -> similarity_maps [B, N, h, w]. The numbers of images, texts and boxes are
-        dynamic. Needs the packages onnx and onnxscript.
+        image.onnx: pixel_values -> image_embeds and, with a region decoder, region_embeds, boxes_xyxy.
+        text.onnx: input_ids [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R,
+        4] -> box_embeds. maps.onnx: pixel_values, text_embeds [N, D] -> similarity_maps [B, N, h, w]. The
+        numbers of images, texts and boxes are dynamic. Needs the packages onnx and onnxscript.
         """
         size = self.config.towers["image"]["image_size"]
         context = self.config.towers["text"]["context_length"]
@@ -791,8 +791,8 @@ def _corners(boxes_cxcywh):
 def _region_maps(cosines, boxes_xyxy, grid):
     """Cosines [B, N, Q] of texts and regions, and their boxes [B, Q, 4] -> [B, N, grid, grid].
 
-    A cell has the best cosine of the regions there; one that covers a share of the cell counts in that share, above the
-    lowest cosine of the text.
+    A cell has the best cosine of the regions there; one that covers a share of the cell counts in that share,
+    above the lowest cosine of the text.
     """
     low = torch.arange(grid, device=cosines.device) / grid
 

@@ -54,9 +54,9 @@ class GrainProcessor(ProcessorMixin):
 
     Args:
       image_processor, tokenizer: of images and texts.
-      cleaning: of texts, as in training. "lower" repairs broken encodings (if ftfy is installed), HTML entities and white
-        space, and makes texts lower case. "siglip" removes case, ASCII punctuation and repeated spaces; "canonical" also
-        makes "_" a space. "siglip2" makes texts lower case. "none" does nothing.
+      cleaning: of texts, as in training. "lower" repairs broken encodings (with ftfy), HTML entities and
+        white space, and makes lower case. "siglip" removes case, ASCII punctuation and repeated spaces;
+        "canonical" also makes "_" a space. "siglip2" makes lower case. "none" does nothing.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, cleaning="lower", **kwargs):

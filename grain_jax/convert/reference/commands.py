@@ -1,5 +1,9 @@
-"""The commands from-torch and to-torch, and the `.pth.tar` files of the PyTorch reference."""
+"""The commands from-torch and to-torch, and the `.pth.tar` files of the PyTorch reference.
 
+The torch module (`hf_files/modeling_grain.py`) is the other side of the parity.
+"""
+
+import dataclasses
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +11,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from grain_jax import config as config_lib
 from grain_jax.convert import archives, output, parity, towers
 from grain_jax.convert.exits import folder
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
-from grain_jax.convert.reference.module import prove
-from grain_jax.core import atomic, regular_file
+from grain_jax.convert.reference.names import StateDicts
+from grain_jax.core import atomic, errors, regular_file
 
 KEYS = {"backbone": "backbone_state_dict", "decoder": "state_dict"}
 
@@ -58,7 +63,7 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     stored_model = folder.read(source)
     model, params = stored_model.model, stored_model.params
     states = names.to_states(model, params)
-    with output.writing(path), needing("torch", path):
+    with errors.storage_faults_as_one_line(path), needing("torch", path):
         write(path, states)
     proof = prove(model, params, read(path))
     lines = [f"to-torch: {stored_model.folder} -> {path}"]
@@ -102,8 +107,8 @@ def read(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
 def write(path: epath.PathLike, states: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes the state dicts in the format of the reference's training script.
 
-    Names start with `module.`, as in a DDP model; the other keys are of a run at step 0: epoch and iteration 0,
-    an empty optimizer.
+    Names start with `module.`, as in a DDP model; the other keys are of a run at step 0: epoch and iteration
+    0, an empty optimizer.
     """
     import torch
 
@@ -121,3 +126,40 @@ def write(path: epath.PathLike, states: Mapping[str, Mapping[str, np.ndarray]]) 
     file = io.BytesIO()
     torch.save(stored, file)
     atomic.write_bytes(path, file.getvalue())
+
+
+def make_module(model: config_lib.Model) -> Any:
+    """The torch module of a model, in eval mode, with random weights.
+
+    Raises:
+      ImportError: torch or transformers is missing.
+    """
+    from grain_jax.convert.hf_files import configuration_grain, modeling_grain
+
+    config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model))
+    return modeling_grain.GrainModel(config).eval()
+
+
+def load_states(module: Any, states: StateDicts) -> None:
+    """Loads the reference's state dicts into the torch module, strictly except for its unused entries."""
+    import torch
+
+    module.load_state_dict(
+        {
+            f"{part}.{name}": torch.tensor(array)
+            for part, state in states.items()
+            for name, array in state.items()
+            if name not in names.UNUSED.get(part, ())
+        }
+    )
+
+
+def prove(model: config_lib.Model, params: Any, states: StateDicts) -> parity.Report:
+    """Compares our model with `params` and the torch module with `states`, the arrays of the file."""
+
+    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        module = make_module(model)
+        load_states(module, states)
+        return parity.clip_outputs(module, inputs)
+
+    return parity.prove(model, params, "the torch module", ("transformers", "torch"), run)

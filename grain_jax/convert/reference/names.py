@@ -1,8 +1,8 @@
 """The table of the PyTorch reference, and the sizes that its state dicts tell.
 
-What it lacks has names of its own: `pre_norm`, registers, gates, layer scale, `logit_bias`, pooling heads, biases of
-projections, the box head; `hf_files/modeling_grain.py` has all. Its "decoder" of two towers is what pools the image
-tokens.
+What it lacks has other names: `pre_norm`, registers, gates, layer scale, `logit_bias`, pooling heads, biases
+of projections, the box head; `hf_files/modeling_grain.py` has all. Its "decoder" of two towers pools the
+image tokens.
 """
 
 from collections.abc import Collection, Mapping

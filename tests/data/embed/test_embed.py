@@ -196,7 +196,7 @@ def many(tmp_path, monkeypatch):
     folder.mkdir()
     for number in range(30):
         record_sets.picture(number, (8, 8)).save(folder / f"{number:05d}.png")
-    monkeypatch.setattr(pipeline.encoder_lib, "MAX_BATCH", 1)
+    monkeypatch.setattr(pipeline.batches, "MAX_BATCH", 1)
     monkeypatch.setattr(pipeline.jax, "local_device_count", lambda: 3)
     return folder
 

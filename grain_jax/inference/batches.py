@@ -1,0 +1,106 @@
+"""Images and rows through the programs of a model, in batches of few sizes: few programs are compiled."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grain_jax.core import progress as progress_lib
+from grain_jax.inference import inputs
+from grain_jax.inference.inputs import Normalized, OneOrMany, Tokens
+
+MAX_BATCH = 64  # images or texts per device and batch
+FEW = 8  # rows of the programs of small batches; images also go one by one
+_COMPILING = "usually under a minute, on few CPU cores a few; once for each kind of call"
+
+
+class BatchRunner:
+    """Runs programs of (params, *rows).
+
+    Args:
+      params: of the model, on its device.
+      devices: of large batches; [None] if the parameters' place is theirs.
+      image_size: pixels that images are resized to.
+      progress: whether stderr shows how many images are done.
+    """
+
+    def __init__(self, params: Any, devices: Sequence[Any], image_size: int, progress: bool):
+        self.params, self.devices = params, devices
+        self._image_size, self._progress = image_size, progress
+
+    def over_images(self, program: Callable[..., Any], images: OneOrMany | Tokens) -> Any:
+        """The results of `program` on all images, as numpy."""
+        parts = [self.run(program, batch) for batch in self.batches(images)]
+        if not parts:  # no image: the shapes alone
+            size = self._image_size
+            shape, dtype = (size, size, 3), np.dtype(np.uint8)
+            if isinstance(images, Tokens):
+                shape, dtype = images.values.shape[1:], images.values.dtype
+            shapes = jax.eval_shape(program, self.params, jax.ShapeDtypeStruct((1, *shape), dtype))
+            parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    def batches(self, images: Any) -> Iterator[np.ndarray]:
+        """Images, checked, or tokens, at most MAX_BATCH rows per device at a time. Raises InputError."""
+        most = MAX_BATCH * len(self.devices)
+        images = inputs.checked_images(images, self._image_size)
+        if isinstance(images, (Tokens, Normalized)):
+            for first in range(0, len(images[0]), most):
+                yield images[0][first : first + most]
+            return
+        total = len(images) if hasattr(images, "__len__") else None
+        counter = progress_lib.Counter("images", total, silent=not self._progress)
+        resized = (inputs.resize(i, x, self._image_size) for i, x in enumerate(images))
+        while batch := list(itertools.islice(resized, most)):
+            yield np.stack(batch)
+            counter.add(len(batch))
+        counter.close(stays=True)
+
+    def run(self, program: Callable[..., Any], *rows: np.ndarray, kinds=(MAX_BATCH, FEW, 1)) -> Any:
+        """The results of `program` on `rows`, arrays of equal length, as numpy.
+
+        Programs have `kinds` of rows per device; the last row is repeated to fill them. Up to MAX_BATCH rows
+        run on one device, more on all devices.
+        """
+        count, params, sharding, devices = len(rows[0]), self.params, None, 1
+        if count > MAX_BATCH:
+            (params, sharding), devices = self._on_all_devices, len(self.devices)
+        results, first = [], 0
+        for size in _sizes(-(-count // devices), kinds):
+            last = first + size * devices
+            padded = [_pad(x[first:last], size * devices) for x in rows]
+            with progress_lib.while_compiling(
+                "the model for this machine", _COMPILING, silent=jax.process_index() > 0, once=True
+            ):  # returns before it is computed
+                padded = jax.device_put(padded, sharding) if sharding else padded
+                results.append(program(params, *padded))
+            first = min(last, count - 1)
+        return jax.tree.map(lambda *x: np.concatenate([*map(np.asarray, x)])[:count], *results)
+
+    @functools.cached_property
+    def _on_all_devices(self) -> tuple[Any, NamedSharding]:
+        """The parameters replicated on every device, and the sharding of a batch."""
+        mesh = Mesh(self.devices, ("batch",))
+        params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        return params, NamedSharding(mesh, PartitionSpec("batch"))
+
+
+def _sizes(count: int, kinds: Sequence[int]) -> list[int]:
+    """The rows of the programs that take `count` rows, of descending `kinds`, each filled at least half."""
+    sizes = []
+    for kind in kinds:
+        times, rest = divmod(count, kind)
+        if rest > kind // 2 or (rest and kind == kinds[-1]):
+            times, rest = times + 1, 0
+        sizes += [kind] * times
+        count = rest
+    return sizes
+
+
+def _pad(x: np.ndarray, rows: int) -> np.ndarray:
+    """`x` with copies of its last row, to that many rows."""
+    return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
