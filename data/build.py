@@ -4,15 +4,15 @@
 
 With --source, a data source gives the images and their annotations.
 
-Worker processes read each image once: they check it and write it as an example to a part (`data.survey`). All faults
-are named before the set is written. Then TFDS's writer makes OUTPUT/NAME/1.0.0 from the parts.
+A build is a job (`data.job`) over the shards of the source, whose worker processes read each image once: they check it
+and write it as an example to a part (`data.survey`). All faults are named before the set is written. Then TFDS's writer
+makes OUTPUT/NAME/1.0.0 from the parts. The parts of a build that was killed are used by the same command.
 """
 
 import functools
 import itertools
 import json
 import sys
-import tempfile
 import time
 
 import numpy as np
@@ -20,7 +20,7 @@ from etils import epath
 
 from grain_jax.cli import process
 from grain_jax.core import errors, printable, progress
-from grain_jax.data import duplicates, example, parallel, sources, staging, survey
+from grain_jax.data import duplicates, example, job, parallel, sources, staging, survey
 from grain_jax.data.arguments import Build
 from grain_jax.input_pipeline import text_lengths
 
@@ -32,7 +32,7 @@ FAULTS = "faults.jsonl"  # beside the version's folder
 
 def _default_shards(surveyed: survey.Survey, images: np.ndarray) -> int:
     """64 MB per shard, in multiples of 16; few examples make at most one shard each."""
-    _, starts, ends = np.asarray(surveyed.parts, np.int64).reshape(-1, 3)[images].T
+    _, starts, ends = np.asarray(surveyed.spans, np.int64).reshape(-1, 3)[images].T
     num_bytes = int((ends - starts).sum())
     wanted = max(1, -(-num_bytes // (SHARD_BYTES * SHARD_MULTIPLE))) * SHARD_MULTIPLE
     return min(wanted, len(images))
@@ -48,37 +48,39 @@ def build(args: Build) -> str:
     """
     start = time.monotonic()
     target = epath.Path(args.output) / args.name / text_lengths.VERSION
-    with staging.locked(target), tempfile.TemporaryDirectory() as scratch:
+    with staging.locked(target):
         staging.recover(target)
         if target.exists() and not args.overwrite:
             raise errors.UserError(f"{target}: a set is there already; --overwrite replaces it")
-        shards = sources.of_flags(args, scratch, IMAGES_PER_PART)
-        with staging.replacing(target) as folder:
-            surveyed, written = _build(args, shards, target, folder)
+        output = job.Output(str(target.parent / f"incomplete.parts_{text_lengths.VERSION}"))
+        try:
+            surveyed, written = _build(args, target, output)
+        except Exception:  # the user may change an image before the next build
+            output.path().rmtree(missing_ok=True)
+            raise
+        output.path().rmtree()
         # After the records: the list is of the set there.
         surveyed.write_faults(target.parent / FAULTS)
     return f"{target}: {written}, {time.monotonic() - start:.1f} s"
 
 
-def _build(
-    args: Build, shards: list[sources.SourceShard], target: epath.Path, folder: epath.Path
-) -> tuple[survey.Survey, str]:
-    """Writes the set in `folder`; returns its images, and a line about it."""
+def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.Survey, str]:
+    """Writes the set from parts in `output`; returns its images, and a line about it."""
+    shards = sources.of_flags(args, str(output.path("lists")), IMAGES_PER_PART)
     sizes = [x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards]
     known = all("lines" in x.arguments for x in shards)
     workers = args.workers or parallel.default_workers(sum(sizes) if len(shards) > 1 else 0)
-    (folder / "parts").mkdir()
-    prepare = functools.partial(survey.prepare, parts=str(folder / "parts"), encoding=args.stored)
-    prepared = parallel.ordered_map(prepare, enumerate(shards), workers=workers)
-    images = itertools.chain.from_iterable(prepared)
-    of_lines = args.source == "annotations"
-    surveyed = survey.Survey(args.annotations[0] if of_lines else args.source)
-    for image in progress.over(images, total=sum(sizes) if known else None, what="reading"):
-        surveyed.add(image)
+    prepare = functools.partial(survey.prepare, output=output, encoding=args.stored)
+    surveyed = survey.Survey(args.annotations[0] if args.source == "annotations" else args.source)
+    parts = map(surveyed.add, parallel.ordered_map(prepare, shards, workers=workers))
+    images = itertools.chain.from_iterable(parts)
+    for _ in progress.over(images, total=sum(sizes) if known else None, what="reading"):
+        pass
     _check_faults(surveyed, args, target)
     excluded = args.exclude_duplicates_of
     divided = survey.divide(surveyed, holdout=args.holdout, exclude_duplicates_of=excluded)
-    num_shards = _write(args, surveyed, divided, target, folder)
+    with staging.replacing(target) as folder:
+        num_shards = _write(args, surveyed, divided, target.parent.name, folder, output)
     held_out = f" and {len(divided.validation)} held out" if len(divided.validation) else ""
     regions = f"{surveyed.regions_written} regions, {num_shards} shards"
     return surveyed, f"{len(divided.train)} images{held_out}, {regions}"
@@ -107,7 +109,12 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
 
 
 def _write(
-    args: Build, surveyed: survey.Survey, divided: survey.Splits, target: epath.Path, folder: epath.Path
+    args: Build,
+    surveyed: survey.Survey,
+    divided: survey.Splits,
+    name: str,
+    folder: epath.Path,
+    output: job.Output,
 ) -> int:
     """Writes the set; returns the number of shards of train. Raises errors.UserError."""
     encoding, counts = args.stored, surveyed.counts
@@ -122,12 +129,11 @@ def _write(
 
     has_negatives = counts["negatives"] > 0
     lengths = text_lengths.TextSample()
-    parts = str(folder / "parts")
-    train = progress.over(surveyed.examples(divided.train, parts), total=len(divided.train), what="writing")
-    validation = surveyed.examples(divided.validation, parts)
+    train = progress.over(surveyed.examples(divided.train, output), total=len(divided.train), what="writing")
+    validation = surveyed.examples(divided.validation, output)
     tfds_writer.write(
         folder,
-        target.parent.name,
+        name,
         splits={
             "train": (lengths.watch(train), num_shards),
             "validation": (validation, _default_shards(surveyed, divided.validation)),

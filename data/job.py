@@ -1,10 +1,12 @@
 """A job over the shards of a data source, which goes on after a kill: the same command again does what is missing.
 
-A job has a folder. The folder notes the settings that results depend on, and refuses a run with others. A worker writes
-the files of a shard whole, the one that marks the shard as done last. A record has their digests. One run at a time has the folder.
+A job has a folder. The folder notes the settings that results depend on, and refuses a run with others. A worker
+writes the files of a shard whole, and last the record that marks it as done, with their digests. One run at a time has
+the folder. build, annotate and embed are such jobs.
 """
 
 import contextlib
+import hashlib
 import json
 import sys
 import threading
@@ -17,6 +19,7 @@ from grain_jax.core import atomic, errors, printable, progress, regular_file
 
 SETTINGS = "settings.json"
 _SECONDS_BETWEEN_LOOKS = 10.0  # at the output folder: each look lists all shards
+_BLOCK = 16 << 20  # bytes of a file in memory
 
 
 class Damaged(errors.UserError):
@@ -65,22 +68,37 @@ class Output(NamedTuple):
 
     def read_record(self, *names: str) -> dict[str, Any]:
         """What `put_record` wrote. Raises Damaged."""
-        digest, _, content = self._content(*names).partition(b"\n")
+        with _present(self.path(*names)):
+            digest, _, content = self.path(*names).read_bytes().partition(b"\n")
         if atomic.digest(content).encode() != digest:
             raise Damaged(f"{self.path(*names)}: damaged, not what was written")
         return json.loads(content)
 
     def check(self, record: Mapping[str, Any]) -> None:
         """Compares the files of a shard with the digests in its record. Raises Damaged."""
-        for name, digest in record["digests"].items():
-            if atomic.digest(self._content(name)) != digest:
+        for name, expected in record["digests"].items():
+            digest = hashlib.sha256()
+            with _present(self.path(name)), self.path(name).open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+            if digest.hexdigest() != expected:
                 raise Damaged(f"{self.path(name)}: damaged, not what was written")
 
-    def _content(self, *names: str) -> bytes:
+    def whole(self, *names: str, check: bool = True) -> dict[str, Any] | None:
+        """The record of a shard that is done, else None.
+
+        With `check` its files are compared, too. A damaged shard is named on stderr, and its record is removed.
+        """
+        path = self.path(*names)
         try:
-            return self.path(*names).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise Damaged(f"{self.path(*names)}: {error.strerror or error}") from None
+            if path.exists():
+                record = self.read_record(*names)
+                self.check(record if check else {"digests": {}})
+                return record
+        except Damaged as error:
+            print(f"{error}; its shard is made again", file=sys.stderr)
+            path.unlink()
+        return None
 
     def done(self, *kinds: str) -> set[str]:
         """Names of the shards that have a file in each of these folders."""
@@ -118,6 +136,15 @@ class Output(NamedTuple):
                 file.write(self.path(kind, f"{shard}.jsonl").read_bytes())
         if new != path:
             atomic.replace(new, path)
+
+
+@contextlib.contextmanager
+def _present(path: epath.Path) -> Iterator[None]:
+    """Inside, it is Damaged that there is no such file."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise Damaged(f"{path}: {error.strerror or error}") from None
 
 
 def check_faults(

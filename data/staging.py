@@ -78,15 +78,12 @@ def replacing(target: epath.Path) -> Iterator[epath.Path]:
     """
     name, version = target.parent.name, target.name
     recover(target)
-    if target.parent.exists():
-        for left_over in target.parent.glob(f"incomplete.*_{version}"):
-            if left_over.is_dir():  # the lock is a file
-                left_over.rmtree()
-    new = target.parent / f"incomplete.new_{version}"
+    new, old = target.parent / f"incomplete.new_{version}", _old(target)
+    for left_over in (new, old):
+        left_over.rmtree(missing_ok=True)
     new.mkdir(parents=True)
     try:
         yield new
-        old = _old(target)
         try:
             atomic.replace(new / name / version, target, old)
         finally:

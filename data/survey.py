@@ -1,12 +1,14 @@
 """What a build does with each image, and what it knows about all of them before it writes the set.
 
-A worker takes a shard. It reads each image once, checks and encodes it, and writes the examples to a file, a part. It
-returns what the build needs to know about each image: `Prepared`. The build adds these up in a
-`Survey`, divides the images into train and validation, and leaves out duplicates of other sets.
+A worker takes a shard. It reads each image once, checks and encodes it, and writes the examples to a file, a part. A
+record beside it has what the build needs to know about each image: `Prepared`. The build adds these up in a `Survey`,
+divides the images into train and validation, and leaves out duplicates of other sets.
 """
 
 import array
 import collections
+import dataclasses
+import hashlib
 import itertools
 import json
 import sys
@@ -19,7 +21,7 @@ from etils import epath
 
 from grain_jax.core import atomic, errors, printable
 from grain_jax.core.annotations import Fault
-from grain_jax.data import duplicates, example, sources
+from grain_jax.data import duplicates, example, job, sources
 from grain_jax.data.arguments import Encoding
 from grain_jax.data.sources import annotations as annotations_source
 from grain_jax.data.sources import base
@@ -41,26 +43,47 @@ class Prepared(NamedTuple):
     left_out: tuple[str, ...] = ()  # faults of regions
     counts: dict[str, int] = {}
     fingerprint: duplicates.Fingerprint = (0, 0)
-    part: tuple[int, int, int] = (0, 0, 0)  # number of the part, first byte, end
+    span: tuple[int, int] = (0, 0)  # first byte in the part, end
 
 
-def prepare(job: tuple[int, sources.SourceShard], *, parts: str, encoding: Encoding) -> list[Prepared]:
-    """Checks the images of a shard and writes their examples to its part.
+class Part(NamedTuple):
+    """The images of a shard, and the file with the examples of those without a fault."""
+
+    file: str
+    images: list[Prepared]
+
+
+def prepare(shard: sources.SourceShard, *, output: job.Output, encoding: Encoding) -> Part:
+    """Checks the images of a shard and writes their examples to its part, unless a build that was killed has done it.
 
     Args:
-      job: the number of the part, and the shard.
-      parts: the folder of the parts.
+      shard: of the source.
+      output: of the job, whose shards have names of all that they depend on.
       encoding: of the images.
     """
-    number, shard = job
-    out, position = [], 0
-    with part_file(parts, number).open("wb") as file:
+    name = atomic.digest(json.dumps([shard, dataclasses.asdict(encoding)]).encode())
+    file, record = f"parts/{name}", ("records", f"{name}.record")
+    if known := output.whole(*record):
+        return Part(file, msgspec.convert(known["images"], list[Prepared]))
+    images, digest = _write_part(shard, output.path(file), encoding)
+    output.put_record({"digests": {file: digest}, "images": images}, *record)
+    return Part(file, images)
+
+
+def _write_part(
+    shard: sources.SourceShard, path: epath.Path, encoding: Encoding
+) -> tuple[list[Prepared], str]:
+    """Writes the part of a shard; returns its images and the digest of the file."""
+    out, position, digest = [], 0, hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
         for line, where, checked in _checked(shard):
             faults, annotation = tuple(checked.faults), checked.annotation
             prepared = Prepared(line, where, faults, checked.turned, checked.unknown_keys)
             if annotation is not None:
                 content = msgspec.msgpack.encode(example.encode(checked, encoding))
                 file.write(content)
+                digest.update(content)
                 prepared = prepared._replace(
                     image=annotation.image,
                     id=annotation.id,
@@ -75,16 +98,11 @@ def prepare(job: tuple[int, sources.SourceShard], *, parts: str, encoding: Encod
                         "left_out": len(annotation.left_out),
                     },
                     fingerprint=duplicates.fingerprint(annotation.encoded, checked.image),
-                    part=(number, position, position + len(content)),
+                    span=(position, position + len(content)),
                 )
                 position += len(content)
             out.append(prepared)
-    return out
-
-
-def part_file(parts: str, number: int) -> epath.Path:
-    """The file of a part."""
-    return epath.Path(parts) / f"{number:06d}"
+    return out, digest.hexdigest()
 
 
 def _checked(shard: sources.SourceShard) -> Iterator[tuple[int, str, example.Checked]]:
@@ -120,7 +138,8 @@ class Survey:
         self.pixel_boxes: collections.Counter[str] = collections.Counter()  # of each file with boxes
         self.unknown_keys: collections.Counter[str] = collections.Counter()
         self.fingerprints = array.array("Q")  # exact and near
-        self.parts = array.array("Q")  # as Prepared.part
+        self.spans = array.array("Q")  # number of the part, and as Prepared.span
+        self._parts: list[str] = []  # their files
         self._number_of_id: dict[str, int] = {}
 
     @property
@@ -128,8 +147,14 @@ class Survey:
         """Images with at least one fault."""
         return self.lines - len(self.ids)
 
-    def add(self, image: Prepared) -> None:
-        """Counts an image; the first MOST_PRINTED faults go to stderr at once."""
+    def add(self, part: Part) -> Iterator[Prepared]:
+        """Counts the images of the next part and yields them; the first MOST_PRINTED faults go to stderr at once."""
+        self._parts.append(part.file)
+        for image in part.images:
+            self._add(image)
+            yield image
+
+    def _add(self, image: Prepared) -> None:
         self.lines += 1
         self.turned += image.turned
         self.unknown_keys.update(image.unknown_keys)
@@ -156,13 +181,13 @@ class Survey:
         if image.counts["regions"]:
             self.pixel_boxes[image.where.rpartition(":")[0]] += image.counts["pixel_boxes"]
         self.fingerprints.extend(image.fingerprint)
-        self.parts.extend(image.part)
+        self.spans.extend((len(self._parts) - 1, *image.span))
 
-    def examples(self, indices: Iterable[int], parts: str) -> Iterator[dict[str, Any]]:
+    def examples(self, indices: Iterable[int], output: job.Output) -> Iterator[dict[str, Any]]:
         """The examples of these images from their parts."""
-        entries = ((self.parts[3 * i : 3 * i + 3], self.ids[i]) for i in indices)
+        entries = ((self.spans[3 * i : 3 * i + 3], self.ids[i]) for i in indices)
         for number, of_part in itertools.groupby(entries, key=lambda pair: pair[0][0]):
-            with part_file(parts, number).open("rb") as file:
+            with output.path(self._parts[number]).open("rb") as file:
                 for (_, start, stop), identity in of_part:
                     file.seek(start)
                     content = msgspec.msgpack.decode(file.read(stop - start))

@@ -10,7 +10,6 @@ A part has one of each of the first three. DIR/done/done_00.record, written last
 """
 
 import io
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,19 +64,10 @@ class Embeddings(NamedTuple):
         return self.folder.path(kind, f"{kind}_{index:0{digits}d}.{ending}")
 
     def done(self, check: bool = True) -> dict[int, Part]:
-        """The parts that are done. With `check` a damaged one is named on stderr, to be made again."""
-        parts = {}
-        for index in range(len(self.parts)):
-            path = self.path("done", index)
-            try:
-                if path.exists():
-                    record = self.folder.read_record("done", path.name)
-                    self.folder.check(record if check else {"digests": {}})
-                    parts[index] = Part(**record)
-            except job.Damaged as error:
-                print(f"{error}; its part is made again", file=sys.stderr)
-                path.unlink()
-        return parts
+        """The parts that are done; `check` as for `job.Output.whole`."""
+        names = ((index, self.path("done", index).name) for index in range(len(self.parts)))
+        records = ((index, self.folder.whole("done", name, check=check)) for index, name in names)
+        return {index: Part(**record) for index, record in records if record}
 
     def write(self, index: int, rows: Sequence[Row], faults: list[dict[str, str]]) -> None:
         """Writes the files of a part, and then the record that marks it as done."""

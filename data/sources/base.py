@@ -24,7 +24,7 @@ CAUSES = (
     "no such file",
     "empty file",
     "unreadable",  # as a file, or no image in it
-    "too large",  # beyond a bound of grain_jax/core/image_bounds.py
+    "too large",  # images.TooLargeError
     "another size",  # than the one that the boxes were drawn on
     "no image",  # a sample of a tar without an image
     "damaged shard",  # a tar that ends early; what came before is kept

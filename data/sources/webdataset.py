@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import msgspec
 from etils import epath
 
-from grain_jax.core import image_bounds, nearest, regular_file
+from grain_jax.core import images, nearest, regular_file
 from grain_jax.data.sources import base, columns, join
 
 _MAX_PART = 255  # bytes of a part of a name: no file system takes more
@@ -75,7 +75,7 @@ class Tars:
         fault = _name_fault(image, seen)
         seen.add(image)
         if not fault and None in files.values():
-            most = f"{image_bounds.MAX_BYTES:,} bytes, and {base.MAX_TEXT:,} of a text"
+            most = f"{images.MAX_BYTES:,} bytes, and {base.MAX_TEXT:,} of a text"
             return base.Fault(image, "too large", f"expected an image of at most {most}")
         try:
             annotation = None if fault else self.entry(image, files, options)
@@ -207,7 +207,7 @@ def _samples(path: epath.Path, prefix: str) -> Iterator[tuple[str, dict[str, Any
                 for _, ending, member in members:
                     most = base.MAX_TEXT if ending in ("txt", "json") else 0
                     if _is_image(ending) and not any(map(_is_image, files)):
-                        most = image_bounds.MAX_BYTES
+                        most = images.MAX_BYTES
                     files[ending] = b""
                     if most:
                         fits = 0 <= member.size <= most

@@ -358,6 +358,34 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    assert list(output.glob("x/incomplete.*")) and not (output / "x/1.0.0").exists()
+    assert not (output / "x/1.0.0").exists()
     with pytest.raises(tfds.core.DatasetNotFoundError):
         tfds.builder("x", data_dir=output)
+
+
+def test_a_killed_build_goes_on_with_its_whole_parts(tmp_path, monkeypatch, capsys):
+    record_sets.write_annotations(tmp_path / "in", 6)
+    monkeypatch.setattr(build, "IMAGES_PER_PART", 2)
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "whole") == 0
+    made, write_part = [], survey._write_part
+
+    def kill_in_the_third(shard, *arguments):
+        made.append(shard.arguments["first_line"])
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return write_part(shard, *arguments)
+
+    monkeypatch.setattr(survey, "_write_part", kill_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        record_sets.build_set(tmp_path / "in", tmp_path / "out")
+    (parts,) = (tmp_path / "out/tiny_set").glob("incomplete.parts_*")
+    damaged = min((parts / "parts").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    damaged.write_bytes(b"half")
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out") == 0
+    assert made == [1, 3, 5, 1, 5]  # the second part alone is whole
+    assert f"{damaged}: damaged, not what was written; its shard is made again" in capsys.readouterr().err
+    whole, out = (
+        {p.relative_to(x): p.read_bytes() for p in x.rglob("*") if p.is_file()}
+        for x in (tmp_path / "whole", tmp_path / "out")
+    )
+    assert whole == out

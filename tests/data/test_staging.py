@@ -23,7 +23,7 @@ def write_new(folder):
 def test_the_old_set_stays_until_the_new_one_is_complete(target):
     others = target.parent / "incomplete.ABC123_2.0.0"  # of another version's build
     others.mkdir()
-    (target.parent / "incomplete.DEF456_1.0.0").mkdir()  # of a killed build of this one
+    (target.parent / "incomplete.new_1.0.0").mkdir()  # of a killed build of this one
     with staging.locked(target), staging.replacing(target) as folder:
         write_new(folder)
         assert (target / "set").read_text() == "old"

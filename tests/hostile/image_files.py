@@ -57,60 +57,18 @@ def png_chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">L", len(content)) + name + content + struct.pack(">L", zlib.crc32(name + content))
 
 
-def png(width: int, height: int, *chunks: bytes) -> bytes:
+def png(width: int, height: int) -> bytes:
     """An image of zeros, 8 bits of grey; only its first rows are there."""
     data = zlib.compress(b"\0" * (width + 1) * min(height, 1000), 1)
     header = struct.pack(">LLBBBBB", width, height, 8, 0, 0, 0, 0)
-    body = [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IDAT", data), png_chunk(b"IEND", b"")]
+    body = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", data), png_chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
-def gif(*, between: bytes = b"", frames: int = 1, size=(1, 1)) -> bytes:
-    """One pixel, or one that claims more; with extensions ahead of the second frame."""
+def gif(size: tuple[int, int]) -> bytes:
+    """One pixel that claims to be more."""
     head = b"GIF89a" + struct.pack("<HH", *size) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
-    frame = b"\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x44\x01\0"
-    return head + frame + (between + frame) * (frames - 1) + b";"
-
-
-def gif_comment(length: int) -> bytes:
-    """A comment of so many bytes."""
-    whole, rest = divmod(length, 255)
-    return b"!\xfe" + (b"\xff" + b"a" * 255) * whole + bytes([rest]) * bool(rest) + b"a" * rest + b"\0"
-
-
-def jpeg_segment(marker: int, content: bytes) -> bytes:
-    """With its length."""
-    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
-
-
-def jpeg_with(*segments: bytes) -> bytes:
-    """A good JPEG with segments behind its first marker."""
-    encoded = encode("JPEG")
-    return encoded[:2] + b"".join(segments) + encoded[2:]
-
-
-def jpeg_of_scans(scans: int, size=(64, 64)) -> bytes:
-    """A progressive JPEG whose last scan stands there so many times."""
-    encoded = encode("JPEG", size, progressive=True)
-    last = encoded.rindex(b"\xff\xda")
-    return encoded[:last] + encoded[last:-2] * scans + encoded[-2:]
-
-
-def tiff(*tags: tuple[int, int, int, int], tail: bytes = b"", size=(1, 1)) -> bytes:
-    """A grey image of zeros, and more tags: (tag, type, count, value or offset)."""
-    width, height = size
-    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1)]
-    entries += [(262, 3, 1, 1), (273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 1)]
-    merged = {entry[0]: entry for entry in [*entries, *tags]}
-    directory = struct.pack("<H", len(merged))
-    directory += b"".join(struct.pack("<HHLL", *merged[tag]) for tag in sorted(merged))
-    data = b"\0" * 8
-    return b"II*\0" + struct.pack("<L", 8 + len(data)) + data + directory + b"\0" * 4 + tail
-
-
-def shared_tags(count: int, length: int) -> bytes:
-    """A TIFF with so many tags that all name the same bytes, of that length."""
-    return tiff(*((1000 + i, 7, length, 8) for i in range(count)), tail=b"\0" * length)
+    return head + b"\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x44\x01\0;"
 
 
 def bmp_of_run_lengths(width: int, height: int) -> bytes:
@@ -127,12 +85,3 @@ def webp_animated(frames: int) -> bytes:
     out = io.BytesIO()
     first.save(out, "WEBP", save_all=True, append_images=rest)
     return out.getvalue()
-
-
-def exif_of_shared_values(segments: int) -> list[bytes]:
-    """Exif over several segments, whose tags all name all of it."""
-    length = segments * 60_000
-    content = shared_tags((length // 2) // 12, length // 2)[:length]
-    return [
-        jpeg_segment(0xE1, b"Exif\0\0" + content[at : at + 60_000]) for at in range(0, len(content), 60_000)
-    ]

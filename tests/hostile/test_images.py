@@ -15,14 +15,8 @@ MB = 1 << 20
 # name -> (file, what the error says). Each would take minutes or gigabytes, or run something.
 REFUSED = {
     "EPS": (image_files.EPS, "no known image format, expected JPEG, PNG, WebP, GIF"),
-    "PNG of 200 Mpx": (lambda: image_files.png(20_000, 10_000), "200000000 pixels|20000 x 10000"),
-    "GIF that says 65535 x 65535": (image_files.gif(size=(65535, 65535)), "pixels"),
-    "TIFF of one tile of 10^9 pixels": (lambda: image_files.tiff((259, 3, 1, 5), (322, 4, 1, 40_000), (323, 4, 1, 30_000), (324, 4, 1, 8), (325, 4, 1, 1)), "40000 x 30000 pixels, expected at most .* in a tile"),
-    "TIFF whose tags share bytes": (lambda: image_files.shared_tags(20_000, MB), "bytes of tags in the TIFF"),
-    "JPEG whose Exif shares bytes": (lambda: image_files.jpeg_with(*image_files.exif_of_shared_values(8)), "bytes of tags in the JPEG's Exif"),
-    "JPEG of 200 scans": (lambda: image_files.jpeg_of_scans(200), "over 100 scans"),
-    "PNG of 70,000 chunks": (lambda: image_files.png(1, 1, image_files.png_chunk(b"tEXt", b"a\0b") * 70_000), "over 65,536 PNG chunks"),
-    "GIF of a long comment": (lambda: image_files.gif(between=image_files.gif_comment(6 * MB), frames=2), "bytes of a GIF ahead"),
+    "PNG of 200 Mpx": (lambda: image_files.png(20_000, 10_000), "200000000 pixels"),
+    "GIF that says 65535 x 65535": (image_files.gif((65535, 65535)), "pixels"),
     "BMP of run lengths": (image_files.bmp_of_run_lengths(170_000_000, 1), "run lengths"),
     "32 bits a colour": (lambda: of_mode("I"), "mode I has no fixed range, expected 8 or 16 bits"),
     "floats": (lambda: of_mode("F"), "mode F has no fixed range, expected 8 or 16 bits a colour"),

@@ -272,7 +272,7 @@ def test_a_damaged_part_is_made_again(many, tmp_path, capsys):
         if damage:
             path.write_bytes(damage(whole))
         assert sorted(job.done()) == [0, 1, 3, 4, 5, 6, 7]
-        named = capsys.readouterr().err.count("damaged, not what was written; its part is made again")
+        named = capsys.readouterr().err.count("damaged, not what was written; its shard is made again")
         assert named == (damage is not None)
         assert go(job) == 4 and job.path(kind, 2).read_bytes() == whole
     assert_whole(tmp_path / "out")
