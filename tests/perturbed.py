@@ -37,9 +37,10 @@ def params(model: config_lib.Model, seed: int = 0) -> Any:
     size, rows = model.image.image_size, np.zeros((1, 1, model.text.context_length), np.int32)
 
     def everything(module, image):
-        embeds = module.encode_image(image), module.encode_text(rows, rows, rows, rows[0, :, :2])
+        tokens = module.image_tokens(image)
+        embeds = module.embeddings(tokens), module.encode_text(rows, rows, rows, rows[0, :, :2])
         bias = module.logit_bias if model.logit_bias_init is not None else 0
-        boxes = module.encode_boxes(image, np.zeros((1, 1, 4))) if model.boxes.kind != "none" else 0
+        boxes = module.box_embeddings(tokens, np.zeros((1, 1, 4))) if model.boxes.kind != "none" else 0
         return embeds, module.logit_scale, bias, boxes
 
     image = np.zeros((1, size, size, 3), np.float32)

@@ -45,7 +45,7 @@ def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings")
         tokens = run("image_tokens")(params, image) if image.ndim == 4 else image
         if head not in ("embeddings", "regions_by_box_head"):
             return run(head)(params, tokens, *arrays)
-        image_embed, region_embed, boxes = run("embeddings")(params, tokens)
+        image_embed, region_embed, boxes, _ = run("embeddings")(params, tokens)
         corners = jnp.clip(boxes_lib.cxcywh_to_xyxy(boxes[:, -1]), 0.0, 1.0)
         if head == "regions_by_box_head":
             region_embed = run("box_embeddings")(params, tokens, corners)

@@ -123,20 +123,15 @@ class GRAIN(nn.Module):
             )
         return image
 
-    def encode_image(self, image: jax.Array, dropout_keys: jax.Array | None = None):
-        """Images -> (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [B, T, Q, 4]).
+    def embeddings(
+        self, tokens: jax.Array, dropout_keys: jax.Array | None = None, kept: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, schema.TokenBoxes | None]:
+        """The embeddings and boxes of images from their tokens; `kept` as of `image_tokens`.
 
-        Without a decoder Q is 0 and T is 1.
+        Returns:
+          (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [B, T, Q, 4], the boxes of patches of a
+          pointer). Without a decoder Q is 0 and T is 1.
         """
-        return self.embeddings(self.image_tokens(image), dropout_keys)
-
-    def embeddings(self, tokens: jax.Array, dropout_keys: jax.Array | None = None):
-        """As `encode_image`, from the tokens of the images."""
-        return self._embeddings(tokens, dropout_keys)[:3]
-
-    @nn.nowrap
-    def _embeddings(self, tokens, dropout_keys=None, kept=None):
-        """As `embeddings`, and the TokenBoxes of the pointer, or None; `kept` as of `image_tokens`."""
         decoder, batch, token_boxes = self.config.decoder, tokens.shape[0], None
         if decoder is None:
             no_regions = jnp.zeros((batch, 0, self.config.embed_dim)), jnp.zeros((batch, 1, 0, 4))
@@ -171,19 +166,10 @@ class GRAIN(nn.Module):
         image = self.config.image
         return jnp.asarray(box_head.patch_centres(image.image_size // image.patch_size))[kept]
 
-    def encode_boxes(self, image: jax.Array, boxes_xyxy: jax.Array) -> jax.Array:
-        """Images and boxes [B, R, 4], corners in [0, 1] -> [B, R, D], unit length; needs a box head."""
-        return self.box_embeddings(self.image_tokens(image), boxes_xyxy)
-
-    def encode_image_and_boxes(self, image: jax.Array, boxes_xyxy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """As the first result of `encode_image`, and `encode_boxes`, of one pass through the image tower."""
-        tokens = self.image_tokens(image)
-        return self.embeddings(tokens)[0], self.box_embeddings(tokens, boxes_xyxy)
-
     def box_embeddings(
         self, tokens: jax.Array, boxes_xyxy: jax.Array, kept: jax.Array | None = None
     ) -> jax.Array:
-        """As `encode_boxes`, from the tokens of the images; `kept` as of `image_tokens`."""
+        """Tokens and boxes [B, R, 4], corners in [0, 1] -> [B, R, D], unit length; needs a box head."""
         return normalize(self._read_boxes(tokens, boxes_xyxy, kept))
 
     @nn.nowrap
@@ -192,12 +178,8 @@ class GRAIN(nn.Module):
         leading = self.image.leading_tokens(self.config.image)
         return self.box_projection(self.box_head(tokens, boxes_xyxy, leading, kept))
 
-    def encode_patches(self, image: jax.Array) -> jax.Array:
-        """Images -> [B, P, D], each patch pooled and projected alone, row by row; of a tower that pools."""
-        return self.patch_embeddings(self.image_tokens(image))
-
     def patch_embeddings(self, tokens: jax.Array) -> jax.Array:
-        """As `encode_patches`, from the tokens of the images."""
+        """Tokens -> [B, P, D], each patch pooled and projected alone, row by row; of a tower that pools."""
         patches = tokens[:, self.image.leading_tokens(self.config.image) :]
         # Pooling "class" reads the first token, "mean" those after the leading ones: a patch stands in for all of them.
         alone = jnp.repeat(patches.reshape(-1, 1, tokens.shape[2]), tokens.shape[1] - patches.shape[1] + 1, 1)
@@ -255,7 +237,7 @@ class GRAIN(nn.Module):
     ) -> tuple[schema.Outputs, schema.Features]:
         """As a call, and what the local loss terms see beside it (losses/local.py); `kept` as of `image_tokens`."""
         tokens = self.image_tokens(batch.image, kept)
-        image_embed, region_embed, boxes, token_boxes = self._embeddings(tokens, dropout_keys, kept)
+        image_embed, region_embed, boxes, token_boxes = self.embeddings(tokens, dropout_keys, kept)
         box_embed = None
         if self.config.boxes.kind != "none":
             corners = boxes_lib.cxcywh_to_xyxy(batch.region_boxes_cxcywh)

@@ -73,7 +73,8 @@ def test_a_box_has_an_embedding_of_its_own_and_leaves_the_rest_of_the_model_alon
 
     @jax.jit
     def run(params):
-        encode = lambda boxes: module.apply(params, batch.image, boxes, method="encode_boxes")
+        tokens = module.apply(params, batch.image, method="image_tokens")
+        encode = lambda boxes: module.apply(params, tokens, boxes, method="box_embeddings")
         without = plain.apply({"params": kept}, batch)
         return module.apply(params, batch), without, encode(corners), encode(corners[:, 3:4])
 

@@ -12,7 +12,7 @@ from tests import perturbed, tiny
 def test_the_image_embedding_is_the_sum_of_all_queries():
     alone, of_all = (tiny.config(model__decoder__image_pool=pool) for pool in ("query", "all"))
     image = tiny.batch(alone).image
-    encode = dict(method="encode_image")
+    encode = dict(method=lambda module, image: module.embeddings(module.image_tokens(image))[:3])
     params = jax.jit(lambda: GRAIN(alone.model).init(jax.random.key(0), image, **encode))()
     apply = lambda c: jax.jit(lambda p: GRAIN(c.model).apply(p, image, **encode))(params)
     (image_embed, region_embed, _), (of_queries, regions, _) = map(apply, (alone, of_all))
@@ -48,12 +48,12 @@ def test_queries_point_at_patches_and_read_their_box(keep):
 
     def everything(module):
         tokens = module.image_tokens(image, kept)
-        boxes = module._embeddings(tokens, kept=kept)[2][:, -1]
+        boxes = module.embeddings(tokens, kept=kept)[2][:, -1]
         corners = boxes_lib.cxcywh_to_xyxy(boxes)
         read = module._read_boxes(tokens, corners, kept)
         hidden = module.decoder(tokens)[:, :, :3]
         own = module.region_projection(hidden[-1])
-        return tokens, hidden, own, read, module._embeddings(tokens, kept=kept)
+        return tokens, hidden, own, read, module.embeddings(tokens, kept=kept)
 
     run = jax.jit(lambda p: module.apply({"params": p}, method=everything))
     tokens, hidden, own, read, (image_embed, region_embed, boxes, of_tokens) = run(params)
@@ -77,7 +77,8 @@ def test_no_gradient_moves_boxes_to_what_reads_them():
     image = np.random.default_rng(0).standard_normal((2, 40, 40, 3)).astype(np.float32)
 
     def total(params):
-        return GRAIN(model).apply({"params": params}, image, method="encode_image")[1].sum()
+        embed = lambda module: module.embeddings(module.image_tokens(image))[1]
+        return GRAIN(model).apply({"params": params}, method=embed).sum()
 
     grads = jax.jit(jax.grad(total))(perturbed.params(model))
     assert not any(np.any(x) for x in jax.tree.leaves(grads["pointer"]))

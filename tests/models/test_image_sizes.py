@@ -74,7 +74,7 @@ def test_boxes_and_queries_of_an_image_of_another_size():
         return tokens, module.embeddings(tokens), module.box_embeddings(tokens, boxes)
 
     run = jax.jit(lambda params: module.apply({"params": params}, method=all_of))
-    tokens, (image_embed, regions, _), box_embed = run(params)
+    tokens, (image_embed, regions, *_), box_embed = run(params)
     assert tokens.shape == (2, 10, 48)
     assert image_embed.shape == (2, 28) and regions.shape == (2, 3, 28)
     np.testing.assert_allclose(np.linalg.norm(box_embed, axis=-1), np.ones((2, 2)), atol=1e-5)

@@ -44,7 +44,8 @@ def test_every_parameter_starts_as_the_references(golden, block_init):
     def encode(module):
         if block_init == "trunc_normal":
             return module.image_tokens(image)
-        return module.encode_image(image), module.encode_text(texts, texts, texts, texts[0, :, :2])
+        encoded = module.embeddings(module.image_tokens(image))
+        return encoded, module.encode_text(texts, texts, texts, texts[0, :, :2])
 
     if block_init == "trunc_normal":  # the documented difference: the image's blocks as timm makes them
         expected |= golden["timm_blocks"]
