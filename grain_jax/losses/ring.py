@@ -1,7 +1,7 @@
 """The ring of devices: each device's block of rows or columns visits every device.
 
-With `gather` g neighbours share their blocks first: g times the memory and 1/g of the hops, each of g times
-the size.
+On a TPU half of a block goes each way round. With `gather` g neighbours share their blocks first: g times the
+memory and 1/g of the hops, each of g times the size.
 """
 
 import functools
@@ -62,27 +62,40 @@ def exchange(
         return state, _of_own_block(ring, result, initial_result, join)
 
     def hop(carry, _):
-        state, block, result = carry
-        coming = _sent(ring, block)  # the next block travels while this one is used
-        arrived = _sent(ring, result)
-        state, new_result = visit(state, block)
-        return (state, coming, jax.tree.map(join, arrived, new_result)), None
+        state, parts, results = carry
+        coming = _sent(ring, parts)  # the next block travels while this one is used
+        arrived = _sent(ring, results)
+        state, new_result = visit(state, _whole(parts))
+        return (state, coming, jax.tree.map(join, arrived, _split(ring, new_result))), None
 
     times = len(block.vectors) // (1 if initial_result is None else len(initial_result))
     result = jax.tree.map(lambda x: jnp.concatenate([x] * times), initial_result)
-    carry, _ = jax.lax.scan(hop, (state, block, result), None, length=ring.size - 1)
-    state, block, result = carry
-    arrived = _sent(ring, result)
-    state, new_result = visit(state, block)
-    result = _sent(ring, jax.tree.map(join, arrived, new_result))
-    return state, _of_own_block(ring, result, initial_result, join)
+    carry = state, _split(ring, block), _split(ring, result)
+    (state, parts, results), _ = jax.lax.scan(hop, carry, None, length=ring.size - 1)
+    arrived = _sent(ring, results)
+    state, new_result = visit(state, _whole(parts))
+    results = jax.tree.map(join, arrived, _split(ring, new_result))
+    return state, _of_own_block(ring, _whole(_sent(ring, results)), initial_result, join)
 
 
-def _sent(ring: Ring, tree: Any) -> Any:
-    """What the device before this one on the path has."""
+def _split(ring: Ring, tree: Any) -> list[Any]:
+    """What goes along the path, and what goes back: a link carries as much in both directions as in one."""
+    ways = 2 if ring.path else 1
+    return [jax.tree.map(lambda x, n=n: jnp.array_split(x, ways)[n], tree) for n in range(ways)]
+
+
+def _whole(parts: list[Any]) -> Any:
+    """The inverse of `_split`."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+
+def _sent(ring: Ring, parts: list[Any]) -> list[Any]:
+    """The parts of the neighbours: of the device before this one on the path, and of the one after it."""
     path = ring.path or tuple(range(ring.size))
-    hops = list(zip(path, (*path[1:], path[0])))
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, hops), tree)
+    along = list(zip(path, (*path[1:], path[0])))
+    ways = along, [(receiver, sender) for sender, receiver in along]
+    send = lambda part, way: jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axes, way), part)
+    return [send(part, way) for part, way in zip(parts, ways)]
 
 
 def _of_own_block(ring: Ring, result, initial_result, join):
