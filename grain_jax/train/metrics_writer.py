@@ -1,7 +1,7 @@
 """What a run tells: `metrics.jsonl`, TensorBoard, Weights & Biases, a progress line, and the stop on NaN.
 
-An object store cannot append to a file. If the workdir is in one, the files grow in a folder on this machine. They are
-uploaded at checkpoints and every half minute (`_Upload`).
+An object store cannot append to a file. If the workdir is in one, files are written whole, at checkpoints and
+every half minute.
 """
 
 import contextlib
@@ -23,8 +23,6 @@ from grain_jax.core import atomic, errors, metrics_file, progress
 from grain_jax.runtime import ending
 
 UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
-UPLOAD_SHARE = 0.01  # of the time, at most, that uploads between checkpoints take
-EVENT_FILE_BYTES = 1 << 20  # TensorBoard reads many files as one; so no upload is much larger
 
 
 class NotFinite(errors.UserError, ArithmeticError):
@@ -146,67 +144,56 @@ def _open_wandb(workdir: epath.Path, config: config_lib.Config):
         ) from None
 
 
-class _Events:
-    """TensorBoard's scalars. Unlike a SummaryWriter it queues nothing: what was written is in the file.
+class _TensorBoard:
+    """TensorBoard's scalars, by tf.summary; none without TensorFlow.
 
     Args:
-      folder: on this machine; made when the first event comes.
-      purge_step: TensorBoard forgets what earlier files have from this step on.
+      folder: its event files are replaced by one. In an object store `upload` writes it.
+      lines: of the steps before this run, which the new file gets first.
     """
 
-    def __init__(self, folder: epath.Path, purge_step: int):
-        self.folder, self._purge_step = folder, purge_step
-        self._writer = None
-        self._files = self._bytes = 0
+    def __init__(self, folder: epath.Path, lines: Iterable[metrics_file.Line]):
+        self._writer, self._folder = None, folder
+        if importlib.util.find_spec("tensorflow") is None:
+            return
+        import tensorflow as tf  # two seconds to import
+
+        before = list(folder.glob("events.*"))
+        self._local = folder
+        if is_object_store(folder):
+            self._local = epath.Path(tempfile.mkdtemp(prefix="grain_jax_"))
+            ending.at_end(functools.partial(self._local.rmtree, missing_ok=True))
+        self._tf, self._writer = tf, tf.summary.create_file_writer(str(self._local))
+        for line in lines:
+            self._add(line.step, dict(metrics_file.numbers(line)))
+        self._writer.flush()
+        self.upload()
+        for file in before:
+            file.unlink()
+
+    def upload(self) -> None:
+        """Writes the file to an object store, if the folder is in one."""
+        if self._writer is not None and self._local != self._folder:
+            for file in self._local.glob("events.*"):
+                (self._folder / file.name).write_bytes(file.read_bytes())
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One event with all scalars; a file that has grown large is followed by another."""
-        from tensorboardX.event_file_writer import EventsWriter  # half a second to import
-        from tensorboardX.proto import event_pb2, summary_pb2
+        """All scalars of a step, which are in the file at once."""
+        if self._writer is not None:
+            self._add(step, metrics)
+            self._writer.flush()
 
-        # protobuf makes these classes when the modules are imported
-        Event, SessionLog = vars(event_pb2)["Event"], vars(event_pb2)["SessionLog"]
-        Summary = vars(summary_pb2)["Summary"]
-
-        if self._bytes > EVENT_FILE_BYTES:
-            self.close()
-        if self._writer is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # The suffix tells files of one second apart, also after a restart, and keeps them in order.
-            suffix = f".{self._purge_step:09d}.{self._files:05d}"
-            self._writer = EventsWriter(str(self.folder / "events"), suffix)
-            if not self._files:
-                start = SessionLog(status=SessionLog.START)
-                self._writer.write_event(Event(step=self._purge_step, session_log=start))
-            self._files += 1
+    def _add(self, step: int, metrics: Mapping[str, float]) -> None:
+        Summary = (
+            self._tf.compat.v1.Summary
+        )  # one event for all scalars: tf.summary.scalar writes one for each
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
-        self._writer.write_event(event)
-        self._writer.flush()
-        self._bytes += event.ByteSize()
+        with self._writer.as_default():
+            self._tf.summary.experimental.write_raw_pb(Summary(value=values).SerializeToString(), step)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer, self._bytes = None, 0
-
-
-class _Upload:
-    """Brings files that grow in a folder of this machine to a workdir in an object store, whole."""
-
-    def __init__(self, workdir: epath.Path):
-        self.folder = epath.Path(tempfile.mkdtemp(prefix="grain_jax_"))
-        ending.at_end(functools.partial(self.folder.rmtree, missing_ok=True))
-        self._workdir = workdir
-        self._bytes: dict[str, int] = {}  # of the files that are there
-
-    def upload(self) -> None:
-        """Uploads metrics.jsonl and TensorBoard's files, those that have grown."""
-        for file in (self.folder / metrics_file.FILE, *(self.folder / "tensorboard").glob("*")):
-            data = file.read_bytes()
-            if self._bytes.get(file.name) != len(data):
-                (self._workdir / file.relative_to(self.folder)).write_bytes(data)
-                self._bytes[file.name] = len(data)
 
 
 class MetricsWriter:
@@ -242,11 +229,13 @@ class MetricsWriter:
         self._terms = terms or {}
         self.total_steps, self.batch_size = total_steps, batch_size
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self._upload = _Upload(self.workdir) if is_object_store(workdir) else None
-        self._folder = self._upload.folder if self._upload else self.workdir
-        self._path = self._folder / metrics_file.FILE
-        self._keep_until(start_step)
-        self._events = _Events(self._folder / "tensorboard", purge_step=start_step + 1)
+        self._path = self.workdir / metrics_file.FILE
+        self._remote = is_object_store(workdir)
+        before = {x.step: x for x in reversed(metrics_file.read(workdir)) if x.step <= start_step}
+        kept = [before[step] for step in sorted(before)]
+        self._lines = [line.text for line in kept]
+        self._write_whole()
+        self._tensorboard = _TensorBoard(self.workdir / "tensorboard", kept)
         self._wandb = None
         if config is not None and config.wandb.mode != "off":
             self._wandb = _open_wandb(self.workdir, config)
@@ -255,13 +244,8 @@ class MetricsWriter:
         self._upload_due = self._started + UPLOAD_EVERY
         self._wait, self._shown = 0.0, False
 
-    def _keep_until(self, step: int) -> None:
-        lines = metrics_file.read(self.workdir)
-        by_step = {line.step: line.text for line in reversed(lines) if 0 <= line.step <= step}
-        kept = "".join(f"{by_step[step]}\n" for step in sorted(by_step))
-        atomic.write_text(self._path, kept)
-        if self._upload:
-            self._upload.upload()
+    def _write_whole(self) -> None:
+        atomic.write_text(self._path, "".join(f"{line}\n" for line in self._lines))
 
     def rates(self, step: int, wait_seconds: float) -> dict[str, float]:
         """What was done a second, and the share of the time that input held up, since the last call.
@@ -302,27 +286,29 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a line to `metrics.jsonl` and its numbers to TensorBoard and Weights & Biases."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._events.write(step, metrics)
+        self._lines.append(json.dumps({"step": step, **metrics}))
+        if not self._remote:
+            with self._path.open("a") as file:
+                file.write(self._lines[-1] + "\n")
+        self._tensorboard.write(step, metrics)
         # After a restart some steps come again, with the same values: the service keeps the first.
         if self._wandb and step >= self._wandb.step:
             self._wandb.log(dict(metrics), step=step)
-        if time.monotonic() > self._upload_due:
+        if self._remote and time.monotonic() > self._upload_due:
             self.flush()
 
     def lines(self) -> list[str]:
         """The lines of `metrics.jsonl` so far."""
-        return [line.text for line in metrics_file.read(self._folder)]
+        return self._lines
 
     def flush(self) -> None:
-        """Brings the disk and an object store up to date; before a checkpoint, so that it has its lines."""
-        atomic.sync([self._path])
-        if self._upload:
-            began = time.monotonic()
-            self._upload.upload()
-            now = time.monotonic()
-            self._upload_due = now + max(UPLOAD_EVERY, (now - began) / UPLOAD_SHARE)
+        """Brings the disk or an object store up to date; before a checkpoint, so that it has its lines."""
+        if self._remote:
+            self._write_whole()
+            self._tensorboard.upload()
+            self._upload_due = time.monotonic() + UPLOAD_EVERY
+        else:
+            atomic.sync([self._path])
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """Rewrites the progress line of a terminal, or prints one now and then elsewhere."""
@@ -356,8 +342,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Ends TensorBoard's file and the run at Weights & Biases; an object store gets the rest."""
-        self._events.close()
-        if self._upload:
-            self._upload.upload()
+        self._tensorboard.close()
+        if self._remote:
+            self._write_whole()
+            self._tensorboard.upload()
         if self._wandb is not None:
             self._wandb.finish()
