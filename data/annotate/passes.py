@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from typing import Any
 
 import PIL.Image
 
-from grain_jax.core import annotations, atomic, errors, images, regular_file
+from grain_jax.core import ahead, annotations, atomic, errors, images, regular_file
 from grain_jax.data import job, negatives, sources
 from grain_jax.data.annotate import PASSES, answers, chat, detector, endpoint_chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
@@ -246,10 +247,8 @@ def batches(works: Iterable[Work], size: int) -> Iterator[list[Work]]:
         return batch
 
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        waiting = reader.submit(take)
-        while batch := waiting.result():
-            waiting = reader.submit(take)
-            yield batch
+        coming = ahead.in_order(lambda _: take(), itertools.count(), reader, 1)
+        yield from itertools.takewhile(len, coming)
 
 
 def record_of(shard: str) -> tuple[str, str]:

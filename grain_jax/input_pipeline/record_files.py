@@ -16,7 +16,7 @@ from etils import epath
 
 from grain_jax.config import Config, Dataset
 from grain_jax.core import errors, regular_file
-from grain_jax.input_pipeline import order, text_lengths
+from grain_jax.input_pipeline import order, record_folders
 
 DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 DIGEST_FILE = "digest.json"  # split -> SplitDigest
@@ -68,7 +68,7 @@ def find(config: Config) -> list[RecordSet]:
 
 
 def _find(source: Dataset) -> RecordSet:
-    directory = text_lengths.existing_folder_of(source)
+    directory = record_folders.existing_folder_of(source)
     try:
         splits = regular_file.read_json(
             directory / DIGEST_FILE, dict[str, SplitDigest], "what grain-jax build writes"
