@@ -4,9 +4,9 @@
 
 With --source, a data source gives the images and their annotations.
 
-A build is a job (`data.job`) over the shards of the source, whose worker processes read each image once: they check it
-and write it as an example to a part (`data.survey`). All faults are named before the set is written. Then TFDS's writer
-makes OUTPUT/NAME/1.0.0 from the parts. The parts of a build that was killed are used by the same command.
+A build is a job (`data.job`) over the shards of the source. Its worker processes read each image once: they
+check it and write it as an example to a part (`data.survey`). All faults are named before the set is written.
+Then TFDS's writer makes OUTPUT/NAME/1.0.0 from the parts. After a kill, the same command uses whole parts.
 """
 
 import functools
@@ -87,7 +87,7 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
 
 
 def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> None:
-    """Prints what is known about the images. Raises errors.UserError: more faults than --max-faults allows."""
+    """Prints what is known of the images. Raises UserError: more faults than --max-faults allows."""
     if surveyed.turned:
         turned = f"{surveyed.turned} of {surveyed.lines} images {example.TURNED}"
         print(printable.plain(f"{surveyed.name}: {turned}"), file=sys.stderr)

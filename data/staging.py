@@ -1,7 +1,7 @@
 """Replaces a record set atomically: the new set is written beside the old one, then exchanged by renaming.
 
-A build that is killed leaves the old set or the new one. Between the two renames neither is in its place; then
-`recover` puts the old one back. One build at a time writes a set: `locked`.
+A build that is killed leaves the old set or the new one. Between the two renames neither is in its place;
+then `recover` puts the old one back. One build at a time writes a set: `locked`.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def recover(target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(target: epath.Path) -> Iterator[epath.Path]:
-    """Gives a folder to write NAME/VERSION in, which replaces `target`, OUTPUT/NAME/VERSION, when the block ends.
+    """Gives a folder to write NAME/VERSION in, which replaces `target`, OUTPUT/NAME/VERSION, at the end.
 
     Left-overs of killed builds of the same set are deleted first. If the block raises, `target` stays as
     it was.

@@ -77,8 +77,8 @@ def write(
     Args:
       folder: where the set goes.
       name: of the set.
-      splits: the examples of each (see `data.example.encode`) with unique ids, and its number of files. A split with 0
-        files is left out.
+      splits: the examples of each (see `data.example.encode`) with unique ids, and its number of files. A
+        split with 0 files is left out.
       encoding_format: of the images, as TFDS's feature takes it.
       metadata: what the set says about itself.
       negatives: whether a region has negatives.

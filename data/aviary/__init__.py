@@ -17,7 +17,7 @@ and region descriptions describe parts.  `grain-jax aviary --output DIR` writes
   DIR/README.md                   describes the files
   DIR/settings.json               all settings; written first, and A.jsonl last
 
-The data flow: `vocabulary` and `species` say what there is. `outlines`, `bird`, `palette`, `scenery` and `props` give
-shapes and colours to `drawing` (image and exact boxes). `annotations` adds words and noise, `masks` label images;
-`generate` writes the files.
+The data flow: `vocabulary` and `species` say what there is. `outlines`, `bird`, `palette`, `scenery` and
+`props` give shapes and colours to `drawing` (image and exact boxes). `annotations` adds words and noise,
+`masks` label images; `generate` writes the files.
 """

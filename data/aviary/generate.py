@@ -24,7 +24,7 @@ STAMP = "settings.json"  # written first; A.jsonl is written last, and says that
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One image to draw, number `index` of `split`: the file `image`, a path below `folder` of the dataset."""
+    """One image to draw, number `index` of `split`: the file `image` below `folder` of the dataset."""
 
     split: str
     index: int

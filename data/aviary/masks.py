@@ -1,9 +1,9 @@
 """Label images of the test images, for `evaluate segmentation`: the part, or its look, that each pixel shows.
 
-Each group of species has a folder. images/ has NAME.png (or .jpg above 128 pixels). masks/ has label images of 8 parts,
-named in classes.txt. looks/ has label images of the 101 phrases that describe them, listed in looks.txt. A label image has 8 bits: the number of the
-class that covers most of a pixel, 0 if it shows no part. A list has one class per line, the first with number 0. No text
-of the dataset says the name of a part alone, so its line also has all phrases of its looks, with commas between.
+Each group of species has a folder. images/ has NAME.png (or .jpg above 128 pixels). masks/ has label images
+of 8 parts, named in classes.txt, looks/ of the 101 phrases for them, listed in looks.txt. A pixel is the
+number of the class that covers most of it, 0 if it shows no part. A list has a class per line, from number 0
+on. No text says the name of a part alone, so its line also has all phrases of its looks, with commas between.
 """
 
 import io

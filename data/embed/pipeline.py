@@ -1,7 +1,7 @@
 """Images to embeddings: threads decode while the device works.
 
-Memory holds a few batches of images and the embeddings of a part, whatever the number of images. A batch may hold
-images of several parts, so that small tars leave the device no batch that is not full.
+Memory holds a few batches of images and the embeddings of a part, whatever the number of images. A batch may
+hold images of several parts, so that small tars leave the device no batch that is not full.
 """
 
 import itertools
@@ -27,7 +27,7 @@ Encode = Callable[[list[output.Row]], list[output.Row]]
 
 
 def encoder(predictor: Any) -> Encode:
-    """The function that embeds the images of a batch and the regions that the model finds, if it has regions."""
+    """The function that embeds the images of a batch and the regions that the model finds, if it can."""
 
     def encode(batch: list[output.Row]) -> list[output.Row]:
         pixels = np.stack([row.pixels for row in batch])
@@ -58,7 +58,7 @@ def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sour
 
 
 def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: int, threads: int) -> int:
-    """Embeds the parts with the numbers `mine` and writes their files, in order; returns the number of images.
+    """Embeds the parts with the numbers `mine` and writes their files; returns the number of images.
 
     Args:
       job: the output.

@@ -1,7 +1,7 @@
-"""Numbers for the keys that a config leaves open: `input.lanes`, `text.pack_group`, `text.pack_rows` set to None.
+"""Numbers for the keys that a config leaves open (None): `input.lanes`, `text.pack_group`, `text.pack_rows`.
 
-Lanes and group follow from batch, micro-batches and devices, the rows from the tokens of a sample of the dataset.
-config.json and the checkpoints of a run hold the numbers, and a resumed run takes them from there.
+Lanes and group follow from batch, micro-batches and devices, the rows from the tokens of a sample of the
+dataset. config.json and the checkpoints of a run hold the numbers, and a resumed run takes them from there.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def is_open(config: Config) -> bool:
 def resolve(
     config: Config, limits: Limits, source: sources.DataSource, stored: Config | None = None, where: str = ""
 ) -> tuple[Config, str]:
-    """The config with numbers, and what to print: which were derived, and a warning about loss terms without data.
+    """The config with numbers, and what to print: those derived, and a warning of loss terms without data.
 
     Args:
       config: of the user.
@@ -106,7 +106,7 @@ def with_numbers(config: Config, lanes: int | None, group: int | None, rows: int
 
 
 def planned(config: Config, limits: Limits) -> tuple[Config, str]:
-    """`resolve` where the dataset may be missing: its texts are then taken to be those of the synthetic source."""
+    """`resolve` where the dataset may be missing: its texts are then those of the synthetic source."""
     kind, source, guess = config.input.source, synthetic.Synthetic(), ""
     try:
         if kind != "records" or all(map(record_folders.folder_of, config.input.sets)):
@@ -120,7 +120,7 @@ def planned(config: Config, limits: Limits) -> tuple[Config, str]:
 
 
 def _lanes(config: Config, limits: Limits, _: None) -> int:
-    """A number near `LANES`, with `LANE_IMAGES` images each, that suits 1, 2, 4, ... processes where possible."""
+    """A number near `LANES`, of `LANE_IMAGES` images each, that suits 1, 2, 4, ... processes if possible."""
     batch = config.batch_size
     fewest = min(limits.shards.values(), default=batch)
     wanted = min(LANES, max(1, batch // LANE_IMAGES), fewest)
@@ -131,15 +131,16 @@ def _lanes(config: Config, limits: Limits, _: None) -> int:
         if n % limits.lanes == 0 and n <= fewest and batch // n % group == 0
     ]
     if not fits and limits.lanes > fewest:
+        name = min(limits.shards, key=limits.shards.__getitem__)
         raise errors.UserError(
-            f"input.lanes: got {fewest} shards in {min(limits.shards, key=limits.shards.__getitem__)!r}, but the processes"
-            f" need {limits.lanes} lanes; rebuild it with grain-jax build --num-shards {limits.lanes}, or take fewer processes"
+            f"input.lanes: got {fewest} shards in {name!r}, but the processes need {limits.lanes} lanes;"
+            f" rebuild it with grain-jax build --num-shards {limits.lanes}, or take fewer processes"
         )
     if not fits:
         images = batch // limits.lanes
         raise errors.UserError(
-            f"text.pack_group: got {group}, but a lane has at most {images} of the {batch} images; expected a divisor"
-            f" of that: {config_lib.flags_of('text.pack_group', config_lib.divisors(images), group)}"
+            f"text.pack_group: got {group}, but a lane has at most {images} of the {batch} images; expected a"
+            f" divisor of that: {config_lib.flags_of('text.pack_group', config_lib.divisors(images), group)}"
         )
 
     def unlikeness(n: int) -> tuple:
@@ -171,7 +172,7 @@ def sample(config: Config, source: sources.DataSource) -> TextSample:
 
 
 def rows_of(config: Config, group: int, texts: TextSample) -> int:
-    """Rows that hold the texts of `group` images: `DEVIATIONS` more tokens than the mean, in rows of whole mean texts."""
+    """Rows for the texts of `group` images: `DEVIATIONS` more tokens than the mean, in whole mean texts."""
     row_length = config.row_length
     mean_text = max(texts.tokens.sum() / max(texts.texts, 1), packing.MIN_TEXT_LENGTH)
     filled = row_length // mean_text * mean_text

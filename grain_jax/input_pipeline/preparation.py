@@ -1,4 +1,4 @@
-"""What a run does with its dataset before the first step: makes a missing one, derives the numbers of the config."""
+"""What a run does with its dataset before the first step: makes a missing one, derives open numbers."""
 
 import shlex
 import subprocess
@@ -14,7 +14,7 @@ from grain_jax.runtime import ending, processes
 
 
 def open_or_make(config: Config) -> sources.DataSource:
-    """The source of a run; if its data is missing, the first process runs `input.prepare` before it is opened.
+    """The source of a run; if its data is missing, the first process runs `input.prepare` before.
 
     Only the trainer calls this, with the config that its user passed: a stored config may come from anyone.
     """

@@ -1,7 +1,7 @@
 """The files of record sets, as grain-jax build writes them: where they are, and what tells them from others.
 
-Beside the records of a set lies `digest.json`, which names each shard with its number of records, its bytes and a
-digest: SHA-256 over FarmHash Fingerprint64 of each record. The digests find accidents, not forgeries.
+Beside the records of a set lies `digest.json`, which names each shard, its records, its bytes and a digest:
+SHA-256 over FarmHash Fingerprint64 of each record. The digests find accidents, not forgeries.
 """
 
 import hashlib

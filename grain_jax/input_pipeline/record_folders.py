@@ -15,7 +15,7 @@ def folder_of(source: Dataset) -> epath.Path | None:
 
 
 def existing_folder_of(source: Dataset) -> epath.Path:
-    """The folder of the records of a set. Raises MissingData: a name is not set, or no complete set is there."""
+    """The folder of a set's records. Raises MissingData: a name is not set, or no complete set is there."""
     if missing := [key for key in ("data_dir", "name") if not getattr(source, key)]:
         expected = "what grain-jax build --output DATA_DIR --name NAME was given"
         flag = f"--config.input.{missing[0]}=..."
@@ -26,6 +26,7 @@ def existing_folder_of(source: Dataset) -> epath.Path:
     sets = sorted(x.parent.parent.name for x in root.glob(f"*/{VERSION}/dataset_info.json"))
     near = f"; {nearest.did_you_mean(source.name, sets)}" if sets else ""
     raise errors.MissingData(
-        f"no record set {source.name!r} in {source.data_dir!r}{near} (looked for {root / source.name}/{VERSION}; make it"
-        f" with: grain-jax build --annotations A.jsonl --images DIR --output {root} --name {source.name})"
+        f"no record set {source.name!r} in {source.data_dir!r}{near} (looked for {root / source.name}/"
+        f"{VERSION}; make it with: grain-jax build --annotations A.jsonl --images DIR --output {root} --name"
+        f" {source.name})"
     )

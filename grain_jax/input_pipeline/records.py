@@ -37,8 +37,8 @@ def check(config: Config) -> None:
     )
     if config.loss.hard_negative:
         raise DataError(
-            f"{got}, which loss.hard_negative={config.loss.hard_negative:g} needs; add them to A.jsonl (grain-jax annotate"
-            " --passes negatives) and build the set again, or set loss.hard_negative=0"
+            f"{got}, which loss.hard_negative={config.loss.hard_negative:g} needs; add them to A.jsonl"
+            " (grain-jax annotate --passes negatives) and build the set again, or set loss.hard_negative=0"
         )
     logging.warning("%s", got)
 
@@ -72,12 +72,12 @@ def num_shards(config: Config) -> dict[str, int]:
 
 
 def batches(config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0) -> Iterator[Batch]:
-    """The part of each global batch that comes from `lanes` (None: all of them), from `start_step` on, endless.
+    """The part of each global batch that comes from `lanes` (None: all), from `start_step` on, endless.
 
     Raises (here, not at the first batch):
       MissingData, DataError: as `record_files.find`.
       UserError: a set has fewer shards than `input.lanes`.
-    A damaged record, or a shard that is not what grain-jax build wrote, raises DataError at the batch that it is in.
+    A damaged record, or a shard that grain-jax build did not write, raises DataError at its batch.
     """
     sets = record_files.find(config)
     lanes_of_sets = [
@@ -110,8 +110,8 @@ def _batches(config: Config, lanes: list[order.MixedLane], step: int) -> Iterato
                 raise _damage(lanes, per_lane, step, config, error) from None
         if changed:
             raise DataError(
-                f"{changed[0]}: not the records that grain-jax build wrote (digest.json): put the shard back, or build"
-                " the set again and take another --workdir"
+                f"{changed[0]}: not the records that grain-jax build wrote (digest.json): put the shard"
+                " back, or build the set again and take another --workdir"
             )
         yield assemble.of_columns(columns, text_tokenizer, config=config)
         step += 1
@@ -207,7 +207,7 @@ def _lane_stream(lane: order.Lane, position: int, changed: list[str]) -> tf.data
 def _damage(
     lanes: list[order.MixedLane], per_lane: int, step: int, config: Config, error: tf.errors.OpError
 ) -> DataError:
-    """The error that names the record that cannot be read; reads the blocks of the step again, record by record."""
+    """The error that names the record that cannot be read; reads the step's blocks again, one by one."""
     transform = transforms.Transform(config)
     whole = tf.fill([transforms.NUM_DRAWS], 0.999)  # these draws crop least
     begin, end = step * per_lane, (step + 1) * per_lane

@@ -22,7 +22,7 @@ from grain_jax.config import Config
 from grain_jax.core import errors, named
 from grain_jax.core.schema import Batch
 
-# Name -> its module, or a class in one. Imported when chosen: records need TensorFlow, which is slow to import.
+# Name -> its module, or a class in one. Imported when chosen: TensorFlow is slow to import.
 _BUILT_IN = {
     "records": "grain_jax.input_pipeline.records",
     "synthetic": "grain_jax.input_pipeline.synthetic:Synthetic",
@@ -42,10 +42,10 @@ class Identity(TypedDict):
 class DataSource(Protocol):
     """What serves the batches of a run. A module with these functions is one, too.
 
-    A source keeps no position: each batch is a function of (config, lane, step). So a checkpoint needs the step
-    alone, and a resumed run sees the batches that an uninterrupted one would. The global batch consists of
-    `input.lanes` equal parts, one after the other. Each process asks for the lanes whose images its devices
-    hold, so the batches do not depend on the number of processes.
+    A source keeps no position: each batch is a function of (config, lane, step). So a checkpoint needs the
+    step alone, and a resumed run sees the batches that an uninterrupted one would. The global batch consists
+    of `input.lanes` equal parts, one after the other. Each process asks for the lanes whose images its
+    devices hold, so the batches do not depend on the number of processes.
     """
 
     def check(self, config: Config) -> None:
@@ -74,8 +74,8 @@ class DataSource(Protocol):
         """The part of each global batch that comes from `lanes`, from `start_step` on, endless.
 
         Args:
-          config: `input.lanes`, `text.pack_group` and `text.pack_rows` are numbers here. To derive the rows, the
-            batches of one lane are read without packing.
+          config: `input.lanes`, `text.pack_group` and `text.pack_rows` are numbers here. To derive the rows,
+            the batches of one lane are read without packing.
           lanes: ascending; the rows of a batch are in their order. None: all lanes.
           start_step: 0 for the first batch of the run.
         """
@@ -83,7 +83,7 @@ class DataSource(Protocol):
 
 
 class LaneSource(DataSource):
-    """A DataSource that makes one lane's part of a batch at a time: implement `num_examples` and `lane_batch`.
+    """A DataSource that makes one lane's part of a batch at a time: write `num_examples` and `lane_batch`.
 
     Unless you override other methods, the data is a function of the config, with any number of lanes.
     """
@@ -96,8 +96,8 @@ class LaneSource(DataSource):
     def lane_batch(self, config: Config, lane: int, step: int) -> Batch:
         """The `batch_size / input.lanes` images of that lane in the batch of that step, as numpy arrays.
 
-        The result depends on the arguments alone. `order.hash_key(config.seed, lane, step)` seeds random choices,
-        and `assemble.of_examples` lays out images, texts and boxes as a Batch.
+        The result depends on the arguments alone. `order.hash_key(config.seed, lane, step)` seeds random
+        choices, and `assemble.of_examples` lays out images, texts and boxes as a Batch.
         """
 
     def batches(

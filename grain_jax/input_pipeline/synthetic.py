@@ -71,7 +71,7 @@ def _negative_lengths(rng: np.random.Generator, region_mask: np.ndarray, config:
 
 
 def _caption_lengths(rng: np.random.Generator, region_mask: np.ndarray, config: Config) -> np.ndarray:
-    """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 if the image has none."""
+    """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 without any."""
     images, number = len(region_mask), config.input.captions_per_image
     lengths = rng.integers(*CAPTION_TOKENS, size=(images, min(number, 2)), endpoint=True)
     if number < 3:

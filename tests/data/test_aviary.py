@@ -98,7 +98,7 @@ def test_box_holds_exactly_what_another_colour_changes(aviary, part):
 
 
 def _regions(drawn, repeats=10, **noise):
-    """(species, image, region) of all regions of the drawn images, annotated repeatedly; noise but that is none."""
+    """(species, image, region) of all regions of the drawn images, annotated repeatedly with that noise."""
     noise = dataclasses.replace(EXACT, **noise)
     return [
         (species, picture, region)

@@ -1,4 +1,4 @@
-"""Record sets that name code or files elsewhere, and two builds at once: one line that names the file, status 2."""
+"""Record sets that name code or files elsewhere, and two builds at once: one line, status 2."""
 
 import json
 import shutil

@@ -128,7 +128,7 @@ with distributed.ending_together(heartbeat):
 """
 
 
-# Ends as it is told, in training or outside it; prints the call of `reached` at which it did, or all the time.
+# Ends as it is told, in training or outside it; prints the call of `reached` at which it did.
 _LISTENER = """
 import contextlib, sys, time
 import jax.numpy as jnp
