@@ -13,7 +13,6 @@ and region descriptions describe parts.  `grain-jax aviary --output DIR` writes
                                   have even numbers, of held-out species odd ones; test/seen.jsonl and
                                   test/unseen.jsonl are the two halves (images below DIR/test)
   DIR/segmentation/seen/, unseen/ the test images of these species, with label images of their parts
-                                  and of the looks of their parts (`masks`)
   DIR/README.md                   describes the files
   DIR/settings.json               all settings; written first, and A.jsonl last
 

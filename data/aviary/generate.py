@@ -161,7 +161,7 @@ def _make(output, settings, task):
     (output / task.folder / task.image).write_bytes(encoded.getvalue())
     if task.split == "test":
         group, name = group_of(settings, task.species), task.image.rpartition("/")[2]
-        masks.save(output, group, name, encoded.getvalue(), task.species, drawn)
+        masks.save(output, group, name, encoded.getvalue(), drawn)
     return record_of(settings, task, drawn)
 
 
