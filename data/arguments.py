@@ -10,7 +10,7 @@ from grain_jax.cli.parser import Command
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How an image is stored: `kind` "original", "png" or "jpeg" with `quality`; side in pixels, 0 to keep it."""
+    """How an image is stored: "original", "png" or "jpeg" with `quality`; side in pixels, 0 to keep it."""
 
     kind: str = "original"
     quality: int = 0
@@ -63,8 +63,8 @@ class Build(Command, name="build"):
 
     Example:
       grain-jax build --annotations A.jsonl --images images --output records --name mine
-      grain-jax build --source coco --annotations instances.json --images images --output records --name mine \\
-          --label-text "a photo of a {}"
+      grain-jax build --source coco --annotations instances.json --images images \\
+          --output records --name mine --label-text "a photo of a {}"
 
     what is built:
       --annotations FILE [FILE ...]  A.jsonl, one JSON object per line; or the files of --source
@@ -80,7 +80,7 @@ class Build(Command, name="build"):
     what is left out:
       --max-faults SHARE       leave faulty lines out, up to this share of all lines, 0 to 1
       --holdout SHARE          hold out this share of the images, 0 to 1, as the split validation
-      --exclude-duplicates-of SET_DIR [SET_DIR ...]  leave out images that these datasets of grain-jax build have, in
+      --exclude-duplicates-of SET_DIR [SET_DIR ...]  leave out images of these datasets of grain-jax build, in
         any size or compression
 
     speed:

@@ -4,9 +4,9 @@
 
 With --source, a data source gives the images and their annotations.
 
-A build is a job (`data.job`) over the shards of the source, whose worker processes read each image once: they check it
-and write it as an example to a part (`data.survey`). All faults are named before the set is written. Then TFDS's writer
-makes OUTPUT/NAME/1.0.0 from the parts. The parts of a build that was killed are used by the same command.
+A build is a job (`data.job`) over the shards of the source. Its worker processes read each image once: they
+check it and write it as an example to a part (`data.survey`). All faults are named before the set is written.
+Then TFDS's writer makes OUTPUT/NAME/1.0.0 from the parts. After a kill, the same command uses whole parts.
 """
 
 import functools
@@ -22,7 +22,7 @@ from grain_jax.cli import process
 from grain_jax.core import errors, printable, progress
 from grain_jax.data import duplicates, example, job, parallel, sources, staging, survey
 from grain_jax.data.arguments import Build
-from grain_jax.input_pipeline import text_lengths
+from grain_jax.input_pipeline import record_folders
 
 SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
 SHARD_MULTIPLE = 16  # so that 16 lanes (the default), or 2, 4, 8, get equal shares
@@ -47,12 +47,12 @@ def build(args: Build) -> str:
       OSError: the output cannot be written.
     """
     start = time.monotonic()
-    target = epath.Path(args.output) / args.name / text_lengths.VERSION
+    target = epath.Path(args.output) / args.name / record_folders.VERSION
     with staging.locked(target):
         staging.recover(target)
         if target.exists() and not args.overwrite:
             raise errors.UserError(f"{target}: a set is there already; --overwrite replaces it")
-        output = job.Output(str(target.parent / f"incomplete.parts_{text_lengths.VERSION}"))
+        output = job.Output(str(target.parent / f"incomplete.parts_{record_folders.VERSION}"))
         try:
             surveyed, written = _build(args, target, output)
         except Exception:  # the user may change an image before the next build
@@ -87,7 +87,7 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
 
 
 def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> None:
-    """Prints what is known about the images. Raises errors.UserError: more faults than --max-faults allows."""
+    """Prints what is known of the images. Raises UserError: more faults than --max-faults allows."""
     if surveyed.turned:
         turned = f"{surveyed.turned} of {surveyed.lines} images {example.TURNED}"
         print(printable.plain(f"{surveyed.name}: {turned}"), file=sys.stderr)
@@ -125,17 +125,15 @@ def _write(
             " one shard each"
         )
     from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
-    from grain_jax.input_pipeline import tokenizer
 
     has_negatives = counts["negatives"] > 0
-    lengths = text_lengths.TextSample()
     train = progress.over(surveyed.examples(divided.train, output), total=len(divided.train), what="writing")
     validation = surveyed.examples(divided.validation, output)
     tfds_writer.write(
         folder,
         name,
         splits={
-            "train": (lengths.watch(train), num_shards),
+            "train": (train, num_shards),
             "validation": (validation, _default_shards(surveyed, divided.validation)),
         },
         encoding_format=encoding.tfds_format,
@@ -147,10 +145,9 @@ def _write(
             "duplicates_left_out": len(divided.duplicates),
         },
         negatives=has_negatives,
-        files=lambda: {
+        files={
             duplicates.FILE: duplicates.encode(divided.fingerprints),
             "duplicates.jsonl": "".join(json.dumps(line) + "\n" for line in divided.duplicates).encode(),
-            text_lengths.FILE: lengths.encode(tokenizer.ClipTokenizer()),
         },
     )
     return num_shards

@@ -1,7 +1,7 @@
 """Finds duplicate images, within a set and across sets, by two fingerprints.
 
-`exact` is a hash of the file and does not depend on its name. `near` is a difference hash of the pixels: in a copy that
-was resized or compressed anew, at most NEAR_BITS of 64 bits differ. So both sets may be stored at any size.
+`exact` is a hash of the file and does not depend on its name. `near` is a difference hash of the pixels: in a
+resized or newly compressed copy, at most NEAR_BITS of 64 bits differ. So sets may be stored at any size.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ Fingerprint = tuple[int, int]  # exact, near: 64 bits each
 def fingerprint(encoded: bytes, image: PIL.Image.Image) -> Fingerprint:
     """The fingerprints of a file and of the image in it.
 
-    `near` has a bit for each of 8 x 8 points of the resized grey image. It says whether the point is darker than its
-    right neighbour.
+    `near` has a bit for each of 8 x 8 points of the resized grey image. It says whether the point is darker
+    than its right neighbour.
     """
     exact = hashlib.sha256(encoded).digest()[:8]
     grey = image.convert("RGB").convert("L")

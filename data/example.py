@@ -35,7 +35,7 @@ class Checked(NamedTuple):
 
 
 def check_line(line: bytes, folder: epath.PathLike, *, shares: bool = False) -> Checked:
-    """Checks a line of A.jsonl, whose boxes may be shares of width and height, and its image, a file below `folder`."""
+    """Checks a line of A.jsonl, with boxes in pixels or `shares`, and its image, a file below `folder`."""
     parsed = annotations.parse_line(line, text_required=True)
     item = join.load(Annotation(parsed.image), folder) if parsed.image else None
     return _check(parsed, item, shares)
@@ -137,7 +137,7 @@ def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> 
 
 
 def _is_read_by_training(encoded: bytes, size: tuple[int, int]) -> bool:
-    """Whether tf.io decodes the file to an image of that width and height: it refuses damage that PIL tolerates."""
+    """Whether tf.io decodes the file to that width and height: it refuses damage that PIL tolerates."""
     import tensorflow as tf  # slow to start
 
     from grain_jax.input_pipeline import transforms

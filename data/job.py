@@ -1,8 +1,8 @@
-"""A job over the shards of a data source, which goes on after a kill: the same command again does what is missing.
+"""A job over the shards of a data source; after a kill the same command does what is missing.
 
-A job has a folder. The folder notes the settings that results depend on, and refuses a run with others. A worker
-writes the files of a shard whole, and last the record that marks it as done, with their digests. One run at a time has
-the folder. build, annotate and embed are such jobs.
+A job has a folder. The folder notes the settings that results depend on, and refuses a run with others. A
+worker writes the files of a shard whole, and last the record that marks it as done, with their digests. One
+run at a time has the folder. build, annotate and embed are such jobs.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class Output(NamedTuple):
         return self.put(text, *names)
 
     def put_record(self, record: dict[str, Any], *names: str) -> None:
-        """Writes what is known of a shard, with its own digest; `record["digests"]` has those of the shard's files."""
+        """Writes the record of a shard with its own digest; `record["digests"]` has those of the files."""
         content = json.dumps(record).encode()
         self.put(f"{atomic.digest(content)}\n".encode() + content, *names)
 
@@ -87,7 +87,7 @@ class Output(NamedTuple):
     def whole(self, *names: str, check: bool = True) -> dict[str, Any] | None:
         """The record of a shard that is done, else None.
 
-        With `check` its files are compared, too. A damaged shard is named on stderr, and its record is removed.
+        With `check` its files are compared. A damaged shard is named on stderr, and its record is removed.
         """
         path = self.path(*names)
         try:
@@ -168,7 +168,7 @@ def check_faults(
 
 @contextlib.contextmanager
 def watched(label: str, total: int, count: Callable[[], int]) -> Iterator[None]:
-    """Shows the progress of workers in other processes while the block runs; `count` counts the shards that are done."""
+    """Shows the progress of workers in other processes; `count` counts the shards that are done."""
     ended, counter = threading.Event(), progress.Counter(label, total)
 
     def show() -> None:

@@ -1,8 +1,8 @@
 """Hard negatives by rules: texts that differ from a description in one word, which makes them wrong.
 
-A word of a list (colour, material, pattern, number, size, side, part) is exchanged for another word of its list, as in
-NegCLIP (Yuksekgonul et al., ICLR 2023). FG-OVD (Bianchi et al., CVPR 2024) does so by attribute with a language model.
-Rules see no image: they are right if a description says one thing about one object.
+A word of a list (colour, material, pattern, number, size, side, part) is exchanged for another word of its
+list, as in NegCLIP (Yuksekgonul et al., ICLR 2023). FG-OVD (Bianchi et al., CVPR 2024) does so by attribute
+with a language model. Rules see no image: they are right if a description says one thing about one object.
 """
 
 import random
@@ -13,12 +13,13 @@ from grain_jax.core import annotations
 
 VERSION = 1  # raise it if a description gets other negatives
 
-# The words between two ; mean the same. The first is the usual one and replaces the words of the other groups.
+# The words between two ; mean the same. The first replaces the words of the other groups.
 _EXCLUSIVE = {
-    "colour": "red scarlet crimson maroon; orange amber; yellow golden gold; green emerald olive; blue azure navy;"
-    " purple violet lilac; pink rosy; white snowy ivory cream; black; brown chestnut tan beige; grey gray silver",
-    "material": "wooden; metal metallic steel iron; plastic; leather; stone; concrete; ceramic; cardboard; rubber;"
-    " woolen woollen; velvet",
+    "colour": "red scarlet crimson maroon; orange amber; yellow golden gold; green emerald olive; blue azure"
+    " navy; purple violet lilac; pink rosy; white snowy ivory cream; black; brown chestnut tan beige; grey"
+    " gray silver",
+    "material": "wooden; metal metallic steel iron; plastic; leather; stone; concrete; ceramic; cardboard;"
+    " rubber; woolen woollen; velvet",
     "pattern": "striped; spotted dotted; plain; checkered chequered plaid; floral flowery",
     "number": "two; three; four; five; six",
 }
@@ -27,7 +28,8 @@ _OPPOSITES = {
     "size": "big: small tiny; large: small tiny; huge: tiny small; small: large huge; little: large huge;"
     " tiny: huge large; long: short; short: long; tall: short; wide: narrow; broad: narrow; narrow: wide;"
     " thick: thin; thin: thick; open: closed; closed: open",
-    "side": "left: right; right: left; upper: lower; lower: upper; top: bottom; bottom: top; front: rear; rear: front",
+    "side": "left: right; right: left; upper: lower; lower: upper; top: bottom; bottom: top; front: rear;"
+    " rear: front",
 }
 # Parts of one kind of thing; each also with an s behind it.
 _PARTS = (
@@ -71,7 +73,7 @@ _ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)  # right before the excha
 def make(description: str, number: int, *, others: Iterable[str] = ()) -> list[str]:
     """Up to `number` texts that differ from the description in one word, which makes them wrong.
 
-    The kinds of words take turns. The result depends on the arguments alone; fewer negatives are the first of more.
+    The kinds of words take turns. The result depends on the arguments; fewer negatives are the first of more.
 
     Args:
       description: of a region.
@@ -99,7 +101,7 @@ def make(description: str, number: int, *, others: Iterable[str] = ()) -> list[s
 
 
 def _of_kind(description: str, kind: str) -> Iterator[str]:
-    """The description with one word of that kind exchanged, for each such word and each that may replace it."""
+    """The description with a word of that kind exchanged, for each such word and each replacement."""
     present = set(re.findall(r"\w+", description.lower()))
     for match in _WORD.finditer(description):
         old = match.group()

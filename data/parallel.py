@@ -1,12 +1,13 @@
 """Maps a function over many items in several processes, in order, with a bounded backlog."""
 
-import collections
 import concurrent.futures
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+from grain_jax.core import ahead
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,14 +42,4 @@ def ordered_map(
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_leave_with_parent
     ) as pool:
-        waiting = collections.deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > workers * _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        yield from ahead.in_order(function, items, pool, workers * _AHEAD)

@@ -1,29 +1,27 @@
 """Replaces a record set atomically: the new set is written beside the old one, then exchanged by renaming.
 
-A build that is killed leaves the old set or the new one. Between the two renames neither is in its place; then
-`recover` puts the old one back. One build at a time writes a set: `locked`.
+A build that is killed leaves the old set or the new one. Between the two renames neither is in its place;
+then `recover` puts the old one back. One build at a time writes a set: `locked`.
 """
 
 import contextlib
-import fcntl
-import os
-import socket
 from collections.abc import Iterator
 
+import filelock
 from etils import epath
 
 from grain_jax.core import atomic, errors
 
 
 class BusyError(errors.UserError):
-    """Another process writes there; the message names it."""
+    """Another process writes there."""
 
 
 @contextlib.contextmanager
 def locked(target: epath.Path, flag: str = "--name") -> Iterator[None]:
     """Keeps other writers of `target` (OUTPUT/NAME/VERSION of a set) out while the block runs.
 
-    It is a lock of the operating system, which ends with the process. Object stores have none.
+    It is a lock of this machine's system, which ends with the process. Object stores have none.
 
     Args:
       target: what is written; the lock lies beside it.
@@ -37,24 +35,13 @@ def locked(target: epath.Path, flag: str = "--name") -> Iterator[None]:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = target.parent / f"incomplete.lock_{target.name}"
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(mark.open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = mark.read_text()[:100].strip() if mark.exists() else ""
-                raise BusyError(
-                    f"{target}: in use by {holder or 'another process'}; wait for it, or give another {flag}"
-                ) from None
-            # The process that had the lock before may have deleted the file meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(mark).st_ino == os.stat(file.fileno()).st_ino:
-                    break
+    try:
+        lock = filelock.FileLock(mark).acquire(timeout=0)
+    except filelock.Timeout:
+        advice = f"wait for it, or give another {flag}"
+        raise BusyError(f"{target}: in use by another process; {advice}") from None
+    with lock:
         try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
             yield
         finally:
             mark.unlink(missing_ok=True)
@@ -71,7 +58,7 @@ def recover(target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(target: epath.Path) -> Iterator[epath.Path]:
-    """Gives a folder to write NAME/VERSION in, which replaces `target`, OUTPUT/NAME/VERSION, when the block ends.
+    """Gives a folder to write NAME/VERSION in, which replaces `target`, OUTPUT/NAME/VERSION, at the end.
 
     Left-overs of killed builds of the same set are deleted first. If the block raises, `target` stays as
     it was.

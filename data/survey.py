@@ -1,8 +1,8 @@
 """What a build does with each image, and what it knows about all of them before it writes the set.
 
-A worker takes a shard. It reads each image once, checks and encodes it, and writes the examples to a file, a part. A
-record beside it has what the build needs to know about each image: `Prepared`. The build adds these up in a `Survey`,
-divides the images into train and validation, and leaves out duplicates of other sets.
+A worker takes a shard. It reads each image once, checks and encodes it, and writes the examples to a file, a
+part. A record beside it has what the build needs to know about each image: `Prepared`. The build adds these
+up in a `Survey`, divides the images into train and validation, and leaves out duplicates of other sets.
 """
 
 import array
@@ -30,7 +30,7 @@ MOST_PRINTED = 20  # faults
 
 
 class Prepared(NamedTuple):
-    """An image that a worker has checked, without the image itself: one is sent between processes for every image."""
+    """What a worker knows of an image that it has checked; one is sent between processes for every image."""
 
     number: int  # of its line in A.jsonl; 0 in other sources
     where: str  # "": the source does not say
@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 
 def prepare(shard: sources.SourceShard, *, output: job.Output, encoding: Encoding) -> Part:
-    """Checks the images of a shard and writes their examples to its part, unless a build that was killed has done it.
+    """Checks the images of a shard and writes their examples to its part, unless an earlier build has.
 
     Args:
       shard: of the source.
@@ -148,7 +148,7 @@ class Survey:
         return self.lines - len(self.ids)
 
     def add(self, part: Part) -> Iterator[Prepared]:
-        """Counts the images of the next part and yields them; the first MOST_PRINTED faults go to stderr at once."""
+        """Counts the images of the next part and yields them; the first faults go to stderr at once."""
         self._parts.append(part.file)
         for image in part.images:
             self._add(image)
@@ -228,8 +228,8 @@ class Splits(NamedTuple):
 def divide(surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[str]) -> Splits:
     """Leaves out images that other sets have, and holds out a share of the rest; prints how many.
 
-    The split of an image depends on its file only, so it is the same in each run and in each set. A near copy of a
-    held-out image is held out too.
+    The split of an image depends on its file only, so it is the same in each run and in each set. A near copy
+    of a held-out image is held out too.
 
     Args:
       surveyed: the images.

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -19,7 +19,7 @@ from etils import epath
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.core.utils import shard_utils
 
-from grain_jax.input_pipeline import record_files, text_lengths
+from grain_jax.input_pipeline import record_files, record_folders
 
 
 def features(encoding_format: str | None, negatives: bool) -> tfds.features.FeaturesDict:
@@ -70,24 +70,24 @@ def write(
     encoding_format: str | None,
     metadata: dict[str, Any],
     negatives: bool,
-    files: Callable[[], Mapping[str, bytes]],
+    files: Mapping[str, bytes],
 ) -> None:
     """Writes the set FOLDER/NAME/VERSION.
 
     Args:
       folder: where the set goes.
       name: of the set.
-      splits: the examples of each (see `data.example.encode`) with unique ids, and its number of files. A split with 0
-        files is left out.
+      splits: the examples of each (see `data.example.encode`) with unique ids, and its number of files. A
+        split with 0 files is left out.
       encoding_format: of the images, as TFDS's feature takes it.
       metadata: what the set says about itself.
       negatives: whether a region has negatives.
-      files: gives name -> content of what is to stand beside the records; called when these are written.
+      files: name -> content of what is to stand beside the records.
     """
     splits = {split: pair for split, pair in splits.items() if pair[1]}
 
     class AnnotatedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(text_lengths.VERSION)
+        VERSION = tfds.core.Version(record_folders.VERSION)
 
         def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(
@@ -123,8 +123,8 @@ def write(
         split: record_files.digest_of_split(builder.info.splits[split].filepaths, negatives)
         for split in splits
     }
-    beside = {**files(), record_files.DIGEST_FILE: msgspec.json.encode(digests)}
-    for file_name, content in beside.items():
+    files = {**files, record_files.DIGEST_FILE: msgspec.json.encode(digests)}
+    for file_name, content in files.items():
         (epath.Path(builder.data_dir) / file_name).write_bytes(content)
 
 

@@ -1,7 +1,7 @@
-"""Parses the answers of the chat model strictly: text in another form than the prompt asks for is refused with a cause.
+"""Parses answers of the chat model: text in another form than the prompt asks for is refused with a cause.
 
-Models wrap a good answer in bullets, numbers, quotes and headings: these are taken off. Models also refuse, ramble and
-repeat themselves: this is kept out of the training texts, and counted.
+Models wrap a good answer in bullets, numbers, quotes and headings: these are taken off. Models also refuse,
+ramble and repeat themselves: this is kept out of the training texts, and counted.
 """
 
 import re
@@ -77,12 +77,12 @@ def parse_descriptions(text: str, *, cut_off: bool = False) -> list[str] | Refus
     """The descriptions of an answer with one per line, no two the same but for case.
 
     Args:
-      text: the model's answer. The first MAX_DESCRIPTIONS are kept, since the prompt asks for the most striking first.
+      text: the model's answer. The first MAX_DESCRIPTIONS are kept: the most striking come first.
       cut_off: whether the limit of tokens ended it; the last line is then left out.
 
     Returns:
-      The descriptions. The answer is refused if the model declined, or if no line is left (with the cause of the first
-      dropped one).
+      The descriptions. The answer is refused if the model declined, or if no line is left (with the cause of
+      the first dropped one).
     """
     lines = text.splitlines()
     if refused := _refused(text, cut_off and len(lines) < 2):
@@ -132,7 +132,7 @@ def _clean(line: str, *, tail: bool = True) -> str:
 
 
 def _has_words(text: str) -> bool:
-    """Whether there is a letter, and no control character, U+FFFD or half surrogate, which broken decodings leave."""
+    """Whether there is a letter, and none of the characters that broken decodings leave."""
     return any(char.isalpha() for char in text) and not _BROKEN.search(text)
 
 

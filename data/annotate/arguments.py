@@ -19,8 +19,8 @@ def _passes(text: str) -> tuple[str, ...]:
 class Annotate(Command, name="annotate"):
     """Lets models write captions, descriptions and boxes for your images, on Apache Beam.
 
-    The same command again goes on with an interrupted job. Flags that are not listed here, such as --runner, go to
-    Beam.
+    The same command again goes on with an interrupted job. Flags that are not listed here, such as --runner,
+    go to Beam.
 
     Example:
       grain-jax annotate --images images --output annotated --passes caption,describe \\
@@ -29,15 +29,15 @@ class Annotate(Command, name="annotate"):
           --annotations instances.json captions.json
 
     images:
-      --images DIR             folder of images, or of tar shards; not needed if the source itself holds the images
+      --images DIR             folder of images, or of tar shards; not needed if the source has the images
       --output DIR             folder for all results; the same folder again to go on
-      --source NAME|module:Class  annotations, coco, csv, fg_ovd, finehard, flickr30k_entities, folder, grit, hf-dataset,
-        karpathy, lvis, parquet, refcoco, tfds, visual_genome, webdataset, or a class of your own
+      --source NAME|module:Class  annotations, coco, csv, fg_ovd, finehard, flickr30k_entities, folder, grit,
+        hf-dataset, karpathy, lvis, parquet, refcoco, tfds, visual_genome, webdataset, or a class of your own
         (data/sources/base.py) (default: webdataset if DIR has .tar files, else folder)
       --option KEY=VALUE [KEY=VALUE ...]  options of the source, such as the names of columns
       --annotations FILE [FILE ...]  annotation files, for a source that has them
       --split NAME             split, for a source that has splits
-      --label-text TEXT        text that turns a label into a description, with {} for the label: "a photo of a {}"
+      --label-text TEXT        text that makes a description of a label, {}: "a photo of a {}"
       --shard-size N           images per shard; a kill loses at most the shards in work. A tar is a shard
       --min-side PIXELS        leave out images with a shorter side
       --max-side PIXELS        leave out images with a longer side
@@ -45,8 +45,8 @@ class Annotate(Command, name="annotate"):
       --[no-]keep-images       write the images of tars and TFDS datasets to OUTPUT/images
 
     models:
-      --passes PASS,PASS       some of caption,describe,ground,negatives; all (default) is caption,describe,ground; none
-        only converts what the source has
+      --passes PASS,PASS       some of caption,describe,ground,negatives; all (default) is
+        caption,describe,ground; none only converts what the source has
       --negatives N            most hard negatives that the pass negatives makes per description
       --chat MODEL             folder or Hugging Face name of the chat model (default:
         llava-hf/llava-v1.6-mistral-7b-hf), or its name at the endpoint

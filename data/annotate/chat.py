@@ -1,4 +1,4 @@
-"""What is asked of a multimodal chat model, and what it answers; `local_models` and `endpoint_chat` are the two kinds."""
+"""What a multimodal chat model is asked and answers; `local_models` and `endpoint_chat` are the two kinds."""
 
 from typing import NamedTuple
 

@@ -51,9 +51,9 @@ class Detector:
           descriptions: at least one per image.
 
         Returns:
-          Per image its boxes above the threshold, each with the one description that it fits best. Boxes are in
-          pixels of the image as it is passed, clipped to it, duplicates merged. Or why there are none: "out of
-          memory", "model error".
+          Per image its boxes above the threshold, each with the one description that it fits best. Boxes are
+          in pixels of the image as it is passed, clipped to it, duplicates merged. Or why there are none:
+          "out of memory", "model error".
         """
         pairs = list(zip(images, descriptions, strict=True))
         return local_models.in_batches(self._ground, pairs, self._batch_size)
@@ -88,7 +88,7 @@ class Detector:
 
 
 def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image without metadata: a processor could apply the EXIF orientation, which would rotate the boxes."""
+    """The image without metadata: a processor could turn it, and so the boxes, by its EXIF orientation."""
     plain = PIL.Image.fromarray(np.asarray(image.convert("RGB")))
     plain.thumbnail((MAX_SIDE, MAX_SIDE))
     return plain

@@ -1,8 +1,8 @@
 """A chat model behind an OpenAI-compatible endpoint, as vLLM, SGLang and `transformers serve` offer.
 
-httpx follows the proxies of the environment (HTTP_PROXY and so on) and no redirects. It bounds neither the time nor the
-bytes of a whole response, so requests run in an event loop, whose timers end them. A worker has one client. Whatever a
-server sends, a request ends in an answer, a failure with a fixed name, or UserError, and none of them has the key.
+httpx follows the proxies of the environment (HTTP_PROXY and so on) and no redirects. It bounds neither time
+nor bytes of a whole response, so requests run in an event loop, whose timers end them. A worker has one
+client. A request ends in an answer, a failure with a fixed name, or UserError, and none of them has the key.
 """
 
 import asyncio
@@ -142,7 +142,7 @@ class EndpointChat:
         return result
 
     async def _try(self, body: bytes) -> _Result:
-        """Sends one request; returns its result and the seconds to wait before a retry (0: unknown; None: no retry)."""
+        """Sends a request; returns its result and the seconds before a retry (0: unknown; None: no retry)."""
         response, content = None, bytearray()
         try:
             async with (
@@ -196,7 +196,7 @@ class EndpointChat:
         return chat.Failure(cause, detail), min(wait, LONGEST_RETRY_AFTER)
 
     def _without_key(self, text: str) -> str:
-        """What a server sent, without the key: servers repeat headers of requests, and users publish the files."""
+        """What a server sent, without the key: servers repeat headers, and users publish the files."""
         return self._key.sub(f"[{KEY}]", text)
 
     def _line(self, text: str, limit: int = 200) -> str:

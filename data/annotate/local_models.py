@@ -89,7 +89,7 @@ def in_batches(
 
 
 class LocalChat:
-    """A chat model that takes one image and a text; it does not sample, so a second run gives the same answers.
+    """A chat model that takes an image and a text; it does not sample, so a second run answers the same.
 
     Raises:
       UserError: the model cannot be loaded, or has no chat template.
@@ -109,7 +109,7 @@ class LocalChat:
     def answer(
         self, images: Sequence[PIL.Image.Image], prompts: Sequence[str]
     ) -> list[chat.Answer | chat.Failure]:
-        """One answer per image (of any size and mode) with its prompt; failures: "out of memory", "model error"."""
+        """An answer per image (any size, mode) and its prompt; failures: "out of memory", "model error"."""
         pairs = list(zip(images, prompts, strict=True))
         return in_batches(self._generate, pairs, self._batch_size)
 

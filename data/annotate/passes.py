@@ -1,11 +1,11 @@
 """The passes over the images of a shard: caption, describe, ground, negatives. No Beam in here.
 
-If a pass fails for an image, the image keeps its other results. It stays in the annotations if these have a text or a
-region, and failed.jsonl names what is missing and why. Files of a shard:
+If a pass fails for an image, the image keeps its other results. It stays in the annotations if these have a
+text or a region, and failed.jsonl names what is missing and why. Files of a shard:
 
 OUTPUT/annotations/SHARD.jsonl  lines of A.jsonl
 OUTPUT/failed/SHARD.jsonl       faults with their causes
-OUTPUT/results/SHARD.record     per image the results and the faults of the passes, for later passes; numbers; digests
+OUTPUT/results/SHARD.record     results and faults of the passes by image, for later passes; numbers; digests
 OUTPUT/passes/PASS/SHARD.done   empty; marks the shard as done
 """
 
@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from typing import Any
 
 import PIL.Image
 
-from grain_jax.core import annotations, atomic, errors, images, regular_file
+from grain_jax.core import ahead, annotations, atomic, errors, images, regular_file
 from grain_jax.data import job, negatives, sources
 from grain_jax.data.annotate import PASSES, answers, chat, detector, endpoint_chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
@@ -34,7 +35,7 @@ IMAGES_PER_REQUEST = 4
 _NO_NAME = (NotADirectoryError, IsADirectoryError, FileExistsError)
 FAULT = "fault: "  # begins the counter of a cause
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the job ends
-# A pass -> the one whose results it takes. Negatives are of regions of the source, too, and come after the others.
+# A pass -> the one whose results it takes. Negatives are of the source's regions, too, and come last.
 NEEDS = {"describe": "caption", "ground": "describe"}
 
 
@@ -178,7 +179,7 @@ class Passes:
             yield {x: negatives.make(x, most, others=descriptions) for x in descriptions}
 
     def _line(self, work: Work) -> dict[str, Any] | None:
-        """The image's line of A.jsonl; None if it has neither a text nor a region, or cannot be read or stored."""
+        """The line of A.jsonl; None if the image has neither text nor region, or cannot be read or stored."""
         if "image" in work.faults:
             return None
         item = work.item
@@ -246,10 +247,8 @@ def batches(works: Iterable[Work], size: int) -> Iterator[list[Work]]:
         return batch
 
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        waiting = reader.submit(take)
-        while batch := waiting.result():
-            waiting = reader.submit(take)
-            yield batch
+        coming = ahead.in_order(lambda _: take(), itertools.count(), reader, 1)
+        yield from itertools.takewhile(len, coming)
 
 
 def record_of(shard: str) -> tuple[str, str]:

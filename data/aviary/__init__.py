@@ -13,11 +13,10 @@ and region descriptions describe parts.  `grain-jax aviary --output DIR` writes
                                   have even numbers, of held-out species odd ones; test/seen.jsonl and
                                   test/unseen.jsonl are the two halves (images below DIR/test)
   DIR/segmentation/seen/, unseen/ the test images of these species, with label images of their parts
-                                  and of the looks of their parts (`masks`)
   DIR/README.md                   describes the files
   DIR/settings.json               all settings; written first, and A.jsonl last
 
-The data flow: `vocabulary` and `species` say what there is. `outlines`, `bird`, `palette`, `scenery` and `props` give
-shapes and colours to `drawing` (image and exact boxes). `annotations` adds words and noise, `masks` label images;
-`generate` writes the files.
+The data flow: `vocabulary` and `species` say what there is. `outlines`, `bird`, `palette`, `scenery` and
+`props` give shapes and colours to `drawing` (image and exact boxes). `annotations` adds words and noise,
+`masks` label images; `generate` writes the files.
 """

@@ -15,7 +15,7 @@ from grain_jax.data import staging
 from grain_jax.data.arguments import Build
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.arguments import Aviary
-from grain_jax.input_pipeline import text_lengths
+from grain_jax.input_pipeline import record_folders
 
 
 def aviary(args: Aviary) -> str:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_built(args: Aviary) -> bool:
     """Whether the records are there: the folder of a set exists only after a complete build."""
-    target = epath.Path(args.records) / args.name / text_lengths.VERSION
+    target = epath.Path(args.records) / args.name / record_folders.VERSION
     if not target.exists():
         with staging.locked(target):
             staging.recover(target)

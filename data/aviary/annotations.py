@@ -101,7 +101,7 @@ def regions(
 
 
 def negatives(species: Species, description: str, key: str, number: int) -> list[str]:
-    """Up to 10 texts that differ from a region's description in colour or shape, and are not true of the bird."""
+    """Up to 10 texts that differ from a description in colour or shape, and are not true of the bird."""
     wrong = [text for text, trait in hard_negatives(description) if trait not in species.traits]
     random.Random(f"{key}/negatives/{description}").shuffle(wrong)
     return wrong[:number]

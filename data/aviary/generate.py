@@ -24,7 +24,7 @@ STAMP = "settings.json"  # written first; A.jsonl is written last, and says that
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One image to draw, number `index` of `split`: the file `image`, a path below `folder` of the dataset."""
+    """One image to draw, number `index` of `split`: the file `image` below `folder` of the dataset."""
 
     split: str
     index: int
@@ -161,7 +161,7 @@ def _make(output, settings, task):
     (output / task.folder / task.image).write_bytes(encoded.getvalue())
     if task.split == "test":
         group, name = group_of(settings, task.species), task.image.rpartition("/")[2]
-        masks.save(output, group, name, encoded.getvalue(), task.species, drawn)
+        masks.save(output, group, name, encoded.getvalue(), drawn)
     return record_of(settings, task, drawn)
 
 

@@ -1,62 +1,39 @@
-"""Label images of the test images, for `evaluate segmentation`: the part, or its look, that each pixel shows.
+"""Label images of the test images, for `evaluate segmentation`: the part of the bird that each pixel shows.
 
-Each group of species has a folder. images/ has NAME.png (or .jpg above 128 pixels). masks/ has label images of 8 parts,
-named in classes.txt. looks/ has label images of the 101 phrases that describe them, listed in looks.txt. A label image has 8 bits: the number of the
-class that covers most of a pixel, 0 if it shows no part. A list has one class per line, the first with number 0. No text
-of the dataset says the name of a part alone, so its line also has all phrases of its looks, with commas between.
+Each group of species has a folder. images/ has NAME.png (or .jpg above 128 pixels), masks/ its label images of 8
+bits, and classes.txt a class per line, from number 0 on. No text of the dataset says the name of a part alone, so
+its line also has all phrases of its looks, with commas between.
 """
 
 import io
 from collections.abc import Iterable
 
-import numpy as np
 from etils import epath
 from PIL import Image
 
 from grain_jax.data.aviary.drawing import Drawing
-from grain_jax.data.aviary.species import Species
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
 
 FOLDER = "segmentation"  # below the dataset
 GROUPS = ("seen", "unseen")  # of species
-_LOOKS = [trait for part in PARTS for trait in TRAITS[part]]
-# Folder of label images -> its classes, with commas between the names of a class.
-CLASSES = {
-    "masks": (
-        "background",
-        *(", ".join([part, *(trait.phrase for trait in TRAITS[part])]) for part in PARTS),
-    ),
-    "looks": ("background", *(trait.phrase for trait in _LOOKS)),
-}
-FILES = {"masks": "classes.txt", "looks": "looks.txt"}
+CLASSES = ("background", *(", ".join([part, *(trait.phrase for trait in TRAITS[part])]) for part in PARTS))
 TEMPLATES = "templates.txt"  # the prompt for all classes: the phrase alone
-
-
-def labels_of(kind: str, species: Species, drawn: Drawing) -> np.ndarray:
-    """The class of each pixel, of `CLASSES[kind]`: uint8 [height, width]."""
-    mask = drawn.part_mask()
-    if kind == "masks":
-        return mask
-    looks = [0, *(1 + _LOOKS.index(species[part]) for part in PARTS)]
-    return np.array(looks, np.uint8)[mask]
 
 
 def begin(output: epath.Path, groups: Iterable[str] = GROUPS) -> None:
     """Makes the folders, the lists of classes and the prompt, below the dataset `output`."""
     for group in groups:
         folder = output / FOLDER / group
-        for part in ("images", *CLASSES):
+        for part in ("images", "masks"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        for kind, names in CLASSES.items():
-            (folder / FILES[kind]).write_text("".join(name + "\n" for name in names))
+        (folder / "classes.txt").write_text("".join(name + "\n" for name in CLASSES))
     (output / FOLDER / TEMPLATES).write_text("{}\n")
 
 
-def save(output: epath.Path, group: str, name: str, encoded: bytes, species: Species, drawn: Drawing) -> None:
-    """Writes a test image, whose file has this name and content, and its label images."""
+def save(output: epath.Path, group: str, name: str, encoded: bytes, drawn: Drawing) -> None:
+    """Writes a test image, whose file has this name and content, and its label image."""
     folder = output / FOLDER / group
     (folder / "images" / name).write_bytes(encoded)
-    for kind in CLASSES:
-        labels = io.BytesIO()
-        Image.fromarray(labels_of(kind, species, drawn)).save(labels, "PNG")
-        (folder / kind / f"{name.rpartition('.')[0]}.png").write_bytes(labels.getvalue())
+    labels = io.BytesIO()
+    Image.fromarray(drawn.part_mask()).save(labels, "PNG")
+    (folder / "masks" / f"{name.rpartition('.')[0]}.png").write_bytes(labels.getvalue())

@@ -95,7 +95,7 @@ def _add(made, names, traits, genera, parts_changed, rng):
                     break
             else:
                 raise errors.UserError(
-                    f"species: found no further one after {len(made)} that differs from each in {least} parts;"
+                    f"species: found none after {len(made)} that differs from each in {least} parts;"
                     " use more training species, fewer per genus, or more parts_changed"
                 )
 

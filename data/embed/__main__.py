@@ -2,8 +2,8 @@
 
   grain-jax embed SOURCE --checkpoint MODEL --output DIR
 
-The same command again goes on after a kill. Several processes (grain-jax local, SLURM, TPU slices) share the parts;
-DIR is a folder that all of them see.
+The same command again goes on after a kill. Several processes (grain-jax local, SLURM, TPU slices) share the
+parts; DIR is a folder that all of them see.
 """
 
 import collections
@@ -29,7 +29,7 @@ FAULTS = "faults.jsonl"
 
 
 def embed(args: arguments.Embed) -> str:
-    """Embeds the source; returns a line about what was done, "" if another process says it. Raises UserError."""
+    """Embeds the source; returns a line about it, "" if another process says it. Raises UserError."""
     arrow_tables.pyarrow()  # before the model is read: it may be missing
     folder = job.Output(str(absolute(args.output)))
     distributed.keep_compiled_programs()

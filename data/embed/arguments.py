@@ -8,15 +8,15 @@ from grain_jax.config import DTYPES
 class Embed(Processes, name="embed"):
     """Writes embeddings of images and their regions as NumPy arrays, in the layout of clip-retrieval.
 
-    DIR gets float16 arrays with the embedding of each image and of its regions, and Parquet files that say which image
-    a row is. The same command again goes on after a kill.
+    DIR gets float16 arrays with the embedding of each image and of its regions, and Parquet files that say
+    which image a row is. The same command again goes on after a kill.
 
     Example:
       grain-jax embed images --checkpoint runs/demo --output embeddings
       grain-jax embed mine/A.jsonl --images mine --checkpoint runs/own --output embeddings
 
     what is embedded:
-      SOURCE                   folder of images (with sub-folders), .tar or folder of them, record set, or A.jsonl
+      SOURCE                   folder of images (with sub-folders), .tar or folder of them, dataset, A.jsonl
       --images DIR             folder that the paths in A.jsonl start from (default: the folder of the file)
       --split NAME             split of a record set (default: train)
       --checkpoint DIR         workdir, checkpoint or converted folder; or aviary-tiny, hf://ORG/NAME

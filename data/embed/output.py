@@ -6,7 +6,7 @@ DIR/metadata/metadata_00.parquet  a row per image, with the boxes of its regions
 DIR/settings.json                 what the embeddings are made of
 DIR/faults.jsonl                  a line for each image that was left out
 
-A part has one of each of the first three. DIR/done/done_00.record, written last, has their digests and marks it as done.
+A part has one of each of the first three. DIR/done/done_00.record, written last, has their digests.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Images to embeddings: threads decode while the device works.
 
-Memory holds a few batches of images and the embeddings of a part, whatever the number of images. A batch may hold
-images of several parts, so that small tars leave the device no batch that is not full.
+Memory holds a few batches of images and the embeddings of a part, whatever the number of images. A batch may
+hold images of several parts, so that small tars leave the device no batch that is not full.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grain_jax.core import images, progress
+from grain_jax.core import ahead, images, progress
 from grain_jax.data import sources
 from grain_jax.data.embed import output
 from grain_jax.data.sources import join
@@ -26,7 +26,7 @@ Encode = Callable[[list[output.Row]], list[output.Row]]
 
 
 def encoder(predictor: Any) -> Encode:
-    """The function that embeds the images of a batch and the regions that the model finds, if it has regions."""
+    """The function that embeds the images of a batch and the regions that the model finds, if it can."""
 
     def encode(batch: list[output.Row]) -> list[output.Row]:
         pixels = np.stack([row.pixels for row in batch])
@@ -57,7 +57,7 @@ def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sour
 
 
 def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: int, threads: int) -> int:
-    """Embeds the parts with the numbers `mine` and writes their files, in order; returns the number of images.
+    """Embeds the parts with the numbers `mine` and writes their files; returns the number of images.
 
     Args:
       job: the output.
@@ -86,11 +86,19 @@ def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: in
         return task[0], task[1] and prepare(task[1], size)
 
     try:
+<<<<<<< HEAD
         entries = stream.ahead(prepared, items, readers, _BATCHES_READ * batch_size)
         full = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
         # The first one alone: it compiles the program that the others use.
         alone = map(encoded, itertools.islice(full, 1))
         others = stream.ahead(encoded, full, device, _AT_DEVICE)
+=======
+        entries = ahead.in_order(prepared, items, readers, _BATCHES_READ * batch_size)
+        batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
+        # The first one alone: it compiles the program that the others use.
+        alone = map(encoded, itertools.islice(batches, 1))
+        others = ahead.in_order(encoded, batches, device, _AT_DEVICE - 1)
+>>>>>>> r33-data
         for index, entry in itertools.chain.from_iterable(itertools.chain(alone, others)):
             if entry is None:  # the end of a part
                 job.write(index, rows, faults)

@@ -15,7 +15,7 @@ from grain_jax.data import example, parallel, sources
 from grain_jax.data.inspect import page, statistics
 from grain_jax.data.inspect.arguments import Inspect
 from grain_jax.data.sources import join
-from grain_jax.input_pipeline import text_lengths
+from grain_jax.input_pipeline import record_folders
 
 _BATCH = 256  # items that are counted together
 _FORMATS = {".json": "coco", ".csv": "csv", ".parquet": "parquet"}  # which only build reads
@@ -25,7 +25,7 @@ _LINES_PER_TASK = 32  # their images are held in memory
 def inspect(args: Inspect) -> str:
     """Reads the set and writes the two files; returns the summary. Raises `errors.UserError`."""
     path = epath.Path(args.set)
-    shown = path.parent if path.name == text_lengths.VERSION else path
+    shown = path.parent if path.name == record_folders.VERSION else path
     output = epath.Path(args.output or shown.parent / f"inspect-{shown.stem}")
     if path.suffix in _FORMATS:
         flags = f"--source {_FORMATS[path.suffix]} --annotations {path} --output DIR --name NAME"

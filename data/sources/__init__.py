@@ -51,8 +51,8 @@ def make(source: str, options: Mapping[str, str] | None = None) -> Source:
 
     Raises:
       errors.UserError: there is no such source; the line lists what there is.
-      SourceError: there is no such option, or a value is of another type or refused by the class (a ValueError of its
-        `__post_init__`).
+      SourceError: there is no such option, or a value is of another type or refused by the class (a
+        ValueError of its `__post_init__`).
     """
     name = f"{__name__}.{SOURCES[source]}" if source in SOURCES else source
     with named.importing():  # the name is the user's, from the command line
@@ -93,8 +93,8 @@ def of_flags(args: Any, scratch: str, shard_size: int) -> list[SourceShard]:
 def shards(source: str, options: Options, own_options: Mapping[str, str] | None = None) -> list[SourceShard]:
     """The source's shards, in order; the same again as long as the source is the same.
 
-    Reads whole annotation files if the source has such, and writes lists of their images to `options.scratch`, which
-    workers must be able to read. `own` are the source's own options.
+    Reads whole annotation files if the source has such, and writes lists of their images to
+    `options.scratch`, which workers must be able to read. `own` are the source's own options.
 
     Raises:
       errors.UserError: as `make`; the source's files are not as expected.

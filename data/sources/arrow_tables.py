@@ -1,7 +1,7 @@
 """Parquet files, also of a dataset on the Hub, and folders that `datasets` saved (`save_to_disk`).
 
-The options name the columns (`data/sources/columns.py`). The column of the image holds paths below --images, or bytes,
-or the Hub's struct of both. Numbers as labels have their names in the file, as `datasets` writes them.
+The options name the columns (`data/sources/columns.py`). The column of the image holds paths below --images,
+bytes, or the Hub's struct of both. Numbers as labels have their names in the file, as `datasets` writes them.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def pyarrow() -> Any:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise base.SourceError(
-            f"Parquet files need {error.name}, which is not installed; to get it: pip install 'grain_jax[embed]'"
+            f"Parquet files need {error.name}, which is not installed: pip install 'grain_jax[embed]'"
         ) from None
     return pyarrow
 
@@ -51,7 +51,7 @@ def pyarrow() -> Any:
 class _Tables(columns.TableOptions):
     """A `base.Source` of tables of Arrow's types; a shard is a part of a file.
 
-    A subclass has `_files(options)`, `_reader(open file)` and `_batches(reader, columns, arguments of a shard)`.
+    A subclass has `_files(options)`, `_reader(open file)`, `_batches(reader, columns, arguments of a shard)`.
     """
 
     images_are_files: ClassVar[bool] = False

@@ -1,11 +1,10 @@
 """The protocol of a data source, `Source`, and what readers of public formats share.
 
-A source reads one format. `grain-jax annotate` and `grain-jax build` find it by its name in `data/sources/__init__.py`,
-or as `module:Class`: your own class, in any module that Python finds (examples/source/csv_boxes.py). The fields of the
-class, a dataclass, are its options; `--option KEY=VALUE` sets one.
+A source reads one format. `grain-jax annotate` and `grain-jax build` find it by its name in
+`data/sources/__init__.py`, or as `module:Class`. The fields of the class, a dataclass, are its options.
 
-If the images are files and the annotations are one file or a few, subclass `data.sources.staged.ListedSource` and write
-only `entries`. If images come out of larger files, `read` gives each annotation with its image to `data.sources.join.join`.
+To write one, subclass `data.sources.staged.ListedSource`. If images come out of larger files, write `shards`
+and `read`, which gives each annotation with its image to `data.sources.join.join`.
 """
 
 import dataclasses
@@ -98,8 +97,8 @@ class BoxUnit:
 class Source(Protocol):
     """A reader of one format, as a class that is made from its own options alone.
 
-    The machine that starts a job asks one instance for `shards`; each worker makes another one and `read`s. Workers
-    share no memory, so all that `read` needs stands in the shard or in the source's options.
+    The machine that starts a job asks one instance for `shards`; each worker makes another one and `read`s.
+    Workers share no memory, so all that `read` needs stands in the shard or in the source's options.
     """
 
     images_are_files: ClassVar[bool]  # below `Options.images`; False: they come out of larger files
@@ -114,7 +113,7 @@ class Source(Protocol):
         ...
 
     def read(self, shard: SourceShard) -> Iterator[Annotation | Fault]:
-        """The images of a piece in order, and a fault for each one that cannot be used; needs no other piece."""
+        """The images of a piece in order, and a fault for each that cannot be used; needs no other piece."""
         ...
 
 
@@ -157,8 +156,8 @@ def xywh(box: Any) -> Any:
 def taking_turns(groups: Iterable[Iterable[Any]]) -> Iterator[Any]:
     """The first of each group, then the second of each, ...
 
-    It is the order of regions if a box has several descriptions: training keeps the first few regions of equal score,
-    and these should have different boxes.
+    It is the order of regions if a box has several descriptions: training keeps the first few regions of
+    equal score, and these should have different boxes.
     """
     turns = ((turn, item) for group in groups for turn, item in enumerate(group))
     return (item for _, item in sorted(turns, key=operator.itemgetter(0)))

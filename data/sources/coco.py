@@ -59,8 +59,8 @@ class File(msgspec.Struct):
 class Coco(base.BoxUnit, staged.ListedSource):
     """Images of one or several files, which are joined by the images' file names.
 
-    FG-OVD (Bianchi et al., CVPR 2024; lorebianchi98/FG-OVD, gt/transparency.json and evaluation/ranks.py) describes a
-    box by a sentence as the name of its category. The names of `neg_category_ids` are its negatives.
+    FG-OVD (Bianchi et al., CVPR 2024; lorebianchi98/FG-OVD, gt/transparency.json, evaluation/ranks.py) names
+    a box by a sentence as the name of its category. The names of `neg_category_ids` are its negatives.
     """
 
     needs = "COCO's captions or instances, or a benchmark of FG-OVD"
@@ -106,8 +106,8 @@ def _add(image: Any, item: Object, names: dict[base.Id, str]) -> None:
 class Lvis(Coco):
     """LVIS: lvis_v1_train.json, lvis_v1_val.json. The images are COCO's, below train2017/ and val2017/.
 
-    A description is the category's name, `bow_(weapon)` as "bow (weapon)". If an image has several objects of a
-    category, not all of them need have a box.
+    A description is the category's name, `bow_(weapon)` as "bow (weapon)". If an image has several objects of
+    a category, not all of them need have a box.
     """
 
     needs = "lvis_v1_train.json or lvis_v1_val.json"

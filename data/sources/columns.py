@@ -1,6 +1,6 @@
 """What the columns of a table say about an image: the options that name them, and the form of a row.
 
-The default name of a column is its option's: `image`, `caption`, `captions`, `boxes`, `labels`, `descriptions`,
+A column's default name is its option's: `image`, `caption`, `captions`, `boxes`, `labels`, `descriptions`,
 `scores`, `id`. A name with dots, `objects.bbox`, is a field of a struct, or of each struct of a list.
 """
 

@@ -1,7 +1,7 @@
 """CSV files, one row per image; the options that name the columns: `data/sources/columns.py`.
 
-The image is a path below --images. A cell that holds a list (captions; boxes, labels, descriptions, scores of an image)
-is JSON: `[[12, 30, 80, 64]]`.
+The image is a path below --images. A cell that holds a list (captions; boxes, labels, descriptions, scores of
+an image) is JSON: `[[12, 30, 80, 64]]`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""Joins the annotation of a reader with its image: the one place where texts and boxes of readers are checked.
+"""Joins a reader's annotation with its image: the one place where texts and boxes of readers are checked.
 
-Most public sets have a few boxes that are empty or lie outside. Such a region is left out with its cause; its image
-stays.
+Most public sets have a few boxes that are empty or lie outside. Such a region is left out with its cause; its
+image stays.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def load(annotation: Annotation, folder: epath.PathLike) -> Annotation | Fault:
 
 
 def join(annotation: Annotation) -> Annotation | Fault:
-    """The annotation, checked with its image; regions that the image cannot have are left out with their cause.
+    """The annotation, checked with its image; regions that it cannot have are left out with their cause.
 
     An image without regions is not decoded here: later steps find its faults.
     """

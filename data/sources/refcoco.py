@@ -1,8 +1,8 @@
 """RefCOCO, RefCOCO+, RefCOCOg: refs(unc).p, a pickle, with instances.json.
 
-A region is an object with one of its expressions. Each sentence is a phrase to be grounded, also if two people gave the
-same one: lichengunc/MAttNet (eval_dets_utils.py) counts every sentence with its own box. `split` is a split of the refs
-(train, val, testA, ...). The sets have no captions.
+A region is an object with one of its expressions. Each sentence is a phrase to be grounded, also if two
+people gave the same one: lichengunc/MAttNet (eval_dets_utils.py) counts every sentence with its own box.
+`split` is a split of the refs (train, val, testA, ...). The sets have no captions.
 """
 
 import collections

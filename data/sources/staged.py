@@ -1,7 +1,7 @@
 """Sources whose images are files and whose annotations are a few large files, or none: cut into lists.
 
-The annotations are read once, in the process that starts the job; a worker reads a list of some images. So a worker
-needs neither COCO's 500 MB nor the time to find its part of them.
+The annotations are read once, in the process that starts the job; a worker reads a list of some images. So a
+worker needs neither COCO's 500 MB nor the time to find its part of them.
 """
 
 import abc
@@ -17,7 +17,10 @@ from grain_jax.data.sources import base, join
 
 
 class ListedSource(abc.ABC):
-    """A `base.Source` whose subclass gives `entries`: `shards` writes them to lists, `read` joins them with their images.
+    """A `base.Source` of images in files and annotations in one file or a few; write `entries`.
+
+    Your class may lie in any module that Python finds: `--source module:Class`. If it is a frozen dataclass,
+    its fields are options: `--option KEY=VALUE` sets one, and a ValueError of `__post_init__` is one line.
 
     Attributes:
       needs: what --annotations must name; "" for a source that has no such files.
@@ -28,12 +31,14 @@ class ListedSource(abc.ABC):
 
     @abc.abstractmethod
     def entries(self, options: base.Options) -> Iterator[base.Annotation | base.Fault]:
-        """What the annotations say about each image, in an order that depends on the files alone.
+        """What the files `options.annotations` say about each image, in an order that depends on them alone.
 
-        Boxes and descriptions need no check here: `read` leaves out those that the image cannot have.
+        An Annotation has the path of its image below --images, captions, and regions: box in pixels (x1, y1,
+        x2, y2), description, score. With `drawn_on=base.SHARES` boxes are shares of width and height. `read`
+        leaves out boxes and texts that the image cannot have. A Fault stands for an image without use.
 
         Raises:
-          base.SourceError: the files are not as expected. A fault of one image is yielded instead.
+          base.SourceError: the files are not as expected; one line.
         """
 
     def shards(self, options: base.Options) -> list[base.SourceShard]:

@@ -81,7 +81,7 @@ def directory(folder: epath.PathLike) -> epath.Path:
 
 
 def _builder(folder: epath.PathLike) -> Any:
-    """TFDS's builder of a set. Raises SourceError: damaged, or other classes than TFDS's, whose modules it imports."""
+    """TFDS's builder of a set. Raises SourceError: damaged, or classes of other modules, which it imports."""
     where = directory(folder)
     for path in (where / "dataset_info.json", where / "features.json"):
         content = regular_file.read_json(path, dict[str, Any], "a description of a TFDS set")

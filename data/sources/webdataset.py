@@ -95,7 +95,7 @@ class Tars:
 
 @dataclasses.dataclass(frozen=True)
 class WebDataset(columns.RowOptions, Tars):
-    """Images with their caption, the text beside them, else the JSON's `caption`; and what the options name of the JSON."""
+    """Images with the text beside them, else the JSON's `caption`; and what the options name of the JSON."""
 
     def shards(self, options: base.Options) -> list[base.SourceShard]:
         self._columns(options)  # raises before a tar is read
@@ -132,9 +132,9 @@ class _Item(msgspec.Struct):
 class Grit(Tars):
     """GRIT (zzliang/GRIT): tars of img2dataset with the columns `noun_chunks` and `ref_exps` in the JSON.
 
-    Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. Each entry of these columns is
-    [start, end, x1, y1, x2, y2, score]. The characters from start to end of the caption are the description. The box is
-    in shares of the image, so img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
+    Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. An entry is [start, end,
+    x1, y1, x2, y2, score]: the characters from start to end of the caption are the description. The box is in
+    shares of the image, so img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
     """
 
     def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
@@ -178,7 +178,7 @@ def metadata(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member with a strict check of its header: tarfile takes a broken or missing header for the end of the tar."""
+    """A member with a strict check of its header: tarfile takes a broken header for the end of the tar."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
@@ -194,7 +194,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _samples(path: epath.Path, prefix: str) -> Iterator[tuple[str, dict[str, Any]] | base.Fault]:
-    """(PREFIX/KEY, ending -> bytes) of each sample, the tar read once from front to end; at last what is wrong with it.
+    """(PREFIX/KEY, ending -> bytes) of each sample, the tar read once; at last what is wrong with it.
 
     Only a sample's texts and its first image are read; the bytes are None if they are too many, or the
     files. Links, devices and sparse files are no part of a sample.
@@ -224,7 +224,7 @@ def _samples(path: epath.Path, prefix: str) -> Iterator[tuple[str, dict[str, Any
 def _members(tar: tarfile.TarFile, length: int) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """(key, ending, member) of each file: a/b.seg.png is ("a/b", "seg.png").
 
-    Raises tarfile.ReadError at the end of the file: tarfile would seek through the terabytes that a false header claims.
+    Raises tarfile.ReadError at the end of the file: tarfile would seek the terabytes that a header claims.
     """
     for member in tar:
         if tar.offset > length:

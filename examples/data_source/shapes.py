@@ -15,7 +15,7 @@ import numpy as np
 
 from grain_jax.config import Config, TextTower
 from grain_jax.core.schema import Batch
-from grain_jax.input_pipeline import assemble, order, sources, text_lengths, tokenizer
+from grain_jax.input_pipeline import assemble, order, sources, tokenizer
 
 _COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
 
@@ -48,18 +48,6 @@ class Shapes(sources.LaneSource):
         images = config.batch_size // sources.num_lanes(config)
         examples = [_draw(config, rng) for _ in range(images)]
         return assemble.of_examples(examples, config, _tokenizer(config.model.text))
-
-    def text_lengths(self, config: Config) -> list[text_lengths.TextLengths]:
-        """The lengths in some hundred images, so that `text.pack_rows` can be derived."""
-        drawn = [_draw(config, np.random.default_rng(i)) for i in range(256)]
-        return [
-            text_lengths.of_texts(
-                [text_lengths.ImageTexts([x.caption], "", x.descriptions) for x in drawn],
-                _tokenizer(config.model.text),
-                name="rectangles",
-                records=self.num_examples(config),
-            )
-        ]
 
 
 @functools.lru_cache(maxsize=1)

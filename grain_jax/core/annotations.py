@@ -1,4 +1,4 @@
-"""Reads annotations (`A.jsonl`: per line an image, its captions and its described boxes) and names every fault.
+"""Reads annotations (`A.jsonl`: per line an image, its captions and described boxes) and names every fault.
 
 The only parser of that format, for evaluation and for the offline tools in `data/`; it needs neither
 TensorFlow nor JAX. Checks that need the image itself are in data/example.py.
@@ -56,8 +56,8 @@ class Annotation(NamedTuple):
     synthetic_caption: str = ""  # "" if there is none
     regions: Sequence[Region] = ()
     id: str | None = None
-    # For evaluation: each phrase (referring expression), as the indices in `regions` of all boxes that are right
-    # for it; its text is their description. A phrase may stand several times. None: each region is a phrase.
+    # For evaluation: each phrase (referring expression), as the indices in `regions` of all boxes that are
+    # right for it; its text is their description. One may stand twice. None: each region is a phrase.
     phrases: Sequence[Sequence[int]] | None = None
     encoded: bytes = b""  # the image file; empty until it is read
     left_out: Sequence[Fault] = ()  # regions of the source that cannot be used
@@ -243,7 +243,7 @@ def _regions(
 
 
 def _negatives(entry: dict[str, Any], at: str, faults: list[str]) -> tuple[str, ...]:
-    """The optional texts that are not true of a region, stripped; none equals the description or another one."""
+    """The optional texts that are untrue of a region, stripped; none equals the description or another."""
     texts, description = entry.get("negatives"), entry.get("description")
     if texts is None:
         return ()

@@ -1,4 +1,4 @@
-"""Writes a file as a whole or not at all: a process may be killed, and a machine may stop, between any two bytes."""
+"""Writes a file as a whole or not at all: a process or a machine may stop between any two bytes."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ def write_bytes(path: epath.PathLike, content: bytes, *, lasting: bool = True) -
     Args:
       path: local or in an object store.
       content: the whole file.
-      lasting: whether it waits for the disk. Then the file stays if the machine stops, and a mark may say that it is there.
+      lasting: whether it waits for the disk, so that the file stays if the machine stops.
 
     Raises:
       OSError: it cannot be written.
@@ -36,7 +36,7 @@ def write_bytes(path: epath.PathLike, content: bytes, *, lasting: bool = True) -
         with path.open("ab") as file:  # /dev/stdout may be a file with lines in it
             file.write(content)
         return
-    new = _beside(path)
+    new = _temporary(path)
     try:
         new.write_bytes(content)
         if lasting:
@@ -74,7 +74,7 @@ def replace(new: epath.PathLike, path: epath.PathLike, old: epath.PathLike | Non
 
 
 def sync(paths: Iterable[epath.PathLike]) -> None:
-    """Waits until these local files, and the names in these local folders, are on the disk. Raises OSError."""
+    """Waits until these local files, and the names in local folders, are on the disk. Raises OSError."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -93,21 +93,21 @@ def digest(content: bytes) -> str:
 
 
 def check(path: epath.PathLike) -> None:
-    """Raises OSError where `write_bytes` could not make a file beside `path`; for commands that write it hours later."""
+    """Raises OSError where `write_bytes` could not write; for commands that write hours later."""
     path = epath.Path(path)
     if "://" not in str(path) and not is_special(path):
-        new = _beside(path)
+        new = _temporary(path)
         new.write_bytes(b"")
         new.unlink(missing_ok=True)
 
 
-def _beside(path: epath.Path) -> epath.Path:
-    """A name of its own for each writer: two may write the same file, and nobody can have put a link there."""
+def _temporary(path: epath.Path) -> epath.Path:
+    """A name of its own for each writer: two may write the same file, and nobody has put a link there."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
 
 
 def is_special(path: epath.PathLike) -> bool:
-    """Whether a local path is a device in /dev, or a link of it, such as /dev/stdout: nothing is renamed over it."""
+    """Whether a local path is a device, or a link in /dev such as /dev/stdout: nothing is renamed over it."""
     if not str(epath.Path(path).absolute()).startswith(("/dev/", "/proc/")):
         return False
     try:

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # A box with at least this IoU counts as found, in training and in every evaluation. The scripts of RefCOCO
-# (lichengunc/MAttNet, eval_dets_utils.py; djiajunustc/TransVG, eval_utils.py) and Flickr30k Entities (ashkamath/mdetr,
-# flickr_eval.py) count 0.5 itself, too.
+# (lichengunc/MAttNet, eval_dets_utils.py; djiajunustc/TransVG, eval_utils.py) and Flickr30k Entities
+# (ashkamath/mdetr, flickr_eval.py) count 0.5 itself, too.
 FOUND_IOU = 0.5
 
 

@@ -43,7 +43,7 @@ class StorageFault(UserError):
 
 @functools.cache  # once is enough
 def silence_storage() -> None:
-    """Drops what Orbax logs and TensorStore prints of faults which they raise, too: hundreds of lines of tracebacks."""
+    """Drops what Orbax and TensorStore print of faults that they raise, too: hundreds of lines."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -114,7 +114,7 @@ _STORAGE = {  # what to do if a file system refuses to write
 def of_system(error: BaseException | None, output: Any = None) -> UserError | None:
     """What the system refused, as one line, such as to read or write a file; None for any other error.
 
-    The line names the file, or `output`, the path that is written, if the error does not say which file it was.
+    The line names the file, or `output`, the path that is written, if the error does not say which.
     """
     for cause in causes(error):
         text, path = str(cause), getattr(cause, "filename", None)

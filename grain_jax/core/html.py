@@ -33,7 +33,7 @@ class Section(NamedTuple):
 
 
 def text(value: str, *, keep: str = "") -> str:
-    """Any text as HTML, with escapes for invisible characters but those of `keep`, as `printable.plain` gives them."""
+    """Text as HTML, with the escapes of `printable.plain` for invisible characters but those of `keep`."""
     return escape(printable.plain(value, keep=keep))
 
 

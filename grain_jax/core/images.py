@@ -1,12 +1,12 @@
 """Images read and resized as in the reference: by PIL, to a square, with its antialiased bicubic filter.
 
-Builds and served models read images with this; it needs neither TensorFlow nor JAX. The resize of the training input
-(input_pipeline/transforms.py) is measured against this one. A file is bounded in bytes, and in pixels by Pillow, which
-reads its header first.
+Builds and served models read images with this; it needs neither TensorFlow nor JAX. The resize of the
+training input (input_pipeline/transforms.py) is measured against this one. A file is bounded in bytes, and in
+pixels by Pillow, which reads its header first.
 
-A camera that is held upright stores a photograph on its side, and an EXIF tag says how to turn it. `orientation` says
-which pixels are meant: "exif" for what a viewer shows, or "file" for what PIL gives, as in the reference and in
-records. A TIFF is turned in both, since PIL turns it. XMP is not read.
+A camera that is held upright stores a photograph on its side, and an EXIF tag says how to turn it.
+`orientation` says which pixels are meant: "exif" for what a viewer shows, or "file" for what PIL gives, as in
+the reference and in records. A TIFF is turned in both, since PIL turns it. XMP is not read.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class Header(NamedTuple):
 
 
 def header(encoded: bytes, name: str = "image") -> Header:
-    """The size of the image in `encoded`, and whether it is turned; arguments and errors as of `decode_image`."""
+    """The size of the image in `encoded`, and whether it is turned; arguments, errors: see `decode_image`."""
     image: Any = open_image(encoded, name)  # PIL's type has no tag_v2
     size = image.size
     if image.format == "TIFF":
@@ -77,7 +77,7 @@ def header(encoded: bytes, name: str = "image") -> Header:
 
 
 def open_image(encoded: bytes, name: str = "image") -> PIL.Image.Image:
-    """The image in `encoded` with its mode and format, and its size in the file; the pixels are not decoded yet.
+    """The image in `encoded` with its mode, format and size in the file; pixels are not decoded yet.
 
     Args:
       encoded: a file of one of FORMATS; of several frames the first is taken.
@@ -130,8 +130,8 @@ def decode_image(encoded: bytes, name: str = "image", orientation: str = "exif")
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image as a viewer shows it: turned as its EXIF says, which the result does not have then.
 
-    PIL keeps the EXIF of an image that is cropped, resized or converted; one made of an array has none. Raises what PIL
-    raises if the pixels cannot be read.
+    PIL keeps the EXIF of an image that is cropped, resized or converted; one made of an array has none.
+    Raises what PIL raises if the pixels cannot be read.
     """
     image.load()  # may turn it, or find EXIF behind the pixels
     turn = _TURNS.get(_orientation(image))

@@ -1,7 +1,7 @@
 """Reads `metrics.jsonl`.
 
-A line is a JSON object with a whole number `step`. A killed process leaves an incomplete last line. Other lines are
-counted on stderr and left out.
+A line is a JSON object with a whole number `step`. A killed process leaves an incomplete last line. Other
+lines are counted on stderr and left out.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Finds an extension by its name: one in the package's own table, or `module:Name` in any module that Python finds.
+"""Finds an extension by its name: one in the package's table, or `module:Name` in any module of Python.
 
 Loss terms, evaluators, towers and data sources are chosen this way. Imports nothing heavy.
 
-A stored config (of a checkpoint, a workdir) may come from anyone, so a name in it imports no code. Its module must be
-the user's own and imported already, or the environment variable GRAIN_JAX_IMPORT must list it (separated by commas).
-Modules of Python and of installed packages are not the user's own: a stored `os:abort` finds nothing. Commands switch
-imports on (`importing`) for the config that their user passes.
+A stored config (of a checkpoint, a workdir) may come from anyone, so a name in it imports no code. Its module
+must be the user's own and imported already, or the environment variable GRAIN_JAX_IMPORT must list it
+(separated by commas). Modules of Python and of installed packages are not the user's own: a stored `os:abort`
+finds nothing. Commands switch imports on (`importing`) for the config that their user passes.
 """
 
 import contextlib
@@ -75,8 +75,8 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
       table: the package's own, by name.
 
     Raises:
-      errors.UserError: there is no such name, module or attribute (the line lists what there is), or the module
-        may not be imported.
+      errors.UserError: there is no such name, module or attribute (the line lists what there is), or the
+        module may not be imported.
     """
     if name in table:
         return table[name]

@@ -2,8 +2,8 @@
 
 import unicodedata
 
-# Control characters, format marks (which turn or hide neighbouring text), halves of surrogate pairs, code points
-# for private use or without a meaning, separators of lines and paragraphs.
+# Control characters, format marks (which turn or hide neighbouring text), halves of surrogate pairs, code
+# points for private use or without a meaning, separators of lines and paragraphs.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 # These two join emoji and letters of South Asian scripts.
 _JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"

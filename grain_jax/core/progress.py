@@ -81,7 +81,7 @@ class Counter:
         self._line, self._start, self.done = ProgressLine(silent=silent), time.monotonic(), 0.0
 
     def add(self, count: int = 1, share: float | None = None) -> None:
-        """Counts, and shows it; `share` of the work is done, by default as many as were counted of the total."""
+        """Counts, and shows it; `share` of the work is done, by default the count of the total."""
         self.done += count * self._times
         self._line.show(self.text(time.monotonic() - self._start, share))
 

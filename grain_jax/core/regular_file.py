@@ -23,12 +23,12 @@ class FileError(errors.UserError):
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether epath asks another machine for the path, as also for "/gs/bucket", which is "gs://bucket" to it."""
+    """Whether epath asks another machine for the path; "/gs/bucket" is "gs://bucket" to it."""
     return "://" in str(epath.Path(path))
 
 
 def length(path: epath.PathLike) -> int | None:
-    """Bytes of the file at `path`, links followed; None for a folder, pipe or device. Raises OSError if nothing is there."""
+    """Bytes of the file at `path`, links followed; None for a folder, pipe or device. Raises OSError."""
     if is_remote(path):
         status = epath.Path(path).stat()
         return None if status.is_directory else status.length
@@ -135,9 +135,9 @@ def inside(name: str) -> str:
 
 
 def named(folder: epath.PathLike, name: str) -> epath.Path:
-    """The path of a file's `name` in a folder; in another Unicode form if the folder has the name only in that one.
+    """The path of a file's `name` in a folder; in another Unicode form if the folder has only that one.
 
-    macOS and archives write "ü" as two characters (NFD), keyboards as one (NFC); on a screen both look the same.
+    macOS and archives write "ü" as two characters (NFD), keyboards as one (NFC); both look the same.
     """
     folder = epath.Path(folder)
     if not name.isascii() and not (folder / name).exists():

@@ -26,11 +26,11 @@ IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 class Batch(NamedTuple):
-    """A process's part of a batch (numpy), or the global batch (jax, leading axis sharded over the data axes).
+    """A process's part of a batch (numpy), or the global batch (jax, first axis sharded over the data axes).
 
-    Texts are packed: `pack_group` consecutive images share `rows` rows of L positions. The row
-    within the group and the position of the end token locate a text. Without packing a group is one image, and a row
-    is one text.
+    Texts are packed: `pack_group` consecutive images share `rows` rows of L positions. The row within the
+    group and the position of the end token locate a text. Without packing a group is one image, and a row is
+    one text.
     """
 
     image: Array  # uint8 [B, H, W, 3]
@@ -45,9 +45,15 @@ class Batch(NamedTuple):
     region_boxes_cxcywh: Array  # float32 [B, R, 4]
     region_mask: Array  # bool [B, R]
     # int32 [G], negatives and regions that did not fit into the rows of their group, and captions cut to fit
+<<<<<<< HEAD
     texts_dropped: Array
     # int32 [G, 2], captions, descriptions and negatives; those that the tokenizer cut to L. None: not counted.
     text_counts: Array = None
+=======
+    texts_dropped: ModelInput
+    # int32 [G, 2], captions, descriptions and negatives; those that were cut to L. None: not counted.
+    text_counts: ModelInput = None
+>>>>>>> r33-data
     # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
     negative_at: Array = None  # int32 [B, R, H, 2] (row, end token), zeros if masked
     negative_mask: Array = None  # bool [B, R, H]; False if the region is not real
@@ -104,7 +110,7 @@ class Features(NamedTuple):
     """What the model makes on the way to its Outputs; too large to be kept of a global batch."""
 
     tokens: Array  # [B, N, E] of the image tower, after the last norm; [B, E] of a pooled one
-    text: Array  # [G, rows, L, E], every position of the rows, before the last norm; [G, rows, E] of a pooled tower
+    text: Array  # [G, rows, L, E], of all positions, before the last norm; [G, rows, E] of a pooled tower
 
 
 class Regions(NamedTuple):

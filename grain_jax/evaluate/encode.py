@@ -10,7 +10,7 @@ import PIL.Image
 from etils import epath
 
 from grain_jax import inference
-from grain_jax.core import errors, progress, schema
+from grain_jax.core import ahead, errors, progress, schema
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import test_sets
 from grain_jax.inference import prompts, stream
@@ -110,8 +110,8 @@ def over_images(
 
     try:
         with errors.out_of_memory_in_a_line(label, lambda: SMALLER), ThreadPoolExecutor(_THREADS) as pool:
-            ahead = stream.ahead(read, enumerate(stretch, mine.start), pool, 2 * batch_size)
-            for group in stream.groups(ahead, batch_size, lambda each: not each.fault):
+            items = ahead.in_order(read, enumerate(stretch, mine.start), pool, 2 * batch_size)
+            for group in stream.groups(items, batch_size, lambda each: not each.fault):
                 unreadable |= {each.image.name: each.fault for each in group if each.fault}
                 if good := [each for each in group if not each.fault]:
                     batch = Batch(

@@ -1,8 +1,6 @@
-"""Many images through a model: threads read the next ones while the device works."""
+"""Many images through a model, in groups."""
 
-import collections
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
 from typing import TypeVar
 
 import numpy as np
@@ -10,20 +8,6 @@ import numpy as np
 from grain_jax.inference.inputs import InputError
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor, most: int
-) -> Iterator[Result]:
-    """`map(function, items)` by the threads of `pool`, in order, at most `most` items in advance."""
-    waiting = collections.deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= most:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def groups(items: Iterable[Item], size: int, counts: Callable[[Item], bool]) -> Iterator[list[Item]]:

@@ -105,8 +105,8 @@ def assemble(
       region_boxes_cxcywh: float32 [B, R, 4]; ignored if masked.
       region_mask: bool [B, R].
       region_scores: float32 [B, R]; if a packing group overflows, low scores are dropped first.
-      negatives: a text for each real negative, in the order of `negative_mask`, row by row. One that the tokenizer
-        takes for the description itself is left out.
+      negatives: a text for each real negative, in the order of `negative_mask`, row by row. One that the
+        tokenizer takes for the description itself is left out.
       negative_mask: bool [B, R, H], H = `input.negatives_per_region`; False if the region is not real.
       config: `text` and `row_length` are used.
     """

@@ -1,7 +1,7 @@
 """CLIP's byte pairs: text -> token ids. The ids equal the reference's on every text tried.
 
-The reference's pattern splits a text into words. The package tokenizers merges the bytes of each word once; after that
-the ids of the word come from a cache.
+The reference's pattern splits a text into words. The package tokenizers merges the bytes of each word once;
+after that the ids of the word come from a cache.
 """
 
 import functools
@@ -29,7 +29,7 @@ _CACHED_WORDS = 1 << 17
 
 
 def token_ids(texts: list[str], most: int) -> list[list[int]]:
-    """The ids of each cleaned text: start token, tokens, end token; at most `most` (2 or more), the last the end token."""
+    """The ids of each cleaned text: start token, tokens, end token; at most `most`, which is 2 or more."""
     rows = []
     for text in texts:
         ids = map(_ids_of_word, _WORD_OR_SPECIAL.findall(text))
@@ -55,7 +55,7 @@ def tokens_and_merges() -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def byte_pairs() -> "tokenizers.Tokenizer":
-    """CLIP's words and merges as a tokenizer of the package tokenizers; it neither cleans texts nor adds ids."""
+    """CLIP's words and merges for the package tokenizers; it neither cleans texts nor adds ids."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 

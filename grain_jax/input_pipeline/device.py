@@ -55,7 +55,7 @@ class Prefetch:
         raise item
 
     def close(self) -> None:
-        """Stops the thread and drops the batches that are ready; after CLOSE_SECONDS a thread that hangs is left."""
+        """Stops the thread and drops its batches; leaves a thread that hangs for CLOSE_SECONDS."""
         self._closed.set()
         deadline = time.monotonic() + CLOSE_SECONDS
         while True:

@@ -1,12 +1,12 @@
 """A deterministic shuffle: the order of the training records is a function of (seed, lanes, step).
 
-The shuffle has `input.lanes` independent streams, the lanes. Lane i has the shards i, i + lanes, i + 2 lanes, ...,
-in blocks of `input.shards_per_block` shards that are read whole. In each epoch (seed, epoch, lane) permutes the blocks
-of a lane, and (seed, epoch, lane, block) permutes the records of a block. The next epoch follows at once. A step gives
+The shuffle has `input.lanes` independent streams, the lanes. Lane i has the shards i, i + lanes, ..., in
+blocks of `input.shards_per_block` shards that are read whole. In each epoch (seed, epoch, lane) permutes the
+blocks, and (seed, epoch, lane, block) the records of a block. The next epoch follows at once. A step gives
 the position in the stream, and the position gives the block to open. So a checkpoint needs the step alone.
 
-`Lane.block` is this rule for one dataset; `_lane_stream` in records.py reads the blocks. In a mixture a lane has a
-stream for each dataset and takes records from them by weight (`MixedLane`).
+`Lane.block` is this rule for one dataset; `_lane_stream` in records.py reads the blocks. In a mixture a lane
+has a stream for each dataset and takes records from them by weight (`MixedLane`).
 
 Random numbers come from the integer hash below, so the order does not change with the versions of numpy and
 TensorFlow.
@@ -79,11 +79,11 @@ class Lane:
 class MixedLane:
     """The endless stream of a lane over several sets, each in its own order, mixed by weight.
 
-    Among the first p records, floor(share * p + offset) are of the heaviest set. The next heaviest divides the rest in
-    the same way, and so on, so the position in each set at p takes one division per set. Among n consecutive
-    records a set has share * n. The error is below 1 record for two sets, below 2 for three sets, and below
-    1 + (1 + 1/2 + ... + 1/(k - 2)) for k sets. The offsets of a set are spread evenly over the lanes, each set starting
-    at another lane, so that most of these errors cancel in a global batch.
+    Among the first p records, floor(share * p + offset) are of the heaviest set. The next heaviest divides
+    the rest in the same way, and so on, so the position in each set at p takes one division per set. Among n
+    consecutive records a set has share * n. The error is below 1 record for two sets, below 2 for three sets,
+    and below 1 + (1 + 1/2 + ... + 1/(k - 2)) for k sets. The offsets of a set are spread evenly over the
+    lanes, each set starting at another lane, so that most of these errors cancel in a global batch.
 
     Args:
       streams: the stream of each set in this lane.
@@ -151,7 +151,7 @@ def seed_of_set(seed: int, index: int) -> int:
     return int(hash_key(seed, index)[0]) if index else seed
 
 
-def _scramble(x: np.ndarray) -> np.ndarray:
+def _bits_of(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele et al. 2014), uint64 -> uint64; the result depends on every bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -163,18 +163,18 @@ def hash_key(*numbers: int) -> np.ndarray:
     """A hash uint64 [1] of integers, in this order."""
     key = np.full(1, len(numbers), np.uint64)
     for number in numbers:
-        key = _scramble(key ^ np.array([number % 2**64], np.uint64))
+        key = _bits_of(key ^ np.array([number % 2**64], np.uint64))
     return key
 
 
 def permutation(key: np.ndarray, n: int) -> np.ndarray:
     """int64 [n]: the numbers below n, permuted by the key."""
-    hashes = _scramble(_scramble(np.arange(n, dtype=np.uint64)) ^ key)
+    hashes = _bits_of(_bits_of(np.arange(n, dtype=np.uint64)) ^ key)
     return np.argsort(hashes, kind="stable")
 
 
 def uniforms(key: np.ndarray, positions: np.ndarray, count: int) -> np.ndarray:
     """float32 [n, count] in [0, 1), a function of the key and each position (int64 [n])."""
-    of_position = _scramble(_scramble(np.asarray(positions).astype(np.uint64)) ^ key)
-    hashes = _scramble(of_position[:, None] ^ _scramble(np.arange(count, dtype=np.uint64)))
+    of_position = _bits_of(_bits_of(np.asarray(positions).astype(np.uint64)) ^ key)
+    hashes = _bits_of(of_position[:, None] ^ _bits_of(np.arange(count, dtype=np.uint64)))
     return (hashes >> np.uint64(40)).astype(np.float32) / np.float32(2**24)

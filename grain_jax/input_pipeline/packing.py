@@ -1,8 +1,8 @@
 """Packs captions, region descriptions and their hard negatives into rows of text, for each group of images.
 
 A caption has 10-20 tokens and a row 77: with one text per row, most of the work of the text tower is padding.
-`pack` computes where every text goes; `fill` writes the tokens there. `one_text_per_row` gives the layout of padded
-texts, so the model has one form of input.
+`pack` computes where every text goes; `fill` writes the tokens there. `one_text_per_row` gives the layout of
+padded texts, so the model has one form of input.
 
 The letters B, C, R, H, G and L stand in core/schema.py. S is the number of slots per image: C + R + R H.
 """
@@ -16,7 +16,7 @@ _CAPTION, _DESCRIPTION, _NEGATIVE = range(3)
 
 
 class TextArrays(NamedTuple):
-    """An array for each kind of text. An image's slots are its captions, then descriptions, then negatives."""
+    """An array for each kind of text. An image's slots are captions, then descriptions, then negatives."""
 
     captions: np.ndarray  # [B, C, ...]
     descriptions: np.ndarray  # [B, R, ...]
@@ -39,11 +39,11 @@ class TextLayout(NamedTuple):
     """Where the texts of a batch stand.
 
     Attributes:
-      ends: i32[..., 2], (row within the group of the image, position of the end token); (0, 0) for a text that does
-        not exist or was dropped.
+      ends: i32[..., 2], (row within the group of the image, position of the end token); (0, 0) for a text
+        that does not exist or was dropped.
       lengths: i32, after drops and cuts; zero if a text does not exist or was dropped.
-      misfits: bool, texts dropped because their group overflowed (a description goes with its region), and captions
-        cut because the captions of a group alone overflowed.
+      misfits: bool, texts dropped because their group overflowed (a description goes with its region), and
+        captions cut because the captions of a group alone overflowed.
       pack_group: images per group.
       rows: rows per group.
       row_length: tokens per row, L.
@@ -62,15 +62,15 @@ def pack(
 ) -> TextLayout:
     """Packs the texts of `pack_group` consecutive images into `rows` rows, first-fit decreasing.
 
-    The layout of a group depends on that group alone. While a group overflows, a text is dropped and the group is
-    packed again. Negatives go first: every region loses its last one, the lowest scores first, before any loses the
-    one before. Then the region of the lowest score goes; the best region of an image is dropped only if every image
-    of the group has one region left. Among equal scores each image loses its last such region before any image loses a
+    The layout of a group depends on that group. While it overflows, a text is dropped and the group is packed
+    again. Negatives go first: every region loses its last one, the lowest scores first, before any loses the
+    one before. Then the region of the lowest score goes; the best of an image goes only if every image of the
+    group has one region left. Among equal scores each image loses its last such region before any loses a
     second. If the captions alone overflow, the longest are cut to the largest common length that fits.
 
     Args:
-      lengths: i32, tokens with start and end, 2..row_length; zero if a text does not exist. A region without a
-        description has no negatives.
+      lengths: i32, tokens with start and end, 2..row_length; zero if a text does not exist. A region without
+        a description has no negatives.
       region_scores: f32[B, R], finite.
       pack_group: images per group; divides B.
       rows: rows per group; at least enough for two tokens of every caption.
@@ -104,7 +104,7 @@ def pack(
 
 
 def one_text_per_row(lengths: TextArrays, *, row_length: int) -> TextLayout:
-    """The layout of padded texts: groups of one image, and a row per slot. Rows without a text stay padding."""
+    """The layout of padded texts: groups of one image, a row per slot. Rows without a text stay padding."""
     by_image = lengths.slots()
     slots = by_image.shape[1]
     row = np.broadcast_to(np.arange(slots), by_image.shape)
@@ -126,8 +126,8 @@ def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
 
     Args:
       layout: from `pack` or `one_text_per_row`.
-      ids: i32[sum of all lengths], text after text: all captions, all descriptions, all negatives, each image by image,
-        dropped ones included.
+      ids: i32[sum of all lengths], text after text: all captions, all descriptions, all negatives, each image
+        by image, dropped ones included.
       lengths: before drops and cuts, zero if a text does not exist.
 
     Returns:
@@ -170,8 +170,8 @@ def fill(layout: TextLayout, ids: np.ndarray, lengths: TextArrays) -> Any:
 def _first_fit(lengths: np.ndarray, rows: int, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First-fit decreasing for all groups at once; equal lengths are placed in the order of the slots.
 
-    Texts of one length fill a row before they take the next, so counting places all texts of a length at once. The
-    loop is over lengths, not over texts or groups.
+    Texts of one length fill a row before they take the next, so counting places all texts of a length at
+    once. The loop is over lengths, not over texts or groups.
 
     Returns: row [G, N], start in the row [G, N] (0 if the length is 0, undefined if the group does not
       fit) and fits bool[G].
@@ -228,8 +228,8 @@ def _shrink(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drops negatives, then regions, then cuts captions, of groups that do not fit, until each fits.
 
-    Args: lengths and scores [F, N] of the failing groups; for the slots of an image [2, S], the kind of each and which
-      negative of its region it is.
+    Args: lengths and scores [F, N] of the failing groups; for the slots of an image [2, S], the kind of each
+      and which negative of its region it is.
     Returns: lengths (0 if dropped), row, start, each [F, N].
     """
     is_caption = np.tile(slots[0] == _CAPTION, lengths.shape[1] // slots.shape[1])

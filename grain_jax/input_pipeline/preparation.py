@@ -1,4 +1,4 @@
-"""What a run does with its dataset before the first step: makes a missing one, derives the numbers of the config."""
+"""What a run does with its dataset before the first step: makes a missing one, derives open numbers."""
 
 import shlex
 import subprocess
@@ -9,12 +9,12 @@ import jax
 
 from grain_jax.config import Config
 from grain_jax.core import errors
-from grain_jax.input_pipeline import derived, sources, text_lengths
+from grain_jax.input_pipeline import derived, sources
 from grain_jax.runtime import ending, processes
 
 
 def open_or_make(config: Config) -> sources.DataSource:
-    """The source of a run; if its data is missing, the first process runs `input.prepare` before it is opened.
+    """The source of a run; if its data is missing, the first process runs `input.prepare` before.
 
     Only the trainer calls this, with the config that its user passed: a stored config may come from anyone.
     """
@@ -57,32 +57,8 @@ def derive(
 
     def resolve():
         of_data = limits._replace(shards=source.num_shards(config))
-        lengths = lambda: source.text_lengths(config)
-        found, line = derived.resolve(config, of_data, lengths, *stored())
+        found, line = derived.resolve(config, of_data, source, *stored())
         return (found.input.lanes, found.text.pack_group, found.text.pack_rows), line
 
     numbers, line = processes.of_first(resolve)
     return derived.with_numbers(config, *numbers), line
-
-
-def terms_without_data(config: Config) -> str:
-    """A warning that names the keys of loss terms whose data no image of the datasets has; "" if there is none.
-
-    It reads the sample of texts that grain-jax build keeps beside the records.
-    """
-    sets = config.input.sets if config.input.source == "records" else ()
-    samples = [x for x in map(text_lengths.read, sets) if x]
-    if not samples or len(samples) < len(sets):
-        return ""
-    boxes = any(x.descriptions.any() for x in samples)
-    joined = config.input.descriptions_in_captions or config.input.captions_per_image == 3
-    captions = any(x.captions.any() or x.synthetic.any() for x in samples) or (boxes and joined)
-    terms = () if captions else ("image_caption",)
-    if not boxes:
-        terms += ("box", "region_description", "image_description", "box_description")
-    if not (keys := [f"--config.loss.{name}=0" for name in terms if getattr(config.loss, name)]):
-        return ""
-    lacking = " or ".join(["captions"] * (not captions) + ["boxes"] * (not boxes))
-    looked_at = " and ".join(f"{len(x.synthetic)} images of {x.name}" for x in samples)
-    advice = f"terms that need them stay 0: set {' '.join(keys)}"
-    return f"warning: no {lacking} in {looked_at}; {advice}"

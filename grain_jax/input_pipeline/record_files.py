@@ -1,7 +1,7 @@
 """The files of record sets, as grain-jax build writes them: where they are, and what tells them from others.
 
-Beside the records of a set lies `digest.json`, which names each shard with its number of records, its bytes and a
-digest: SHA-256 over FarmHash Fingerprint64 of each record. The digests find accidents, not forgeries.
+Beside the records of a set lies `digest.json`, which names each shard, its records, its bytes and a digest:
+SHA-256 over FarmHash Fingerprint64 of each record. The digests find accidents, not forgeries.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from etils import epath
 
 from grain_jax.config import Config, Dataset
 from grain_jax.core import errors, regular_file
-from grain_jax.input_pipeline import order, text_lengths
+from grain_jax.input_pipeline import order, record_folders
 
 DAMAGE = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 DIGEST_FILE = "digest.json"  # split -> SplitDigest
@@ -68,7 +68,7 @@ def find(config: Config) -> list[RecordSet]:
 
 
 def _find(source: Dataset) -> RecordSet:
-    directory = text_lengths.existing_folder_of(source)
+    directory = record_folders.existing_folder_of(source)
     try:
         splits = regular_file.read_json(
             directory / DIGEST_FILE, dict[str, SplitDigest], "what grain-jax build writes"

@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from grain_jax.config import Config, TextTower
+from grain_jax.config import Config
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, record_files, sources, tokenizer, transforms
-from grain_jax.input_pipeline import text_lengths as text_lengths_lib
 from grain_jax.input_pipeline.record_files import DAMAGE, DataError
 
 _READ_BYTES = 8 << 20  # a read from a remote file
 _ENDLESS = 2**62
-_SAMPLED_SHARDS = 64  # at most, of which the first records are read for the lengths of their texts
 _CHOICES = 256  # records of a mixture whose sets are chosen at once
 
 
@@ -39,8 +37,8 @@ def check(config: Config) -> None:
     )
     if config.loss.hard_negative:
         raise DataError(
-            f"{got}, which loss.hard_negative={config.loss.hard_negative:g} needs; add them to A.jsonl (grain-jax annotate"
-            " --passes negatives) and build the set again, or set loss.hard_negative=0"
+            f"{got}, which loss.hard_negative={config.loss.hard_negative:g} needs; add them to A.jsonl"
+            " (grain-jax annotate --passes negatives) and build the set again, or set loss.hard_negative=0"
         )
     logging.warning("%s", got)
 
@@ -73,64 +71,13 @@ def num_shards(config: Config) -> dict[str, int]:
     }
 
 
-def text_lengths(config: Config) -> list[text_lengths_lib.TextLengths]:
-    """The lengths of the texts of each set: from the file beside its records, else from a sample of the records.
-
-    Raises: as `record_files.find`; DataError if a record cannot be read.
-    """
-    tower = config.model.text
-    return [
-        text_lengths_lib.read(x.source, tower.tokenizer) or _sample(x, tower)
-        for x in record_files.find(config)
-    ]
-
-
-def _sample(record_set: record_files.RecordSet, tower: TextTower) -> text_lengths_lib.TextLengths:
-    """Lengths of the texts of the first records of shards that are spread over the set; no image is decoded."""
-    features = {k: v for k, v in transforms.FEATURES.items() if k not in ("image", "regions/bbox")}
-    if record_set.has_negatives:
-        features |= transforms.NEGATIVES
-    shards = [shard for shard in record_set.shards if shard.num_records]
-    spread = np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).round().astype(int)
-    chosen = [shards[i] for i in sorted({*spread.tolist()})]
-    images = []
-    for shard in chosen:
-        number = -(-text_lengths_lib.IMAGES // len(chosen))
-        try:
-            for record in tf.data.TFRecordDataset(shard.path, buffer_size=_READ_BYTES).take(number):
-                fields = tf.io.parse_single_example(record, features)
-                images.append(_texts({name: value.numpy() for name, value in fields.items()}))
-        except DAMAGE as error:
-            raise _damaged(shard.path, error) from None
-    return text_lengths_lib.of_texts(
-        images,
-        tokenizer.of_tower(tower),
-        name=repr(record_set.source.name),
-        records=sum(shard.num_records for shard in shards),
-    )
-
-
-def _texts(fields: dict[str, Any]) -> text_lengths_lib.ImageTexts:
-    order_of_scores = np.argsort(-fields["regions/score"], kind="stable")  # the best first
-    descriptions, negatives = fields["regions/description"], []
-    if fields.keys() >= transforms.NEGATIVES.keys():
-        flat, counts = (fields[name] for name in transforms.NEGATIVES)
-        negatives = [x.tolist() for x in np.split(flat, np.cumsum(counts)[:-1])]
-    return text_lengths_lib.ImageTexts(
-        [text for text in fields["captions"] if text],
-        fields["synthetic_caption"],
-        descriptions[order_of_scores].tolist(),
-        [negatives[i] for i in order_of_scores] if negatives else [],
-    )
-
-
 def batches(config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0) -> Iterator[Batch]:
-    """The part of each global batch that comes from `lanes` (None: all of them), from `start_step` on, endless.
+    """The part of each global batch that comes from `lanes` (None: all), from `start_step` on, endless.
 
     Raises (here, not at the first batch):
       MissingData, DataError: as `record_files.find`.
       UserError: a set has fewer shards than `input.lanes`.
-    A damaged record, or a shard that is not what grain-jax build wrote, raises DataError at the batch that it is in.
+    A damaged record, or a shard that grain-jax build did not write, raises DataError at its batch.
     """
     sets = record_files.find(config)
     lanes_of_sets = [
@@ -163,8 +110,8 @@ def _batches(config: Config, lanes: list[order.MixedLane], step: int) -> Iterato
                 raise _damage(lanes, per_lane, step, config, error) from None
         if changed:
             raise DataError(
-                f"{changed[0]}: not the records that grain-jax build wrote (digest.json): put the shard back, or build"
-                " the set again and take another --workdir"
+                f"{changed[0]}: not the records that grain-jax build wrote (digest.json): put the shard"
+                " back, or build the set again and take another --workdir"
             )
         yield assemble.of_columns(columns, text_tokenizer, config=config)
         step += 1
@@ -260,7 +207,7 @@ def _lane_stream(lane: order.Lane, position: int, changed: list[str]) -> tf.data
 def _damage(
     lanes: list[order.MixedLane], per_lane: int, step: int, config: Config, error: tf.errors.OpError
 ) -> DataError:
-    """The error that names the record that cannot be read; reads the blocks of the step again, record by record."""
+    """The error that names the record that cannot be read; reads the step's blocks again, one by one."""
     transform = transforms.Transform(config)
     whole = tf.fill([transforms.NUM_DRAWS], 0.999)  # these draws crop least
     begin, end = step * per_lane, (step + 1) * per_lane

@@ -21,14 +21,13 @@ import numpy as np
 from grain_jax.config import Config
 from grain_jax.core import errors, named
 from grain_jax.core.schema import Batch
-from grain_jax.input_pipeline.text_lengths import TextLengths
 
-# Name -> its module, or a class in one. Imported when chosen: records need TensorFlow, which is slow to import.
+# Name -> its module, or a class in one. Imported when chosen: TensorFlow is slow to import.
 _BUILT_IN = {
     "records": "grain_jax.input_pipeline.records",
     "synthetic": "grain_jax.input_pipeline.synthetic:Synthetic",
 }
-_METHODS = ("check", "num_examples", "identities", "num_shards", "text_lengths", "batches")
+_METHODS = ("check", "num_examples", "identities", "num_shards", "batches")
 
 
 class Identity(TypedDict):
@@ -43,10 +42,10 @@ class Identity(TypedDict):
 class DataSource(Protocol):
     """What serves the batches of a run. A module with these functions is one, too.
 
-    A source keeps no position: each batch is a function of (config, lane, step). So a checkpoint needs the step
-    alone, and a resumed run sees the batches that an uninterrupted one would. The global batch consists of
-    `input.lanes` equal parts, one after the other. Each process asks for the lanes whose images its devices
-    hold, so the batches do not depend on the number of processes.
+    A source keeps no position: each batch is a function of (config, lane, step). So a checkpoint needs the
+    step alone, and a resumed run sees the batches that an uninterrupted one would. The global batch consists
+    of `input.lanes` equal parts, one after the other. Each process asks for the lanes whose images its
+    devices hold, so the batches do not depend on the number of processes.
     """
 
     def check(self, config: Config) -> None:
@@ -69,24 +68,14 @@ class DataSource(Protocol):
         """Dataset -> shards, which `input.lanes` cannot exceed. {}: any number of lanes will do."""
         return {}
 
-    def text_lengths(self, config: Config) -> list[TextLengths]:
-        """For each dataset, the lengths of a sample of its texts; `text.pack_rows` is derived from them.
-
-        Raises:
-          UserError: no rows can be derived.
-        """
-        raise errors.UserError(
-            f"text.pack_rows: got None, but input.source={config.input.source} does not tell the lengths of"
-            " its texts; set text.pack_group and text.pack_rows, or text.packing=False"
-        )
-
     def batches(
         self, config: Config, *, lanes: Sequence[int] | None = None, start_step: int = 0
     ) -> Iterator[Batch]:
         """The part of each global batch that comes from `lanes`, from `start_step` on, endless.
 
         Args:
-          config: `input.lanes`, `text.pack_group` and `text.pack_rows` are numbers here.
+          config: `input.lanes`, `text.pack_group` and `text.pack_rows` are numbers here. To derive the rows,
+            the batches of one lane are read without packing.
           lanes: ascending; the rows of a batch are in their order. None: all lanes.
           start_step: 0 for the first batch of the run.
         """
@@ -94,7 +83,7 @@ class DataSource(Protocol):
 
 
 class LaneSource(DataSource):
-    """A DataSource that makes one lane's part of a batch at a time: implement `num_examples` and `lane_batch`.
+    """A DataSource that makes one lane's part of a batch at a time: write `num_examples` and `lane_batch`.
 
     Unless you override other methods, the data is a function of the config, with any number of lanes.
     """
@@ -107,8 +96,8 @@ class LaneSource(DataSource):
     def lane_batch(self, config: Config, lane: int, step: int) -> Batch:
         """The `batch_size / input.lanes` images of that lane in the batch of that step, as numpy arrays.
 
-        The result depends on the arguments alone. `order.hash_key(config.seed, lane, step)` seeds random choices,
-        and `assemble.of_examples` lays out images, texts and boxes as a Batch.
+        The result depends on the arguments alone. `order.hash_key(config.seed, lane, step)` seeds random
+        choices, and `assemble.of_examples` lays out images, texts and boxes as a Batch.
         """
 
     def batches(

@@ -8,7 +8,6 @@ import numpy as np
 from grain_jax.config import Config
 from grain_jax.core.schema import Batch
 from grain_jax.input_pipeline import assemble, order, sources
-from grain_jax.input_pipeline.text_lengths import IMAGES, TextLengths
 from grain_jax.input_pipeline.tokenizer import TokenizedTexts
 
 NUM_EXAMPLES = 1 << 20  # per epoch
@@ -24,31 +23,6 @@ class Synthetic(sources.LaneSource):
         """Examples that count as one epoch."""
         del config
         return NUM_EXAMPLES
-
-    def text_lengths(self, config: Config) -> list[TextLengths]:
-        """Lengths with the distribution of the batches."""
-        rng = np.random.default_rng(0)
-        images, regions = IMAGES, min(MAX_REGIONS, config.input.max_regions)
-        real = np.arange(regions) < rng.integers(0, regions, size=(images, 1), endpoint=True)
-        descriptions = rng.integers(*DESCRIPTION_TOKENS, size=real.shape, endpoint=True)
-        low, high = CAPTION_TOKENS
-        captions = rng.integers(low, high, size=(images, 1), endpoint=True, dtype=np.int32)
-        synthetic = np.zeros(images, np.int32)
-        if config.input.captions_per_image > 1:
-            synthetic = rng.integers(low, high, size=images, endpoint=True, dtype=np.int32)
-        name = f"captions of {low}-{high} tokens"
-        if regions:
-            name += ", 0-{} descriptions of {}-{}".format(regions, *DESCRIPTION_TOKENS)
-        return [
-            TextLengths(
-                name=name,
-                records=NUM_EXAMPLES,
-                captions=captions,
-                synthetic=synthetic,
-                descriptions=np.where(real, descriptions, 0).astype(np.int32),
-                negatives=_negative_lengths(rng, real, config),
-            )
-        ]
 
     def lane_batch(self, config: Config, lane: int, step: int) -> Batch:
         """As LaneSource.lane_batch."""
@@ -97,7 +71,7 @@ def _negative_lengths(rng: np.random.Generator, region_mask: np.ndarray, config:
 
 
 def _caption_lengths(rng: np.random.Generator, region_mask: np.ndarray, config: Config) -> np.ndarray:
-    """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 if the image has none."""
+    """Tokens of each caption, [B, C]; the third is as long as the joined descriptions, 0 without any."""
     images, number = len(region_mask), config.input.captions_per_image
     lengths = rng.integers(*CAPTION_TOKENS, size=(images, min(number, 2)), endpoint=True)
     if number < 3:

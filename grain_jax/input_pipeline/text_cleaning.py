@@ -1,4 +1,4 @@
-"""Texts before the tokenizer: repair, the cleaning of each tower, and ids that are equal where texts are equal."""
+"""Texts before the tokenizer: repair, the cleaning of each tower, and ids that are equal if texts are."""
 
 import hashlib
 import html
@@ -17,7 +17,7 @@ class TokenizerError(errors.UserError):
 
 
 def clean(text: str | bytes) -> str:
-    """Returns `text` with mojibake, HTML entities and white space repaired, as the reference does; case is kept.
+    """`text` with mojibake, HTML entities and white space repaired, as in the reference; case is kept.
 
     Args:
       text: a string, or UTF-8 bytes (as tf.data gives).
@@ -35,10 +35,10 @@ def clean(text: str | bytes) -> str:
 def text_ids(texts: Sequence[str]) -> np.ndarray:
     """Returns i32[N], equal where the (cleaned) texts are equal.
 
-    The ids mask duplicates in the contrastive losses. They depend on the text alone (BLAKE2b, 32 bits), not on
-    process, machine or PYTHONHASHSEED. Two different texts share an id with probability 2^-32, so n different
-    texts have about n^2 / 2^33 such pairs: one in 32 batches of 16,384. The loss then leaves the pair out of the
-    negatives.
+    The ids mask duplicates in the contrastive losses. They depend on the text alone (BLAKE2b, 32 bits), not
+    on process, machine or PYTHONHASHSEED. Two different texts share an id with probability 2^-32, so n
+    different texts have about n^2 / 2^33 such pairs: one in 32 batches of 16,384. The loss then leaves the
+    pair out of the negatives.
     """
     hashes = (hashlib.blake2b(text.encode("utf-8"), digest_size=4) for text in texts)
     return np.frombuffer(b"".join(x.digest() for x in hashes), dtype="<i4").astype(np.int32)

@@ -50,8 +50,8 @@ class Tokenizer:
     def encode(self, texts: Sequence[str | bytes], context_length: int) -> TokenizedTexts:
         """The tokens of N strings (or UTF-8 bytes), cleaned here.
 
-        A text of more than `context_length` tokens is cut and keeps its special tokens; one of fewer than two is
-        padded to two.
+        A text of more than `context_length` tokens is cut and keeps its special tokens; one of fewer than two
+        is padded to two.
 
         Raises:
           TokenizerError: not texts, or they cannot be tokenised.
@@ -71,7 +71,7 @@ class Tokenizer:
         if longest > context_length or largest >= self.vocab_size:
             raise TokenizerError(
                 f"{self._name}: got a text of {longest} tokens with ids up to {largest}, expected at most"
-                f" {context_length} tokens and ids below {self.vocab_size}; the file's special tokens do not fit"
+                f" {context_length} tokens and ids below {self.vocab_size}; its special tokens do not fit"
             )
         return TokenizedTexts(ids.astype(np.int32), lengths.clip(min=2), too_long, text_ids(cleaned))
 
@@ -187,7 +187,7 @@ def of_tower(tower: config_lib.TextTower, folder: epath.PathLike | None = None) 
     if tokenizer.vocab_size > tower.vocab_size:
         raise TokenizerError(
             f"model.text.tokenizer: {tower.tokenizer} has ids up to {tokenizer.vocab_size - 1}, but"
-            f" model.text.vocab_size is {tower.vocab_size}; name the tokenizer that the tower was trained with"
+            f" model.text.vocab_size is {tower.vocab_size}; name the tokenizer that the tower was trained on"
         )
     return tokenizer
 
@@ -203,18 +203,18 @@ def file_of(tower: config_lib.TextTower, folder: epath.PathLike | None = None) -
 
     Args:
       tower: a text tower whose tokenizer is a file.
-      folder: of the model. A relative path is looked for there first, then, for a checkpoint, as the copy that
-        the trainer keeps in the workdir.
+      folder: of the model. A relative path is looked for there first, then, for a checkpoint, as the copy
+        that the trainer keeps in the workdir.
     """
     there = (path for path in _copies(tower, folder) if path.exists())
     return next(there, epath.Path(tower.tokenizer))
 
 
 def own_file(tower: config_lib.TextTower, folder: epath.PathLike | None) -> epath.Path | None:
-    """The file that `model.text.tokenizer` names if it lies in the folder of the model or its workdir; else None.
+    """The file that `model.text.tokenizer` names if it lies in the model's folder or workdir; else None.
 
-    For commands that copy it: the config may be a stranger's, and name a file or an object store of the reader's.
-    Nothing asks for a file elsewhere.
+    For commands that copy it: the config may be a stranger's, and name a file or an object store of the
+    reader's. Nothing asks for a file elsewhere.
     """
     if folder is None:
         return None

@@ -1,7 +1,7 @@
 """The transform of a record in tf.data: choose its texts and regions, decode, crop, resize, mirror.
 
-Every random choice reads one of the `draws` of the record (uniform in [0, 1), see order.py). So the result depends
-only on the record and its position in the stream. Images stay uint8: the device normalises them.
+Every random choice reads one of the `draws` of the record (uniform in [0, 1), see order.py). So the result
+depends only on the record and its position in the stream. Images stay uint8: the device normalises them.
 """
 
 from typing import Any
@@ -82,7 +82,7 @@ class Transform:
         )
 
     def _negatives(self, fields, draws, kept) -> tuple[tf.Tensor, tf.Tensor]:
-        """The hard negatives of the kept regions, string [R, H], and which of them the record has, bool [R, H].
+        """The hard negatives of the kept regions, string [R, H], and which the record has, bool [R, H].
 
         If the record has more than H, they are H in a row from a drawn one on; the first follows the last.
         """
@@ -105,7 +105,7 @@ class Transform:
         return _padded(drawn, regions), _padded(mask, regions)
 
     def _captions(self, fields, draws, kept) -> tf.Tensor:
-        """The captions, string [C], "" for one that the record does not have; `kept` [M]: regions in the crop."""
+        """The captions, string [C], "" for one that the record lacks; `kept` [M]: regions in the crop."""
 
         def joined(texts, number: int):
             best = best_regions(fields["regions/score"], kept, number)
@@ -128,14 +128,14 @@ class Transform:
 
 
 def mentions_side(fields: dict[str, tf.Tensor]) -> tf.Tensor:
-    """Whether a text of the record says left or right, which would be untrue of the mirrored image; bool []."""
+    """Whether a text says left or right, which would be untrue of the mirrored image; bool []."""
     kinds = ("captions", "synthetic_caption", "regions/description", *list(NEGATIVES)[:1])
     texts = [tf.reshape(fields[name], [-1]) for name in kinds if name in fields]
     return tf.reduce_any(tf.strings.regex_full_match(tf.concat(texts, 0), _SIDE))
 
 
 def choose_caption(fields: dict[str, tf.Tensor], draws: tf.Tensor, rate: float) -> tf.Tensor:
-    """One of the web captions, or with probability `rate` the synthetic one; the other kind if one is missing."""
+    """A web caption, or with probability `rate` the synthetic one; the other kind if one is missing."""
     synthetic = fields["synthetic_caption"]
     web = tf.boolean_mask(fields["captions"], tf.strings.length(fields["captions"]) > 0)
     has_synthetic = tf.strings.length(synthetic) > 0
@@ -223,7 +223,7 @@ def crop_window(shape: tf.Tensor, draws: tf.Tensor, min_area: float) -> tuple[tf
 
 
 def crop_boxes(boxes_xyxy: tf.Tensor, window_xyxy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Boxes as shares of the window, clipped to it; and a mask of those that keep at least half of their area."""
+    """Boxes as shares of the window, clipped to it; a mask of those that keep at least half their area."""
     corner = tf.tile(window_xyxy[:2], [2])
     extent = tf.tile(window_xyxy[2:] - window_xyxy[:2], [2])
     moved = (boxes_xyxy - corner) / extent
@@ -235,8 +235,8 @@ def crop_boxes(boxes_xyxy: tf.Tensor, window_xyxy: tf.Tensor) -> tuple[tf.Tensor
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     """uint8 [H, W, 3] -> uint8 [S, S, 3], antialiased bicubic; an image of that size is returned as it is.
 
-    Gives the bits of one `tf.image.resize`, whose second pass goes pixel by pixel, three numbers at a time. Here
-    each pass goes over whole lines, in about half of the time.
+    Gives the bits of one `tf.image.resize`, whose second pass goes pixel by pixel, three numbers at a time.
+    Here each pass goes over whole lines, in about half of the time.
     """
 
     def resize_rows(image):

@@ -18,7 +18,7 @@ from grain_jax.core import atomic, errors, low_rank, metrics_file
 from grain_jax.evaluate import encode, tables
 from grain_jax.evaluate.base import Context, Evaluator
 from grain_jax.evaluate.report import page
-from grain_jax.input_pipeline import derived, preparation, sources, tokenizer
+from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain, lora
 from grain_jax.runtime import processes
 from grain_jax.train import flops, forward, goodput, metrics_writer, schedule, train_step
@@ -62,7 +62,7 @@ class Journal:
             )
         counts = last_text_counts(state, self._log.lines() if self._log else [])
         self._text_counts = metrics_writer.TextCounts(counts, config.text.max_dropped_share)
-        self._advice = functools.cache(functools.partial(row_advice, config, run.source))
+        self._advice = functools.partial(row_advice, config)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line; of several processes, the first does."""
@@ -80,8 +80,6 @@ class Journal:
             f" {millions:.1f}M parameters{self._of_factors(state)}, {run.total_steps} steps of {self._config.batch_size} images"
             + (f", resumed at step {start_step}" if start_step else "")
         )
-        if self._log and (warning := preparation.terms_without_data(self._config)):
-            self.say(warning)
 
     def _of_factors(self, state: train_step.TrainState) -> str:
         """How many parameters are factors of LoRA, in words; "" without."""
@@ -182,11 +180,10 @@ def last_text_counts(state: train_step.TrainState, lines: Sequence[str]) -> dict
     return processes.of_first(lambda: {n: last[n] for n in names} if known else of_state)
 
 
-def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
-    """What to set where too many texts do not fit: rows by the lengths of the dataset's texts."""
+def row_advice(config: config_lib.Config) -> str:
+    """What to set where too many texts do not fit."""
     group, rows = config.text_layout
-    enough = derived.rows_of(config, group, source.text_lengths(config))
-    return f"set --config.text.pack_rows={max(enough, rows + 1)} (got {rows}, for groups of {group})"
+    return f"set --config.text.pack_rows={rows + 1 + rows // 8} (got {rows}, for groups of {group})"
 
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:

@@ -22,7 +22,7 @@ from grain_jax.checkpoint import files, states
 from grain_jax.cli import process
 from grain_jax.config import loading
 from grain_jax.core import errors, progress
-from grain_jax.input_pipeline import derived, device, text_lengths
+from grain_jax.input_pipeline import derived, device, record_folders
 from grain_jax.models import attention, placement
 from grain_jax.runtime import distributed, ending, lock, processes
 from grain_jax.train import (
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     has_tensorflow = importlib.util.find_spec("tensorflow")  # else the extra is missing: said below
     if has_tensorflow and config.input.source == "records" and not config.input.prepare:
         for source in config.input.sets:  # before TensorFlow is imported and the workdir made
-            text_lengths.existing_folder_of(source)
+            record_folders.existing_folder_of(source)
     keep_freed_memory()
     distributed.keep_compiled_programs()
     handler, watch = ending.PreemptionHandler(), ending.Watchdog(args.stall_seconds)

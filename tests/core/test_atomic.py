@@ -36,7 +36,8 @@ def test_devices_are_written_to():
 
 
 def test_standard_output_as_a_file_keeps_what_is_in_it(tmp_path):
-    code = "from grain_jax.core import atomic; print('first', flush=True); atomic.write_text('/dev/stdout', 'second\\n')"
+    code = "from grain_jax.core import atomic; print('first', flush=True)"
+    code += "; atomic.write_text('/dev/stdout', 'second\\n')"
     with (tmp_path / "out").open("wb") as out:
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=out, check=True)
     assert (tmp_path / "out").read_text() == "first\nsecond\n"

@@ -27,7 +27,7 @@ def labels(number):
 
 
 def write_all(folder):
-    """One set in each form: file -> (source, its own options). Its texts are names of classes; every other image has a caption."""
+    """One set in each form: file -> (source, options). Texts are classes; every other image has a caption."""
     test_sources.write_pictures(folder / "images", "{:05d}.jpg")
     files = [f"{n:05d}.jpg" for n in range(COUNT)]
     texts = [f"a photo of {{}}: {n}" if n % 2 else None for n in range(COUNT)]

@@ -1,4 +1,4 @@
-"""Runs a row of the tables of hostile input: a command, the line that it must say, its exit status, its time."""
+"""Runs a row of the tables of hostile input: a command, the line that it says, its exit status, its time."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
 
 
 def run(main: Callable[[Sequence[str]], int | None], arguments: Sequence[object]) -> Outcome:
-    """Calls a command in this process; whatever it raises but SystemExit and UserError is the test's error."""
+    """Calls a command in this process; what it raises but SystemExit and UserError fails the test."""
     out, err, start = io.StringIO(), io.StringIO(), time.monotonic()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -1,4 +1,4 @@
-"""from-hf, from-open-clip and from-big-vision against files that anyone may have made: one line, and no output."""
+"""from-hf, from-open-clip and from-big-vision against files that anyone made: one line, and no output."""
 
 import dataclasses
 import io
@@ -21,6 +21,7 @@ from tests.hostile import cases  # noqa: E402
 
 DEFLATED = zipfile.ZIP_DEFLATED
 ARRAY = torch.zeros(1 << 20, dtype=torch.float64)
+LAYERS = "img/Transformer/encoderblock/x.npy"
 TOO_LARGE = "its arrays take more than"
 
 
@@ -75,11 +76,15 @@ FILES = {  # name -> (suffix of the file, its content, the line)
     "one storage": (".bin", one_storage_many_times, TOO_LARGE),
     "modules": (".bin", modules_that_hold_themselves, "its modules hold each other without end"),
     "a bomb": (".bin", lambda: program(b"N.", bytes(128 << 20), DEFLATED), "its members unpack to"),
-    "bomb": (".npz", lambda: zipped({"a.npy": npy((32 << 20,), content=bytes(128 << 20))}, DEFLATED), "its members unpack to"),
-    "a shape of 10^15": (".npz", lambda: zipped({"a.npy": npy((10**15,))}), "a: its header declares|not a .npz"),
+    "bomb": (".npz", lambda: zipped({"a.npy": npy((32 << 20,), content=bytes(128 << 20))}, DEFLATED),
+             "its members unpack to"),
+    "a shape of 10^15": (".npz", lambda: zipped({"a.npy": npy((10**15,))}),
+                         "a: its header declares|not a .npz"),
     "objects": (".npz", lambda: zipped({"a.npy": npy((2,), "|O")}), "not a .npz of plain arrays"),
-    "code": (".npz", lambda: zipped({"a.npy": b"\x93NUMPY\x01\0\x10\0__import__('os')"}), "not a .npz of plain arrays"),
-    "layers": (".npz", lambda: zipped({"img/Transformer/encoderblock/x.npy": npy((10**6,), "|i1", bytes(10**6))}, DEFLATED), "expected 1 to 1000 layers"),
+    "code": (".npz", lambda: zipped({"a.npy": b"\x93NUMPY\x01\0\x10\0__import__('os')"}),
+             "not a .npz of plain arrays"),
+    "layers": (".npz", lambda: zipped({LAYERS: npy((10**6,), "|i1", bytes(10**6))}, DEFLATED),
+               "expected 1 to 1000 layers"),
     "less": (".npz", says_less_than_it_unpacks_to, "BadZipFile"),
 }  # fmt: skip
 

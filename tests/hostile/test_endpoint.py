@@ -1,4 +1,4 @@
-"""What a hostile endpoint does to data.annotate: a dead letter with its cause, in time, and the key stays here."""
+"""What a hostile endpoint does to data.annotate: a fault with its cause, in time, and the key stays here."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ LATE, REJECTED = endpoint_chat.TIME_OUT, endpoint_chat.REJECTED
 LONG = f"Content-Length: {len(ANSWER)}"
 head, body, sent, dripping = sockets.head, sockets.body, sockets.sent, sockets.dripping
 ROWS = [  # name; what the server does; the cause of the failure or the text of the answer; part of the detail
-    ("tokens of 5000 digits", body(sockets.answer(usage='{"prompt_tokens": %s}' % ("9" * 5000))), "a beak", ""),
+    ("5000 digits", body(sockets.answer(usage='{"prompt_tokens": %s}' % ("9" * 5000))), "a beak", ""),
     ("terminal codes", body(b"\x1b[2J\x1b]0;owned\x07"), NO, "\\x1b[2J"),
     ("a gzip bomb", body(gzip.compress(bytes(1 << 24)), "Content-Encoding: gzip"), NO, ""),
     ("a length of 1 TB", sent(head(f"Content-Length: {1 << 40}") + ANSWER), CONNECTION, ""),

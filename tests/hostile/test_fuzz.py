@@ -1,4 +1,4 @@
-"""Damaged input of every kind gives the result of the good input, or one plain line: seeded damage, bounded in number."""
+"""Damaged input of every kind gives the result of the good input, or one plain line."""
 
 import contextlib
 import dataclasses
@@ -55,7 +55,7 @@ def put_somewhere(value, rng):
 
 @contextlib.contextmanager
 def damaged(path, rng):
-    """The file with changed bytes, cut, empty, gone, or a folder in its place; it is put back after the block."""
+    """The file with changed bytes, cut, empty, gone, or a folder; it is put back after the block."""
     before, how = path.read_bytes(), rng.randrange(10)
     if how < 7:
         changed = image_files.mutate(before, rng.randrange(1 << 30)) if before else b"x"
@@ -93,7 +93,7 @@ def write_tokenizer(folder):
 
 
 class Good:
-    """Good inputs in a folder, and for each kind a method that damages one, reads it, and compares what has a digest."""
+    """Good inputs in a folder, and for each kind a method that damages one and reads it."""
 
     def __init__(self, folder):
         self.folder = folder

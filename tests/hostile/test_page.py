@@ -1,4 +1,4 @@
-"""What a hostile user does to the interactive page: no file but the uploads is read, and no upload runs as a page."""
+"""What a hostile user does to the page: no file but the uploads is read, and no upload runs as a page."""
 
 import contextlib
 import http.client

@@ -1,7 +1,6 @@
-"""Record sets that name code or files elsewhere, and two builds at once: one line that names the file, status 2."""
+"""Record sets that name code or files elsewhere, and two builds at once: one line, status 2."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -58,13 +57,13 @@ def test_two_builds_at_once(built, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == b"locked\n"
         second = cases.run(lambda _: record_sets.build_set(built / "in", tmp_path / "out"), [])
-        cases.check(second, f"{target}: in use by process {first.pid} on .*; wait for it")
+        cases.check(second, f"{target}: in use by another process; wait for it")
         first.send_signal(signal.SIGKILL)
     mark = target.parent / "incomplete.lock_1.0.0"
     assert mark.exists()  # what a killed build leaves locks nobody out
     for _ in range(2):
         with staging.locked(target), staging.locked(target.parent / "1.0.1"):
-            with pytest.raises(staging.BusyError, match=f"process {os.getpid()} on "):
+            with pytest.raises(staging.BusyError, match="in use by another process"):
                 with staging.locked(target):
                     pass
     assert not target.parent.exists()

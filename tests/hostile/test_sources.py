@@ -11,7 +11,8 @@ def test_entities_of_a_stranger(tmp_path):
     options = test_sources.flickr30k_entities_sample(tmp_path)
     sentences, boxes = tmp_path / "Sentences", tmp_path / "Annotations"
     many = "".join(f"[/EN#1/x a{n}] " for n in range(3000))
-    objects = "<object><name>1</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+    box = "<xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax>"
+    objects = f"<object><name>1</name><bndbox>{box}</bndbox></object>"
     (sentences / "3.txt").write_text(many)
     (boxes / "3.xml").write_text(f"<annotation>{objects * 500}</annotation>")
     (sentences / "4.txt").write_text("[/EN#1/" * 9000)

@@ -1,4 +1,4 @@
-"""Workdirs and checkpoints from strangers, and damaged ones: nothing that they name runs, no other model is loaded."""
+"""Workdirs and checkpoints from strangers, and damaged ones: nothing that they name runs."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""What a hostile tar does to data.annotate: dead letters with their cause, in time, and files below the output alone."""
+"""What a hostile tar does to data.annotate: faults with their cause, in time, files in the output alone."""
 
 import json
 import tarfile
@@ -28,13 +28,16 @@ AFTER = b"".join(member(*file) for file in GOOD)
 KEPT = ("00000/good.png", None)
 # name, bytes before two good members, what the images come to: (image, cause or None).
 ROWS = [
-    ("a text of 2 MB", member("x.png", PNG) + member("x.txt", b"a" * (2 << 20)), [("00000/x.png", "too large"), KEPT]),
+    ("a text of 2 MB", member("x.png", PNG) + member("x.txt", b"a" * (2 << 20)),
+     [("00000/x.png", "too large"), KEPT]),
     ("out of the folder", member("../../x.png", PNG), [("00000/../../x.png", "bad annotation"), KEPT]),
     ("control characters", member("\x1b[2Jx.png", PNG), [("00000/\x1b[2Jx.png", "bad annotation"), KEPT]),
     ("a link", member("x.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), [KEPT]),
-    ("a name twice", member("x.png", PNG) + member("y.png", PNG) + member("x.png", PNG), [("00000/x.png", None), ("00000/y.png", None), ("00000/x.png", "bad annotation"), KEPT]),
+    ("a name twice", member("x.png", PNG) + member("y.png", PNG) + member("x.png", PNG),
+     [("00000/x.png", None), ("00000/y.png", None), ("00000/x.png", "bad annotation"), KEPT]),
     ("1 TB declared", member("x.png", PNG, size=1 << 40), [("00000.tar", "damaged shard")]),
-    ("a PAX header of 2 MB", member("pax", b"a" * (2 << 20), type=tarfile.XHDTYPE), [("00000.tar", "damaged shard")]),
+    ("a PAX header of 2 MB", member("pax", b"a" * (2 << 20), type=tarfile.XHDTYPE),
+     [("00000.tar", "damaged shard")]),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Texts of data and errors of the system on the terminal: whatever they hold, it stays, and an error is one line."""
+"""Texts of data and errors of the system on the terminal: it stays as it was, and an error is one line."""
 
 import errno
 import io

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 
@@ -12,8 +13,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import states
 from grain_jax.core import errors
-from grain_jax.input_pipeline import derived, packing, preparation, records, synthetic, text_lengths
-from grain_jax.input_pipeline.text_lengths import TextLengths
+from grain_jax.input_pipeline import assemble, derived, preparation, records, sources, synthetic, tokenizer
 from grain_jax.train import sharding, train_step
 from tests import record_sets, tiny
 
@@ -35,28 +35,29 @@ def numbers(config):
     return config.input.lanes, config.text.pack_group, config.text.pack_rows
 
 
-def lengths(captions, descriptions, synthetic=None, records=None):
-    """A sample of images with one web caption each."""
-    captions = np.asarray(captions, np.int32).reshape(-1, 1)
-    count = len(captions)
-    descriptions = np.asarray(descriptions, np.int32).reshape(count, -1)
-    return TextLengths(
-        name="'birds'",
-        records=records or count,
-        captions=captions,
-        synthetic=np.zeros(count, np.int32) if synthetic is None else np.asarray(synthetic),
-        descriptions=descriptions,
-        negatives=np.zeros((*descriptions.shape, 0), np.int32),
-    )
+class Texts(sources.LaneSource):
+    """The same texts in every image: (captions, descriptions)."""
+
+    def __init__(self, captions, descriptions):
+        self.texts = captions, descriptions
+
+    def num_examples(self, config):
+        return 10
+
+    def lane_batch(self, config, lane, step):
+        captions, descriptions = self.texts
+        image = np.zeros((config.model.image.image_size,) * 2 + (3,), np.uint8)
+        boxes = [(0.5, 0.5, 0.5, 0.5)] * len(descriptions)
+        example = assemble.Example(image, captions, descriptions, boxes)
+        images = [example] * (config.batch_size // config.input.lanes)
+        return assemble.of_examples(images, config, tokenizer.of_tower(config.model.text))
 
 
 ANYWHERE = derived.Limits()
 
 
-def resolve(config, limits=ANYWHERE, samples=None, **stored):
-    return derived.resolve(
-        config, limits, lambda: samples or synthetic.Synthetic().text_lengths(config), **stored
-    )
+def resolve(config, limits=ANYWHERE, source=None, **stored):
+    return derived.resolve(config, limits, source or synthetic.Synthetic(), **stored)
 
 
 @pytest.mark.parametrize(
@@ -90,58 +91,24 @@ def test_microbatches_and_a_set_of_few_shards_are_followed():
         resolve(config, derived.Limits(4, 4))
 
 
-def drawn(images, seed):
-    rng = np.random.default_rng(seed)
-    captions = rng.integers(12, 30, size=images, endpoint=True)
-    descriptions = rng.integers(5, 12, size=(images, 5), endpoint=True)
-    return lengths(captions, descriptions, records=10**6)
+@pytest.mark.parametrize("group, negatives, most", [(1, 0, 3.0), (16, 0, 1.5), (64, 0, 1.3), (16, 2, 1.5)])
+def test_rows_lose_no_text_of_other_images_of_the_same_kind(group, negatives, most):
+    keys = dict(text__pack_group=group, input__negatives_per_region=negatives)
+    config, line = resolve(open_config(batch_size=64, input__lanes=1, **keys))
+    texts = derived.sample(config, synthetic.Synthetic())
+    assert f"text.pack_rows={config.text.pack_rows} for {texts.tokens.mean():.1f} +- " in line
+    other, tokens = dataclasses.replace(config, seed=5), 0
+    for batch in itertools.islice(synthetic.batches(other), 64):
+        assert not batch.texts_dropped.any()
+        tokens += np.count_nonzero(batch.text_segments)
+    assert config.text.pack_rows <= np.ceil(most * tokens / (64 * 64 // group) / config.row_length)
 
 
-def test_rows_hold_other_images_of_the_same_kind():
-    config = open_config(batch_size=2048, input__max_regions=5)
-    rows = derived.rows_of(config, 16, [drawn(4096, 0)])
-    texts = derived.draw(config, [drawn(16384, 1)], 16384, np.random.default_rng(99))
-    scores = np.broadcast_to(-np.arange(5), texts.descriptions.shape)
-
-    def misfits(rows):
-        layout = packing.pack(texts, scores, pack_group=16, rows=rows, row_length=77)
-        return layout.misfits.slots().sum() / np.count_nonzero(texts.slots())
-
-    # Not many more rows than that takes.
-    assert misfits(rows) <= derived.MISFITS < misfits(rows - max(2, rows // 10))
-
-
-def draw(sample, images=64, **keys):
-    """derived.draw of one set, with these keys of `input`."""
-    keys = {f"input__{name}": value for name, value in keys.items()}
-    config = open_config(**dict(input__max_regions=2) | keys)
-    return derived.draw(config, [sample], images, np.random.default_rng(0))
-
-
-def test_texts_are_chosen_as_training_chooses_them():
-    sample = lengths([70, 90], [[9, 8, 7], [6, 0, 0]], synthetic=[20, 0])
-    texts = draw(sample, descriptions_in_captions=1, synthetic_caption_rate=1.0)
-    both = np.column_stack([texts.captions, texts.descriptions])
-    # 20, a comma and 7 more; 90 and 5 more are cut.
-    assert {tuple(row) for row in both.tolist()} == {(28, 9, 8), (77, 6, 0)}
-    assert np.count_nonzero(texts.descriptions, axis=1).tolist().count(2) == 32  # as often
-    texts = draw(sample, 4096, descriptions_in_captions=1, synthetic_caption_rate=0.25)
-    assert (texts.captions == 28).mean() == pytest.approx(0.125, abs=0.02)
-
-
-def test_negatives_are_drawn_as_training_has_them():
-    sample = lengths([10, 10], [[9, 8, 7], [6, 0, 0]])
-    negatives = np.array([[[5, 6, 7], [4, 0, 0], [77, 77, 77]], [[90, 0, 0], [0] * 3, [0] * 3]])
-    sample = sample._replace(negatives=negatives.astype(np.int32))
-    texts = draw(sample, negatives_per_region=2)
-    rows = {tuple(map(tuple, row)) for row in texts.negatives.tolist()}
-    # Two of three that follow each other, from any of them on; the third region is not kept.
-    assert rows == {((77, 0), (0, 0)), *(((a, b), (4, 0)) for a, b in ((5, 6), (6, 7), (7, 5)))}
-    assert draw(sample).negatives.shape == (64, 2, 0)
-    config = lambda n: open_config(input__max_regions=2, input__negatives_per_region=n)
-    few, many = (derived.rows_of(config(n), 8, [sample]) for n in (0, 2))
-    assert few < many
-    assert derived.rows_of(config(2), 8, [sample._replace(negatives=negatives[..., :0])]) == few
+def test_a_row_holds_whole_texts():
+    config, line = resolve(open_config(batch_size=16, text__pack_group=16), source=Texts(["a " * 38], []))
+    assert config.text.pack_rows == 16  # of 40 tokens two do not fit into 77
+    assert "text.pack_rows=16 for 40.0 +- 0.0 tokens per image, in 2000 images" in line
+    assert not next(Texts(["a " * 38], []).batches(config)).texts_dropped.any()
 
 
 @pytest.mark.parametrize(
@@ -164,33 +131,24 @@ def test_what_does_not_fit_the_mesh_is_named_with_the_flags_that_do(changes, fac
     sharding.check_batch(open_config(batch_size=16, loss__group_size=8), mesh)
 
 
-CAPTION, SYNTHETIC, REGION = [[9], 0, [], []], [[], 9, [], []], [[], 0, [9], [[]]]
-
-
 @pytest.mark.parametrize(
-    "images, keys, warning",
+    "captions, descriptions, keys, warning",
     [
-        ([SYNTHETIC, REGION], {}, ""),
-        ([REGION] * 3, {}, "no captions in 3 images .*: set --config.loss.image_caption=0$"),
-        ([REGION], {"loss__image_caption": 0.0}, ""),
-        ([REGION], {"input__descriptions_in_captions": 1}, ""),
+        (["a"], ["b"], {}, ""),
+        ([], ["b"], {}, "no captions in 2000 images; terms .*: set --config.loss.image_caption=0$"),
+        ([], ["b"], {"loss__image_caption": 0.0}, ""),
         (
-            [CAPTION, SYNTHETIC],
-            {"input__descriptions_in_captions": 1},
-            "no boxes in 2 images of 'x'; terms that need them stay 0: set --config.loss.box=0"
+            ["a"],
+            [],
+            {},
+            "no boxes in 2000 images; terms that need them stay 0: set --config.loss.box=0"
             " --config.loss.region_description=0$",
         ),
     ],
 )
-def test_a_term_without_data_names_its_key(images, keys, warning, tmp_path):
-    source = dict(input__source="records", input__name="x", input__data_dir=str(tmp_path))
-    (tmp_path / "x/1.0.0").mkdir(parents=True)
-    (tmp_path / "x/1.0.0/dataset_info.json").touch()
-    content = {"tokenizer": "clip", "records": len(images), "images": images}
-    (tmp_path / "x/1.0.0" / text_lengths.FILE).write_text(json.dumps(content))
-    assert re.match(
-        warning and f"warning: {warning}" or "$", preparation.terms_without_data(open_config(**source | keys))
-    )
+def test_a_term_without_data_names_its_key(captions, descriptions, keys, warning):
+    _, line = resolve(open_config(batch_size=8, **keys), source=Texts(captions, descriptions))
+    assert re.fullmatch(warning and f"warning: {warning}", "\n".join(line.splitlines()[1:]))
 
 
 def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
@@ -204,15 +162,15 @@ def test_a_run_keeps_its_numbers_when_the_texts_of_its_set_change(tmp_path):
 
     derived_config, line = derive(tmp_path / "run")
     assert numbers(derived_config) == (1, 1, 1)
-    assert "text.pack_rows=1 from 24 images of 'tiny_set'" in line
+    assert "text.pack_rows=1 for " in line
     checkpoints = states.Checkpoints(tmp_path / "run", derived_config)
     state = train_step.TrainState(jnp.int32(1), *[{"x": jnp.zeros(2)}] * 6)
     checkpoints.save(state)
     checkpoints.close()
-    path = tmp_path / "tiny_set/1.0.0" / text_lengths.FILE
-    longer = json.loads(path.read_text())
-    longer["images"] = [[[60], 60, [30, 30, 30], []]] * 24
-    path.write_text(json.dumps(longer))
+    lines = [json.loads(line) for line in (tmp_path / "in/A.jsonl").read_text().splitlines()]
+    longer = (json.dumps(line | {"caption": "long " * 60}) + "\n" for line in lines)
+    (tmp_path / "in/A.jsonl").write_text("".join(longer))
+    assert record_sets.build_set(tmp_path / "in", tmp_path, "--num-shards=4", "--overwrite") == 0
     again, line = derive(tmp_path / "run")
     assert again == derived_config and "text.pack_rows=1 as in checkpoint 1" in line
-    assert numbers(derive(tmp_path / "another run")[0]) == (1, 1, 3)
+    assert derive(tmp_path / "another run")[0].text.pack_rows > 1

@@ -1,4 +1,4 @@
-"""Mixtures of record sets: exact shares, each set's own epochs, and a stream that is a function of the step."""
+"""Mixtures of record sets: exact shares, each set's own epochs, a stream that is a function of the step."""
 
 import tempfile
 

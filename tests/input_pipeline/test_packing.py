@@ -13,7 +13,7 @@ END = 99
 
 
 def arrays(captions, descriptions, negatives=()):
-    """TextArrays of lists per image: lengths of captions, of descriptions, and of the descriptions' negatives."""
+    """TextArrays of lists per image: lengths of captions, of descriptions and of their negatives."""
     captions, descriptions = (np.array(x, np.int32) for x in (captions, descriptions))
     negatives = np.array(negatives, np.int32)
     return packing.TextArrays(captions, descriptions, negatives.reshape(*descriptions.shape, -1))

@@ -9,7 +9,7 @@ import tensorflow as tf
 from etils import epath
 
 from grain_jax.core import errors
-from grain_jax.input_pipeline import record_files, records, text_lengths, tokenizer
+from grain_jax.input_pipeline import record_files, records, tokenizer
 from tests import record_sets
 from tests.record_sets import numbers, take
 
@@ -293,31 +293,3 @@ def test_damage_is_named(damaged, kind):
     said = str(error.value)
     assert said.startswith(message.format(path=path, folder=epath.Path(path).parent))
     assert "\n" not in said and (kind != "a picture" or "PNG" in said)
-
-
-def test_lengths_of_texts_beside_the_records_match_the_records(output_with_negatives, tmp_path):
-    output, lines = output_with_negatives
-    shutil.copytree(output / "tiny_set", tmp_path / "tiny_set")
-    config = record_sets.config(tmp_path)
-
-    def images():
-        (sample,) = records.text_lengths(config)
-        assert (sample.name, sample.records) == ("'tiny_set'", 16)
-        columns = sample.captions, sample.synthetic, sample.descriptions, sample.negatives
-        return sorted(zip(*(column.tolist() for column in columns)))
-
-    count = lambda texts, most: [len(ids) for ids in tokens_of(texts)] + [0] * (most - len(texts))
-    expected = []
-    for line in lines:
-        best = sorted(line["regions"], key=lambda region: -region["score"])
-        negatives = [count(region["negatives"], 4) for region in best]
-        web1, web2, synthetic, *of_regions = count(
-            [line["caption"], *line["captions"], line["synthetic_caption"]]
-            + [region["description"] for region in best],
-            6,
-        )
-        expected.append(([web1, web2], synthetic, of_regions, negatives + [[0] * 4] * (3 - len(best))))
-    assert images() == sorted(expected)
-    (tmp_path / "tiny_set/1.0.0" / text_lengths.FILE).unlink()
-    assert images() == sorted(expected)
-    assert records.num_shards(config) == {"tiny_set": 4}

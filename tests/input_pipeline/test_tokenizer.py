@@ -237,7 +237,7 @@ def test_each_tower_has_its_own(json_file, tmp_path):
 def test_the_file_to_copy_lies_in_the_models_folder(json_file, tmp_path):
     own_file = lambda folder, name: tokenizer.own_file(tower(tokenizer=str(name)), folder)
     assert own_file(json_file.parent, "tokenizer.json") == own_file(json_file.parent, json_file)
-    # huggingface_hub's cache links to its blobs; a folder of another kind, or a link elsewhere, is a stranger's.
+    # huggingface_hub's cache links to its blobs; another folder, or a link elsewhere, is a stranger's.
     for repository, inside in (("models--a--b", True), ("unpacked", False)):
         folder = tmp_path / repository / "snapshots" / "1"
         blob = tmp_path / repository / "blobs" / "2"

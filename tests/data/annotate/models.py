@@ -1,4 +1,4 @@
-"""Tiny checkpoints of the annotation models: the real classes and processors, random weights, saved locally."""
+"""Tiny checkpoints of the annotation models: real classes and processors, random weights."""
 
 import pathlib
 
@@ -39,7 +39,7 @@ def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
 
 
 def llava_next(folder: pathlib.Path) -> str:
-    """A LLaVA-NeXT that looks at 28 x 28 pixels a tile; its answers are noise of the image and the whole prompt."""
+    """A LLaVA-NeXT that looks at 28 x 28 pixels a tile; its answers are noise of image and prompt."""
     torch.manual_seed(0)
     tokenizer = _byte_tokenizer()
     layers = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -31,8 +31,8 @@ def _noise(width, height, seed=0):
 def test_a_box_comes_back_within_a_pixel_from_any_shape_of_picture(folder, monkeypatch, size):
     monkeypatch.setattr(detector, "MERGE_IOU", 1.0)
     finder = load(folder, threshold=0.0)
-    # Without what it learns, the network's boxes are a grid of 6 x 6 over the padded square: sides of a sixth, centres
-    # at the end of each sixth. The last centres lie on the edge.
+    # Without what it learns, the network's boxes are a grid of 6 x 6 over the padded square: sides of a
+    # sixth, centres at the end of each sixth. The last centres lie on the edge.
     finder._model.box_head.dense2.weight.data.zero_()
     finder._model.box_head.dense2.bias.data.zero_()
     (regions,) = finder.detect([_noise(*size)], [["a beak"]])

@@ -1,4 +1,4 @@
-"""A chat model behind an endpoint: what is sent, how much at a time, and what happens when it does not answer."""
+"""A chat model behind an endpoint: what is sent, how much at a time, and what a silent one leads to."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""The passes and their files: what is done again and what is not, workers in processes, models that break down."""
+"""The passes and their files: what is done again, workers in processes, models that break down."""
 
 import json
 
