@@ -86,19 +86,11 @@ def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: in
         return task[0], task[1] and prepare(task[1], size)
 
     try:
-<<<<<<< HEAD
-        entries = stream.ahead(prepared, items, readers, _BATCHES_READ * batch_size)
+        entries = ahead.in_order(prepared, items, readers, _BATCHES_READ * batch_size)
         full = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
         # The first one alone: it compiles the program that the others use.
         alone = map(encoded, itertools.islice(full, 1))
-        others = stream.ahead(encoded, full, device, _AT_DEVICE)
-=======
-        entries = ahead.in_order(prepared, items, readers, _BATCHES_READ * batch_size)
-        batches = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
-        # The first one alone: it compiles the program that the others use.
-        alone = map(encoded, itertools.islice(batches, 1))
-        others = ahead.in_order(encoded, batches, device, _AT_DEVICE - 1)
->>>>>>> r33-data
+        others = ahead.in_order(encoded, full, device, _AT_DEVICE - 1)
         for index, entry in itertools.chain.from_iterable(itertools.chain(alone, others)):
             if entry is None:  # the end of a part
                 job.write(index, rows, faults)

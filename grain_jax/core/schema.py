@@ -45,15 +45,9 @@ class Batch(NamedTuple):
     region_boxes_cxcywh: Array  # float32 [B, R, 4]
     region_mask: Array  # bool [B, R]
     # int32 [G], negatives and regions that did not fit into the rows of their group, and captions cut to fit
-<<<<<<< HEAD
     texts_dropped: Array
-    # int32 [G, 2], captions, descriptions and negatives; those that the tokenizer cut to L. None: not counted.
-    text_counts: Array = None
-=======
-    texts_dropped: ModelInput
     # int32 [G, 2], captions, descriptions and negatives; those that were cut to L. None: not counted.
-    text_counts: ModelInput = None
->>>>>>> r33-data
+    text_counts: Array = None
     # Texts that are nearly a region's description, and wrong. None: `input.negatives_per_region` is 0.
     negative_at: Array = None  # int32 [B, R, H, 2] (row, end token), zeros if masked
     negative_mask: Array = None  # bool [B, R, H]; False if the region is not real

@@ -69,7 +69,7 @@ class Clock:
         finally:
             self.waited += time.monotonic() - began
 
-    def go_on(self, lines: Sequence[metrics_file.Line], step: int) -> None:
+    def resume_from(self, lines: Sequence[metrics_file.Line], step: int) -> None:
         """Adds what the run spent before.
 
         Args:
@@ -90,6 +90,11 @@ class Clock:
         for kind, seconds in before.items():
             self._seconds[kind] += seconds
         self._repeated_steps = int(last[REPEATED]) + max(last["step"] - step, 0)
+
+    def stepping(self) -> float:
+        """Seconds of steps and input so far, without the wait for devices."""
+        self._change(self._kind)
+        return self._seconds["steps"] + self._seconds["input"] - self.waited
 
     def numbers(self) -> dict[str, float]:
         """The shares, the seconds since the run began, the time of day and the steps that were done twice."""

@@ -1,4 +1,4 @@
-"""What a run writes after its steps: metrics, evaluations and checkpoints."""
+"""What a run writes and says: metrics, results of evaluations, the report."""
 
 import contextlib
 import functools
@@ -26,29 +26,24 @@ from grain_jax.train.set_up import SetUp
 
 
 class Journal:
-    """What a run writes after its steps: metrics, evaluations, checkpoints.
-
-    All processes have one; the first alone has a metrics writer.
+    """What a run writes and says. All processes have one; the first alone has a metrics writer.
 
     Attributes:
       results: numbers of the last evaluation; {} before the first.
     """
 
-    def __init__(
-        self, run: SetUp, workdir: epath.Path, checkpoints, state: train_step.TrainState, clock: goodput.Clock
-    ):
+    def __init__(self, run: SetUp, workdir: epath.Path, state: train_step.TrainState, clock: goodput.Clock):
         config, start_step = run.config, int(state.step)
-        self._clock, self._own = clock, (time.monotonic(), start_step, clock.waited, 0.0)
+        self._clock, self._measured = clock, (start_step, clock.stepping(), 0.0)
         self.results: dict[str, float] = {}
         self._run, self._config, self._workdir = run, config, workdir
-        self._checkpoints, terms = checkpoints, run.terms
-        self._terms = [term.metric for term, _ in terms]
-        self._last_good_step, self._last_save = start_step, time.monotonic()
+        self._terms = [term.metric for term, _ in run.terms]
+        self._last_good_step, self._saved = start_step, time.monotonic()
         self._log = None
         if jax.process_index() == 0:
             atomic.write_text(workdir / "config.json", config_lib.to_json(config))
             tokenizer.keep_copy(config.model.text, workdir)
-            clock.go_on(metrics_file.read(workdir), start_step)
+            clock.resume_from(metrics_file.read(workdir), start_step)
             peak = flops.peak_flops(jax.devices()[0].device_kind, config.dtype)
             self._log = metrics_writer.MetricsWriter(
                 workdir,
@@ -58,7 +53,7 @@ class Journal:
                 peak_flops=peak and peak * jax.device_count(),
                 flops_per_image=flops.per_image(config).train,
                 config=config,
-                terms={term.metric: (term.short, weight) for term, weight in terms},
+                terms={term.metric: (term.short, weight) for term, weight in run.terms},
             )
         counts = last_text_counts(state, self._log.lines() if self._log else [])
         self._text_counts = metrics_writer.TextCounts(counts, config.text.max_dropped_share)
@@ -93,58 +88,56 @@ class Journal:
 
     def minutes_are_over(self, minutes: float) -> bool:
         """Whether the last save is so many minutes ago, by the first process's clock; a collective."""
-        return processes.of_first(lambda: time.monotonic() - self._last_save > 60 * minutes)
+        return processes.of_first(lambda: time.monotonic() - self._saved > 60 * minutes)
 
-    def after_step(self, step: int, due: schedule.Due, state, metrics, batches, watch) -> None:
-        """Logs, evaluates and saves what is due.
-
-        Raises:
-          NotFinite: a loss or the gradient is not finite; such a state is never saved.
-          TextsLost: too many texts do not fit into their rows.
-        """
-        if not (due.logs or due.saves):
-            return
+    def finite(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+        """The numbers of a step. Raises NotFinite: a loss or the gradient is not; such a state is never saved."""
         with self._clock.waiting():
             values = {name: float(value) for name, value in metrics.items()}
         metrics_writer.check_finite(values, self._last_good_step, step, self._terms)
         self._last_good_step = step
-        if due.logs:
-            values |= self._text_counts.add(values)
-            values |= goodput.of_processes(self._own_numbers(step, watch.late))
-        if self._log and due.logs:
-            values |= self._log.rates(step, batches.wait_seconds)
+        return values
+
+    def measure(self, step: int, values: dict[str, float], waited: float, late: float) -> dict[str, float]:
+        """The `values` with what was measured since the last line, which the progress line shows.
+
+        Args:
+          step: steps done.
+          values: of the step.
+          waited: seconds waited for input since the start.
+          late: seconds in which this process stood still since the start.
+        """
+        values = values | self._text_counts.add(values)
+        before, self._measured = self._measured, (step, self._clock.stepping(), late)
+        steps, seconds, stood = (x - y for x, y in zip(self._measured, before))
+        own = goodput.Own(max(seconds, stood) / max(steps, 1), *goodput.memory_of_devices())
+        values |= goodput.of_processes(own)
+        if self._log:
+            values |= self._log.rates(step, waited)
             self._log.progress(step, values)
-        measured = time.monotonic()
-        if due.evaluates:
-            with watch.pause(), self.pause(), self._clock.spend("evaluate"):
-                self.results = evaluate_all(self._config, self._run.evals, state)
-            values |= self.results
-            if self.results and schedule.best_is_evaluated(self._config):
-                schedule.check_best_metric(self._config, self.results)
-        if self._log and due.logs:
-            # Before the save: what is restored has its lines.
-            with watch.doing("writing metrics.jsonl"):
-                self._log.write(step, values | self._clock.numbers())
-        if due.logs and (warning := self._text_counts.check(step, self._advice)):
+        return values
+
+    def evaluate(self, state: train_step.TrainState) -> dict[str, float]:
+        """The numbers of the run's evaluators for this state."""
+        self.results = evaluate_all(self._config, self._run.evals, state)
+        if self.results and schedule.best_is_evaluated(self._config):
+            schedule.check_best_metric(self._config, self.results)
+        return self.results
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds a line to metrics.jsonl, and warns. Raises TextsLost: too many texts do not fit into their rows."""
+        if self._log:
+            self._log.write(step, values | self._clock.numbers())
+        if warning := self._text_counts.check(step, self._advice):
             self.say(warning)
         if warning := goodput.warning(values):
             self.say(f"step {step}: {warning}")
-        if due.saves:
-            with watch.doing("saving a checkpoint"), self._clock.spend("save"):
-                if self._log:
-                    self._log.flush()
-                best = schedule.best_metric(self._config, values)
-                self._checkpoints.save(state, best, self._run.data)
-                self._last_save = time.monotonic()
-        began, *others = self._own
-        self._own = began + time.monotonic() - measured, *others  # this is no part of a step
 
-    def _own_numbers(self, step: int, late: float) -> goodput.Own:
-        """This process since its last call; `late`: seconds in which it stood still, in all."""
-        began, first, waited, late_before = self._own
-        self._own = time.monotonic(), step, self._clock.waited, late
-        seconds = max(self._own[0] - began - (self._clock.waited - waited), late - late_before)
-        return goodput.Own(seconds / max(step - first, 1), *goodput.memory_of_devices())
+    def flush(self) -> None:
+        """Brings the files up to date before a save, so that what is restored has its lines."""
+        self._saved = time.monotonic()
+        if self._log:
+            self._log.flush()
 
     def close(self) -> None:
         """Ends the metrics' files."""
@@ -156,7 +149,7 @@ class Journal:
         config, workdir = self._config, self._workdir
         if not self.results:  # the run was complete already
             with self._clock.spend("evaluate"):
-                self.results = evaluate_all(config, self._run.evals, state)
+                self.evaluate(state)
         predictor = make_predictor(config, state)
         if jax.process_index() > 0:
             return

@@ -153,7 +153,8 @@ class _TensorBoard:
     """
 
     def __init__(self, folder: epath.Path, lines: Iterable[metrics_file.Line]):
-        self._writer, self._folder = None, folder
+        self._writer: Any = None
+        self._folder = folder
         if importlib.util.find_spec("tensorflow") is None:
             return
         import tensorflow as tf  # two seconds to import

@@ -103,7 +103,7 @@ def _train(
     with clock.spend("restore" if files.finished_steps(workdir) else "other"):
         state = restore_or_initialise(checkpoints, run, program)
     start_step = int(state.step)
-    log = journal.Journal(run, workdir, checkpoints, state, clock)
+    log = journal.Journal(run, workdir, state, clock)
     log.say_what_runs(state)
 
     # 4. Compile.
@@ -141,7 +141,19 @@ def _train(
                 watch.stepped(step)
                 preempted = handler.reached(step)
                 due = plan.due(step, preempted=preempted, minutes_are_over=log.minutes_are_over)
-                log.after_step(step, due, state, metrics, batches, watch)
+                values = log.finite(step, metrics) if due.logs or due.saves else {}
+                if due.logs:
+                    values = log.measure(step, values, batches.wait_seconds, watch.late)
+                if due.evaluates:
+                    with watch.pause(), log.pause(), clock.spend("evaluate"):
+                        values |= log.evaluate(state)
+                if due.logs:
+                    with watch.doing("writing metrics.jsonl"), clock.spend("other"):
+                        log.write(step, values)
+                if due.saves:
+                    with watch.doing("saving a checkpoint"), clock.spend("save"):
+                        log.flush()
+                        checkpoints.save(state, schedule.best_metric(config, values), run.data)
                 if preempted:
                     break
     if preempted:
