@@ -19,8 +19,8 @@ import numpy as np
 from etils import epath
 
 from grain_jax.cli import process
-from grain_jax.core import errors, printable, progress
-from grain_jax.data import duplicates, example, job, parallel, sources, staging, survey
+from grain_jax.core import ahead, errors, printable, progress
+from grain_jax.data import duplicates, example, job, sources, staging, survey
 from grain_jax.data.arguments import Build
 from grain_jax.input_pipeline import record_folders
 
@@ -69,10 +69,10 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
     shards = sources.of_flags(args, str(output.path("lists")), IMAGES_PER_PART)
     sizes = [x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards]
     known = all("lines" in x.arguments for x in shards)
-    workers = args.workers or parallel.default_workers(sum(sizes) if len(shards) > 1 else 0)
+    workers = args.workers or ahead.default_processes(sum(sizes) if len(shards) > 1 else 0)
     prepare = functools.partial(survey.prepare, output=output, encoding=args.stored)
     surveyed = survey.Survey(args.annotations[0] if args.source == "annotations" else args.source)
-    parts = map(surveyed.add, parallel.ordered_map(prepare, shards, workers=workers))
+    parts = map(surveyed.add, ahead.in_processes(prepare, shards, workers))
     images = itertools.chain.from_iterable(parts)
     for _ in progress.over(images, total=sum(sizes) if known else None, what="reading"):
         pass
@@ -124,12 +124,12 @@ def _write(
             f"--num-shards {num_shards}: there are {len(divided.train)} good lines, expected at most"
             " one shard each"
         )
-    from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
+    from grain_jax.input_pipeline import record_writer  # TensorFlow: slow to start, so after the checks
 
     has_negatives = counts["negatives"] > 0
     train = progress.over(surveyed.examples(divided.train, output), total=len(divided.train), what="writing")
     validation = surveyed.examples(divided.validation, output)
-    tfds_writer.write(
+    record_writer.write(
         folder,
         name,
         splits={
