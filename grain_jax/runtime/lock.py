@@ -1,9 +1,9 @@
 """One trainer per workdir: the lock `WORKDIR/trainer.lock` names the process that trains there.
 
 A second trainer is refused while the first lives. On the same machine and container the process is looked up.
-Elsewhere it lives as long as it renews its lock, every RENEW_SECONDS. A lock that does not change for DEAD_SECONDS,
-by the clock of the second trainer, belongs to a dead one. TensorStore replaces locks by conditional writes, in
-object stores and in folders without file locks. A trainer that lost its lock ends at its next renewal.
+Elsewhere it lives as long as it renews its lock, every RENEW_SECONDS. A lock that does not change for
+DEAD_SECONDS, by the clock of the second trainer, belongs to a dead one. TensorStore replaces locks by conditional
+writes, in object stores and folders alike. A trainer that lost its lock ends at its next renewal.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def parse(content: bytes | None) -> Holder | None:
 
 
 class Lock:
-    """The lock of this process, which a thread renews until `release`. Raises UserError: another process has it."""
+    """The lock of this process, renewed by a thread until `release`. Raises UserError: another has it."""
 
     def __init__(self, workdir: epath.Path):
         import tensorstore  # Orbax's; a second to import
@@ -170,7 +170,8 @@ def held(workdir: epath.Path) -> Iterator[Lock]:
         raise
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
         got = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise errors.UserError(f"--workdir: {workdir}: got {got}, expected a writable folder") from None
+        expected = "expected a folder that can be written"
+        raise errors.UserError(f"--workdir: {workdir}: got {got}, {expected}") from None
     try:
         yield lock
     finally:
