@@ -2,8 +2,8 @@
 
 A second trainer is refused while the first lives. On the same machine and container the process is looked up.
 Elsewhere it lives as long as it renews its lock, every RENEW_SECONDS. A lock that does not change for
-DEAD_SECONDS, by the clock of the second trainer, belongs to a dead one. TensorStore replaces locks by conditional
-writes, in object stores and folders alike. A trainer that lost its lock ends at its next renewal.
+DEAD_SECONDS, by the clock of the second trainer, belongs to a dead one. TensorStore replaces locks by
+conditional writes, in stores and folders alike. A trainer that lost its lock ends at its next renewal.
 """
 
 import contextlib
