@@ -10,7 +10,8 @@ from etils import epath
 
 from benchmarks import harness
 from grain_jax import config as config_lib
-from grain_jax.data import build, parallel
+from grain_jax.core import ahead
+from grain_jax.data import build
 
 SIZE = 224
 HEIGHT, WIDTH = 375, 500  # of the JPEGs
@@ -71,7 +72,7 @@ def make(folder: epath.Path, count: int) -> None:
     images, annotations = folder / "images", folder / "A.jsonl"
     images.mkdir(parents=True)
     save = functools.partial(_save_image, folder=str(images))
-    for _ in parallel.ordered_map(save, range(count), workers=WORKERS):
+    for _ in ahead.in_processes(save, range(count), WORKERS):
         pass
     lines = (annotation(number) for number in range(count))
     annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -19,8 +19,8 @@ import numpy as np
 from etils import epath
 
 from grain_jax.cli import process
-from grain_jax.core import errors, printable, progress
-from grain_jax.data import duplicates, example, job, parallel, sources, staging, survey
+from grain_jax.core import ahead, errors, printable, progress
+from grain_jax.data import duplicates, example, job, sources, staging, survey
 from grain_jax.data.arguments import Build
 from grain_jax.input_pipeline import record_folders
 
@@ -69,21 +69,50 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
     shards = sources.of_flags(args, str(output.path("lists")), IMAGES_PER_PART)
     sizes = [x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards]
     known = all("lines" in x.arguments for x in shards)
-    workers = args.workers or parallel.default_workers(sum(sizes) if len(shards) > 1 else 0)
+    workers = args.workers or ahead.default_processes(sum(sizes) if len(shards) > 1 else 0)
     prepare = functools.partial(survey.prepare, output=output, encoding=args.stored)
     surveyed = survey.Survey(args.annotations[0] if args.source == "annotations" else args.source)
-    parts = map(surveyed.add, parallel.ordered_map(prepare, shards, workers=workers))
+    parts = map(surveyed.add, ahead.in_processes(prepare, shards, workers))
     images = itertools.chain.from_iterable(parts)
     for _ in progress.over(images, total=sum(sizes) if known else None, what="reading"):
         pass
     _check_faults(surveyed, args, target)
-    excluded = args.exclude_duplicates_of
-    divided = survey.divide(surveyed, holdout=args.holdout, exclude_duplicates_of=excluded)
+    others = args.exclude_duplicates_of
+    divided = survey.divide(surveyed, holdout=args.holdout, exclude_duplicates_of=others)
+    count = len(divided.train)
+    num_shards = args.num_shards or _default_shards(surveyed, divided.train)
+    if num_shards > count:
+        got = f"there are {count} good lines"
+        raise errors.UserError(f"--num-shards {num_shards}: {got}, expected at most one shard each")
+    from grain_jax.input_pipeline import record_writer  # TensorFlow: slow to start, so after the checks
+
+    train = progress.over(surveyed.examples(divided.train, output), total=count, what="writing")
+    validation = surveyed.examples(divided.validation, output)
     with staging.replacing(target) as folder:
-        num_shards = _write(args, surveyed, divided, target.parent.name, folder, output)
+        record_writer.write(
+            folder,
+            target.parent.name,
+            splits={
+                "train": (train, num_shards),
+                "validation": (validation, _default_shards(surveyed, divided.validation)),
+            },
+            encoding_format=args.stored.tfds_format,
+            metadata={
+                "store_size": args.stored.size,
+                "encoding": str(args.stored),
+                "faulty_lines": surveyed.faulty_lines,
+                "boxes_clipped": surveyed.counts["boxes_clipped"],
+                "duplicates_left_out": len(divided.duplicates),
+            },
+            negatives=surveyed.counts["negatives"] > 0,
+            files={
+                duplicates.FILE: duplicates.encode(divided.fingerprints),
+                "duplicates.jsonl": "".join(json.dumps(line) + "\n" for line in divided.duplicates).encode(),
+            },
+        )
     held_out = f" and {len(divided.validation)} held out" if len(divided.validation) else ""
     regions = f"{surveyed.regions_written} regions, {num_shards} shards"
-    return surveyed, f"{len(divided.train)} images{held_out}, {regions}"
+    return surveyed, f"{count} images{held_out}, {regions}"
 
 
 def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> None:
@@ -106,51 +135,6 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
         f"{surveyed.name}: {surveyed.faulty_lines} of {surveyed.lines} lines are faulty, more than"
         f" --max-faults {args.max_faults:g} allows; no records were written"
     )
-
-
-def _write(
-    args: Build,
-    surveyed: survey.Survey,
-    divided: survey.Splits,
-    name: str,
-    folder: epath.Path,
-    output: job.Output,
-) -> int:
-    """Writes the set; returns the number of shards of train. Raises errors.UserError."""
-    encoding, counts = args.stored, surveyed.counts
-    num_shards = args.num_shards or _default_shards(surveyed, divided.train)
-    if num_shards > len(divided.train):
-        raise errors.UserError(
-            f"--num-shards {num_shards}: there are {len(divided.train)} good lines, expected at most"
-            " one shard each"
-        )
-    from grain_jax.data import tfds_writer  # TensorFlow: slow to start, so after the checks
-
-    has_negatives = counts["negatives"] > 0
-    train = progress.over(surveyed.examples(divided.train, output), total=len(divided.train), what="writing")
-    validation = surveyed.examples(divided.validation, output)
-    tfds_writer.write(
-        folder,
-        name,
-        splits={
-            "train": (train, num_shards),
-            "validation": (validation, _default_shards(surveyed, divided.validation)),
-        },
-        encoding_format=encoding.tfds_format,
-        metadata={
-            "store_size": encoding.size,
-            "encoding": str(encoding),
-            "faulty_lines": surveyed.faulty_lines,
-            "boxes_clipped": counts["boxes_clipped"],
-            "duplicates_left_out": len(divided.duplicates),
-        },
-        negatives=has_negatives,
-        files={
-            duplicates.FILE: duplicates.encode(divided.fingerprints),
-            "duplicates.jsonl": "".join(json.dumps(line) + "\n" for line in divided.duplicates).encode(),
-        },
-    )
-    return num_shards
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,13 +49,6 @@ class Output(NamedTuple):
         """Writes a file with one JSON value."""
         self.put(json.dumps(value, indent=1) + "\n", *names)
 
-    def read_json(self, *names: str) -> dict[str, Any]:
-        """The JSON object in a file; empty if there is no file."""
-        path = self.path(*names)
-        if not path.exists():
-            return {}
-        return regular_file.read_json(path, dict[str, Any], "a file of this job")
-
     def put_lines(self, lines: Iterable[dict[str, Any]], *names: str) -> str:
         """Writes a file with a JSON object per line; returns its digest."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -114,7 +107,8 @@ class Output(NamedTuple):
         Raises:
           UserError: an earlier run noted another value.
         """
-        known, settings = self.read_json(SETTINGS), json.loads(json.dumps(settings))
+        path, settings = self.path(SETTINGS), json.loads(json.dumps(settings))
+        known = regular_file.read_json(path, dict[str, Any], "settings of this job") if path.exists() else {}
         for key, new in settings.items():
             old = known.get(key, new)
             if isinstance(old, dict) and isinstance(new, dict):  # those of its keys that differ

@@ -91,10 +91,8 @@ def _write_part(
                     counts={
                         "boxes_clipped": checked.boxes_clipped,
                         "regions": len(annotation.regions),
-                        "pixel_boxes": sum(
-                            max(region.box_xyxy) > base.LARGEST_SHARE for region in annotation.regions
-                        ),
-                        "negatives": sum(len(region.negatives) for region in annotation.regions),
+                        "pixel_boxes": sum(max(x.box_xyxy) > base.LARGEST_SHARE for x in annotation.regions),
+                        "negatives": sum(len(x.negatives) for x in annotation.regions),
                         "left_out": len(annotation.left_out),
                     },
                     fingerprint=duplicates.fingerprint(annotation.encoded, checked.image),

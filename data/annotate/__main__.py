@@ -5,6 +5,7 @@
 The same command again resumes an interrupted job. Further arguments, from --runner on, go to Beam.
 """
 
+import collections
 import logging
 import sys
 import time
@@ -90,7 +91,9 @@ def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping
     """Joins the files of the shards; returns their numbers. Raises errors.UserError for too many faults."""
     output.join("annotations", names, LINES)
     output.join("failed", names, FAILED)
-    total = passes.counts(output, names)
+    total = collections.Counter()
+    for name in names:
+        total.update(output.read_record(*passes.record_of(name))["counts"])
     faults = {x.removeprefix(passes.FAULT): n for x, n in total.items() if x.startswith(passes.FAULT)}
     output.put_json({"total": total, "settings": _settings(args)}, "summary.json")
     job.check_faults(

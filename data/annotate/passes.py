@@ -281,14 +281,6 @@ def unmark_damaged(args: Annotate, output: job.Output, shards: Iterable[str]) ->
                 output.path(mark, f"{shard}.done").unlink(missing_ok=True)
 
 
-def counts(output: job.Output, shards: Iterable[str]) -> collections.Counter[str]:
-    """The numbers of shards, added."""
-    total = collections.Counter()
-    for shard in shards:
-        total.update(output.read_record(*record_of(shard))["counts"])
-    return total
-
-
 def _region(described: annotations.Region) -> dict[str, Any]:
     """The object of a region in a line; one without negatives has no such key."""
     return {key: x for key, x in zip(annotations.REGION_KEYS, described, strict=True) if x != ()}

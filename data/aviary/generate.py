@@ -10,9 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from grain_jax.core import atomic, errors, progress
+from grain_jax.core import ahead, atomic, errors, progress
 from grain_jax.data import aviary as package
-from grain_jax.data import parallel
 from grain_jax.data.aviary import annotations, drawing, masks
 from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
@@ -94,7 +93,7 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     if groups := {group_of(settings, task.species) for task in tasks if task.split == "test"}:
         masks.begin(output, groups)
     make = functools.partial(_make, str(output), settings)
-    made = parallel.ordered_map(make, tasks, workers=processes if processes > 1 else 0)
+    made = ahead.in_processes(make, tasks, processes if processes > 1 else 0)
     records = progress.over(made, total=len(tasks), what="aviary")
     lines: dict[str, list[dict]] = {"training": [], "seen": [], "unseen": []}
     for task, record in zip(tasks, records, strict=True):

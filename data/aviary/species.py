@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import random
+from typing import NamedTuple
 
 from grain_jax.core import errors
 from grain_jax.data.aviary.settings import Settings
@@ -39,8 +40,7 @@ class Species:
         return [trait.phrase for trait in self.traits]
 
 
-@dataclasses.dataclass(frozen=True)
-class AllSpecies:
+class AllSpecies(NamedTuple):
     """All species of a dataset."""
 
     training: tuple[Species, ...]

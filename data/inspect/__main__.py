@@ -9,9 +9,9 @@ from typing import Any
 from etils import epath
 
 from grain_jax.cli import process
-from grain_jax.core import atomic, errors, printable, progress
+from grain_jax.core import ahead, atomic, errors, printable, progress
 from grain_jax.core.annotations import Annotation, Fault
-from grain_jax.data import example, parallel, sources
+from grain_jax.data import example, sources
 from grain_jax.data.inspect import page, statistics
 from grain_jax.data.inspect.arguments import Inspect
 from grain_jax.data.sources import join
@@ -38,8 +38,8 @@ def inspect(args: Inspect) -> str:
     shards = sources.shards(kind, sources.Options(folder, files, shard_size=size))
     output.mkdir(parents=True, exist_ok=True)  # early, in case that it may not be written
     total = sum(x.arguments["lines"] if files else x.arguments["stop"] - x.arguments["start"] for x in shards)
-    workers = parallel.default_workers(total) if files else 0
-    read = parallel.ordered_map(_read, shards, workers=workers)
+    workers = ahead.default_processes(total) if files else 0
+    read = ahead.in_processes(_read, shards, workers)
     coming = progress.over(itertools.chain.from_iterable(read), total=total, what="inspecting")
     stats, sample = statistics.Statistics(), []  # images at equal distances
     for batch in iter(lambda: list(itertools.islice(coming, _BATCH)), []):

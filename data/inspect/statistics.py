@@ -105,17 +105,14 @@ class Statistics:
         lengths = iter(self._tokenizer.encode(flat, LONGEST).lengths.tolist() if flat else ())
         for (item, header), of_image in zip(headers, texts, strict=True):
             where = item.where or item.image
-            self._add_image(item, header, where)
+            self.images += 1
+            self.image_bytes += len(item.encoded)
+            self.turned += header.turned
+            self.sizes.add(f"{header.size[0]} x {header.size[1]}", where)
+            self.copies.add(hashlib.blake2b(item.encoded, digest_size=8).digest(), where)
             self._add_texts(where, of_image, list(itertools.islice(lengths, len(of_image))))
             self._add_regions(item, header.size, where)
         return [item for item, _ in headers]
-
-    def _add_image(self, item: Annotation, header: images.Header, where: str) -> None:
-        self.images += 1
-        self.image_bytes += len(item.encoded)
-        self.turned += header.turned
-        self.sizes.add(f"{header.size[0]} x {header.size[1]}", where)
-        self.copies.add(hashlib.blake2b(item.encoded, digest_size=8).digest(), where)
 
     def _add_texts(self, where: str, texts: list[tuple[str, str]], lengths: list[int]) -> None:
         for (kind, text), tokens in zip(texts, lengths, strict=True):

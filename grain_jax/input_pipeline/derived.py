@@ -20,7 +20,7 @@ KEYS = ("input.lanes", "text.pack_group", "text.pack_rows")
 LANES = 16  # unless the processes, shards or batch ask for another number
 LANE_IMAGES = 16  # images of a lane in a small batch: smaller packing groups leave much padding
 LARGEST_GROUP = 64  # images; larger groups save little more padding
-SAMPLE = 2000  # images
+SAMPLE, SAMPLE_BATCH = 2000, 50  # images in all and at a time
 DEVIATIONS = 3.0  # a group may have so many more tokens than the mean group
 
 
@@ -159,7 +159,10 @@ def _group(config: Config, limits: Limits, lanes: int) -> int:
 
 def sample(config: Config, source: sources.DataSource) -> TextSample:
     """The texts of `SAMPLE` images of the first lane, whatever the seed of the run. Raises UserError."""
-    unpacked = dataclasses.replace(config, seed=0, text=dataclasses.replace(config.text, packing=False))
+    lanes = sources.num_lanes(config)
+    small = lanes * min(config.batch_size // lanes, SAMPLE_BATCH)
+    text = dataclasses.replace(config.text, packing=False)
+    unpacked = dataclasses.replace(config, seed=0, batch_size=small, text=text)
     tokens, texts, captions, regions = [], 0, False, False
     for batch in source.batches(unpacked, lanes=(0,)):
         tokens += (batch.text_segments > 0).sum(axis=(1, 2)).tolist()

@@ -1,12 +1,9 @@
 """One trainer per workdir: the lock `WORKDIR/trainer.lock` names the process that trains there.
 
-A second trainer is refused while the first lives. On the same boot of the same machine and container the process is
-looked up. Elsewhere (another host, an object store) a trainer lives as long as it renews its lock, every
-RENEW_SECONDS. A lock that does not change for DEAD_SECONDS, by the clock of the second trainer, belongs to a dead one.
-
-Locks are replaced by conditional writes of TensorStore. Where hosts mount a folder without file locks, two may take a
-lock at once: the later one has it, and the other ends at its next renewal. So does a trainer that was suspended for
-longer than DEAD_SECONDS and replaced meanwhile.
+A second trainer is refused while the first lives. On the same machine and container the process is looked up.
+Elsewhere it lives as long as it renews its lock, every RENEW_SECONDS. A lock that does not change for
+DEAD_SECONDS, by the clock of the second trainer, belongs to a dead one. TensorStore replaces locks by
+conditional writes, in stores and folders alike. A trainer that lost its lock ends at its next renewal.
 """
 
 import contextlib
@@ -44,9 +41,7 @@ class Holder(msgspec.Struct, frozen=True):
 
     def lives(self) -> bool | None:
         """Whether its process exists; None if it cannot be looked up."""
-        if not self.boot or self.boot != _boot():
-            return None
-        return _started(self.pid) == self.started
+        return _started(self.pid) == self.started if self.boot and self.boot == _boot() else None
 
 
 def _boot() -> str:
@@ -79,7 +74,7 @@ def parse(content: bytes | None) -> Holder | None:
 
 
 class Lock:
-    """The lock of this process, which a thread renews until `release`. Raises UserError: another process has it."""
+    """The lock of this process, renewed by a thread until `release`. Raises UserError: another has it."""
 
     def __init__(self, workdir: epath.Path):
         import tensorstore  # Orbax's; a second to import
@@ -137,8 +132,7 @@ class Lock:
     def _who(self, holder: Holder | None) -> str:
         if holder is None:
             return f"{self._workdir}: another process trains there"
-        who = f"process {holder.pid} on {holder.host}"
-        return f"{self._workdir}: {who} trains there, since {holder.began}"
+        return f"{self._workdir}: process {holder.pid} on {holder.host} trains there, since {holder.began}"
 
     def _take(self) -> None:
         seen, until = None, 0.0  # the lock of a process that cannot be looked up

@@ -207,7 +207,7 @@ def test_a_kill_before_any_write_is_made_good_by_the_same_command(tmp_path, monk
         monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
     generate.write(tmp_path / "whole", settings)
     writes = -left[0]
-    assert writes > 20
+    assert writes > 15
     for number in range(1, writes + 1):
         left[0] = number
         with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from grain_jax.core import images
-from grain_jax.data import build, duplicates, example, survey, tfds_writer
+from grain_jax.data import build, duplicates, example, survey
+from grain_jax.input_pipeline import record_writer
 from tests import record_sets
 from tests.paths import ROOT
 
@@ -228,7 +229,7 @@ def test_a_build_that_fails_keeps_the_old_set(tmp_path, monkeypatch, capsys):
     def fails(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "records")
 
-    monkeypatch.setattr(tfds_writer, "write", fails)
+    monkeypatch.setattr(record_writer, "write", fails)
     arguments = ("--overwrite", "--max-faults=1")
     assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 1
     assert "records: No space left on device; make room" in capsys.readouterr().err

@@ -98,7 +98,7 @@ def write(
             )
 
         def _example_writer(self) -> writer.ExampleWriter:
-            return _SortedFields(self.info.file_format)
+            return _SortedFields(self.info.file_format or tfds.core.FileFormat.TFRECORD)
 
         def _split_generators(self, dl_manager):
             del dl_manager  # nothing is downloaded
