@@ -32,8 +32,8 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
     mesh = mesh_sizes(config.mesh, topology)
     # As the trainer derives them: each host's images are whole lanes.
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
-    place = derived.Limits(mesh["data"] * mesh["fsdp"], lanes)
-    config, derived_from = derived.planned(config.with_dtype(topology.chip.name), place)
+    limits = derived.Limits(mesh["data"] * mesh["fsdp"], lanes)
+    config, derived_from = derived.planned(config.with_dtype(topology.chip.name), limits)
     steps = config.total_steps or max(round(config.total_epochs * EPOCH), 1)
     epoch = float(config.total_steps or EPOCH)
     compiled = compiler.compile_step(config, topology, total_steps=steps, steps_per_epoch=epoch)
