@@ -17,7 +17,7 @@ from grain_jax.launch import chips, hlo, plan
 from grain_jax.launch.arguments import Tune
 from grain_jax.models import programs
 from grain_jax.runtime import distributed
-from grain_jax.train import flops, layer_trials, memory_check, run, sharding, train_step
+from grain_jax.train import layer_trials, memory_check, run, sharding, train_step
 
 STEP_SECONDS = 2.0  # for the timing of a step
 INPUT_SECONDS = 3.0
@@ -150,14 +150,13 @@ class Tuner:
 
     def bound(self) -> str:
         """The fastest step beside the bound of `grain-jax plan`, where the chip is known."""
-        kind, count, config = self.mesh.devices.flat[0].device_kind, self.mesh.size, self.config
+        kind, count = self.mesh.devices.flat[0].device_kind, self.mesh.size
         chip = chip_of(kind)
         if chip is None:
             return f"plan: no bound, since {kind} is not among its chips"
         topology = chips.Topology(chip, count, (count,), 1)
-        model_flops = flops.per_image(config).train * config.batch_size
-        module, mesh = hlo.parse(self._compiled.as_text()), dict(self.mesh.shape)
-        work = plan.work(module, topology, mesh, {}, config.batch_size, model_flops)
+        module = hlo.parse(self._compiled.as_text())
+        work = plan.work(module, topology, self.config, dict(self.mesh.shape), {})
         least = work["roofline"]["step_s"]
         return (
             f"plan: at best {least * 1e3:.4g} ms, bound by {work['roofline']['bound']}; the step takes"
