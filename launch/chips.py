@@ -22,7 +22,7 @@ _JAX_TAKES = 0.75  # of a GPU's memory, https://docs.jax.dev/en/latest/gpu_memor
 
 
 class Gpu(NamedTuple):
-    """What XLA must know of a GPU that is not there; memory is that of `nvidia-smi`, less than is printed.
+    """What XLA must know of a GPU that is not there; memory as `nvidia-smi` has it, less than printed.
 
     `machine` and `node` are what a plan must know.
     """

@@ -15,9 +15,9 @@ from typing import Any
 from grain_jax.cli import process as cli_process
 from grain_jax.core import errors
 from grain_jax.launch.arguments import Local
+from grain_jax.launch.jobs import PREEMPTED
 
-PREEMPTED = 75  # a run's status: its state is saved, the same command goes on
-INTERRUPTED = 130  # the same after Ctrl-C
+INTERRUPTED = 130  # as PREEMPTED, after Ctrl-C
 _PASSED_ON = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

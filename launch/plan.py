@@ -32,12 +32,11 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
     mesh = mesh_sizes(config.mesh, topology)
     # As the trainer derives them: each host's images are whole lanes.
     lanes = topology.hosts if config.batch_size % topology.hosts == 0 else 1
-    place = derived.Limits(mesh["data"] * mesh["fsdp"], lanes)
-    config, derived_from = derived.planned(config.with_dtype(topology.chip.name), place)
+    limits = derived.Limits(mesh["data"] * mesh["fsdp"], lanes)
+    config, derived_from = derived.planned(config.with_dtype(topology.chip.name), limits)
     steps = config.total_steps or max(round(config.total_epochs * EPOCH), 1)
     epoch = float(config.total_steps or EPOCH)
     compiled = compiler.compile_step(config, topology, total_steps=steps, steps_per_epoch=epoch)
-    model_flops = round(flops.per_image(config).train * config.batch_size)
     return {
         "chips": topology.chips,
         "devices": topology.count,
@@ -49,8 +48,8 @@ def make(config: config_lib.Config, topology: chips.Topology) -> dict[str, Any]:
         "derived": derived_from,
         "versions": compiled.versions,
         "program": compiled.program,
-        "model_flops": model_flops,
-        **_of_program(compiled, topology, config.batch_size, model_flops),
+        "model_flops": round(flops.per_image(config).train * config.batch_size),
+        **_of_program(compiled, topology, config),
     }
 
 
@@ -66,7 +65,7 @@ def mesh_sizes(mesh: config_lib.Mesh, topology: chips.Topology) -> dict[str, int
 
 
 def _of_program(
-    compiled: compiler.Compiled, topology: chips.Topology, batch_size: int, model_flops: float
+    compiled: compiler.Compiled, topology: chips.Topology, config: config_lib.Config
 ) -> dict[str, Any]:
     """Memory, FLOPs, collectives and times of a compiled step, or of one that ran out of memory."""
     limit, kinds = round(topology.chip.hbm_bytes), compiled.state_bytes
@@ -83,28 +82,18 @@ def _of_program(
         "memory": memory,
         "fits": memory["total_bytes"] <= limit,
         "largest": _largest(hlo_work.arrays(module)),
-        **work(module, topology, compiled.mesh, compiled.cycles, batch_size, model_flops),
+        **work(module, topology, config, compiled.mesh, compiled.cycles),
     }
 
 
 def work(
     module: hlo.Module,
     topology: chips.Topology,
+    config: config_lib.Config,
     mesh: dict[str, int],
     cycles: dict[str, int],
-    batch_size: int,
-    model_flops: float,
 ) -> dict[str, Any]:
-    """FLOPs, traffic, collectives and times of a compiled step, as the plan has them.
-
-    Args:
-      module: the compiled step.
-      topology: what it was compiled for.
-      mesh: sizes of the mesh's axes.
-      cycles: of its Pallas kernels, see `compiler.Compiled`.
-      batch_size: images per step.
-      model_flops: of the model's own products, per step on all chips.
-    """
+    """FLOPs, traffic, collectives and times of a compiled step; `mesh`, `cycles` as in compiler.Compiled."""
     kernels, counted = schedule.price(module, cycles, topology.chip)
     module = dataclasses.replace(module, kernels=kernels)
     sums = hlo_collectives.collectives(module, mesh=mesh, slices=topology.slices)
@@ -119,8 +108,8 @@ def work(
         "kernels": {"runs": counted, "seconds": of_kernels / topology.chip.bf16_flops},
         "collectives": by_kind(sums),
         "roofline": roofline._asdict(),
-        "images_per_second_at_most": batch_size / roofline.step_s,
-        "mfu_at_most": model_flops / (roofline.step_s * peak),
+        "images_per_second_at_most": config.batch_size / roofline.step_s,
+        "mfu_at_most": flops.per_image(config).train * config.batch_size / (roofline.step_s * peak),
     }
 
 

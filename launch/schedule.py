@@ -108,17 +108,17 @@ def padded_flops(body: str) -> float:
     from jax._src.lib import tpu  # no public module reads a kernel
     from jax._src.lib.mlir import ir
 
-    def of(operation, times):
-        name, found = operation.name, 0.0
+    def flops_of(operation, times):
+        name, flops = operation.name, 0.0
         if name.endswith("scf.for"):
             low, high, step = map(_number, list(operation.operands)[:3])
             times *= max(0, -(-(high - low) // step))
         if name.endswith("tpu.matmul"):
             rows, lanes = ir.ShapedType(operation.results[0].type).shape
             depth = math.prod(ir.ShapedType(operation.operands[0].type).shape) // rows
-            found = 2.0 * times * _up(rows, 8) * _up(depth, 128) * _up(lanes, 128)
+            flops = 2.0 * times * _up(rows, 8) * _up(depth, 128) * _up(lanes, 128)
         blocks = (block for region in operation.regions for block in region.blocks)
-        return found + sum(of(o.operation, times) for block in blocks for o in block.operations)
+        return flops + sum(flops_of(o.operation, times) for block in blocks for o in block.operations)
 
     context = ir.Context()
     tpu.register_dialect(context)
@@ -127,7 +127,7 @@ def padded_flops(body: str) -> float:
         module = ir.Module.parse(base64.b64decode(body))
         functions = [o.operation for o in module.body.operations]
         (grid,) = (f.attributes[GRID] for f in functions if GRID in f.attributes)
-        return sum(of(function, math.prod(grid)) for function in functions)
+        return sum(flops_of(function, math.prod(grid)) for function in functions)
 
 
 def _number(value) -> int:
@@ -142,16 +142,16 @@ def _up(size: int, tile: int) -> int:
     return -(-size // tile) * tile
 
 
-def price(module: Module, found: dict[str, int], chip: Chip) -> tuple[dict[str, float], Counter[str]]:
+def price(module: Module, scheduled: dict[str, int], chip: Chip) -> tuple[dict[str, float], Counter[str]]:
     """The kernels by name, as the FLOPs that take their time at the chip's peak; and runs by count.
 
     Args:
       module: the compiled step.
-      found: `cycles` by the name of the instruction. An equal kernel of another name has the same.
+      scheduled: `cycles` by the name of the instruction. An equal kernel of another name has the same.
       chip: what it runs on.
     """
     kernels = {i.name: i for _, i, _ in module.running() if i.target == "tpu_custom_call"}
-    same = {_kind(kernels[name]): count for name, count in found.items() if name in kernels}
+    same = {_kind(kernels[name]): count for name, count in scheduled.items() if name in kernels}
     padded: dict[str, float] = {}
     priced, counts = {}, Counter()
     for _, i, times in module.running():
@@ -159,9 +159,9 @@ def price(module: Module, found: dict[str, int], chip: Chip) -> tuple[dict[str, 
             continue
         body = i.find(r'"body":"([^"]*)"') or ""
         padded[body] = padded[body] if body in padded else padded_flops(body)
-        scheduled = same.get(_kind(i), 0) / (chip.clock_ghz * 1e9) * chip.bf16_flops
-        priced[i.name] = max(scheduled, padded[body])
-        counts[SCHEDULE if scheduled >= padded[body] else PADDED] += times
+        by_schedule = same.get(_kind(i), 0) / (chip.clock_ghz * 1e9) * chip.bf16_flops
+        priced[i.name] = max(by_schedule, padded[body])
+        counts[SCHEDULE if by_schedule >= padded[body] else PADDED] += times
     return priced, counts
 
 

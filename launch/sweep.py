@@ -72,7 +72,7 @@ def tabulate(runs: Sequence[SweepRun], workdir: epath.Path, metric: str | None) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, trains what is left, tabulates."""
     args = Sweep.parse(arguments)
-    loading.load(args.config, args.overrides)  # its own faults, before those of the points
+    loading.load(args.config, args.overrides)  # its own faults come first
     workdir = epath.Path(args.workdir)
     points = sweep_runs.load_points(args.sweep)
     runs = sweep_runs.make_runs(args.config, args.overrides, points, workdir)

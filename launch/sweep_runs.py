@@ -55,18 +55,22 @@ def _differing(points: Sequence[Mapping[str, Any]]) -> list[str]:
     return [k for k in keys if any(p.get(k) != points[0].get(k) for p in points)] or keys
 
 
+def labels(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key, or the whole key if others end with it."""
+    leaves = [key.rpartition(".")[2] for key in keys]
+    return {key: key if leaves.count(leaf) > 1 else leaf for key, leaf in zip(keys, leaves)}
+
+
 def name_points(points: Sequence[Mapping[str, Any]]) -> list[str]:
     """A readable name for each point, e.g. `learning_rate=0.001,seed=1`: what differs between them.
 
     Raises:
       UserError: two points are the same.
     """
-    differ = _differing(points)
-    leaves = [key.rpartition(".")[2] for key in differ]
-    label = {k: k if leaves.count(leaf) > 1 else leaf for k, leaf in zip(differ, leaves)}
+    label = labels(_differing(points))
     names: list[str] = []
     for number, point in enumerate(points, 1):
-        parts = [f"{label[key]}={short(point[key])}" for key in differ if key in point]
+        parts = [f"{label[key]}={short(point[key])}" for key in label if key in point]
         name = ",".join(parts) or "base"
         if name in names:
             first = names.index(name) + 1

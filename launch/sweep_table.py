@@ -10,7 +10,7 @@ from statistics import fmean
 from grain_jax import config as config_lib
 from grain_jax.core import metrics_file, named
 from grain_jax.evaluate import kinds, tables
-from grain_jax.launch.sweep_runs import SweepRun, finished, short
+from grain_jax.launch.sweep_runs import SweepRun, finished, labels, short
 
 SEED = "seed"
 _HEADLINES = ("/top1", "/r1", "/box_iou", "/miou")  # endings of the keys that rank unasked
@@ -77,8 +77,7 @@ def ranked(rows: Sequence[SweepRow], metric: str, lower: bool) -> list[SweepRow]
 def text(rows: Sequence[SweepRow], metric: str, lower: bool) -> str:
     """The table, best first, and below it the means over several seeds."""
     axes = list(dict.fromkeys(key for row in rows for key in row.run.swept))
-    leaves = [axis.rpartition(".")[2] for axis in axes]
-    label = {a: a if leaves.count(leaf) > 1 else leaf for a, leaf in zip(axes, leaves)}
+    label = labels(axes)
     shown = [metric] if metric == "loss" else [metric, "loss"]
     cells = [
         [

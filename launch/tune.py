@@ -17,7 +17,7 @@ from grain_jax.launch import chips, hlo, plan
 from grain_jax.launch.arguments import Tune
 from grain_jax.models import programs
 from grain_jax.runtime import distributed
-from grain_jax.train import flops, layer_trials, memory_check, run, sharding, train_step
+from grain_jax.train import layer_trials, memory_check, run, sharding, train_step
 
 STEP_SECONDS = 2.0  # for the timing of a step
 INPUT_SECONDS = 3.0
@@ -47,15 +47,15 @@ class Tuner:
         except errors.UserError as fault:
             print(f"synthetic batches, and no measurement of the input: {fault}")
         self.config = self.with_keys({})
-        one = self.mesh.devices.flat[0]
+        device_kind = self.mesh.devices.flat[0].device_kind
         print(
-            f"{self.mesh.size} {one.device_kind} device(s), mesh {dict(self.mesh.shape)},"
+            f"{self.mesh.size} {device_kind} device(s), mesh {dict(self.mesh.shape)},"
             f" {self.config.batch_size} images per step, {self.config.dtype}"
         )
 
     def _loaded(self, keys: Keys) -> config_lib.Config:
-        words = [f"--config.{key}={value}" for key, value in keys.items()]
-        config = loading.load(self._file, [*self._overrides, *words])
+        overrides = [f"--config.{key}={value}" for key, value in keys.items()]
+        config = loading.load(self._file, [*self._overrides, *overrides])
         return config.with_dtype(jax.default_backend())
 
     def with_keys(self, keys: Keys) -> config_lib.Config:
@@ -150,18 +150,17 @@ class Tuner:
 
     def bound(self) -> str:
         """The fastest step beside the bound of `grain-jax plan`, where the chip is known."""
-        kind, count, config = self.mesh.devices.flat[0].device_kind, self.mesh.size, self.config
+        kind, count = self.mesh.devices.flat[0].device_kind, self.mesh.size
         chip = chip_of(kind)
         if chip is None:
             return f"plan: no bound, since {kind} is not among its chips"
         topology = chips.Topology(chip, count, (count,), 1)
-        model_flops = flops.per_image(config).train * config.batch_size
-        module, mesh = hlo.parse(self._compiled.as_text()), dict(self.mesh.shape)
-        found = plan.work(module, topology, mesh, {}, config.batch_size, model_flops)
-        least = found["roofline"]["step_s"]
+        module = hlo.parse(self._compiled.as_text())
+        work = plan.work(module, topology, self.config, dict(self.mesh.shape), {})
+        least = work["roofline"]["step_s"]
         return (
-            f"plan: at best {least * 1e3:.4g} ms, bound by {found['roofline']['bound']}; the step takes"
-            f" {self.seconds / least:.2f} times that, MFU {found['mfu_at_most'] * least / self.seconds:.1%}"
+            f"plan: at best {least * 1e3:.4g} ms, bound by {work['roofline']['bound']}; the step takes"
+            f" {self.seconds / least:.2f} times that, MFU {work['mfu_at_most'] * least / self.seconds:.1%}"
         )
 
     def input(self) -> str:
@@ -202,11 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 130
     if tuner.seconds == math.inf:
         raise errors.UserError("no step was measured, so nothing is written")
-    words = [f"--config.{key}={value}" for key, value in tuner.best.items()]
-    atomic.write_text(output, "".join(f"{word}\n" for word in words))
-    print(f"fastest: {tuner.seconds * 1e3:.4g} ms a step with {' '.join(words)}")
-    given = " ".join(args.overrides)
-    print(f"train with it: grain-jax train --config {args.config} {given} $(cat {args.output}) --workdir DIR")
+    flags = [f"--config.{key}={value}" for key, value in tuner.best.items()]
+    atomic.write_text(output, "".join(f"{flag}\n" for flag in flags))
+    print(f"fastest: {tuner.seconds * 1e3:.4g} ms a step with {' '.join(flags)}")
+    all_flags = " ".join([f"--config {args.config}", *args.overrides, f"$(cat {args.output})"])
+    print(f"train with it: grain-jax train {all_flags} --workdir DIR")
     return status
 
 

@@ -26,7 +26,6 @@ import argparse
 import dataclasses
 import functools
 import inspect
-import itertools
 import math
 import re
 import sys
@@ -230,31 +229,14 @@ class Parser:
 
     def _parse_kind(self, arguments: list[str]) -> Any:
         kinds = self._declared.kinds
-        index = self._place_of_kind(arguments)
-        if index is None:
-            if {"-h", "--help"} & set(arguments):
-                self._help()
+        name, *rest = arguments or [""]
+        if {"-h", "--help"} & {*arguments} and name not in kinds:
+            self._help()
+        if not name or name.startswith("-"):
             self._error(f"expected a kind first: {', '.join(kinds)}")
-        name = arguments.pop(index)
         if name not in kinds:
             self._error(f"{name}: no such kind; {nearest.did_you_mean(name, kinds)}")
-        return self.kinds[name].parse_args(arguments)
-
-    def _place_of_kind(self, arguments: Sequence[str]) -> int | None:
-        """The index of the first word, or of the first kind behind flags that is no value of one."""
-        if arguments and not arguments[0].startswith("-"):
-            return 0
-        switches = {
-            spelled
-            for parser in self.kinds.values()
-            for spelled, flag in parser._flags.items()
-            if _is_switch(flag)
-        }
-        for index, (before, word) in enumerate(itertools.pairwise(arguments), 1):
-            has_value = before.startswith("-") and "=" not in before
-            if word in self._declared.kinds and not (has_value and before not in switches):
-                return index
-        return None
+        return self.kinds[name].parse_args(rest)
 
     def _help(self) -> NoReturn:
         print(self.format_help(), end="")
@@ -341,7 +323,7 @@ class Parser:
 
 
 def _sections(declared: type) -> tuple[str, dict[str, str]]:
-    """The text of a docstring, and title -> lines of its sections, with those of bases and groups."""
+    """The text of a docstring, and title -> lines of its sections, also of bases and groups."""
     text, sections = "", {}
     bases = [base for base in declared.__mro__ if dataclasses.is_dataclass(base)]
     for base in sorted(reversed(bases), key=lambda base: bool(vars(base).get("last"))):

@@ -236,8 +236,8 @@ def _prove(checkpoint: OpenClipCheckpoint, imported: towers.Imported) -> parity.
         module = _module(checkpoint).eval()
         shapes = {name: x.shape for name, x in module.state_dict().items()}
         state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
-        one = {k for k, v in state.items() if v.numel() == 1 and k in shapes}
-        module.load_state_dict(state | {k: state[k].reshape(shapes[k]) for k in one})
+        scalars = {k for k, v in state.items() if v.numel() == 1 and k in shapes}
+        module.load_state_dict(state | {k: state[k].reshape(shapes[k]) for k in scalars})
     run = functools.partial(module_outputs, module)
     return parity.prove(imported.model, imported.params, "open_clip", PACKAGES, run)
 

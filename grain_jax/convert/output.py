@@ -108,10 +108,10 @@ def _locked(work: epath.Path) -> Iterator[None]:
     """Makes the folder `work`, keeps other processes of this machine out of it, and removes it at the end."""
     path = f"{tempfile.gettempdir()}/grain_jax-{atomic.digest(str(work).encode())[:16]}.lock"
     try:
-        held = filelock.FileLock(path, mode=0o666).acquire(timeout=0)
+        lock = filelock.FileLock(path, mode=0o666).acquire(timeout=0)
     except filelock.Timeout:
         raise ConvertError(f"{work.with_suffix('')}: another process writes it; wait for it") from None
-    with held:
+    with lock:
         work.mkdir(parents=True, exist_ok=True)
         try:
             yield

@@ -26,8 +26,8 @@ PROVEN, NOT_PROVEN = "PROVEN", "NOT PROVEN"
 def tolerance(model: config_lib.Model, dtype: str = "float32") -> float:
     """The largest max|a-b| / max|b| of two programs of a model that differ in the order of their sums alone.
 
-    It is 2 eps sqrt(n), since n roundings of random sign grow so, with n on the longest way to an output: in
-    float32 the products in its sums, in bfloat16 the layers, since products are summed in float32.
+    It is 2 eps sqrt(n), since n roundings of random sign grow so, with n on the longest way to an output. In
+    float32 n counts the products in its sums; in bfloat16 the layers, since products are summed in float32.
 
     Args:
       model: its sizes.

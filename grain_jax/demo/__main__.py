@@ -72,7 +72,7 @@ def starting_point(model: epath.PathLike, folder: epath.Path) -> tuple[class_lis
         for bird, path in zip(birds, paths):
             bird.image.save(path)
         return {bird.name: bird.descriptions for bird in birds}, paths
-    classes, images = class_lists.of_run(model)
+    classes, images = class_lists.evaluated(model)
     try:
         return classes, copies(images, folder) if images else []
     except errors.UserError:  # nobody asked for that folder

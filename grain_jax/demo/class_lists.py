@@ -43,15 +43,15 @@ def read(path: epath.PathLike) -> Classes:
     return parse(regular_file.read_text(path, "a class a line"))
 
 
-def of_run(folder: epath.PathLike) -> tuple[Classes, str | None]:
+def evaluated(folder: epath.PathLike) -> tuple[Classes, str | None]:
     """The first classes (a .json) and local folder of images that the run of a checkpoint is evaluated on."""
-    of_run = (epath.Path(folder) / "state").is_dir()
-    evals = files.read_items(folder).config.get("evals") if of_run else None
+    is_run = (epath.Path(folder) / "state").is_dir()
+    evals = files.read_items(folder).config.get("evals") if is_run else None
     classes, images = {}, None
     for entry in (evals or {}).values():
-        described, pictures = (entry.get(key) or "://" for key in ("descriptions", "images"))
-        if images is None and "://" not in pictures and epath.Path(pictures).is_dir():
-            images = pictures
+        described, image_folder = (entry.get(key) or "://" for key in ("descriptions", "images"))
+        if images is None and "://" not in image_folder and epath.Path(image_folder).is_dir():
+            images = image_folder
         if not classes and "://" not in described and described.endswith(".json"):
             with contextlib.suppress(errors.UserError):
                 classes = read(described)

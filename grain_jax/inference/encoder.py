@@ -1,14 +1,23 @@
 """Batches of images, boxes and texts through a model, whose embeddings come back as numpy."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from grain_jax.core import schema
 from grain_jax.inference import batches, inputs, jitted
-from grain_jax.inference.inputs import Images, InputError, OneImage, OneOrMany, Texts, Tokens, one_or_many
+from grain_jax.inference.inputs import (
+    Images,
+    InputError,
+    OneImage,
+    OneOrMany,
+    Texts,
+    Tokens,
+    for_each_image,
+    one_or_many,
+)
 from grain_jax.inference.loaded_model import LoadedModel
 
 Boxes: TypeAlias = Iterable[Any] | np.ndarray  # for each image its boxes [n, 4], xyxy in [0, 1]
@@ -67,16 +76,8 @@ class Encoder(LoadedModel):
         program = jitted.program(self.model, self.dtype, method)
         return Tokens(self._runner.over_images(program, inputs.marked(images, normalized)))
 
-    @overload
-    def encode_boxes(self, images: OneImage, boxes_xyxy: Boxes) -> np.ndarray: ...  # pyright: ignore[reportOverlappingOverload]
-
-    @overload
-    def encode_boxes(self, images: np.ndarray, boxes_xyxy: Boxes) -> Any: ...
-
-    @overload
-    def encode_boxes(self, images: Images | Tokens, boxes_xyxy: Boxes) -> list[np.ndarray]: ...
-
-    def encode_boxes(self, images: OneOrMany | Tokens, boxes_xyxy: Boxes) -> Any:
+    @for_each_image
+    def encode_boxes(self, images: Images | Tokens, boxes_xyxy: Boxes) -> list[np.ndarray]:
         """The embeddings of given boxes by the box head: for each image float32 [n, D], unit length.
 
         Args:
@@ -87,8 +88,6 @@ class Encoder(LoadedModel):
         Returns:
           A list; for one image and its boxes [n, D].
         """
-        if inputs.is_one_image(images):
-            return self.encode_boxes([images], [boxes_xyxy])[0]
         if not self.has_box_head:
             raise InputError(
                 "boxes: the model has no box head (model.boxes.kind is none), expected one that was trained"

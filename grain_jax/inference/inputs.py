@@ -1,9 +1,10 @@
 """What a Predictor takes: images, boxes, texts and classes, checked; each fault is one line."""
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeGuard, TypeVar, overload
 
 import jax
 import numpy as np
@@ -22,6 +23,8 @@ Images: TypeAlias = Iterable[OneImage | np.ndarray] | np.ndarray  # or an array 
 OneOrMany: TypeAlias = Images | OneImage  # an array of three axes is one image
 Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]
 Method = TypeVar("Method", bound=Callable[..., Any])
+P = ParamSpec("P")
+One = TypeVar("One", covariant=True)
 ClassTexts: TypeAlias = Iterable[str] | Mapping[str, Sequence[str]]  # names, or {name: descriptions}
 
 
@@ -41,10 +44,7 @@ class InputError(errors.UserError):
     """Images, texts or classes that the model cannot take; the message is one line."""
 
 
-@functools.lru_cache(maxsize=8)
-def tokenizer_of(tower: config_lib.TextTower, folder: Any) -> tokenizer.Tokenizer:
-    """`tokenizer.of_tower`, read once."""
-    return tokenizer.of_tower(tower, folder)
+tokenizer_of = functools.lru_cache(maxsize=8)(tokenizer.of_tower)
 
 
 def is_one_image(images: Any) -> TypeGuard[OneImage]:
@@ -55,15 +55,39 @@ def is_one_image(images: Any) -> TypeGuard[OneImage]:
 
 def one_or_many(method: Method) -> Method:
     """Makes a method of a batch of images take one, too: its results then lack the axis of the batch."""
+    signature = inspect.signature(method)
 
     @functools.wraps(method)
     def call(self, images, *arguments, **options):
         if not is_one_image(images):
             return method(self, images, *arguments, **options)
-        results = method(self, [images], *arguments, **options)
+        bound = signature.bind(self, [images], *arguments, **options)
+        if "boxes_xyxy" in bound.arguments:  # of that image
+            bound.arguments["boxes_xyxy"] = [bound.arguments["boxes_xyxy"]]
+        results = method(*bound.args, **bound.kwargs)
         return jax.tree.map(lambda x: x[0], results) if isinstance(results, tuple) else results[0]
 
     return call  # pyright: ignore[reportReturnType]
+
+
+class _Bound(Protocol[P, One]):
+    @overload
+    def __call__(self, images: OneImage, *args: P.args, **options: P.kwargs) -> One: ...  # pyright: ignore[reportOverlappingOverload]
+
+    @overload
+    def __call__(self, images: np.ndarray, *args: P.args, **options: P.kwargs) -> Any: ...
+
+    @overload
+    def __call__(self, images: Images | Tokens, *args: P.args, **options: P.kwargs) -> list[One]: ...
+
+
+class _Method(Protocol[P, One]):
+    def __get__(self, instance: Any, owner: Any) -> _Bound[P, One]: ...
+
+
+def for_each_image(method: Callable[Concatenate[Any, Any, P], list[One]]) -> _Method[P, One]:
+    """`one_or_many` of a method that returns a list, with the types of both calls."""
+    return one_or_many(method)  # pyright: ignore[reportReturnType]
 
 
 def marked(images: Any, normalized: bool) -> Any:

@@ -56,24 +56,19 @@ def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings")
 
 @functools.lru_cache(maxsize=8)
 def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
-    """The jitted encode_texts(params, tokens int32 [N, L], ends of the texts int32 [N]) -> [N, D]."""
-    apply = program(model, dtype, "encode_text")
-
-    def encode_texts(params, tokens, ends):
-        (embed,) = apply(params, *text_arrays(model.text, tokens, ends))
-        return embed
-
-    return jax.jit(encode_texts)
-
-
-def text_arrays(tower: config_lib.TextTower, tokens: jax.Array, ends: jax.Array) -> tuple[jax.Array, ...]:
-    """Tokens [N, L] and their ends [N] as the arguments of `GRAIN.encode_text`.
+    """The jitted encode_texts(params, tokens int32 [N, L], ends of the texts int32 [N]) -> [N, D].
 
     Each text is a packing group of its own, so that devices need no communication.
     """
-    tokens = tokens[:, None]
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
-    segments = jnp.ones_like(positions)
-    if tower.mask_padding:
-        segments = (positions <= ends[:, None, None]).astype(jnp.int32)
-    return tokens, positions, segments, jnp.stack([jnp.zeros_like(ends), ends], axis=1)
+    apply = program(model, dtype, "encode_text")
+
+    def encode_texts(params, tokens, ends):
+        tokens = tokens[:, None]
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
+        segments = jnp.ones_like(positions)
+        if model.text.mask_padding:
+            segments = (positions <= ends[:, None, None]).astype(jnp.int32)
+        (embed,) = apply(params, tokens, positions, segments, jnp.stack([jnp.zeros_like(ends), ends], axis=1))
+        return embed
+
+    return jax.jit(encode_texts)

@@ -87,16 +87,16 @@ class LoadedModel:
     @property
     def region_logit_scale(self) -> float:
         """The factor of the cosines in the losses of regions; `logit_scale` in most models."""
-        own = self.params.get("region_logit_scale")
-        return self.logit_scale if own is None else float(np.exp(own))
+        scale = self.params.get("region_logit_scale")
+        return self.logit_scale if scale is None else float(np.exp(scale))
 
     @property
     def region_logit_bias(self) -> float | None:
         """What a sigmoid model adds to the scaled cosines of regions; None for others."""
         if "region_logit_scale" not in self.params:
             return self.logit_bias
-        own = self.params.get("region_logit_bias")
-        return None if own is None else float(own)
+        bias = self.params.get("region_logit_bias")
+        return None if bias is None else float(bias)
 
     @property
     def has_regions(self) -> bool:

@@ -8,7 +8,7 @@ programs. Large calls use all devices of the process.
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack, cast, overload
+from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
 from etils import epath
@@ -26,6 +26,7 @@ from grain_jax.inference.inputs import (
     OneOrMany,
     Texts,
     Tokens,
+    for_each_image,
     one_or_many,
 )
 
@@ -44,14 +45,6 @@ class Detections(NamedTuple):
     scores: np.ndarray  # float32 [n], see `Predictor.detect`
     texts: tuple[str, ...]  # n
     labels: np.ndarray  # int [n], positions in the given texts
-
-
-class DetectOptions(TypedDict, total=False):
-    """The options of `Predictor.detect`."""
-
-    threshold: float
-    top_k: int
-    pixels: bool
 
 
 class ClassFeatures(NamedTuple):
@@ -119,12 +112,11 @@ class Predictor(Encoder):
       InputError: unknown `dtype` or `device`, or factors of LoRA among the parameters.
     """
 
-    def class_features(self, classes: ClassTexts) -> ClassFeatures:
-        """Embeds classes, maybe with descriptions, in prompts (docs/method.md, Zero-shot evaluation)."""
-        return self._class_features(classes)
+    def class_features(self, classes: ClassTexts, alpha: float = 0.5) -> ClassFeatures:
+        """Embeds classes, maybe with descriptions, in prompts (docs/method.md, Zero-shot evaluation).
 
-    def _class_features(self, classes: ClassTexts, alpha: float = 0.5) -> ClassFeatures:
-        """As `class_features`; with alpha 0 or 1 what `classify` does not read is empty."""
+        With an alpha of 0 or 1 it leaves out what `classify` with that alpha does not read.
+        """
         pairs = inputs.class_pairs(classes)
         texts = [prompts.class_texts(name, self.templates, described) for name, described in pairs]
         descriptions = [list(described) for _, described in pairs if described is not None]
@@ -155,7 +147,7 @@ class Predictor(Encoder):
         if alpha < 1.0:
             self.need_regions(f"alpha {alpha}")
         if not isinstance(classes, ClassFeatures):
-            classes = self._class_features(classes, alpha)
+            classes = self.class_features(classes, alpha)
         if alpha < 1.0 and classes.descriptions is None:
             raise InputError(f"alpha {alpha} needs descriptions of the classes: {{name: [description, ...]}}")
         image_embed, region_embed, _ = self._encode(inputs.marked(images, normalized))
@@ -165,24 +157,14 @@ class Predictor(Encoder):
             region = scores.region_scores(region_embed, embeds, self.class_score)
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
-    @overload
-    def classify_boxes(self, images: OneImage, boxes_xyxy: Boxes, classes: Classes) -> np.ndarray: ...  # pyright: ignore[reportOverlappingOverload]
-
-    @overload
-    def classify_boxes(self, images: np.ndarray, boxes_xyxy: Boxes, classes: Classes) -> Any: ...
-
-    @overload
+    @for_each_image
     def classify_boxes(
         self, images: Images | Tokens, boxes_xyxy: Boxes, classes: Classes
-    ) -> list[np.ndarray]: ...
-
-    def classify_boxes(self, images: OneOrMany | Tokens, boxes_xyxy: Boxes, classes: Classes) -> Any:
+    ) -> list[np.ndarray]:
         """For each image the cosines of classes and its boxes, float32 [n, C]; for one image [n, C].
 
         `images` and `boxes_xyxy` are as for `encode_boxes`.
         """
-        if inputs.is_one_image(images):
-            return self.classify_boxes([images], [boxes_xyxy], classes)[0]
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)
         embeds = self.encode_boxes(images, boxes_xyxy)
@@ -197,7 +179,7 @@ class Predictor(Encoder):
     def ground(self, image: OneImage | np.ndarray, texts: Any) -> Any:
         """For each text the box of the region with the largest cosine, and that cosine; one text -> one.
 
-        With a box head, the cosine is that of the head's embedding of the box.
+        With a box head, its embedding of the box gives the cosine.
         """
         if inputs.is_one_text(texts):
             return self.ground(image, inputs.one_text(texts))[0]
@@ -208,29 +190,16 @@ class Predictor(Encoder):
         best = similarity.argmax(axis=1)
         return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)]
 
-    @overload
-    def detect(  # pyright: ignore[reportOverlappingOverload]
-        self, images: OneImage, texts: Iterable[str], **options: Unpack[DetectOptions]
-    ) -> Detections: ...
-
-    @overload
-    def detect(self, images: np.ndarray, texts: Iterable[str], **options: Unpack[DetectOptions]) -> Any: ...
-
-    @overload
-    def detect(
-        self, images: Images, texts: Iterable[str], **options: Unpack[DetectOptions]
-    ) -> list[Detections]: ...
-
-    @one_or_many
+    @for_each_image
     def detect(
         self,
-        images: OneOrMany,
+        images: Images,
         texts: Iterable[str],
         *,
         threshold: float = 0.0,
         top_k: int = 100,
         pixels: bool = True,
-    ) -> Any:
+    ) -> list[Detections]:
         """For each image the regions that show one of the texts, as `evaluate detection` measures them.
 
         A score is the probability by calibration.json (`present`), or without one the softmax over the texts
@@ -245,7 +214,7 @@ class Predictor(Encoder):
         """
         self.need_regions("detect")
         names = inputs.several_texts(texts)
-        features, found = self.encode_text(names), []
+        features, detections = self.encode_text(names), []
         numbered = enumerate(inputs.checked_images(images, self.model.image.image_size))
         while batch := [inputs.as_uint8(*x) for x in itertools.islice(numbered, MAX_BATCH)]:
             _, embeds, boxes_xyxy = self._encode(batch)
@@ -253,8 +222,8 @@ class Predictor(Encoder):
                 region, label = scores.best_pairs(score, boxes, top_k, threshold)
                 size = np.array(image.shape[1::-1] * 2 if pixels else (1,), np.float32)
                 of_texts = tuple(names[i] for i in label)
-                found.append(Detections(boxes[region] * size, score[region, label], of_texts, label))
-        return found
+                detections.append(Detections(boxes[region] * size, score[region, label], of_texts, label))
+        return detections
 
     def text_scores(self, region_embeds: np.ndarray, features: np.ndarray) -> np.ndarray:
         """`detect`'s scores of embeddings [..., Q, D] for texts or classes [K, D]: float32 [..., Q, K]."""
@@ -282,13 +251,6 @@ class Predictor(Encoder):
             return self.present(images, [texts], by)[:, 0]
         if by not in ("image", "regions"):
             raise InputError(f"by: got {by!r}, expected image or regions")
-        score = self._calibrated(by)
-        embeds = self.encode_image(images) if by == "image" else self.encode_regions(images).embed
-        text_embeds = calibration.embed_texts(self.encode_text, list(texts), score.templates)
-        return score.probabilities(calibration.cosines(embeds, text_embeds))
-
-    def _calibrated(self, by: str) -> calibration.Score:
-        """The calibration of a score. Raises InputError: there is none."""
         score, fault = self._calibration(by)
         if score is None:
             data = "--images DIR" + " --annotations A.jsonl" * (by == "regions")
@@ -296,7 +258,9 @@ class Predictor(Encoder):
                 f"{self.folder}/{calibration.NAME}: got {fault}, expected a calibration; make it by:"
                 f" grain-jax evaluate calibrate --checkpoint {self.folder} {data} --output OUT.json"
             )
-        return score
+        embeds = self.encode_image(images) if by == "image" else self.encode_regions(images).embed
+        text_embeds = calibration.embed_texts(self.encode_text, list(texts), score.templates)
+        return score.probabilities(calibration.cosines(embeds, text_embeds))
 
     def _calibration(self, by: str) -> tuple[calibration.Score | None, str]:
         """(the calibration of a score, or None; what is there instead)."""
@@ -336,32 +300,17 @@ class Predictor(Encoder):
             for text, patch, region in zip(text_embeds, patches, regions, strict=True)
         ]
 
-    @overload
-    def segment(  # pyright: ignore[reportOverlappingOverload]
-        self, images: OneImage, classes: ClassTexts | segmentation.Classes, **options: Any
-    ) -> np.ndarray: ...
-
-    @overload
-    def segment(
-        self, images: np.ndarray, classes: ClassTexts | segmentation.Classes, **options: Any
-    ) -> Any: ...
-
-    @overload
-    def segment(
-        self, images: Images, classes: ClassTexts | segmentation.Classes, **options: Any
-    ) -> list[np.ndarray]: ...
-
-    @one_or_many
+    @for_each_image
     def segment(
         self,
-        images: OneOrMany,
+        images: Images,
         classes: ClassTexts | segmentation.Classes,
         *,
         background: float | None = None,
         short_side: int = 0,
         stride: int = 0,
         **maps: Any,
-    ) -> Any:
+    ) -> list[np.ndarray]:
         """For each image the position of each pixel's class, int32 [H, W]; for one image [H, W].
 
         Args:

@@ -44,10 +44,10 @@ def initialize(coordinator: str | None, processes: int, process_id: int, heartbe
     Raises:
       UserError: flags that do not fit together, or a package that the cluster needs is missing.
     """
-    found = find(coordinator, processes, process_id, os.environ)
-    if found is None:
+    cluster = find(coordinator, processes, process_id, os.environ)
+    if cluster is None:
         return "a single process"
-    name, arguments = found
+    name, arguments = cluster
     patience = threading.Timer(
         10, print, [f"{name}: waiting for the other processes"], dict(file=sys.stderr, flush=True)
     )

@@ -72,8 +72,8 @@ def allgather(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarr
     file = io.BytesIO()
     np.savez(file, **here)  # pyright: ignore[reportArgumentType] (older ones have no allow_pickle)
     everywhere = [np.load(io.BytesIO(content)) for content in _of_all(file.getvalue())]
-    everywhere = [one for one in everywhere if one.files]
-    return {name: np.concatenate([one[name] for one in everywhere]) for name in everywhere[0].files}
+    everywhere = [arrays for arrays in everywhere if arrays.files]
+    return {name: np.concatenate([x[name] for x in everywhere]) for name in everywhere[0].files}
 
 
 def run_together(function: Callable[[], T]) -> T:
@@ -115,10 +115,10 @@ def agree(failure: Exception | None, value: Any = None) -> list[Any]:
         if failure is not None:
             raise failure
         return [value]
-    words = None if failure is None else f"{type(failure).__name__}: {failure}"
+    message = None if failure is None else f"{type(failure).__name__}: {failure}"
     if isinstance(failure, errors.UserError):
-        words = str(failure)
-    ends = [json.loads(content) for content in _of_all(json.dumps([words, value]).encode())]
+        message = str(failure)
+    ends = [json.loads(content) for content in _of_all(json.dumps([message, value]).encode())]
     if isinstance(failure, errors.UserError):
         raise failure
     if failure is not None:

@@ -132,8 +132,8 @@ def test_classes_of_a_file_and_of_a_run(tmp_path, monkeypatch):
     ):
         stored = files.Items({}, {"evals": {"a": first, "b": second}}, [], None)
         monkeypatch.setattr(files, "read_items", lambda folder, stored=stored: stored)
-        assert class_lists.of_run(tmp_path / "100") == (expected, None)
-    assert class_lists.of_run(tmp_path) == ({}, None)  # a converted model
+        assert class_lists.evaluated(tmp_path / "100") == (expected, None)
+    assert class_lists.evaluated(tmp_path) == ({}, None)  # a converted model
 
 
 def test_examples_are_of_the_dataset_of_the_run(tmp_path, picture, monkeypatch):

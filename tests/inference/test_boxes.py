@@ -32,8 +32,13 @@ def predictor():
 
 def applied(predictor, method, *arguments):
     """What the module itself returns."""
-    apply = jax.jit(functools.partial(grain.GRAIN(predictor.model).apply, method=method))
-    return apply({"params": predictor.params}, *arguments)
+    apply = jax.jit(grain.GRAIN(predictor.model).apply, static_argnames="method")
+    return apply({"params": predictor.params}, *arguments, method=method)
+
+
+def of_boxes(predictor, images, boxes):
+    """The box embeddings of the module itself."""
+    return applied(predictor, "box_embeddings", applied(predictor, "image_tokens", images), boxes)
 
 
 def close(got, expected):
@@ -42,7 +47,7 @@ def close(got, expected):
 
 
 def test_any_number_of_boxes_an_image(predictor):
-    expected = applied(predictor, "box_embeddings", applied(predictor, "image_tokens", PICTURES), BOXES)
+    expected = of_boxes(predictor, PICTURES, BOXES)
     got = predictor.encode_boxes(PICTURES, [BOXES[0], [], BOXES[2, :3]])
     assert [x.shape for x in got] == [(4, 28), (0, 28), (3, 28)]
     close([got[0], got[2]], [expected[0], expected[2, :3]])
@@ -57,8 +62,7 @@ def test_any_number_of_boxes_an_image(predictor):
 def test_a_phrase_is_compared_with_the_boxes_of_the_regions(predictor):
     texts = predictor.encode_text(TEXTS)
     boxes_xyxy, regions = predictor.encode_regions(PICTURES[:1])
-    tokens = applied(predictor, "image_tokens", PICTURES[:1])
-    (embeds,) = applied(predictor, "box_embeddings", tokens, boxes_xyxy)
+    (embeds,) = of_boxes(predictor, PICTURES[:1], boxes_xyxy)
     similarity = texts @ np.asarray(embeds).T
     for each, row in zip(predictor.ground(PICTURES[0], TEXTS), similarity, strict=True):
         np.testing.assert_allclose(each.score, row.max(), atol=3e-6)

@@ -67,10 +67,6 @@ def applied(predictor, method, *arguments):
     return apply({"params": predictor.params}, *arguments, method=method)
 
 
-def of_images(module, image):
-    return module.embeddings(module.image_tokens(image))[:3]
-
-
 def test_all_kinds_of_pictures_agree(predictor, tmp_path):
     expected = predictor.encode_image(FEW)
     assert expected.dtype == np.float32 and expected.shape == (3, D)
@@ -178,7 +174,7 @@ def test_pictures_and_texts_from_a_generator(predictor, monkeypatch):
 
 def test_regions_are_the_models_last_layer(predictor):
     few = normalised(FEW)
-    image, region, boxes = applied(predictor, of_images, few)
+    image, region, boxes, _ = applied(predictor, "embeddings", applied(predictor, "image_tokens", few))
     regions = predictor.encode_regions(few, normalized=True)
     close(regions.embed, region)
     close(predictor.encode_image(few, normalized=True), image)
@@ -316,7 +312,7 @@ def test_two_towers_that_see_their_padding(two_towers):
     assert loaded.model.decoder is None and not loaded.model.text.packable
     normalised = (FEW / 255 - np.array((0.5, 0.4, 0.3))) / np.array((0.5, 0.6, 0.7))
     normalised = normalised.astype(np.float32)
-    image, _, _ = applied(loaded, of_images, normalised)
+    image, *_ = applied(loaded, "embeddings", applied(loaded, "image_tokens", normalised))
     assert np.abs(image[0] - image[1]).max() > 0.01
     close(loaded.encode_image(FEW), image)
     close(loaded.encode_image(normalised, normalized=True), image)

@@ -198,23 +198,23 @@ def _merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
 
 def _message(content: bytes) -> dict[int, list[Any]]:
     """The fields of a message of protocol buffers by number: numbers, and bytes for all else."""
-    fields, at = {}, 0
+    fields, position = {}, 0
 
     def number() -> int:
-        nonlocal at
+        nonlocal position
         value = shift = 0
         while True:
-            byte, at = content[at], at + 1
+            byte, position = content[position], position + 1
             value, shift = value | (byte & 127) << shift, shift + 7
             if byte < 128:
                 return value
 
-    while at < len(content):
+    while position < len(content):
         field, kind = divmod(number(), 8)
         length = 0 if kind == 0 else number() if kind == 2 else {1: 8, 5: 4}[kind]
-        value = number() if kind == 0 else content[at : at + length]
+        value = number() if kind == 0 else content[position : position + length]
         fields.setdefault(field, []).append(value)
-        at += length
+        position += length
     return fields
 
 

@@ -587,7 +587,7 @@ class GrainModel(GrainPreTrainedModel):
     def ground(self, pixel_values, input_ids):
         """For each image and text the region with the largest cosine: boxes_xyxy [B, N, 4], scores [B, N].
 
-        With a box head, the cosine is that of the head's embedding of the box.
+        With a box head, its embedding of the box gives the cosine.
         """
         tokens = self.backbone.visual(pixel_values)
         regions = self._regions(tokens)
@@ -607,8 +607,8 @@ class GrainModel(GrainPreTrainedModel):
         """
         boxes, embeds = self._regions(self.backbone.visual(pixel_values)).values()
         cosines = _cosines(embeds, _unit(self.get_text_features(input_ids)))
-        own = self.decoder.logit_scale
-        scale = (self.backbone.logit_scale if own is None else own).exp()
+        of_regions = self.decoder.logit_scale
+        scale = (self.backbone.logit_scale if of_regions is None else of_regions).exp()
         scores = cosines
         if cosines.shape[-1] > 1:
             scores = (scale * cosines).double().softmax(-1).float()
@@ -617,7 +617,7 @@ class GrainModel(GrainPreTrainedModel):
         both = (high - low).clamp(min=0).prod(-1)
         area = both.diagonal(dim1=1, dim2=2)
         covers = both > 0.5 * (area[:, :, None] + area[:, None] - both)  # [B, Q, Q]
-        found = []
+        detections = []
         for box, score, covered in zip(boxes, scores, covers):
             kept = torch.zeros_like(score, dtype=torch.bool)
             texts = torch.arange(score.shape[1], device=score.device)
@@ -626,8 +626,8 @@ class GrainModel(GrainPreTrainedModel):
             region, label = (kept & (score >= threshold)).nonzero(as_tuple=True)
             order = score[region, label].argsort(descending=True, stable=True)[:top_k]
             region, label = region[order], label[order]
-            found.append((box[region], score[region, label], label))
-        return found
+            detections.append((box[region], score[region, label], label))
+        return detections
 
     def get_boxes(self, pixel_values, boxes_xyxy):
         """Images [B, 3, S, S] and boxes [B, R, 4], corners in [0, 1] -> embeddings [B, R, D], unit length."""
