@@ -69,7 +69,7 @@ class Clock:
         finally:
             self.waited += time.monotonic() - began
 
-    def go_on(self, lines: Sequence[metrics_file.Line], step: int) -> None:
+    def resume_from(self, lines: Sequence[metrics_file.Line], step: int) -> None:
         """Adds what the run spent before.
 
         Args:
@@ -141,8 +141,8 @@ def warning(numbers: dict[str, float]) -> str | None:
     if slow < SLOW * fast or slow - fast < SLOW_SECONDS:
         return None
     return (
-        f"process {numbers['process/slowest']:.0f} is slow: {slow:.2f} s per step beside the wait for devices, the fastest"
-        f" process {fast:.2f} s"
+        f"process {numbers['process/slowest']:.0f} is slow: {slow:.2f} s per step beside the wait for devices,"
+        f" the fastest process {fast:.2f} s"
     )
 
 

@@ -68,7 +68,8 @@ def train(
 
     Raises:
       UserError: the input, the workdir or the disk does not allow the run.
-      NotFinite: a loss is NaN or infinite.
+      faults.NotFinite: a loss or the gradient is NaN or infinite; such a state is never saved.
+      faults.TextsLost: too many texts do not fit into their rows.
       SystemExit: the run was told to end, and is saved.
     """
     handler, watch = handler or ending.PreemptionHandler(), watch or ending.Watchdog()
@@ -101,7 +102,7 @@ def _train(
     with clock.spend("restore" if files.finished_steps(workdir) else "other"):
         state = restore_or_initialise(checkpoints, run, program)
     start_step = int(state.step)
-    log = journal.Journal(run, workdir, checkpoints, state, clock)
+    log = journal.Journal(run, workdir, state, clock)
     log.say_what_runs(state)
 
     # 4. Compile.
@@ -114,7 +115,7 @@ def _train(
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
     handler.on_usr2(trace.ask)
     plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))
-    step, preempted = start_step, False
+    step, preempted, results = start_step, False, {}
     with handler.training(), contextlib.ExitStack() as closes:
         closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first
         closes.callback(log.close)
@@ -134,8 +135,25 @@ def _train(
                 trace.end(step, metrics)
                 watch.stepped(step)
                 preempted = handler.reached(step)
-                due = plan.due(step, preempted=preempted, minutes_are_over=log.minutes_are_over)
-                log.after_step(step, due, state, metrics, batches, watch)
+                due = plan.due(step, preempted=preempted)
+                values = log.read(step, metrics) if due.log or due.save else {}
+                if due.log:
+                    values |= log.rates(step, values, batches, watch.late)
+                with log.apart():
+                    if due.evaluate:
+                        with watch.pause(), log.pause(), clock.spend("evaluate"):
+                            results = journal.evaluate_all(config, run.evals, state)
+                        if results and schedule.best_is_evaluated(config):
+                            schedule.check_best_metric(config, results)
+                        values |= results
+                    if due.log:  # before the save: what is restored has its lines
+                        with watch.doing("writing metrics.jsonl"):
+                            log.write(step, values)
+                    if due.save:
+                        with watch.doing("saving a checkpoint"), clock.spend("save"):
+                            log.flush()
+                            checkpoints.save(state, schedule.best_metric(config, values), run.data)
+                            plan.saved()
                 if preempted:
                     break
     if preempted:
@@ -146,7 +164,10 @@ def _train(
         sys.exit(handler.status)
 
     # 6. Final evaluation and report.
-    log.report(state)
+    if not results:  # the run was complete already
+        with clock.spend("evaluate"):
+            results = journal.evaluate_all(config, run.evals, state)
+    log.report(state, results)
 
 
 def restore_or_initialise(checkpoints, run: set_up.SetUp, program: train_step.Program):

@@ -45,7 +45,7 @@ def test_two_kills_are_counted_by_hand(now):
     assert _seconds(clock) == dict(other=2, compile=10, steps=27, input=3)
     now[0] = 50.0  # killed at 42, after step 3; the checkpoint has step 1
     clock = goodput.Clock()
-    clock.go_on(lines, 1)
+    clock.resume_from(lines, 1)
     assert _seconds(clock) == dict(other=2, compile=10, steps=9, input=1, repeated=20, stopped=8)
     with clock.spend("steps"):
         now[0] += 10.0
@@ -54,7 +54,7 @@ def test_two_kills_are_counted_by_hand(now):
     lines = [lines[0], again]
     now[0] = 61.0
     clock = goodput.Clock()  # killed again; nothing was saved
-    clock.go_on(lines, 0)
+    clock.resume_from(lines, 0)
     expected = dict(other=2, compile=10, repeated=40, stopped=9)
     assert _seconds(clock) == expected and clock.numbers()[goodput.REPEATED] == 4
     assert sum(clock.numbers()[f"time/{kind}"] for kind in goodput.KINDS) == pytest.approx(1)
@@ -63,7 +63,7 @@ def test_two_kills_are_counted_by_hand(now):
 
 def test_a_clock_that_goes_on_without_lines_is_new(now):
     clock = goodput.Clock()
-    clock.go_on([metrics_file.Line(3, {"step": 3, "loss": 1.0}, "")], 3)
+    clock.resume_from([metrics_file.Line(3, {"step": 3, "loss": 1.0}, "")], 3)
     now[0] = 5.0
     assert _seconds(clock) == dict(other=5)
 
