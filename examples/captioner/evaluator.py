@@ -15,7 +15,6 @@ from examples.captioner.writer import Writer
 from grain_jax.core import boxes as boxes_lib
 from grain_jax.core import images
 from grain_jax.evaluate import evaluators
-from grain_jax.evaluate.base import STANDALONE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class Written(evaluators.AnnotatedImages):
 
     most: int = 200  # images, the first ones of the file
 
-    def evaluate(self, predictor, context=STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor) -> dict[str, Any]:
         """Writes for each image.
 
         Returns:

@@ -11,7 +11,6 @@ import numpy as np
 
 from grain_jax.core import errors
 from grain_jax.evaluate import encode, evaluators, rates
-from grain_jax.evaluate.base import STANDALONE
 from grain_jax.inference import scores
 
 
@@ -27,9 +26,9 @@ class Groups(evaluators.AnnotatedImages):
         """An annotation with a caption."""
         return record.captions
 
-    def evaluate(self, predictor, context=STANDALONE):
+    def evaluate(self, predictor):
         """Shares of images that are nearest to their own caption within the group, and of captions; chance 1 / size."""
-        records, seen, counts = self.gather(predictor, context, regions=False)
+        records, seen, counts = self.gather(predictor, regions=False)
         if seen.unreadable or len(records) % self.size:
             raise errors.UserError(f"{self.annotations}: expected whole groups of {self.size}")
         texts = scores.unit(encode.encode_distinct(predictor, [x.captions[0] for x in records]))

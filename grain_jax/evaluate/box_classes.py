@@ -14,7 +14,7 @@ from etils import epy
 
 from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, option
+from grain_jax.evaluate.base import option
 from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, faults_of
 
 with epy.lazy_imports():
@@ -39,22 +39,23 @@ class Boxes(AnnotatedRegions):
         None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
     )
 
-    def misses(self, model: Any) -> list[str]:
-        return [] if model.boxes.kind != "none" else super().misses(model)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return "decoder", "boxes"
 
     @property
     def files(self) -> tuple[str | None, ...]:
         return self.annotations, self.templates, self.classes
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         faults = faults_of(
             lambda: prompts.load_templates(self.templates),
             lambda: self.classes and class_names.read(self.classes),
         )
         config.raise_faults(faults)
-        return super().check()
+        return super().check(model)
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Classifies every box by the box head and by the query that overlaps it most, as the model has them.
 
         A description stands for the class with that label or name; boxes with other descriptions are left out and
@@ -68,7 +69,7 @@ class Boxes(AnnotatedRegions):
         """
         templates = prompts.load_templates(self.templates)
         lines = None if self.classes is None else class_names.read(self.classes)
-        seen = encode_boxes(self, predictor, context)
+        seen = encode_boxes(self, predictor)
         described = seen.described
         lines = lines or [class_names.Line(None, text) for text in described.texts]
         names = [line.name for line in lines]
@@ -147,17 +148,14 @@ class GivenBoxes(NamedTuple):
     nearest: Nearest | None  # None: a model without region queries
 
 
-def encode_boxes(entry: AnnotatedImages, predictor: Any, context: Context) -> GivenBoxes:
+def encode_boxes(entry: AnnotatedImages, predictor: Any) -> GivenBoxes:
     """The boxes of the annotations that lie in their images, embedded; arguments and errors as in `entry.gather`."""
 
     def boxes_of(record: Any, size: tuple[int, int]) -> np.ndarray:
         return grounding.described_boxes([record], [size]).boxes_xyxy
 
     records, seen, counts = entry.gather(
-        predictor,
-        context,
-        regions=predictor.has_regions,
-        boxes_of=boxes_of if predictor.has_box_head else None,
+        predictor, regions=predictor.has_regions, boxes_of=boxes_of if predictor.has_box_head else None
     )
     described = grounding.described_boxes(records, seen.sizes)
     embeds, nearest = {}, None

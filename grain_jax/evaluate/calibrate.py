@@ -14,7 +14,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, option
+from grain_jax.evaluate.base import option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -61,17 +61,13 @@ class Calibrate(AnnotatedImages):
     thresholds: str = option("class", "Thresholds with the best F1.", choices=("class", "common"))
     share: float = option(0.5, "Share of the images that fit; the others measure.", "P")
 
-    def faults(self) -> list[str]:
-        expected = "expected a number between 0 and 1"
-        return [] if 0 < self.share < 1 else [f"share: got {self.share}, {expected}"]
-
-    def check(self) -> int:
-        if self.faults():
-            raise errors.UserError(self.faults()[0])
+    def check(self, model: Any = None) -> int:
+        if not 0 < self.share < 1:
+            raise errors.UserError(f"share: got {self.share}, expected a number between 0 and 1")
         prompts.load_templates(self.templates)
-        return super().check() if self.annotations else len(test_sets.ClassFolders(self.images))
+        return super().check(model) if self.annotations else len(test_sets.ClassFolders(self.images))
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Fits and measures each score that the data has: `image`, and with annotations `regions`.
 
         Returns: counts; `image` and `regions`, each with `before` (the model's own scale and bias) and `after`: their
@@ -79,7 +75,7 @@ class Calibrate(AnnotatedImages):
           higher where a class is present has no `after`, and the file has nothing for it.
         """
         templates = [] if self.annotations else prompts.load_templates(self.templates)
-        pairs = self._pairs(predictor, context)
+        pairs = self._pairs(predictor)
         encode_all = lambda texts: encode.encode_distinct(predictor, texts)
         text_embeds = calibration.embed_texts(encode_all, pairs.classes, templates)
         model_logits = {  # scale and bias
@@ -141,15 +137,15 @@ class Calibrate(AnnotatedImages):
             **processes.of_first(measured),
         }
 
-    def _pairs(self, predictor: Any, context: Context) -> Pairs:
+    def _pairs(self, predictor: Any) -> Pairs:
         if not self.annotations:
             folders = test_sets.ClassFolders(self.images)
-            seen = encode.gather_images(predictor, folders, label=self.kind, batch_size=context.batch_size)
+            seen = encode.gather_images(predictor, folders, label=self.kind, batch_size=self.batch_size)
             names = ["/".join(folders.paths[i].parts[-2:]) for i in seen.index]
             present = seen.labels[:, None] == np.arange(len(folders.classes))
             counts = {"images": len(names), **encode.report_unreadable(seen.unreadable)}
             return Pairs(names, folders.classes, present, {"image": seen.image_embed}, counts)
-        records, seen, counts = self.gather(predictor, context, regions=predictor.has_regions)
+        records, seen, counts = self.gather(predictor, regions=predictor.has_regions)
         owner = np.repeat(np.arange(len(records)), [len(x.regions) for x in records])
         every = [region.description for record in records for region in record.regions]
         texts, text = prompts.distinct(every, encode.as_read)
@@ -162,7 +158,8 @@ class Calibrate(AnnotatedImages):
         names = [record.image for record in records]
         return Pairs(names, [texts[i] for i in kept], present[:, kept], embeds, counts)
 
-    def keep(self, predictor: Any, result: dict[str, Any]) -> str:
+    def finish(self, predictor: Any, result: dict[str, Any]) -> str:
+        """Stores the calibration beside the model."""
         content = msgspec.convert(result["calibration"], calibration.Calibration)
         folder, reason = str(predictor.folder), "the model comes with the package"
         if not (content.image or content.regions):

@@ -16,7 +16,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, expanduser, option
+from grain_jax.evaluate.base import Evaluator, expanduser, option
 
 with epy.lazy_imports():
     import numpy as np
@@ -109,8 +109,8 @@ class Detection(Evaluator):
         return self.annotations, self.templates, self.seen, self.proposals
 
     @property
-    def needs_regions(self) -> bool:
-        return self.proposals is None
+    def needs(self) -> Sequence[str]:
+        return ("decoder",) if self.proposals is None else ()
 
     def read(self) -> Dataset:
         """The files. Raises errors.UserError: a file or folder is missing, or is not what it should be."""
@@ -138,13 +138,13 @@ class Detection(Evaluator):
             None if self.proposals is None else _proposals(expanduser(self.proposals), images),
         )
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         if importlib.util.find_spec("faster_coco_eval") is None:
             raise errors.UserError("detection: needs faster-coco-eval: pip install 'grain_jax[detection]'")
         prompts.load_templates(self.templates)
         return len(self.read().images)
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Detects all classes in every image and compares the detections with the annotations.
 
         An image has at most 100 detections, the pairs of box and class with the highest scores; 300 in LVIS.
@@ -164,7 +164,7 @@ class Detection(Evaluator):
             encode.resizing(predictor),
             lambda batch: _detect(predictor, batch, dataset, features),
             label=self.kind,
-            batch_size=context.batch_size,
+            batch_size=self.batch_size,
         )
         return {
             "kind": self.kind,

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import Context, Evaluator, exists, expanduser, key, option
+from grain_jax.evaluate.base import Evaluator, exists, expanduser, key, option
 
 with epy.lazy_imports():
     from etils import epath
@@ -39,24 +38,13 @@ class LabelledImages(Evaluator):
         None, "File of class names, or a name in grain_jax/evaluate/classes; None: the dataset's."
     )
 
-    def faults(self) -> list[str]:
-        if self.tfds is None or not self.images:
-            return []
-        return [f"tfds: got {self.tfds!r} with images={self.images!r}, expected one of the two"]
-
     @property
     def data(self) -> tuple[str | None, ...]:
-        return (self.images,)
+        return (self.images,) if self.tfds is None else ()
 
     @property
     def files(self) -> tuple[str | None, ...]:
         return (self.classes,)
-
-    def find_data(self) -> None:
-        if self.tfds is None:
-            super().find_data()
-        else:
-            test_sets.find_tfds(self.tfds, self.data_dir, self.get)
 
     def open(self) -> test_sets.TestSet:
         """The test set; raises the errors of test_sets.ClassFolders or test_sets.TfdsSet."""
@@ -66,9 +54,15 @@ class LabelledImages(Evaluator):
         """Class folders, or another split of the TFDS dataset, with the same options; raises as `open`."""
         if self.tfds is None:
             return test_sets.ClassFolders(folder, self.classes, self.get)
+        if self.images:
+            raise errors.UserError(
+                f"tfds: got {self.tfds!r} with images={self.images!r}, expected one of the two"
+            )
+        if self.missing == "skip":
+            test_sets.find_tfds(self.tfds, self.data_dir, self.get)
         return test_sets.TfdsSet(self.tfds, split, self.data_dir, self.classes, self.get)
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         return len(self.open())
 
 
@@ -135,7 +129,6 @@ class AnnotatedImages(Evaluator):
     def gather(
         self,
         predictor: Any,
-        context: Context,
         *,
         regions: bool,
         boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None,
@@ -144,7 +137,7 @@ class AnnotatedImages(Evaluator):
         """The usable annotations whose image can be read, and these images encoded; raises as `read` and `encode`.
 
         Args:
-          predictor, context: as for `evaluate`.
+          predictor: as for `evaluate`.
           regions: whether region embeddings are computed too.
           boxes_of: (annotation, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1], which are embedded too.
           predicted_boxes: whether the box head embeds the boxes of the regions instead.
@@ -157,7 +150,7 @@ class AnnotatedImages(Evaluator):
             regions=regions,
             boxes_of=boxes_of and (lambda i, size: boxes_of(annotated.records[i], size)),
             predicted_boxes=predicted_boxes,
-            batch_size=context.batch_size,
+            batch_size=self.batch_size,
         )
         counts = {
             "kind": self.kind,
@@ -168,7 +161,7 @@ class AnnotatedImages(Evaluator):
         }
         return Gathered([annotated.records[i] for i in seen.index], seen, counts)
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         annotated = self.read()
         _report_left_out(str(self.annotations), annotated.read)
         if not any(path.exists() for path in annotated.paths):  # usually the first exists
@@ -184,8 +177,8 @@ class AnnotatedRegions(AnnotatedImages):
     """Base of the evaluators that compare annotated boxes with the regions of the model."""
 
     @property
-    def needs_regions(self) -> bool:
-        return True
+    def needs(self) -> tuple[str, ...]:
+        return ("decoder",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,13 +192,18 @@ class WithPrompts(Evaluator):
         None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
     )
 
-    def available(self) -> tuple[typing.Self, str]:
-        super().available()
+    @property
+    def described_by(self) -> str | None:
+        """The file of descriptions; None where it is missing and may be."""
+        may_miss = self.missing == "skip" and self.descriptions is not None
+        return None if may_miss and not exists(expanduser(self.descriptions or "")) else self.descriptions
+
+    @property
+    def note(self) -> str:
+        if self.descriptions == self.described_by:
+            return ""
         path = expanduser(self.descriptions or "")
-        if self.missing != "skip" or not self.descriptions or exists(path):
-            return self, ""
-        line = f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
-        return dataclasses.replace(self, descriptions=None), line
+        return f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
 
 
 def _report_left_out(path: str, read: Any) -> None:

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
 with epy.lazy_imports():
@@ -44,7 +43,7 @@ class Grounding(AnnotatedRegions):
 
     kind: str = "grounding"
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Compares predicted regions with the described boxes of each image.
 
         Returns: counts, and (95% intervals of shares: `_low`, `_high`)
@@ -61,9 +60,7 @@ class Grounding(AnnotatedRegions):
           if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases, and the rates
             `phrase_acc50_any_box`, `phrase_iou_merged_box` and `phrase_acc50_merged_box` with their `chance_`.
         """
-        records, seen, counts = self.gather(
-            predictor, context, regions=True, predicted_boxes=predictor.has_box_head
-        )
+        records, seen, counts = self.gather(predictor, regions=True, predicted_boxes=predictor.has_box_head)
         pred_boxes_xyxy, region_embed = seen.regions
         described = described_boxes(records, seen.sizes)
         if not len(described.image):

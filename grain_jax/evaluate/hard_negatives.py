@@ -14,7 +14,7 @@ from typing import Any
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, option
+from grain_jax.evaluate.base import option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -43,14 +43,14 @@ class HardNegatives(AnnotatedImages):
     def usable(self, record: annotations_lib.Annotation) -> bool:
         return any(len(region.negatives) >= self.negatives for region in record.regions)
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Compares every annotated box with its description and its negatives.
 
         Returns: counts; `chance`, `chance_mean_rank`; and by the embeddings `box_head`, `region` and `image`, as in
           `box_classes`: `top1`, the share of boxes whose description is the best of the N + 1 texts, with a 95% interval;
           `mean_rank` and `median_rank`. Rank 1 is best; ties count as lost.
         """
-        seen = box_classes.encode_boxes(self, predictor, context)
+        seen = box_classes.encode_boxes(self, predictor)
         described = seen.described
         regions = (
             seen.records[image].regions[region] for image, region in zip(described.image, described.region)

@@ -66,9 +66,7 @@ def from_entry(entry: Any, path: str = "evaluator") -> Evaluator:
         cls = find(kind)
     except errors.UserError as error:
         raise config_lib.ConfigError(f"{path}.kind: {error}") from None
-    evaluator = config_lib.build(cls, entry, path)
-    config_lib.raise_faults([f"{path}.{fault}" for fault in evaluator.faults()])
-    return evaluator
+    return config_lib.build(cls, entry, path)
 
 
 def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
@@ -81,7 +79,13 @@ def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = No
     Raises:
       ConfigError: an entry is wrong, or needs what the model lacks; a line for each fault.
     """
-    evaluators, faults = {}, []
+    evaluators, faults, has = {}, [], set()
+    if model is not None:
+        has = {
+            name
+            for name, there in (("decoder", model.decoder), ("boxes", model.boxes.kind != "none"))
+            if there
+        }
     for name, entry in entries.items():
         path = f"evals.{name}"
         try:
@@ -90,8 +94,12 @@ def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = No
         except errors.UserError as error:
             faults += str(error).splitlines()
             continue
-        if model is not None:
-            faults += [f"{path}.{line}" for line in evaluators[name].misses(model)]
+        needs = evaluators[name].needs
+        if model is not None and needs and not has.intersection(needs):
+            faults.append(
+                f"{path}.kind: got {evaluators[name].kind}, which needs regions, but model.decoder is None; take out the"
+                " entry, or set alphas=(1.0,) in one of kind=zeroshot"
+            )
     config_lib.raise_faults(faults)
     return evaluators
 

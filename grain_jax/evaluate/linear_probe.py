@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, expanduser, option
+from grain_jax.evaluate.base import expanduser, option
 from grain_jax.evaluate.evaluators import LabelledImages
 
 with epy.lazy_imports():
@@ -63,7 +63,7 @@ class LinearProbe(LabelledImages):
             raise errors.UserError(f"train: got {train}, which are the test's images, {expected}")
         return self.open_other(train, train)
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         if importlib.util.find_spec("sklearn") is None:
             raise errors.UserError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
         test, train = self.open(), self.open_train()
@@ -72,7 +72,7 @@ class LinearProbe(LabelledImages):
             raise errors.UserError(f"train: got other classes than the test's; only in one of them: {others}")
         return len(test) + (len(train) if train else 0)
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
 
         Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed) for training
@@ -84,9 +84,7 @@ class LinearProbe(LabelledImages):
         unreadable: dict[str, str] = {}
 
         def encoded(images: test_sets.TestSet) -> Data:
-            seen = encode.gather_images(
-                predictor, images, label="linear probe", batch_size=context.batch_size
-            )
+            seen = encode.gather_images(predictor, images, label="linear probe", batch_size=self.batch_size)
             unreadable.update(seen.unreadable)
             if seen.labels.min() < 0:
                 raise errors.UserError("the set has images without a label, expected another split")

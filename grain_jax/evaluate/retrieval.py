@@ -11,7 +11,6 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.evaluate.base import STANDALONE, Context
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -35,7 +34,7 @@ class Retrieval(AnnotatedImages):
     def usable(self, record: annotations_lib.Annotation) -> Any:
         return record.captions or record.synthetic_caption
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Ranks all distinct captions for each image, and all images for each caption.
 
         An image without a web caption has its synthetic one instead, and one without either is left out; both are
@@ -45,7 +44,7 @@ class Retrieval(AnnotatedImages):
           the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count as if
           broken at random.
         """
-        records, seen, counts = self.gather(predictor, context, regions=False)
+        records, seen, counts = self.gather(predictor, regions=False)
         image_embed = scores.unit(seen.image_embed)  # [N, D]
         captions = [record.captions or (record.synthetic_caption,) for record in records]
         owner = np.repeat(np.arange(len(records)), list(map(len, captions)))

@@ -13,7 +13,7 @@ from etils import epy
 
 from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, expanduser, option
+from grain_jax.evaluate.base import expanduser, option
 from grain_jax.evaluate.evaluators import WithPrompts, faults_of
 
 with epy.lazy_imports():
@@ -61,16 +61,9 @@ class Segmentation(WithPrompts):
         high=1,
     )
 
-    def misses(self, model: Any) -> list[str]:
-        said = self.needs_regions and model.decoder is None
-        return super().misses(model) + faults_of(
-            lambda: segmenting.check_stride(model.image.image_size, self.short_side, self.stride),
-            lambda: said or segmenting.maps_by(model, self.by, self.patch_features),
-        )
-
     @property
-    def needs_regions(self) -> bool:
-        return self.by in ("regions", "both")
+    def needs(self) -> tuple[str, ...]:
+        return ("decoder",) if self.by in ("regions", "both") else ()
 
     @property
     def data(self) -> tuple[str | None, ...]:
@@ -79,7 +72,7 @@ class Segmentation(WithPrompts):
     @property
     def files(self) -> tuple[str | None, ...]:
         classes = f"{expanduser(self.images)}/classes.txt" if self.format == FORMATS[0] else None
-        return classes, self.descriptions, self.templates
+        return classes, self.described_by, self.templates
 
     def open(self) -> segmentation_sets.Segmented:
         """The images, masks and classes; raises as segmentation_sets.open_set."""
@@ -93,18 +86,27 @@ class Segmentation(WithPrompts):
             )
         return opened
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         opened = self.open()
         faults = faults_of(lambda: self._described(opened), lambda: prompts.load_templates(self.templates))
+        if model is not None:
+            faults += self.faults_of_model(model)
         config.raise_faults(faults)
         return len(opened.masks)
 
-    def _described(self, opened: segmentation_sets.Segmented) -> list[list[str]] | None:
-        if self.descriptions is None:
-            return None
-        return zeroshot.read_descriptions(self.descriptions, opened.labels, opened.names)
+    def faults_of_model(self, model: Any) -> list[str]:
+        """Why a model cannot make these maps."""
+        return faults_of(
+            lambda: segmenting.check_stride(model.image.image_size, self.short_side, self.stride),
+            lambda: segmenting.maps_by(model, self.by, self.patch_features),
+        )
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def _described(self, opened: segmentation_sets.Segmented) -> list[list[str]] | None:
+        if self.described_by is None:
+            return None
+        return zeroshot.read_descriptions(self.described_by, opened.labels, opened.names)
+
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Gives every pixel a class and compares it with its mask.
 
         An image whose mask is missing, damaged, of another size or has an id that is no class is left out.
@@ -154,7 +156,7 @@ class Segmentation(WithPrompts):
             return {"index": batch.index, "pixels": np.stack(pixels)}
 
         arrays, unreadable = encode.over_images(
-            opened.images, prepare, count, label="segmentation", batch_size=min(context.batch_size, _AT_ONCE)
+            opened.images, prepare, count, label="segmentation", batch_size=min(self.batch_size, _AT_ONCE)
         )
         pixels = arrays["pixels"].sum(axis=0)
         if not pixels.any():

@@ -18,8 +18,8 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, errors, regular_file
-from grain_jax.evaluate import encode, tables
-from grain_jax.evaluate.base import Context, Evaluator
+from grain_jax.evaluate import tables
+from grain_jax.evaluate.base import Evaluator, find_data
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
@@ -34,7 +34,7 @@ def run(
     load: Callable[[], Any],
     only: Sequence[str] | None = None,
     again: bool = False,
-    batch_size: int = encode.BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> int:
     """Runs the entries of a suite, or those that `only` names, and writes `output`. Every process has to call it.
 
@@ -81,7 +81,8 @@ def run(
             continue
         began = time.monotonic()
         try:
-            result = entry.evaluate(predictor, Context(batch_size))
+            sized = dataclasses.replace(entry, batch_size=batch_size or entry.batch_size)
+            result = sized.evaluate(predictor)
         except Exception as error:
             if not isinstance(error, errors.UserError) and processes.process_info()[1] > 1:
                 raise  # another process may wait for this one in a collective operation
@@ -98,15 +99,17 @@ def run(
     return FAILED if results["failed"] or not saved else 0
 
 
-def present(entries: Mapping[str, Evaluator]) -> dict[str, Evaluator]:
+def present(entries: Mapping[str, Evaluator], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
     """The entries whose data is there, checked; the same on every process. A skipped one is a line on stderr.
+
+    `model` is the one that they will measure, if it is known.
 
     Raises:
       errors.UserError: an entry cannot be used, or its data is not there and may not be missing; each line names it.
     """
     ready = {}
     for name, entry in entries.items():
-        ready[name], line, _, error = _ready(entry)
+        images, line, error = _ready(entry, model)
         if isinstance(error, errors.UserError):
             lines = str(error).split("\n")
             raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
@@ -114,21 +117,27 @@ def present(entries: Mapping[str, Evaluator]) -> dict[str, Evaluator]:
             raise error
         if line:
             _say(f"evals.{name}: {line}")
-    return {name: entry for name, entry in ready.items() if entry is not None}
+        if images is not None:
+            ready[name] = entry
+    return ready
 
 
-def _ready(entry: Evaluator) -> tuple[Evaluator | None, str, int, Exception | None]:
-    """The entry as far as its data is there, checked; a line if it lacks something; its number of images; or an error.
+def _ready(
+    entry: Evaluator, model: config_lib.Model | None = None
+) -> tuple[int | None, str, Exception | None]:
+    """Checks an entry: its number of images, None if it is skipped; a line if it lacks something; or an error."""
 
-    Without an entry and an error it is skipped.
-    """
+    def check() -> tuple[int, str]:
+        if entry.missing == "skip":
+            find_data(entry)
+        return entry.check(model), entry.note
+
     try:
-        ready, line = processes.run_together(entry.available)
-        return ready, line, processes.run_together(ready.check), None
+        return *processes.run_together(check), None
     except Exception as error:
         if isinstance(error, errors.MissingData) and entry.missing == "skip":
-            return None, f"skipped: {_words(error)}", 0, None
-        return None, "", 0, error
+            return None, f"skipped: {_words(error)}", None
+        return None, "", error
 
 
 def _tasks(
@@ -140,17 +149,17 @@ def _tasks(
     """
     tasks = {}
     for name, entry in entries.items():
-        ready, line, images, error = _ready(entry)
+        images, line, error = _ready(entry)
         if error is not None:
             _failed(name, error, results)
             continue
         if line:
-            which = "notes" if ready is not None else "skipped"
+            which = "notes" if images is not None else "skipped"
             results[which][name] = line.removeprefix("skipped: ")
             _say(f"{name}: {line}")
-        if ready is not None:
-            inputs = {path: _digest_of_file(path) for path in ready.files if path is not None}
-            tasks[name] = ready, {"images": images, **inputs}
+        if images is not None:
+            inputs = {path: _digest_of_file(path) for path in entry.files if path is not None}
+            tasks[name] = entry, {"images": images, **inputs}
     return tasks
 
 

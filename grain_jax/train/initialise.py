@@ -39,7 +39,7 @@ _FREE = {
     ),
     *("image_size", "context_length", "tokenizer"),
 }
-_TOLD = ("cleaning", "pad_id", "end_id", "mask_padding")
+_REPORTED = ("cleaning", "pad_id", "end_id", "mask_padding")
 
 
 class InitError(errors.UserError):
@@ -153,7 +153,7 @@ def _differences(part: str, stored: config_lib.Model, model: config_lib.Model) -
         return ["one of the two models has a region decoder, the other none"]
     fields = [] if got is None else [field.name for field in dataclasses.fields(got)]
     replaced = not model.tower_pools and part == "image"
-    free = {*_FREE, *_TOLD, *(("pool", "projection") if replaced else ())}
+    free = {*_FREE, *_REPORTED, *(("pool", "projection") if replaced else ())}
     values = [(key, getattr(got, key), getattr(wanted, key)) for key in fields if key not in free]
     return [
         f"model.{part}.{key}: got {ours!r}, but the model there has {theirs!r}"
@@ -166,7 +166,7 @@ def _about_texts(stored: config_lib.TextTower, wanted: config_lib.TextTower) -> 
     """Lines for the keys of how texts are read that differ, and where the tower attends to its padding."""
     lines = [
         f"CHECK model.text.{key}: got {getattr(wanted, key)!r}; the model there has {getattr(stored, key)!r}"
-        for key in _TOLD
+        for key in _REPORTED
         if getattr(wanted, key) != getattr(stored, key)
     ]
     if not named.is_external(wanted.tower) and not wanted.packable:

@@ -17,7 +17,7 @@ from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.core import atomic, errors, low_rank, metrics_file
 from grain_jax.evaluate import encode, tables
-from grain_jax.evaluate.base import Context, Evaluator
+from grain_jax.evaluate.base import Evaluator
 from grain_jax.evaluate.report import page
 from grain_jax.input_pipeline import derived, preparation, sources, tokenizer
 from grain_jax.models import grain, lora
@@ -183,6 +183,6 @@ def evaluate_all(
     with errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER):
         predictor = make_predictor(config, state)
         for name, entry in evals.items():
-            numbers = tables.scalars(entry.evaluate(predictor, Context(encode.BATCH_SIZE)))
+            numbers = tables.scalars(entry.evaluate(predictor))
             results |= {f"eval/{name}/{key}": value for key, value in numbers.items()}
     return results

@@ -275,8 +275,8 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
     schedule = optim.learning_rate(
         config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch, reference=config.reference
     )
-    of_run = dataclasses.replace(config.optim, frozen=config.frozen)
-    tx = optim.optimizer(of_run, schedule, config.reference)
+    optim_config = dataclasses.replace(config.optim, frozen=config.frozen)
+    tx = optim.optimizer(optim_config, schedule, config.reference)
     init = functools.partial(init_state, model, config, tx)
     state, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
     batch_sharding = sharding.batch_sharding(mesh)

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from grain_jax.core import errors
-from grain_jax.evaluate import base, class_names, segmentation, segmentation_sets, tables
+from grain_jax.evaluate import class_names, segmentation, segmentation_sets, tables
 from tests import tiny
 from tests.evaluate.report import workdirs
 from tests.hostile import image_files as hostile
@@ -61,11 +61,11 @@ def mask(path, ids, mode="L"):
     image.save(path)
 
 
-def measure(predictor=None, batch_size=3, **options):
+def measure(predictor=None, **options):
     options = {k: str(v) if hasattr(v, "parts") else v for k, v in options.items()}
-    entry = segmentation.Segmentation(**options)
+    entry = segmentation.Segmentation(**{"batch_size": 3, **options})
     assert entry.check() > 0
-    return entry.evaluate(predictor or Coloured(), base.Context(batch_size))
+    return entry.evaluate(predictor or Coloured())
 
 
 def folder(root, count=4, size=(20, 17), names="wall\nfloor\nsky\n"):
@@ -334,7 +334,7 @@ def test_what_the_model_of_a_run_lacks():
     """It is said before the first step."""
 
     def lines(**options):
-        return segmentation.Segmentation(images="x", **options).misses(model)
+        return segmentation.Segmentation(images="x", **options).faults_of_model(model)
 
     model = tiny.config().model
     assert lines(by="regions") == lines() == []
