@@ -3,7 +3,7 @@
     c = ConfigDict()
     c.evals = dict(words=kinds.evaluator("examples.captioner.evaluator:Written", "IMAGES", annotations="A.jsonl"))
 
-is a suite for `grain-jax evaluate suite --checkpoint RUN --config FILE --output OUT.json`; RUN is the run's folder.
+is a suite for `grain-jax evaluate suite --checkpoint RUN --config FILE --output OUT.json`; RUN is a workdir.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class Written(evaluators.AnnotatedImages):
         """Writes for each image.
 
         Returns:
-          `phrase_iou`, `phrase_acc50`: how the box of a description fits its region. `chance_*`: the same with the box
-          of that description in the next image. `parts_named`: descriptions of the file that a caption
-          has, for each image; `parts_right`: the share of them that the image has.
+          `phrase_iou`, `phrase_acc50`: how the box of a description fits its region. `chance_*`: the same
+          with the box of that description in the next image. `parts_named`: descriptions of the file that a
+          caption has, for each image; `parts_right`: the share of them that the image has.
         """
         writer = Writer(predictor)
         annotated = self.read()

@@ -1,4 +1,4 @@
-"""An evaluator: top-1 of class folders by every score that a model has, to choose among them on validation images.
+"""An evaluator: top-1 of class folders by every score of a model, to choose among them on validation images.
 
 c.evals.quiet = kinds.evaluator("examples.claim.scores:Scores", "FOLDER", descriptions="D.json", names=False)
 """

@@ -5,7 +5,7 @@ In a config file:
     c.input.source = "examples.data_source.shapes:Shapes"
     c.input.options = dict(colours=("red", "green", "blue"))
 
-A lane's part of a batch is a function of (seed, lane, step), so a run resumes to the bit, on any number of processes.
+A lane's part of a batch is a function of (seed, lane, step): a run resumes to the bit, on any processes.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Options:
 
 
 class Shapes(sources.LaneSource):
-    """A grey image with one to three coloured rectangles; the caption names all, a description each of them."""
+    """A grey image with one to three coloured rectangles; the caption names all, a description each one."""
 
     Options = Options
 

@@ -16,7 +16,7 @@ from grain_jax.inference import scores
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups(evaluators.AnnotatedImages):
-    """Its options: those of AnnotatedImages, and the size of a group. Lines of A.jsonl in a row are a group."""
+    """Its options: those of AnnotatedImages, and the size of a group: that many lines of A.jsonl in a row."""
 
     shown = ("image_to_text", "text_to_image")
     kind: str = "groups"
@@ -27,7 +27,7 @@ class Groups(evaluators.AnnotatedImages):
         return record.captions
 
     def evaluate(self, predictor):
-        """Shares of images that are nearest to their own caption within the group, and of captions; chance 1 / size."""
+        """Shares of images nearest to their own caption within the group, and of captions; chance 1 / size."""
         records, seen, counts = self.gather(predictor, regions=False)
         if seen.unreadable or len(records) % self.size:
             raise errors.UserError(f"{self.annotations}: expected whole groups of {self.size}")

@@ -1,13 +1,13 @@
 """An evaluator of your own: k-nearest-neighbour accuracy on class folders.
 
-Each test image gets the class of most of its k nearest training images, by the cosine of the image embeddings. The
-entry of a training config, whose numbers are eval/neighbours/top1 and so on:
+Each test image gets the class of most of its k nearest training images, by the cosine of the image
+embeddings. The entry of a training config, whose numbers are eval/neighbours/top1 and so on:
 
   c.evals.neighbours = kinds.evaluator(
       "examples.evaluator.neighbours:Neighbours", "TEST_FOLDERS", train="TRAIN_FOLDERS", k=5
   )
 
-In a suite, a config file with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=kinds.evaluator(...))`.
+In a suite, a config with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=kinds.evaluator(...))`.
 From the folder that holds `examples`:
 
   grain-jax evaluate suite --checkpoint DIR --config FILE --config.evals.neighbours.k=3 --output OUT.json

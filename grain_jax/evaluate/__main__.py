@@ -1,7 +1,7 @@
 """`grain-jax evaluate KIND --checkpoint DIR ... --output OUT.json`: an evaluator, or a suite of them.
 
-Prints the result as a table and writes it as JSON. Wrong usage or input: one line per fault, status 2. Several
-processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
+Prints the result as a table and writes it as JSON. Wrong usage or input: one line per fault, status 2.
+Several processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
 """
 
 import argparse

@@ -18,7 +18,7 @@ class _Kind(Processes):
 
     how:
       --output OUT.json  file for the result, which is also printed as a table
-      --batch-size N     images per batch
+      --batch-size N     images per batch (default: 64)
     """
 
     checkpoint: str

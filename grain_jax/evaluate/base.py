@@ -16,7 +16,7 @@ def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
       default: the value without the flag.
       help: what the option does; also the help of the flag.
       metavar: what the value of the flag is called; "" for a bool.
-      **declared: `low`, `high` and `choices` as in `keys.key`. `name` is the name of the flag, by default the field's.
+      **declared: `low`, `high` and `choices` as in `keys.key`. `name`: of the flag, default the field's.
         `required` says that the flag must be set. `parse` makes the value from a text, or raises ValueError.
     """
     return key(default, help, metavar=metavar, **declared)
@@ -26,7 +26,7 @@ def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
 class Evaluator(abc.ABC):
     """A measurement on a set of images; a subclass has its options as fields, each with a type and a default.
 
-    `check` is called before a model is trained or loaded, `evaluate` with the model; of several processes, on each.
+    `check` is called before a model is trained or loaded, `evaluate` with it; of several processes, on each.
     """
 
     example: ClassVar[str] = ""  # flags of the command, to copy
@@ -80,7 +80,7 @@ class Evaluator(abc.ABC):
         """
 
     def finish(self, predictor: Any, result: dict[str, Any]) -> str:
-        """For the command of this evaluator alone: may add to the result; returns a last line to print, or ""."""
+        """For the command of this evaluator alone: may add to the result; returns a last line to print."""
         del predictor, result
         return ""
 

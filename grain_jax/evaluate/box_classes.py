@@ -1,7 +1,7 @@
 """Classification of given boxes (COCO, LVIS) by the box head, and by the region that overlaps the box most.
 
-The descriptions in the annotations are class names. For comparison, each box is also classified by the embedding of
-the whole image, which shows what regions and boxes add.
+The descriptions in the annotations are class names. For comparison, each box is also classified by the
+embedding of the whole image, which shows what regions and boxes add.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class Boxes(AnnotatedRegions):
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Classifies every box by the box head and by the query that overlaps it most, as the model has them.
 
-        A description stands for the class with that label or name; boxes with other descriptions are left out and
-        counted.
+        A description stands for the class with that label or name; boxes with other descriptions are left out
+        and counted.
 
-        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by three embeddings: `box_head`
-          (of the box), `region` (of the query that overlaps the box most) and `image`. `groups` has the same for each
-          group of the class file. Region queries add three results. `best_iou` is the mean IoU of the box and that
-          query's box, `found` the share of boxes with an IoU of at least boxes.FOUND_IOU. `found_boxes` has the rates
-          for these boxes.
+        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by three embeddings:
+          `box_head` (of the box), `region` (of the query that overlaps the box most) and `image`. `groups`
+          has the same for each group of the class file. Region queries add three results. `best_iou` is the
+          mean IoU of the box and that query's box, `found` the share of boxes with an IoU of at least
+          boxes.FOUND_IOU. `found_boxes` has the rates for these boxes.
         """
         templates = prompts.load_templates(self.templates)
         lines = None if self.classes is None else class_names.read(self.classes)
@@ -77,8 +77,8 @@ class Boxes(AnnotatedRegions):
         use = target >= 0
         if not use.any():
             raise errors.UserError(
-                f"{self.annotations}: got no box that is of one of {len(names)} classes and lies in its image,"
-                " expected descriptions that are class names"
+                f"{self.annotations}: got no box that is of one of {len(names)} classes and lies in its"
+                " image, expected descriptions that are class names"
             )
         target = target[use]
         texts = [prompts.class_texts(name, templates) for name in names]
@@ -149,7 +149,7 @@ class GivenBoxes(NamedTuple):
 
 
 def encode_boxes(entry: AnnotatedImages, predictor: Any) -> GivenBoxes:
-    """The boxes of the annotations that lie in their images, embedded; arguments and errors as in `entry.gather`."""
+    """The annotated boxes that lie in their images, embedded; arguments and errors as in `entry.gather`."""
 
     def boxes_of(record: Any, size: tuple[int, int]) -> np.ndarray:
         return grounding.described_boxes([record], [size]).boxes_xyxy
@@ -169,7 +169,7 @@ def encode_boxes(entry: AnnotatedImages, predictor: Any) -> GivenBoxes:
 
 
 def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Nearest:
-    """The query with the largest IoU; of equal ones (such as 0, without overlap) the one with the largest GIoU.
+    """The query with the largest IoU; of equal ones (such as 0, without overlap) the largest GIoU.
 
     Args:
       pred_boxes_xyxy: [M, Q, 4], the predicted boxes in the image of each box.

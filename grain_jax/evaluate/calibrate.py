@@ -1,6 +1,6 @@
 """Calibration: from cosines to the probability that a class is present, and thresholds (docs/evaluate.md).
 
-A share of the images fits two numbers, scale and bias, by the log loss of all pairs of image and class. The other images
+A share of the images fits scale and bias by the log loss of all pairs of image and class. The other images
 measure the probabilities: log loss, Brier score and expected calibration error (ECE, 15 bins of equal width).
 """
 
@@ -70,9 +70,9 @@ class Calibrate(AnnotatedImages):
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Fits and measures each score that the data has: `image`, and with annotations `regions`.
 
-        Returns: counts; `image` and `regions`, each with `before` (the model's own scale and bias) and `after`: their
-          `ece`, `log_loss` and `brier`; `notes`; and `calibration`, the content of the file. A score that is not
-          higher where a class is present has no `after`, and the file has nothing for it.
+        Returns: counts; `image` and `regions`, each with `before` (the model's own scale and bias) and
+          `after`: their `ece`, `log_loss` and `brier`; `notes`; and `calibration`, the content of the file. A
+          score that is not higher where a class is present has no `after`, and the file has nothing for it.
         """
         templates = [] if self.annotations else prompts.load_templates(self.templates)
         pairs = self._pairs(predictor)
@@ -86,8 +86,8 @@ class Calibrate(AnnotatedImages):
         right = pairs.present[fits]
         if fits.all() or not right.any() or right.all():
             raise errors.UserError(
-                f"{self.images}: got {fits.sum()} images to fit and {(~fits).sum()} to measure, expected some of each,"
-                " with and without a class; take more images or another --share"
+                f"{self.images}: got {fits.sum()} images to fit and {(~fits).sum()} to measure, expected some"
+                " of each, with and without a class; take more images or another --share"
             )
         without = [pairs.classes[i] for i in np.flatnonzero(right.sum(axis=0) == 0)]
 
@@ -176,12 +176,12 @@ class Calibrate(AnnotatedImages):
 
 
 def _is_below(name: str, share: float) -> bool:
-    """Whether the hash of a name, a number in [0, 1), is below a share: so an image is always on the same side."""
+    """Whether the hash of a name, in [0, 1), is below a share: so an image is always on the same side."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") < share * 2**48
 
 
 def fit(cosines: np.ndarray, present: np.ndarray) -> tuple[float, float]:
-    """The scale, in [0, MAX_SCALE], and the bias with the smallest log loss; arrays of one shape, `present` bool."""
+    """Scale, at most MAX_SCALE, and bias with the least log loss; arrays of one shape, `present` bool."""
     x, y = cosines.astype(np.float64).ravel(), present.ravel().astype(np.float64)
     middle, width = x.mean(), max(x.std(), 1e-6)
     x = (x - middle) / width

@@ -1,8 +1,8 @@
 """What evaluators of one kind of data share: images with classes, and images with annotations.
 
-A config imports the module of each of its evaluators, so these load JAX, numpy and TensorFlow when they measure.
-docs/evaluate.md describes the protocols and the results. In docstrings N_low and N_high stand for the 95% interval of
-a number N.
+A config imports the module of each of its evaluators, so these load JAX, numpy and TensorFlow when they
+measure. docs/evaluate.md describes the protocols and the results. In docstrings N_low and N_high stand for
+the 95% interval of a number N.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ with epy.lazy_imports():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages(Evaluator):
-    """Base of the evaluators on images with classes: class folders, or a dataset of TensorFlow Datasets (TFDS)."""
+    """Base of the evaluators on images with classes: class folders, or a TensorFlow Dataset (TFDS)."""
 
     images: str = option("", "Folder with one sub-folder of images per class.", "DIR", required=True)
     tfds: str | None = key(None, "A TFDS dataset instead of images: name or name/config:version.")
@@ -104,7 +104,7 @@ class AnnotatedImages(Evaluator):
         return (self.annotations,)
 
     def usable(self, record: Any) -> Any:
-        """Whether the evaluation can use an annotation (core.annotations.Annotation); here those with a region."""
+        """Whether the evaluation can use a core.annotations.Annotation; here those with a region."""
         return record.regions
 
     def read(self) -> Annotated:
@@ -134,12 +134,12 @@ class AnnotatedImages(Evaluator):
         boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None,
         predicted_boxes: bool = False,
     ) -> Gathered:
-        """The usable annotations whose image can be read, and these images encoded; raises as `read` and `encode`.
+        """The usable annotations whose image can be read, and the images encoded; raises as `read`, `encode`.
 
         Args:
           predictor: as for `evaluate`.
           regions: whether region embeddings are computed too.
-          boxes_of: (annotation, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1], which are embedded too.
+          boxes_of: (annotation, (width, height) in pixels) -> boxes to embed too, xyxy [n, 4] in [0, 1].
           predicted_boxes: whether the box head embeds the boxes of the regions instead.
         """
         annotated = self.read()
@@ -166,8 +166,8 @@ class AnnotatedImages(Evaluator):
         _report_left_out(str(self.annotations), annotated.read)
         if not any(path.exists() for path in annotated.paths):  # usually the first exists
             raise errors.UserError(
-                f"{self.images}: none of the {len(annotated.paths)} images of {self.annotations} is there; the first:"
-                f" {annotated.paths[0]}; expected the folder that the annotations' paths start from"
+                f"{self.images}: none of the {len(annotated.paths)} images of {self.annotations} is there;"
+                f" the first: {annotated.paths[0]}; expected the folder that the annotations' paths start from"
             )
         return len(annotated.records)
 
@@ -207,7 +207,7 @@ class WithPrompts(Evaluator):
 
 
 def _report_left_out(path: str, read: Any) -> None:
-    """Prints on stderr, on the first process, the faulty lines and the unknown keys of a file of annotations."""
+    """Prints on stderr, on the first process, the faulty lines and unknown keys of a file of annotations."""
     if processes.process_info()[0]:
         return
     lines = list(read.faults)

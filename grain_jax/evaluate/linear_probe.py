@@ -1,13 +1,13 @@
 """Linear probe: how well a logistic regression on image embeddings classifies.
 
-The protocol is CLIP's (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-appendix A.3). It is scikit-learn's L-BFGS logistic regression with at most 1000 iterations. The strength of the L2
-penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of two decades. Then it is
-searched around the best value with a step that is halved four times (8 steps per decade). The final fit uses the
-validation part too.
+The protocol is CLIP's (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
+Supervision", appendix A.3). It is scikit-learn's L-BFGS logistic regression with at most 1000 iterations. The
+strength of the L2 penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of
+two decades. Then it is searched around the best value with a step that is halved four times (8 steps per
+decade). The final fit uses the validation part too.
 
-The features are image embeddings after the projection, with unit length, as in the README of openai/CLIP. The tables of
-the CLIP paper use the features before the projection.
+The features are image embeddings after the projection, with unit length, as in the README of openai/CLIP. The
+tables of the CLIP paper use the features before the projection.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ class LinearProbe(LabelledImages):
         return len(test) + (len(train) if train else 0)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
-        """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
+        """Fits on embeddings of training images and classifies the test images; each is encoded once.
 
-        Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed) for training
-        and the rest for the test.
+        Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed)
+        for training and the rest for the test.
 
-        Returns: counts, `chance`, `chance_top5` and the rates of `rates.of_classes`; `C` and its `validation_top1`; and
-          `converged`, False if the final fit stopped at MAX_ITERATIONS.
+        Returns: counts, `chance`, `chance_top5` and the rates of `rates.of_classes`; `C` and its
+          `validation_top1`; and `converged`, False if the final fit stopped at MAX_ITERATIONS.
         """
         unreadable: dict[str, str] = {}
 
@@ -124,7 +124,7 @@ class Data(NamedTuple):
 def fit(learnt: Data, validation: Data, final: Data) -> tuple[Any, float]:
     """scikit-learn's regression on `final`, with the C whose regression on `learnt` is best on `validation`.
 
-    The best C has the highest accuracy, which is returned too; ties go to the lowest log loss, then to the smallest C.
+    The best C has the highest accuracy, returned too; ties go to the lowest log loss, then the smallest C.
     """
     from scipy import special  # slow to import
 
@@ -173,7 +173,7 @@ def _probe(learnt: Data, tested: Data, classes: list[str]) -> dict[str, Any]:
 
 
 def _hits(scores: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:
-    """`rates.topk_hits` of logits [N, C], which are float64 and of any size: they tie relative to an image's largest."""
+    """`rates.topk_hits` of float64 logits [N, C] of any size: they tie relative to an image's largest."""
     largest = np.abs(scores, where=np.isfinite(scores), out=np.zeros_like(scores)).max(axis=1)
     return rates.topk_hits(scores, label, k, tie=_TIE * largest[:, None])
 

@@ -1,6 +1,6 @@
-"""Open-vocabulary semantic segmentation: the class of every pixel by the names of classes (inference/segmentation.py).
+"""Open-vocabulary semantic segmentation: the class of every pixel by names (inference/segmentation.py).
 
-A pixel has the class of the largest cosine; docs/evaluate.md has the numbers and the formats of the public datasets.
+A pixel has the class of the largest cosine; docs/evaluate.md has the numbers and the public formats.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class Segmentation(WithPrompts):
 
         Returns: counts; `miou`, the mean IoU over the `classes_seen`, which have a true or a predicted pixel;
           `pixel_accuracy`; `mean_class_accuracy`, over the classes with a true pixel. `chance_miou` and
-          `chance_pixel_accuracy` are the values if a class is drawn for each pixel; `per_class` is name -> `iou`,
-          `accuracy`, `pixels`. Ignored pixels count nowhere.
+          `chance_pixel_accuracy` are the values if a class is drawn for each pixel; `per_class` is name ->
+          `iou`, `accuracy`, `pixels`. Ignored pixels count nowhere.
         """
         opened = self.open()
         size = predictor.model.image.image_size
@@ -172,7 +172,7 @@ class Segmentation(WithPrompts):
 
 
 def count_pixels(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Right, true and predicted pixels of each class of an image, int64 [3, C]; negative classes do not count."""
+    """Right, true and predicted pixels of each class, int64 [3, C]; negative classes do not count."""
     known = truth >= 0
     truth, predicted = truth[known], predicted[known]
     each = truth[truth == predicted], truth, predicted
@@ -180,7 +180,7 @@ def count_pixels(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.n
 
 
 def measures(pixels: np.ndarray, labels: list[str], without: int | None = None) -> dict[str, Any]:
-    """The part of a result about `count_pixels`, summed over images; chance never guesses the class `without`."""
+    """The part of a result about `count_pixels`, summed; chance never guesses the class `without`."""
     right, true, predicted = pixels.astype(np.float64)
     union = true + predicted - right
     share = lambda a, b: np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)

@@ -1,8 +1,8 @@
 """The evaluators of a run that have their data (`present`), and a suite of them on one checkpoint (`run`).
 
-In a suite, one that fails stops no other. Results are written after every entry. The same command, run again, measures
-only the entries without a result. If the data of an entry is missing and its `missing` is "skip", the entry is skipped,
-else it fails.
+In a suite, one that fails stops no other. Results are written after every entry. The same command, run again,
+measures only the entries without a result. If the data of an entry is missing and its `missing` is "skip",
+the entry is skipped, else it fails.
 """
 
 import contextlib
@@ -36,15 +36,15 @@ def run(
     again: bool = False,
     batch_size: int | None = None,
 ) -> int:
-    """Runs the entries of a suite, or those that `only` names, and writes `output`. Every process has to call it.
+    """Runs the entries of a suite, or those of `only`, and writes `output`. Every process has to call it.
 
-    The format of the JSON is in docs/evaluate.md. Results of the same checkpoint that the file holds are kept, and
-    without `again` not measured again. `checkpoint` is its name in the results, and `load` returns its predictor.
+    The JSON's format is in docs/evaluate.md. Results of the same checkpoint that the file holds stay, and
+    without `again` are not measured again. `checkpoint` is its name there, and `load` returns its predictor.
 
     Returns: the exit status: FAILED if an entry failed, NOTHING if no entry could run, else 0.
 
     Raises:
-      InputError: `only` has an unknown name, or `output` holds something else or the results of another checkpoint.
+      InputError: `only` has an unknown name, or `output` holds something else, or another checkpoint's.
     """
     for name in only or ():
         if name not in suite:
@@ -105,7 +105,7 @@ def present(entries: Mapping[str, Evaluator], model: config_lib.Model | None = N
     `model` is the one that they will measure, if it is known.
 
     Raises:
-      errors.UserError: an entry cannot be used, or its data is not there and may not be missing; each line names it.
+      errors.UserError: an entry cannot be used, or its data is missing and may not be; each line names it.
     """
     ready = {}
     for name, entry in entries.items():
@@ -125,7 +125,7 @@ def present(entries: Mapping[str, Evaluator], model: config_lib.Model | None = N
 def _ready(
     entry: Evaluator, model: config_lib.Model | None = None
 ) -> tuple[int | None, str, Exception | None]:
-    """Checks an entry: its number of images, None if it is skipped; a line if it lacks something; or an error."""
+    """Checks an entry: how many images it has, None if skipped; a line if it lacks something; or an error."""
 
     def check() -> tuple[int, str]:
         if entry.missing == "skip":
@@ -143,7 +143,7 @@ def _ready(
 def _tasks(
     entries: Mapping[str, Evaluator], results: dict[str, Any]
 ) -> dict[str, tuple[Evaluator, dict[str, Any]]]:
-    """The entries that can be run, as far as their data is there, and the inputs that their results depend on.
+    """The entries that can be run, and the inputs that their results depend on.
 
     `results` gets a line for each of the others.
     """
@@ -199,7 +199,7 @@ def _is_same(result: Mapping[str, Any], entry: Evaluator, inputs: dict[str, Any]
 
 
 def _write(output: epath.Path, results: dict[str, Any], names: Sequence[str]) -> bool:
-    """Whether the file could be written; the first process writes it, with the results in the order of `names`."""
+    """Whether the file could be written, by the first process, with results in the order of `names`."""
     if processes.process_info()[0]:
         return True
     order = [name for name in names if name in results["ran"]]

@@ -1,8 +1,8 @@
 """Zero-shot classification of a test set (docs/method.md, Zero-shot evaluation).
 
 One pass over the images gives both protocols of the paper: class names in prompts, and class names with
-descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or prompt.
-That is for class names that mean nothing to the model, and for descriptions that are whole sentences.
+descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or
+prompt. That is for class names that mean nothing to the model, and for descriptions that are whole sentences.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ZeroShot(WithPrompts, LabelledImages):
     names: bool = option(True, "Whether class names are used; else a class is its descriptions alone.")
     class_score: str = option(
         "model",
-        "Region score of a class: of the model, by model.decoder.class_score; mean over queries; or best query.",
+        "Region score of a class: model (model.decoder.class_score), mean over queries, or best query.",
         "HOW",
         choices=("model", "mean", "best"),
     )
@@ -111,9 +111,9 @@ class ZeroShot(WithPrompts, LabelledImages):
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Classifies every image by alpha * global score + (1 - alpha) * region score.
 
-        Returns: counts, `chance`, `chance_top5`, and for each alpha, under `alpha_A`, the rates of `rates.of_classes`.
-          With names and descriptions the global score uses both together. `by_name` has the same keys with names alone
-          in the global score, at alpha 1 and at each other alpha.
+        Returns: counts, `chance`, `chance_top5`, and for each alpha, under `alpha_A`, the rates of
+          `rates.of_classes`. With names and descriptions the global score uses both together. `by_name` has
+          the same keys with names alone in the global score, at alpha 1 and at each other alpha.
         """
         test_set = self.open()
         scorer = self.scorer(predictor, test_set)
@@ -210,13 +210,13 @@ def read_descriptions(
 ) -> list[list[str]]:
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
-    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name, then by the
-    letters and digits of its stem. "Black-footed albatross" matches "black_footed Albatross". If two
-    classes have the same name, the stem comes first. Published files have empty lists for a few classes, which are then
-    described by their name alone.
+    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name,
+    then by the letters and digits of its stem. "Black-footed albatross" matches "black_footed Albatross". If
+    two classes have the same name, the stem comes first. Published files have empty lists for a few classes,
+    which are then described by their name alone.
 
-    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`); with `names`,
-    a list may be empty.
+    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`);
+    with `names`, a list may be empty.
 
     Raises:
       errors.UserError: no such file, another format, or classes that have no description.
@@ -240,5 +240,5 @@ def read_descriptions(
 
 
 def _letters(name: str) -> tuple[str, ...]:
-    """The letters and digits of a name, without case; a tuple, so that it equals no name as the key of a dict."""
+    """The letters and digits of a name, without case; a tuple, so that as a key it equals no name."""
     return tuple(re.findall(r"[^\W_]+", class_names.composed(name.casefold())))

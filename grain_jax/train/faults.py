@@ -13,7 +13,7 @@ class NotFinite(errors.UserError, ArithmeticError):
 
 
 def check_finite(metrics: Mapping[str, float], last_good_step: int, step: int, terms: Iterable[str]) -> None:
-    """Raises NotFinite with the first bad one of the `metrics` of a `step`: the loss `terms`, total and gradient."""
+    """Raises NotFinite with the first bad one of `metrics` at a `step`: loss `terms`, total, gradient."""
     for term in (*terms, "loss", "grad_norm"):  # a finite loss may have a gradient that is not
         if not math.isfinite(metrics.get(term, 0)):  # a term that is off has none
             raise NotFinite(
@@ -28,7 +28,7 @@ class TextsLost(errors.UserError):
 
 
 class TextCounts:
-    """How many texts came, and what became of them: whole numbers, the same on every mesh and after a restart.
+    """How many texts came, and what became of them: the same on every mesh and after a restart.
 
     The step counts modulo 2**32, this class without.
 
@@ -49,8 +49,8 @@ class TextCounts:
         """What a line says of the texts, from the `metrics` of its step.
 
         Returns:
-          The counts of NAMES since step 0, and shares of the texts since the last line: `texts_dropped_share` were
-          dropped or cut to fit into rows, `texts_too_long_share` were cut by the tokenizer.
+          The counts of NAMES since step 0, and shares of the texts since the last line: `texts_dropped_share`
+          were dropped or cut to fit into rows, `texts_too_long_share` were cut by the tokenizer.
         """
         self._new = {n: (int(metrics[n]) - self._last[n]) % 2**32 for n in self.NAMES}
         self._last = {n: self._last[n] + self._new[n] for n in self.NAMES}
@@ -61,7 +61,7 @@ class TextCounts:
         return self._new[name] / max(self._new["texts"], 1)
 
     def _above(self, share: float) -> bool:
-        """Whether more than that share was dropped, by more than two standard deviations: lines may be short."""
+        """Whether more than that share was dropped, by over two standard deviations: lines may be short."""
         dropped = self._new["texts_dropped"]
         return dropped - 2 * math.sqrt(dropped) > share * self._new["texts"]
 

@@ -1,7 +1,7 @@
 """The forward pass of a training step: the model and its local loss terms, on the images of a micro-batch.
 
-The step, the plan's memory and the count of FLOPs all trace this one function. Without local terms it is a call of the
-model.
+The step, the plan's memory and the count of FLOPs all trace this one function. Without local terms it is a
+call of the model.
 """
 
 import dataclasses
@@ -54,14 +54,14 @@ def abstract_batch(config: Config) -> schema.Batch:
 
 
 def patches_seen(config: Config) -> int:
-    """The patches of an image that the tower sees in a step: the nearest whole number to their share, and at least one."""
+    """The patches of an image that the tower sees in a step: their share, rounded, and at least one."""
     tower = config.model.image
     patches = (tower.image_size // tower.patch_size) ** 2
     return max(1, math.floor(tower.keep * patches + 0.5))
 
 
 def draw_kept(keys: jax.Array, patches: int, count: int) -> jax.Array:
-    """The numbers of the kept patches of images, ascending, int32 [B, count] (FLIP, Li et al. 2023, arXiv 2212.00794).
+    """The kept patches of images, ascending, int32 [B, count] (FLIP, Li et al. 2023, arXiv 2212.00794).
 
     What is drawn is a function of the keys of the images, so micro-batches, meshes and resumes agree.
     """
@@ -87,22 +87,22 @@ class Forward:
 
     @functools.cached_property
     def terms(self) -> dict[str, local.LocalTerm]:
-        """The local terms of the run by name. Raises UserError: one cannot be found, or misses something in this run."""
+        """The local terms of the run by name. Raises UserError: one is not found, or lacks something here."""
         terms, faults = {}, []
         for name, entry in total.local_entries(self.config.loss).items():
             faults += [f"loss.terms.{name}: {x}" for x in entry.cls.faults(entry.options, self.config)]
             terms[name] = entry.cls(entry.options, self.config.model, self.config.dtype)
         if terms and self.config.model.image.keep != 1:
             faults.append(
-                f"{KEEP}: got {self.config.model.image.keep} with {', '.join(terms)} of loss.terms, which read all patches;"
-                " expected 1"
+                f"{KEEP}: got {self.config.model.image.keep} with {', '.join(terms)} of loss.terms, which"
+                " read all patches; expected 1"
             )
         if faults:
             raise errors.UserError("\n".join(faults))
         return terms
 
     def init(self) -> Any:
-        """The parameters of the run at step 0, from its seed, boxed with their logical axes; terms have theirs below TERMS."""
+        """The parameters at step 0, boxed with their logical axes; those of terms are below TERMS."""
         params = lora.init(self.model, self.config)
         if not self.terms:
             return params
@@ -174,7 +174,7 @@ class Forward:
         return outputs._replace(local=results) if results else outputs
 
     def _outputs_and_views(self, params, batch: schema.Batch, keys: jax.Array | None = None):
-        """The outputs of the model, and the function from the name and state of a local term to what it sees."""
+        """The model's outputs, and the function from the name and state of a local term to what it sees."""
         of_model = without_terms(params)
         # A method asks for these whatever it computes.
         scalars = {name: x for name, x in of_model.items() if name.startswith("logit_")}

@@ -27,7 +27,7 @@ from grain_jax.train.set_up import SetUp
 
 
 class Journal:
-    """What a run writes after its steps. All processes have one; the first alone has a metrics writer and prints."""
+    """What a run writes after its steps. All processes have one; the first alone writes and prints."""
 
     def __init__(self, run: SetUp, workdir: epath.Path, state: train_step.TrainState, clock: goodput.Clock):
         config, start_step = run.config, int(state.step)
@@ -84,7 +84,7 @@ class Journal:
         return values
 
     def rates(self, step: int, values: Mapping[str, float], batches: Any, late: float) -> dict[str, float]:
-        """What a line has beside the numbers `values` of its step, which the progress line shows; a collective.
+        """What a line has beside its step's numbers `values`; shown in the progress line; a collective.
 
         `late`: seconds in which this process stood still, in all.
         """
@@ -129,7 +129,7 @@ class Journal:
             self._writer.close()
 
     def report(self, state: train_step.TrainState, results: Mapping[str, float]) -> None:
-        """After the last step: prints the table of `results`, writes them to results.json, and report.html."""
+        """After the last step: prints the table of `results`, writes results.json and report.html."""
         config, workdir = self._config, self._workdir
         predictor = make_predictor(config, state)
         if jax.process_index() > 0:
@@ -168,7 +168,7 @@ def row_advice(config: config_lib.Config, source: sources.DataSource) -> str:
 
 
 def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
-    """The state's model for evaluation, whole on every process: the average, if kept; factors are folded in."""
+    """The state's model to evaluate, whole on every process: the average, if kept; factors folded in."""
     params = forward.without_terms(state.ema_params or state.params)
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)

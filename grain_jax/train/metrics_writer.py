@@ -88,7 +88,7 @@ class _Events:
 class MetricsWriter:
     """Writes a run's metrics; only the first process of a run should have one.
 
-    An object store cannot append to a file: there the files are uploaded whole, at checkpoints and now and then between.
+    An object store cannot append: there the files are uploaded whole, at checkpoints and at times between.
 
     Args:
       workdir: the run's folder, or its URL in an object store.

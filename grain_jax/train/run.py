@@ -1,9 +1,9 @@
 """The trainer: grain-jax train --config FILE|NAME --workdir DIR [--config.a.b=value ...]
 
-`_train` is a run from top to bottom. The same command again resumes from the last checkpoint. The order of the data is a
+`_train` is a run from top to bottom. The same command resumes from the last checkpoint. The data's order is a
 function of the step (docs/method.md, Order of the data), so a checkpoint needs no position in the data.
 After SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (ending.py), after a second one without
-saving. One trainer at a time has a workdir (lock.py). A run that does no step for long ends itself (ending.py).
+saving. One trainer at a time has a workdir (lock.py). A run without a step for long ends itself (ending.py).
 """
 
 import contextlib
@@ -43,8 +43,8 @@ from grain_jax.train.arguments import Train
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next step instead of returning it to the kernel.
 
-    XLA's CPU backend allocates its temporaries anew at every step: half of the demo's step on two cores. Other systems
-    and allocators have no such switch and need none.
+    XLA's CPU backend allocates its temporaries anew at every step: half of the demo's step on two cores.
+    Other systems and allocators have no such switch and need none.
     """
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
     try:
@@ -62,7 +62,7 @@ def train(
     handler: ending.PreemptionHandler | None = None,
     watch: ending.Watchdog | None = None,
 ) -> None:
-    """One run, from the newest checkpoint of its workdir to its last step, or to the one where `handler` ends it.
+    """One run, from the newest checkpoint of its workdir to its last step, or where `handler` ends it.
 
     `watch` ends the process where no step is done for long.
 

@@ -42,7 +42,7 @@ class Schedule:
 
         Args:
           step: from 1 on.
-          preempted: the run ends after this step, perhaps within half a minute: it is saved and not evaluated.
+          preempted: the run ends after this step, perhaps in half a minute: it is saved and not evaluated.
         """
         c, last = self.config, step == self.total_steps
         every_steps = lambda every: every > 0 and step % every == 0
@@ -83,7 +83,7 @@ def check_best_entry(config: Config, evals: Collection[str]) -> None:
 
 
 def best_metric(config: Config, values: Mapping[str, float]) -> dict[str, float] | None:
-    """The number that chooses the best checkpoint, the first process's on all; None if it was not measured."""
+    """The number that chooses the best checkpoint, the first process's on all; None if not measured."""
     name = config.checkpoint_best_metric
     if not name:
         return None

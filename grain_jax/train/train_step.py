@@ -1,9 +1,9 @@
 """One training step, a pure function: towers, losses over the global batch, gradients, update, metrics.
 
-With `microbatches` > 1 the towers see a part of the batch at a time, but the losses still see all of it (gradient
-caching, Gao et al. 2021). The embeddings of all parts are computed first, and the losses give their cotangents. Then
-each part is run again to carry these back into the parameters. The result is the same as for the full batch, not an
-average of smaller contrastive losses.
+With `microbatches` > 1 the towers see a part of the batch at a time, but the losses still see all of it
+(gradient caching, Gao et al. 2021). The embeddings of all parts are computed first, and the losses give their
+cotangents. Then each part is run again to carry these back into the parameters. The result is the same as for
+the full batch, not an average of smaller contrastive losses.
 """
 
 import dataclasses
@@ -135,8 +135,8 @@ def loss_and_grads(
 class Parts(NamedTuple):
     """The parts of a batch that are micro-batches.
 
-    All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part must lie on
-    all devices: it takes a piece of every shard.
+    All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part
+    must lie on all devices: it takes a piece of every shard.
     """
 
     count: int
@@ -157,7 +157,7 @@ class Parts(NamedTuple):
         return jax.lax.with_sharding_constraint(x, placed)
 
     def join(self, axis: int, x):
-        """The inverse, of [parts, ...] whose images lie on `axis` of each part; or the sum, or what all parts share."""
+        """The inverse, of [parts, ...] with images on `axis` of each part; or the sum, or what all share."""
         if axis == local.SUMMED:
             return x.sum(0)
         if axis == local.SHARED:
@@ -172,14 +172,14 @@ class Parts(NamedTuple):
         if axis == local.SUMMED:
             return jnp.broadcast_to(x, (self.count, *x.shape))
         if axis == local.SHARED:
-            # Scale and bias are the same in each part, so their cotangents go back through the first part only.
+            # Scale and bias are the same in each part: their cotangents go back through the first only.
             first = jnp.arange(self.count) == 0
             return jnp.where(first.reshape(-1, *[1] * x.ndim), x, 0)
         return jnp.moveaxis(self.cut(jnp.moveaxis(x, axis, 0)), 1, axis + 1)
 
 
 def grad_norms(grads, frozen: Sequence[str]) -> dict[str, jax.Array]:
-    """Norms of the gradient of all parameters that are not `frozen` (`Config.frozen`), and of those in each module.
+    """Norms of the gradient of all parameters that are not `frozen`, and of those in each module.
 
     Returns: `grad_norm`, and `grad_norm/image`, `/text`, `/decoder` and `/heads` (projections, boxes, logit
       scale and bias); without modules that are frozen or that the model does not have.

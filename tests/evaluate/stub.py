@@ -1,4 +1,4 @@
-"""A predictor that looks embeddings up in tables: what it answers is known, so accuracies can be computed by hand.
+"""A predictor that looks embeddings up in tables, so that accuracies can be computed by hand.
 
 An image is known by its number, which is the red value of its first pixel; a text by its words.
 """
@@ -59,7 +59,7 @@ def region(box, description, score: float = 1, **more):
 
 
 def annotate(folder, lines, size=(20, 10)):
-    """Writes A.jsonl with one dict per line, and image number i for line i; returns the options of an evaluator."""
+    """Writes A.jsonl with a dict per line, and image number i for line i; returns options of an evaluator."""
     for i, _ in enumerate(lines):
         write_picture(folder / f"{i}.png", i, size)
     write_lines(folder / "A.jsonl", [{"image": f"{i}.png", **line} for i, line in enumerate(lines)])

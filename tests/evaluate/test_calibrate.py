@@ -69,7 +69,7 @@ NAMES = ["long beak", "red tail", "blue wing"]
 
 @pytest.fixture
 def stub(tmp_path):
-    """60 images, whose embedding and regions are near to the descriptions that they have; only one has a blue wing."""
+    """60 images, with embedding and regions near to their descriptions; only one has a blue wing."""
     rng = np.random.default_rng(0)
     lines, images, regions = [], {}, {}
     for i in range(60):

@@ -1,4 +1,4 @@
-"""The evaluators of the package as entries of a config: their options, and what is checked before there is a model."""
+"""The package's evaluators as entries of a config: their options, and what is checked without a model."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""`evaluate segmentation`: the numbers against plain counts, the formats of the sets, masks that cannot be used."""
+"""`evaluate segmentation`: numbers against plain counts, formats of sets, masks that cannot be used."""
 
 import json
 import types
@@ -160,7 +160,7 @@ def test_a_model_in_the_evaluation(tmp_path):
         pictures[-1].save(tmp_path / "images" / f"{i}.png")
         truth.append(random.integers(-1, 3, size[::-1]))
         mask(tmp_path / "masks" / f"{i}.png", truth[-1] % 256)
-    got = measure(predictor, 1, images=tmp_path, stride=8)
+    got = measure(predictor, batch_size=1, images=tmp_path, stride=8)
     names = ["wall, stone wall", "floor", "sky"]
     predicted = predictor.segment(pictures, names, stride=8)
     expected = by_counting(truth, predicted, 3)

@@ -1,4 +1,4 @@
-"""The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes and processes, a finished run."""
+"""The trainer as a whole: metrics, checkpoints, preemption, NaN, other processes, a finished run."""
 
 import json
 import shutil

@@ -48,7 +48,7 @@ class Looked(NamedTuple):
 
 @processes.alone()
 def look(workdir: Any, predictor: Any, evals: Mapping[str, Any], num_images: int) -> Looked:
-    """Runs the model on at most so many images of each evaluation; the newest checkpoint's, if `predictor` is None."""
+    """Runs the model on at most so many images of each evaluation; None: the newest checkpoint's model."""
     looked = Looked({}, [], [])
 
     @contextlib.contextmanager
