@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, the machine, tables, JSON, and a recipe to run (`stopwatch` has the timing)."""
+"""What the benchmarks share: flags, the machine, tables, JSON, a recipe to run (`stopwatch`: the timing)."""
 
 import argparse
 import json
@@ -20,8 +20,8 @@ def arguments(doc: str, **flags: Any) -> argparse.Namespace:
 
     Args:
       doc: docstring of the module, the text of --help.
-      **flags: name -> default, whose type the values have: a list takes several, False is a switch, a type has no
-        default. A pair (default, keywords) adds keywords of `add_argument`.
+      **flags: name -> default, whose type the values have: a list takes several, False is a switch, a type
+        has no default. A pair (default, keywords) adds keywords of `add_argument`.
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
@@ -78,8 +78,8 @@ class Table:
     """A table whose rows are printed as they come and kept for JSON, in `rows`.
 
     Args:
-      columns: key of a row -> format of its cells, alignment and width first (">12,.1f"). A string takes these two
-        alone; a list is printed as its `spread` with as many digits.
+      columns: key of a row -> format of its cells, alignment and width first (">12,.1f"). A string takes
+        these two alone; a list is printed as its `spread` with as many digits.
     """
 
     def __init__(self, columns: Mapping[str, str]):

@@ -2,11 +2,11 @@
 
     python -m benchmarks.input [--count 2000] [--batches 20] [--turns 5] [--pictures DIR] [--json OUT.json]
 
-Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions. It builds
-records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Our side is all of `records.batches`:
-read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the reference or torchvision's decoder
-and resize, and open_clip's tokenizer. Each side runs in its own process; a turn consumes the prefetched batches before
-its clock starts.
+Makes N JPEGs of 500 x 375 (about 55 KB: noise with the spectrum of photographs) with captions and regions. It
+builds records of them in three ways: unchanged, and resized to 224 as JPEG and as PNG. Our side is all of
+`records.batches`: read, parse, decode, resize, tokenise, pack. The DataLoader has 2 workers, PIL as in the
+reference or torchvision's decoder and resize, and open_clip's tokenizer. Each side runs in its own process; a
+turn consumes the prefetched batches before its clock starts.
 """
 
 import statistics
@@ -66,7 +66,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def quality(paths: Sequence[epath.Path], name: str) -> dict[str, float]:
-    """Compares images as training reads them with PIL's resize of the file; prints the distances and returns them."""
+    """Compares images as training reads them with PIL's resize of the file; prints and returns the distances."""
     from grain_jax.input_pipeline import transforms
 
     ways = {"original": (0, 0), "png": (made.SIZE, 0), "jpeg": (made.SIZE, 95)}

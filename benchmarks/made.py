@@ -1,4 +1,4 @@
-"""The data of the comparison: JPEGs of noise with the spectrum of photographs, captions, regions, and records of them."""
+"""The data of the comparison: JPEGs of noise with the spectrum of photographs, captions, regions, records."""
 
 import functools
 import json

@@ -49,9 +49,9 @@ def _turn(name: str) -> tuple[float, Any]:
 
 
 def measure(sides: Mapping[str, tuple[Side, Mapping[str, Any]]], turns: int) -> dict[str, Timing]:
-    """Runs every variant of every side in turns, each side in a process of its own, which waits while others run.
+    """Runs every variant of every side in turns, each side in its own process, which waits while others run.
 
-    In one process, sides of different frameworks would share its memory allocator and compete for its threads.
+    In one process, sides of different frameworks would share its allocator and compete for its threads.
 
     Args:
       sides: name -> (function, its keyword arguments); both must be picklable. The function does its own
@@ -73,7 +73,7 @@ def measure(sides: Mapping[str, tuple[Side, Mapping[str, Any]]], turns: int) -> 
 
 
 def agree(values: Mapping[str, Any], tolerance: float, label: str) -> float:
-    """The worst max|a-b| / max|b| of arrays to the first, b; ends the program with status 1 above the tolerance."""
+    """The worst max|a-b| / max|b| of arrays to the first, b; above the tolerance ends with status 1."""
     reference, *others = (np.asarray(value, np.float64) for value in values.values())
     errors = [np.abs(other - reference).max() / np.abs(reference).max() for other in others]
     worst = float(max(errors, default=0.0))

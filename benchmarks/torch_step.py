@@ -1,8 +1,8 @@
 """The train step of GRAIN in PyTorch, written for speed, for the comparison in `benchmarks.train_step`.
 
 The model is `grain_jax/convert/hf_files/modeling_grain.py` (attention by scaled_dot_product_attention), the
-optimizer torch's fused AdamW, the matching SciPy's on the host. Each real text is padded to a row of 77, as in the
-reference, or the texts are packed as ours.
+optimizer torch's fused AdamW, the matching SciPy's on the host. Each real text is padded to a row of 77, as
+in the reference, or the texts are packed as ours.
 """
 
 import math

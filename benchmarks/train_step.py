@@ -31,7 +31,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the losses
 
 
 def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, Any]:
-    """The PyTorch step with our initial weights and batch, in bfloat16 autocast on a GPU; as `our_step.side`."""
+    """The PyTorch step with our initial weights and batch, in bfloat16 on a GPU; as `our_step.side`."""
     import torch
 
     from benchmarks import torch_step

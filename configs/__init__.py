@@ -1,1 +1,1 @@
-"""ml_collections configs, one file a recipe. What they share is `grain_jax.config.recipe`; none imports JAX."""
+"""ml_collections configs, one file a recipe. They share `grain_jax.config.recipe`; none imports JAX."""

@@ -21,15 +21,15 @@ def get_config():
     c.input.data_dir = f"{data}/records"
     c.input.name = "aviary"
     c.input.prepare = f"grain_jax.data.aviary --output {data} --records {{data_dir}} --name {{name}}"
-    # A model this small needs these to leave the plateau within minutes. Weights scale with the width (0.02 is for wide
-    # towers), position waves fit a grid of 8 x 8, and the decoder's attention starts sharper.
+    # A model this small needs these to leave the plateau within minutes. Weights scale with the width (0.02
+    # is for wide towers), position waves fit a grid of 8 x 8, and the decoder's attention starts sharper.
     c.model.image.block_init = "torch"
     c.model.image.position_init = "sincos2d"
     c.model.image.position_period = 16.0
     c.model.decoder.qkv_init_gain = 2.5
     c.model.decoder.dropout = 0.0
-    # docs/claim.md measures these. Each part of a bird gets a query. L_id, two captions per image and the sum of all
-    # queries bring words into the global embedding.
+    # docs/claim.md measures these. Each part of a bird gets a query. L_id, two captions per image and the sum
+    # of all queries bring words into the global embedding.
     c.model.decoder.queries = 8
     c.model.decoder.image_pool = "all"
     c.loss.image_description = 1.0

@@ -34,8 +34,8 @@ _FG_OVD = dict(hard="1_attributes", medium="2_attributes", easy="3_attributes")
 _FG_OVD |= {"trivial": "shuffle_negatives", "color": "color", "material": "material"}
 _FG_OVD |= {"pattern": "pattern", "transparency": "transparency"}
 _REFCOCO = "'refs(unc).p' instances.json"
-# Entry -> kind, folder of the images below `folders`, and the flags of the grain-jax annotate command that makes
-# A.jsonl: --source, --annotations and --split.
+# Entry -> kind, folder of the images below `folders`, and the flags of the grain-jax annotate command that
+# makes A.jsonl: --source, --annotations and --split.
 ANNOTATED = {
     "flickr30k": ("retrieval", "flickr30k", "karpathy", "dataset_flickr30k.json", "test"),
     "mscoco": ("retrieval", "coco", "karpathy", "dataset_coco.json", "test"),
@@ -78,8 +78,8 @@ def entries(
     Args:
       sets: names, of SETS and PROBES.
       data_dir: folder of TFDS.
-      folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, products2023/, and NAME/ of the sets
-        with masks, each in its own layout.
+      folders: has NAME/A.jsonl of the annotated sets, their images below pictures/, products2023/, and NAME/
+        of the sets with masks, each in its own layout.
       descriptions: folder of NAME.json; without its file, a dataset is evaluated by names alone.
       alphas: shares of the global score, if there are descriptions.
       templates: file of prompts; None for the general ones.

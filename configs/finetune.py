@@ -22,8 +22,8 @@ def get_config(source="aviary-tiny"):
     c.batch_size = 128
     c.total_epochs = 10.0
     c.optim.warmup_epochs = 1.0
-    # Learning rate of the new parts (decoder and heads). The last layer of a tower has 0.75 of it, and each layer
-    # below 0.75 of the one above.
+    # Learning rate of the new parts (decoder and heads). The last layer of a tower has 0.75 of it, and each
+    # layer below 0.75 of the one above.
     c.optim.learning_rate = 2e-4
     c.optim.layer_decay = 0.75
     take_folder(c, source)
@@ -41,8 +41,8 @@ def take_folder(c, source):
     if model is None:
         command = pretrained.conversion(folder)
         raise ValueError(
-            f"got {source!r}, expected a run of yours, a folder that grain-jax convert wrote, hf://ORG/NAME, or one of"
-            f" {', '.join(pretrained.NAMES)}{f'; {command}' if command else ''}"
+            f"got {source!r}, expected a run of yours, a folder that grain-jax convert wrote, hf://ORG/NAME,"
+            f" or one of {', '.join(pretrained.NAMES)}{f'; {command}' if command else ''}"
         )
     decoder = model.pop("decoder")
     model["image"].pop("keep", None)  # of the training before

@@ -17,8 +17,8 @@ def get_config(start=""):
     c = finetune.get_config(start) if start else None
     if c is None or c.init.decoder is not None or c.init.text is None:
         raise ValueError(
-            f"got regions:{start}, expected regions:START, a model with two towers and no region decoder, such as"
-            " hf://google/siglip2-base-patch16-224; finetune:START trains others"
+            f"got regions:{start}, expected regions:START, a model with two towers and no region decoder,"
+            " such as hf://google/siglip2-base-patch16-224; finetune:START trains others"
         )
     c.optim.frozen = (r"(image|text)(_\w+)?/(?!.*/lora_[ab]$).*", "logit_(scale|bias)")
     c.optim.layer_decay = 1.0

@@ -3,8 +3,8 @@
     python -m benchmarks.parity [--json OUT.json]
 
 Everything is float32 at full precision, on the goldens in tests/goldens, which are outputs of the reference
-(tests/test_parity.py asserts the same comparisons). Each line shows the comparison of its group that is closest to
-its tolerance.
+(tests/test_parity.py asserts the same comparisons). Each line shows the comparison of its group that is
+closest to its tolerance.
 """
 
 import sys

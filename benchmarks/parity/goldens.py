@@ -102,7 +102,7 @@ def _loss_and_grads(params, inputs: schema.Batch):
 
 @functools.cache
 def run(which: str = "", *, packed: bool = False):
-    """(losses, gradients, gradients under the reference's names) of the batch `which`: "" or "degenerate/"."""
+    """(losses, gradients, gradients by the reference's names) of the batch `which`: "" or "degenerate/"."""
     g = goldens()
     terms, grads = _loss_and_grads(g.params, batch(g.arrays[f"{which}inputs/boxes"], packed=packed))
     named = torch_names.state_dicts(grads)

@@ -15,8 +15,8 @@ from grain_jax.core import images
 
 SIZE = 64  # of the outputs in the goldens
 
-# Worst and mean distance to PIL, in levels of 255. PIL rounds to whole levels and clips between its two passes,
-# which shows on noise and checkerboards.
+# Worst and mean distance to PIL, in levels of 255. PIL rounds to whole levels and clips between its two
+# passes, which shows on noise and checkerboards.
 TF_DISTANCE = {
     "checker_96x130": (12, 1.7),
     "noise_80x45": (17, 0.3),

@@ -1,10 +1,10 @@
-"""Trains GRAIN with a text decoder on the aviary, measures it, and shows what it writes about ten test images:
+"""Trains GRAIN with a text decoder on the aviary, measures it, shows what it writes about ten test images:
 
     python -m examples.captioner --workdir runs/captioner
 
-It draws the aviary, makes a tokenizer of its words, and trains; the same command again resumes. Then it prints the results
-of `evaluator.Written` and writes WORKDIR/captions.png: each image with its caption and the box of one phrase (dashed:
-the annotated box). This takes some 20 minutes on two CPU cores.
+It draws the aviary, makes a tokenizer of its words, and trains; the same command again resumes. Then it
+prints the results of `evaluator.Written` and writes WORKDIR/captions.png: each image with its caption and the
+box of one phrase (dashed: the annotated box). This takes some 20 minutes on two CPU cores.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The demo with the decoder as a further loss term: `config.py:FOLDER`, the folder of an aviary and of its tokenizer.
+"""The demo with the decoder as a further loss term: `config.py:FOLDER`, of an aviary and its tokenizer.
 
 `python -m examples.captioner` makes the folder and runs this config.
 """
@@ -22,7 +22,7 @@ def get_config(folder: str = "runs/captioner/aviary"):
     c.input.prepare = None
     c.input.data_dir, c.input.name = f"{folder}/records", "aviary"
     c.evals = ConfigDict()
-    # Its ids are the words of the data, some 300. CLIP's 49,408 ids would make most of a small decoder a table.
+    # Its ids are the data's words, some 300. CLIP's 49,408 ids would make most of a small decoder a table.
     tokenizer = pathlib.Path(folder) / TOKENIZER
     c.model.text.tokenizer = str(tokenizer)
     c.model.text.vocab_size = len(json.loads(tokenizer.read_text())["model"]["vocab"])

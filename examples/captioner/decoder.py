@@ -5,8 +5,8 @@ Two tasks, each named by the first token of a sequence; what follows the bar is 
     caption     CAPTION | words of the caption
     point       POINT words of a phrase | x0 y0 x1 y1
 
-The words are token ids of the tokenizer, its special ones too, so that a text ends with its end token. A coordinate is
-one of `bins` equal parts of a side of the image.
+The words are token ids of the tokenizer, its special ones too, so that a text ends with its end token. A
+coordinate is one of `bins` equal parts of a side of the image.
 """
 
 from typing import NamedTuple
@@ -95,7 +95,7 @@ class TextDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, image: jax.Array) -> jax.Array:
-        """tokens int32 [B, S, T], image [B, N, E*] -> the logits of what follows each token, float32 [B, S, T, ids]."""
+        """tokens int32 [B, S, T], image [B, N, E*] -> logits of what follows each token, [B, S, T, ids]."""
         init = layers.normal(self.width**-0.5)
         shape = (self.vocabulary.size, self.width)
         embed = layers.parameter(self, "embed", init, ("vocab", "width"), shape)

@@ -3,7 +3,7 @@
     c = ConfigDict()
     c.evals = dict(words=kinds.evaluator("examples.captioner.evaluator:Written", "IMAGES", annotations="A.jsonl"))
 
-is a suite for `grain-jax evaluate suite --checkpoint RUN --config FILE --output OUT.json`; RUN is the run's folder.
+is a suite for `grain-jax evaluate suite --checkpoint RUN --config FILE --output OUT.json`; RUN is a workdir.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from examples.captioner.writer import Writer
 from grain_jax.core import boxes as boxes_lib
 from grain_jax.core import images
 from grain_jax.evaluate import evaluators
-from grain_jax.evaluate.base import STANDALONE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,13 +23,13 @@ class Written(evaluators.AnnotatedImages):
 
     most: int = 200  # images, the first ones of the file
 
-    def evaluate(self, predictor, context=STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor) -> dict[str, Any]:
         """Writes for each image.
 
         Returns:
-          `phrase_iou`, `phrase_acc50`: how the box of a description fits its region. `chance_*`: the same with the box
-          of that description in the next image. `parts_named`: descriptions of the file that a caption
-          has, for each image; `parts_right`: the share of them that the image has.
+          `phrase_iou`, `phrase_acc50`: how the box of a description fits its region. `chance_*`: the same
+          with the box of that description in the next image. `parts_named`: descriptions of the file that a
+          caption has, for each image; `parts_right`: the share of them that the image has.
         """
         writer = Writer(predictor)
         annotated = self.read()

@@ -2,7 +2,7 @@
 
     c.loss.terms.words = {"term": "examples.captioner.term:Words", "weight": 1.0}
 
-metrics.jsonl has it as `loss_words`, and the share of tokens that it predicts right as `words/caption` and `words/box`.
+metrics.jsonl has it as `loss_words`, and the share of right tokens as `words/caption` and `words/box`.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ def texts_of(batch, positions: jax.Array, longest: int) -> tuple[jax.Array, jax.
 
 
 def caption_sequences(vocabulary, texts: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sequences int32 [B, k, n + 1] of words [B, k, n], and whether a token but the first is predicted, bool [B, k, n]."""
+    """Sequences int32 [B, k, n + 1] of words [B, k, n]; whether tokens but the first count, bool [B, k, n]."""
     first = jnp.full_like(texts[..., :1], vocabulary.caption)
     predicted = jnp.arange(texts.shape[-1]) < count[..., None]
     return jnp.concatenate([first, texts], axis=-1), predicted
@@ -129,7 +129,7 @@ def caption_sequences(vocabulary, texts: jax.Array, count: jax.Array) -> tuple[j
 def box_sequences(
     vocabulary, texts: jax.Array, count: jax.Array, boxes_xyxy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """As `caption_sequences`: the box follows the last word, and is predicted, [B, k, n + 5] and [B, k, n + 4]."""
+    """As `caption_sequences`: the box follows the last word, and counts, [B, k, n + 5] and [B, k, n + 4]."""
     first = jnp.full_like(texts[..., :1], vocabulary.point)
     tokens = jnp.concatenate([first, texts, jnp.zeros_like(texts[..., :BOX])], axis=-1)
     part = jnp.arange(tokens.shape[-1]) - 1 - count[..., None]  # of the box

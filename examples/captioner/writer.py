@@ -1,4 +1,4 @@
-"""Uses a trained decoder: captions of images, and a box for a phrase, by the most probable token each time."""
+"""Uses a trained decoder: captions of images, and boxes of phrases, by the most probable token each time."""
 
 import functools
 import json

@@ -12,7 +12,7 @@ from grain_jax.evaluate.kinds import evaluator
 STEPS = 500
 ALPHAS = (1.0, 0.5)
 SPLITS = ("validation", "test")
-# The embedding of a class: the mean of its descriptions, this mean with unit length (as in CLIP), or one sentence of all.
+# Embedding of a class: the mean of its descriptions, this with unit length (as in CLIP), or one sentence of all.
 WAYS = ("unseen", "unit", "sentence")
 SETTINGS = {
     "optim.learning_rate": 1e-3,

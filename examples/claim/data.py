@@ -1,4 +1,4 @@
-"""The data of the comparison: an aviary, or a folder of your own, divided into classes for validation and for the test.
+"""The data of the comparison: an aviary or your folder, divided into classes for validation and the test.
 
     python -m examples.claim.data --output runs/claim/data [--poses | --source DIR]
 
@@ -58,7 +58,7 @@ def prepare(source: pathlib.Path, output: pathlib.Path) -> None:
 
 
 def divide(source: pathlib.Path, output: pathlib.Path) -> None:
-    """Links the images of seen classes, in turns, and the held-out classes, by halves, into folders for each split."""
+    """Links images of seen classes, in turns, and held-out classes, by halves, into folders for each split."""
     described = json.loads((source / "unseen.json").read_text())
     names = list(described)  # the order of the file keeps related classes together
     halves = {"validation": names[: len(names) // 2], "test": names[len(names) // 2 :]}

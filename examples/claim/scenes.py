@@ -14,8 +14,8 @@ sees no boxes. `clip_boxes` adds the box head, and has the FLOPs of the largest 
 of their own. In `pointer` queries point at patches, in `reads` region embeddings read the box head; `both` has the two.
 `plain` has the pointer without a box head. `regions` has both, on the frozen `clip` of its seed.
 
-Two numbers decide: top-1 of quiet phrases, and images that find their caption in groups of four. The score of quiet
-phrases and its alpha are those with the best mean over seeds on validation images.
+Two numbers decide: top-1 of quiet phrases, and images that find their caption in groups of four. The score of
+quiet phrases and its alpha are those with the best mean over seeds on validation images.
 """
 
 import itertools
@@ -155,7 +155,7 @@ def chosen_score(rows: list[dict[str, float]]) -> str:
 
 
 def table(runs: Runs, boxes: str) -> str:
-    """A table of one version of the boxes, as Markdown: per arm the quiet phrases by seed, and means over the seeds."""
+    """A table of one version of the boxes, as Markdown: per arm the quiet phrases by seed, and their means."""
     lines = [["arm", "score", "quiet, by seed", "quiet", "seen", *COLUMNS]]
     lines.append(["---"] * 2 + ["---:"] * (len(lines[0]) - 2))
     for arm, label in ARMS.items():

@@ -1,4 +1,4 @@
-"""An evaluator: top-1 of class folders by every score that a model has, to choose among them on validation images.
+"""An evaluator: top-1 of class folders by every score of a model, to choose among them on validation images.
 
 c.evals.quiet = kinds.evaluator("examples.claim.scores:Scores", "FOLDER", descriptions="D.json", names=False)
 """
@@ -9,7 +9,6 @@ import itertools
 import numpy as np
 
 from grain_jax.evaluate import encode, rates, zeroshot
-from grain_jax.evaluate.base import STANDALONE
 from grain_jax.inference import scores
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -32,11 +31,11 @@ class Scores(zeroshot.ZeroShot):
     names: bool = False
 
     @property
-    def needs_regions(self):
-        """False: a model without regions has the score of the image, and of fixed boxes."""
-        return False
+    def needs(self):
+        """Nothing: a model without regions has the score of the image, and of fixed boxes."""
+        return ()
 
-    def evaluate(self, predictor, context=STANDALONE):
+    def evaluate(self, predictor):
         """Per score and share of the global score `SCORE/alpha_A/top1`.
 
         Regions score by `mean` and `best` of scores.region_scores, and by log-sum-exp over queries at a temperature. A
@@ -69,8 +68,8 @@ class Scores(zeroshot.ZeroShot):
             return hits
 
         prepare = encode.resizing(predictor)
-        size = context.batch_size
-        arrays, unreadable = encode.over_images(test_set, prepare, answers, label=self.kind, batch_size=size)
+        read = dict(label=self.kind, batch_size=self.batch_size)
+        arrays, unreadable = encode.over_images(test_set, prepare, answers, **read)
         counts = rates.counts_of_classes(arrays.pop("target"), list(test_set.classes))
         result = {"kind": self.kind, **counts, **encode.report_unreadable(unreadable)}
         for name, hits in arrays.items():

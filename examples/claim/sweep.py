@@ -4,9 +4,9 @@
     grain-jax sweep --config examples/claim/config.py --sweep examples/claim/sweep.py --workdir runs/claim/runs --parallel 2
     python -m examples.claim.table runs/claim/runs
 
-The commands run in a checkout. A run takes about five minutes of one core, the whole grid some six hours of one core.
-The second command may be stopped and started again, and the third tells what is finished so far. With `--poses`, the
-first command draws harder poses.
+The commands run in a checkout. A run takes about five minutes of one core, the whole grid some six hours of
+one core. The second command may be stopped and started again, and the third tells what is finished so far.
+With `--poses`, the first command draws harder poses.
 
 With your own data, in a folder that `python -m examples.claim.data --help` describes, and a larger config:
 

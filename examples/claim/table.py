@@ -1,8 +1,8 @@
 """The table of the comparison: python -m examples.claim.table WORKDIR, the --workdir of the sweep.
 
-Each arm has the learning rate that validation prefers on the first seed. With that rate, the table has top-1 of unseen
-classes by description at alpha 1 in %, per seed and as a mean. It also has the lead of OURS over the arm in the same seed,
-and means of other measures. Intervals are 95%, by Student's t over the seeds.
+Each arm has the learning rate that validation prefers on the first seed. With that rate, the table has top-1
+of unseen classes by description at alpha 1 in %, per seed and as a mean. It also has the lead of OURS over
+the arm in the same seed, and means of other measures. Intervals are 95%, by Student's t over the seeds.
 """
 
 import json

@@ -5,8 +5,8 @@
 
 TFDS prepares coco/2017. The run trains on the boxes of the 48 seen classes (seen.txt). Detection is measured on the 65
 classes of open-vocabulary papers, on the images of val2017 that have one. `--refcoco` is a folder with refs(unc).p and
-instances.json: grounding is measured on the splits of RefCOCO, whose images are not trained on. The same command goes
-on after an interruption; WORKDIR/results.md has the table.
+instances.json: grounding is measured on the splits of RefCOCO, whose images are not trained on. The same
+command goes on after an interruption; WORKDIR/results.md has the table.
 """
 
 import argparse

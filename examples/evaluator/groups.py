@@ -11,13 +11,12 @@ import numpy as np
 
 from grain_jax.core import errors
 from grain_jax.evaluate import encode, evaluators, rates
-from grain_jax.evaluate.base import STANDALONE
 from grain_jax.inference import scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups(evaluators.AnnotatedImages):
-    """Its options: those of AnnotatedImages, and the size of a group. Lines of A.jsonl in a row are a group."""
+    """Its options: those of AnnotatedImages, and the size of a group: that many lines of A.jsonl in a row."""
 
     shown = ("image_to_text", "text_to_image")
     kind: str = "groups"
@@ -27,9 +26,9 @@ class Groups(evaluators.AnnotatedImages):
         """An annotation with a caption."""
         return record.captions
 
-    def evaluate(self, predictor, context=STANDALONE):
-        """Shares of images that are nearest to their own caption within the group, and of captions; chance 1 / size."""
-        records, seen, counts = self.gather(predictor, context, regions=False)
+    def evaluate(self, predictor):
+        """Shares of images nearest to their own caption within the group, and of captions; chance 1 / size."""
+        records, seen, counts = self.gather(predictor, regions=False)
         if seen.unreadable or len(records) % self.size:
             raise errors.UserError(f"{self.annotations}: expected whole groups of {self.size}")
         texts = scores.unit(encode.encode_distinct(predictor, [x.captions[0] for x in records]))

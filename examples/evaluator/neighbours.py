@@ -1,13 +1,13 @@
 """An evaluator of your own: k-nearest-neighbour accuracy on class folders.
 
-Each test image gets the class of most of its k nearest training images, by the cosine of the image embeddings. The
-entry of a training config, whose numbers are eval/neighbours/top1 and so on:
+Each test image gets the class of most of its k nearest training images, by the cosine of the image
+embeddings. The entry of a training config, whose numbers are eval/neighbours/top1 and so on:
 
   c.evals.neighbours = kinds.evaluator(
       "examples.evaluator.neighbours:Neighbours", "TEST_FOLDERS", train="TRAIN_FOLDERS", k=5
   )
 
-In a suite, a config file with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=kinds.evaluator(...))`.
+In a suite, a config with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=kinds.evaluator(...))`.
 From the folder that holds `examples`:
 
   grain-jax evaluate suite --checkpoint DIR --config FILE --config.evals.neighbours.k=3 --output OUT.json
@@ -19,7 +19,7 @@ import numpy as np
 
 from grain_jax.core import errors
 from grain_jax.evaluate import encode, evaluators, rates, test_sets
-from grain_jax.evaluate.base import STANDALONE
+from grain_jax.evaluate.base import option
 from grain_jax.inference import scores
 
 
@@ -28,14 +28,7 @@ class Neighbours(evaluators.LabelledImages):
     """Its options: the fields of LabelledImages (`images`, `tfds`, `split`, ...), and these."""
 
     train: str = ""  # class folders of the training images, with the same classes
-    k: int = 5
-
-    def faults(self):
-        """Checked when a config is parsed, without a look at files."""
-        faults = super().faults()
-        if self.k < 1:
-            faults.append(f"k: got {self.k}, expected at least 1")
-        return faults
+    k: int = option(5, "Neighbours that vote.", low=1)
 
     @property
     def data(self):
@@ -46,7 +39,7 @@ class Neighbours(evaluators.LabelledImages):
         """The training images."""
         return test_sets.ClassFolders(self.train)
 
-    def check(self):
+    def check(self, model=None):
         """Before a model is loaded or trained. Returns how many images there are."""
         test, train = self.open(), self.open_train()
         if list(test.classes) != list(train.classes):
@@ -58,9 +51,9 @@ class Neighbours(evaluators.LabelledImages):
             raise errors.UserError(f"k: got {self.k}, expected at most the {len(train)} training images")
         return len(test) + len(train)
 
-    def evaluate(self, predictor, context=STANDALONE):
+    def evaluate(self, predictor):
         """With the model: the processes share the images, and all return the same result."""
-        read = dict(label="neighbours", batch_size=context.batch_size)
+        read = dict(label="neighbours", batch_size=self.batch_size)
         test_set = self.open()
         test = encode.gather_images(predictor, test_set, **read)
         train = encode.gather_images(predictor, self.open_train(), **read)

@@ -1,14 +1,14 @@
 """A loss term of a user: each description finds its query among all queries of its image.
 
-L_rd compares the descriptions for a query, and never the queries for a description. So queries of one image may all be
-equally near to a phrase (docs/howto/regions.md has measurements). This term compares them. Switch it on in a config
-file,
+L_rd compares the descriptions for a query, and never the queries for a description. So queries of one image
+may all be equally near to a phrase (docs/howto/regions.md has measurements). This term compares them. Switch
+it on in a config file,
 
     c.loss.terms.phrases = {"term": "examples.loss.phrases:phrases", "weight": 1.0}
 
 or on the command line, `--config.loss.terms.phrases.term=examples.loss.phrases:phrases
---config.loss.terms.phrases.weight=1`. metrics.jsonl has it as `loss_phrases`, and the share of descriptions that find
-their query as `phrases/accuracy`.
+--config.loss.terms.phrases.weight=1`. metrics.jsonl has it as `loss_phrases`, and the share of descriptions
+that find their query as `phrases/accuracy`.
 """
 
 import jax
@@ -19,7 +19,7 @@ from grain_jax.losses import streaming
 
 
 def phrases(shard: losses.Shard, *, temperature: float = 1.0) -> losses.TermOutput:
-    """Softmax cross-entropy of each matched region's query, among the queries of the image; a mean over the regions.
+    """Softmax cross-entropy of each matched region's query, among the image's; a mean over the regions.
 
     A query that is matched to a region with the same description is no negative.
 

@@ -1,4 +1,4 @@
-"""A local loss term of a user: patches beside each other are alike, unless an edge of the image lies between them.
+"""A local loss term of a user: neighbouring patches are alike, unless an edge of the image lies between.
 
 It sees the tokens and the pixels of the images of a micro-batch, which a term of the global batch (phrases.py) does
 not. An edge weighs exp(-|colour difference|), as in depth estimation (Godard et al. 2017). Switch it on in a config file,
@@ -26,7 +26,7 @@ class Options:
 
 
 class Smoothness(local.LocalTerm):
-    """exp(-edge * colour difference) * (1 - cosine) of patches beside each other, mean over the pairs and images."""
+    """exp(-edge * colour difference) * (1 - cosine) of neighbouring patches, mean over pairs and images."""
 
     Options: ClassVar[type] = Options
 

@@ -5,9 +5,9 @@
 --cutouts  PNGs with transparency; beside NAME.png, the first line of NAME.txt is a phrase
 --kinds    JSON {"folder of cut-outs": "a kind"}: what captions say of things whose phrase is quiet
 
-Captions name some things of a scene, some by their kind, and 10% describe another scene; region descriptions name all.
-Quiet phrases stand in region descriptions only. Test scenes have other places, one cut-out of each phrase that has three
-or more, and pairs of things that training never shows together.
+Captions name some things of a scene, some by their kind, and 10% describe another scene; region descriptions
+name all. Quiet phrases stand in region descriptions only. Test scenes have other places, one cut-out of each
+phrase that has three or more, and pairs of things that training never shows together.
 
     train/A.jsonl, train/images        captions, and regions with box and phrase, for `grain-jax build`
     train/detected.jsonl               the same, with boxes as a detector makes them
@@ -158,8 +158,8 @@ class Scenes:
 def detected(line: dict[str, Any], size: int, rng: random.Random) -> dict[str, Any]:
     """A line of A.jsonl with boxes as an open-vocabulary detector makes them, of an image of `size` pixels.
 
-    A share MISSED of the regions is left out, OF_ANOTHER have the box of another region, and the edges of MOVED are
-    moved by up to MOST_MOVED of the box.
+    A share MISSED of the regions is left out, OF_ANOTHER have the box of another region, and the edges of
+    MOVED are moved by up to MOST_MOVED of the box.
     """
     regions, boxes = [], [x["box"] for x in line["regions"]]
     for i, region in enumerate(line["regions"]):

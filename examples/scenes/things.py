@@ -27,7 +27,7 @@ class Scene(NamedTuple):
 
 
 def read(folder: pathlib.Path, exclude: str) -> dict[str, Image.Image]:
-    """Images below `folder` by path without suffix; paths in which the regular expression is found are left out."""
+    """Images below `folder` by path without suffix; paths that the regular expression finds are left out."""
     images = {}
     for file in sorted(folder.rglob("*.*")):
         name = file.relative_to(folder).with_suffix("").as_posix()
@@ -39,9 +39,9 @@ def read(folder: pathlib.Path, exclude: str) -> dict[str, Image.Image]:
 
 
 def cutouts(folder: pathlib.Path, exclude: str, least_colours: int) -> dict[str, dict[str, Image.Image]]:
-    """The cut-outs of each phrase, by path: those of `read` with a text beside them, whose first line has the phrase.
+    """The cut-outs of each phrase, by path: those of `read` with a text beside them, whose first line it is.
 
-    A cut-out has at least `least_colours` colours, at 32 levels per channel: photographs have more than drawings.
+    A cut-out has `least_colours` colours or more, at 32 levels a channel: photographs have more than drawings.
     """
     by_phrase: dict[str, dict[str, Image.Image]] = collections.defaultdict(dict)
     for name, image in read(folder, exclude).items():
@@ -75,7 +75,7 @@ def head_of(phrase: str) -> str:
 
 
 def quiet_phrases(kinds: Mapping[str, str], count: int, rng: random.Random) -> set[str]:
-    """At most `count` phrases whose head nouns no other phrase contains, nor the kind that captions say instead.
+    """At most `count` phrases whose head nouns no other phrase has, nor the kind that captions say instead.
 
     `kinds` has the kind of each phrase; one without a kind, "", cannot be quiet.
     """

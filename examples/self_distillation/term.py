@@ -1,13 +1,13 @@
 """A loss term with a teacher: crops of an image learn what an averaged teacher says of the whole image.
 
-The loss comes from DINO (Caron et al. 2021, arXiv 2104.14294) and SILC (Naeem et al. 2023, arXiv 2310.13355). The
-teacher is the state of the term. It has averages over steps of the image tower and of the term's own head, a running
-centre against a collapse, and the mean distribution.
+The loss comes from DINO (Caron et al. 2021, arXiv 2104.14294) and SILC (Naeem et al. 2023, arXiv 2310.13355).
+The teacher is the state of the term. It has averages over steps of the image tower and of the term's own
+head, a running centre against a collapse, and the mean distribution.
 
     c.loss.terms.distillation = {"term": "examples.self_distillation.term:SelfDistillation", "weight": 1.0}
 
 metrics.jsonl has it as `loss_distillation`, and `distillation/entropy`, of the teacher's distributions, and
-`distillation/spread`, of their mean. All images alike to the teacher is a collapse; then the two numbers are equal.
+`distillation/spread`, of their mean. All images alike to the teacher is a collapse: the two are equal.
 """
 
 import dataclasses

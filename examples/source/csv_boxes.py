@@ -3,7 +3,7 @@
   image,caption,x1,y1,x2,y2,phrase
   street/001.jpg,a bus at a stop,12,30,200,180,a red bus
 
-Rows of one image stand together; a row without a phrase has a caption alone. From the folder that holds `examples`:
+Rows of an image stand together; a row without a phrase has a caption alone. In the folder above `examples`:
 
   grain-jax annotate --source examples.source.csv_boxes:CsvBoxes --annotations boxes.csv --images DIR \
     --option unit=share --passes none --output OUT

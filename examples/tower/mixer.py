@@ -1,11 +1,11 @@
-"""An image tower of one's own: MLP-Mixer (Tolstikhin et al. 2021), patches mixed along tokens and along features.
+"""An image tower of one's own: MLP-Mixer (Tolstikhin et al. 2021), mixing along tokens and along features.
 
 In a config file:
 
     c.model.image.tower = "examples.tower.mixer:Mixer"
     c.model.image.options = dict(token_dim=64)
 
-`width`, `depth`, `mlp_dim`, `patch_size` and `norm_eps` of `model.image` mean what they mean for the built-in tower.
+`width`, `depth`, `mlp_dim`, `patch_size` and `norm_eps` of `model.image` mean what the built-in tower says.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """`grain-jax evaluate KIND --checkpoint DIR ... --output OUT.json`: an evaluator, or a suite of them.
 
-Prints the result as a table and writes it as JSON. Wrong usage or input: one line per fault, status 2. Several
-processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
+Prints the result as a table and writes it as JSON. Wrong usage or input: one line per fault, status 2.
+Several processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.core import atomic, errors
 from grain_jax.evaluate import encode, kinds, suite, tables
 from grain_jax.evaluate.arguments import Evaluate
-from grain_jax.evaluate.base import Context
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import distributed, processes
 
@@ -78,7 +77,7 @@ def _run_one(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in flags.items() if value is not None}
 
     def check():  # everything, before the checkpoint is read
-        file, entry = _output(args.output), cls.of_flags(**flags)
+        file, entry = _output(args.output), cls(**flags)
         saved_model.find(args.checkpoint)
         entry.check()
         return file, entry
@@ -86,16 +85,15 @@ def _run_one(args: argparse.Namespace) -> int:
     output, entry = processes.run_together(check)
     predictor = processes.run_together(lambda: inference.load(args.checkpoint))
     began = time.monotonic()
-    result = entry.evaluate(predictor, Context(args.batch_size))
+    result = entry.evaluate(predictor)
     result |= {"kind": entry.kind, "seconds": round(time.monotonic() - began, 1)}
     if processes.process_info()[0]:
         return 0
     print(tables.describe({args.command: (entry.kind, tables.scalars(result))}), flush=True)
-    for line in (*result.get("notes", ()), entry.keep(predictor, result)):
+    for line in (*result.get("notes", ()), entry.finish(predictor, result)):
         print(line, end="\n" if line else "", flush=True)
     for reason in result.get("unreadable_images", ()):
         print(f"left out: {reason}", file=sys.stderr)
-    result |= entry.on_top(result)
     named = ("checkpoint", "train", "annotations")
     inputs = {key: getattr(args, key) for key in named if key in args}
     result = {**inputs, "folder": getattr(args, "images", None), **result}

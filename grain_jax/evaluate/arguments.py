@@ -7,7 +7,7 @@ from typing import Any
 
 from grain_jax.cli.flags import flag, many
 from grain_jax.cli.parser import Command, Processes
-from grain_jax.evaluate import base, kinds
+from grain_jax.evaluate import kinds
 
 
 class _Kind(Processes):
@@ -18,12 +18,12 @@ class _Kind(Processes):
 
     how:
       --output OUT.json  file for the result, which is also printed as a table
-      --batch-size N     images per batch
+      --batch-size N     images per batch (default: 64)
     """
 
     checkpoint: str
     output: str
-    batch_size: int = base.STANDALONE.batch_size
+    batch_size: int | None = None
 
 
 class Suite(_Kind, name="evaluate suite"):

@@ -2,21 +2,11 @@
 
 import abc
 import dataclasses
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from grain_jax.config.keys import key
 from grain_jax.core import errors
-
-
-class Context(typing.NamedTuple):
-    """What an evaluation is told beside its options."""
-
-    batch_size: int = 64  # images at a time
-
-
-STANDALONE = Context()
 
 
 def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
@@ -26,7 +16,7 @@ def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
       default: the value without the flag.
       help: what the option does; also the help of the flag.
       metavar: what the value of the flag is called; "" for a bool.
-      **declared: `low`, `high` and `choices` as in `keys.key`. `name` is the name of the flag, by default the field's.
+      **declared: `low`, `high` and `choices` as in `keys.key`. `name`: of the flag, default the field's.
         `required` says that the flag must be set. `parse` makes the value from a text, or raises ValueError.
     """
     return key(default, help, metavar=metavar, **declared)
@@ -36,8 +26,7 @@ def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
 class Evaluator(abc.ABC):
     """A measurement on a set of images; a subclass has its options as fields, each with a type and a default.
 
-    `faults` is called when a config is parsed, `available` and `check` before a model is loaded or trained,
-    `evaluate` with the model. On several processes all of them are called on every process.
+    `check` is called before a model is trained or loaded, `evaluate` with it; of several processes, on each.
     """
 
     example: ClassVar[str] = ""  # flags of the command, to copy
@@ -47,38 +36,12 @@ class Evaluator(abc.ABC):
     kind: str = key("", "Name of an evaluator of the package, or module:Class.")
     missing: str = key("error", "What missing data does.", choices=("error", "skip"))
     get: str | None = key(None, "How to get the data; shown if it is missing.")
-
-    @classmethod
-    def of_flags(cls, **given: Any) -> typing.Self:
-        """The entry of the flags that a command was given. Raises errors.UserError where they contradict each other."""
-        return cls(**given)
-
-    def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """What the file of the command has beside the result, on top."""
-        return {}
-
-    def keep(self, predictor: Any, result: dict[str, Any]) -> str:
-        """Stores what the command leaves beside the model; returns a line about it, or ""."""
-        del predictor, result
-        return ""
-
-    def faults(self) -> list[str]:
-        """Options that contradict each other, without a look at files: lines that begin with the option."""
-        return []
-
-    def misses(self, model: Any) -> list[str]:
-        """What a model (`config.Model`) lacks for these options: lines that begin with the option."""
-        if not self.needs_regions or model.decoder is not None:
-            return []
-        return [
-            f"kind: got {self.kind}, which needs regions, but model.decoder is None; take out the entry, or set"
-            " alphas=(1.0,) in one of kind=zeroshot"
-        ]
+    batch_size: int = key(64, "Images at a time.", low=1)
 
     @property
-    def needs_regions(self) -> bool:
-        """Whether the model must have a region decoder."""
-        return False
+    def needs(self) -> Sequence[str]:
+        """Parts of a model, "decoder" or "boxes", of which it must have one; () where it need not."""
+        return ()
 
     @property
     def data(self) -> tuple[str | None, ...]:
@@ -90,44 +53,24 @@ class Evaluator(abc.ABC):
         """Paths of small files that the result depends on: the suite measures again where one has changed."""
         return ()
 
-    def available(self) -> tuple[typing.Self, str]:
-        """The entry as far as its data is there.
-
-        Returns: the entry, and a line that says what it does without, or "".
-
-        Raises:
-          errors.MissingData: `missing` is "skip", and the data is not there; one line.
-        """
-        if self.missing == "skip":
-            self.find_data()
-        return self, ""
-
-    def find_data(self) -> None:
-        """Raises errors.MissingData, with one line, where a path of `data` is not there."""
-        paths = [path for path in self.data if path]
-        if self.data and not paths:
-            raise errors.MissingData("no images are named" + (f"; {self.get}" if self.get else ""))
-        absent = [path for path in map(expanduser, paths) if not exists(path)]
-        if absent:
-            raise errors.MissingData(f"{', '.join(absent)}: not there{how_to_get(self.get)}")
+    @property
+    def note(self) -> str:
+        """A line that says what it does without data that may be missing, or ""."""
+        return ""
 
     @abc.abstractmethod
-    def check(self) -> int:
-        """Finds, without a model, whatever would end the evaluation.
+    def check(self, model: Any = None) -> int:
+        """Finds whatever would end the evaluation: options, files, and what `model`, a config.Model, lacks.
 
         Returns: how many images there are.
 
         Raises:
-          errors.UserError: one line a fault.
+          errors.UserError: one line a fault; errors.MissingData where `missing="skip"` may skip the entry.
         """
 
     @abc.abstractmethod
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
-        """Measures.
-
-        Args:
-          predictor: the model: an `inference.Predictor`.
-          context: the batch size.
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
+        """Measures a model, an `inference.Predictor`.
 
         Returns: JSON-ready, the same on every process. Its numbers, also of nested dicts, become metrics; a
           number beside `KEY_low` and `KEY_high` is shown with that interval.
@@ -135,6 +78,21 @@ class Evaluator(abc.ABC):
         Raises:
           errors.UserError: one line a fault.
         """
+
+    def finish(self, predictor: Any, result: dict[str, Any]) -> str:
+        """For the command of this evaluator alone: may add to the result; returns a last line to print."""
+        del predictor, result
+        return ""
+
+
+def find_data(entry: Evaluator) -> None:
+    """Raises errors.MissingData, with one line, where a path of `entry.data` is not there."""
+    paths = [path for path in entry.data if path]
+    if entry.data and not paths:
+        raise errors.MissingData("no images are named" + (f"; {entry.get}" if entry.get else ""))
+    absent = [path for path in map(expanduser, paths) if not exists(path)]
+    if absent:
+        raise errors.MissingData(f"{', '.join(absent)}: not there{how_to_get(entry.get)}")
 
 
 def how_to_get(get: str | None) -> str:

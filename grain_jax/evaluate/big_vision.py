@@ -1,14 +1,14 @@
 """Adapter that lets the evaluators of big_vision use a GRAIN checkpoint.
 
-Put these lines into a config file of big_vision, or run them before its evaluators are created (docs/library.md):
+Put these lines into a config of big_vision, or run them before its evaluators are made (docs/library.md):
 
   from grain_jax.evaluate import big_vision
   big_vision.register()
   config.model_name, config.model, config.model_init = "grain_jax", dict(checkpoint=DIR), DIR
   pp_img, pp_txt = "grain_image('DIR')", "grain_text('DIR')"
 
-Written for commit 0127fb6 of big_vision. Only `register` imports big_vision, and only the two preprocessing ops
-import TensorFlow.
+Written for commit 0127fb6 of big_vision. Only `register` imports big_vision, and only the two preprocessing
+ops import TensorFlow.
 """
 
 import dataclasses
@@ -62,9 +62,9 @@ class Model:
         Args:
           variables: {"params": the parameters}.
           image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
-          text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids, padded
-            by the op of big_vision; or other token ids, padded with -1. A text with an id that the embedding table
-            does not have gets NaN.
+          text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids,
+            padded by the op of big_vision; or other token ids, padded with -1. A text with an id that the
+            embedding table does not have gets NaN.
 
         Returns:
           (zimg [B, D], ztxt [N, D], out): embeddings of unit length, None if the argument is None. `out` has
@@ -89,8 +89,8 @@ class Model:
             missing = tower.context_length - tokens.shape[1]
             tokens = jnp.pad(tokens, ((0, 0), (0, missing)), constant_values=_PADDING)
         real = tokens != _PADDING
-        # With CLIP the end token has the highest id; with other tokenizers it is the last token before the padding, or
-        # the first of its id, which may pad, too.
+        # With CLIP the end token has the highest id; with other tokenizers it is the last token before the
+        # padding, or the first of its id, which may pad, too.
         ends = tokens.argmax(1) if tower.tokenizer == "clip" else real.sum(1) - 1
         if tower.mask_padding and tower.end_id is not None:
             ends = tower.ends(tokens)
@@ -116,12 +116,12 @@ def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict
 
 
 def predict_fn(model: Model) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
-    """The function that the evaluators of big_vision call: ({"params": ...}, {"image" or "labels": ...}) -> `Model`."""
+    """What big_vision's evaluators call: ({"params": ...}, {"image" or "labels": ...}) -> `Model.apply`."""
     return lambda state, batch: model.apply(state, batch.get("image"), batch.get("labels"))
 
 
 def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
-    """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as in `grain_jax.evaluate`."""
+    """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as by our evaluators."""
     size = _stored(checkpoint)[0].image.image_size
 
     def resize(image):
@@ -133,7 +133,7 @@ def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
 
 
 def grain_text(checkpoint: str, inkey: str = "texts", outkey: str = "labels") -> Callable:
-    """Preprocessing op: a string -> int32 [context length] by the tokenizer of the text tower, padded with -1."""
+    """Preprocessing op: a string -> int32 [context length] by the tower's tokenizer, padded with -1."""
     model, folder = _stored(checkpoint)
     library, context = tokenizer.of_tower(model.text, folder), model.text.context_length
 

@@ -1,7 +1,7 @@
 """Classification of given boxes (COCO, LVIS) by the box head, and by the region that overlaps the box most.
 
-The descriptions in the annotations are class names. For comparison, each box is also classified by the embedding of
-the whole image, which shows what regions and boxes add.
+The descriptions in the annotations are class names. For comparison, each box is also classified by the
+embedding of the whole image, which shows what regions and boxes add.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from etils import epy
 
 from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, option
+from grain_jax.evaluate.base import option
 from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, faults_of
 
 with epy.lazy_imports():
@@ -39,36 +39,37 @@ class Boxes(AnnotatedRegions):
         None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
     )
 
-    def misses(self, model: Any) -> list[str]:
-        return [] if model.boxes.kind != "none" else super().misses(model)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return "decoder", "boxes"
 
     @property
     def files(self) -> tuple[str | None, ...]:
         return self.annotations, self.templates, self.classes
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         faults = faults_of(
             lambda: prompts.load_templates(self.templates),
             lambda: self.classes and class_names.read(self.classes),
         )
         config.raise_faults(faults)
-        return super().check()
+        return super().check(model)
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Classifies every box by the box head and by the query that overlaps it most, as the model has them.
 
-        A description stands for the class with that label or name; boxes with other descriptions are left out and
-        counted.
+        A description stands for the class with that label or name; boxes with other descriptions are left out
+        and counted.
 
-        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by three embeddings: `box_head`
-          (of the box), `region` (of the query that overlaps the box most) and `image`. `groups` has the same for each
-          group of the class file. Region queries add three results. `best_iou` is the mean IoU of the box and that
-          query's box, `found` the share of boxes with an IoU of at least boxes.FOUND_IOU. `found_boxes` has the rates
-          for these boxes.
+        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by three embeddings:
+          `box_head` (of the box), `region` (of the query that overlaps the box most) and `image`. `groups`
+          has the same for each group of the class file. Region queries add three results. `best_iou` is the
+          mean IoU of the box and that query's box, `found` the share of boxes with an IoU of at least
+          boxes.FOUND_IOU. `found_boxes` has the rates for these boxes.
         """
         templates = prompts.load_templates(self.templates)
         lines = None if self.classes is None else class_names.read(self.classes)
-        seen = encode_boxes(self, predictor, context)
+        seen = encode_boxes(self, predictor)
         described = seen.described
         lines = lines or [class_names.Line(None, text) for text in described.texts]
         names = [line.name for line in lines]
@@ -76,8 +77,8 @@ class Boxes(AnnotatedRegions):
         use = target >= 0
         if not use.any():
             raise errors.UserError(
-                f"{self.annotations}: got no box that is of one of {len(names)} classes and lies in its image,"
-                " expected descriptions that are class names"
+                f"{self.annotations}: got no box that is of one of {len(names)} classes and lies in its"
+                " image, expected descriptions that are class names"
             )
         target = target[use]
         texts = [prompts.class_texts(name, templates) for name in names]
@@ -147,17 +148,14 @@ class GivenBoxes(NamedTuple):
     nearest: Nearest | None  # None: a model without region queries
 
 
-def encode_boxes(entry: AnnotatedImages, predictor: Any, context: Context) -> GivenBoxes:
-    """The boxes of the annotations that lie in their images, embedded; arguments and errors as in `entry.gather`."""
+def encode_boxes(entry: AnnotatedImages, predictor: Any) -> GivenBoxes:
+    """The annotated boxes that lie in their images, embedded; arguments and errors as in `entry.gather`."""
 
     def boxes_of(record: Any, size: tuple[int, int]) -> np.ndarray:
         return grounding.described_boxes([record], [size]).boxes_xyxy
 
     records, seen, counts = entry.gather(
-        predictor,
-        context,
-        regions=predictor.has_regions,
-        boxes_of=boxes_of if predictor.has_box_head else None,
+        predictor, regions=predictor.has_regions, boxes_of=boxes_of if predictor.has_box_head else None
     )
     described = grounding.described_boxes(records, seen.sizes)
     embeds, nearest = {}, None
@@ -171,7 +169,7 @@ def encode_boxes(entry: AnnotatedImages, predictor: Any, context: Context) -> Gi
 
 
 def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Nearest:
-    """The query with the largest IoU; of equal ones (such as 0, without overlap) the one with the largest GIoU.
+    """The query with the largest IoU; of equal ones (such as 0, without overlap) the largest GIoU.
 
     Args:
       pred_boxes_xyxy: [M, Q, 4], the predicted boxes in the image of each box.

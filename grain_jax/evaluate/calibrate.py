@@ -1,6 +1,6 @@
 """Calibration: from cosines to the probability that a class is present, and thresholds (docs/evaluate.md).
 
-A share of the images fits two numbers, scale and bias, by the log loss of all pairs of image and class. The other images
+A share of the images fits scale and bias by the log loss of all pairs of image and class. The other images
 measure the probabilities: log loss, Brier score and expected calibration error (ECE, 15 bins of equal width).
 """
 
@@ -14,7 +14,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, option
+from grain_jax.evaluate.base import option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -61,25 +61,21 @@ class Calibrate(AnnotatedImages):
     thresholds: str = option("class", "Thresholds with the best F1.", choices=("class", "common"))
     share: float = option(0.5, "Share of the images that fit; the others measure.", "P")
 
-    def faults(self) -> list[str]:
-        expected = "expected a number between 0 and 1"
-        return [] if 0 < self.share < 1 else [f"share: got {self.share}, {expected}"]
-
-    def check(self) -> int:
-        if self.faults():
-            raise errors.UserError(self.faults()[0])
+    def check(self, model: Any = None) -> int:
+        if not 0 < self.share < 1:
+            raise errors.UserError(f"share: got {self.share}, expected a number between 0 and 1")
         prompts.load_templates(self.templates)
-        return super().check() if self.annotations else len(test_sets.ClassFolders(self.images))
+        return super().check(model) if self.annotations else len(test_sets.ClassFolders(self.images))
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Fits and measures each score that the data has: `image`, and with annotations `regions`.
 
-        Returns: counts; `image` and `regions`, each with `before` (the model's own scale and bias) and `after`: their
-          `ece`, `log_loss` and `brier`; `notes`; and `calibration`, the content of the file. A score that is not
-          higher where a class is present has no `after`, and the file has nothing for it.
+        Returns: counts; `image` and `regions`, each with `before` (the model's own scale and bias) and
+          `after`: their `ece`, `log_loss` and `brier`; `notes`; and `calibration`, the content of the file. A
+          score that is not higher where a class is present has no `after`, and the file has nothing for it.
         """
         templates = [] if self.annotations else prompts.load_templates(self.templates)
-        pairs = self._pairs(predictor, context)
+        pairs = self._pairs(predictor)
         encode_all = lambda texts: encode.encode_distinct(predictor, texts)
         text_embeds = calibration.embed_texts(encode_all, pairs.classes, templates)
         model_logits = {  # scale and bias
@@ -90,8 +86,8 @@ class Calibrate(AnnotatedImages):
         right = pairs.present[fits]
         if fits.all() or not right.any() or right.all():
             raise errors.UserError(
-                f"{self.images}: got {fits.sum()} images to fit and {(~fits).sum()} to measure, expected some of each,"
-                " with and without a class; take more images or another --share"
+                f"{self.images}: got {fits.sum()} images to fit and {(~fits).sum()} to measure, expected some"
+                " of each, with and without a class; take more images or another --share"
             )
         without = [pairs.classes[i] for i in np.flatnonzero(right.sum(axis=0) == 0)]
 
@@ -141,15 +137,15 @@ class Calibrate(AnnotatedImages):
             **processes.of_first(measured),
         }
 
-    def _pairs(self, predictor: Any, context: Context) -> Pairs:
+    def _pairs(self, predictor: Any) -> Pairs:
         if not self.annotations:
             folders = test_sets.ClassFolders(self.images)
-            seen = encode.gather_images(predictor, folders, label=self.kind, batch_size=context.batch_size)
+            seen = encode.gather_images(predictor, folders, label=self.kind, batch_size=self.batch_size)
             names = ["/".join(folders.paths[i].parts[-2:]) for i in seen.index]
             present = seen.labels[:, None] == np.arange(len(folders.classes))
             counts = {"images": len(names), **encode.report_unreadable(seen.unreadable)}
             return Pairs(names, folders.classes, present, {"image": seen.image_embed}, counts)
-        records, seen, counts = self.gather(predictor, context, regions=predictor.has_regions)
+        records, seen, counts = self.gather(predictor, regions=predictor.has_regions)
         owner = np.repeat(np.arange(len(records)), [len(x.regions) for x in records])
         every = [region.description for record in records for region in record.regions]
         texts, text = prompts.distinct(every, encode.as_read)
@@ -162,7 +158,8 @@ class Calibrate(AnnotatedImages):
         names = [record.image for record in records]
         return Pairs(names, [texts[i] for i in kept], present[:, kept], embeds, counts)
 
-    def keep(self, predictor: Any, result: dict[str, Any]) -> str:
+    def finish(self, predictor: Any, result: dict[str, Any]) -> str:
+        """Stores the calibration beside the model."""
         content = msgspec.convert(result["calibration"], calibration.Calibration)
         folder, reason = str(predictor.folder), "the model comes with the package"
         if not (content.image or content.regions):
@@ -179,12 +176,12 @@ class Calibrate(AnnotatedImages):
 
 
 def _is_below(name: str, share: float) -> bool:
-    """Whether the hash of a name, a number in [0, 1), is below a share: so an image is always on the same side."""
+    """Whether the hash of a name, in [0, 1), is below a share: so an image is always on the same side."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") < share * 2**48
 
 
 def fit(cosines: np.ndarray, present: np.ndarray) -> tuple[float, float]:
-    """The scale, in [0, MAX_SCALE], and the bias with the smallest log loss; arrays of one shape, `present` bool."""
+    """Scale, at most MAX_SCALE, and bias with the least log loss; arrays of one shape, `present` bool."""
     x, y = cosines.astype(np.float64).ravel(), present.ravel().astype(np.float64)
     middle, width = x.mean(), max(x.std(), 1e-6)
     x = (x - middle) / width

@@ -1,8 +1,8 @@
 """The class names of a dataset for prompts, read from a class file or made from the labels of the dataset.
 
 A class file has one class per line: `name`, `label<TAB>name`, or `label<TAB>name<TAB>group` (box_classes then
-reports accuracies per group). Blank lines and `#` lines are skipped. Each file in `classes/` is named after the
-TFDS set that it describes.
+reports accuracies per group). Blank lines and `#` lines are skipped. Each file in `classes/` is named after
+the TFDS set that it describes.
 """
 
 import re
@@ -62,8 +62,8 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
         names = {line.label: line.name for line in lines}
         if missing := [label for label in labels if label not in names]:
             raise ClassNameError(
-                f"{fault}no name for {len(missing)} of the dataset's {count} labels, the first: {missing[0]!r};"
-                " expected a file of this dataset"
+                f"{fault}no name for {len(missing)} of the dataset's {count} labels, the first:"
+                f" {missing[0]!r}; expected a file of this dataset"
             )
         return [names[label] for label in labels]
     if len(lines) != count:
@@ -81,7 +81,7 @@ def read(classes: str) -> list[Line]:
     """The lines of a class file, at least one; `classes` as in `for_labels`, but not None.
 
     Raises:
-      ClassNameError: no such file, an empty file, a repeated label, or lines with different numbers of columns.
+      ClassNameError: no such file, an empty one, a repeated label, or different numbers of columns.
     """
     path = SHIPPED / f"{classes}.txt"
     if "/" in classes or not path.exists():
@@ -119,10 +119,10 @@ def shipped() -> str:
 def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None:
     """Second names of the classes, by which files of descriptions may call them: the labels without prefix.
 
-    A class with the label `apartment_building/outdoor` is found there by it, whatever its name in prompts is. For
-    a WordNet id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes have that one.
+    A class with the label `apartment_building/outdoor` is found there by it, whatever its name. For a WordNet
+    id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes have it.
 
-    Arguments as of `for_labels`, which has accepted them. Returns None where neither dataset nor file has labels.
+    Arguments as of `for_labels`, which has accepted them. None where neither dataset nor file has labels.
     """
     known = _texts(labels)
     if known is None and classes is not None:
@@ -140,8 +140,8 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
 def readable(label: str) -> str:
     """A name made from a label: `apple_pie` -> "apple pie", `/a/apse/indoor` -> "indoor apse".
 
-    The parts of a label between `/` are put in reverse order; in a label with spaces, `/` becomes `-` instead. No
-    name keeps a `/`, because inference/prompts.py reads it as PARENT/CLASS.
+    The parts of a label between `/` are put in reverse order; in a label with spaces, `/` becomes `-`
+    instead. No name keeps a `/`, because inference/prompts.py reads it as PARENT/CLASS.
     """
     if " " in (stem := _stem(label)):
         return stem.replace("/", "-")

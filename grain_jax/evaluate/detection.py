@@ -1,7 +1,7 @@
 """Detection by COCO's rules: average precision (AP) and recall (AR) on files of COCO, LVIS or Objects365.
 
-A detection is a pair of a box and a class, with the score of `Predictor.detect`. A proposal multiplies it by its own
-score. The library faster-coco-eval counts.
+A detection is a pair of a box and a class, with the score of `Predictor.detect`. A proposal multiplies it by
+its own score. The library faster-coco-eval counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, Evaluator, expanduser, option
+from grain_jax.evaluate.base import Evaluator, expanduser, option
 
 with epy.lazy_imports():
     import numpy as np
@@ -109,8 +109,8 @@ class Detection(Evaluator):
         return self.annotations, self.templates, self.seen, self.proposals
 
     @property
-    def needs_regions(self) -> bool:
-        return self.proposals is None
+    def needs(self) -> Sequence[str]:
+        return ("decoder",) if self.proposals is None else ()
 
     def read(self) -> Dataset:
         """The files. Raises errors.UserError: a file or folder is missing, or is not what it should be."""
@@ -123,8 +123,8 @@ class Detection(Evaluator):
         for i, x in enumerate(content.annotations):
             if x.image_id not in images or x.category_id not in known:
                 raise errors.UserError(
-                    f"{path}: annotations[{i}]: got image_id {x.image_id} and category_id {x.category_id}, expected"
-                    " an image and a category of the file"
+                    f"{path}: annotations[{i}]: got image_id {x.image_id} and category_id {x.category_id},"
+                    " expected an image and a category of the file"
                 )
         if all(x.iscrowd for x in content.annotations):
             raise errors.UserError(f"{path}: got no annotation, expected boxes to detect")
@@ -138,19 +138,19 @@ class Detection(Evaluator):
             None if self.proposals is None else _proposals(expanduser(self.proposals), images),
         )
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         if importlib.util.find_spec("faster_coco_eval") is None:
             raise errors.UserError("detection: needs faster-coco-eval: pip install 'grain_jax[detection]'")
         prompts.load_templates(self.templates)
         return len(self.read().images)
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Detects all classes in every image and compares the detections with the annotations.
 
         An image has at most 100 detections, the pairs of box and class with the highest scores; 300 in LVIS.
 
         Returns: counts and the numbers of `means`, for all classes on top and for `seen` and `unseen`; for
-          LVIS also for `rare`, `common` and `frequent`; and `per_class`, the AP. A group without boxes is left out.
+          LVIS also `rare`, `common`, `frequent`; and `per_class`, the AP. A group without boxes is left out.
         """
         dataset, templates = self.read(), prompts.load_templates(self.templates)
         if dataset.proposals is None:
@@ -164,7 +164,7 @@ class Detection(Evaluator):
             encode.resizing(predictor),
             lambda batch: _detect(predictor, batch, dataset, features),
             label=self.kind,
-            batch_size=context.batch_size,
+            batch_size=self.batch_size,
         )
         return {
             "kind": self.kind,
@@ -185,8 +185,8 @@ def _paths(folder: epath.Path, images: Sequence[_Image]) -> list[epath.Path]:
         if any(path.is_file() for path in paths):  # usually the first
             return paths
     raise errors.UserError(
-        f"{folder}: none of the {len(names)} images of the annotations is there, the first: {names[:1]}; expected the"
-        " folder that these names start from"
+        f"{folder}: none of the {len(names)} images of the annotations is there, the first: {names[:1]};"
+        " expected the folder that these names start from"
     )
 
 
@@ -196,8 +196,8 @@ def _is_seen(path: str, names: Sequence[str]) -> np.ndarray:
     classes, seen = [*map(normal, names)], {normal(x.name) for x in class_names.read(path)}
     if other := sorted(seen.difference(classes)):
         raise errors.UserError(
-            f"{path}: got {len(other)} names that no class has, the first: {other[0]!r}; expected names of the"
-            f" annotations, such as {names[0]!r}"
+            f"{path}: got {len(other)} names that no class has, the first: {other[0]!r}; expected names of"
+            f" the annotations, such as {names[0]!r}"
         )
     return np.array([name in seen for name in classes], bool)
 
@@ -216,7 +216,7 @@ def _proposals(path: str, images: set[int]) -> Mapping[int, list[_Object]]:
 def _detect(
     predictor: Any, batch: encode.Batch, dataset: Dataset, features: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The best pairs of box and class: image and category (positions), score and bbox; per image how many boxes."""
+    """The best pairs of box and class: image and category (positions), score, bbox; boxes per image."""
     images = [dataset.images[i] for i in batch.index]
     sizes = [(x.width or w, x.height or h) * 2 for x, (w, h) in zip(images, batch.sizes.tolist())]
     if dataset.proposals is None:
@@ -277,15 +277,15 @@ def _numbers(dataset: Dataset, arrays: Mapping[str, np.ndarray]) -> dict[str, An
 def curves(
     truth: Mapping[str, Any], detections: Sequence[Any], limits: Sequence[int] = LIMITS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compares detections with the truth. With LVIS_LIMITS as LVIS does: a class is annotated in some images only.
+    """Compares detections with the truth; with LVIS_LIMITS as LVIS: some images alone have a class's boxes.
 
     Args:
       truth: `images`, `annotations` and `categories` in COCO's or LVIS's form.
       detections: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels) and `score`; may be none.
       limits: of detections per image and class, M numbers: LIMITS or LVIS_LIMITS.
 
-    Returns: precision float64 [10 IoUs from 0.5 to 0.95, 101 recalls, K, 4 sizes, M] and recall [10, K, 4, M]. The
-      K classes have the order of their ids; those without boxes have -1.
+    Returns: precision float64 [10 IoUs from 0.5 to 0.95, 101 recalls, K, 4 sizes, M] and recall [10, K, 4,
+      M]. The K classes have the order of their ids; those without boxes have -1.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -310,7 +310,7 @@ def curves(
 
 
 def means(precision: np.ndarray, recall: np.ndarray, limits: Sequence[int] = LIMITS) -> dict[str, float]:
-    """The means of `curves` of classes, one of them with a box: `ap`, `ap50`, `ap75`, `ar1`, `ar10`, `ar100`."""
+    """The means of `curves` of classes, one of them with a box: `ap`, `ap50`, `ap75`, `ar1` and so on."""
     ap = precision[:, :, :, 0, -1]
     parts = {"ap": ap, "ap50": ap[0], "ap75": ap[5]}
     parts |= {f"ar{k}": recall[:, :, 0, i] for i, k in enumerate(limits)}

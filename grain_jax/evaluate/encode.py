@@ -1,4 +1,4 @@
-"""The loop that all evaluations share: images in batches through a function, on all processes, and the joined results."""
+"""The loop of all evaluators: images in batches through a function, on all processes, results joined."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ from grain_jax.runtime import processes
 BATCH_SIZE = 64
 # Advice of the error message when memory runs out.
 SMALLER = (
-    "run grain_jax.evaluate on a checkpoint, where no optimiser state is in memory, with a smaller --batch-size;"
-    f" or {errors.MORE_MEMORY}"
+    "run grain_jax.evaluate on a checkpoint, where no optimiser state is in memory, with a smaller"
+    f" --batch-size; or {errors.MORE_MEMORY}"
 )
 _THREADS = 8  # that read images; decoding releases the lock of the Python interpreter
 _NAMED_IMAGES = 20  # unreadable images that a result lists, at most
@@ -75,13 +75,13 @@ def over_images(
 
     Args:
       images: a test set, images of one, or the paths of images.
-      prepare: (position in the whole set, image) -> its `pixels` in the batch. An ImageError leaves the image out.
+      prepare: (position in the set, image) -> its `pixels` in the batch. An ImageError leaves the image out.
       function: a batch -> arrays by name, of any length.
       label: the name of the set in the progress line.
       batch_size: images at a time.
 
-    Returns: the arrays of all batches, in the order of the images, the same on every process; and name -> reason for
-      each image that was left out.
+    Returns: the arrays of all batches, in the order of the images, the same on every process; and name ->
+      reason for each image that was left out.
 
     Raises:
       InputError: no image could be read, or the files of a test set are damaged.
@@ -154,7 +154,7 @@ def embed(
     boxes_of: BoxesOf | None = None,
     predicted_boxes: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `Encoded` for a batch. Raises inference.InputError if the model gives numbers that are not finite."""
+    """The arrays of `Encoded` for a batch. Raises inference.InputError if numbers are not finite."""
     if regions:
         image_embed, (boxes_xyxy, region_embed) = predictor.encode_image_and_regions(batch.pixels)
     else:

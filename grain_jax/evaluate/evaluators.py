@@ -1,22 +1,21 @@
 """What evaluators of one kind of data share: images with classes, and images with annotations.
 
-A config imports the module of each of its evaluators, so these load JAX, numpy and TensorFlow when they measure.
-docs/evaluate.md describes the protocols and the results. In docstrings N_low and N_high stand for the 95% interval of
-a number N.
+A config imports the module of each of its evaluators, so these load JAX, numpy and TensorFlow when they
+measure. docs/evaluate.md describes the protocols and the results. In docstrings N_low and N_high stand for
+the 95% interval of a number N.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import Context, Evaluator, exists, expanduser, key, option
+from grain_jax.evaluate.base import Evaluator, exists, expanduser, key, option
 
 with epy.lazy_imports():
     from etils import epath
@@ -29,7 +28,7 @@ with epy.lazy_imports():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages(Evaluator):
-    """Base of the evaluators on images with classes: class folders, or a dataset of TensorFlow Datasets (TFDS)."""
+    """Base of the evaluators on images with classes: class folders, or a TensorFlow Dataset (TFDS)."""
 
     images: str = option("", "Folder with one sub-folder of images per class.", "DIR", required=True)
     tfds: str | None = key(None, "A TFDS dataset instead of images: name or name/config:version.")
@@ -39,24 +38,13 @@ class LabelledImages(Evaluator):
         None, "File of class names, or a name in grain_jax/evaluate/classes; None: the dataset's."
     )
 
-    def faults(self) -> list[str]:
-        if self.tfds is None or not self.images:
-            return []
-        return [f"tfds: got {self.tfds!r} with images={self.images!r}, expected one of the two"]
-
     @property
     def data(self) -> tuple[str | None, ...]:
-        return (self.images,)
+        return (self.images,) if self.tfds is None else ()
 
     @property
     def files(self) -> tuple[str | None, ...]:
         return (self.classes,)
-
-    def find_data(self) -> None:
-        if self.tfds is None:
-            super().find_data()
-        else:
-            test_sets.find_tfds(self.tfds, self.data_dir, self.get)
 
     def open(self) -> test_sets.TestSet:
         """The test set; raises the errors of test_sets.ClassFolders or test_sets.TfdsSet."""
@@ -66,9 +54,15 @@ class LabelledImages(Evaluator):
         """Class folders, or another split of the TFDS dataset, with the same options; raises as `open`."""
         if self.tfds is None:
             return test_sets.ClassFolders(folder, self.classes, self.get)
+        if self.images:
+            raise errors.UserError(
+                f"tfds: got {self.tfds!r} with images={self.images!r}, expected one of the two"
+            )
+        if self.missing == "skip":
+            test_sets.find_tfds(self.tfds, self.data_dir, self.get)
         return test_sets.TfdsSet(self.tfds, split, self.data_dir, self.classes, self.get)
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         return len(self.open())
 
 
@@ -110,7 +104,7 @@ class AnnotatedImages(Evaluator):
         return (self.annotations,)
 
     def usable(self, record: Any) -> Any:
-        """Whether the evaluation can use an annotation (core.annotations.Annotation); here those with a region."""
+        """Whether the evaluation can use a core.annotations.Annotation; here those with a region."""
         return record.regions
 
     def read(self) -> Annotated:
@@ -135,18 +129,17 @@ class AnnotatedImages(Evaluator):
     def gather(
         self,
         predictor: Any,
-        context: Context,
         *,
         regions: bool,
         boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None,
         predicted_boxes: bool = False,
     ) -> Gathered:
-        """The usable annotations whose image can be read, and these images encoded; raises as `read` and `encode`.
+        """The usable annotations whose image can be read, and the images encoded; raises as `read`, `encode`.
 
         Args:
-          predictor, context: as for `evaluate`.
+          predictor: as for `evaluate`.
           regions: whether region embeddings are computed too.
-          boxes_of: (annotation, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1], which are embedded too.
+          boxes_of: (annotation, (width, height) in pixels) -> boxes to embed too, xyxy [n, 4] in [0, 1].
           predicted_boxes: whether the box head embeds the boxes of the regions instead.
         """
         annotated = self.read()
@@ -157,7 +150,7 @@ class AnnotatedImages(Evaluator):
             regions=regions,
             boxes_of=boxes_of and (lambda i, size: boxes_of(annotated.records[i], size)),
             predicted_boxes=predicted_boxes,
-            batch_size=context.batch_size,
+            batch_size=self.batch_size,
         )
         counts = {
             "kind": self.kind,
@@ -168,13 +161,13 @@ class AnnotatedImages(Evaluator):
         }
         return Gathered([annotated.records[i] for i in seen.index], seen, counts)
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         annotated = self.read()
         _report_left_out(str(self.annotations), annotated.read)
         if not any(path.exists() for path in annotated.paths):  # usually the first exists
             raise errors.UserError(
-                f"{self.images}: none of the {len(annotated.paths)} images of {self.annotations} is there; the first:"
-                f" {annotated.paths[0]}; expected the folder that the annotations' paths start from"
+                f"{self.images}: none of the {len(annotated.paths)} images of {self.annotations} is there;"
+                f" the first: {annotated.paths[0]}; expected the folder that the annotations' paths start from"
             )
         return len(annotated.records)
 
@@ -184,8 +177,8 @@ class AnnotatedRegions(AnnotatedImages):
     """Base of the evaluators that compare annotated boxes with the regions of the model."""
 
     @property
-    def needs_regions(self) -> bool:
-        return True
+    def needs(self) -> tuple[str, ...]:
+        return ("decoder",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,17 +192,22 @@ class WithPrompts(Evaluator):
         None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
     )
 
-    def available(self) -> tuple[typing.Self, str]:
-        super().available()
+    @property
+    def described_by(self) -> str | None:
+        """The file of descriptions; None where it is missing and may be."""
+        may_miss = self.missing == "skip" and self.descriptions is not None
+        return None if may_miss and not exists(expanduser(self.descriptions or "")) else self.descriptions
+
+    @property
+    def note(self) -> str:
+        if self.descriptions == self.described_by:
+            return ""
         path = expanduser(self.descriptions or "")
-        if self.missing != "skip" or not self.descriptions or exists(path):
-            return self, ""
-        line = f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
-        return dataclasses.replace(self, descriptions=None), line
+        return f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
 
 
 def _report_left_out(path: str, read: Any) -> None:
-    """Prints on stderr, on the first process, the faulty lines and the unknown keys of a file of annotations."""
+    """Prints on stderr, on the first process, the faulty lines and unknown keys of a file of annotations."""
     if processes.process_info()[0]:
         return
     lines = list(read.faults)

@@ -1,15 +1,15 @@
 """Evaluation of regions: box IoU, Acc@0.5, region-to-description R@1, phrase grounding.
 
-Queries are matched to the described boxes of an image by the matching cost of training (`matching`). Its weights are
-always the paper's, 5 (L1) and 2 (GIoU), so that runs with other weights can be compared. If an image has more
-boxes than the model has queries, the boxes with the highest scores are used, as in training.
+Queries are matched to the described boxes of an image by the matching cost of training (`matching`). Its
+weights are always the paper's, 5 (L1) and 2 (GIoU), so that runs with other weights can be compared. If an
+image has more boxes than the model has queries, the boxes with the highest scores are used, as in training.
 
-Every entry of `phrases` in A.jsonl is one phrase with its own boxes; equal phrases of one image are not merged. Without
-that key, each described box is one phrase. A phrase is found if the IoU of the best-scoring query and the box of the
-phrase is at least 0.5 (`boxes.FOUND_IOU`). This is the protocol of RefCOCO, whose sentences have the box of
-one object (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the two
-protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py). "Any box" takes the largest IoU with one of
-the boxes, "merged boxes" the IoU with the smallest box around all of them.
+Every entry of `phrases` in A.jsonl is one phrase with its own boxes; equal phrases of an image stay two.
+Without that key, each described box is one phrase. A phrase is found if the IoU of the best-scoring query and
+its box is at least 0.5 (`boxes.FOUND_IOU`). This is the protocol of RefCOCO, whose sentences have the box of
+one object (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the
+two protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py). "Any box" takes the largest
+IoU with one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context
 from grain_jax.evaluate.evaluators import AnnotatedRegions
 
 with epy.lazy_imports():
@@ -44,26 +43,24 @@ class Grounding(AnnotatedRegions):
 
     kind: str = "grounding"
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Compares predicted regions with the described boxes of each image.
 
         Returns: counts, and (95% intervals of shares: `_low`, `_high`)
           `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
           `chance_box_iou`: the same, with boxes of other images in place of the predicted ones;
-          `region_to_description_r1`: share of matched regions whose own description is the nearest of all distinct
-            descriptions of the file; `chance_region_to_description_r1`;
+          `region_to_description_r1`: share of matched regions whose own description is the nearest of all
+            distinct descriptions of the file; `chance_region_to_description_r1`;
           `phrases`: number of phrases; if it is 0, the keys below are left out;
-          `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the phrase, and the
-            share with IoU >= 0.5; with several boxes, the largest IoU;
+          `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the
+            phrase, and the share with IoU >= 0.5; with several boxes, the largest IoU;
           `chance_phrase_iou`, `chance_phrase_acc50`: the same for a query chosen at random;
-          `phrase_acc50_other_image`: the same for the answer in another image, half of the images away: what is right
-            because things lie where they often lie;
+          `phrase_acc50_other_image`: the same for the answer in another image, half of the images away: what
+            is right because things lie where they often lie;
           if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases, and the rates
-            `phrase_acc50_any_box`, `phrase_iou_merged_box` and `phrase_acc50_merged_box` with their `chance_`.
+            `phrase_acc50_any_box`, `phrase_iou_merged_box`, `phrase_acc50_merged_box` with `chance_`.
         """
-        records, seen, counts = self.gather(
-            predictor, context, regions=True, predicted_boxes=predictor.has_box_head
-        )
+        records, seen, counts = self.gather(predictor, regions=True, predicted_boxes=predictor.has_box_head)
         pred_boxes_xyxy, region_embed = seen.regions
         described = described_boxes(records, seen.sizes)
         if not len(described.image):
@@ -104,7 +101,7 @@ def _of_phrases(seen: encode.Encoded, described: Described, text_embed: np.ndarr
     true_xyxy = described.boxes_xyxy[members]
 
     def any_box_and_share(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of the queries of each phrase's image [P, Q]: the best IoU with its boxes, and the chance to be the answer."""
+        """Of the queries of each phrase's image [P, Q]: best IoU with its boxes, chance to be the answer."""
         similarity = np.einsum("pqd,pd->pq", scores.unit(embeds[images]), text_embed[text])
         best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
         each = _iou(np.repeat(boxes_xyxy[images], counts, axis=0), true_xyxy[:, None])  # [K, Q]
@@ -128,7 +125,7 @@ def _of_phrases(seen: encode.Encoded, described: Described, text_embed: np.ndarr
 
 
 def _of_protocol(name: str, overlap: np.ndarray, share: np.ndarray) -> dict[str, float]:
-    """Rates of `overlap` [P, Q], the IoU of query and right box; `share` [P, Q] is the chance of each query."""
+    """Rates of `overlap` [P, Q], the IoU of query and right box; `share` [P, Q]: the chance of a query."""
     hits = overlap >= boxes.FOUND_IOU
     return {
         f"phrase_iou{name}": float((share * overlap).sum(axis=1).mean()),
@@ -161,7 +158,7 @@ class Described(NamedTuple):
 
 
 def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, np.ndarray]:
-    """Matches pred_boxes_xyxy [N, Q, 4] to the described boxes; also returns the texts of matched boxes, int [n]."""
+    """Matches pred_boxes_xyxy [N, Q, 4] to the described boxes; also the texts of matched boxes, int [n]."""
     count, queries = pred_boxes_xyxy.shape[:2]
     true_boxes_xyxy = np.zeros((count, queries, 4), np.float32)
     text = np.zeros((count, queries), int)
@@ -189,7 +186,7 @@ def _iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
 def described_boxes(
     records: Sequence[annotations_lib.Annotation], sizes: np.ndarray | Sequence[tuple[int, int]]
 ) -> Described:
-    """The described boxes and the phrases of N images; `sizes` int [N, 2], their widths and heights in pixels."""
+    """The described boxes and phrases of N images; `sizes` int [N, 2], widths and heights in pixels."""
     rows, phrases, outside = [], [], 0
     for i, (record, size) in enumerate(zip(records, np.asarray(sizes).tolist())):
         box_of: dict[int, int] = {}  # position of a region in the record -> position of its box
@@ -213,7 +210,7 @@ def described_boxes(
 
 
 def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray:
-    """For each image as many boxes as there are queries, drawn from the described boxes of the other images."""
+    """For each image as many boxes as queries, drawn from the described boxes of the other images."""
     random = np.random.default_rng(_SEED)
     count, queries, _ = shape
     first = np.searchsorted(described.image, np.arange(count + 1))

@@ -1,6 +1,6 @@
 """Is the right description of a box nearer to it than its hard negatives?
 
-The protocol is FG-OVD's (Bianchi et al., CVPR 2024, "The Devil is in the Fine-Grained Details"), with given boxes. Each
+The protocol is FG-OVD's (Bianchi et al., CVPR 2024, "The Devil is in the Fine-Grained Details"). Each given
 box is compared with its description and its first N negatives; boxes with fewer are left out. The rank of the
 description is 1 + the number of negatives whose score is at least its own (but for `rates.TIE`), as in
 lorebianchi98/FG-OVD, evaluation/ranks.py. There detectors find the boxes, and a missed box has the last rank.
@@ -14,7 +14,7 @@ from typing import Any
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, option
+from grain_jax.evaluate.base import option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -43,14 +43,14 @@ class HardNegatives(AnnotatedImages):
     def usable(self, record: annotations_lib.Annotation) -> bool:
         return any(len(region.negatives) >= self.negatives for region in record.regions)
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Compares every annotated box with its description and its negatives.
 
-        Returns: counts; `chance`, `chance_mean_rank`; and by the embeddings `box_head`, `region` and `image`, as in
-          `box_classes`: `top1`, the share of boxes whose description is the best of the N + 1 texts, with a 95% interval;
-          `mean_rank` and `median_rank`. Rank 1 is best; ties count as lost.
+        Returns: counts; `chance`, `chance_mean_rank`; and by the embeddings `box_head`, `region` and `image`,
+          as in `box_classes`: `top1`, the share of boxes whose description is the best of the N + 1 texts,
+          with a 95% interval; `mean_rank` and `median_rank`. Rank 1 is best; ties count as lost.
         """
-        seen = box_classes.encode_boxes(self, predictor, context)
+        seen = box_classes.encode_boxes(self, predictor)
         described = seen.described
         regions = (
             seen.records[image].regions[region] for image, region in zip(described.image, described.region)
@@ -78,7 +78,7 @@ class HardNegatives(AnnotatedImages):
 
 
 def _ranks(boxes: np.ndarray, text_embed: np.ndarray, text: np.ndarray) -> dict[str, float]:
-    """The numbers of boxes [n, D] with the texts `text` [n, 1 + N], the description first; text_embed [T, D]."""
+    """The numbers of boxes [n, D] with texts `text` [n, 1 + N], the description first; text_embed [T, D]."""
     cosines = np.stack([text_embed[of_box] @ box for of_box, box in zip(text, boxes)])
     rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
     return {

@@ -1,7 +1,7 @@
 """The evaluators by name, and how an entry of `evals` in a config becomes an evaluator.
 
-An entry is `dict(kind="zeroshot", ...)`: the kind names a class, and the other keys are the options of that class. A
-kind is one of `KINDS`, or `module:Class` of a module that Python finds (examples/evaluator has one).
+An entry is `dict(kind="zeroshot", ...)`: the kind names a class, and the other keys are the options of that
+class. A kind is one of `KINDS`, or `module:Class` of a module that Python finds (examples/evaluator has one).
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from grain_jax.config.keys import OpenGroup, key
 from grain_jax.core import errors, named
 from grain_jax.evaluate.base import Evaluator
 
-# Each class holds its options, its flags, its rows of the table and its measurement. A config imports it, so it imports
-# the libraries that compute only when it measures.
+# Each class holds its options, its flags, its rows of the table and its measurement. A config imports it, so
+# it imports the libraries that compute only when it measures.
 KINDS = {
     "zeroshot": "grain_jax.evaluate.zeroshot:ZeroShot",
     "linear_probe": "grain_jax.evaluate.linear_probe:LinearProbe",
@@ -60,15 +60,13 @@ def from_entry(entry: Any, path: str = "evaluator") -> Evaluator:
     if not isinstance(kind, str):
         known = ", ".join(KINDS)
         raise config_lib.ConfigError(
-            f"{path}: got {kind if kind else entry!r}, expected a group with kind: one of {known}, or module:Class"
+            f"{path}: got {kind or entry!r}, expected a group with kind: one of {known}, or module:Class"
         )
     try:
         cls = find(kind)
     except errors.UserError as error:
         raise config_lib.ConfigError(f"{path}.kind: {error}") from None
-    evaluator = config_lib.build(cls, entry, path)
-    config_lib.raise_faults([f"{path}.{fault}" for fault in evaluator.faults()])
-    return evaluator
+    return config_lib.build(cls, entry, path)
 
 
 def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
@@ -81,7 +79,13 @@ def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = No
     Raises:
       ConfigError: an entry is wrong, or needs what the model lacks; a line for each fault.
     """
-    evaluators, faults = {}, []
+    evaluators, faults, has = {}, [], set()
+    if model is not None:
+        has = {
+            name
+            for name, there in (("decoder", model.decoder), ("boxes", model.boxes.kind != "none"))
+            if there
+        }
     for name, entry in entries.items():
         path = f"evals.{name}"
         try:
@@ -90,8 +94,12 @@ def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = No
         except errors.UserError as error:
             faults += str(error).splitlines()
             continue
-        if model is not None:
-            faults += [f"{path}.{line}" for line in evaluators[name].misses(model)]
+        needs = evaluators[name].needs
+        if model is not None and needs and not has.intersection(needs):
+            faults.append(
+                f"{path}.kind: got {evaluators[name].kind}, which needs regions, but model.decoder is None;"
+                " take out the entry, or set alphas=(1.0,) in one of kind=zeroshot"
+            )
     config_lib.raise_faults(faults)
     return evaluators
 
@@ -102,7 +110,7 @@ def suite_from_dict(value: Any) -> dict[str, Evaluator]:
 
 
 def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:
-    """An entry for `evals` of a config file, with all options of its kind, so that the command line can set them.
+    """An entry for `evals` of a config file, with all options, so that the command line can set them.
 
     Args:
       kind: one of KINDS, or `module:Class`.

@@ -1,13 +1,13 @@
 """Linear probe: how well a logistic regression on image embeddings classifies.
 
-The protocol is CLIP's (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-appendix A.3). It is scikit-learn's L-BFGS logistic regression with at most 1000 iterations. The strength of the L2
-penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of two decades. Then it is
-searched around the best value with a step that is halved four times (8 steps per decade). The final fit uses the
-validation part too.
+The protocol is CLIP's (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
+Supervision", appendix A.3). It is scikit-learn's L-BFGS logistic regression with at most 1000 iterations. The
+strength of the L2 penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of
+two decades. Then it is searched around the best value with a step that is halved four times (8 steps per
+decade). The final fit uses the validation part too.
 
-The features are image embeddings after the projection, with unit length, as in the README of openai/CLIP. The tables of
-the CLIP paper use the features before the projection.
+The features are image embeddings after the projection, with unit length, as in the README of openai/CLIP. The
+tables of the CLIP paper use the features before the projection.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, expanduser, option
+from grain_jax.evaluate.base import expanduser, option
 from grain_jax.evaluate.evaluators import LabelledImages
 
 with epy.lazy_imports():
@@ -63,7 +63,7 @@ class LinearProbe(LabelledImages):
             raise errors.UserError(f"train: got {train}, which are the test's images, {expected}")
         return self.open_other(train, train)
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         if importlib.util.find_spec("sklearn") is None:
             raise errors.UserError("linear_probe: needs scikit-learn: pip install 'grain_jax[probe]'")
         test, train = self.open(), self.open_train()
@@ -72,21 +72,19 @@ class LinearProbe(LabelledImages):
             raise errors.UserError(f"train: got other classes than the test's; only in one of them: {others}")
         return len(test) + (len(train) if train else 0)
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
-        """Fits on the embeddings of training images and classifies the test images; each image is encoded once.
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
+        """Fits on embeddings of training images and classifies the test images; each is encoded once.
 
-        Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed) for training
-        and the rest for the test.
+        Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed)
+        for training and the rest for the test.
 
-        Returns: counts, `chance`, `chance_top5` and the rates of `rates.of_classes`; `C` and its `validation_top1`; and
-          `converged`, False if the final fit stopped at MAX_ITERATIONS.
+        Returns: counts, `chance`, `chance_top5` and the rates of `rates.of_classes`; `C` and its
+          `validation_top1`; and `converged`, False if the final fit stopped at MAX_ITERATIONS.
         """
         unreadable: dict[str, str] = {}
 
         def encoded(images: test_sets.TestSet) -> Data:
-            seen = encode.gather_images(
-                predictor, images, label="linear probe", batch_size=context.batch_size
-            )
+            seen = encode.gather_images(predictor, images, label="linear probe", batch_size=self.batch_size)
             unreadable.update(seen.unreadable)
             if seen.labels.min() < 0:
                 raise errors.UserError("the set has images without a label, expected another split")
@@ -126,7 +124,7 @@ class Data(NamedTuple):
 def fit(learnt: Data, validation: Data, final: Data) -> tuple[Any, float]:
     """scikit-learn's regression on `final`, with the C whose regression on `learnt` is best on `validation`.
 
-    The best C has the highest accuracy, which is returned too; ties go to the lowest log loss, then to the smallest C.
+    The best C has the highest accuracy, returned too; ties go to the lowest log loss, then the smallest C.
     """
     from scipy import special  # slow to import
 
@@ -175,7 +173,7 @@ def _probe(learnt: Data, tested: Data, classes: list[str]) -> dict[str, Any]:
 
 
 def _hits(scores: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:
-    """`rates.topk_hits` of logits [N, C], which are float64 and of any size: they tie relative to an image's largest."""
+    """`rates.topk_hits` of float64 logits [N, C] of any size: they tie relative to an image's largest."""
     largest = np.abs(scores, where=np.isfinite(scores), out=np.zeros_like(scores)).max(axis=1)
     return rates.topk_hits(scores, label, k, tie=_TIE * largest[:, None])
 

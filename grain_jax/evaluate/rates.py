@@ -17,8 +17,8 @@ def topk_hits(scores: np.ndarray, right: np.ndarray, k: int, tie: float | np.nda
 
     So a model that gives every class the same score has the accuracy of chance, in any order of the classes.
 
-    Equal scores differ by rounding, because BLAS sums each product in another order. Cosines in float32 and their means
-    differ by up to 2.4e-7 (two units in the last place of 1); training counts differences up to TIE as equal. Each score
+    Equal scores differ by rounding: BLAS sums each product in another order. Float32 cosines and their means
+    differ by up to 2.4e-7 (two units in the last place of 1); training counts up to TIE as equal. Each score
     is compared with the best right one alone, so that no chain of small steps makes far scores equal.
 
     Args:
@@ -41,7 +41,7 @@ def topk_hits(scores: np.ndarray, right: np.ndarray, k: int, tie: float | np.nda
 def nearest_hits(
     embed: np.ndarray, candidates: np.ndarray, right: np.ndarray, ks: Sequence[int] = (1, 5)
 ) -> list[np.ndarray]:
-    """For each k `topk_hits` by the dot products of `embed` [N, D] and `candidates` [C, D]; `right` as there."""
+    """For each k `topk_hits` by dot products of `embed` [N, D] and `candidates` [C, D]; `right` as there."""
 
     def hits(part: np.ndarray, right: np.ndarray) -> list[np.ndarray]:
         similarity = part @ candidates.T
@@ -57,7 +57,7 @@ def chance_of_topk(right: np.ndarray, k: int) -> np.ndarray:
 
 
 def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The chance that `draws` draws without replacement include a right one (hypergeometric); arguments int [N]."""
+    """The chance that draws without replacement include a right one (hypergeometric); arguments int [N]."""
     draws = np.clip(draws, 0, right + wrong)
     return 1.0 - np.asarray(special.comb(wrong, draws)) / special.comb(right + wrong, draws)
 
@@ -87,9 +87,9 @@ def mean_rate(name: str, shares: np.ndarray, counts: np.ndarray) -> dict[str, fl
     """The mean over the classes of their shares of right answers under `name`, with a 95% interval.
 
     The shares are independent, so the variance of the mean is the sum of p (1 - p) / n over the classes,
-    divided by C^2. With one p for all classes that is the variance of a share among C^2 / (sum of 1/n) answers, whose
-    Wilson interval is returned. If p differs between classes, the interval is wider than needed, and never too narrow
-    for equal n.
+    divided by C^2. With one p for all classes that is the variance of a share among C^2 / (sum of 1/n)
+    answers, whose Wilson interval is returned. If p differs between classes, the interval is wider than
+    needed, and never too narrow for equal n.
 
     Args:
       name: key of the number.
@@ -127,8 +127,8 @@ def of_classes(
       target: int [N], the right classes.
       classes: C names.
 
-    Returns: `top1`, `top5`, `mean_per_class` (of top-1), each with `_low` and `_high`, and `per_class`: name ->
-      top-1.
+    Returns: `top1`, `top5`, `mean_per_class` (of top-1), each with `_low` and `_high`, and `per_class`: name
+      -> top-1.
     """
     counts = np.bincount(target, minlength=len(classes))
     there = np.flatnonzero(counts)

@@ -1,7 +1,7 @@
-"""Retrieval between images and captions, in both directions: R@1, R@5, R@10 (Flickr30k, MS-COCO, or any A.jsonl).
+"""Retrieval between images and captions, both ways: R@1, R@5, R@10 (Flickr30k, MS-COCO, any A.jsonl).
 
-Every caption of an image is a query. The candidate texts are the distinct captions; if several images have the same
-caption, each of them is a right answer to it.
+Every caption of an image is a query. The candidate texts are the distinct captions; if several images have
+the same caption, each of them is a right answer to it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 from etils import epy
 
-from grain_jax.evaluate.base import STANDALONE, Context
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -35,17 +34,17 @@ class Retrieval(AnnotatedImages):
     def usable(self, record: annotations_lib.Annotation) -> Any:
         return record.captions or record.synthetic_caption
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Ranks all distinct captions for each image, and all images for each caption.
 
-        An image without a web caption has its synthetic one instead, and one without either is left out; both are
+        An image without a web caption has its synthetic one, and one without either is left out; both are
         counted. Two captions are equal where they are equal after the tokenizer's cleaning and lower-casing.
 
-        Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer among
-          the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count as if
-          broken at random.
+        Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer
+          among the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count
+          as if broken at random.
         """
-        records, seen, counts = self.gather(predictor, context, regions=False)
+        records, seen, counts = self.gather(predictor, regions=False)
         image_embed = scores.unit(seen.image_embed)  # [N, D]
         captions = [record.captions or (record.synthetic_caption,) for record in records]
         owner = np.repeat(np.arange(len(records)), list(map(len, captions)))

@@ -1,6 +1,6 @@
-"""Open-vocabulary semantic segmentation: the class of every pixel by the names of classes (inference/segmentation.py).
+"""Open-vocabulary semantic segmentation: the class of every pixel by names (inference/segmentation.py).
 
-A pixel has the class of the largest cosine; docs/evaluate.md has the numbers and the formats of the public datasets.
+A pixel has the class of the largest cosine; docs/evaluate.md has the numbers and the public formats.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from etils import epy
 
 from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, expanduser, option
+from grain_jax.evaluate.base import expanduser, option
 from grain_jax.evaluate.evaluators import WithPrompts, faults_of
 
 with epy.lazy_imports():
@@ -65,16 +65,9 @@ class Segmentation(WithPrompts):
         high=1,
     )
 
-    def misses(self, model: Any) -> list[str]:
-        said = self.needs_regions and model.decoder is None
-        return super().misses(model) + faults_of(
-            lambda: segmenting.check_stride(model.image.image_size, self.short_side, self.stride),
-            lambda: said or segmenting.maps_by(model, self.by, self.patch_features),
-        )
-
     @property
-    def needs_regions(self) -> bool:
-        return self.by in ("regions", "both")
+    def needs(self) -> tuple[str, ...]:
+        return ("decoder",) if self.by in ("regions", "both") else ()
 
     @property
     def data(self) -> tuple[str | None, ...]:
@@ -83,7 +76,7 @@ class Segmentation(WithPrompts):
     @property
     def files(self) -> tuple[str | None, ...]:
         classes = f"{expanduser(self.images)}/classes.txt" if self.format == FORMATS[0] else None
-        return classes, self.descriptions, self.templates
+        return classes, self.described_by, self.templates
 
     def open(self) -> segmentation_sets.Segmented:
         """The images, masks and classes; raises as segmentation_sets.open_set."""
@@ -97,26 +90,35 @@ class Segmentation(WithPrompts):
             )
         return opened
 
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
         opened = self.open()
         faults = faults_of(lambda: self._described(opened), lambda: prompts.load_templates(self.templates))
+        if model is not None:
+            faults += self.faults_of_model(model)
         config.raise_faults(faults)
         return len(opened.masks)
 
-    def _described(self, opened: segmentation_sets.Segmented) -> list[list[str]] | None:
-        if self.descriptions is None:
-            return None
-        return zeroshot.read_descriptions(self.descriptions, opened.labels, opened.names)
+    def faults_of_model(self, model: Any) -> list[str]:
+        """Why a model cannot make these maps."""
+        return faults_of(
+            lambda: segmenting.check_stride(model.image.image_size, self.short_side, self.stride),
+            lambda: segmenting.maps_by(model, self.by, self.patch_features),
+        )
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def _described(self, opened: segmentation_sets.Segmented) -> list[list[str]] | None:
+        if self.described_by is None:
+            return None
+        return zeroshot.read_descriptions(self.described_by, opened.labels, opened.names)
+
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Gives every pixel a class and compares it with its mask.
 
         An image whose mask is missing, damaged, of another size or has an id that is no class is left out.
 
         Returns: counts; `miou`, the mean IoU over the `classes_seen`, which have a true or a predicted pixel;
           `pixel_accuracy`; `mean_class_accuracy`, over the classes with a true pixel. `chance_miou` and
-          `chance_pixel_accuracy` are the values if a class is drawn for each pixel; `per_class` is name -> `iou`,
-          `accuracy`, `pixels`. Ignored pixels count nowhere.
+          `chance_pixel_accuracy` are the values if a class is drawn for each pixel; `per_class` is name ->
+          `iou`, `accuracy`, `pixels`. Ignored pixels count nowhere.
         """
         opened = self.open()
         size = predictor.model.image.image_size
@@ -158,7 +160,7 @@ class Segmentation(WithPrompts):
             return {"index": batch.index, "pixels": np.stack(pixels)}
 
         arrays, unreadable = encode.over_images(
-            opened.images, prepare, count, label="segmentation", batch_size=min(context.batch_size, _AT_ONCE)
+            opened.images, prepare, count, label="segmentation", batch_size=min(self.batch_size, _AT_ONCE)
         )
         pixels = arrays["pixels"].sum(axis=0)
         if not pixels.any():
@@ -174,7 +176,7 @@ class Segmentation(WithPrompts):
 
 
 def count_pixels(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Right, true and predicted pixels of each class of an image, int64 [3, C]; negative classes do not count."""
+    """Right, true and predicted pixels of each class, int64 [3, C]; negative classes do not count."""
     known = truth >= 0
     truth, predicted = truth[known], predicted[known]
     each = truth[truth == predicted], truth, predicted
@@ -182,7 +184,7 @@ def count_pixels(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.n
 
 
 def measures(pixels: np.ndarray, labels: list[str], without: int | None = None) -> dict[str, Any]:
-    """The part of a result about `count_pixels`, summed over images; chance never guesses the class `without`."""
+    """The part of a result about `count_pixels`, summed; chance never guesses the class `without`."""
     right, true, predicted = pixels.astype(np.float64)
     union = true + predicted - right
     share = lambda a, b: np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)

@@ -1,7 +1,7 @@
 """Images with label masks: a folder of images and masks, ADE20K and Pascal VOC.
 
-A mask is a PNG of one channel, grey or with a palette, of 1 to 16 bits, as large as its image. Its numbers are ids: a
-`Layout` says which of them are classes, and which do not count.
+A mask is a PNG of one channel, grey or with a palette, of 1 to 16 bits, as large as its image. Its numbers
+are ids: a `Layout` says which of them are classes, and which do not count.
 """
 
 from typing import NamedTuple
@@ -131,8 +131,8 @@ def read_mask(path: epath.Path, class_of: np.ndarray, size: tuple[int, int]) -> 
       size: width and height of the image.
 
     Raises:
-      ImageError: the mask is missing, not a PNG of one channel, of another size than the image, or has an id that is no
-        class.
+      ImageError: the mask is missing, not a PNG of one channel, of another size than the image, or has an id
+        that is no class.
     """
     try:
         encoded = image_files.read_file(path)
@@ -155,7 +155,7 @@ def decode_mask(encoded: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
         raise image_files.ImageError(f"{name}: got {image.size} pixels, expected {size}, as the image has")
     if image.format != "PNG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         raise image_files.ImageError(
-            f"{name}: got {image.format}, mode {image.mode}, expected a PNG of one channel, grey or with a palette"
+            f"{name}: got {image.format}, mode {image.mode}, expected a PNG of one channel, grey or palette"
         )
     depth, colour = encoded[24], encoded[25]
     ids = np.asarray(image_files.decode_image(encoded, name, "file"))

@@ -1,8 +1,8 @@
 """The evaluators of a run that have their data (`present`), and a suite of them on one checkpoint (`run`).
 
-In a suite, one that fails stops no other. Results are written after every entry. The same command, run again, measures
-only the entries without a result. If the data of an entry is missing and its `missing` is "skip", the entry is skipped,
-else it fails.
+In a suite, one that fails stops no other. Results are written after every entry. The same command, run again,
+measures only the entries without a result. If the data of an entry is missing and its `missing` is "skip",
+the entry is skipped, else it fails.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, errors, regular_file
-from grain_jax.evaluate import encode, tables
-from grain_jax.evaluate.base import Context, Evaluator
+from grain_jax.evaluate import tables
+from grain_jax.evaluate.base import Evaluator, find_data
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
@@ -34,17 +34,17 @@ def run(
     load: Callable[[], Any],
     only: Sequence[str] | None = None,
     again: bool = False,
-    batch_size: int = encode.BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> int:
-    """Runs the entries of a suite, or those that `only` names, and writes `output`. Every process has to call it.
+    """Runs the entries of a suite, or those of `only`, and writes `output`. Every process has to call it.
 
-    The format of the JSON is in docs/evaluate.md. Results of the same checkpoint that the file holds are kept, and
-    without `again` not measured again. `checkpoint` is its name in the results, and `load` returns its predictor.
+    The JSON's format is in docs/evaluate.md. Results of the same checkpoint that the file holds stay, and
+    without `again` are not measured again. `checkpoint` is its name there, and `load` returns its predictor.
 
     Returns: the exit status: FAILED if an entry failed, NOTHING if no entry could run, else 0.
 
     Raises:
-      InputError: `only` has an unknown name, or `output` holds something else or the results of another checkpoint.
+      InputError: `only` has an unknown name, or `output` holds something else, or another checkpoint's.
     """
     for name in only or ():
         if name not in suite:
@@ -81,7 +81,8 @@ def run(
             continue
         began = time.monotonic()
         try:
-            result = entry.evaluate(predictor, Context(batch_size))
+            sized = dataclasses.replace(entry, batch_size=batch_size or entry.batch_size)
+            result = sized.evaluate(predictor)
         except Exception as error:
             if not isinstance(error, errors.UserError) and processes.process_info()[1] > 1:
                 raise  # another process may wait for this one in a collective operation
@@ -98,15 +99,17 @@ def run(
     return FAILED if results["failed"] or not saved else 0
 
 
-def present(entries: Mapping[str, Evaluator]) -> dict[str, Evaluator]:
+def present(entries: Mapping[str, Evaluator], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
     """The entries whose data is there, checked; the same on every process. A skipped one is a line on stderr.
 
+    `model` is the one that they will measure, if it is known.
+
     Raises:
-      errors.UserError: an entry cannot be used, or its data is not there and may not be missing; each line names it.
+      errors.UserError: an entry cannot be used, or its data is missing and may not be; each line names it.
     """
     ready = {}
     for name, entry in entries.items():
-        ready[name], line, _, error = _ready(entry)
+        images, line, error = _ready(entry, model)
         if isinstance(error, errors.UserError):
             lines = str(error).split("\n")
             raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
@@ -114,43 +117,49 @@ def present(entries: Mapping[str, Evaluator]) -> dict[str, Evaluator]:
             raise error
         if line:
             _say(f"evals.{name}: {line}")
-    return {name: entry for name, entry in ready.items() if entry is not None}
+        if images is not None:
+            ready[name] = entry
+    return ready
 
 
-def _ready(entry: Evaluator) -> tuple[Evaluator | None, str, int, Exception | None]:
-    """The entry as far as its data is there, checked; a line if it lacks something; its number of images; or an error.
+def _ready(
+    entry: Evaluator, model: config_lib.Model | None = None
+) -> tuple[int | None, str, Exception | None]:
+    """Checks an entry: how many images it has, None if skipped; a line if it lacks something; or an error."""
 
-    Without an entry and an error it is skipped.
-    """
+    def check() -> tuple[int, str]:
+        if entry.missing == "skip":
+            find_data(entry)
+        return entry.check(model), entry.note
+
     try:
-        ready, line = processes.run_together(entry.available)
-        return ready, line, processes.run_together(ready.check), None
+        return *processes.run_together(check), None
     except Exception as error:
         if isinstance(error, errors.MissingData) and entry.missing == "skip":
-            return None, f"skipped: {_words(error)}", 0, None
-        return None, "", 0, error
+            return None, f"skipped: {_words(error)}", None
+        return None, "", error
 
 
 def _tasks(
     entries: Mapping[str, Evaluator], results: dict[str, Any]
 ) -> dict[str, tuple[Evaluator, dict[str, Any]]]:
-    """The entries that can be run, as far as their data is there, and the inputs that their results depend on.
+    """The entries that can be run, and the inputs that their results depend on.
 
     `results` gets a line for each of the others.
     """
     tasks = {}
     for name, entry in entries.items():
-        ready, line, images, error = _ready(entry)
+        images, line, error = _ready(entry)
         if error is not None:
             _failed(name, error, results)
             continue
         if line:
-            which = "notes" if ready is not None else "skipped"
+            which = "notes" if images is not None else "skipped"
             results[which][name] = line.removeprefix("skipped: ")
             _say(f"{name}: {line}")
-        if ready is not None:
-            inputs = {path: _digest_of_file(path) for path in ready.files if path is not None}
-            tasks[name] = ready, {"images": images, **inputs}
+        if images is not None:
+            inputs = {path: _digest_of_file(path) for path in entry.files if path is not None}
+            tasks[name] = entry, {"images": images, **inputs}
     return tasks
 
 
@@ -190,7 +199,7 @@ def _is_same(result: Mapping[str, Any], entry: Evaluator, inputs: dict[str, Any]
 
 
 def _write(output: epath.Path, results: dict[str, Any], names: Sequence[str]) -> bool:
-    """Whether the file could be written; the first process writes it, with the results in the order of `names`."""
+    """Whether the file could be written, by the first process, with results in the order of `names`."""
     if processes.process_info()[0]:
         return True
     order = [name for name in names if name in results["ran"]]

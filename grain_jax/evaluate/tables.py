@@ -29,7 +29,7 @@ def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def by_evaluation(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The numbers of `eval/NAME/KEY`, as in metrics.jsonl, as {NAME: {KEY: number}}; other values are left out."""
+    """The numbers of `eval/NAME/KEY`, as in metrics.jsonl, as {NAME: {KEY: number}}, without others."""
     groups: dict[str, dict[str, float]] = {}
     for key, value in results.items():
         name, _, rest = key.removeprefix("eval/").partition("/")
@@ -42,7 +42,7 @@ def describe(results: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
     """The table of several results.
 
     Args:
-      results: name -> the kind of its evaluator, and its numbers as `scalars` returns them, {"alpha_0.5/top1": 0.78}.
+      results: name -> the kind of its evaluator, and its numbers by `scalars`, {"alpha_0.5/top1": 0.78}.
     """
     rows = [
         (f"{name}: {row.key}", *row[1:])
@@ -63,7 +63,7 @@ class TableRow(NamedTuple):
 
 
 def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
-    """The numbers that have an interval or a chance level; of an evaluator from outside the package all numbers."""
+    """The numbers with an interval or a chance level; of an evaluator from outside the package all."""
     rows = []
     shown = kinds.find(kind).shown if kind in kinds.KINDS else ()
     for key, value in numbers.items():

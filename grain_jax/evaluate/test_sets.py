@@ -1,4 +1,4 @@
-"""Labelled images to classify: a folder with one sub-folder per class, or a set of TensorFlow Datasets (TFDS).
+"""Labelled images to classify: a folder with a sub-folder per class, or a TensorFlow Dataset (TFDS).
 
 Images of both are decoded and resized by the same code. Nothing is ever downloaded: if the data is not there,
 errors.MissingData says how to get it.
@@ -49,7 +49,7 @@ class ClassFolders:
 
     Args:
       folder: holds the class folders, each named after its class (`_` = space).
-      classes: class file with the folder names as labels (see class_names); None: the folder names are the names.
+      classes: class file with the folder names as labels (see class_names); None: the folders' names.
       get: how to get the data, for errors.MissingData.
 
     Attributes:
@@ -210,7 +210,7 @@ def _tensorflow_datasets(name: str) -> Any:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
         raise errors.MissingData(
-            f"TFDS set {name}: needs {error.name}, which is not installed; to get it: pip install 'grain_jax[data]'"
+            f"TFDS set {name}: needs {error.name}; to get it: pip install 'grain_jax[data]'"
         ) from None
     return tfds
 

@@ -1,8 +1,8 @@
 """Zero-shot classification of a test set (docs/method.md, Zero-shot evaluation).
 
 One pass over the images gives both protocols of the paper: class names in prompts, and class names with
-descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or prompt.
-That is for class names that mean nothing to the model, and for descriptions that are whole sentences.
+descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or
+prompt. That is for class names that mean nothing to the model, and for descriptions that are whole sentences.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
 
 from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import STANDALONE, Context, option
+from grain_jax.evaluate.base import option
 from grain_jax.evaluate.evaluators import LabelledImages, WithPrompts, faults_of
 
 with epy.lazy_imports():
@@ -57,7 +56,7 @@ class ZeroShot(WithPrompts, LabelledImages):
     names: bool = option(True, "Whether class names are used; else a class is its descriptions alone.")
     class_score: str = option(
         "model",
-        "Region score of a class: of the model, by model.decoder.class_score; mean over queries; or best query.",
+        "Region score of a class: model (model.decoder.class_score), mean over queries, or best query.",
         "HOW",
         choices=("model", "mean", "best"),
     )
@@ -65,25 +64,13 @@ class ZeroShot(WithPrompts, LabelledImages):
         False, "Whether class features have unit length, as in CLIP; else they are means."
     )
 
-    @classmethod
-    def of_flags(cls, **given: Any) -> typing.Self:
-        entry, least = cls(**given), min(given.get("alphas", (1,)))
-        if entry.descriptions is None and 0 <= least < 1:  # the user asked for it
-            raise entry.needs_descriptions(f"alpha {least:g}")
-        return entry
-
-    def on_top(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """The numbers of the first alpha."""
-        alpha = self.checked_alphas()[0]
-        return {"alpha": alpha, **result[f"alpha_{alpha}"], "descriptions_file": self.descriptions}
-
     @property
-    def needs_regions(self) -> bool:
-        return bool(self.descriptions) and any(alpha < 1 for alpha in self.alphas)
+    def needs(self) -> Sequence[str]:
+        return ("decoder",) if self.descriptions and any(alpha < 1 for alpha in self.alphas) else ()
 
     @property
     def files(self) -> tuple[str | None, ...]:
-        return self.descriptions, self.templates, self.classes
+        return self.described_by, self.templates, self.classes
 
     def checked_alphas(self) -> list[float]:
         """The alphas to evaluate; without descriptions 1 alone. Raises errors.UserError."""
@@ -91,8 +78,10 @@ class ZeroShot(WithPrompts, LabelledImages):
         for alpha in alphas:
             if not 0 <= alpha <= 1:
                 raise errors.UserError(f"alpha: got {alpha}, expected a number from 0 to 1")
-        if self.descriptions is not None:
+        if self.described_by is not None:
             return alphas
+        if self.descriptions is None and self.alphas != ZeroShot.alphas and min(alphas) < 1:
+            raise self.needs_descriptions(f"alpha {min(alphas):g}")  # the user asked for it
         if not self.names:
             raise self.needs_descriptions("a test without class names")
         return [1.0]
@@ -101,13 +90,9 @@ class ZeroShot(WithPrompts, LabelledImages):
         """The error if there are no descriptions."""
         return errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {purpose}")
 
-    def available(self) -> tuple[typing.Self, str]:
-        entry, line = super().available()
-        if line and not self.names:
-            raise errors.MissingData(line.rpartition(";")[0])
-        return entry, line
-
-    def check(self) -> int:
+    def check(self, model: Any = None) -> int:
+        if self.note and not self.names:
+            raise errors.MissingData(self.note.rpartition(";")[0])
         test_set = self.open()
         faults = faults_of(
             lambda: self.described(test_set),
@@ -119,16 +104,16 @@ class ZeroShot(WithPrompts, LabelledImages):
 
     def described(self, test_set: test_sets.TestSet) -> list[list[str]] | None:
         """The descriptions of each class; None without a file of descriptions."""
-        if self.descriptions is None:
+        if self.described_by is None:
             return None
-        return read_descriptions(self.descriptions, test_set.classes, test_set.stems, self.names)
+        return read_descriptions(self.described_by, test_set.classes, test_set.stems, self.names)
 
-    def evaluate(self, predictor: Any, context: Context = STANDALONE) -> dict[str, Any]:
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Classifies every image by alpha * global score + (1 - alpha) * region score.
 
-        Returns: counts, `chance`, `chance_top5`, and for each alpha, under `alpha_A`, the rates of `rates.of_classes`.
-          With names and descriptions the global score uses both together. `by_name` has the same keys with names alone
-          in the global score, at alpha 1 and at each other alpha.
+        Returns: counts, `chance`, `chance_top5`, and for each alpha, under `alpha_A`, the rates of
+          `rates.of_classes`. With names and descriptions the global score uses both together. `by_name` has
+          the same keys with names alone in the global score, at alpha 1 and at each other alpha.
         """
         test_set = self.open()
         scorer = self.scorer(predictor, test_set)
@@ -142,7 +127,7 @@ class ZeroShot(WithPrompts, LabelledImages):
             return part
 
         arrays, unreadable = encode.over_images(
-            test_set, encode.resizing(predictor), answers, label="zero-shot", batch_size=context.batch_size
+            test_set, encode.resizing(predictor), answers, label="zero-shot", batch_size=self.batch_size
         )
         classes, target = list(test_set.classes), arrays["target"]
         if target.min() < 0:
@@ -162,6 +147,12 @@ class ZeroShot(WithPrompts, LabelledImages):
             hits = arrays[f"{way} top1"], arrays[f"{way} top5"]
             part[alpha] = rates.of_classes(*hits, target, classes)
         return result
+
+    def finish(self, predictor: Any, result: dict[str, Any]) -> str:
+        """Adds the numbers of the first alpha on top."""
+        alpha = self.checked_alphas()[0]
+        result |= {"alpha": alpha, **result[f"alpha_{alpha}"], "descriptions_file": self.descriptions}
+        return ""
 
     def scorer(self, predictor: Any, test_set: test_sets.TestSet) -> Scorer:
         """Embeds the classes of a test set; raises as `evaluate`."""
@@ -219,13 +210,13 @@ def read_descriptions(
 ) -> list[list[str]]:
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
-    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name, then by the
-    letters and digits of its stem. "Black-footed albatross" matches "black_footed Albatross". If two
-    classes have the same name, the stem comes first. Published files have empty lists for a few classes, which are then
-    described by their name alone.
+    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name,
+    then by the letters and digits of its stem. "Black-footed albatross" matches "black_footed Albatross". If
+    two classes have the same name, the stem comes first. Published files have empty lists for a few classes,
+    which are then described by their name alone.
 
-    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`); with `names`,
-    a list may be empty.
+    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`);
+    with `names`, a list may be empty.
 
     Raises:
       errors.UserError: no such file, another format, or classes that have no description.
@@ -249,5 +240,5 @@ def read_descriptions(
 
 
 def _letters(name: str) -> tuple[str, ...]:
-    """The letters and digits of a name, without case; a tuple, so that it equals no name as the key of a dict."""
+    """The letters and digits of a name, without case; a tuple, so that as a key it equals no name."""
     return tuple(re.findall(r"[^\W_]+", class_names.composed(name.casefold())))

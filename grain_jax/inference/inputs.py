@@ -24,7 +24,7 @@ OneOrMany: TypeAlias = Images | OneImage  # an array of three axes is one image
 Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]
 Method = TypeVar("Method", bound=Callable[..., Any])
 P = ParamSpec("P")
-One = TypeVar("One", covariant=True)
+One = TypeVar("One")
 ClassTexts: TypeAlias = Iterable[str] | Mapping[str, Sequence[str]]  # names, or {name: descriptions}
 
 

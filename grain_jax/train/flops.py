@@ -1,7 +1,7 @@
 """Floating-point operations: of a JAX function, of the model per image, and the peak of a chip.
 
-Matrix products and convolutions alone are counted, a multiply-add as two. Element-wise work is left out, as is
-usual for model FLOPs, so no number depends on the backend.
+Matrix products and convolutions alone are counted, a multiply-add as two. Element-wise work is left out, as
+is usual for model FLOPs, so no number depends on the backend.
 """
 
 import collections
@@ -19,8 +19,8 @@ from grain_jax.models import grain
 from grain_jax.train import forward as forward_lib
 from grain_jax.train import sharding
 
-# Dense bfloat16 FLOPs per second by `jax.Device.device_kind`, from the data sheets of the vendors. A device is
-# a chip; on TPU7x it is half a chip.
+# Dense bfloat16 FLOPs per second by `jax.Device.device_kind`, from the data sheets of the vendors. A device
+# is a chip; on TPU7x it is half a chip.
 _TPU_PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -73,7 +73,7 @@ class FlopsPerImage(NamedTuple):
     losses: float  # similarities
     terms: float = 0.0  # local loss terms, with what they ask of the towers
     frozen: frozenset[str] = frozenset()  # which of the first three have no trained parameter
-    # With factors of LoRA or local terms: FLOPs of forward and backward pass of all but the losses, counted in both.
+    # With LoRA or local terms: FLOPs of forward and backward pass of all but the losses, counted in both.
     counted: float | None = None
 
     @property
@@ -88,8 +88,8 @@ class FlopsPerImage(NamedTuple):
         What a local term computes again by its own is counted.
 
         A frozen part has none, except a decoder on a trained image tower: it has one, for the gradient of its
-        input. A part that is frozen in parts counts as trained, except with LoRA: then a frozen matrix has no product for
-        its gradient.
+        input. A part that is frozen in parts counts as trained, except with LoRA: then a frozen matrix has no
+        product for its gradient.
         """
         if self.counted is not None:
             return self.counted + 3 * self.losses
@@ -104,8 +104,8 @@ def per_image(config: Config) -> FlopsPerImage:
     """FLOPs of the model per image of a batch, counted in the jaxpr of its forward pass (with LoRA or local
     terms, of the backward pass too).
 
-    Attention counts masked pairs, and rows count their padding: both are computed. Those of the losses are a closed
-    formula, without the terms of `loss.terms` and the sums of `loss.hard_negative`, which are no matrix products.
+    Attention counts masked pairs, and rows their padding: both are computed. Those of the losses are a closed
+    formula, without `loss.terms` and the sums of `loss.hard_negative`, which are no matrix products.
     """
     # A kernel would be counted as what it says of itself.
     model = dataclasses.replace(config.model, attention="xla")
@@ -153,7 +153,7 @@ def _frozen(config: Config) -> frozenset[str]:
 
 
 def _part(module: str, model: config_lib.Model) -> str:
-    """The field of FlopsPerImage that counts the products of a module, by its name in GRAIN; "" for a scalar."""
+    """The field of FlopsPerImage for the products of a module, by its name in GRAIN; "" for a scalar."""
     if "logit_" in module:
         return ""
     if module == forward_lib.TERMS:

@@ -1,15 +1,15 @@
 """Where the wall time of a run went, restarts included; and which process is slow.
 
-Every line of metrics.jsonl has the shares, as `time/KIND`. They add up to 1. A process that resumes the run reads them
-from the lines of the one before, and goes on counting. The time of several processes is that of the first.
+Every line of metrics.jsonl has the shares, as `time/KIND`. They add up to 1. A process that resumes reads
+them from the lines before, and goes on counting. The time of several processes is that of the first.
 
-The shares are those of goodput, as MaxText and ml-goodput-measurement report it: `steps` is the time that trained the
-model which is kept.
+The shares are those of goodput, as MaxText and ml-goodput-measurement report it: `steps` is the time that
+trained the model which is kept.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -91,11 +91,6 @@ class Clock:
             self._seconds[kind] += seconds
         self._repeated_steps = int(last[REPEATED]) + max(last["step"] - step, 0)
 
-    def stepping(self) -> float:
-        """Seconds of steps and input so far, without the wait for devices."""
-        self._change(self._kind)
-        return self._seconds["steps"] + self._seconds["input"] - self.waited
-
     def numbers(self) -> dict[str, float]:
         """The shares, the seconds since the run began, the time of day and the steps that were done twice."""
         self._change(self._kind)
@@ -120,10 +115,10 @@ class Own(NamedTuple):
 
 
 def of_processes(own: Own) -> dict[str, float]:
-    """The largest memory of a device and, of several processes, the slowest and the fastest one; a collective.
+    """The largest memory of a device and, of several processes, the slowest and the fastest; a collective.
 
-    A step ends on all processes at once, so each counts its own time: all but the wait for devices, which is a wait for
-    the slowest. Seconds in which a process stood still count as its own.
+    A step ends on all processes at once, so each counts its own time: all but the wait for devices, which is
+    a wait for the slowest. Seconds in which a process stood still count as its own.
     """
     alone = jax.process_count() == 1
     rows = np.array([own]) if alone else multihost_utils.process_allgather(np.array(own, np.float32))
@@ -140,14 +135,14 @@ def of_processes(own: Own) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items()}
 
 
-def warning(numbers: dict[str, float]) -> str | None:
+def warning(numbers: Mapping[str, float]) -> str | None:
     """A line that names the slowest process, if it is much slower than the fastest one."""
     slow, fast = (numbers.get(f"process/{x}_step_seconds", 0.0) for x in ("slowest", "fastest"))
     if slow < SLOW * fast or slow - fast < SLOW_SECONDS:
         return None
     return (
-        f"process {numbers['process/slowest']:.0f} is slow: {slow:.2f} s per step beside the wait for devices, the fastest"
-        f" process {fast:.2f} s"
+        f"process {numbers['process/slowest']:.0f} is slow: {slow:.2f} s per step beside the wait for"
+        f" devices, the fastest process {fast:.2f} s"
     )
 
 

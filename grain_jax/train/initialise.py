@@ -1,7 +1,7 @@
 """Initialisation from models: `init.image`, `init.text` and `init.decoder` name one for a part of the model.
 
-Every array is accounted for: a missing one is an error, an unused one is reported. Positions are resized to the
-sizes of the model.
+Every array is accounted for: a missing one is an error, an unused one is reported. Positions are resized to
+the sizes of the model.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _PREFIXES = {"image": ("image/",), "text": ("text/", "text_norm/", "text_pool/",
 _POOLED = ("image_pool/", "image_projection/")
 _BOX_HEAD = ("box_head/", "box_projection/")
 _SCALE = ("logit_scale", "logit_bias")  # of two towers that were trained together
-# Keys of a part that may differ from the model's: those of training or scores alone, resized sizes, what is reported.
+# Keys of a part that may differ from the model's: of training or scores alone, resized sizes, reported ones.
 _FREE = {
     *(
         "position_init",
@@ -39,7 +39,7 @@ _FREE = {
     ),
     *("image_size", "context_length", "tokenizer"),
 }
-_TOLD = ("cleaning", "pad_id", "end_id", "mask_padding")
+_REPORTED = ("cleaning", "pad_id", "end_id", "mask_padding")
 
 
 class InitError(errors.UserError):
@@ -56,7 +56,7 @@ class Loaded(NamedTuple):
 def state_of_step_0(
     config: config_lib.Config, program: train_step.Program, say: Callable[[str], None]
 ) -> train_step.TrainState:
-    """The first state of a run: from its seed, with the parts that `config.init` names from their checkpoints.
+    """The first state of a run: from its seed, with the parts of `config.init` from their checkpoints.
 
     Args:
       config: of the run. Every process reads the checkpoints that it names.
@@ -153,7 +153,7 @@ def _differences(part: str, stored: config_lib.Model, model: config_lib.Model) -
         return ["one of the two models has a region decoder, the other none"]
     fields = [] if got is None else [field.name for field in dataclasses.fields(got)]
     replaced = not model.tower_pools and part == "image"
-    free = {*_FREE, *_TOLD, *(("pool", "projection") if replaced else ())}
+    free = {*_FREE, *_REPORTED, *(("pool", "projection") if replaced else ())}
     values = [(key, getattr(got, key), getattr(wanted, key)) for key in fields if key not in free]
     return [
         f"model.{part}.{key}: got {ours!r}, but the model there has {theirs!r}"
@@ -166,19 +166,19 @@ def _about_texts(stored: config_lib.TextTower, wanted: config_lib.TextTower) -> 
     """Lines for the keys of how texts are read that differ, and where the tower attends to its padding."""
     lines = [
         f"CHECK model.text.{key}: got {getattr(wanted, key)!r}; the model there has {getattr(stored, key)!r}"
-        for key in _TOLD
+        for key in _REPORTED
         if getattr(wanted, key) != getattr(stored, key)
     ]
     if not named.is_external(wanted.tower) and not wanted.packable:
         lines.append(
-            "this tower attends to its padding, so that each text has a row of its own; model.text.mask_padding=True and"
-            " text.packing=True train it on shared rows, which changes its function"
+            "this tower attends to its padding, so that each text has a row of its own; model.text.mask_padding=True"
+            " and text.packing=True train it on shared rows, which changes its function"
         )
     return lines
 
 
 def _resize_positions(config: config_lib.Config, part: str, params: dict[str, np.ndarray]) -> list[str]:
-    """Resizes the positions of a built-in tower to the model, in `params`; the line for the report, if any."""
+    """Resizes the positions of a built-in tower to the model, in `params`; a line for the report, if any."""
     name, tower = f"{part}/position_embed", getattr(config.model, part)
     if name not in params or named.is_external(tower.tower):  # rotary ones follow the grid
         return []

@@ -1,7 +1,7 @@
 """Chooses the program of attention where a run runs: times two layers of each tower with each program.
 
-The program that `auto` takes stays if its results are XLA's and it is no slower; else XLA's is taken. Process 0 decides
-for all, and WORKDIR/programs.json keeps the choice for a resume.
+The program that `auto` takes stays if its results are XLA's and it is no slower; else XLA's is taken. Process
+0 decides for all, and WORKDIR/programs.json keeps the choice for a resume.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def with_attention(config: config_lib.Config, program: str) -> config_lib.Config
 
 
 def taken_by_auto(config: config_lib.Config, mesh: jax.sharding.Mesh) -> str:
-    """The name of the program that `model.attention=auto` takes on this mesh; "" if it is XLA's, or the key is fixed."""
+    """The program that `model.attention=auto` takes on this mesh; "" if XLA's, or the key is fixed."""
     with _as_in_a_run(config, mesh):
         taken = attention.of_towers(config.model, config.dtype)
     return taken if config.model.attention == "auto" and taken != "xla" else ""
@@ -123,7 +123,7 @@ def _tower(config: config_lib.Config, tower: str) -> Any:
 
 
 def _step(config: config_lib.Config, tower: str) -> Callable[..., Any]:
-    """The jitted function of `_arguments`: the output of the layers, and the gradients of their parameters."""
+    """The jitted function of `_arguments`: the output of the layers, the gradients of their parameters."""
     module = _tower(config, tower)
 
     def loss(params, cotangent, inputs, options):
@@ -140,7 +140,7 @@ def _step(config: config_lib.Config, tower: str) -> Callable[..., Any]:
 
 
 def _arguments(config: config_lib.Config, tower: str, images: int) -> tuple[Any, ...]:
-    """(parameters, cotangent of the output, inputs, keywords) of a tower for so many images, drawn at random."""
+    """(parameters, cotangent of the output, inputs, keywords) of a tower for so many random images."""
     keys, options = iter(jax.random.split(jax.random.key(0), 3)), {}
     if tower == "image":
         size, kept = config.model.image.image_size, forward.patches_seen(config)

@@ -1,9 +1,9 @@
 """The trainer: grain-jax train --config FILE|NAME --workdir DIR [--config.a.b=value ...]
 
-`_train` is a run from top to bottom. The same command again resumes from the last checkpoint. The order of the data is a
+`_train` is a run from top to bottom. The same command resumes from the last checkpoint. The data's order is a
 function of the step (docs/method.md, Order of the data), so a checkpoint needs no position in the data.
 After SIGTERM or Ctrl-C the run saves and ends with status 75 or 130 (ending.py), after a second one without
-saving. One trainer at a time has a workdir (lock.py). A run that does no step for long ends itself (ending.py).
+saving. One trainer at a time has a workdir (lock.py). A run without a step for long ends itself (ending.py).
 """
 
 import contextlib
@@ -45,8 +45,8 @@ _RESUMES = "the same command goes on from the newest checkpoint"
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next step instead of returning it to the kernel.
 
-    XLA's CPU backend allocates its temporaries anew at every step: half of the demo's step on two cores. Other systems
-    and allocators have no such switch and need none.
+    XLA's CPU backend allocates its temporaries anew at every step: half of the demo's step on two cores.
+    Other systems and allocators have no such switch and need none.
     """
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
     try:
@@ -64,13 +64,14 @@ def train(
     handler: ending.PreemptionHandler | None = None,
     watch: ending.Watchdog | None = None,
 ) -> None:
-    """One run, from the newest checkpoint of its workdir to its last step, or to the one where `handler` ends it.
+    """One run, from the newest checkpoint of its workdir to its last step, or where `handler` ends it.
 
     `watch` ends the process where no step is done for long.
 
     Raises:
       UserError: the input, the workdir or the disk does not allow the run.
-      NotFinite: a loss is NaN or infinite.
+      faults.NotFinite: a loss or the gradient is NaN or infinite; such a state is never saved.
+      faults.TextsLost: too many texts do not fit into their rows.
       SystemExit: the run was told to end, and is saved.
     """
     handler, watch = handler or ending.PreemptionHandler(), watch or ending.Watchdog()
@@ -116,7 +117,7 @@ def _train(
     trace = profiling.StepTrace(workdir, config.profile_start, config.profile_steps)
     handler.on_usr2(trace.ask)
     plan = schedule.Schedule(config, run.total_steps, has_evals=bool(run.evals))
-    step, preempted = start_step, False
+    step, preempted, results = start_step, False, {}
     with handler.training(), contextlib.ExitStack() as closes:
         closes.callback(watch.stop)  # whatever ends the loop, these run from the last to the first
         closes.callback(log.close)
@@ -126,11 +127,7 @@ def _train(
         waits = "waiting for a checkpoint to be written"
         closes.callback(clock.spend("save")(watch.doing(waits)(checkpoints.wait)))
         closes.callback(watch.doing("waiting for the input to stop")(batches.close))
-        with (
-            watch.running(start_step),
-            errors.storage_faults_as_one_line(workdir, _RESUMES),
-            clock.spend("steps"),
-        ):
+        with watch.running(start_step), clock.spend("steps"):
             for step in range(start_step + 1, run.total_steps + 1):
                 trace.begin(step)
                 with watch.doing("waiting for the next batch (input)"), clock.spend("input"):
@@ -140,20 +137,25 @@ def _train(
                 trace.end(step, metrics)
                 watch.stepped(step)
                 preempted = handler.reached(step)
-                due = plan.due(step, preempted=preempted, minutes_are_over=log.minutes_are_over)
-                values = log.finite(step, metrics) if due.logs or due.saves else {}
-                if due.logs:
-                    values = log.measure(step, values, batches.wait_seconds, watch.late)
-                if due.evaluates:
-                    with watch.pause(), log.pause(), clock.spend("evaluate"):
-                        values |= log.evaluate(state)
-                if due.logs:
-                    with watch.doing("writing metrics.jsonl"), clock.spend("other"):
-                        log.write(step, values)
-                if due.saves:
-                    with watch.doing("saving a checkpoint"), clock.spend("save"):
-                        log.flush()
-                        checkpoints.save(state, schedule.best_metric(config, values), run.data)
+                due = plan.due(step, preempted=preempted)
+                values = log.read(step, metrics) if due.log or due.save else {}
+                if due.log:
+                    values |= log.rates(step, values, batches, watch.late)
+                with log.apart():
+                    if due.evaluate:
+                        with watch.pause(), log.pause(), clock.spend("evaluate"):
+                            results = journal.evaluate_all(config, run.evals, state)
+                        if results and schedule.best_is_evaluated(config):
+                            schedule.check_best_metric(config, results)
+                        values |= results
+                    if due.log:  # before the save: what is restored has its lines
+                        with watch.doing("writing metrics.jsonl"):
+                            log.write(step, values)
+                    if due.save:
+                        with watch.doing("saving a checkpoint"), clock.spend("save"):
+                            log.flush()
+                            checkpoints.save(state, schedule.best_metric(config, values), run.data)
+                            plan.saved()
                 if preempted:
                     break
     if preempted:
@@ -164,7 +166,10 @@ def _train(
         sys.exit(handler.status)
 
     # 6. Final evaluation and report.
-    log.report(state)
+    if not results:  # the run was complete already
+        with clock.spend("evaluate"):
+            results = journal.evaluate_all(config, run.evals, state)
+    log.report(state, results)
 
 
 def restore_or_initialise(checkpoints, run: set_up.SetUp, program: train_step.Program):

@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from grain_jax.config import Config
@@ -14,27 +15,34 @@ from grain_jax.runtime import processes
 class Due(NamedTuple):
     """What is due after a step."""
 
-    logs: bool
-    evaluates: bool
-    saves: bool
+    log: bool
+    evaluate: bool
+    save: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Schedule:
-    """Which steps are logged, evaluated and saved; a pure function of the step and the arguments of `due`."""
+    """Which steps are logged, evaluated and saved: by their number, and by the time of the last save."""
 
     config: Config
     total_steps: int
     has_evals: bool
+    last_save: float = dataclasses.field(default_factory=time.monotonic)
 
-    def due(self, step: int, *, preempted: bool, minutes_are_over: Callable[[float], bool]) -> Due:
+    def saved(self) -> None:
+        """A checkpoint was saved now."""
+        self.last_save = time.monotonic()
+
+    def minutes_are_over(self, minutes: float) -> bool:
+        """Whether the last save is so many minutes ago, by the first process's clock; a collective."""
+        return processes.of_first(lambda: time.monotonic() - self.last_save > 60 * minutes)
+
+    def due(self, step: int, *, preempted: bool) -> Due:
         """What is due after `step` steps.
 
         Args:
           step: from 1 on.
-          preempted: the run ends after this step, perhaps within half a minute: it is saved and not evaluated.
-          minutes_are_over: whether the last save is so many minutes ago. Called only at steps that are logged and
-            not saved anyway: it may be a collective.
+          preempted: the run ends after this step, perhaps in half a minute: it is saved and not evaluated.
         """
         c, last = self.config, step == self.total_steps
         every_steps = lambda every: every > 0 and step % every == 0
@@ -44,7 +52,7 @@ class Schedule:
         saves = saves or (evaluates and best_is_evaluated(c))
         logs = last or evaluates or every_steps(c.log_every)
         if logs and not saves and c.checkpoint_every_minutes:
-            saves = minutes_are_over(c.checkpoint_every_minutes)
+            saves = self.minutes_are_over(c.checkpoint_every_minutes)
         return Due(logs, evaluates, saves)
 
 
@@ -75,7 +83,7 @@ def check_best_entry(config: Config, evals: Collection[str]) -> None:
 
 
 def best_metric(config: Config, values: Mapping[str, float]) -> dict[str, float] | None:
-    """The number that chooses the best checkpoint, the first process's on all; None if it was not measured."""
+    """The number that chooses the best checkpoint, the first process's on all; None if not measured."""
     name = config.checkpoint_best_metric
     if not name:
         return None

@@ -1,4 +1,4 @@
-"""Opens what a run needs before it computes: devices, data, the numbers that the config leaves open, evaluators."""
+"""Opens what a run needs before it computes: devices, data, what the config leaves open, evaluators."""
 
 import functools
 import sys
@@ -59,7 +59,7 @@ def set_up(config: config_lib.Config, workdir: epath.Path) -> SetUp:
     stored = functools.partial(states.newest_config, workdir)
     config, derived_from = preparation.derive(config, limits, source, stored)
     data = processes.of_first(lambda: source.identities(config))
-    evals = suite.present(evaluators)  # here, not after the last step
+    evals = suite.present(evaluators, config.model)  # here, not after the last step
     schedule.check_best_entry(config, evals)
     assert config.input.lanes is not None  # derived
     lanes = sharding.lanes_of_process(

@@ -31,7 +31,7 @@ def test_hostile_lines_are_counted_and_left_out_by_all_who_read_them(tmp_path, c
     assert [(line.step, line.values["loss"]) for line in lines] == [(1, 2.0), (2, 1.0)]
     # The line that a kill cut off is no fault.
     assert f"{workdir}/metrics.jsonl: 6 of 8 lines left out" in capsys.readouterr().err
-    metrics_writer.MetricsWriter(workdir, 1, 10, 16).close()  # rewrites the file
+    metrics_writer.MetricsWriter(workdir, 1).close()  # rewrites the file
     assert (workdir / "metrics.jsonl").read_bytes() == _line(1, loss=2.0) + b"\n"
 
 

@@ -1,4 +1,4 @@
-"""A predictor that looks embeddings up in tables: what it answers is known, so accuracies can be computed by hand.
+"""A predictor that looks embeddings up in tables, so that accuracies can be computed by hand.
 
 An image is known by its number, which is the red value of its first pixel; a text by its words.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from grain_jax.core import schema
-from grain_jax.evaluate import base, kinds
+from grain_jax.evaluate import kinds
 
 
 class StubPredictor:
@@ -59,7 +59,7 @@ def region(box, description, score: float = 1, **more):
 
 
 def annotate(folder, lines, size=(20, 10)):
-    """Writes A.jsonl with one dict per line, and image number i for line i; returns the options of an evaluator."""
+    """Writes A.jsonl with a dict per line, and image number i for line i; returns options of an evaluator."""
     for i, _ in enumerate(lines):
         write_picture(folder / f"{i}.png", i, size)
     write_lines(folder / "A.jsonl", [{"image": f"{i}.png", **line} for i, line in enumerate(lines)])
@@ -74,4 +74,4 @@ def write_lines(path, lines):
 def measure(kind, predictor, *, batch_size=64, **options):
     """The result of an evaluator of the package with those options, of which paths may be paths."""
     texts = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in options.items()}
-    return kinds.find(kind)(**texts).evaluate(predictor, base.Context(batch_size))
+    return kinds.find(kind)(**texts, batch_size=batch_size).evaluate(predictor)

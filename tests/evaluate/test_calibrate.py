@@ -69,7 +69,7 @@ NAMES = ["long beak", "red tail", "blue wing"]
 
 @pytest.fixture
 def stub(tmp_path):
-    """60 images, whose embedding and regions are near to the descriptions that they have; only one has a blue wing."""
+    """60 images, with embedding and regions near to their descriptions; only one has a blue wing."""
     rng = np.random.default_rng(0)
     lines, images, regions = [], {}, {}
     for i in range(60):
@@ -116,7 +116,7 @@ def test_scores_that_separate_nothing_are_not_stored(blind, stub):
     else:  # a single class has a score that is always the same
         predictor.texts["long beak"] = np.zeros(4)
     got = measure("calibrate", predictor, **options)
-    kept = calibrate.Calibrate(**{k: str(v) for k, v in options.items()}).keep(predictor, got)
+    kept = calibrate.Calibrate(**{k: str(v) for k, v in options.items()}).finish(predictor, got)
     for way in ("image", "regions"):
         said = f"{way}: the scores are not higher where present; nothing is stored"
         assert (said in got["notes"]) == ("after" not in got[way]) == (way in blind)
@@ -207,11 +207,11 @@ def test_the_files_of_the_package_are_not_changed(stub):
     entry = calibrate.Calibrate(**{k: str(v) for k, v in options.items()})
     result = entry.evaluate(predictor)
     folder = predictor.folder = str(pretrained.folder_of("aviary-tiny"))
-    assert "the model comes with the package" in entry.keep(predictor, result)
+    assert "the model comes with the package" in entry.finish(predictor, result)
     predictor.folder = "gs://bucket/run"
-    assert "(gs://bucket/run: the folder is remote)" in entry.keep(predictor, result)
+    assert "(gs://bucket/run: the folder is remote)" in entry.finish(predictor, result)
     predictor.folder = f"{folder}/none"
-    assert "not stored beside the model" in entry.keep(predictor, result)
+    assert "not stored beside the model" in entry.finish(predictor, result)
 
 
 FAULTS = {

@@ -115,7 +115,7 @@ def test_names_are_found_by_label_or_have_the_order_of_the_labels(tmp_path):
 def test_imagenet_takes_the_published_descriptions(tmp_path):
     lines = class_names.read("imagenet2012")
     published, wnids = [line.name for line in lines], [line.label for line in lines]
-    # The keys, in order, of descriptors_imagenet.json in sachit-menon/classify_by_description_release at d1a3d89.
+    # Keys, in order, of descriptors_imagenet.json in sachit-menon/classify_by_description_release at d1a3d89.
     digest = hashlib.sha256("\n".join(published).encode()).hexdigest()
     assert digest == "3f33991cc57a5c65c4361866171b6fad1a49d93385c7e1948a351d6ed2daaf07"
     later = [class_names.OPEN_CLIP_NAMES.get(x.label, x.name) for x in lines]

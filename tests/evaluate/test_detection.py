@@ -143,7 +143,7 @@ class Boxes(StubPredictor):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two images of 20 x 10 pixels, a cat on the left and a dog on the right of the first, and a cat in the second."""
+    """Two images of 20 x 10 pixels: a cat left and a dog right in the first, and a cat in the second."""
     for i in (0, 1):
         write_picture(tmp_path / "val2017" / f"{i}.png", i, (20, 10))
     categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
@@ -302,5 +302,5 @@ def test_the_missing_package_is_named(files, capsys, monkeypatch):
 
 
 def test_proposals_need_no_queries():
-    assert detection.Detection().needs_regions
-    assert not detection.Detection(proposals="p.json").needs_regions
+    assert detection.Detection().needs
+    assert not detection.Detection(proposals="p.json").needs

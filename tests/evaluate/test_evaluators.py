@@ -1,4 +1,4 @@
-"""The evaluators of the package as entries of a config: their options, and what is checked before there is a model."""
+"""The package's evaluators as entries of a config: their options, and what is checked without a model."""
 
 import dataclasses
 import functools
@@ -72,10 +72,6 @@ FAULTS = [
         "alphas: got 1.0, expected tuple of float",
         "names: got 'yes', expected bool",
     ),
-    (
-        {"kind": "linear_probe", "tfds": "a", "images": "b"},
-        "tfds: got 'a' with images='b', expected one of the two",
-    ),
 ]
 
 
@@ -90,7 +86,7 @@ def test_faults_of_an_entry():
 class Unfinished(base.Evaluator):
     """An evaluator that cannot evaluate."""
 
-    def check(self):
+    def check(self, model=None):
         return 0
 
 
@@ -129,12 +125,14 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
     faults = functools.partial(_check, good)
     no_folder = "no/such: no such folder; expected one with a sub-folder per class"
     assert faults(images="no/such") == [no_folder]
+    assert faults(images="b", tfds="a") == ["tfds: got 'a' with images='b', expected one of the two"]
     described = dict(descriptions=str(tmp_path / "D.json"))
     assert faults(**described, alphas=(0.5, 2.0)) == [
         f"{tmp_path}/D.json: no description of the classes dog",
         "alpha: got 2.0, expected a number from 0 to 1",
     ]
     assert "got -1.0" in faults(alphas=(1.0, -1.0))[0]
+    assert "expected a file (D.json) for alpha 0.7" in faults(alphas=(0.7,))[0]
     assert "for a test without class names" in faults(names=False)[0]
     assert "no.json: no such file" in faults(descriptions="no.json")[0]
     broken = faults(descriptions=str(tmp_path / "broken.json"))[0]

@@ -1,4 +1,4 @@
-"""eval.npz, the reference's own evaluation, through the command: class folders and files in, accuracies out."""
+"""eval.npz, the reference's own evaluation, by the command: class folders and files in, accuracies out."""
 
 import json
 

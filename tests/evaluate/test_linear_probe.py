@@ -1,4 +1,4 @@
-"""The linear probe: against scikit-learn run by hand, on toys whose answer is known, by the command and in training."""
+"""The linear probe: against scikit-learn, on toys whose answer is known, by the command, in training."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`evaluate segmentation`: the numbers against plain counts, the formats of the sets, masks that cannot be used."""
+"""`evaluate segmentation`: numbers against plain counts, formats of sets, masks that cannot be used."""
 
 import json
 import types
@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from grain_jax.core import errors
-from grain_jax.evaluate import base, class_names, segmentation, segmentation_sets, tables
+from grain_jax.evaluate import class_names, segmentation, segmentation_sets, tables
 from tests import tiny
 from tests.evaluate.report import workdirs
 from tests.hostile import image_files as hostile
@@ -61,11 +61,11 @@ def mask(path, ids, mode="L"):
     image.save(path)
 
 
-def measure(predictor=None, batch_size=3, **options):
+def measure(predictor=None, **options):
     options = {k: str(v) if hasattr(v, "parts") else v for k, v in options.items()}
-    entry = segmentation.Segmentation(**options)
+    entry = segmentation.Segmentation(**{"batch_size": 3, **options})
     assert entry.check() > 0
-    return entry.evaluate(predictor or Coloured(), base.Context(batch_size))
+    return entry.evaluate(predictor or Coloured())
 
 
 def folder(root, count=4, size=(20, 17), names="wall\nfloor\nsky\n"):
@@ -160,7 +160,7 @@ def test_a_model_in_the_evaluation(tmp_path):
         pictures[-1].save(tmp_path / "images" / f"{i}.png")
         truth.append(random.integers(-1, 3, size[::-1]))
         mask(tmp_path / "masks" / f"{i}.png", truth[-1] % 256)
-    got = measure(predictor, 1, images=tmp_path, stride=8)
+    got = measure(predictor, batch_size=1, images=tmp_path, stride=8)
     names = ["wall, stone wall", "floor", "sky"]
     predicted = predictor.segment(pictures, names, stride=8)
     expected = by_counting(truth, predicted, 3)
@@ -334,7 +334,7 @@ def test_what_the_model_of_a_run_lacks():
     """It is said before the first step."""
 
     def lines(**options):
-        return segmentation.Segmentation(images="x", **options).misses(model)
+        return segmentation.Segmentation(images="x", **options).faults_of_model(model)
 
     model = tiny.config().model
     assert lines(by="regions") == lines() == []

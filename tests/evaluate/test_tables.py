@@ -32,10 +32,10 @@ def test_an_evaluator_from_outside_keeps_all_its_rows(tmp_path, capsys):
     class Mine(base.Evaluator):
         kind: str = "my.module:Mine"
 
-        def check(self):
+        def check(self, model=None):
             return 1
 
-        def evaluate(self, predictor, context=base.STANDALONE):
+        def evaluate(self, predictor):
             return {"kind": "boxes", "miou": 0.5, "sharpness": 2.0, "found": 0.25, "images": 1}
 
     output = epath.Path(tmp_path / "o.json")

@@ -1,4 +1,4 @@
-"""docs/evaluate.md: ties count as if broken at random (of ranks: as lost), at every batch size, in every function."""
+"""docs/evaluate.md: ties count as if broken at random (of ranks: as lost), at every batch size."""
 
 import collections
 from unittest import mock

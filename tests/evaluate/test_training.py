@@ -1,4 +1,4 @@
-"""Entries of a suite as evaluators of a run: what is missing is skipped, and several processes measure as one."""
+"""Entries of a suite as evaluators of a run: what is missing is skipped, processes measure as one."""
 
 import collections
 import types

@@ -1,4 +1,4 @@
-"""Tiny sets in TFDS's own format, under the real names: what TFDS would have prepared, but for the number of images."""
+"""Tiny sets in TFDS's own format, under the real names: as TFDS would prepare them, with fewer images."""
 
 import contextlib
 import io

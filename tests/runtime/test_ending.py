@@ -107,12 +107,12 @@ with watch.running(7):
 
 def test_a_fault_that_cannot_be_closed_is_told_and_ends_the_process():
     process = _process("""
-from grain_jax.train import metrics_writer
+from grain_jax.train import faults
 ending.FAULT_SECONDS = 2
 watch = ending.Watchdog(0)
 try:
     with watch.running(3):
-        raise metrics_writer.NotFinite("loss is nan at step 4")
+        raise faults.NotFinite("loss is nan at step 4")
 finally:
     threading.Event().wait()  # as a save whose threads wait for each other
 """)

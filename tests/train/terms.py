@@ -1,4 +1,4 @@
-"""Local loss terms of tests: with parameters and state, with an average of the parameters, and with neither."""
+"""Local loss terms of tests: with parameters and state, with an average of parameters, with neither."""
 
 import dataclasses
 from typing import ClassVar
@@ -48,7 +48,7 @@ class Smooth(local.LocalTerm):
 
 
 class Average(Smooth):
-    """The map of an average of all parameters, its own too, on the tokens of the average for a mirrored image."""
+    """The map of an average of all parameters, its own too, on the average's tokens of a mirrored image."""
 
     def initial_state(self, params):
         return {"average": jax.tree.map(jnp.copy, params), "steps": jnp.zeros(())}

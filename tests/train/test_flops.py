@@ -83,8 +83,8 @@ def test_flops_are_those_of_the_matrix_products():
         flops.matmul_flops(doubled, jnp.ones((2, 2)))
 
 
-# The model_profile.csv of open_clip (ViT-S-16 to ViT-g-14), GFLOPs of an image. It counts an image projection that
-# stands in our decoder: 0.003 at most.
+# The model_profile.csv of open_clip (ViT-S-16 to ViT-g-14), GFLOPs of an image. It counts an image projection
+# that stands in our decoder: 0.003 at most.
 @pytest.mark.parametrize("size,gflops", [("S/16", 9.20), ("B/16", 35.13), ("g/14", 534.06)])
 def test_image_towers_are_as_published(size, gflops):
     assert flops.per_image(recipe(size)).image / 1e9 == pytest.approx(gflops, abs=0.007)

@@ -1,4 +1,4 @@
-"""`init.image`, `init.text` and `optim.frozen`: towers that start from elsewhere, and ones that stay as they are."""
+"""`init.image`, `init.text` and `optim.frozen`: towers that start from elsewhere, and ones that stay."""
 
 import functools
 

@@ -1,6 +1,6 @@
-"""A step is the same on every mesh, in micro-batches, with rematerialisation and after a resume; and what it costs.
+"""A step is the same on every mesh, in micro-batches, with remat and after a resume; and what it costs.
 
-One table for all that a step may hold. Each row compiles two programs, and the further tests here read the same ones.
+One table for all that a step may hold. Each row compiles two programs, which the further tests read.
 """
 
 import functools
@@ -90,7 +90,7 @@ def gradients(c, state):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_is_the_same_on_eight_devices_and_after_a_resume(name):
-    """With dropout: its masks, the kept patches and the draws of terms belong to the image, wherever it is computed."""
+    """With dropout: its masks, the kept patches and draws of terms belong to the image, wherever it is."""
     c, expected, got = program_of(name, False)[0], two_steps(name), two_steps(name, True)
     for (metrics, state), (others, other) in zip(expected, got, strict=True):
         for key in metrics:
@@ -248,7 +248,7 @@ def test_an_average_in_the_state_follows_the_parameters_and_is_sharded_as_they_a
     term_state = state.term_state["average"]
     assert term_state["steps"] == 2
     assert set(term_state["average"].term) == {"map"} and "terms" not in term_state["average"].model
-    # After two steps: 9/16 of the first, 3/16 of those after one step, 1/4 of the last; of a frozen part all are equal.
+    # After two steps: 9/16 of the first, 3/16 of those after one step, 1/4 of the last; frozen parts stay.
     last, before = grain.flat(state.params), grain.flat(first.params)
     for name, x in grain.flat(term_state["average"].model).items():
         low, high = np.minimum(last[name], before[name]), np.maximum(last[name], before[name])
@@ -278,10 +278,10 @@ def compiled_step(name):
 
 @pytest.mark.parametrize("name", [pytest.param("data", marks=pytest.mark.slow), "all_axes"])
 def test_the_step_costs_no_more_than_recorded(name):
-    """FLOPs, bytes, temporaries and collectives, counted in the compiler's output with the flags of `tests.compiling`.
+    """FLOPs, bytes, temporaries and collectives in the compiler's output with the flags of `tests.compiling`.
 
-    goldens/step_cost.json has them for one version of JAX. After a change that is meant to cost, UPDATE_GOLDENS=1
-    rewrites them, and the commit says why.
+    goldens/step_cost.json has them for one version of JAX. After a change that is meant to cost,
+    UPDATE_GOLDENS=1 rewrites them, and the commit says why.
     """
     step, version = compiled_step(name), metadata.version("jaxlib")
     module = hlo.parse(step.as_text())

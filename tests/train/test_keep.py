@@ -81,7 +81,7 @@ def _tower_in_torch(p, pixels, kept):
 
 
 def _boxes_in_torch(p, tokens, kept, corners):
-    """RoIAlign of the kept tokens: torchvision's weights of each patch, divided by their sum; 0 without any."""
+    """RoIAlign of the kept tokens: torchvision's weights of each patch over their sum; 0 without any."""
     one_hot = torch.eye(SIDE**2, dtype=torch.float64).reshape(1, SIDE**2, SIDE, SIDE)
     means = []
     for image, i, boxes in zip(tokens, kept, corners):

@@ -1,4 +1,4 @@
-"""Programs that are made up for CPUs, where `auto` takes XLA's: right, wrong, slow, and one that does not compile."""
+"""Programs made up for CPUs, where `auto` takes XLA's: right, wrong, slow, one that does not compile."""
 
 import functools
 import json

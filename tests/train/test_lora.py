@@ -1,4 +1,4 @@
-"""LoRA against torch, against full fine-tuning and against its own folded form; what it does not compute; its errors."""
+"""LoRA against torch, full fine-tuning and its own folded form; what it does not compute; its errors."""
 
 import dataclasses
 import math

@@ -1,15 +1,16 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, the progress line; texts and losses that are lost."""
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, progress; lost texts and losses."""
 
 import json
 import math
 import re
+import struct
 import sys
 import types
 
 import pytest
 
 from grain_jax import losses
-from grain_jax.train import metrics_writer
+from grain_jax.train import faults, metrics_writer, rates
 from tests import tiny
 
 pytestmark = pytest.mark.quick
@@ -19,20 +20,20 @@ CHECKED = (*TERMS, "loss", "grad_norm")
 METRICS = {term: 1.0 for term in CHECKED} | {"matched_iou": 0.5, "texts_dropped_share": 0}
 
 
-def _write(workdir, start, losses, **options):
+def _write(workdir, start, losses, config=None):
     """A run that goes on from `start` and logs these losses, by step."""
-    log = metrics_writer.MetricsWriter(workdir, start, 10, 4, **options)
+    log = metrics_writer.MetricsWriter(workdir, start, config)
     for step, loss in losses.items():
         log.write(step, {"loss": float(loss)})
     log.close()
 
 
 def _counted(texts, dropped, too_long=0):
-    return dict(zip(metrics_writer.TextCounts.NAMES, (texts, dropped, too_long)))
+    return dict(zip(faults.TextCounts.NAMES, (texts, dropped, too_long)))
 
 
 def test_texts_are_counted_from_line_to_line():
-    counts = metrics_writer.TextCounts(_counted(100, 4, 1), max_share=0.1)
+    counts = faults.TextCounts(_counted(100, 4, 1), max_share=0.1)
     assert counts.add(_counted(1100, 24, 1)) == {
         "texts": 1100,
         "texts_dropped": 24,
@@ -50,7 +51,7 @@ def test_texts_are_counted_from_line_to_line():
     assert counts.check(9, lambda: "more rows")
     counts.add(_counted(3148, 239, 1))
     said = r"^step 10: 20.0% .* more rows, or --config.text.max_dropped_share"
-    with pytest.raises(metrics_writer.TextsLost, match=said):
+    with pytest.raises(faults.TextsLost, match=said):
         counts.check(10, lambda: "more rows")
 
 
@@ -66,44 +67,43 @@ def test_lines_beyond_the_restored_step_are_removed(tmp_path):
 @pytest.mark.parametrize("term", ["loss_uniform", "grad_norm"])
 def test_the_first_bad_term_is_named(term):
     said = f"^{term} is nan at step 9; it was finite at step 5"
-    with pytest.raises(metrics_writer.NotFinite, match=said):
-        metrics_writer.check_finite({**METRICS, term: math.nan}, 5, 9, TERMS)
-    metrics_writer.check_finite(METRICS, 5, 9, TERMS)
+    with pytest.raises(faults.NotFinite, match=said):
+        faults.check_finite({**METRICS, term: math.nan}, 5, 9, TERMS)
+    faults.check_finite(METRICS, 5, 9, TERMS)
 
 
 @pytest.fixture
 def now(monkeypatch):
     """What the clock says: now[0]."""
     now = [0.0]
-    monkeypatch.setattr(metrics_writer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_rates_leave_pauses_out_and_have_mfu_where_the_peak_is_known(tmp_path, now, capsys):
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 100, 10, flops_per_image=3e9, peak_flops=4e11)
+def test_rates_leave_pauses_out_and_have_mfu_where_the_peak_is_known(now, capsys):
+    log = rates.Rates(0, 100, 10, flops_per_image=3e9, peak_flops=4e11)
     now[0] = 1.0
     with log.pause():
         now[0] = 50.0
     now[0] = 51.0
-    rates = log.rates(10, wait_seconds=0.5)  # 10 images in each of 10 steps
-    assert rates["images_per_second"] == 50 and rates["mfu"] == 0.375
-    assert rates["input_wait_fraction"] == 0.25
-    log.progress(10, METRICS | rates)
+    found = log.since_last(10, wait_seconds=0.5)  # 10 images in each of 10 steps
+    assert found["images_per_second"] == 50 and found["mfu"] == 0.375
+    assert found["input_wait_fraction"] == 0.25
+    log.show(10, METRICS | found)
     assert "  50 images/s  MFU 37.5%  input wait" in capsys.readouterr().err
     now[0] = 53.0
-    rates = log.rates(14, wait_seconds=0.5)  # what came before is not counted again
-    assert rates["input_wait_fraction"] == 0
+    assert log.since_last(14, wait_seconds=0.5)["input_wait_fraction"] == 0  # what came before does not count
 
 
-def test_what_the_line_shows_adds_up_to_its_loss(tmp_path, now, capsys):
+def test_what_the_line_shows_adds_up_to_its_loss(now, capsys):
     now[0] = 1.0
     config = tiny.config(loss__image_caption=0.0, loss__box=0.25, loss__image_description=-2.0)
     terms = losses.terms_of(config.loss)
     values = {term.metric: 1.2346 + number for number, (term, _) in enumerate(terms)}
     total = sum(weight * values[term.metric] for term, weight in terms)
     shown = {term.metric: (term.short, weight) for term, weight in terms}
-    log = metrics_writer.MetricsWriter(tmp_path, 0, 9, 4, terms=shown)
-    log.progress(9, METRICS | values | {"loss": total} | log.rates(9, 0))
+    log = rates.Rates(0, 9, 4, terms=shown)
+    log.show(9, METRICS | values | {"loss": total} | log.since_last(9, 0))
     line = capsys.readouterr().err
     loss, summed, apart = re.search(r"loss (\S+) = (.*?)  \((.*?)\)  IoU", line).groups()
     assert summed == "box 0.25 x 2.235 + region 3.235 + description -2 x 4.235"
@@ -126,43 +126,54 @@ def _steps(file):
 
 def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(object_store):
     store = object_store
-    first = metrics_writer.MetricsWriter(store, 0, 200, 4)
+    first = metrics_writer.MetricsWriter(store, 0)
     for step in range(1, 8):
         first.write(step, {"loss": 1.0})
         if step <= 6:
             first.flush()
-    # Killed here: the line of step 7 never gets there.
+    first._events.close()  # killed here: the line of step 7 never gets there
     whole = store / "metrics.jsonl"
     assert _steps(whole) == list(range(1, 7))
-    second = metrics_writer.MetricsWriter(store, 5, 200, 4)
+    second = metrics_writer.MetricsWriter(store, 5)
     assert _steps(whole) == list(range(1, 6))
     second.write(6, {"loss": 2.0})
     second.close()
     assert _steps(whole) == list(range(1, 7))
-    assert [step for step, _ in _scalars(store / "tensorboard")] == list(range(1, 7))
+    scalars, purges = _scalars(store / "tensorboard")
+    assert purges == [1, 6] and [step for step, _ in scalars] == [*range(1, 8), 6]  # this store is a folder
 
 
 def _scalars(folder):
-    """[(step, {name: value})] of TensorBoard's one file."""
-    import tensorflow as tf
+    """[(step, {name: value})] and the steps from which files purge, of TensorBoard's files in order."""
+    from tensorboardX.proto.event_pb2 import Event
 
-    (file,) = folder.glob("events.*")
-    events = map(tf.compat.v1.Event.FromString, tf.data.TFRecordDataset(str(file)).as_numpy_iterator())
-    return [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events if e.summary.value]
+    scalars, purges = [], []
+    for file in sorted(folder.glob("events.*")):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                purges.append(event.step)
+            if event.summary.value:
+                values = {v.tag: v.simple_value for v in event.summary.value}
+                scalars.append((event.step, values))
+    return scalars, purges
 
 
 def test_tensorboard_has_each_step_at_once_and_forgets_those_beyond_a_restart(tmp_path):
-    first = metrics_writer.MetricsWriter(tmp_path, 0, 10, 4)
+    first = metrics_writer.MetricsWriter(tmp_path, 0)
     for step in range(1, 6):
         first.write(step, {"loss": float(step), "eval/birds/top1": 0.5})
     folder = tmp_path / "tensorboard"
     expected = [(s, {"loss": float(s), "eval/birds/top1": 0.5}) for s in range(1, 6)]
-    assert _scalars(folder) == expected  # before it is closed: a kill loses nothing
+    assert _scalars(folder) == (expected, [1])  # before it is closed: a kill loses nothing
     first.close()
-    second = metrics_writer.MetricsWriter(tmp_path, 3, 10, 4)
+    second = metrics_writer.MetricsWriter(tmp_path, 3)
     second.write(4, {"loss": 40.0})
     second.close()
-    assert _scalars(folder) == [*expected[:3], (4, {"loss": 40.0})]
+    assert _scalars(folder) == ([*expected, (4, {"loss": 40.0})], [1, 4])
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""Schedule, decay groups and the update against numpy in float64 (the goldens' step is in tests/test_parity.py)."""
+"""Schedule, decay groups and the update against numpy in float64 (tests/test_parity.py has the goldens)."""
 
 import dataclasses
 import re

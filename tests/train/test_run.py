@@ -1,4 +1,4 @@
-"""The trainer as a whole: metrics, checkpoints, preemption, NaN, other meshes and processes, a finished run."""
+"""The trainer as a whole: metrics, checkpoints, preemption, NaN, other processes, a finished run."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from grain_jax.core import errors, progress
 from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending
-from grain_jax.train import metrics_writer, run, set_up
+from grain_jax.train import faults, metrics_writer, run, set_up
 from tests import runs, tiny
 from tests.paths import ROOT
 
@@ -90,7 +90,7 @@ def test_a_run_whose_texts_do_not_fit_ends_and_saves_nothing(tmp_path, monkeypat
             yield batch._replace(**counts)
 
     monkeypatch.setattr(synthetic.Synthetic, "batches", with_lost_texts)
-    with pytest.raises(metrics_writer.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"):
+    with pytest.raises(faults.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"):
         run.train(_config(log_every=2), tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -114,7 +114,7 @@ def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic.Synthetic, "batches", with_endless_boxes)
     said = r"loss_box is (nan|inf) at step 4; it was finite at step 3"
-    with pytest.raises(metrics_writer.NotFinite, match=said):
+    with pytest.raises(faults.NotFinite, match=said):
         run.train(_config(), tmp_path)
     assert [line["step"] for line in runs.lines(tmp_path)] == [1, 2, 3]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]  # none half written

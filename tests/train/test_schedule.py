@@ -15,10 +15,8 @@ def _due(steps=12, *, evals=True, preempted_at=0, minutes_are_over=lambda minute
     """(steps that are logged, evaluated, saved)."""
     defaults = dict(log_every=3, eval_every=4, checkpoint_every=5)
     plan = schedule.Schedule(tiny.config(**(defaults | keys)), steps, has_evals=evals)
-    due_of = {
-        step: plan.due(step, preempted=step == preempted_at, minutes_are_over=minutes_are_over)
-        for step in range(1, steps + 1)
-    }
+    plan.minutes_are_over = minutes_are_over
+    due_of = {step: plan.due(step, preempted=step == preempted_at) for step in range(1, steps + 1)}
     return tuple([s for s, due in due_of.items() if due[i]] for i in range(3))
 
 
@@ -39,7 +37,7 @@ def test_evaluations_are_saved_where_they_choose_the_best_checkpoint():
     for metric, expected in (("loss", [5, 10, 12]), ("eval/birds/top1", [4, 5, 8, 10, 12])):
         config = dataclasses.replace(config, checkpoint_best_metric=metric)
         due = schedule.Schedule(config, 12, has_evals=True).due
-        steps = (s for s in range(1, 13) if due(s, preempted=False, minutes_are_over=bool).saves)
+        steps = (s for s in range(1, 13) if due(s, preempted=False).save)
         assert list(steps) == expected
 
 

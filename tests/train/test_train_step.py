@@ -1,4 +1,4 @@
-"""What the compiled step holds on 8 virtual devices, and the metrics that it makes (its numbers: test_invariance.py)."""
+"""What the compiled step holds on 8 virtual devices, and its metrics (its numbers: test_invariance.py)."""
 
 import math
 

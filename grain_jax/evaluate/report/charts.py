@@ -104,7 +104,8 @@ def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
     )
     return (
         f"<figure><h3>{html.text(chart.title)}</h3>"
-        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.text(chart.title)}">'
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
+        f' aria-label="{html.text(chart.title)}">'
         f'<path class="axis" d="M{_LEFT} 10V{_HEIGHT - _BOTTOM}H{_WIDTH - 8}"/>{"".join(ends)}'
         f'<text x="{_LEFT}" y="{_HEIGHT - 5}">step {first:,}</text>'
         f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 5}" text-anchor="end">{last:,}</text>'

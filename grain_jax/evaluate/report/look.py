@@ -48,7 +48,7 @@ class Looked(NamedTuple):
 
 @processes.alone()
 def look(workdir: Any, predictor: Any, evals: Mapping[str, Any], num_images: int) -> Looked:
-    """Runs the model on at most so many images of each evaluation; the newest checkpoint's, if `predictor` is None."""
+    """Runs the model on at most so many images of each evaluation; None: the newest checkpoint's model."""
     looked = Looked({}, [], [])
 
     @contextlib.contextmanager
@@ -69,9 +69,9 @@ def look(workdir: Any, predictor: Any, evals: Mapping[str, Any], num_images: int
                 continue
             parsed = kinds.from_entry(entry)
             if isinstance(parsed, zeroshot.ZeroShot):
-                looked.classes.update(_classes(predictor, name, parsed.available()[0], num_images))
+                looked.classes.update(_classes(predictor, name, parsed, num_images))
             elif isinstance(parsed, evaluators.AnnotatedRegions) and not looked.cards:
-                looked.cards.extend(_cards(predictor, parsed.available()[0]))
+                looked.cards.extend(_cards(predictor, parsed))
     return looked
 
 

@@ -1,4 +1,4 @@
-"""report.html: one static, self-contained file with the results of a run: table, curves, classes, cards of regions."""
+"""report.html: one static file with the results of a run: table, curves, classes, cards of regions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _render(run: run_files.RunFiles, looked: look.Looked) -> str:
     step = f", step {run.step:,}" if run.step is not None else ""
+    folder = html.text(str(run.workdir))
     per_class = {
         f"{result.name}, {way} ({result.source})": shares
         for result in run.results
@@ -85,8 +86,8 @@ def _render(run: run_files.RunFiles, looked: look.Looked) -> str:
         (
             "regions",
             "Regions",
-            "Test images with the boxes of the region queries (solid) and the description that each matches best,"
-            " and the annotated boxes (dashed), in the colour of the query that each is matched to.",
+            "Test images with the boxes of the region queries (solid) and the description that each matches"
+            " best, and the annotated boxes (dashed), in the colour of the query that each is matched to.",
             "".join(map(_card, looked.cards)),
         ),
         ("unmeasured", "Not measured", "", f"<ul>{unmeasured}</ul>" if unmeasured else ""),
@@ -95,7 +96,7 @@ def _render(run: run_files.RunFiles, looked: look.Looked) -> str:
     grids = {"curves": "charts", "regions": "cards"}
     return html.document(
         title=f"{run.workdir.name}: grain_jax.evaluate.report",
-        header=f'<div><h1>Training run</h1><p class="soft"><code>{html.text(str(run.workdir))}</code>{step}</p></div>',
+        header=f'<div><h1>Training run</h1><p class="soft"><code>{folder}</code>{step}</p></div>',
         sections=[
             html.Section(name, title, f'<div class="{grids.get(name, "")}">{content}</div>', about)
             for name, title, about, content in parts
@@ -111,8 +112,9 @@ def _results(results: Sequence[run_files.Result]) -> str:
         for row in tables.rows_of(result.kind, result.numbers):
             parts = [row.interval, row.chance and f"chance {row.chance}"]
             parts.append(row.images and f"of {row.images} images")
-            rows += f'<tr><th scope="row">{html.text(f"{result.name}: {row.key}")}</th><td class="value"><b>{row.value}</b>'
-            rows += f" <small>{'; '.join(filter(None, parts))}</small></td><td>{html.text(result.source)}</td></tr>"
+            rows += f'<tr><th scope="row">{html.text(f"{result.name}: {row.key}")}</th><td class="value">'
+            rows += f"<b>{row.value}</b> <small>{'; '.join(filter(None, parts))}</small></td>"
+            rows += f"<td>{html.text(result.source)}</td></tr>"
     if not rows:
         return '<p class="none">Nothing has been evaluated.</p>'
     head = "".join(f'<th scope="col">{title}</th>' for title in ("measured", "value", "file"))
@@ -123,8 +125,8 @@ def _classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
     out = ""
     for name, shares in per_class.items():
         lines = "".join(
-            f'<li><span>{html.text(label)}</span><span class="track"><i style="width:{100 * share:.1f}%"></i></span>'
-            f"{share:.1%}</li>"
+            f'<li><span>{html.text(label)}</span><span class="track"><i style="width:{100 * share:.1f}%">'
+            f"</i></span>{share:.1%}</li>"
             for label, share in sorted(shares.items(), key=lambda pair: pair[1])
         )
         opened = "" if out else " open"
@@ -154,7 +156,8 @@ def _card(card: look.Card) -> str:
         lines += f'<li><b class="badge" style="background:{colour}">{number}</b><span>{text}</span>'
         lines += f'<span class="more">{more}</span></li>'
     return (
-        f'<figure class="card"><div class="image"><img src="{card.uri}" width="{width}" height="{height}" alt="">'
+        '<figure class="card"><div class="image">'
+        f'<img src="{card.uri}" width="{width}" height="{height}" alt="">'
         f'<svg class="boxes" viewBox="0 0 {width} {height}" preserveAspectRatio="none">{shapes}</svg></div>'
         f'<figcaption>{html.text(card.name)}</figcaption><ul class="said">{lines}</ul></figure>'
     )

@@ -68,7 +68,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
 
 
 def _json(path: epath.Path, unmeasured: list[str]) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no file, or a damaged one: a line on stderr and in `unmeasured`."""
+    """The JSON object in a file; None without one. A damaged one: a line on stderr and in `unmeasured`."""
     fault: object = "no JSON object"
     try:
         if isinstance(value := json.loads(path.read_text()), dict):

@@ -1,4 +1,4 @@
-"""The workdir of a run that trained nothing: a tiny random model, its evaluations' images, and the files of a run."""
+"""The workdir of a run that trained nothing: a tiny random model, images to evaluate, a run's files."""
 
 import json
 
