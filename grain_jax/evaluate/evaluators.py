@@ -58,8 +58,6 @@ class LabelledImages(Evaluator):
             raise errors.UserError(
                 f"tfds: got {self.tfds!r} with images={self.images!r}, expected one of the two"
             )
-        if self.missing == "skip":
-            test_sets.find_tfds(self.tfds, self.data_dir, self.get)
         return test_sets.TfdsSet(self.tfds, split, self.data_dir, self.classes, self.get)
 
     def check(self, model: Any = None) -> int:
@@ -167,7 +165,7 @@ class AnnotatedImages(Evaluator):
         if not any(path.exists() for path in annotated.paths):  # usually the first exists
             raise errors.UserError(
                 f"{self.images}: none of the {len(annotated.paths)} images of {self.annotations} is there;"
-                f" the first: {annotated.paths[0]}; expected the folder that the annotations' paths start from"
+                f" the first: {annotated.paths[0]}; expected the folder where the annotations' paths start"
             )
         return len(annotated.records)
 

@@ -9,7 +9,7 @@ trained the model which is kept.
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -135,7 +135,7 @@ def of_processes(own: Own) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items()}
 
 
-def warning(numbers: dict[str, float]) -> str | None:
+def warning(numbers: Mapping[str, float]) -> str | None:
     """A line that names the slowest process, if it is much slower than the fastest one."""
     slow, fast = (numbers.get(f"process/{x}_step_seconds", 0.0) for x in ("slowest", "fastest"))
     if slow < SLOW * fast or slow - fast < SLOW_SECONDS:
