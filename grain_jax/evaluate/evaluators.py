@@ -135,10 +135,8 @@ class AnnotatedImages(Evaluator):
         """The usable annotations whose image can be read, and the images encoded; raises as `read`, `encode`.
 
         Args:
-          predictor: as for `evaluate`.
-          regions: whether region embeddings are computed too.
+          predictor, regions, predicted_boxes: as for `encode.gather_images`.
           boxes_of: (annotation, (width, height) in pixels) -> boxes to embed too, xyxy [n, 4] in [0, 1].
-          predicted_boxes: whether the box head embeds the boxes of the regions instead.
         """
         annotated = self.read()
         seen = encode.gather_images(
