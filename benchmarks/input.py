@@ -66,7 +66,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def quality(paths: Sequence[epath.Path], name: str) -> dict[str, float]:
-    """Compares images as training reads them with PIL's resize of the file; prints and returns the distances."""
+    """Compares images as training reads them with PIL's resize of the file; prints and returns distances."""
     from grain_jax.input_pipeline import transforms
 
     ways = {"original": (0, 0), "png": (made.SIZE, 0), "jpeg": (made.SIZE, 95)}

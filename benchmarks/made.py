@@ -24,9 +24,10 @@ SETS = {  # name: arguments of data.build
     "png_224": ("--encoding=png", f"--store-size={SIZE}"),
 }
 WORDS = (
-    "a the of with and on in small large red green blue yellow bright dark long short round curved wing beak tail"
-    " feather bird dog car tree house window street river stone wooden metal striped spotted smooth shiny old new"
-    " standing sitting flying near under beside between two three morning evening water grass photo close view"
+    "a the of with and on in small large red green blue yellow bright dark long short round curved"
+    " wing beak tail feather bird dog car tree house window street river stone wooden metal striped"
+    " spotted smooth shiny old new standing sitting flying near under beside between"
+    " two three morning evening water grass photo close view"
 ).split()
 
 

@@ -57,7 +57,7 @@ def side(size: str, batch: int, attention: str, steps: int) -> dict[str, Any]:
 
 
 def text_places(batch: schema.Batch) -> np.ndarray:
-    """Positions of the end tokens in the batch's concatenated rows, int64 [N]: captions, then descriptions."""
+    """Positions of the end tokens in the batch's concatenated rows, [N]: captions, then descriptions."""
     groups, rows, length = batch.text_tokens.shape
     group = np.arange(len(batch.image))[:, None] // (len(batch.image) // groups)
     index = lambda at: (group * rows + at[..., 0]) * length + at[..., 1]

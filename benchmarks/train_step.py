@@ -1,12 +1,13 @@
 """Compares our train step with one in PyTorch on the device that is there, with packed and with padded texts.
 
-    python -m benchmarks.train_step [--size B/16] [--batch 8] [--turns 5] [--attention xla] [--no-compile] [--json OUT.json]
+    python -m benchmarks.train_step [--size B/16] [--batch 8] [--turns 5] [--attention xla] [--no-compile]
+        [--json OUT.json]
 
-Texts have the lengths of the synthetic source: captions of 10-20 tokens, 0-5 descriptions of 4-12. All sides have
-the same weights and batch, and their losses must agree (dropout off). PyTorch (`torch_step`) pads each real text to 77,
-as the reference does, or packs; each eager and with torch.compile. On a CPU (float32) the sides take turns, and our
-padded variant, whose shapes are static, has a row for each of the 6 texts that an image can have. On a GPU or TPU
-(bfloat16) a side has the memory of the device to itself, a turn is ten steps, and ours packs; MFU is of the packed model.
+Texts have the lengths of the synthetic source: captions of 10-20 tokens, 0-5 descriptions of 4-12. All sides
+have the same weights and batch, and their losses must agree (dropout off). PyTorch (`torch_step`) pads each
+text to 77, as the reference does, or packs; each eager and compiled. On a CPU (float32) the sides take turns,
+and our padded variant, whose shapes are static, has a row for each of an image's 6 texts. On a GPU or TPU
+(bfloat16) a side has the device's memory to itself, a turn is ten steps, and ours packs, as MFU counts.
 """
 
 import functools

@@ -2,11 +2,11 @@
 
 COMMAND   grain-jax train --config finetune:FROM --workdir runs/finetuned \
               --config.input.data_dir=records --config.input.name=mine
-FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder that grain-jax convert
-          wrote, or a model of the Hugging Face Hub, e.g. hf://openai/clip-vit-base-patch32: its towers, their pooling
-          and their logit scale are loaded, the decoder is new. configs/regions.py leaves such a model as it is.
+FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are loaded. Or a folder of grain-jax
+          convert, or a model of the Hugging Face Hub, e.g. hf://openai/clip-vit-base-patch32: its towers,
+          pooling and logit scale are loaded, the decoder is new. configs/regions.py leaves it as it is.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
-LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors beside the towers' matrices.
+LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors of the towers.
 HARDWARE  one GPU; grain-jax plan says what fits.
 """
 

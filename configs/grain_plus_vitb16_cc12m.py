@@ -1,7 +1,7 @@
 """GRAIN ViT-B/16 on CC12M as this package recommends it: the pointer and the box head (docs/claim.md).
 
-COMMAND   grain-jax train --config grain_plus_vitb16_cc12m[:HARDWARE] --workdir gs://BUCKET/grain_plus_b16_cc12m \
-              --config.input.data_dir=gs://BUCKET/records
+COMMAND   grain-jax train --config grain_plus_vitb16_cc12m[:HARDWARE] \
+              --workdir gs://BUCKET/grain_plus_b16_cc12m --config.input.data_dir=gs://BUCKET/records
 HARDWARE  as configs/grain_vitb16_cc12m.py, the paper's recipe. Not yet run by us.
 """
 

@@ -2,8 +2,8 @@
 
 COMMAND   grain-jax train --config grain_vitb16_cc12m[:HARDWARE] --workdir gs://BUCKET/grain_b16_cc12m \
               --config.input.data_dir=gs://BUCKET/records
-HARDWARE  the paper: 16 H100 x 128 images. v5e-64, v5e-256, v5p-64, v6e-64, tpu7x-64, h100-8: see below (planned,
-          docs/performance.md); else any mesh that 2048 images divide over. Not yet run by us.
+HARDWARE  the paper: 16 H100 x 128 images. v5e-64, v5e-256, v5p-64, v6e-64, tpu7x-64, h100-8: see below
+          (planned, docs/performance.md); else any mesh that 2048 images divide over. Not yet run by us.
 """
 
 from grain_jax.config.recipe import base, on_hardware

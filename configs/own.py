@@ -2,8 +2,8 @@
 
 COMMAND   grain-jax train --config own[:S/16|:B/16] --workdir runs/own \
               --config.input.data_dir=records --config.input.name=mine
-DATA      records of grain-jax build (docs/own_images.md). The paper trains on millions of images; with fewer, start from
-          pretrained towers: configs/finetune.py.
+DATA      records of grain-jax build (docs/own_images.md). The paper trains on millions of images; with
+          fewer, start from pretrained towers: configs/finetune.py.
 HARDWARE  any batch size that the devices divide; grain-jax plan says what fits.
 """
 

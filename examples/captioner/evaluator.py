@@ -1,7 +1,8 @@
 """An evaluator of the decoder: the boxes of phrases, and whether captions name what is there.
 
     c = ConfigDict()
-    c.evals = dict(words=kinds.evaluator("examples.captioner.evaluator:Written", "IMAGES", annotations="A.jsonl"))
+    written = "examples.captioner.evaluator:Written"
+    c.evals = dict(words=kinds.evaluator(written, "IMAGES", annotations="A.jsonl"))
 
 is a suite for `grain-jax evaluate suite --checkpoint RUN --config FILE --output OUT.json`; RUN is a workdir.
 """

@@ -120,7 +120,7 @@ def texts_of(batch, positions: jax.Array, longest: int) -> tuple[jax.Array, jax.
 
 
 def caption_sequences(vocabulary, texts: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sequences int32 [B, k, n + 1] of words [B, k, n]; whether tokens but the first count, bool [B, k, n]."""
+    """Sequences int32 [B, k, n + 1] of words [B, k, n]; whether later tokens count, bool [B, k, n]."""
     first = jnp.full_like(texts[..., :1], vocabulary.caption)
     predicted = jnp.arange(texts.shape[-1]) < count[..., None]
     return jnp.concatenate([first, texts], axis=-1), predicted

@@ -1,7 +1,7 @@
 """The config of the comparison: `config.py[:FOLDER[,CONFIG]]`, as examples/claim/sweep.py says.
 
-FOLDER is what `python -m examples.claim.data` wrote. The settings belong to the demo; another CONFIG of the package
-keeps its own.
+FOLDER is what `python -m examples.claim.data` wrote. The settings belong to the demo; another CONFIG has
+its own.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from grain_jax.evaluate.kinds import evaluator
 STEPS = 500
 ALPHAS = (1.0, 0.5)
 SPLITS = ("validation", "test")
-# Embedding of a class: the mean of its descriptions, this with unit length (as in CLIP), or one sentence of all.
+# Embedding of a class: the mean of its descriptions, this with unit length (as in CLIP), or one sentence.
 WAYS = ("unseen", "unit", "sentence")
 SETTINGS = {
     "optim.learning_rate": 1e-3,

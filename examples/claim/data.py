@@ -26,9 +26,9 @@ NAME = "claim"  # of the record set
 # Easier poses, and the demo's.
 AVIARY: Mapping[str, str] = dict(
     pair.split("=")
-    for pair in "seed=23 images=16000 test_images=400 seen_per_species=10 unseen_per_species=15 held_out_genera=20"
-    " scale_from=0.95 turn=3 shift=0.02 least_parts=8 most_parts=8 caption_parts=4 wrong_descriptions=0.05"
-    " wrong_names=0.03 missing_names=0.02 caption_errors=0.05".split()
+    for pair in "seed=23 images=16000 test_images=400 seen_per_species=10 unseen_per_species=15"
+    " held_out_genera=20 scale_from=0.95 turn=3 shift=0.02 least_parts=8 most_parts=8 caption_parts=4"
+    " wrong_descriptions=0.05 wrong_names=0.03 missing_names=0.02 caption_errors=0.05".split()
 )
 POSES: Mapping[str, Any] = dict(scale_from=0.8, turn=6.0, shift=0.04, mirrored=0.5)
 
@@ -58,7 +58,7 @@ def prepare(source: pathlib.Path, output: pathlib.Path) -> None:
 
 
 def divide(source: pathlib.Path, output: pathlib.Path) -> None:
-    """Links images of seen classes, in turns, and held-out classes, by halves, into folders for each split."""
+    """Links images of seen classes, in turns, and held-out ones, by halves, into folders for each split."""
     described = json.loads((source / "unseen.json").read_text())
     names = list(described)  # the order of the file keeps related classes together
     halves = {"validation": names[: len(names) // 2], "test": names[len(names) // 2 :]}

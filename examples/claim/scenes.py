@@ -2,16 +2,17 @@
 
     python -m examples.scenes ... --output runs/scenes/data --seed 2    # examples/scenes/README.md
     for boxes in exact:A detected:detected; do
-      grain-jax build --annotations runs/scenes/data/train/${boxes#*:}.jsonl --images runs/scenes/data/train \\
-        --output runs/scenes/data/records --name ${boxes%:*}; done
-    for boxes in exact detected; do for arm in clip clip_boxes grain_boxes pointer reads both plain regions; do
-      grain-jax sweep --config examples/claim/scenes.py:runs/scenes,$boxes,$arm --sweep examples/claim/scenes.py \\
-        --workdir runs/scenes/$boxes/$arm --parallel 2; done; done
+      grain-jax build --annotations runs/scenes/data/train/${boxes#*:}.jsonl --name ${boxes%:*} \\
+        --images runs/scenes/data/train --output runs/scenes/data/records; done
+    for boxes in exact detected; do
+      for arm in clip clip_boxes grain_boxes pointer reads both plain regions; do
+        grain-jax sweep --config examples/claim/scenes.py:runs/scenes,$boxes,$arm --parallel 2 \\
+          --sweep examples/claim/scenes.py --workdir runs/scenes/$boxes/$arm; done; done
     python -m examples.claim.scenes runs/scenes    # tables, and runs/scenes/scenes.tsv, which it also reads
 
-All arms train L_ic and L_id on two captions. `clip` is two towers with attention pooling, the start of `regions`; it
-sees no boxes. `clip_boxes` adds the box head, and has the FLOPs of the largest arm. `grain_boxes` has queries with boxes
-of their own. In `pointer` queries point at patches, in `reads` region embeddings read the box head; `both` has the two.
+All arms train L_ic and L_id on two captions. `clip` is two towers with attention pooling, the start of
+`regions`, without boxes. `clip_boxes` adds the box head, and has the FLOPs of the largest arm. `grain_boxes`
+has queries with boxes. In `pointer` they point at patches, in `reads` they read the box head, in `both` both.
 `plain` has the pointer without a box head. `regions` has both, on the frozen `clip` of its seed.
 
 Two numbers decide: top-1 of quiet phrases, and images that find their caption in groups of four. The score of
@@ -155,7 +156,7 @@ def chosen_score(rows: list[dict[str, float]]) -> str:
 
 
 def table(runs: Runs, boxes: str) -> str:
-    """A table of one version of the boxes, as Markdown: per arm the quiet phrases by seed, and their means."""
+    """A table of one version of the boxes, as Markdown: per arm the quiet phrases by seed, and means."""
     lines = [["arm", "score", "quiet, by seed", "quiet", "seen", *COLUMNS]]
     lines.append(["---"] * 2 + ["---:"] * (len(lines[0]) - 2))
     for arm, label in ARMS.items():

@@ -38,8 +38,8 @@ class Scores(zeroshot.ZeroShot):
     def evaluate(self, predictor):
         """Per score and share of the global score `SCORE/alpha_A/top1`.
 
-        Regions score by `mean` and `best` of scores.region_scores, and by log-sum-exp over queries at a temperature. A
-        box head adds the best of fixed boxes: windows of 2 x 2 and 3 x 3 patches; 1 + 4 + 9 parts of the image.
+        Regions score by `mean` and `best` of scores.region_scores, and by log-sum-exp over queries. A box
+        head adds the best of fixed boxes: windows of 2 x 2 and 3 x 3 patches; 1 + 4 + 9 parts of the image.
         """
         test_set = self.open()
         texts = encode.encode_texts(predictor, self.described(test_set))

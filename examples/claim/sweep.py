@@ -1,7 +1,8 @@
 """GRAIN against CLIP: the third design of docs/claim.md as a sweep of arms, learning rates and seeds.
 
     python -m examples.claim.data --output runs/claim/data
-    grain-jax sweep --config examples/claim/config.py --sweep examples/claim/sweep.py --workdir runs/claim/runs --parallel 2
+    grain-jax sweep --config examples/claim/config.py --sweep examples/claim/sweep.py --parallel 2 \\
+      --workdir runs/claim/runs
     python -m examples.claim.table runs/claim/runs
 
 The commands run in a checkout. A run takes about five minutes of one core, the whole grid some six hours of
@@ -11,8 +12,8 @@ With `--poses`, the first command draws harder poses.
 With your own data, in a folder that `python -m examples.claim.data --help` describes, and a larger config:
 
     python -m examples.claim.data --source DIR --output runs/mine
-    grain-jax sweep --config examples/claim/config.py:runs/mine,grain_vitb16_cc3m --config.total_steps=20000 \\
-      --sweep examples/claim/sweep.py --workdir runs/mine/runs
+    grain-jax sweep --config examples/claim/config.py:runs/mine,grain_vitb16_cc3m --workdir runs/mine/runs \\
+      --sweep examples/claim/sweep.py --config.total_steps=20000
     python -m examples.claim.table runs/mine/runs
 """
 

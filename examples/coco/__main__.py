@@ -3,10 +3,10 @@
     python -m examples.coco --start hf://google/siglip2-base-patch16-224 --workdir runs/coco \
         --refcoco refcoco --topology h100:8 --config.batch_size=256
 
-TFDS prepares coco/2017. The run trains on the boxes of the 48 seen classes (seen.txt). Detection is measured on the 65
-classes of open-vocabulary papers, on the images of val2017 that have one. `--refcoco` is a folder with refs(unc).p and
-instances.json: grounding is measured on the splits of RefCOCO, whose images are not trained on. The same
-command goes on after an interruption; WORKDIR/results.md has the table.
+TFDS prepares coco/2017. The run trains on the boxes of the 48 seen classes (seen.txt). Detection is measured
+on the 65 classes of open-vocabulary papers, on the images of val2017 that have one. `--refcoco` is a folder
+with refs(unc).p and instances.json: grounding is measured on the splits of RefCOCO, whose images are not
+trained on. The same command goes on after an interruption; WORKDIR/results.md has the table.
 """
 
 import argparse

@@ -27,7 +27,7 @@ class Groups(evaluators.AnnotatedImages):
         return record.captions
 
     def evaluate(self, predictor):
-        """Shares of images nearest to their own caption within the group, and of captions; chance 1 / size."""
+        """Shares of images nearest to their caption within the group, and of captions; chance 1 / size."""
         records, seen, counts = self.gather(predictor, regions=False)
         if seen.unreadable or len(records) % self.size:
             raise errors.UserError(f"{self.annotations}: expected whole groups of {self.size}")

@@ -7,7 +7,7 @@ embeddings. The entry of a training config, whose numbers are eval/neighbours/to
       "examples.evaluator.neighbours:Neighbours", "TEST_FOLDERS", train="TRAIN_FOLDERS", k=5
   )
 
-In a suite, a config with that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=kinds.evaluator(...))`.
+In a suite, that entry alone: `c = ConfigDict(); c.evals = dict(neighbours=kinds.evaluator(...))`.
 From the folder that holds `examples`:
 
   grain-jax evaluate suite --checkpoint DIR --config FILE --config.evals.neighbours.k=3 --output OUT.json

@@ -1,7 +1,7 @@
 """A local loss term of a user: neighbouring patches are alike, unless an edge of the image lies between.
 
-It sees the tokens and the pixels of the images of a micro-batch, which a term of the global batch (phrases.py) does
-not. An edge weighs exp(-|colour difference|), as in depth estimation (Godard et al. 2017). Switch it on in a config file,
+It sees tokens and pixels of a micro-batch, which a term of the global batch (phrases.py) cannot. An edge
+weighs exp(-|colour difference|), as in depth estimation (Godard et al. 2017). Switch it on in a config file,
 
     c.loss.terms.smooth = {"term": "examples.loss.smoothness:Smoothness", "weight": 0.05, "edge": 10.0}
 

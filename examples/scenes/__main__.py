@@ -11,7 +11,7 @@ phrase that has three or more, and pairs of things that training never shows tog
 
     train/A.jsonl, train/images        captions, and regions with box and phrase, for `grain-jax build`
     train/detected.jsonl               the same, with boxes as a detector makes them
-    test/                              the same; four lines in a row differ in one thing (examples.evaluator.groups)
+    test/                              the same; four lines in a row differ in one thing (evaluator/groups.py)
     test/masks, test/classes.txt       for `grain-jax evaluate segmentation`
     test/instances.json                for `grain-jax evaluate detection`
     quiet/CLASS, seen/CLASS            images of a thing among others, for `grain-jax evaluate zeroshot`

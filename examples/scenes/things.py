@@ -41,7 +41,7 @@ def read(folder: pathlib.Path, exclude: str) -> dict[str, Image.Image]:
 def cutouts(folder: pathlib.Path, exclude: str, least_colours: int) -> dict[str, dict[str, Image.Image]]:
     """The cut-outs of each phrase, by path: those of `read` with a text beside them, whose first line it is.
 
-    A cut-out has `least_colours` colours or more, at 32 levels a channel: photographs have more than drawings.
+    A cut-out has `least_colours` or more, at 32 levels a channel: photographs have more than drawings.
     """
     by_phrase: dict[str, dict[str, Image.Image]] = collections.defaultdict(dict)
     for name, image in read(folder, exclude).items():

@@ -167,8 +167,7 @@ def embed(
         box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes))
     elif predicted_boxes:
         box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes_xyxy))
-    arrays = dict(image_embed=image_embed, boxes_xyxy=boxes_xyxy, embed=region_embed)
-    arrays |= dict(box_embed=box_embed)
+    arrays = dict(image_embed=image_embed, boxes_xyxy=boxes_xyxy, embed=region_embed, box_embed=box_embed)
     stream.check_finite(*arrays.values())
     return arrays | dict(index=batch.index, sizes=batch.sizes, labels=batch.labels)
 

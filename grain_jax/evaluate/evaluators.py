@@ -58,8 +58,6 @@ class LabelledImages(Evaluator):
             raise errors.UserError(
                 f"tfds: got {self.tfds!r} with images={self.images!r}, expected one of the two"
             )
-        if self.missing == "skip":
-            test_sets.find_tfds(self.tfds, self.data_dir, self.get)
         return test_sets.TfdsSet(self.tfds, split, self.data_dir, self.classes, self.get)
 
     def check(self, model: Any = None) -> int:
@@ -137,10 +135,8 @@ class AnnotatedImages(Evaluator):
         """The usable annotations whose image can be read, and the images encoded; raises as `read`, `encode`.
 
         Args:
-          predictor: as for `evaluate`.
-          regions: whether region embeddings are computed too.
+          predictor, regions, predicted_boxes: as for `encode.gather_images`.
           boxes_of: (annotation, (width, height) in pixels) -> boxes to embed too, xyxy [n, 4] in [0, 1].
-          predicted_boxes: whether the box head embeds the boxes of the regions instead.
         """
         annotated = self.read()
         seen = encode.gather_images(
@@ -167,7 +163,7 @@ class AnnotatedImages(Evaluator):
         if not any(path.exists() for path in annotated.paths):  # usually the first exists
             raise errors.UserError(
                 f"{self.images}: none of the {len(annotated.paths)} images of {self.annotations} is there;"
-                f" the first: {annotated.paths[0]}; expected the folder that the annotations' paths start from"
+                f" the first: {annotated.paths[0]}; expected the folder where the annotations' paths start"
             )
         return len(annotated.records)
 

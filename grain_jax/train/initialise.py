@@ -171,7 +171,7 @@ def _about_texts(stored: config_lib.TextTower, wanted: config_lib.TextTower) -> 
     ]
     if not named.is_external(wanted.tower) and not wanted.packable:
         lines.append(
-            "this tower attends to its padding, so that each text has a row of its own; model.text.mask_padding=True"
+            "this tower attends to its padding: each text has a row of its own; model.text.mask_padding=True"
             " and text.packing=True train it on shared rows, which changes its function"
         )
     return lines

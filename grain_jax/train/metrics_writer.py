@@ -14,7 +14,6 @@ from grain_jax import config as config_lib
 from grain_jax.core import atomic, errors, metrics_file
 
 UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
-UPLOAD_SHARE = 0.01  # of the time, at most, that uploads between checkpoints take
 
 
 def is_object_store(path: epath.PathLike) -> bool:
@@ -58,11 +57,9 @@ def _open_wandb(workdir: epath.Path, config: config_lib.Config):
 
 
 class _Events:
-    """TensorBoard's scalars. Unlike tensorboardX's SummaryWriter it queues nothing, so a kill loses nothing.
+    """TensorBoard's scalars by tensorboardX, without the queue of its SummaryWriter: a kill loses nothing.
 
-    Args:
-      folder: local, or gs:// or s3://, where tensorboardX uploads the whole file at a flush.
-      purge_step: TensorBoard forgets what earlier files have from this step on.
+    TensorBoard forgets what earlier files have from `purge_step` on. On gs:// a flush uploads the whole file.
     """
 
     def __init__(self, folder: epath.Path, purge_step: int):
@@ -134,19 +131,16 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Brings the disk or an object store up to date; before a checkpoint, so that it has its lines."""
-        began = time.monotonic()
         self._events.flush()
         if self._is_remote:
             self._write_whole()
         else:
             atomic.sync([self._path])
-        now = time.monotonic()
-        self._upload_due = now + max(UPLOAD_EVERY, (now - began) / UPLOAD_SHARE)
+        self._upload_due = time.monotonic() + UPLOAD_EVERY
 
     def close(self) -> None:
         """Ends TensorBoard's file and the run at Weights & Biases; an object store gets the rest."""
+        self.flush()
         self._events.close()
-        if self._is_remote:
-            self._write_whole()
         if self._wandb is not None:
             self._wandb.finish()

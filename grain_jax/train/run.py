@@ -102,7 +102,11 @@ def _train(
     # 3. State: the newest checkpoint that is whole, else a fresh start from the seed and `config.init`.
     checkpoints = states.Checkpoints(workdir, config)
     with clock.spend("restore" if files.finished_steps(workdir) else "other"):
-        state = restore_or_initialise(checkpoints, run, program)
+        state = checkpoints.restore_newest(
+            states.placed(program.state, program.shardings), set_up.tell, run.data
+        )
+        if state is None:
+            state = initialise.state_of_step_0(run.config, program, set_up.tell)
     start_step = int(state.step)
     log = journal.Journal(run, workdir, state, clock)
     log.say_what_runs(state)
@@ -170,13 +174,6 @@ def _train(
         with clock.spend("evaluate"):
             results = journal.evaluate_all(config, run.evals, state)
     log.report(state, results)
-
-
-def restore_or_initialise(checkpoints, run: set_up.SetUp, program: train_step.Program):
-    """The state of the newest checkpoint that is whole, else of step 0."""
-    placed = states.placed(program.state, program.shardings)
-    state = checkpoints.restore_newest(placed, set_up.tell, run.data)
-    return initialise.state_of_step_0(run.config, program, set_up.tell) if state is None else state
 
 
 def compile_step(run: set_up.SetUp, program: train_step.Program, log: journal.Journal):

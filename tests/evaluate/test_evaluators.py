@@ -60,7 +60,8 @@ FAULTS = [
     (
         {"kind": "zeroshott"},
         "kind: evaluator 'zeroshott': did you mean zeroshot? expected one of: boxes,"
-        " calibrate, detection, grounding, hard_negatives, linear_probe, retrieval, segmentation, zeroshot; or module:Name of your own",
+        " calibrate, detection, grounding, hard_negatives, linear_probe, retrieval, segmentation, zeroshot;"
+        " or module:Name of your own",
     ),
     (
         {"kind": "zeroshot", "descriptoins": "D.json"},

@@ -60,7 +60,7 @@ def test_more_boxes_than_queries_keep_the_highest_scores(tmp_path):
     assert result["regions"] == 3 and result["regions_matched"] == 2
     assert result["box_iou"] == pytest.approx((1 + 0.04) / 2)
     assert 0 < result["chance_box_iou"] < 1  # of one image, too
-    # The image is its own other one: beak and tail are right, crest ties a wrong box with half of a right one.
+    # The image is its own other one: beak and tail are right, crest ties a wrong box with half a right one.
     assert result["phrase_acc50_other_image"] == pytest.approx(2.5 / 3)
 
 

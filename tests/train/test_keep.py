@@ -152,7 +152,10 @@ def test_flops_are_those_of_the_kept_tokens():
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"model__image__tower": f"{Colours.__module__}:Colours", "model__image__pool": "none"}, "a tower with takes_kept = True"),
+        (
+            {"model__image__tower": f"{Colours.__module__}:Colours", "model__image__pool": "none"},
+            "a tower with takes_kept = True",
+        ),
         ({"loss__terms__x": {"term": f"{smoothness.__name__}:Smoothness", "weight": 1.0}}, "x of loss"),
     ],
 )  # fmt: skip

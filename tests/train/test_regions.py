@@ -1,4 +1,4 @@
-"""Regions beside a published model (`model.decoder.image_pool=tower`), which scores whole images as before."""
+"""Regions beside a published model (`model.decoder.image_pool=tower`), which scores images as before."""
 
 import jax
 import numpy as np
