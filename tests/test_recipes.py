@@ -1,4 +1,4 @@
-"""Recipes of configs/: every argument resolves, weights from elsewhere are taken, the largest towers make a step."""
+"""Recipes of configs/: they resolve with every argument, and take weights from elsewhere."""
 
 import json
 
@@ -16,12 +16,11 @@ from grain_jax.configs import (
     grain_vitl14_cc12m,
     own,
 )
-from grain_jax.convert import tables
 from grain_jax.evaluate import kinds
 from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
 from grain_jax.train import initialise
-from tests import tiny
+from tests import perturbed, tiny
 from tests.evaluate.stub import write_picture
 
 pytestmark = pytest.mark.long
@@ -53,11 +52,9 @@ def test_evaluations_are_skipped_until_their_images_are_named(tmp_path, capsys):
 
 
 def _saved(folder, model):
-    rng = np.random.default_rng(0)
-    shapes = grain.parameter_shapes(model)
-    flat = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
-    saved_model.save_model(folder, model, tables.nested(flat))
-    return flat
+    params = perturbed.params(model)
+    saved_model.save_model(folder, model, params)
+    return grain.flat(params)
 
 
 def test_all_of_a_run_of_ones_own_is_taken(tmp_path):

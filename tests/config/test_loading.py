@@ -1,4 +1,4 @@
-"""Which file `--config` and `--sweep` mean, from any folder; what the command line changes; `--help-config`."""
+"""The file that `--config` and `--sweep` mean, what the command line changes, and `--help-config`."""
 
 import re
 import sys
