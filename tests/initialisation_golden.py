@@ -53,11 +53,8 @@ def _draw(qk_norm: bool) -> dict[str, np.ndarray]:
     backbone = custom_models.CLIP(512, 768, image, context_length=77, **text)
     attention = tfm.Cross_Attention(num_decoder_layers=2, normalize_before=True, return_intermediate_dec=True)
     decoder = tfm.ObjDecoder(attention, num_classes=22047, num_queries=6, feature_dim=768, aux_loss=True)
-    states = (
-        {name: x.detach().numpy() for name, x in module.state_dict().items()}
-        for module in (backbone, decoder)
-    )
-    params = to_params(*states, model(qk_norm=qk_norm))
+    arrays = lambda module: {name: x.detach().numpy() for name, x in module.state_dict().items()}
+    params = to_params(arrays(backbone), arrays(decoder), model(qk_norm=qk_norm))
     return {name: np.asarray(x) for name, x in grain.flat(params).items()}
 
 

@@ -72,11 +72,6 @@ def write_sentencepiece(folder) -> None:
     import sentencepiece
 
     words = ["a photo of a wren", "two dogs and a cat s bowl 1998", "x long long words"] * 9
-    options: Any = dict(vocab_size=60, bos_id=-1, unk_id=2, eos_id=1, pad_id=0)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words),
-        model_prefix=f"{folder}/siglip",
-        minloglevel=2,
-        hard_vocab_limit=False,
-        **options,
-    )
+    options: Any = dict(vocab_size=60, hard_vocab_limit=False, bos_id=-1, unk_id=2, eos_id=1, pad_id=0)
+    options |= dict(model_prefix=f"{folder}/siglip", minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(words), **options)

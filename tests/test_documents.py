@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import pathlib
 import re
 import shlex
 
@@ -67,16 +66,12 @@ def documents() -> list[str]:
 
 
 @functools.cache
-def sources() -> tuple[str, ...]:
+def sources() -> list[str]:
     """Files that speak to readers: no tests, and no results."""
-    kinds = {f".{x}" for x in SUFFIXES} | {".cff"}
-    return tuple(
-        name
-        for name in tracked()
-        if (pathlib.PurePath(name).suffix in kinds or name in (".ci/run", "launch/Dockerfile"))
-        and not name.startswith(("tests/", "docs/claim/"))
-        and name != "mkdocs.yml"  # a strict build checks its menu
+    speaks = re.compile(
+        rf"(?!tests/|docs/claim/|mkdocs).*\.({'|'.join(SUFFIXES)}|cff)|.ci/run|launch/Dockerfile"
     )
+    return [name for name in tracked() if speaks.fullmatch(name)]  # a strict build checks mkdocs.yml
 
 
 def cited(pattern: re.Pattern) -> list[tuple[str, re.Match]]:

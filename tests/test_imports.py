@@ -47,9 +47,8 @@ def test_import_boundaries(chain):
 def test_no_library_prints_lines_when_it_starts():
     code = "import grain_jax.input_pipeline.records as r, jax; print(jax.devices(), r.tf.zeros(1).shape)"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TF_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("] (1,)\n") and done.stderr == ""
 
 
