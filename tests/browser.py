@@ -1,4 +1,4 @@
-"""A page in Debian's Chromium, driven by playwright, and what goes wrong in it: errors, requests to elsewhere."""
+"""A page in Debian's Chromium, driven by playwright, and what goes wrong in it."""
 
 import contextlib
 import urllib.parse
@@ -31,45 +31,37 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(
-    url: str, *, width: int = 1280, height: int = 900, dark: bool = False, timeout_s: float = 60
-) -> Iterator[Opened]:
-    """The page at `url` in a fresh browser, loaded.
+def opened(url: str, *, width: int = 1280, dark: bool = False) -> Iterator[Opened]:
+    """The page at http://127.0.0.1:PORT/... in a fresh browser, loaded.
 
     Args:
-      url: `file:///...`, or `http://127.0.0.1:PORT/...`, whose own host is no elsewhere.
-      width: of the window, in pixels; and `height`.
+      url: whose own host is no elsewhere.
+      width: of the window, in pixels.
       dark: whether the reader prefers dark colours.
-      timeout_s: for loading, and for whatever is waited for later.
     """
     from playwright.sync_api import sync_playwright
-
-    own = urllib.parse.urlsplit(url).hostname
-
-    def foreign(address: str) -> bool:
-        parts = urllib.parse.urlsplit(address)
-        return parts.scheme not in _LOCAL and parts.hostname != own
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
-            page = browser.new_page(
-                viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-            )
-            page.set_default_timeout(1000 * timeout_s)
+            colours = "dark" if dark else "light"
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=colours)
+            page.set_default_timeout(60_000)
             found = Opened(page)
-            page.on(
-                "console", lambda m: found.console.append(m.text) if m.type in ("error", "warning") else None
-            )
-            page.on("pageerror", lambda error: found.errors.append(str(error)))
+
+            def note(message):
+                if message.type in ("error", "warning"):
+                    found.console.append(message.text)
 
             def answer(route):
-                if foreign(route.request.url):
-                    found.elsewhere.append(route.request.url)
-                    route.abort()
-                else:
-                    route.continue_()
+                address = urllib.parse.urlsplit(route.request.url)
+                if address.scheme in _LOCAL or address.hostname == urllib.parse.urlsplit(url).hostname:
+                    return route.continue_()
+                found.elsewhere.append(route.request.url)
+                route.abort()
 
+            page.on("console", note)
+            page.on("pageerror", lambda error: found.errors.append(str(error)))
             page.route("**/*", answer)
             page.goto(url)
             yield found

@@ -22,7 +22,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["XLA_FLAGS"] = " ".join(
     (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", compiling.FLAGS)
 )
-# What one test compiled, the next one and the commands that tests start need not compile again.
+# JAX's folder of compiled programs, for this session: xdist's processes and the tests' commands inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grain_jax_compiled_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -31,7 +31,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # How long compiling takes is no matter of the code: tests that read stderr see no line about it.
 progress.COMPILING_SECONDS = 1e6
 
-# Tracing makes millions of objects that live for seconds, beside the objects of the modules, which live for ever.
+# Tracing makes millions of objects that live for seconds; those of the modules live for ever.
 gc.set_threshold(50_000, 10, 10)
 
 
@@ -42,7 +42,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module", autouse=True)
 def memory_of_a_file(request):
-    """What a file traced, compiled and cached goes with it; its programs stay in the folder of compiled ones."""
+    """What a file traced and cached goes with it; its programs stay in JAX's folder."""
     yield
     for value in vars(request.module).values():
         if isinstance(value, functools._lru_cache_wrapper):
@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
-# Files whose programs are the same; they are traced once in a process.
+# Files that compile the same programs: the second finds them in JAX's folder.
 TOGETHER = {
     "tests/examples/test_data_source.py": "tests/test_data_identity.py",
     "tests/hostile/test_stored_runs.py": "tests/test_data_identity.py",
@@ -82,7 +82,7 @@ TOGETHER = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A process takes a whole file, or files of one program. xdist 3.8 forgets its groups under pytest 9.2."""
+    """A process takes a whole file, or files of one program; xdist 3.8 forgets its groups."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OfFiles(LoadScopeScheduling):

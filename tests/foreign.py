@@ -60,7 +60,7 @@ def published(kind, folder):
         (folder / "siglip.model").rename(folder / "spiece.model")
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer"}')
     if kind == "siglip2":
-        pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *map("<0x{:02X}>".format, range(256))]  # fmt: skip
+        pieces = [*"<pad> <eos> <bos> <unk> <mask>".split(), *map("<0x{:02X}>".format, range(256))]
         vocab = {x: i for i, x in enumerate([*pieces, *"\u2581awrenol", "wr", "ow"])}
         merges: Any = [("w", "r"), ("o", "w")]
         transformers.GemmaTokenizer(vocab=vocab, merges=merges).save_pretrained(folder)

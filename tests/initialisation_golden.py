@@ -1,9 +1,9 @@
 """Records what the reference's parameters start from: goldens/initialisation.json, which test_init.py reads.
 
-COMMAND   python -m tests.initialisation_golden CHECKOUT    (of github.com/shaunak27/grain-clip, commit c6bf85e)
+COMMAND   python -m tests.initialisation_golden CHECKOUT   (github.com/shaunak27/grain-clip, commit c6bf85e)
 
-Builds the reference's own classes as its training script does, at ViT-B/16's widths; its two layers a tower and
-2,048 tokens are fewer. Needs torch and timm. No gradient and no data is involved: the classes are made,
+Builds the reference's own classes as its training script does, at ViT-B/16's widths; its two layers a tower
+and 2,048 tokens are fewer. Needs torch and timm. No gradient and no data is involved: the classes are made,
 and nothing else runs.
 """
 
@@ -41,7 +41,7 @@ def statistics(x: np.ndarray) -> dict[str, float]:
 
 
 def _draw(qk_norm: bool) -> dict[str, np.ndarray]:
-    """One initialisation of the reference under our names; without qk_norm it keeps the blocks that timm made."""
+    """One initialisation of the reference, by our names; without qk_norm it keeps the blocks of timm."""
     import custom_models  # the checkout's, as tfm
     import tfm
     from torch import nn
@@ -53,11 +53,8 @@ def _draw(qk_norm: bool) -> dict[str, np.ndarray]:
     backbone = custom_models.CLIP(512, 768, image, context_length=77, **text)
     attention = tfm.Cross_Attention(num_decoder_layers=2, normalize_before=True, return_intermediate_dec=True)
     decoder = tfm.ObjDecoder(attention, num_classes=22047, num_queries=6, feature_dim=768, aux_loss=True)
-    states = (
-        {name: x.detach().numpy() for name, x in module.state_dict().items()}
-        for module in (backbone, decoder)
-    )
-    params = to_params(*states, model(qk_norm=qk_norm))
+    arrays = lambda module: {name: x.detach().numpy() for name, x in module.state_dict().items()}
+    params = to_params(arrays(backbone), arrays(decoder), model(qk_norm=qk_norm))
     return {name: np.asarray(x) for name, x in grain.flat(params).items()}
 
 

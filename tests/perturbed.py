@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -10,6 +9,7 @@ from tokenizers import models, pre_tokenizers
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.config import recipe
+from grain_jax.convert import tables
 from grain_jax.models import grain
 
 # Queries that point, regions that read the box head, and classes by their best query.
@@ -30,26 +30,13 @@ def tiny(**changes) -> config_lib.Model:
 
 
 def params(model: config_lib.Model, seed: int = 0) -> Any:
-    """Random parameters as numpy arrays, without the zeros and ones of initial weights, which would hide errors.
+    """Random parameters as NumPy arrays, without the zeros and ones of an initialisation, which hide errors.
 
     Their scale keeps activations in bounds and makes texts and queries differ.
     """
-    size, rows = model.image.image_size, np.zeros((1, 1, model.text.context_length), np.int32)
-
-    def everything(module, image):
-        tokens = module.image_tokens(image)
-        embeds = module.embeddings(tokens), module.encode_text(rows, rows, rows, rows[0, :, :2])
-        bias = module.logit_bias if model.logit_bias_init is not None else 0
-        boxes = module.box_embeddings(tokens, np.zeros((1, 1, 4))) if model.boxes.kind != "none" else 0
-        return embeds, module.logit_scale, bias, boxes
-
-    image = np.zeros((1, size, size, 3), np.float32)
-    init = lambda key: grain.GRAIN(model).init(key, image, method=everything)
-    shapes = jax.eval_shape(init, jax.random.key(0))["params"]
     rng = np.random.default_rng(seed)
 
-    def draw(path, leaf):
-        name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), leaf.value.shape
+    def draw(name, shape):
         noise = rng.standard_normal(shape, np.float32)
         if name == "logit_scale":
             return np.float32(2.5)
@@ -61,7 +48,8 @@ def params(model: config_lib.Model, seed: int = 0) -> Any:
             return noise / np.float32(np.sqrt(inputs))
         return noise if name.endswith("query_embed") else noise / 5
 
-    return jax.tree_util.tree_map_with_path(draw, shapes, is_leaf=lambda x: hasattr(x, "value"))
+    shapes = grain.parameter_shapes(model)
+    return tables.nested({name: draw(name, shape) for name, shape in shapes.items()})
 
 
 def saved(folder, **changes) -> str:
@@ -84,11 +72,6 @@ def write_sentencepiece(folder) -> None:
     import sentencepiece
 
     words = ["a photo of a wren", "two dogs and a cat s bowl 1998", "x long long words"] * 9
-    options: Any = dict(vocab_size=60, bos_id=-1, unk_id=2, eos_id=1, pad_id=0)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words),
-        model_prefix=f"{folder}/siglip",
-        minloglevel=2,
-        hard_vocab_limit=False,
-        **options,
-    )
+    options: Any = dict(vocab_size=60, hard_vocab_limit=False, bos_id=-1, unk_id=2, eos_id=1, pad_id=0)
+    options |= dict(model_prefix=f"{folder}/siglip", minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(words), **options)

@@ -5,28 +5,11 @@ import numpy as np
 from grain_jax.convert.big_vision import from_big_vision
 from tests.paths import GOLDENS
 
-IMAGE = dict(
-    qk_norm=False,
-    class_token=False,
-    activation="gelu_tanh",
-    pixel_mean=(0.5, 0.5, 0.5),
-    pixel_std=(0.5, 0.5, 0.5),
-)
-TEXT = dict(
-    vocab_size=32000,
-    context_length=64,
-    width=768,
-    heads=12,
-    mlp_dim=3072,
-    norm_eps=1e-6,
-    causal=False,
-    activation="gelu_tanh",
-    pool="last",
-    projection="affine",
-    tokenizer="siglip.model",
-    cleaning="siglip",
-    pad_id=1,
-)
+HALF = (0.5, 0.5, 0.5)
+IMAGE = dict(qk_norm=False, class_token=False, activation="gelu_tanh", pixel_mean=HALF, pixel_std=HALF)
+TEXT: dict = dict(vocab_size=32000, context_length=64, width=768, heads=12, mlp_dim=3072, norm_eps=1e-6)
+TEXT |= dict(causal=False, activation="gelu_tanh", pool="last", projection="affine")
+TEXT |= dict(tokenizer="siglip.model", cleaning="siglip", pad_id=1)
 
 
 def convert_golden(root):

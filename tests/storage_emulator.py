@@ -1,7 +1,7 @@
 """A Google Cloud Storage in memory, on loopback: as much of its API as TensorFlow and TensorStore use.
 
-Their own emulators leave out the preconditions (`ifGenerationMatch`) by which TensorStore commits. TensorFlow has no
-setting for another host, so a proxy that ends its TLS leads it here.
+Their own emulators leave out the preconditions (`ifGenerationMatch`) by which TensorStore commits. TensorFlow
+has no setting for another host, so a proxy that ends its TLS leads it here.
 """
 
 import contextlib

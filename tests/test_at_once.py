@@ -1,4 +1,4 @@
-"""What ends a run is said before what takes long: before a data set is made, or before anything is compiled."""
+"""What ends a run is said before what takes long: before a dataset is made or a program is compiled."""
 
 import importlib.util
 

@@ -121,7 +121,7 @@ def test_a_resume_over_a_rebuilt_set_says_what_changed(run, pictures, tmp_path):
 
 
 def _change_texts(output):
-    """Other texts of the same length in all records but the first of each shard; all sizes and checksums are right."""
+    """Other texts of the same length in all records but each shard's first; sizes and checksums are right."""
     for path in sorted(output.rglob("*.tfrecord-*")):
         first, *others = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
         with tf.io.TFRecordWriter(str(path)) as writer:

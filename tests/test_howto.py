@@ -15,6 +15,7 @@ from tests import tiny
 from tests.evaluate.stub import StubPredictor, write_picture
 from tests.losses.test_losses import random_outputs
 from tests.paths import ROOT
+from tests.test_documents import commands_of, documents
 
 pytestmark = pytest.mark.quick
 
@@ -45,12 +46,11 @@ def test_python_compiles(page):
 
 
 def test_commands_that_train_on_own_images_name_the_dataset():
-    pages = [*PAGES, ROOT / "docs/own_images.md", ROOT / "README.md"]
-    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
-    commands = re.findall(r"^grain-jax train --config (?:own|finetune|regions)\b.*", text, re.M)
-    assert len(commands) > 5
-    keys = ("--config.input.data_dir=records", "--config.input.name=mine")
-    assert [x for x in commands if not all(key in x for key in keys)] == []
+    commands = [words for page in documents() for words in commands_of(page)]
+    trained = [x for x in commands if re.match(r"train --config (own|finetune|regions)\b", " ".join(x))]
+    assert len(trained) > 5
+    keys = {"--config.input.data_dir=records", "--config.input.name=mine"}
+    assert [x for x in trained if not keys <= {*x}] == []
 
 
 def test_the_loss_term_keeps_queries_apart(module):

@@ -1,6 +1,7 @@
 """What may import what, lazy and indirect imports counted; that nothing opens a user's path by hand."""
 
 import ast
+import graphlib
 import os
 import re
 import subprocess
@@ -13,28 +14,22 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.quick
 
 HEAVY = "sklearn jax flax tensorflow torch transformers ml_collections tensorflow_datasets matplotlib"
-# For one process each: modules in the order of their imports, with what none of them, nor those before, may load.
+WITH_CONFIGS = HEAVY.replace("ml_collections", "")
+TRAINING, LAST = "tensorflow torch ml_collections", "tensorflow torch transformers sklearn"
+# For one process each: modules in the order of their imports, with what none of them, nor those before, may
+# load.
 CHAINS = (
     (
         ("grain_jax, grain_jax.core.schema, grain_jax.config, grain_jax.cli.commands", HEAVY),
-        (
-            "grain_jax.config.points, grain_jax.configs.eval, grain_jax.launch.sweep",
-            HEAVY.replace("ml_collections", ""),
-        ),
+        ("grain_jax.config.points, grain_jax.configs.eval, grain_jax.launch.sweep", WITH_CONFIGS),
         ("grain_jax.input_pipeline.synthetic", "jax tensorflow torch flax"),
         ("grain_jax.input_pipeline.records", "torch flax"),
     ),
     (
-        ("grain_jax.losses", "tensorflow torch ml_collections"),
-        (
-            "grain_jax.models.grain, grain_jax.train.flops, grain_jax.train.train_step",
-            "tensorflow torch ml_collections",
-        ),
+        ("grain_jax.losses", TRAINING),
+        ("grain_jax.models.grain, grain_jax.train.flops, grain_jax.train.train_step", TRAINING),
         ("grain_jax.inference", "tensorflow torch ml_collections transformers"),
-        (
-            "grain_jax.evaluate.__main__, grain_jax.convert.__main__, grain_jax.train.run",
-            "tensorflow torch transformers sklearn",
-        ),
+        ("grain_jax.evaluate.__main__, grain_jax.convert.__main__, grain_jax.train.run", LAST),
     ),
 )
 
@@ -52,17 +47,17 @@ def test_import_boundaries(chain):
 def test_no_library_prints_lines_when_it_starts():
     code = "import grain_jax.input_pipeline.records as r, jax; print(jax.devices(), r.tf.zeros(1).shape)"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TF_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("] (1,)\n") and done.stderr == ""
 
 
-# epath has nothing like these. Its stat asks for the owner's name, which a container may not know. Its resolve() follows
-# no links. core/atomic.py waits for the disk, and writes to pipes without waiting for a reader.
+# epath has nothing like these: its stat asks for the owner's name, which a container may not know; its
+# resolve() follows no links; core/atomic.py waits for the disk, and writes to pipes that nobody reads.
 ALLOWED = (
     "os.cpu_count os.sched_getaffinity os.getpid os.kill os._exit os.execv os.dup os.dup2 os.stat os.lstat"
-    " os.open os.fsync os.close os.set_blocking os.fdopen os.sysconf os.strerror os.path.realpath shutil.get_terminal_size"
+    " os.open os.fsync os.close os.set_blocking os.fdopen os.sysconf os.strerror os.path.realpath"
+    " shutil.get_terminal_size"
 ).split()
 ON_FILES = re.compile(r"open|os\.path\.\w+|(os|pathlib|shutil|glob)\.\w+")
 
@@ -99,8 +94,7 @@ LAYERS = (
 # At the top of the checkout; in the wheel they lie in grain_jax/.
 BESIDE = ("configs", "data", "launch")
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
-# The only names of higher modules, in strings: the reader of folders of `convert to-hf`, for every command that reads a
-# model.
+# It alone names higher modules, in strings: what reads the folders of `convert to-hf`.
 TABLES = ("grain_jax.checkpoint.saved_model",)
 # A name of a module in a string, as tables of extensions have it.
 NAMED = re.compile(r"(grain_jax(?:\.\w+)+)(?::\w+)?")
@@ -119,7 +113,7 @@ def _modules():
 
 
 def _imports(path, modules):
-    """(line, module of grain_jax, whether a string names it) of every import, lazy ones too; `__version__` apart."""
+    """(line, module of grain_jax, whether a string names it) of every import but that of `__version__`."""
     for node in ast.walk(ast.parse(path.read_text())):
         names, in_string = [], False
         if isinstance(node, ast.Import):
@@ -170,12 +164,4 @@ def test_no_imports_go_in_a_circle():
         module: {name for _, name, in_string in _imports(path, modules) if not in_string} - {module}
         for module, path in modules.items()
     }
-    # What imports nothing that is left, or is imported by nothing that is left, is in no circle.
-    while True:
-        imported = set().union(*graph.values()) if graph else set()
-        rest = {m: targets & graph.keys() for m, targets in graph.items()}
-        rest = {m: targets for m, targets in rest.items() if targets and m in imported}
-        if rest == graph:
-            break
-        graph = rest
-    assert not graph, "\n".join(f"{m} -> {', '.join(sorted(t))}" for m, t in graph.items())
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them

@@ -39,11 +39,10 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # conftest.py's make 8 devices, and slow steps
 
     def run(name):
-        notebook = read(name)
-        nbclient.NotebookClient(
-            notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        notebook, place = read(name), {"metadata": {"path": tmp_path}}
+        return nbclient.NotebookClient(
+            notebook, timeout=300, kernel_name="python3", resources=place
         ).execute()
-        return notebook
 
     return run
 

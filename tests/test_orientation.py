@@ -1,4 +1,4 @@
-"""A picture is what a viewer shows: turned pictures give what their upright copies give, wherever files become pixels."""
+"""An image is what a viewer shows: turned ones give what upright copies give, wherever they are read."""
 
 import contextlib
 import io

@@ -29,18 +29,10 @@ def metadata(built):
     return email.message_from_string((built / "METADATA").read_text())
 
 
-def _settings():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
 def _pythons(metadata):
     """Versions that the classifiers name, "3.11" first."""
     found = [re.fullmatch(r".* :: (3\.\d+)", c) for c in metadata.get_all("Classifier")]
     return [match[1] for match in found if match]
-
-
-def _commands():
-    return (ROOT / ".ci/run").read_text()
 
 
 def test_the_metadata_and_the_licence(metadata, built):
@@ -64,7 +56,7 @@ def test_one_version(metadata):
 def test_the_oldest_python_is_that_of_the_tools(metadata):
     oldest = _pythons(metadata)[0]
     assert metadata["Requires-Python"] == f">={oldest}"
-    tools = _settings()["tool"]
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     assert tools["ruff"]["target-version"] == "py" + oldest.replace(".", "")
     assert tools["pyright"]["pythonVersion"] == oldest
 
@@ -90,4 +82,4 @@ def test_the_hooks_are_the_checks_of_ci():
     assert checks == ["ruff check", "ruff format", "pyright"]
     for hook, check in zip(local["hooks"], checks, strict=True):
         assert hook["language"] == "system"
-        assert re.search(rf"^{check}\b", _commands(), re.M)
+        assert re.search(rf"^{check}\b", (ROOT / ".ci/run").read_text(), re.M)

@@ -1,5 +1,6 @@
-"""Recipes of configs/: every argument resolves, weights from elsewhere are taken, the largest towers make a step."""
+"""Recipes of configs/: they resolve with every argument, and take weights from elsewhere."""
 
+import importlib
 import json
 
 import numpy as np
@@ -7,21 +8,12 @@ import pytest
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
-from grain_jax.configs import (
-    finetune,
-    grain_plus_vitb16_cc12m,
-    grain_vitb16_cc12m,
-    grain_vitg14_cc12m,
-    grain_vith14_cc12m,
-    grain_vitl14_cc12m,
-    own,
-)
-from grain_jax.convert import tables
+from grain_jax.configs import finetune, own
 from grain_jax.evaluate import kinds
 from grain_jax.evaluate import suite as evaluate
 from grain_jax.models import grain
 from grain_jax.train import initialise
-from tests import tiny
+from tests import perturbed, tiny
 from tests.evaluate.stub import write_picture
 
 pytestmark = pytest.mark.long
@@ -53,11 +45,9 @@ def test_evaluations_are_skipped_until_their_images_are_named(tmp_path, capsys):
 
 
 def _saved(folder, model):
-    rng = np.random.default_rng(0)
-    shapes = grain.parameter_shapes(model)
-    flat = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
-    saved_model.save_model(folder, model, tables.nested(flat))
-    return flat
+    params = perturbed.params(model)
+    saved_model.save_model(folder, model, params)
+    return grain.flat(params)
 
 
 def test_all_of_a_run_of_ones_own_is_taken(tmp_path):
@@ -90,11 +80,9 @@ def test_two_towers_that_were_converted_get_a_decoder(tmp_path):
     assert loaded.keys() == expected.keys()  # with the pooling and the logit scale
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [grain_vitb16_cc12m, grain_plus_vitb16_cc12m, grain_vitl14_cc12m, grain_vith14_cc12m, grain_vitg14_cc12m],
-)
-def test_the_overrides_of_each_hardware(recipe):
+@pytest.mark.parametrize("name", ["vitb16", "plus_vitb16", "vitl14", "vith14", "vitg14"])
+def test_the_overrides_of_each_hardware(name):
+    recipe = importlib.import_module(f"grain_jax.configs.grain_{name}_cc12m")
     default = recipe.get_config().mesh.fsdp
     for name, overrides in recipe.HARDWARE.items():
         config = config_lib.from_dict(recipe.get_config(name))

@@ -1,4 +1,4 @@
-"""pyproject.toml declares what grain_jax imports, with the package or an extra, and the files beside its modules."""
+"""pyproject.toml declares what grain_jax imports, in base or extra, and the files beside its modules."""
 
 import ast
 import fnmatch
@@ -68,11 +68,14 @@ def _names(lines):
     return found
 
 
+def _sources():
+    return [path for name in ("grain_jax", "data", "launch") for path in sorted((ROOT / name).rglob("*.py"))]
+
+
 def _imported():
     """Distribution -> a file that imports something of it, anywhere in its code."""
     found = {}
-    folders = (ROOT / name for name in ("grain_jax", "data", "launch"))
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+    for path in _sources():
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.Import):
@@ -134,9 +137,8 @@ def test_the_lower_bounds_are_the_floors_that_are_run():
 def test_hints_name_the_package_and_an_extra_that_it_has():
     """`pip install 'grain_jax[X]'` is right for a wheel and for a checkout; `-e .` for a checkout alone."""
     found = []
-    for folder in ("grain_jax", "data", "launch"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            text = path.read_text()
-            assert not re.search(r"pip install [^\n]*-e ", text), path
-            found += re.findall(r"grain_jax\[([\w,-]+)\]", text)
+    for path in _sources():
+        text = path.read_text()
+        assert not re.search(r"pip install [^\n]*-e ", text), path
+        found += re.findall(r"grain_jax\[([\w,-]+)\]", text)
     assert len(found) > 8 and set(",".join(found).split(",")) <= EXTRA.keys()

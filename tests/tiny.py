@@ -1,9 +1,4 @@
-"""A model small enough to compile in seconds, and a random batch for it; a program is built once a process."""
-
-import functools
-import json
-import operator
-import re
+"""A model small enough to compile in seconds, and a random batch for it."""
 
 import jax
 import numpy as np
@@ -12,7 +7,7 @@ from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.core import schema
 from grain_jax.runtime import ending
-from grain_jax.train import flops, forward, train_step
+from grain_jax.train import forward, train_step
 from tests import runs
 
 SHALLOW = {f"model__{tower}__depth": 1 for tower in ("image", "text", "decoder")}
@@ -29,78 +24,6 @@ class EndsAt(ending.PreemptionHandler):
         del step
         self._left -= 1
         return self._left <= 0
-
-
-class Once:
-    """An object whose methods with these names are called once; later calls get what the first one got."""
-
-    def __init__(self, wrapped, *names):
-        self._held, self._names, self._got = wrapped, names, {}
-
-    def __call__(self, *args):
-        return self._held(*args)
-
-    def __getattr__(self, name):
-        if name not in self._names:
-            return getattr(self._held, name)
-        return lambda *args: self._got.get(name) or self._got.setdefault(name, self._call(name, *args))
-
-    def _call(self, name, *args):
-        result = operator.methodcaller(name, *args)(self._held)
-        return Once(result, "compile") if name == "lower" else result
-
-
-# Keys of a config that its program does not depend on.
-_NOT_COMPILED = re.compile(
-    r"(total|log|eval|checkpoint|profile)_.*|evals|report_images|wandb|text\.max_dropped_share"
-    r"|input\.(source|options|data_dir|name|prepare|shards_per_block|reader_threads)"
-)
-
-
-def _compiled(config: config_lib.Config) -> str:
-    """The keys of a config that its program depends on."""
-    keys = json.loads(config_lib.to_json(config))
-    for part in ("input", "text"):
-        keys |= {f"{part}.{key}": value for key, value in keys.pop(part).items()}
-    return json.dumps({k: v for k, v in keys.items() if not _NOT_COMPILED.fullmatch(k)})
-
-
-def once(build):
-    """`train_step.build` that gives one Program for configs whose programs are equal; its step is compiled once."""
-    programs = {}  # the last two: each holds its traces and its executable
-
-    @functools.wraps(build)
-    def built(config, mesh, *, total_steps, steps_per_epoch):
-        steps = dict(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-        if config.optim.warmup_steps is not None:  # else an epoch's steps say how many
-            steps_per_epoch = None
-        key = _compiled(config), mesh, total_steps, steps_per_epoch
-        if key not in programs:
-            program = build(config, mesh, **steps)
-            for old in list(programs)[:-1]:
-                del programs[old]
-            programs[key] = program._replace(step=Once(program.step, "lower"))
-        return programs[key]
-
-    return built
-
-
-def counted_once(count):
-    """`flops.per_image` that counts equal models once."""
-    counts = {}
-
-    @functools.wraps(count)
-    def counted(config):
-        key = _compiled(config)
-        if key not in counts:
-            counts[key] = count(config)
-        return counts[key]
-
-    return counted
-
-
-train_step.build = once(train_step.build)
-flops.per_image = counted_once(flops.per_image)
 
 
 def dictionary(**overrides):
@@ -134,7 +57,7 @@ def small(**overrides) -> config_lib.Config:
 
 
 def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
-    """Random images, texts of 7 tokens packed in order, boxes and masks; some texts are equal, some negatives masked."""
+    """Random images, boxes, masks and packed texts of 7 tokens; some are equal, some negatives masked."""
     rng = np.random.default_rng(seed)
     shapes = forward.abstract_batch(c)
     (b, r), captions = shapes.region_mask.shape, shapes.caption_mask.shape[1]
@@ -174,7 +97,7 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
 
 
 def state(program: train_step.Program) -> train_step.TrainState:
-    """A state of step 0 with random parameters, of NumPy's arrays: the compiled `init` takes longer than a step."""
+    """Step 0 with random parameters, as NumPy arrays: to compile `init` takes longer than a step."""
     rng = np.random.default_rng(0)
 
     def draw(path, x):

@@ -1,4 +1,4 @@
-"""Pictures that their EXIF orientation turns, beside copies without it: the same pixels and boxes to a viewer."""
+"""Images that their EXIF orientation turns, and upright copies: a viewer shows the same pixels and boxes."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def encode(pixels, kind, orientation, block=None):
 
 
 def files():
-    """name -> (file, what a viewer shows: uint8 [40, 24, 3]): every orientation in every kind, 35 of them turned."""
+    """name -> (file, what a viewer shows: uint8 [40, 24, 3]), each orientation of each kind; 35 turned."""
     encoded_files = {}
     for kind in KINDS:
         for tag, show in SHOWN.items():
@@ -68,7 +68,7 @@ def files():
 
 
 def write(folder):
-    """Writes FOLDER/turned and FOLDER/upright: images and A.jsonl, the same lines but for the names' folder."""
+    """Writes FOLDER/turned and FOLDER/upright: images, and an A.jsonl with the same lines."""
     rng = np.random.default_rng(0)
     lines = []
     for which in ("turned", "upright"):

@@ -1,4 +1,4 @@
-"""Ends a tiny run at seeded moments, again and again by the same command; its metrics are those of one left alone."""
+"""A tiny run that is ended at seeded moments, again and again, has the metrics of one left alone."""
 
 import random
 import signal

@@ -72,10 +72,11 @@ def train(folder):
     return main, []
 
 
+LINES = ("--source=annotations",)
 COMMANDS = {  # name -> command, bytes of the largest file, the file that is named
     "a part of build": (data(build.main, "--name=x"), 3000, ""),
-    "a shard of annotate": (data(annotate.main, "--source=annotations", "--passes=negatives"), 3000, "/annotations/.*"),
-    "lines of annotate": (data(annotate.main, "--source=annotations", "--passes=none", "--shard-size=4"), 3000, ""),
+    "a shard of annotate": (data(annotate.main, *LINES, "--passes=negatives"), 3000, "/annotations/.*"),
+    "lines of annotate": (data(annotate.main, *LINES, "--passes=none", "--shard-size=4"), 3000, ""),
     "pack": (pack, 20_000, ""),
     "train": (train, 20_000, ""),
 }  # fmt: skip

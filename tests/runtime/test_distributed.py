@@ -31,32 +31,29 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", **NO_TPU}
 SLICE = {**POD, "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0", "JOB_COMPLETION_INDEX": "0"}
 
 
-_SLURM = {"cluster_detection_method": "slurm"}
-_EIGHT = {"SLURM_NTASKS": "16"}  # tasks a node
-_TWO_GPUS = {"SLURM_GPUS_PER_TASK": "a100:2"}
 _GKE = ("GKE's TPU slice", {"cluster_detection_method": "gketpu"})
 _ALONE = {**SLICE, "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
+def _sees(gpus, tasks=1):
+    """A task of `srun` on two nodes with so many tasks each, and the GPUs that it sees."""
+    return {**SRUN, "SLURM_NTASKS": str(2 * tasks), "CUDA_VISIBLE_DEVICES": gpus}
+
+
+def _job(**ids):
+    return "SLURM job 12", {"cluster_detection_method": "slurm", **ids}
 
 
 @pytest.mark.parametrize(
     "environment,expected",
     [
         (NO_TPU, None),
-        (SRUN, ("SLURM job 12", _SLURM)),
-        (
-            {**SRUN, "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
-            ("SLURM job 12", {**_SLURM, "local_device_ids": [0, 1, 2, 3]}),
-        ),
+        (SRUN, _job()),
+        (_sees("0,1,2,3"), _job(local_device_ids=[0, 1, 2, 3])),
         # A task for each of the node's GPUs, which every task sees: JAX takes that of the task's number.
-        ({**SRUN, **_EIGHT, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, ("SLURM job 12", _SLURM)),
-        (
-            {**SRUN, **_EIGHT, "CUDA_VISIBLE_DEVICES": "5"},
-            ("SLURM job 12", {**_SLURM, "local_device_ids": [0]}),
-        ),
-        (
-            {**SRUN, "SLURM_NTASKS": "4", "CUDA_VISIBLE_DEVICES": "4,5", **_TWO_GPUS},
-            ("SLURM job 12", {**_SLURM, "local_device_ids": [0, 1]}),
-        ),
+        (_sees("0,1,2,3,4,5,6,7", tasks=8), _job()),
+        (_sees("5", tasks=8), _job(local_device_ids=[0])),
+        (_sees("4,5", tasks=2) | {"SLURM_GPUS_PER_TASK": "a100:2"}, _job(local_device_ids=[0, 1])),
         ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}, None),  # a shell of salloc
         (SLICE, _GKE),
         (_ALONE, None),
@@ -75,10 +72,9 @@ def test_what_the_environment_says(environment, expected):
 
 @pytest.mark.parametrize("tasks, gpus", [(8, 4), (2, 4)])
 def test_slurm_tasks_that_share_their_gpus_are_refused(tasks, gpus):
-    shared = {**SRUN, "SLURM_NTASKS": str(2 * tasks), "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
     message = f"{tasks} tasks on a node see the same {gpus} GPUs"
     with pytest.raises(errors.UserError, match=message) as caught:
-        distributed.find(None, 1, 0, shared)
+        distributed.find(None, 1, 0, _sees("0,1,2,3", tasks))
     assert str(caught.value).endswith("or srun --gpus-per-task") and caught.value.status == 2
 
 
@@ -110,18 +106,20 @@ def test_flags_that_do_not_fit_are_one_line(flags, fault):
     assert str(caught.value).startswith(fault) and "\n" not in str(caught.value)
 
 
-_WORKER = """
+_START = """
 import sys, time
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from grain_jax.core import errors
-from grain_jax.runtime import distributed
-port, me, heartbeat, fails = sys.argv[1], *map(int, sys.argv[2:])
+from grain_jax.runtime import distributed, ending
+port, me, heartbeat, flag = sys.argv[1], *map(int, sys.argv[2:])
+"""
+_WORKER = """
 print(distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat), file=sys.stderr)
 with distributed.ending_together(heartbeat):
     multihost_utils.process_allgather(jnp.ones(1))
     print("up", flush=True)
-    if fails:
+    if flag:  # it fails
         raise errors.UserError("no such folder")
     while True:
         time.sleep(0.1)
@@ -130,17 +128,12 @@ with distributed.ending_together(heartbeat):
 
 # Ends as it is told, in training or outside it; prints the call of `reached` at which it did, or each.
 _LISTENER = """
-import contextlib, sys, time
-import jax.numpy as jnp
-from jax.experimental import multihost_utils
-from grain_jax.runtime import distributed, ending
-port, me, heartbeat, outside = sys.argv[1], *map(int, sys.argv[2:])
 handler = ending.PreemptionHandler()
 handler.listen()
 distributed.initialize(f"127.0.0.1:{port}", 2, me, heartbeat)
 with distributed.ending_together(heartbeat):
     multihost_utils.process_allgather(jnp.ones(1))
-    if outside:
+    if flag:  # outside training
         print("up", flush=True)
         while True:
             time.sleep(0.1)
@@ -162,7 +155,7 @@ def _pair(script=_WORKER, *, flags=(0, 0), heartbeat=10, processes=2):
         port = str(free.getsockname()[1])
     pair = []
     for me in range(processes):
-        words = [sys.executable, "-c", script, port, *map(str, (me, heartbeat, flags[me]))]
+        words = [sys.executable, "-c", _START + script, port, *map(str, (me, heartbeat, flags[me]))]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         environment = {**os.environ, "XLA_FLAGS": ""}
         pair.append(subprocess.Popen(words, cwd=ROOT, env=environment, **pipes))
