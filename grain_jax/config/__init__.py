@@ -24,6 +24,7 @@ from grain_jax.config.fields import (
 from grain_jax.config.keys import NoOptions, OpenGroup, flatten, select, without_defaults
 from grain_jax.config.model_fields import (
     ACTIVATIONS,
+    TOWER_MODULES,
     BoxHead,
     ImageTower,
     Model,

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
-from grain_jax.core import errors, schema
+from grain_jax.core import errors, low_rank, schema
 from grain_jax.core import progress as progress_lib
 from grain_jax.inference import inputs, jitted, prompts
 from grain_jax.inference.inputs import Images, InputError, Normalized, OneImage, OneOrMany, Texts, Tokens
-from grain_jax.models import box_head, lora, towers
+from grain_jax.models import box_head, towers
 
 MAX_BATCH = 64  # images or texts per device and batch
 _FEW = 8  # rows of the programs of small batches; images also go one by one
@@ -45,7 +45,7 @@ class Encoder:
         # Raises early if a stored config names towers that may not be imported.
         towers.image_tower(model.image)
         towers.text_tower(model.text)
-        if lora.left_out(params):
+        if any(low_rank.maps_in(params)):
             raise InputError(
                 "params: got factors of LoRA, which a Predictor does not apply; expected merged parameters, as"
                 " grain_jax.load and grain_jax.models.lora.merged return them"
