@@ -1,10 +1,10 @@
 """Where the wall time of a run went, restarts included; and which process is slow.
 
-Every line of metrics.jsonl has the shares, as `time/KIND`. They add up to 1. A process that resumes the run reads them
-from the lines of the one before, and goes on counting. The time of several processes is that of the first.
+Every line of metrics.jsonl has the shares, as `time/KIND`. They add up to 1. A process that resumes the run
+reads them from the lines of the one before, and counts on. Of several processes the first one's time counts.
 
-The shares are those of goodput, as MaxText and ml-goodput-measurement report it: `steps` is the time that trained the
-model which is kept.
+The shares are those of goodput, as MaxText and ml-goodput-measurement report it: `steps` is the time that
+trained the model which is kept.
 """
 
 import contextlib
@@ -115,10 +115,10 @@ class Own(NamedTuple):
 
 
 def of_processes(own: Own) -> dict[str, float]:
-    """The largest memory of a device and, of several processes, the slowest and the fastest one; a collective.
+    """The largest memory of a device and, of several processes, the slowest and the fastest; a collective.
 
-    A step ends on all processes at once, so each counts its own time: all but the wait for devices, which is a wait for
-    the slowest. Seconds in which a process stood still count as its own.
+    A step ends on all processes at once, so each counts its own time: all but the wait for devices, which is
+    a wait for the slowest. Seconds in which a process stood still count as its own.
     """
     alone = jax.process_count() == 1
     rows = np.array([own]) if alone else multihost_utils.process_allgather(np.array(own, np.float32))
@@ -141,8 +141,8 @@ def warning(numbers: dict[str, float]) -> str | None:
     if slow < SLOW * fast or slow - fast < SLOW_SECONDS:
         return None
     return (
-        f"process {numbers['process/slowest']:.0f} is slow: {slow:.2f} s per step beside the wait for devices, the fastest"
-        f" process {fast:.2f} s"
+        f"process {numbers['process/slowest']:.0f} is slow: {slow:.2f} s per step beside the wait for"
+        f" devices, the fastest process {fast:.2f} s"
     )
 
 

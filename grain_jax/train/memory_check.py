@@ -12,8 +12,8 @@ from grain_jax.core import errors
 from grain_jax.train import train_step
 
 ADVICE = (
-    "for fewer activations raise --config.microbatches or set --config.remat=full; for a smaller state on each"
-    " device raise --config.mesh.fsdp"
+    "for fewer activations raise --config.microbatches or set --config.remat=full; for a smaller state on"
+    " each device raise --config.mesh.fsdp"
 )
 
 

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW or Muon with the recipe's schedule and decay groups (docs/method.md, Training recipe)."""
+"""The optimiser: AdamW or Muon, the recipe's schedule and decay groups (docs/method.md, Training recipe)."""
 
 import math
 import re
@@ -18,8 +18,8 @@ from grain_jax.train import sharding
 
 MAX_LOG_SCALE = 4.6052  # ln 100, as the reference writes it
 
-# The reference's groups on our names (quirk 7). In the decoder it decays norm weights, attention input biases and
-# queries; in the backbone the class token, positions and embeddings.
+# The reference's groups on our names (quirk 7). In the decoder it decays norm weights, attention input biases
+# and queries; in the backbone the class token, positions and embeddings.
 REFERENCE_DECAY = re.compile(
     r".*/((\w+_)?kernel|lora_[ab])"
     r"|decoder/.*norm.*/scale"
@@ -44,7 +44,7 @@ def decay_mask(params, reference: bool = False):
 
     Args:
       params: the parameter tree.
-      reference: whether these are the reference's (quirk 7), not matrices (`kernel`, `NAME_kernel`, factors of LoRA).
+      reference: whether these are the reference's (quirk 7), not matrices and factors of LoRA alone.
     """
     pattern = REFERENCE_DECAY if reference else MATRICES_DECAY
     matches = lambda path, _: pattern.fullmatch(_name(path)) is not None
@@ -94,9 +94,9 @@ def layer_scales(params, decay: float):
     """The factor of the learning rate of each parameter by layer-wise decay, float32, to broadcast over it.
 
     In a tower of N layers: decay^(N - l) for layer l = 0 .. N-1, so that the last layer has decay^1, and
-    decay^(N + 1) for what comes before the layers (patches, tokens, positions, class token, registers, the norm
-    after them). 1 for all else: the towers' last norms, projections, the decoder, heads, the logit scale.
-    Each tower counts its own layers. Source: microsoft/unilm beit/optim_factory.py and
+    decay^(N + 1) for what comes before the layers (patches, tokens, positions, class token, registers, the
+    norm after them). 1 for all else: the towers' last norms, projections, the decoder, heads, the logit
+    scale. Each tower counts its own layers. Source: microsoft/unilm beit/optim_factory.py and
     facebookresearch/mae util/lr_decay.py (Clark et al. 2020, ELECTRA).
 
     Args:
@@ -107,8 +107,8 @@ def layer_scales(params, decay: float):
     for tower in {"image", "text"} & set(params):
         if "blocks" not in params[tower]:
             raise errors.UserError(
-                f"optim.layer_decay: got {decay}, but the {tower} tower has no layers stacked below {tower}/blocks"
-                " (layers.scan_layers); expected 1"
+                f"optim.layer_decay: got {decay}, but the {tower} tower has no layers stacked below"
+                f" {tower}/blocks (layers.scan_layers); expected 1"
             )
         depth[tower] = jax.tree.leaves(params[tower]["blocks"])[0].shape[0]
 
@@ -153,8 +153,8 @@ def learning_rate(
 def scale_by_adam(b1: float, b2: float, eps: float, moment_dtype: str):
     """`optax.scale_by_adam`, computed in float32, which stores the first moment as `moment_dtype`.
 
-    optax multiplies `b1` in the type that it stores, where 0.9 is 0.8984. To the nearest bfloat16 a moment that
-    moves by less than half a unit stands still: 2 to 7% below a constant gradient. So it is rounded at random.
+    optax multiplies `b1` in the type that it stores, where 0.9 is 0.8984. To the nearest bfloat16 a moment
+    that moves by less than half a unit stands still, 2 to 7% below a constant gradient: random rounding.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
     if moment_dtype == "float32":
@@ -178,8 +178,8 @@ def scale_by_adam(b1: float, b2: float, eps: float, moment_dtype: str):
 def _bfloat16_at_random(x, name: str, step):
     """`x` as one of the two bfloat16 around it, which is `x` on average.
 
-    The random bits are a hash of the element's position in the whole array, the array's name and the step, so they are
-    the same on every mesh. A hash of the gradient is not: its last bits depend on the mesh.
+    The random bits are a hash of the element's position in the whole array, the array's name and the step, so
+    they are the same on every mesh. A hash of the gradient is not: its last bits depend on the mesh.
     """
     position = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
@@ -198,7 +198,7 @@ def _scramble(x):
 
 
 def muon_axes(params):
-    """How Muon reads each parameter: a batch of matrices, one per layer, inputs to outputs; None: it is AdamW's.
+    """How Muon reads each parameter: matrices, one per layer, inputs to outputs; None: it is AdamW's.
 
     Args:
       params: the parameter tree, or one of its form with gaps; layers are stacked along the first axis.
@@ -222,7 +222,7 @@ def _as_adamw(path, orthogonal):
 
 
 def _orthogonal_momentum(beta: float) -> optax.GradientTransformation:
-    """`contrib.scale_by_muon`, whose state does not hold the coefficients of the iteration: they are constants."""
+    """`contrib.scale_by_muon`, without the coefficients of the iteration in its state: they are constants."""
     axes: Any = muon_axes
     muon: Any = contrib.scale_by_muon(MUON_ITERATION, beta=beta, weight_dimension_numbers=axes)
 
@@ -237,8 +237,8 @@ def _orthogonal_momentum(beta: float) -> optax.GradientTransformation:
 def scale_by_muon(config: Optim) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for the matrices of the towers' layers, AdamW's scaling for all other parameters.
 
-    The momentum of a matrix, with Nesterov's step and optax's bias correction, is made orthogonal by five Newton-Schulz
-    iterations, and scaled to the root mean square of AdamW's updates. Both share learning rate and weight decay.
+    The momentum of a matrix, with Nesterov's step and optax's bias correction, is made orthogonal by five
+    Newton-Schulz iterations, and scaled to AdamW's updates. Both share learning rate and weight decay.
     """
     muon = optax.chain(
         _orthogonal_momentum(config.muon_beta),
@@ -256,7 +256,7 @@ def scale_by_muon(config: Optim) -> optax.GradientTransformation:
 def optimizer(
     config: Optim, schedule: optax.Schedule, reference: bool = False
 ) -> optax.GradientTransformation:
-    """Clipping by global norm (if on), AdamW's or Muon's scaling, decoupled decay, the schedule, layer-wise decay (if on).
+    """Clipping by global norm, AdamW's or Muon's scaling, decoupled decay, schedule, layer-wise decay.
 
     Frozen parameters have no moments and an update of zero. The learning rate, and with it layer-wise
     decay, scales weight decay too, as in torch's AdamW.

@@ -1,6 +1,6 @@
 """A profiler trace of steps of the training loop, where TensorBoard's profile plugin and XProf look for it.
 
-JAX's profiler writes to local folders alone, and names a trace after the second at which it ended. `StepTrace` moves
+JAX's profiler writes to local folders alone, and names a trace after the second of its end. `StepTrace` moves
 the file of each process to `tensorboard/plugins/profile/step_N` of the workdir, also in an object store.
 """
 
@@ -13,13 +13,13 @@ from etils import epath
 
 
 def start_server(port: int) -> None:
-    """Starts JAX's profiler server, for "capture profile" in TensorBoard; 0: none. It ends with the process."""
+    """Starts JAX's profiler server, for "capture profile" in TensorBoard; 0: none."""
     if port:
         jax.profiler.start_server(port)
 
 
 class StepTrace:
-    """Traces `steps` steps from `start` on, and the next ones after `ask`; each step of the loop calls `begin` and `end`.
+    """Traces `steps` steps from `start` on, and after `ask`; each step of the loop calls `begin` and `end`.
 
     Args:
       workdir: the run's folder, or its URL in an object store.
@@ -58,7 +58,7 @@ class StepTrace:
         self._annotation.__enter__()
 
     def end(self, step: int, outputs: Any) -> None:
-        """After the step was started: after the last step waits for `outputs` (arrays) and writes the trace."""
+        """After the step was started; the last one waits for `outputs` (arrays) and writes the trace."""
         if step not in self._steps or self._annotation is None:
             return
         if step == self._steps[-1]:
@@ -68,7 +68,7 @@ class StepTrace:
             self.close()
 
     def close(self) -> None:
-        """Writes the trace under way, if there is one: the run may end before the last step that was asked for."""
+        """Writes the trace under way, if any: the run may end before the last step asked for."""
         if self._local is None:
             return
         jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""Opens what a run needs before it computes: devices, data, the numbers that the config leaves open, evaluators."""
+"""Opens what a run needs before it computes: devices, data, open numbers of the config, evaluators."""
 
 import functools
 import sys

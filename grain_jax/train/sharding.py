@@ -21,7 +21,7 @@ class ShardingError(errors.UserError):
 
 
 def mesh_sizes(config: config_lib.Mesh, count: int) -> dict[str, int]:
-    """The sizes of the axes data, fsdp and tensor over `count` devices; an axis of -1 takes what the others leave.
+    """The sizes of data, fsdp and tensor over `count` devices; an axis of -1 takes what the others leave.
 
     Raises:
       ShardingError: the axes do not multiply to the number of devices.
@@ -42,7 +42,7 @@ def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
     """The (data, fsdp, tensor) mesh over all devices; an axis of -1 takes what the others leave.
 
     Neighbours in the mesh are neighbours in the network. With `dcn_data` slices (or nodes), the data axis
-    runs through one slice after the other: only its sums, and the rings of the losses, cross the slow network.
+    runs through one slice after the other: only its sums and the losses' rings cross the slow network.
 
     Raises:
       ShardingError: the axes do not multiply to the number of devices, or the slices do not divide.
@@ -52,8 +52,8 @@ def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
     slices, slices_there = config.dcn_data, len({getattr(d, "slice_index", 0) for d in devices})
     if slices % slices_there or sizes[0] % slices:
         raise ShardingError(
-            f"mesh.dcn_data: got {slices}, expected a multiple of the {slices_there} slices that the devices are"
-            f" on, and a divisor of mesh.data = {sizes[0]}"
+            f"mesh.dcn_data: got {slices}, expected a multiple of the {slices_there} slices that the devices"
+            f" are on, and a divisor of mesh.data = {sizes[0]}"
         )
     in_order = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
     part = len(devices) // slices
@@ -163,7 +163,7 @@ def lanes_needed(sharding: NamedSharding, batch_size: int) -> int:
 
 
 def table(abstract: Any, shardings: Any) -> str:
-    """Name, shape, dtype, spec and bytes per device of every array of a state, then their sums, as lines of text."""
+    """Name, shape, dtype, spec and bytes per device of every array of a state, then their sums, as text."""
     rows, per_device, everything = [("array", "shape", "dtype", "spec", "bytes per device")], 0, 0
     placed = zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(shardings))
     for (path, x), sharding in placed:
