@@ -15,7 +15,7 @@ from grain_jax.core import atomic, errors, progress
 from grain_jax.input_pipeline import derived, device, sources, synthetic
 from grain_jax.launch import chips, hlo, plan
 from grain_jax.launch.arguments import Tune
-from grain_jax.models import programs
+from grain_jax.models.layers import UNROLLED
 from grain_jax.runtime import distributed
 from grain_jax.train import layer_trials, memory_check, run, sharding, train_step
 
@@ -91,7 +91,7 @@ class Tuner:
         groups = [[{"model.attention": x} for x in attention]]
         depths = {f"model.{name}.unroll": getattr(model, name).depth for name in ("image", "text")}
         now = {f"model.{name}.unroll": getattr(model, name).unroll for name in ("image", "text")}
-        unrolled = [depths] if max(depths.values()) <= programs.UNROLLED else []
+        unrolled = [depths] if max(depths.values()) <= UNROLLED else []
         groups += [
             [{"remat": x} for x in (config.remat, *config_lib.REMAT_POLICIES)],
             [now, dict.fromkeys(depths, 1), *unrolled],

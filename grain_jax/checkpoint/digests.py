@@ -1,7 +1,7 @@
-"""Digests that show damage: of JSON values, and of the bits of a state, equal on every mesh and for any processes.
+"""Digests that show damage: of JSON values, and of the bits of a state, equal on every mesh.
 
-The digest of arrays is a sum of unsigned integers that wraps around, so that hosts can sum their parts in any order.
-They find accidents, not forgeries.
+The digest of arrays is a sum of unsigned integers that wraps around, so that hosts can sum their parts in any
+order. They find accidents, not forgeries.
 """
 
 import json
@@ -24,8 +24,8 @@ def of_json(value: Any) -> str:
 def of_state(state: Any) -> dict[str, str]:
     """The digest of the bits of each part of a TrainState that has arrays.
 
-    The hosts compute it, since a save copies the arrays to them: each sums the shards that no other host has. A
-    number at (i, j, ...) is multiplied by the odd 64-bit keys of i, j, ..., modulo 2**64.
+    The hosts compute it, since a save copies the arrays to them: each sums the shards that no other host has.
+    A number at (i, j, ...) is multiplied by the odd 64-bit keys of i, j, ..., modulo 2**64.
 
     Args:
       state: a NamedTuple of placed arrays. Every process must call.

@@ -17,7 +17,7 @@ class CheckpointError(errors.UserError):
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """`path` from the root, as Orbax needs it. A URL stays: pathlib would put the current folder before it."""
+    """`path` from the root, as Orbax needs it. A URL stays: pathlib would change it."""
     path = epath.Path(path)
     return path if "://" in str(path) else path.absolute()
 

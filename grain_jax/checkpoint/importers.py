@@ -1,4 +1,4 @@
-"""The seam between models by name and conversions, which lie below this room: `grain_jax` sets the function."""
+"""The seam between models by name and conversions, which lie below this room; `grain_jax` sets it."""
 
 from collections.abc import Callable
 from typing import Any

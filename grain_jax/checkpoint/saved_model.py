@@ -86,8 +86,8 @@ def load_model(path: epath.PathLike) -> tuple[config_lib.Model, Any, str]:
 def load_stored(path: epath.PathLike) -> Stored:
     """The model in a training workdir (newest checkpoint), a checkpoint or a converted folder.
 
-    The model must have the digests that were stored with it. In a workdir a damaged checkpoint is passed over with
-    a warning. A run with an average of the parameters (`ema_decay`) gives the average.
+    The model must have the digests that were stored with it. In a workdir a damaged checkpoint is passed over
+    with a warning. A run with an average of the parameters (`ema_decay`) gives the average.
 
     Args:
       path: the folder; or a name, of the package or of the Hugging Face Hub (`pretrained.folder_of`).
@@ -103,8 +103,8 @@ def load_stored(path: epath.PathLike) -> Stored:
             raise CheckpointError(f"{path}: damaged: {fault}; convert again, or put back a copy")
         if factors := next(low_rank.maps_in(stored.params), None):
             raise CheckpointError(
-                f"{path}: {factors} has factors of LoRA, whose scale a converted folder does not hold; expected the run, or"
-                " what `grain-jax convert average` makes of it"
+                f"{path}: {factors} has factors of LoRA, whose scale a converted folder does not hold;"
+                " expected the run, or what `grain-jax convert average` makes of it"
             )
         return stored
     folders = [path]
@@ -115,8 +115,8 @@ def load_stored(path: epath.PathLike) -> Stored:
         folders = [path / "checkpoints" / str(step) for step in reversed(steps)]
     elif not (path / "state").is_dir():
         raise CheckpointError(
-            f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model (params/ and"
-            " config.json)"
+            f"{path}: neither a workdir (checkpoints/), nor a checkpoint (state/), nor a converted model"
+            " (params/ and config.json)"
         )
     for folder in folders:
         stored, fault = files.attempt(lambda x=folder: _read_checkpoint(x), folder, MemoryError)

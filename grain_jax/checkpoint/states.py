@@ -1,7 +1,7 @@
 """The checkpoints of a run, by Orbax: its states under `WORKDIR/checkpoints/STEP`.
 
-A checkpoint holds the TrainState, whose step is the position in the data, and the `files.Items`: the resolved config,
-the identities of its record sets, and digests of all three.
+A checkpoint holds the TrainState, whose step is the position in the data, and the `files.Items`: the resolved
+config, the identities of its record sets, and digests of all three.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ from grain_jax.runtime import processes
 policies = ocp.training.preservation_policies
 
 _DIFFERENCES = 30  # lines of a message
-# Devices with copies of an array share its writing if each part has so many bytes. Cutting smaller ones costs more time.
+# Devices with copies of an array share its writing if each part has so many bytes; smaller ones take longer.
 _LEAST_PART = 1 << 20
 
 
 def newest_config(workdir: epath.PathLike) -> tuple[config_lib.Config | None, str]:
-    """The config of the newest checkpoint whose config is whole, and the name of that checkpoint; or (None, "")."""
+    """The newest whole config of a checkpoint, and the name of that checkpoint; or (None, "")."""
     for step in reversed(finished_steps(workdir)):
         try:
             stored = read_items(absolute(workdir) / "checkpoints" / str(step))
@@ -119,14 +119,14 @@ class Checkpoints:
     ) -> Any | None:
         """The state of the newest undamaged checkpoint, or None if there is no checkpoint.
 
-        A checkpoint is damaged if it cannot be read or its digests differ; only a whole one is compared with the
-        config. Damaged ones are moved to `WORKDIR/damaged_checkpoints` once an older one was read, which proves that
-        the storage works. All processes get the same checkpoint, the newest that each of them can read.
+        A checkpoint is damaged if it cannot be read or its digests differ; only a whole one is compared with
+        the config. Damaged ones move to `WORKDIR/damaged_checkpoints` once an older one was read: the storage
+        works. All processes get the same checkpoint, the newest that each of them can read.
 
         Args:
           abstract_state: ShapeDtypeStructs with shardings.
-          say: gets a line for each damaged checkpoint, one if the data cannot be compared, and one that names the
-            keys that change what a step computes.
+          say: gets a line for each damaged checkpoint, one if the data cannot be compared, and one that names
+            the keys that change what a step computes.
           data: the identities of the run's record sets.
 
         Raises:
@@ -230,7 +230,7 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[
 
 
 def _other_numbers(stored: dict[str, Any], config: config_lib.Config) -> dict[str, tuple[Any, Any]]:
-    """Key -> (old, new) of each key that has another value than in the `stored` config and changes later steps.
+    """Key -> (old, new) of each key that differs from the `stored` config and changes later steps.
 
     Those are of the role "numbers", and the length of the run, over which schedules stretch.
     """
@@ -244,7 +244,7 @@ def _other_numbers(stored: dict[str, Any], config: config_lib.Config) -> dict[st
 
 
 def check_same_run(content: dict[str, Any], config: config_lib.Config) -> None:
-    """Raises CheckpointError where a stored config has another order of the data, or scale of LoRA, than `config`."""
+    """Raises CheckpointError: a stored config has another order of the data, or scale of LoRA."""
     of_run = _without_evals(content)
     stored, new = (config_lib.select(x, {"order"}) for x in (of_run, config))
     if changed := _changed(stored, new):
@@ -280,8 +280,8 @@ def check_same_data(
         name = f"{now['name']} ({now['split']})"
         if changes:
             faults.append(
-                f"{name}: not the set that checkpoint {step} was trained on: {', '.join(changes)}. Put that one"
-                " back (input.data_dir) to go on, or start anew with another --workdir"
+                f"{name}: not the set that checkpoint {step} was trained on: {', '.join(changes)}."
+                " Put that one back (input.data_dir) to go on, or start anew with another --workdir"
             )
     if faults:
         raise CheckpointError("\n".join(faults))
@@ -322,7 +322,7 @@ def restore(folder: epath.PathLike, abstract_state: Any) -> Any:
 
 
 def _differences(stored: Any, expected: Any) -> list[str]:
-    """A line for each array that differs, parameters first: the arrays of the optimiser repeat their names."""
+    """A line for each array that differs, parameters first: the optimiser's repeat their names."""
 
     def flat(tree: Any) -> dict[str, str]:
         return {

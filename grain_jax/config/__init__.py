@@ -26,6 +26,7 @@ from grain_jax.config.model_fields import (
     ACTIVATIONS,
     MAPS_BY,
     PATCH_FEATURES,
+    TOWER_MODULES,
     BoxHead,
     ImageTower,
     Model,

@@ -270,10 +270,8 @@ class Config:
 
         These are `optim.frozen`, and everything but the factors in a tower with factors of `optim.lora`.
         """
-        image = "image(_pool|_projection)?" if self.model.tower_pools else "image"
-        towers = {"image": image, "text": "text(_norm|_pool|_projection)?"}
-        of_lora = [parts for tower, parts in towers.items() if self.optim.lora.has(tower)]
-        return (*self.optim.frozen, *(f"{parts}/(?!.*/lora_[ab]$).*" for parts in of_lora))
+        of_lora = ["|".join(self.model.modules(x)) for x in ("image", "text") if self.optim.lora.has(x)]
+        return (*self.optim.frozen, *(f"({tops})/(?!.*/lora_[ab]$).*" for tops in of_lora))
 
     @property
     def text_length(self) -> int:

@@ -12,6 +12,8 @@ PROJECTIONS = ("none", "matrix", "affine")
 MAPS_BY = ("auto", "patches", "regions", "both")
 # What a patch is: its value in the last layer, or its last token. auto: the token where a box head reads it.
 PATCH_FEATURES = ("auto", "values", "tokens")
+# Tower -> the top levels of its parameters, without its projection.
+TOWER_MODULES = {"image": ("image", "image_pool"), "text": ("text", "text_norm", "text_pool")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +191,20 @@ class Model:
     def tower_pools(self) -> bool:
         """Whether the image embedding is the image tower's own, by `image.pool` and `image.projection`."""
         return self.decoder is None or self.decoder.image_pool == "tower"
+
+    def modules(self, tower: str) -> tuple[str, ...]:
+        """The top levels of the parameters of the "image" or "text" tower, with a projection that is its own."""
+        own = (f"{tower}_projection",) if tower == "text" or self.tower_pools else ()
+        return TOWER_MODULES[tower] + own
+
+    def part(self, name: str) -> str:
+        """The part that a parameter or its top level belongs to: "image", "text", "boxes", "scale" or "decoder"."""
+        top = name.partition("/")[0]
+        if "logit_" in top:
+            return "scale"
+        if top in ("box_head", "box_projection"):
+            return "boxes"
+        return next((tower for tower in TOWER_MODULES if top in self.modules(tower)), "decoder")
 
     @property
     def regions_have_scale(self) -> bool:

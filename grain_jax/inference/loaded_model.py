@@ -11,10 +11,10 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
-from grain_jax.core import errors
+from grain_jax.core import errors, low_rank
 from grain_jax.inference import batches, jitted, prompts
 from grain_jax.inference.inputs import InputError
-from grain_jax.models import box_head, lora, towers
+from grain_jax.models import box_head, towers
 
 
 class LoadedModel:
@@ -35,7 +35,7 @@ class LoadedModel:
         # Raises early if a stored config names towers that may not be imported.
         towers.image_tower(model.image)
         towers.text_tower(model.text)
-        if lora.left_out(params):
+        if any(low_rank.maps_in(params)):
             raise InputError(
                 "params: got factors of LoRA, which a Predictor does not apply; expected merged parameters,"
                 " as grain_jax.load and grain_jax.models.lora.merged return them"

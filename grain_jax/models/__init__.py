@@ -1,1 +1,1 @@
-"""The GRAIN model in Flax Linen: `grain.GRAIN` joins the image tower, the text tower and the region decoder."""
+"""The GRAIN model in Flax Linen: `grain.GRAIN` joins two towers and the region decoder."""

@@ -1,7 +1,7 @@
 """Which program computes softmax(q k^T) v, by `model.attention`; the numbers are the same up to rounding.
 
 * `xla`: products and softmax as XLA fuses them; everywhere, with any mask and dropout.
-* `pallas`: a TPU kernel that keeps the scores on the core (attention_kernel.py); elsewhere its interpreter, for tests.
+* `pallas`: a TPU kernel that keeps the scores on the core (attention_kernel.py); elsewhere interpreted.
 * `cudnn`: the fused attention of cuDNN, on CUDA, in bfloat16.
 * `auto`: in training, `pallas` on TPUs and `cudnn` on CUDA in bfloat16. Otherwise `xla`, and in inference.
 
@@ -19,16 +19,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax.models import placement, programs, rotary
+from grain_jax.models import placement, rotary
 from grain_jax.models.layers import Affine, Init, LayerNorm, dense, example_dropout, softmax, zeros
 
 
 class Within(NamedTuple):
     """A mask: each position sees all of the same text."""
 
-    ids: (
-        jax.Array
-    )  # int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one
+    # int32 [B, L], the text at each position. Padding is a text of its own, so every position sees one.
+    ids: jax.Array
 
     def mask(self) -> jax.Array:
         """The same as bool [B, 1, L, L]."""
@@ -57,7 +56,7 @@ Mask: TypeAlias = Within | CausalWithin | First
 
 
 def filled(length: int, program: str, multiple: int) -> int:
-    """The length that a tower gives its rows, once for all layers: cuDNN's backward pass takes even ones alone."""
+    """The length that a tower gives its rows, for all layers: cuDNN's backward pass takes even ones alone."""
     return -(-length // multiple) * multiple if program == "cudnn" else length
 
 
@@ -92,7 +91,7 @@ def of_towers(model: config_lib.Model, dtype: str) -> str:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logits(axes: str, q: jax.Array, k: jax.Array) -> jax.Array:
-    """An einsum whose result is float32, and whose backward pass multiplies numbers of the type of `q` alone."""
+    """An einsum whose result is float32, and whose backward pass multiplies in the type of `q`."""
     return jnp.einsum(axes, q, k, preferred_element_type=jnp.float32)
 
 
@@ -107,7 +106,7 @@ _logits.defvjp(lambda axes, q, k: (_logits(axes, q, k), (q, k)), _logits_backwar
 
 
 class Attention(nn.Module):
-    """Multi-head attention, optionally with LayerNorm and then rotary positions on the queries and keys of each head."""
+    """Multi-head attention, with LayerNorm and then rotary positions on the queries and keys if asked for."""
 
     width: int
     heads: int
@@ -120,17 +119,11 @@ class Attention(nn.Module):
     program: str = "xla"  # "pallas" and "cudnn" serve self-attention without dropout
     key_bias: bool = True
     absorbs: bool = False  # whether few queries take in the maps of keys and values (`_absorbed`)
+    lora: float = 0.0  # as of `layers.Dense`; not where it `absorbs`
 
     @nn.compact
     def __call__(
-        self,
-        query,
-        key,
-        value,
-        mask=None,
-        dropout_keys=None,
-        site: int = 0,
-        rotation: rotary.Rotation | None = None,
+        self, query, key, value, mask=None, dropout_keys=None, site=0, rotation: rotary.Rotation | None = None
     ):
         """Attention of `query` to `key` and `value`.
 
@@ -164,6 +157,7 @@ class Attention(nn.Module):
                 kernel_init=self.kernel_init,
                 bias_init=self.bias_init,
                 use_bias=name != "key" or self.key_bias,
+                lora=self.lora,
                 name=name,
             )(x)
 
@@ -185,6 +179,7 @@ class Attention(nn.Module):
             dtype=self.dtype,
             kernel_init=self.out_init,
             bias_init=self.bias_init,
+            lora=self.lora,
             name="out",
         )(out)
 
@@ -198,7 +193,7 @@ class Attention(nn.Module):
             ins, outs, init = split, whole, self.out_init
         shape_and_axes = ins[0], outs[0], ins[1], outs[1]
         use_bias = name != "key" or self.key_bias
-        return Affine(*shape_and_axes, self.dtype, init, self.bias_init, use_bias, name=name)
+        return Affine(*shape_and_axes, self.dtype, init, self.bias_init, use_bias, self.lora, name=name)
 
     @nn.nowrap
     def _weights(self, logits, mask, dropout_keys, site: int) -> Any:
@@ -238,15 +233,15 @@ class Attention(nn.Module):
         return out
 
     def _heads_side_by_side(self, x: jax.Array, mask: "Mask | None", rotation) -> jax.Array:
-        """Self-attention by the kernel: the same parameters, activations [B, L, E] with the heads side by side.
+        """Self-attention by the kernel: the same parameters, the heads side by side in [B, L, E].
 
-        A head has fewer than the 128 lanes of a TPU register: as an axis of its own it would be padded to them.
+        A head has fewer than the 128 lanes of a TPU register: as its own axis it would be padded to them.
         """
         from grain_jax.models import attention_kernel  # a fifth of a second to import
 
         heads, head_dim = self.heads, self.width // self.heads
         maps = [self._affine(name) for name in ("query", "key", "value")]
-        together = attention_kernel.arranges(heads, head_dim) and not programs.are_apart()
+        together = attention_kernel.arranges(heads, head_dim) and not self.lora
         if together:  # one product reads x once
             kernel, bias = (
                 attention_kernel.arranged(q, k, v, heads)

@@ -1,13 +1,13 @@
 """Self-attention as a Pallas TPU kernel, forward and backward: the scores of a head stay in VMEM.
 
-Queries, keys and values are [B, L, heads * width], with the heads side by side: no head is padded to the 128 lanes of a
-register. Or they are one array, the result of one product (`arranged`). A program has a few heads of a few rows of the
-batch, a multiple of 128 lanes if the widths allow it. It works on transposed arrays: heads are then rows, and softmax
-and LayerNorm reduce over rows, which needs no shuffles of lanes. Scores are [keys, queries], in base 2. LayerNorm of queries
-and keys is inside; its factors are those of the queries, since a bias of the keys changes no softmax. The backward pass
-keeps the inputs alone and computes norms and weights again (as FlashAttention does, Dao et al. 2022; whole rows of
-scores fit into VMEM here, so no softmax is pieced together). Several heads are at the same stage, so that one computes
-while another waits (`python -m benchmarks.kernels` counts the cycles).
+Queries, keys and values are [B, L, heads * width], the heads side by side: none is padded to the 128 lanes of
+a register. Or they are one array, the result of one product (`arranged`). A program has a few heads of a few
+rows of the batch, a multiple of 128 lanes if the widths allow it. It works on transposed arrays: heads are
+then rows, and softmax and LayerNorm reduce over rows, without shuffles of lanes. Scores are [keys, queries],
+in base 2. LayerNorm of queries and keys is inside, with the queries' factors: a bias of the keys changes no
+softmax. The backward pass keeps the inputs alone and computes norms and weights again, as FlashAttention (Dao
+et al. 2022). Whole rows of scores fit into VMEM, so no softmax is pieced together. Several heads are at the
+same stage, so that one computes while another waits (`python -m benchmarks.kernels` counts the cycles).
 
 On other platforms the kernel runs in Pallas' interpreter, for tests.
 """
@@ -55,7 +55,7 @@ class _Heads:
         return [parts[self.rows(head)].astype(x.dtype) for head in range(self.count)]
 
     def times(self, x, parts: list) -> list:
-        """x [L, lanes] times each head [width, n] -> [L, n]; the head gets zeros for others on its tiles of lanes."""
+        """x [L, lanes] times each head [width, n] -> [L, n]; zeros stand for others on its tiles of lanes."""
         out = []
         for head, part in enumerate(parts):
             first, end = head * self.width, (head + 1) * self.width
@@ -124,7 +124,7 @@ def _read(heads, eps, q_ref, k_ref, norm_ref, row) -> _Row:
 
 
 def _weights(heads, row: _Row, allowed) -> list[tuple[jax.Array, jax.Array]]:
-    """Of each head the weights [keys, queries] before their division, and 1 / their sums [1, queries]; float32."""
+    """Of each head the weights [keys, queries] before division, and 1 / their sums [1, queries]; float32."""
     scores = heads.times(row.natural_keys, row.queries)
     if allowed is not None:
         scores = [jnp.where(allowed, x, jnp.finfo(jnp.float32).min) for x in scores]
@@ -145,7 +145,7 @@ def _allowed(masks, row, causal):
 
 
 def _for_rows(ref, count, run) -> None:
-    """Calls `run(rows)` for the rows of a program, a few at a time: as many as have `count` heads at most, or one."""
+    """Calls `run(rows)` for a few rows of a program at a time: with `count` heads at most, or one row."""
     total, most = ref.shape[0], max(1, count)
     group = max(n for n in range(1, most + 1) if total % n == 0)
 
@@ -272,7 +272,7 @@ class _AttentionCall:
         return jax.ShapeDtypeStruct((*shape, lanes), qkv[0].dtype)
 
     def forward(self, *arrays):
-        """Attention on one device: [B, L, lanes] each or one, norm float32 [lanes of a program, 8], masks -> [B, L, lanes]."""
+        """On one device: [B, L, lanes] each or one, norm [lanes of a program, 8], masks -> [B, L, lanes]."""
         qkv, norm, masks = self._split(arrays)
         heads, grid, block, parts, _, of_norm, of_masks = self._layout(qkv, masks)
         like = self._like(qkv)
@@ -289,7 +289,7 @@ class _AttentionCall:
         )(*(qkv * 3 if self.together else qkv), norm, *masks)
 
     def backward(self, do, *arrays):
-        """The gradient of the result, then as of `forward` -> gradients of what is given, and of the norms, [1, lanes, 8]."""
+        """The result's gradient, then as `forward` -> those of what is given and of norms, [1, lanes, 8]."""
         qkv, norm, masks = self._split(arrays)
         heads, grid, block, parts, gradients, of_norm, of_masks = self._layout(qkv, masks)
         like = self._like(qkv)
@@ -333,7 +333,7 @@ def arranges(heads: int, width: int) -> bool:
 
 
 def arranged(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """[..., heads * width] each -> [..., 3 * heads * width] as `attend` takes it: of each program queries, keys, values.
+    """[..., heads * width] each -> [..., 3 * heads * width] for `attend`, by program.
 
     Matrices and biases that make queries, keys and values are arranged so that one product makes all.
     """
@@ -360,9 +360,9 @@ def attend(
     """Softmax(q k^T / sqrt(width)) v of each head, on the mesh of `placement`.
 
     Args:
-      given: queries, keys and values [B, L, heads * width], heads side by side; or one array of all (`arranged`).
+      given: queries, keys and values [B, L, heads * width]; or one array of all (`arranged`).
       heads: their number.
-      norms: scale and bias of the queries' LayerNorm, then of the keys', float32 [width] each; None: no norms.
+      norms: scale and bias of the queries' norm, then of the keys', float32 [width] each; or None.
       eps: of the norms.
       ids: int32 [B, L]: a position sees the positions with its id; None: its whole row.
       causal: with ids: of these itself and earlier ones.

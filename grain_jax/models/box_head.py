@@ -1,7 +1,7 @@
 """Embeddings of given boxes: what is in a box that somebody drew, annotated or detected.
 
-`RoIAlign` averages the final image tokens in the box. It compares no boxes with each other, so a box has the same
-embedding whatever else is asked for. docs/method.md, Model.
+`RoIAlign` averages the final image tokens in the box. No box sees another, so that a
+box has one embedding whatever else is asked for. docs/method.md, Model.
 """
 
 import flax.linen as nn
@@ -16,9 +16,9 @@ from grain_jax.core import errors
 def roi_align(features: jax.Array, boxes_xyxy: jax.Array, *, bins: int, samples: int) -> jax.Array:
     """RoIAlign (He et al. 2017): the mean of bilinear samples in each of `bins` x `bins` parts of each box.
 
-    Equal to torchvision.ops.roi_align with `aligned=True` and `sampling_ratio=samples`. The centre of cell i is at
-    (i + 1/2) / cells. A sample more than half a cell outside the image counts as 0, a nearer one as the edge.
-    A bilinear sample on a grid is a product of two hat functions, so the whole is two matrix products.
+    Equal to torchvision.ops.roi_align with `aligned=True` and `sampling_ratio=samples`. The centre of cell i
+    is at (i + 1/2) / cells. A sample more than half a cell outside the image counts as 0, a nearer one as the
+    edge. A bilinear sample on a grid is a product of two hat functions, so the whole is two matrix products.
 
     Args:
       features: [B, h, w, E].
@@ -99,8 +99,8 @@ def grid_size(tokens: int, leading: int) -> int:
     grid = round((tokens - leading) ** 0.5)
     if grid * grid != tokens - leading or not grid:
         raise errors.UserError(
-            f"model.image.tower: got {tokens} tokens, {leading} of them leading, expected a square number of patches after"
-            " these, as boxes and maps need it"
+            f"model.image.tower: got {tokens} tokens, {leading} of them leading, expected a square number of"
+            " patches after these, as boxes and maps need it"
         )
     return grid
 

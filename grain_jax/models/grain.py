@@ -1,4 +1,4 @@
-"""GRAIN: two towers and a region decoder, from a batch to unit-length embeddings and boxes (docs/method.md, Model).
+"""GRAIN: two towers and a region decoder, from a batch to embeddings and boxes (docs/method.md, Model).
 
 Without a decoder it is a two-tower model, such as CLIP: no regions, and the image embedding is pooled.
 """
@@ -22,7 +22,7 @@ xavier = nn.initializers.xavier_uniform()
 
 
 def normalize(x):
-    """`x` [..., D] with unit length over the last axis, float32; as torch.nn.functional.normalize (norm >= 1e-12)."""
+    """`x` [..., D] with unit length, float32; as torch.nn.functional.normalize (norm >= 1e-12)."""
     x = x.astype(jnp.float32)
     # The square root's gradient at 0 is infinite: a zero vector must give a zero gradient, not NaN.
     square = jnp.sum(x * x, axis=-1, keepdims=True)
@@ -35,11 +35,12 @@ class GRAIN(nn.Module):
     config: config_lib.Model  # towers, decoder and the width D of the joint space
     dtype: str = "float32"  # of activations, "float32" or "bfloat16"; parameters are float32
     remat: str = "none"  # what the backward pass keeps (config.REMAT_POLICIES)
+    lora: float = 0.0  # `optim.lora.scale`: factors in the parameters count by it; 0: they do not count
 
     def setup(self):
         c, dtype = self.config, jnp.dtype(self.dtype)
-        self.image = towers.image_tower(c.image)(c.image, dtype, self.remat, c.attention)
-        self.text = towers.text_tower(c.text)(c.text, dtype, self.remat, c.attention)
+        self.image = towers.image_tower(c.image)(c.image, dtype, self.remat, c.attention, self.lora)
+        self.text = towers.text_tower(c.text)(c.text, dtype, self.remat, c.attention, self.lora)
         self.text_norm = layers.LayerNorm(c.text.norm_eps)
         if c.text.pool == "map":
             self.text_pool = tower_layer.AttentionPool(c.text, dtype)
@@ -84,7 +85,7 @@ class GRAIN(nn.Module):
             self.region_logit_bias = scalar("region_logit_bias", -10.0) if sigmoid else jnp.zeros(())
 
     def image_tokens(self, image: jax.Array, kept: jax.Array | None = None) -> jax.Array:
-        """Images to their tokens. Raises UserError: the tower takes neither this size nor some of the patches.
+        """Images to their tokens. Raises UserError: the tower does not take this size, or `kept`.
 
         Args:
           image: uint8 [B, H, W, 3], or float32 already normalised.
@@ -98,13 +99,13 @@ class GRAIN(nn.Module):
             return self.image(image)
         if not self.image.takes_kept:
             raise errors.UserError(
-                f"model.image.keep: got a fraction with the tower {self.config.image.tower}, which sees all patches; expected"
-                " 1, or a tower with takes_kept = True"
+                f"model.image.keep: got a fraction with the tower {self.config.image.tower}, which sees all"
+                " patches; expected 1, or a tower with takes_kept = True"
             )
         return self.image(image, kept=kept)  # type: ignore[call-arg]
 
     def image_values(self, image: jax.Array) -> jax.Array:
-        """As `image_tokens`; in the last layer each token attends to itself alone. Needs the built-in tower (vit.py)."""
+        """As `image_tokens`; in the last layer each token attends to itself alone. Of vit.py only."""
         tower: Any = self.image
         return tower(self._normalised(image), values=True)
 
@@ -115,10 +116,10 @@ class GRAIN(nn.Module):
         mean, std = (np.array(x, np.float32) for x in (config.pixel_mean, config.pixel_std))
         if image.dtype == jnp.uint8:
             image = (image.astype(jnp.float32) / 255.0 - mean) / std
-        size = config.image_size
-        if image.shape[1:3] != (size, size) and not self.image.any_size:
+        size, (height, width) = config.image_size, image.shape[1:3]
+        if (height, width) != (size, size) and not self.image.any_size:
             raise errors.UserError(
-                f"model.image.tower: {config.tower} got an image of {image.shape[1]} x {image.shape[2]} pixels, expected"
+                f"model.image.tower: {config.tower} got an image of {height} x {width} pixels, expected"
                 f" model.image.image_size = {size}; a tower with any_size = True takes others"
             )
         return image
@@ -181,7 +182,7 @@ class GRAIN(nn.Module):
     def patch_embeddings(self, tokens: jax.Array) -> jax.Array:
         """Tokens -> [B, P, D], each patch pooled and projected alone, row by row; of a tower that pools."""
         patches = tokens[:, self.image.leading_tokens(self.config.image) :]
-        # Pooling "class" reads the first token, "mean" those after the leading ones: a patch stands in for all of them.
+        # Pooling "class" reads the first token, "mean" those after the leading ones: a patch stands for all.
         alone = jnp.repeat(patches.reshape(-1, 1, tokens.shape[2]), tokens.shape[1] - patches.shape[1] + 1, 1)
         return normalize(self._pooled_image(alone)).reshape(*patches.shape[:2], -1)
 
@@ -212,11 +213,10 @@ class GRAIN(nn.Module):
         elif config.pool in ("map", "mean"):
             rows, real = text.rows_of_texts(self.text_norm(features), segments, end_at)
             real = real if config.mask_padding else jnp.ones_like(real)
-            pooled = (
-                self.text_pool(rows, real[:, None, None])
-                if config.pool == "map"
-                else text.masked_mean(rows, real)
-            )
+            if config.pool == "map":
+                pooled = self.text_pool(rows, real[:, None, None])
+            else:
+                pooled = text.masked_mean(rows, real)
             x = pooled.reshape(*end_at.shape[:-1], pooled.shape[-1])
         else:
             if config.pool == "last" and not config.mask_padding:
@@ -235,7 +235,7 @@ class GRAIN(nn.Module):
     def outputs_and_features(
         self, batch: schema.Batch, dropout_keys: jax.Array | None = None, kept: jax.Array | None = None
     ) -> tuple[schema.Outputs, schema.Features]:
-        """As a call, and what the local loss terms see beside it (losses/local.py); `kept` as of `image_tokens`."""
+        """As a call, and what local loss terms see (losses/local.py); `kept` as of `image_tokens`."""
         tokens = self.image_tokens(batch.image, kept)
         image_embed, region_embed, boxes, token_boxes = self.embeddings(tokens, dropout_keys, kept)
         box_embed = None
@@ -281,7 +281,7 @@ def flat(params) -> dict:
 
 
 def init(model: GRAIN, key: jax.Array):
-    """The parameters of the model, boxed with their logical axes; they do not depend on what a batch holds."""
+    """The parameters of the model, boxed with their logical axes; no batch changes them."""
     size, length = model.config.image.image_size, model.config.text.context_length
     row = np.zeros((1, 1, length), np.int32)
     batch = schema.Batch(

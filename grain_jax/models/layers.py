@@ -13,7 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import dtypes
 
+from grain_jax.config import ImageTower, RegionDecoder, TextTower
+from grain_jax.core import low_rank
 from grain_jax.models import placement
 
 Init: TypeAlias = Callable[..., Any]
@@ -56,8 +59,28 @@ def parameter(
 
 
 def bias_axes(out_axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The logical axes of a bias. It is small: it is sharded along heads and mlp with its kernel, never along the width."""
+    """The logical axes of a bias. It is sharded along heads and mlp like its kernel, not the width."""
     return tuple("vector" if a in ("width", "embed") else a for a in out_axes)
+
+
+class Dense(nn.DenseGeneral):
+    """A linear map, with what the factors of LoRA beside its kernel add (models/lora.py)."""
+
+    lora: float = 0.0  # alpha / rank; 0: factors are not applied
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _with_factors(self, x, super().__call__(x), flat=False)
+
+
+def _with_factors(module: "Dense | Affine", x: jax.Array, y: jax.Array, flat: bool) -> jax.Array:
+    """y, plus (alpha / rank) (x A) B where there are factors; `flat`: inputs, and outputs, are one axis."""
+    if not (module.lora and module.has_variable("params", low_rank.A)):
+        return y
+    a, b = (cast(jax.Array, module.get_variable("params", name)) for name in (low_rank.A, low_rank.B))
+    x, a, b = dtypes.promote_dtype(x, a, b * module.lora, dtype=module.dtype)
+    if flat:
+        a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
+    return y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
 
 
 def dense(
@@ -69,14 +92,15 @@ def dense(
     kernel_init: Init,
     bias_init: Init = zeros,
     use_bias: bool = True,
+    lora: float = 0.0,
     name: str | None = None,
-) -> nn.DenseGeneral:
-    """A linear map over the trailing `len(in_axes)` axes, to trailing axes of the sizes `features`, in `dtype`.
+) -> Dense:
+    """A linear map of the trailing `len(in_axes)` axes to trailing axes of the sizes `features`, in `dtype`.
 
-    `in_axes` and `out_axes` are logical axes. Without a `name` it is named after the attribute that it is assigned to.
+    `in_axes` and `out_axes` are logical axes. Without a `name` it has that of its attribute.
     """
     features = features if isinstance(features, tuple) else (features,)
-    return nn.DenseGeneral(
+    return Dense(
         features,
         axis=tuple(range(-len(in_axes), 0)),
         use_bias=use_bias,
@@ -84,15 +108,16 @@ def dense(
         kernel_init=nn.with_logical_partitioning(kernel_init, (*in_axes, *out_axes)),
         bias_init=nn.with_logical_partitioning(bias_init, bias_axes(out_axes)),
         dot_general=_product,
+        lora=lora,
         name=name,
     )
 
 
 def _product(x, kernel, dimensions, **options):
-    """`jax.lax.dot_general` of the last axes of x and the first of a kernel; on a single CPU as one of two matrices.
+    """`jax.lax.dot_general` of the last axes of x and the first of a kernel; on one CPU of two matrices.
 
-    For more axes XLA's CPU backend copies the transposed gradients: a third of the time of an MLP. A TPU would copy to
-    join the axes.
+    For more axes XLA's CPU backend copies transposed gradients: a third of the time of an MLP. A TPU would
+    copy to join the axes.
     """
     if not placement.on_one_cpu():
         return jax.lax.dot_general(x, kernel, dimensions, **options)
@@ -153,10 +178,10 @@ _norm.defvjp(_norm_forward, _norm_backward)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, [..., E] -> [..., E]; computed in float32, returned in the dtype of the input.
+    """LayerNorm over the last axis, [..., E]; computed in float32, returned in the dtype of the input.
 
-    The backward pass keeps the input and two numbers a row. JAX's own derivative keeps three float32 arrays of
-    the input's shape, more than half of all that a bfloat16 block keeps.
+    The backward pass keeps the input and two numbers a row. JAX's own derivative keeps three float32 arrays
+    of the input's shape, more than half of all that a bfloat16 block keeps.
     """
 
     eps: float
@@ -208,10 +233,8 @@ def example_dropout(x, keys, site: int, rate: float):
     """
     if keys is None or rate == 0.0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:]))(
-        keys
-    )
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:])
+    return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0).astype(x.dtype)
 
 
 class Affine(nn.Module):
@@ -228,10 +251,11 @@ class Affine(nn.Module):
     kernel_init: Init
     bias_init: Init = zeros
     use_bias: bool = True
+    lora: float = 0.0  # as of `Dense`
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., inputs] -> [..., outputs]."""
-        return self.product(x, *self.parameters())
+        return _with_factors(self, x, self.product(x, *self.parameters()), flat=True)
 
     @nn.nowrap
     def product(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -257,7 +281,7 @@ class Affine(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with an activation between; `gated`: the activation of a third one times the first (SwiGLU)."""
+    """Two dense layers with an activation between; `gated`: that of a third one times the first (SwiGLU)."""
 
     width: int
     mlp_dim: int
@@ -269,6 +293,7 @@ class MLP(nn.Module):
     out_bias_init: Init = zeros
     dropout: float = 0.0
     gated: bool = False
+    lora: float = 0.0  # as of `Dense`
 
     @nn.compact
     def __call__(self, x, dropout_keys=None, site: int = 0):
@@ -281,6 +306,7 @@ class MLP(nn.Module):
                 dtype=self.dtype,
                 kernel_init=self.in_init,
                 bias_init=self.in_bias_init,
+                lora=self.lora,
                 name=name,
             )(x)
             for name in (("in", "gate") if self.gated else ("in",))
@@ -298,14 +324,16 @@ class MLP(nn.Module):
                 dtype=module.dtype,
                 kernel_init=module.out_init,
                 bias_init=module.out_bias_init,
+                lora=module.lora,
                 name="out",
             )(x)
 
-        # [B, L, mlp_dim] is the widest array. The backward pass keeps it before the activation only and
-        # computes the activation again; JAX's derivative of the exact GELU keeps three more arrays of its size.
+        # [B, L, mlp_dim] is the widest array. The backward pass keeps it before the activation and
+        # computes that again; JAX's derivative of the exact GELU keeps three more arrays of its size.
         return nn.remat(from_hidden, prevent_cse=False)(self, *hidden)
 
 
+UNROLLED = 24  # layers without a loop, at most: the compile time grows with them
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "qkv": jax.checkpoint_policies.save_only_these_names("qkv"),
@@ -336,3 +364,18 @@ def scan_layers(
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def unrolled(tower: ImageTower | TextTower | RegionDecoder, remat: str, program: str) -> int:
+    """`unroll` of `scan_layers` for layers with this program of attention; cuDNN's stands for GPUs.
+
+    A loop copies what a kernel keeps for the backward pass into its stack and out again: more traffic than
+    the layers themselves cause (docs/performance.md). XLA's own programs write into the stack. With fsdp the
+    loop stays: more gathers run beside work in it.
+    """
+    if tower.unroll:
+        return tower.unroll
+    mesh = placement.mesh()
+    gathers = mesh is not None and mesh.shape.get("fsdp", 1) > 1  # each layer its weights
+    copies = remat == "none" and program in ("pallas", "cudnn") and not gathers
+    return tower.depth if copies and tower.depth <= UNROLLED else 1

@@ -1,34 +1,29 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank factors that are trained beside dense maps of the towers.
 
-y = x W + (alpha / rank) (x A) B. A map has factors where its parameters hold `lora_a` [layers, *in, rank] and `lora_b`
-[layers, rank, *out]. W is frozen (`config.Config.frozen`), and A B is never made in training.
+y = x W + (alpha / rank) (x A) B. A map has factors where its parameters hold `lora_a` [layers, *in, rank] and
+`lora_b` [layers, rank, *out]; `layers.Dense` adds them. W is frozen (`Config.frozen`), and A B is never made.
 """
 
-import contextlib
-import contextvars
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen import dtypes
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors, low_rank, named
-from grain_jax.models import grain, layers, programs
-
-_scale: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=0.0)
+from grain_jax.models import grain
 
 
 def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
     """The parameters of a run at step 0, from its seed, boxed with their logical axes.
 
-    The model's are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), as in torch's linear layers and peft.
-    B is zero, so that the model is its base.
+    The model's are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), as in torch and peft. B is
+    zero, so that the model is its base.
 
     Raises:
       UserError: as `maps_of`; or `optim.frozen` freezes a factor.
@@ -50,8 +45,8 @@ def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
             for factor in (low_rank.A, low_rank.B):
                 if re.fullmatch(pattern, f"{name}/{factor}"):
                     raise errors.UserError(
-                        f"optim.frozen: {pattern!r} freezes {name}/{factor}, which optim.lora trains; expected no"
-                        " pattern for a tower with factors, whose other parameters are frozen already"
+                        f"optim.frozen: {pattern!r} freezes {name}/{factor}, which optim.lora trains;"
+                        " expected no pattern for a tower with factors, whose other parameters are frozen"
                     )
     return params
 
@@ -81,8 +76,8 @@ def maps_of(
       shapes: of the parameters of the model by name.
 
     Raises:
-      UserError: a pattern that matches nothing or something else, a tower that would be frozen without a factor, or a
-        rank above the smaller side of a map.
+      UserError: a pattern that matches nothing or something else; a tower would be frozen without a factor;
+        or the rank is above the smaller side of a map.
     """
     modules = list(dict.fromkeys(name.rpartition("/")[0] for name in shapes if "/" in name))
     known = {f"{tower}/blocks/{name}" for tower in ("image", "text") for name in config_lib.LAYER_MAPS}
@@ -94,7 +89,8 @@ def maps_of(
         if lora.has(tower) and not any(name.startswith(f"{tower}/") for name in chosen):
             raise errors.UserError(
                 f"optim.lora.modules: no map of the {tower} tower ({getattr(model, tower).tower}) matches"
-                f" {lora.modules!r}, and it would be frozen; expected a pattern that matches one, or patterns of the other tower only"
+                f" {lora.modules!r}, and it would be frozen; expected a pattern that matches one, or"
+                " patterns of the other tower only"
             )
     for name in chosen:
         inputs = 1 + config_lib.LAYER_MAPS[name.partition("/blocks/")[2]]
@@ -102,8 +98,8 @@ def maps_of(
         sides = math.prod(shape[1:inputs]), math.prod(shape[inputs:])
         if lora.rank > min(sides):
             raise errors.UserError(
-                f"optim.lora.rank: got {lora.rank}, expected at most {min(sides)}, the smaller side of {name}, which maps"
-                f" {sides[0]} to {sides[1]}"
+                f"optim.lora.rank: got {lora.rank}, expected at most {min(sides)}, the smaller side of"
+                f" {name}, which maps {sides[0]} to {sides[1]}"
             )
     return list(chosen)
 
@@ -120,40 +116,6 @@ def _matched(pattern: str, model: config_lib.Model, modules: list[str], maps: li
             " (image|text)/blocks/attention/(query|key|value|out), (image|text)/blocks/mlp/(in|gate|out)"
         )
     return matched
-
-
-@contextlib.contextmanager
-def beside(lora: config_lib.Lora) -> Iterator[None]:
-    """Inside, the maps of a model that is applied add what their factors make; `lora` is `optim.lora`."""
-    if not lora.rank:
-        yield
-        return
-    token = _scale.set(lora.scale)
-    try:
-        with programs.maps_apart(), nn.intercept_methods(_add):
-            yield
-    finally:
-        _scale.reset(token)
-
-
-def _add(next_fun, args, kwargs, context):
-    """The result of a method of a module; of a map with factors, with theirs."""
-    y, module = next_fun(*args, **kwargs), context.module
-    is_map = isinstance(module, (nn.DenseGeneral, layers.Affine))
-    if not (is_map and context.method_name == "__call__"):
-        return y
-    a, b = (module.get_variable("params", name) for name in (low_rank.A, low_rank.B))
-    if a is None:
-        return y
-    x, a, b = dtypes.promote_dtype(args[0], a, b * _scale.get(), dtype=module.dtype)
-    if isinstance(module, layers.Affine):
-        a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
-    return y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
-
-
-def left_out(params: Any) -> bool:
-    """Whether the parameters have factors that a model would not apply here, outside of `beside`."""
-    return not _scale.get() and any(True for _ in low_rank.maps_in(params))
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """Where activations are placed on the mesh: the trainer sets the mesh, the models apply it.
 
-Without these constraints XLA may follow the sharding of fsdp's parameters: it moves activations between devices
-instead of gathering the weights of a layer.
+Without these constraints XLA may follow the sharding of fsdp's parameters: it moves activations
+between devices instead of gathering the weights of a layer.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _mesh_and_axes = contextvars.ContextVar("mesh_and_axes", default=None)
 
 @contextlib.contextmanager
 def on(mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Iterator[None]:
-    """Inside, `by_batch`, `whole` and `lookup` place arrays on the mesh; outside, or with mesh None, nowhere."""
+    """Inside, `by_batch`, `whole` and `lookup` place arrays on the mesh; outside, or with None, nowhere."""
     token = _mesh_and_axes.set(None if mesh is None else (mesh, batch_axes))
     try:
         yield
@@ -63,8 +63,8 @@ def on_each_device(function, mesh: Mesh | None, in_specs: tuple, out_specs):
 def by_batch(x: jax.Array) -> jax.Array:
     """`x` with its leading axis sharded like the batch, all other axes whole; on GPUs in row-major order.
 
-    XLA for GPUs would put the batch innermost and transpose around each product. The order is fixed on each device, since
-    XLA gathers an array whose order is fixed for all.
+    XLA for GPUs would put the batch innermost and transpose around each product. The order is fixed on each
+    device, since XLA gathers an array whose order is fixed for all.
     """
     spec = PartitionSpec(batch_axes())
     x = _constrain(x, spec)
@@ -89,8 +89,8 @@ def lookup(table: jax.Array, ids: jax.Array, dtype: np.dtype) -> jax.Array:
 
     On a mesh B divides over the axes of the batch.
 
-    On a device the gradient is summed in float32, since a frequent token sums over thousands of positions. Over the
-    devices it is summed in `dtype`, like the gradients of the layers' products.
+    On a device the gradient is summed in float32, since a frequent token sums over thousands of positions.
+    Over the devices it is summed in `dtype`, like the gradients of the layers' products.
     """
     return _lookup(whole(table), ids, len(table), dtype, mesh(), batch_axes())
 

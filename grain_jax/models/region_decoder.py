@@ -10,7 +10,7 @@ import numpy as np
 
 from grain_jax.config import RegionDecoder
 from grain_jax.core import schema
-from grain_jax.models import attention, layers, placement, programs
+from grain_jax.models import attention, layers, placement
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -23,7 +23,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, content, layer, memory, mask, query_embed, dropout_keys):
-        """content [B, Q+1, E], layer int32 [], memory [B, N, E], mask, query_embed [Q+1, E] -> (carry, per-layer output)."""
+        """content [B, Q+1, E], layer [], memory [B, N, E], mask, query_embed [Q+1, E] -> content, twice."""
         t = self.tower
         keys = dropout_keys
         if keys is not None:
@@ -74,7 +74,7 @@ class QueryDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, image_tokens, dropout_keys=None):
-        """image_tokens [B, N, E_image], dropout_keys: PRNG keys [B] or None -> [T, B, Q+1 or Q, E], normed."""
+        """image_tokens [B, N, E_image], dropout_keys [B] or None -> normed [T, B, Q+1 or Q, E]."""
         t, mask, length = self.tower, None, image_tokens.shape[1]
         if extra := placement.on_gpu() * (-length % 8):  # else each layer fills it for cuBLAS
             image_tokens = jnp.pad(image_tokens, ((0, 0), (0, extra), (0, 0)))
@@ -98,7 +98,7 @@ class QueryDecoder(nn.Module):
             DecoderLayer,
             t.depth,
             remat=self.remat,
-            unroll=programs.unrolled(t, self.remat, "cudnn" if placement.on_gpu() else "xla"),
+            unroll=layers.unrolled(t, self.remat, "cudnn" if placement.on_gpu() else "xla"),
             in_axes=(0, every, every, every, every),
         )(t, self.dtype, name="blocks")
         _, hidden = blocks(content, jnp.arange(t.depth), memory, mask, query_embed, dropout_keys)
@@ -137,8 +137,8 @@ SHARPNESS = 6.0
 class Pointer(nn.Module):
     """Boxes of queries, as means of boxes of patches (docs/method.md, Pointer).
 
-    Each patch predicts whether it shows an object, and the object's box relative to its own place (FCOS, Tian et al.
-    2019). A query points at patches by a softmax. So no query has to learn where boxes are.
+    Each patch predicts whether it shows an object, and the object's box relative to its own place (FCOS, Tian
+    et al. 2019). A query points at patches by a softmax. So no query has to learn where boxes are.
     """
 
     width: int

@@ -1,8 +1,8 @@
-"""Rotary positions of image patches: queries and keys are turned by angles of row and column (Heo et al. 2024).
+"""Rotary positions of image patches: angles of row and column turn queries and keys (Heo et al. 2024).
 
-The angles are DINOv3's (Siméoni et al. 2025): 2 pi times the centre of the patch, in [-1, 1] along each side; row
-first; channel i of a head turns with channel i + half. They are the same at every resolution, so nothing is resized.
-Half of the frequencies of a head belong to each axis: theta ** -(i / (head_dim / 4)). Leading tokens are not turned.
+The angles are DINOv3's (Siméoni et al. 2025): 2 pi times the centre of the patch, in [-1, 1] along each side;
+row first; channel i of a head turns with channel i + half. They are the same at every resolution. Each axis
+has half of a head's frequencies, theta ** -(i / (head_dim / 4)). Leading tokens are not turned.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Rotation(NamedTuple):
 def of_grid(
     grid: int, *, theta: float, head_dim: int, leading: int, kept: jax.Array | None = None, trailing: int = 0
 ) -> Rotation:
-    """The rotation of `leading` tokens, then of `grid` x `grid` patches, row by row, then of `trailing` tokens.
+    """The rotation of `leading` tokens, `grid` x `grid` patches, row by row, and `trailing` tokens.
 
     Args:
       grid: patches per side.
@@ -47,7 +47,7 @@ def of_grid(
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Queries or keys [B, N, K, head_dim], turned; computed in float32, returned in the dtype of the input."""
+    """Queries or keys [B, N, K, head_dim], turned in float32, returned in the dtype of the input."""
     y = x.astype(jnp.float32)
     first, second = jnp.split(y, 2, axis=-1)
     other = jnp.concatenate([-second, first], axis=-1)

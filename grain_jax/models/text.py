@@ -1,7 +1,7 @@
 """The text tower "transformer": CLIP's causal transformer over packed rows (docs/method.md, Packing).
 
-The features of a text are read at its end token, or pooled of its own positions. A tower that attends to its padding,
-such as SigLIP's, is not packable: each text has a row of its own. With `mask_padding` it is.
+The features of a text are read at its end token, or pooled of its own positions. A tower that attends to its
+padding, such as SigLIP's, is not packable: each text has a row of its own. With `mask_padding` it is.
 """
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from grain_jax import config as config_lib
-from grain_jax.models import attention, layers, placement, programs, tower_layer, towers
+from grain_jax.models import attention, layers, placement, tower_layer, towers
 
 
 def _inits(tower: config_lib.TextTower) -> tower_layer.LayerInits:
@@ -20,7 +20,7 @@ def _inits(tower: config_lib.TextTower) -> tower_layer.LayerInits:
 
 
 def masked_mean(rows: jax.Array, real: jax.Array) -> jax.Array:
-    """Rows [N, L, E] -> [N, E], the mean over the positions where `real` [N, L] is true; 0 if it is true nowhere."""
+    """Rows [N, L, E] -> [N, E], the mean over the positions where `real` [N, L] is true; or 0."""
     count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
     total = jnp.where(real[..., None], rows.astype(jnp.float32), 0).sum(axis=1)
     return (total / count).astype(rows.dtype)
@@ -70,9 +70,9 @@ class TextTransformer(towers.TextTower):
             tower_layer.TowerLayer,
             t.depth,
             remat=self.remat,
-            unroll=programs.unrolled(t, self.remat, program),
+            unroll=layers.unrolled(t, self.remat, program),
             in_axes=(nn.broadcast,),
-        )(t, self.dtype, _inits(t), program, name="blocks")
+        )(t, self.dtype, _inits(t), program, lora=self.lora, name="blocks")
         x, _ = blocks(x, mask)
         return x[:, :length].reshape(*shape, t.width)
 

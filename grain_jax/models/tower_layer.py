@@ -38,6 +38,7 @@ class TowerLayer(nn.Module):
     key_bias: bool = True  # whether the projection to the keys has a bias
     gated: bool = False  # whether the MLP is gated
     layer_scale: bool = False  # whether there is layer scale
+    lora: float = 0.0  # as of `layers.Dense`
 
     @nn.compact
     def __call__(self, x, mask=None, rotation: rotary.Rotation | None = None):
@@ -54,6 +55,7 @@ class TowerLayer(nn.Module):
             qk_norm_eps=t.norm_eps if self.qk_norm else None,
             program=self.program,
             key_bias=self.key_bias,
+            lora=self.lora,
             name="attention",
         )(y, y, y, mask, rotation=rotation)
         x = placement.added(x, self._scaled("layer_scale_1", y))
@@ -68,6 +70,7 @@ class TowerLayer(nn.Module):
             in_bias_init=inits.mlp_bias(t.width),
             out_bias_init=inits.mlp_bias(t.mlp_dim),
             gated=self.gated,
+            lora=self.lora,
             name="mlp",
         )(y)
         return placement.added(x, self._scaled("layer_scale_2", y)), None

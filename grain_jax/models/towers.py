@@ -1,13 +1,13 @@
 """Towers: what encodes images and texts, chosen by `model.image.tower` and `model.text.tower`.
 
 A tower is a built-in one or a class of a user, `module:Class`, that derives from `ImageTower` or `TextTower`;
-examples/tower has one. The model keeps what all towers share (models/grain.py): it normalises pixels before the image
-tower. After the towers it pools, norms text features, projects, and scales to unit length.
+examples/tower has one of each. What all towers share is the model's (models/grain.py): it normalises pixels
+before the image tower. After the towers it pools, norms text features, projects, and scales to unit length.
 
 - Parameters: each names its logical axes (`layers.parameter`, `layers.dense`, nn.with_logical_partitioning);
-  `config.sharding` maps them to mesh axes, and an axis without a row there is an error that names the parameter.
+  `config.sharding` maps them to mesh axes; an axis without a row there is an error.
   They are float32 and lie below "image/" or "text/".
-- Placement: XLA places activations; `placement.by_batch(x)` after each layer keeps them sharded like the batch.
+- Placement: XLA places activations; `placement.by_batch(x)` after each layer keeps them with the batch.
 - Rematerialisation: `layers.scan_layers` applies `remat`; another tower applies nn.remat with `layers.REMAT`.
 - Layer-wise decay (`optim.layer_decay`) needs layers stacked below "blocks", as `layers.scan_layers` does.
 - Options: `Options` is a frozen dataclass; `model.image.options` is one, checked key by key with the config.
@@ -31,24 +31,26 @@ class ImageTower(nn.Module):
     """An image tower: normalised images to tokens.
 
     Attributes:
-      config: `model.image`. Every tower has `image_size`, `pixel_mean`, `pixel_std`, `pool` and `projection`; of the
-        other keys it reads what it needs (width, depth, ...), and `config.options`.
+      config: `model.image`. Every tower has `image_size`, `pixel_mean`, `pixel_std`, `pool` and `projection`;
+        of the other keys it reads what it needs (width, depth, ...), and `config.options`.
       dtype: of activations.
       remat: what the backward pass keeps, "none" or a key of `layers.REMAT`.
-      attention: `model.attention`; `attention.Attention` takes it.
+      attention: `model.attention`, the program of self-attention; a tower without attention ignores it.
+      lora: the scale of the factors of LoRA beside the dense maps of built-in towers; 0: without.
     """
 
     config: config_lib.ImageTower
     dtype: np.dtype
     remat: str = "none"
     attention: str = "auto"
+    lora: float = 0.0
 
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector an image, [B, E]. It needs `model.decoder=None` and `pool="none"`.
     pooled: ClassVar[bool] = False
     # True: it takes square images of other sizes than `image_size`, as a loss term may ask for them.
     any_size: ClassVar[bool] = False
-    # True: `__call__` takes `kept` as well, int32 [B, n]: the numbers of the patches that it sees (`model.image.keep`).
+    # True: `__call__` also takes `kept`, int32 [B, n], the patches to see (`model.image.keep`).
     takes_kept: ClassVar[bool] = False
 
     @classmethod
@@ -58,21 +60,24 @@ class ImageTower(nn.Module):
         return 0
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        """Normalised images, float32 [B, S, S, 3], -> tokens [B, N, E] after the last norm (or [B, E], `pooled`)."""
+        """Normalised images, float32 [B, S, S, 3], -> normed tokens [B, N, E] (or [B, E], `pooled`)."""
         raise NotImplementedError
 
 
 class TextTower(nn.Module):
-    """A text tower: rows of tokens to the features of every position.
+    """A text tower: rows of tokens to the features of every position. examples/tower/windows.py is one.
 
-    It has the attributes of `ImageTower`, with `model.text` as the `config`. Every tower has `vocab_size`,
-    `context_length`, `norm_eps`, `pool`, `projection`, `tokenizer`, `cleaning` and `pad_id`.
+    Attributes:
+      config: `model.text`. Every tower has `vocab_size`, `context_length`, `norm_eps`, `pool`, `projection`,
+        `tokenizer`, `cleaning` and `pad_id`; of the other keys it reads what it needs, and `config.options`.
+      dtype, remat, attention, lora: as of `ImageTower`.
     """
 
     config: config_lib.TextTower
     dtype: np.dtype
     remat: str = "none"
     attention: str = "auto"
+    lora: float = 0.0
 
     Options: ClassVar[type | None] = None
     # True: the tower gives one vector a row, [G, rows, E], which is only projected. It is not packable.
@@ -80,7 +85,7 @@ class TextTower(nn.Module):
 
     @classmethod
     def packable(cls, config: config_lib.TextTower) -> bool:
-        """Whether several texts may share a row: the features of a text do not depend on what else is in its row."""
+        """Whether texts may share a row: no feature of a text depends on what else is in its row."""
         del config
         return False
 

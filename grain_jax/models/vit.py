@@ -1,6 +1,6 @@
-"""The image tower "vit": a vision transformer whose tokens all go to the region decoder (docs/method.md, Model).
+"""The image tower "vit": a vision transformer, all of whose tokens the decoder gets (docs/method.md, Model).
 
-Its options also make it the tower of CLIP or SigLIP, whose tokens a model without a decoder pools, and of DINOv3.
+Its options also make it the tower of CLIP or SigLIP, whose tokens the model pools, and of DINOv3.
 """
 
 import flax.linen as nn
@@ -10,11 +10,11 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.core import errors
-from grain_jax.models import attention, layers, placement, programs, rotary, tower_layer, towers
+from grain_jax.models import attention, layers, placement, rotary, tower_layer, towers
 
 
 def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
-    """Sine-cosine position features of a square grid, float32 [grid * grid, width] (as in MoCo v3, period 1e4).
+    """Sine-cosine position features of a square grid, float32 [grid * grid, width] (MoCo v3: period 1e4).
 
     Wavelengths go from 2 pi patches to `period` times that: with 1e4 most are constant over a small grid.
     """
@@ -28,7 +28,7 @@ def sincos2d(grid: int, width: int, period: float) -> np.ndarray:
 def resized_positions(positions: jax.Array, leading: int, grid: int) -> jax.Array:
     """Learned positions [N, E] for `grid` x `grid` patches; the first `leading` stay.
 
-    As `interpolate_pos_encoding` of transformers for CLIP and SigLIP: bicubic with a = -0.75 (jax.image has -0.5),
+    As transformers' `interpolate_pos_encoding` for CLIP and SigLIP: bicubic with a = -0.75 (jax.image: -0.5),
     between centres of patches, with the border repeated and without antialiasing.
     """
     positions = placement.whole(positions)
@@ -46,7 +46,7 @@ def resized_positions(positions: jax.Array, leading: int, grid: int) -> jax.Arra
 
 
 def of_kept(rows: jax.Array, kept: jax.Array) -> jax.Array:
-    """Rows [P, E] by their numbers, int32 [B, n]: [B, n, E]; a product, since the gradient of a gather is a scatter."""
+    """Rows [P, E] by their numbers, int32 [B, n]: [B, n, E]; a product: a gather's gradient is a scatter."""
     is_at = (kept[..., None] == np.arange(len(rows))).astype(rows.dtype)
     return jnp.einsum("bnp,pe->bne", is_at, rows, precision=jax.lax.Precision.HIGHEST)
 
@@ -72,8 +72,8 @@ def _inits(tower: config_lib.ImageTower) -> tower_layer.LayerInits:
 class ImageTransformer(towers.ImageTower):
     """Images to tokens: the class token first (if there is one), then registers, then patches row by row.
 
-    Parameters belong to images of `image_size`. For an image of another size, learned positions are resized to its grid,
-    and rotary positions are computed for it.
+    Parameters belong to images of `image_size`. For one of another size, learned positions are resized to its
+    grid, and rotary ones are computed for it.
     """
 
     any_size = True
@@ -90,8 +90,8 @@ class ImageTransformer(towers.ImageTower):
 
         Args:
           image: [B, S, S, 3].
-          values: each token attends to itself alone in the last layer: its value goes through the output map, and
-            residual, MLP and norm follow as ever (MaskCLIP, Zhou et al. 2022, arXiv 2112.01071).
+          values: each token attends to itself alone in the last layer: its value goes through the output map,
+            and residual, MLP and norm follow as ever (MaskCLIP, Zhou et al. 2022, arXiv 2112.01071).
           kept: int32 [B, n], the numbers of the patches that are there; None: all.
 
         Returns:
@@ -139,7 +139,7 @@ class ImageTransformer(towers.ImageTower):
             tower_layer.TowerLayer,
             t.depth,
             remat=self.remat,
-            unroll=programs.unrolled(t, self.remat, program),
+            unroll=layers.unrolled(t, self.remat, program),
             in_axes=(0 if values else nn.broadcast, nn.broadcast),
         )(
             t,
@@ -150,6 +150,7 @@ class ImageTransformer(towers.ImageTower):
             key_bias=t.key_bias,
             gated=t.mlp == "gated",
             layer_scale=t.layer_scale,
+            lora=self.lora,
             name="blocks",
         )
         x, _ = blocks(x, mask, rotation)

@@ -73,7 +73,7 @@ class FlopsPerImage(NamedTuple):
     losses: float  # similarities
     terms: float = 0.0  # local loss terms, with what they ask of the towers
     frozen: frozenset[str] = frozenset()  # which of the first three have no trained parameter
-    # With LoRA or local terms: FLOPs of forward and backward pass of all but the losses, counted in both.
+    # With factors of LoRA or local terms: forward and backward pass of all but the losses, counted in both.
     counted: float | None = None
 
     @property
@@ -104,19 +104,20 @@ def per_image(config: Config) -> FlopsPerImage:
     """FLOPs of the model per image of a batch, counted in the jaxpr of its forward pass (with LoRA or local
     terms, of the backward pass too).
 
-    Attention counts masked pairs, and rows their padding: both are computed. Those of the losses are a closed
-    formula, without `loss.terms` and the sums of `loss.hard_negative`, which are no matrix products.
+    Attention counts masked pairs, and rows count their padding: both are computed. Those of the losses are a
+    closed formula, without `loss.terms` and the sums of `loss.hard_negative`, which are no matrix products.
     """
     # A kernel would be counted as what it says of itself.
     model = dataclasses.replace(config.model, attention="xla")
-    module, batch = grain.GRAIN(model, config.dtype), forward_lib.abstract_batch(config)
+    module = grain.GRAIN(model, config.dtype, lora=config.optim.lora.scale)
+    batch = forward_lib.abstract_batch(config)
     parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder", "terms"), 0.0)
     forward = forward_lib.Forward(module, dataclasses.replace(config, model=model, remat="none"))
     params = sharding.unbox(jax.eval_shape(forward.init))
     apply = lambda params, batch: forward(params, batch)
 
     for name, count in _by_module(_traced(apply, params, batch)).items():
-        parts[_part(name, model)] += count / config.batch_size
+        parts[_field(name, model)] += count / config.batch_size
     counted = None
     if config.optim.lora.rank or forward.terms:
         total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
@@ -146,24 +147,18 @@ def _frozen(config: Config) -> frozenset[str]:
         return frozenset()
     trained: dict[str, bool] = {}
     for name in grain.parameter_shapes(config.model):
-        part = _part(name.partition("/")[0], config.model)
+        part = _field(name, config.model)
         is_frozen = any(re.fullmatch(pattern, name) for pattern in config.optim.frozen)
         trained[part] = trained.get(part, False) or not is_frozen
     return frozenset(part for part, trains in trained.items() if part and not trains)
 
 
-def _part(module: str, model: config_lib.Model) -> str:
-    """The field of FlopsPerImage for the products of a module, by its name in GRAIN; "" for a scalar."""
-    if "logit_" in module:
-        return ""
-    if module == forward_lib.TERMS:
+def _field(name: str, model: config_lib.Model) -> str:
+    """The field of FlopsPerImage that counts the products of a parameter or a module; "" for a scalar."""
+    if name == forward_lib.TERMS:
         return "terms"
-    if module.startswith("text"):
-        return "text"
-    if module in ("box_head", "box_projection"):
-        return "decoder"
-    of_image = ("image", "image_pool", "image_projection") if model.tower_pools else ("image",)
-    return "image" if module in of_image else "decoder"
+    part = model.part(name)
+    return {"scale": "", "boxes": "decoder"}.get(part, part)
 
 
 def matmul_flops(function, *arguments: Any) -> int:

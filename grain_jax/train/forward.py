@@ -76,7 +76,7 @@ class Forward:
     """The forward pass of a run.
 
     Attributes:
-      model: the GRAIN module.
+      model: the GRAIN module, whose `lora` is the scale of `optim.lora`.
       config: of the run.
       mesh: that the activations lie on, or None on one device.
     """
@@ -162,7 +162,7 @@ class Forward:
           state: `TrainState.term_state`; None: the state of step 0.
         """
         params = optim.stop_frozen(params, self.config.frozen)
-        with placement.on(self.mesh, sharding.BATCH_AXES), lora.beside(self.config.optim.lora):
+        with placement.on(self.mesh, sharding.BATCH_AXES):
             outputs, seen = self._outputs_and_views(params, batch, keys)
             state = self.initial_state(params) if state is None else state
             results = {}

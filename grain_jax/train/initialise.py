@@ -20,23 +20,11 @@ from grain_jax.models import grain, vit
 from grain_jax.train import train_step
 
 _KEPT_POSITIONS = 20  # see `resize_text_positions`
-# Part -> prefixes of its parameters. A model whose image tower pools also takes _POOLED from it.
-_PREFIXES = {"image": ("image/",), "text": ("text/", "text_norm/", "text_pool/", "text_projection/")}
-_POOLED = ("image_pool/", "image_projection/")
-_BOX_HEAD = ("box_head/", "box_projection/")
 _SCALE = ("logit_scale", "logit_bias")  # of two towers that were trained together
 # Keys of a part that may differ from the model's: of training or scores alone, resized sizes, reported ones.
 _FREE = {
-    *(
-        "position_init",
-        "position_period",
-        "block_init",
-        "qkv_init_gain",
-        "class_score",
-        "dropout",
-        "unroll",
-        "keep",
-    ),
+    *("position_init", "position_period", "block_init", "qkv_init_gain"),
+    *("class_score", "dropout", "unroll", "keep"),
     *("image_size", "context_length", "tokenizer"),
 }
 _REPORTED = ("cleaning", "pad_id", "end_id", "mask_padding")
@@ -106,7 +94,7 @@ def load(config: config_lib.Config) -> Loaded:
     params: dict[str, np.ndarray] = {}
     report: list[str] = []
     read = functools.cache(saved_model.load_model)
-    for part in (*_PREFIXES, "decoder"):
+    for part in ("image", "text", "decoder"):
         path = getattr(config.init, part)
         if path is None:
             continue
@@ -125,7 +113,7 @@ def load(config: config_lib.Config) -> Loaded:
             raise InitError("\n".join(f"init.{part}: {path}: {fault}" for fault in faults))
         if part == "text":
             lines += _about_texts(stored.text, model.text)
-        unused = [name for name in flat if name.startswith(_POOLED) and name not in arrays]
+        unused = [name for name in flat if name.startswith("image_") and name not in arrays]
         if part == "image" and unused:
             lines.append(f"not used: {', '.join(unused)}")
         params |= arrays
@@ -136,14 +124,13 @@ def load(config: config_lib.Config) -> Loaded:
 def _names(part: str, config: config_lib.Config, stored: config_lib.Model, shapes: Any) -> list[str]:
     """The parameters of the config's model that a part of a stored model gives."""
     model, init = config.model, config.init
-    pooled = _POOLED if model.tower_pools else ()
-    if part == "decoder":  # all but the towers; a box head where both have the same
-        others = sum(_PREFIXES.values(), pooled + (_BOX_HEAD if stored.boxes != model.boxes else ()))
-        return [name for name in shapes if not name.startswith(others)]
-    prefixes = _PREFIXES[part] + (pooled if part == "image" else ())
+    parts = {part}
+    if part == "decoder":  # with a box head where both have the same
+        parts |= {"scale", "boxes"} if stored.boxes == model.boxes else {"scale"}
+    names = [name for name in shapes if model.part(name) in parts]
     if part == "text" and model.tower_pools and init.image == init.text and not init.decoder:
-        prefixes += _SCALE
-    return [name for name in shapes if name.startswith(prefixes)]
+        names += [name for name in _SCALE if name in shapes]
+    return names
 
 
 def _differences(part: str, stored: config_lib.Model, model: config_lib.Model) -> list[str]:

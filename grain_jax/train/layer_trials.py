@@ -13,7 +13,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, progress
-from grain_jax.models import attention, placement, programs, towers
+from grain_jax.models import attention, placement, towers
 from grain_jax.runtime import processes
 from grain_jax.train import forward, set_up, sharding
 
@@ -59,8 +59,8 @@ def with_attention(config: config_lib.Config, program: str) -> config_lib.Config
 
 
 def taken_by_auto(config: config_lib.Config, mesh: jax.sharding.Mesh) -> str:
-    """The program that `model.attention=auto` takes on this mesh; "" if XLA's, or the key is fixed."""
-    with _as_in_a_run(config, mesh):
+    """The program that `model.attention=auto` takes on this mesh; "" if it is XLA's, or the key is fixed."""
+    with _as_in_a_run(mesh):
         taken = attention.of_towers(config.model, config.dtype)
     return taken if config.model.attention == "auto" and taken != "xla" else ""
 
@@ -105,13 +105,10 @@ def relative_error(results: Any, expected: Any) -> float:
     return float(jnp.max(differences / jnp.maximum(wanted, 0.01 * jnp.linalg.norm(wanted))))
 
 
-@contextlib.contextmanager
-def _as_in_a_run(config: config_lib.Config, mesh: jax.sharding.Mesh | None = None) -> Iterator[None]:
+def _as_in_a_run(mesh: jax.sharding.Mesh | None = None) -> contextlib.AbstractContextManager[None]:
     """Inside, towers choose their programs as in a run, by default on one device."""
     mesh = mesh or sharding.make_mesh(config_lib.Mesh(data=1), jax.local_devices()[:1])
-    apart = programs.maps_apart() if config.optim.lora.rank else contextlib.nullcontext()
-    with placement.on(mesh, sharding.BATCH_AXES), apart:
-        yield
+    return placement.on(mesh, sharding.BATCH_AXES)
 
 
 def _tower(config: config_lib.Config, tower: str) -> Any:
@@ -119,11 +116,11 @@ def _tower(config: config_lib.Config, tower: str) -> Any:
     full, model = getattr(config.model, tower), config.model
     short = dataclasses.replace(full, depth=_LAYERS, unroll=min(full.unroll, _LAYERS))
     dtype = jnp.dtype(config.dtype)
-    return TOWERS[tower](full)(short, dtype, config.remat, model.attention)
+    return TOWERS[tower](full)(short, dtype, config.remat, model.attention, config.optim.lora.scale)
 
 
 def _step(config: config_lib.Config, tower: str) -> Callable[..., Any]:
-    """The jitted function of `_arguments`: the output of the layers, the gradients of their parameters."""
+    """The jitted function of `_arguments`: the layers' output and their parameters' gradients."""
     module = _tower(config, tower)
 
     def loss(params, cotangent, inputs, options):
@@ -132,7 +129,7 @@ def _step(config: config_lib.Config, tower: str) -> Callable[..., Any]:
 
     @jax.jit
     def step(*arguments):
-        with _as_in_a_run(config):
+        with _as_in_a_run():
             (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(*arguments)
         return out, gradients
 
@@ -140,7 +137,7 @@ def _step(config: config_lib.Config, tower: str) -> Callable[..., Any]:
 
 
 def _arguments(config: config_lib.Config, tower: str, images: int) -> tuple[Any, ...]:
-    """(parameters, cotangent of the output, inputs, keywords) of a tower for so many random images."""
+    """(parameters, cotangent of the output, inputs, keywords) of a tower for random images."""
     keys, options = iter(jax.random.split(jax.random.key(0), 3)), {}
     if tower == "image":
         size, kept = config.model.image.image_size, forward.patches_seen(config)
@@ -153,7 +150,7 @@ def _arguments(config: config_lib.Config, tower: str, images: int) -> tuple[Any,
         tokens = jax.random.randint(next(keys), at.shape, 1, config.model.text.vocab_size)
         inputs = (tokens, at % _TEXT, 1 + at // _TEXT)
     module = _tower(with_attention(config, "xla"), tower)
-    with _as_in_a_run(config):
+    with _as_in_a_run():
         init = jax.jit(functools.partial(module.init, **options))
         params = sharding.unbox(init(next(keys), *inputs)["params"])
         out = jax.eval_shape(module.apply, {"params": params}, *inputs, **options)

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import losses as losses_lib
-from grain_jax.config import Config
+from grain_jax.config import TOWER_MODULES, Config
 from grain_jax.core import schema
 from grain_jax.models.grain import GRAIN
 from grain_jax.train import forward as forward_lib
@@ -28,15 +28,8 @@ from grain_jax.train import optim, sharding
 MOST_QUERIES = 16  # up to so many queries, each has a metric
 
 # Top level of the parameter tree -> the module that a `grad_norm/MODULE` is of; all else are heads.
-_MODULES = {
-    "image": "image",
-    "image_pool": "image",
-    "text": "text",
-    "text_norm": "text",
-    "text_pool": "text",
-    "decoder": "decoder",
-    forward_lib.TERMS: "terms",
-}
+_MODULES = {top: tower for tower, tops in TOWER_MODULES.items() for top in tops}
+_MODULES |= {"decoder": "decoder", forward_lib.TERMS: "terms"}
 
 
 class TrainState(NamedTuple):
@@ -277,7 +270,7 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
       ShardingError: the batch or a parameter does not fit the mesh.
     """
     sharding.check_batch(config, mesh)
-    model = GRAIN(config.model, config.dtype, config.remat)
+    model = GRAIN(config.model, config.dtype, config.remat, config.optim.lora.scale)
     schedule = optim.learning_rate(
         config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch, reference=config.reference
     )

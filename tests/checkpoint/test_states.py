@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are kept, what happens to damaged ones and on a full disk, what a mismatch says."""
+"""Checkpoints on disk: which are kept, damaged ones, a full disk, what a mismatch says."""
 
 import dataclasses
 import json

@@ -1,11 +1,12 @@
-"""examples/tower: an image tower of a user through the real trainer, on meshes that shard its parameters."""
+"""examples/tower: towers of a user in the real model and trainer, on meshes that shard their parameters."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from examples.tower import mixer
+from examples.tower import mixer, windows
 from grain_jax import config as config_lib
 from grain_jax.train import run, sharding, train_step
 from tests import tiny
@@ -49,3 +50,24 @@ def test_its_parameters_are_sharded():
     blocks = program.shardings.params["image"]["blocks"]
     assert tuple(blocks["tokens_in"]["kernel"].spec) == (None, None, "tensor")
     assert tuple(blocks["mlp"]["in"]["kernel"].spec) == (None, "fsdp", "tensor")
+
+
+def test_a_token_sees_those_just_before_it_in_its_text():
+    tower = tiny.dictionary(model__text__tower=f"{windows.__name__}:Windows", model__text__depth=1)
+    tower.model.text.options = dict(window=2)
+    c = config_lib.from_dict(tower).model.text  # which packs texts
+    rng = np.random.default_rng(0)
+    tokens, positions = rng.integers(1, 400, (2, 1, 6)), np.array([[[0, 1, 2, 0, 1, 0]]] * 2)
+    segments = np.array([[[1, 1, 1, 2, 2, 0]]] * 2)
+    module = windows.Windows(c, np.dtype("float32"))
+    out, boxed = module.init_with_output(jax.random.key(0), tokens, positions, segments)
+    params = sharding.unbox(boxed["params"])
+    x, block = np.asarray(params["token_embed"])[tokens[:, 0]], jax.tree.map(lambda x: x[0], params["blocks"])
+    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_eps)
+    before = np.stack(
+        [np.zeros_like(y[:, 0]), *y[:, :2].swapaxes(0, 1), y[:, 0] * 0, y[:, 3], y[:, 0] * 0], axis=1
+    )
+    ins, outs = block["mlp"]["in"], block["mlp"]["out"]
+    hidden = jax.nn.gelu(np.concatenate([y, before], -1) @ ins["kernel"] + ins["bias"], approximate=False)
+    np.testing.assert_allclose(out[:, 0], x + hidden @ outs["kernel"] + outs["bias"], atol=1e-6)
+    assert np.abs(out[:, 0] - x).max() > 1e-3

@@ -16,7 +16,7 @@ def unit(rng, *shape):
 
 
 def seen(config, leading=0, seed=0) -> Seen:
-    """What a term sees of `tiny.batch`: tokens of the image tower's size and unit embeddings of the joint space."""
+    """What a term sees of `tiny.batch`: tokens of the image tower's size and unit embeddings."""
     rng, batch, model = np.random.default_rng(seed), tiny.batch(config, seed), config.model
     (b, captions), r, d = batch.caption_mask.shape, batch.region_mask.shape[1], model.embed_dim
     patches = (model.image.image_size // model.image.patch_size) ** 2

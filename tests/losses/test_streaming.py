@@ -1,4 +1,4 @@
-"""Streamed contrast against a float64 replica of the whole matrix, and what its compiled form holds in memory."""
+"""Streamed contrast against a float64 replica of the whole matrix, and what its compiled form holds."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ SCALE, BIAS = 20.0, -1.5
 
 
 def _problem(devices):
-    """Rows with one id each, columns with two, some of them shared; some of both are padding; cotangents of both."""
+    """Rows with one id each, columns with two, some shared; some of both are padding; cotangents of both."""
     rng = np.random.default_rng(1)
 
     def vectors(n, ids):
@@ -165,7 +165,7 @@ def _program_of_gradient(c):
 
 @pytest.mark.parametrize("gather,captions", [pytest.param(2, 1, marks=pytest.mark.slow), (2, 3)])
 def test_memory_of_the_losses_does_not_hold_the_global_batch(gather, captions):
-    """No buffer of the compiled gradient is as large as the batch (one ring: tests/train/test_train_step.py)."""
+    """No buffer of the gradient is as large as the batch (one ring: tests/train/test_train_step.py)."""
     c = _config_of_gradient(gather, captions)
     text, slots = _program_of_gradient(c), c.input.max_regions
     sizes = [

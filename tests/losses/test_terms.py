@@ -1,4 +1,4 @@
-"""The table of the loss terms, and terms from outside of the package: what they may be and what faults say."""
+"""The table of the loss terms, and terms from outside: what they may be and what faults say."""
 
 import dataclasses
 import functools

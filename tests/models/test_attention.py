@@ -1,4 +1,4 @@
-"""The attention programs against a float64 replica and against each other; the kernel runs in Pallas' interpreter."""
+"""The attention programs against a float64 replica and each other; the kernel is interpreted."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax.models import attention, attention_kernel, layers, placement, programs, text, vit
+from grain_jax.models import attention, attention_kernel, layers, placement, text, vit
 from tests import tiny
 
 pytestmark = pytest.mark.long
@@ -67,7 +67,7 @@ def _with_gradients(function, arrays, weight):
 
 
 def _worst(got, expected):
-    """The largest difference, in parts of the largest value of its array, or of 1% of the largest of all arrays."""
+    """The largest difference, in parts of the largest value of its array, or of 1% of that of all."""
     got, expected = ([np.asarray(x, np.float64) for x in jax.tree.leaves(t)] for t in (got, expected))
     floor = 0.01 * max(np.abs(e).max() for e in expected)  # the gradient of the keys' bias is 0
     differences = [np.abs(a - e).max() / max(np.abs(e).max(), floor) for a, e in zip(got, expected)]
@@ -94,7 +94,7 @@ BETWEEN = ("B/16", "S/16", "H/14")  # two sizes of heads, and one block of keys,
     "name", [pytest.param(x, marks=pytest.mark.slow) if x in BETWEEN else x for x in SHAPES]
 )
 def test_kernel_equals_the_replica(name):
-    """Values and all gradients are as near to float64 as with XLA's program, in float32 and for three shapes in bfloat16."""
+    """Values and all gradients are as near to float64 as XLA's, in float32 and, three times, bfloat16."""
     heads, eps, kind = SHAPES[name][2], 1e-6, SHAPES[name][-1]
     arrays, ids, weight = _inputs(SHAPES[name])
     with jax.enable_x64(True):
@@ -217,7 +217,7 @@ def _tower(kind):
 @pytest.mark.parametrize("mesh_shape", [None, (2, 2, 2)])
 @pytest.mark.parametrize("kind", ["image", "image kept", "causal", "masked", "padding seen"])
 def test_towers_fill_their_rows_for_cudnn(monkeypatch, kind, mesh_shape):
-    """Odd lengths have no backward pass in cuDNN; what fills a row is not seen, and no feature of it comes out."""
+    """cuDNN has no backward pass of odd lengths; what fills a row is not seen, and does not come out."""
     lengths, real = [], jax.nn.dot_product_attention
 
     def stand_in(q, k, v, *, implementation, **seen):
@@ -289,7 +289,7 @@ def test_programs_for_rows_and_heads():
 def test_kernels_whose_results_are_kept_stand_in_no_loop():
     """`unroll` of the tower wins; XLA's programs, recomputed layers and deep towers are loops."""
     deep = lambda depth, unroll=0: config_lib.ImageTower(depth=depth, unroll=unroll)
-    unrolled = programs.unrolled
+    unrolled = layers.unrolled
     assert unrolled(deep(12), "none", "pallas") == 12
     assert unrolled(deep(12), "none", "xla") == unrolled(deep(12), "full", "pallas") == 1
     assert unrolled(deep(32), "none", "pallas") == 1

@@ -23,7 +23,7 @@ def test_the_image_embedding_is_the_sum_of_all_queries():
 
 
 def pointer_in_float64(params, hidden, patches, centres):
-    """docs/method.md, Pointer, patch by patch: boxes [T, B, Q, 4] of the queries and [B, P, 5] of the patches."""
+    """docs/method.md, Pointer, patch by patch: boxes [T, B, Q, 4] of queries and [B, P, 5] of patches."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     dense = lambda x, name: x @ p[name]["kernel"] + p[name].get("bias", 0)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))

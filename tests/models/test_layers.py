@@ -1,4 +1,4 @@
-"""The derivatives that `models/layers.py` and `placement.lookup` spell out, against others'; and what a block keeps."""
+"""The derivatives of `models/layers.py` and `placement.lookup`, against others'; and what a block keeps."""
 
 import re
 
@@ -99,7 +99,7 @@ def test_dropout_depends_on_the_example_and_the_site_and_keeps_the_mean():
 
 
 def test_what_an_image_block_keeps_for_the_backward_pass():
-    """In bfloat16: inputs of norms and products, weights of the attention; the widest array once, not four times."""
+    """In bfloat16: inputs of norms and products, attention weights; the widest array once, not four times."""
     tower = tiny.config(dtype="bfloat16").model.image
     dtype, x = jnp.dtype("bfloat16"), jnp.ones((4, 17, tower.width), jnp.bfloat16)
     block = tower_layer.TowerLayer(tower, dtype, vit._inits(tower), qk_norm=tower.qk_norm)
@@ -111,7 +111,7 @@ def test_what_an_image_block_keeps_for_the_backward_pass():
     shapes = [a.shape for a in kept]
     assert shapes.count((4, 17, tower.mlp_dim)) == 1
     assert shapes.count((4, tower.heads, 17, 17)) == 1
-    # The block's input, the second norm's, what the first product takes; q, k, v, normed q and k, attended values.
+    # The block's input, the second norm's, the first product's; q, k, v, normed q and k, attended values.
     assert sum(a.size == x.size for a in kept) <= 9
 
 

@@ -1,4 +1,4 @@
-"""Text towers that are not causal, several texts per row: each text alone with its padding masked, as torch has it."""
+"""Text towers that are not causal, several texts per row: each as alone in torch with its padding masked."""
 
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ from grain_jax.models import grain
 from tests import perturbed
 
 LENGTHS = np.array([[9, 4, 16, 5], [12, 3, 2, 7]])  # of the texts of two images
-SIZES = dict(text__depth=1, text__causal=False, text__activation="gelu_tanh", text__projection="affine")  # fmt: skip
+SIZES = dict(text__depth=1, text__causal=False, text__activation="gelu_tanh", text__projection="affine")
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def rows(length, packed):
 
 
 def embeddings(module, params, layout):
-    """Those of the texts before unit length, [8, D]; two kinds of texts are asked for, as captions and descriptions are."""
+    """Those of the texts before unit length, [8, D]; of two kinds, as captions and descriptions are."""
     *layout, end_at = layout
     kinds = end_at[:, :1], end_at[:, 1:]
     features = module.apply({"params": params}, *layout, *kinds, method="text_features")
@@ -59,7 +59,7 @@ def with_gradients(module, params, layout, weights):
 
 
 def by_transformers(model, params, pool, weights):
-    """As `with_gradients`, in float64: SigLIP's text tower of transformers with an attention mask, each text padded alone."""
+    """As `with_gradients`, in float64: transformers' SigLIP text tower with a mask, each text alone."""
     text, flat = model.text, {n: np.asarray(x) for n, x in grain.flat(params).items()}
     table = formats.hf_text("text_model.head")
     written = tables.write(table, {x.ours: flat[x.ours] for x in table if x.ours in flat})

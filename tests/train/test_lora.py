@@ -42,7 +42,7 @@ def _config(**changes):
 
 
 def _model(c):
-    return grain.GRAIN(c.model, c.dtype, c.remat)
+    return grain.GRAIN(c.model, c.dtype, c.remat, c.optim.lora.scale)
 
 
 def _params(c, scale=0.2):
@@ -59,12 +59,7 @@ def _params(c, scale=0.2):
 
 
 def _applied(c, params):
-    @jax.jit
-    def apply(params, batch):
-        with lora.beside(c.optim.lora):
-            return _model(c).apply({"params": params}, batch)
-
-    return apply(params, tiny.batch(c))
+    return jax.jit(_model(c).apply)({"params": params}, tiny.batch(c))
 
 
 def _difference(a, b):
@@ -141,15 +136,13 @@ def test_gradients_of_a_map_are_torchs(inputs, outputs, side_by_side):
     init = layers.normal(1.0)
     if side_by_side:
         axes = ("a",) * len(inputs), ("b",) * len(outputs)
-        module = layers.Affine(inputs, outputs, *axes, np.dtype("float32"), init)
+        module = layers.Affine(inputs, outputs, *axes, np.dtype("float32"), init, lora=1.5)
     else:
-        module = layers.dense(
-            outputs, ("a",) * len(inputs), ("b",) * len(outputs), dtype=np.dtype("float32"), kernel_init=init
-        )
+        axes = ("a",) * len(inputs), ("b",) * len(outputs)
+        module = layers.dense(outputs, *axes, dtype=np.dtype("float32"), kernel_init=init, lora=1.5)
 
     def loss(params, x):
-        with lora.beside(config_lib.Lora(rank=2, alpha=3.0)):
-            return (module.apply({"params": params}, x).reshape(5, m) * weight).sum()
+        return (module.apply({"params": params}, x).reshape(5, m) * weight).sum()
 
     value, (ours, ours_x) = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
     shapes = dict(kernel=(n, m), bias=(m,), lora_a=(n, 2), lora_b=(2, m))

@@ -1,7 +1,7 @@
 """Models by name: in the package, or on the Hugging Face Hub.
 
-A model of the package is a converted folder beside this file, with its card (README.md), which tells the commands that
-made it. `hf://ORG/NAME[@REVISION]` is a model of the Hub (`hub`). Imports no JAX.
+A model of the package is a converted folder beside this file, with its card (README.md), which tells the
+commands that made it. `hf://ORG/NAME[@REVISION]` is a model of the Hub (`hub`). Imports no JAX.
 """
 
 import difflib
@@ -26,12 +26,12 @@ _FOLDER = epath.Path(__file__).parent
 
 
 def folder_of(path: epath.PathLike) -> epath.Path:
-    """The folder that `path` stands for; one that is not a name is returned as it is, also where it does not exist.
+    """The folder that `path` stands for; what is no name is returned as it is, also if it does not exist.
 
     Args:
-      path: a folder, local or remote; one of NAMES, where no folder has that name; or a name on the Hub. A model on
-        the Hub is downloaded into the cache of huggingface_hub. Folders of other libraries' weights are converted
-        into our own cache.
+      path: a folder, local or remote; one of NAMES, where no folder has that name; or a name on the Hub. A
+        model on the Hub is downloaded into the cache of huggingface_hub. Folders of other libraries' weights
+        are converted into our own cache.
 
     Raises:
       errors.UserError: it cannot be downloaded or converted.
@@ -61,7 +61,7 @@ def check(init: config_lib.Init) -> None:
 
 
 def conversion(path: epath.PathLike) -> str:
-    """The command that converts the weights in a file or folder into a model for `load`; or "" if none does."""
+    """The command that converts the weights in a file or folder for `load`; or "" if none does."""
     path = epath.Path(path)
     kind = _CONVERSIONS.get(path.suffix)
     if path.is_dir() and any(_CONVERSIONS.get(x.suffix) == "from-open-clip" for x in path.iterdir()):
@@ -78,8 +78,8 @@ def no_such(path: epath.PathLike) -> str:
         return f"{path}: {got}, expected a folder; {command}"
     if re.fullmatch(_FOREIGN, str(path), re.IGNORECASE):
         return (
-            f"{path}: no such folder; of open_clip and OpenAI get the weights, then grain-jax convert from-open-clip"
-            " --input WEIGHTS --output DIR makes a folder of them that loads"
+            f"{path}: no such folder; of open_clip and OpenAI get the weights, then grain-jax convert"
+            " from-open-clip --input WEIGHTS --output DIR makes a folder of them that loads"
         )
     near = difflib.get_close_matches(str(path), NAMES, n=1)
     meant = f"did you mean {near[0]}? " if near else ""

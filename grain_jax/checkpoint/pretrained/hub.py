@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, by huggingface_hub: downloads what a model needs, and publishes a folder of `convert to-hf`."""
+"""The Hugging Face Hub, by huggingface_hub: downloads models, publishes folders of `convert to-hf`."""
 
 import contextlib
 import re
@@ -28,11 +28,11 @@ _READ = (
 
 _LOGIN = "hf auth login, or HF_TOKEN"
 _REASONS = {  # class in huggingface_hub.errors: what to tell
-    "GatedRepoError": f"access has to be asked for on its page, with the account that you log in to ({_LOGIN})",
+    "GatedRepoError": f"access has to be asked for on its page, with your account ({_LOGIN})",
     "RepositoryNotFoundError": f"no such model on the Hub; a private one needs a token ({_LOGIN})",
     "RevisionNotFoundError": "the model has no such revision; expected a branch, a tag or a commit",
     "HFValidationError": "not a name of the Hub ({said})",
-    "LocalEntryNotFoundError": "the Hub cannot be reached ({cause}) and the cache has no copy; check the network",
+    "LocalEntryNotFoundError": "the Hub cannot be reached ({cause}) and the cache has no copy; check the net",
 }  # fmt: skip
 
 
@@ -46,11 +46,11 @@ def is_reference(path: str) -> bool:
 
 
 def download(reference: str) -> epath.Path:
-    """The folder of the cache of huggingface_hub that holds `hf://ORG/NAME[@REVISION]`; downloads what it lacks.
+    """The folder in huggingface_hub's cache of `hf://ORG/NAME[@REVISION]`; downloads what it lacks.
 
     Raises:
-      HubError: wrong form, no such model or revision, no access, no network, no model in it, or huggingface_hub is not
-        installed.
+      HubError: wrong form, no such model or revision, no access, no network, no model in it, or no
+        huggingface_hub.
     """
     match = _REFERENCE.fullmatch(reference)
     if not match:
@@ -108,7 +108,7 @@ def push(folder: epath.PathLike, repo: str, files: Sequence[str], private: bool)
 
 @contextlib.contextmanager
 def _asking(asker: str) -> Iterator[Any]:
-    """Gives huggingface_hub; whatever goes wrong inside is a HubError of one line that begins with `asker`."""
+    """Gives huggingface_hub; whatever goes wrong inside is a HubError that begins with `asker`."""
     try:
         import huggingface_hub
     except ImportError:

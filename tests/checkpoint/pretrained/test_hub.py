@@ -1,4 +1,4 @@
-"""`hf://ORG/NAME` and `convert to-hf --push`, with a Hub in memory behind the functions of huggingface_hub."""
+"""`hf://ORG/NAME` and `convert to-hf --push`, with a Hub in memory behind huggingface_hub."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ OURS, TEXT = "hf://org/ours", np.array([[1, 2, 31]], np.int32)
 
 
 class Hub:
-    """Repositories, their files, and what was downloaded; its methods stand in for functions of huggingface_hub."""
+    """Repositories, their files, and what was downloaded; its methods stand in for huggingface_hub's."""
 
     def __init__(self, cache: pathlib.Path):
         self.cache, self.files, self.private, self.downloaded = cache, {}, [], []
