@@ -1,9 +1,11 @@
 """Writes a run's numbers: `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import secrets
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +14,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, errors, metrics_file
+from grain_jax.runtime import ending
 
 UPLOAD_EVERY = 30.0  # seconds between uploads to an object store; a checkpoint does not wait for it
 
@@ -59,21 +62,30 @@ def _open_wandb(workdir: epath.Path, config: config_lib.Config):
 class _Events:
     """TensorBoard's scalars by tensorboardX, without the queue of its SummaryWriter: a kill loses nothing.
 
-    TensorBoard forgets what earlier files have from `purge_step` on. On gs:// a flush uploads the whole file.
+    TensorBoard forgets what earlier files have from `purge_step` on. A flush uploads the whole file to an object store.
     """
 
-    def __init__(self, folder: epath.Path, purge_step: int):
+    def __init__(self, folder: epath.Path, purge_step: int, is_remote: bool):
         from tensorboardX.event_file_writer import EventsWriter  # half a second to import
         from tensorboardX.proto import event_pb2, summary_pb2
 
         # protobuf makes these classes when the modules are imported
         self._Event, self._Summary = vars(event_pb2)["Event"], vars(summary_pb2)["Summary"]
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._local = folder, folder
+        if is_remote:
+            self._local = epath.Path(tempfile.mkdtemp(prefix="grain_jax_"))
+            ending.at_end(functools.partial(self._local.rmtree, missing_ok=True))
+        self._local.mkdir(parents=True, exist_ok=True)
         # The suffix tells files of one second apart, and keeps them in order.
-        self._writer = EventsWriter(str(folder / "events"), f".{purge_step:09d}")
+        self._writer = EventsWriter(str(self._local / "events"), f".{purge_step:09d}")
         start = vars(event_pb2)["SessionLog"](status=1)  # START
         self._writer.write_event(self._Event(step=purge_step, session_log=start))
-        self.flush, self.close = self._writer.flush, self._writer.close
+        self.close = self._writer.close
+
+    def flush(self) -> None:
+        self._writer.flush()
+        for file in self._local.glob("events*") if self._local != self._folder else ():
+            (self._folder / file.name).write_bytes(file.read_bytes())
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One event with all scalars."""
@@ -103,7 +115,7 @@ class MetricsWriter:
         self._lines = [before[step] for step in sorted(before)]
         self._upload_due, self._wandb = time.monotonic() + UPLOAD_EVERY, None
         self._write_whole()
-        self._events = _Events(workdir / "tensorboard", purge_step=start_step + 1)
+        self._events = _Events(workdir / "tensorboard", start_step + 1, self._is_remote)
         if config is not None and config.wandb.mode != "off":
             self._wandb = _open_wandb(workdir, config)
 
