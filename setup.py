@@ -1,4 +1,4 @@
-"""The packages of the wheel; `configs`, `data` and `launch` lie beside grain_jax, where links lead to them."""
+"""The packages of the wheel; links lead to `configs`, `data` and `launch` beside grain_jax."""
 
 from setuptools import find_packages, setup
 

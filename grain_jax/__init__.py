@@ -1,6 +1,6 @@
 """GRAIN in JAX: contrastive pretraining that aligns image regions with descriptions.
 
-`grain_jax.load("aviary-tiny")` returns a model that encodes images, texts and regions (see `inference.Predictor`); it
+`grain_jax.load("aviary-tiny")` returns a model of images, texts and regions (see `inference.Predictor`); it
 takes a folder of your own, too.
 Importing this package loads neither JAX nor TensorFlow.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from grain_jax.checkpoint import importers
 from grain_jax.core.version import __version__ as __version__
 
-# Before they are imported: both print lines at their start that tell a user nothing. Decoding does not use oneDNN.
+# Before they are imported: both print lines that tell a user nothing. Decoding does not use oneDNN.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 _devices = "accel*", "vfio/*", "nvidia*", "kfd", "dxg"  # TPUs and GPUs on Linux
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
 
     def load(name, *, device=None, dtype=None, templates=None, progress=False):
-        """The model of a folder or a name: "aviary-tiny", or "hf://ORG/NAME"; see `grain_jax.inference.load`."""
+        """The model of a folder or a name ("aviary-tiny", "hf://ORG/NAME"): `grain_jax.inference.load`."""
         from grain_jax import inference as lib  # those who load no model do not import JAX
 
         settings = dict(device=device, dtype=dtype, templates=templates, progress=progress)

@@ -193,12 +193,12 @@ class Model:
         return self.decoder is None or self.decoder.image_pool == "tower"
 
     def modules(self, tower: str) -> tuple[str, ...]:
-        """The top levels of the parameters of the "image" or "text" tower, with a projection that is its own."""
+        """The top levels of the parameters of the "image" or "text" tower, with its own projection."""
         own = (f"{tower}_projection",) if tower == "text" or self.tower_pools else ()
         return TOWER_MODULES[tower] + own
 
     def part(self, name: str) -> str:
-        """The part that a parameter or its top level belongs to: "image", "text", "boxes", "scale" or "decoder"."""
+        """The part of a parameter or of its top level: "image", "text", "boxes", "scale" or "decoder"."""
         top = name.partition("/")[0]
         if "logit_" in top:
             return "scale"

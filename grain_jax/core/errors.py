@@ -133,11 +133,11 @@ def of_system(error: BaseException | None, output: Any = None) -> UserError | No
 
 @contextlib.contextmanager
 def storage_faults_as_one_line(path: Any, advice: str = "") -> Iterator[None]:
-    """Inside, what the system refuses is a UserError of one line, also where TensorStore wraps it in a ValueError.
+    """Inside, what the system refuses is a UserError of one line, also if TensorStore wraps it.
 
     Args:
       path: what is written; the line names it if the error names no file.
-      advice: the end of the line; with it every such fault is a StorageFault, since the command had begun to write.
+      advice: the end of the line; with it every such fault is a StorageFault: the command had begun to write.
     """
     try:
         yield

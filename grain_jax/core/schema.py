@@ -95,7 +95,7 @@ class Outputs(NamedTuple):
     box_embed: Array = None  # [B, R, D], the annotated boxes by the box head; None in a model without
     token_boxes: TokenBoxes | None = None  # None in a model without pointer
     negative_text_embed: Array = None  # [B, R, H, D], the negatives of the descriptions; None without
-    # Name -> losses.local.LocalOutput, of the local loss terms, and their sums over the images; {} in a run without.
+    # Name -> losses.local.LocalOutput of the local loss terms, and their sums over the images; {} without.
     local: Mapping[str, Any] = {}
     statistics: Mapping[str, Any] = {}
 

@@ -141,7 +141,7 @@ def region_description(shard: Shard) -> TermOutput:
 
 
 def plain_region_description(regions, descriptions, ids, scale):
-    """L_rd on one device, with the whole matrix: row j of both [n, D] is of region j, whose text is ids[j]."""
+    """L_rd on one device, with the whole matrix: row j of both [n, D] is region j, whose text is ids[j]."""
     z = scale * streaming.similarity(regions, descriptions)
     no_negative = (ids[:, None] == ids) & ~jnp.eye(len(ids), dtype=bool)
     return jnp.mean(jax.nn.logsumexp(jnp.where(no_negative, -jnp.inf, z), axis=1) - jnp.diag(z))

@@ -68,8 +68,7 @@ def negatives(
 
     Args:
       contrast: "softmax" or "sigmoid".
-      both: whether the columns have a cost, too; for "softmax". Let the columns be the smaller side: they
-      travel.
+      both: whether the columns have a cost, too; for "softmax". Let the smaller side be columns: they travel.
       tile: largest number of rows, and of columns, whose similarities are in memory at once.
       ring: the devices with the other rows and columns; outside `jax.shard_map`, the default.
       rows, columns: those on this device.
@@ -173,7 +172,7 @@ negatives.defvjp(_forward, _backward)
 
 
 def _visit(pair, here, like: Vectors, tile: int, initial_back, state, block: Block):
-    """The `visit` of `exchange`: the tiles `here`, each with its part of `state`, against those of a block."""
+    """The `visit` of `exchange`: the tiles `here`, each with its part of `state`, against a block's."""
     of_tile = functools.partial(_of_tile, pair, here, initial_back)
     state, back = jax.lax.scan(of_tile, state, _tiles(block, like, tile))
     return state, _joined(back, len(block.vectors))

@@ -134,8 +134,7 @@ def total_loss(
       batch_axes: the mesh axes, its first ones, that the leading axes of batch and outputs are sharded over.
 
     Raises:
-      UserError: `loss.group_size` or `loss.gather` does not fit the mesh, or an entry of `loss.terms` is
-      wrong.
+      UserError: `loss.group_size` or `loss.gather` does not fit the mesh, or `loss.terms` is wrong.
     """
     shards = math.prod(mesh.shape[axis] for axis in batch_axes) if mesh is not None else 1
     layout = make_layout(batch.caption_id.shape[0], config, shards)

@@ -130,8 +130,8 @@ class GRAIN(nn.Module):
         """The embeddings and boxes of images from their tokens; `kept` as of `image_tokens`.
 
         Returns:
-          (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [B, T, Q, 4], the boxes of patches of a
-          pointer). Without a decoder Q is 0 and T is 1.
+          (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [B, T, Q, 4], a pointer's boxes of
+          patches). Without a decoder Q is 0 and T is 1.
         """
         decoder, batch, token_boxes = self.config.decoder, tokens.shape[0], None
         if decoder is None:

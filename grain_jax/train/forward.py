@@ -94,8 +94,8 @@ class Forward:
             terms[name] = entry.cls(entry.options, self.config.model, self.config.dtype)
         if terms and self.config.model.image.keep != 1:
             faults.append(
-                f"{KEEP}: got {self.config.model.image.keep} with {', '.join(terms)} of loss.terms, which read all"
-                " patches; expected 1"
+                f"{KEEP}: got {self.config.model.image.keep} with {', '.join(terms)} of loss.terms,"
+                " which read all patches; expected 1"
             )
         if faults:
             raise errors.UserError("\n".join(faults))

@@ -62,7 +62,7 @@ def _open_wandb(workdir: epath.Path, config: config_lib.Config):
 class _Events:
     """TensorBoard's scalars by tensorboardX, without the queue of its SummaryWriter: a kill loses nothing.
 
-    TensorBoard forgets what earlier files have from `purge_step` on. A flush uploads the whole file to an object store.
+    TensorBoard forgets what earlier files have from `purge_step` on. A flush uploads the whole file.
     """
 
     def __init__(self, folder: epath.Path, purge_step: int, is_remote: bool):

@@ -21,7 +21,8 @@ OTHERS = [f"other {i}" for i in range(15)]
 NAMES = [*coco.CLASSES["seen"], *coco.CLASSES["unseen"], *OTHERS]
 BOX = [0.25, 0.125, 0.75, 0.5]  # y1, x1, y2, x2 of an image of 48 x 32
 # Class of the objects of each image, and whether they are crowds.
-TRAIN = [[("person", False), ("cat", False)], [("dog", False)], [("car", True)], *[[("car", False)]] * 20]  # fmt: skip
+_CARS = [[("car", True)], *[[("car", False)]] * 20]
+TRAIN = [[("person", False), ("cat", False)], [("dog", False)], *_CARS]
 VAL = [[("person", False), ("person", True)], [("cat", False)], [("other 3", False)]]
 
 
@@ -66,7 +67,7 @@ def write_tfds(data_dir):
 
 
 def write_refcoco(folder):
-    """Two expressions for an object of the images 22 and 23, one image in val and in testA, and one in testB."""
+    """Two expressions for an object of the images 22 and 23; one image in val and testA, one in testB."""
     folder.mkdir()
     box = [6, 8, 18, 16]
     name = "COCO_train2014_{:012d}.jpg".format

@@ -31,7 +31,7 @@ def predictor():
     return StubPredictor({number: [np.cos(a), np.sin(a)] for number, a in angle.items()})
 
 
-# The nearest training images by angle: 5 (2 degrees): 0, 1, 4. 6 (97): 2, 3, 4. 7 (60): 4, 3, 2. 8 (30): 1, 0, 4.
+# The nearest by angle: 5 (2 degrees): 0, 1, 4. 6 (97): 2, 3, 4. 7 (60): 4, 3, 2. 8 (30): 1, 0, 4.
 @pytest.mark.parametrize("k, cats, dogs", [(1, [1, 1], [1, 0]), (2, [1, 0.5], [1, 0]), (3, [1, 0], [1, 0])])
 def test_accuracy_is_the_one_counted_by_hand(folder, predictor, k, cats, dogs):
     numbers = tables.scalars(neighbours.Neighbours(**entry(folder, k=k)).evaluate(predictor))

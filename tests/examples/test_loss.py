@@ -1,4 +1,4 @@
-"""examples/loss: the loss terms of a user, each alone against a float64 replica and both in a run of the trainer."""
+"""examples/loss: a user's loss terms, each against a float64 replica and both in a run of the trainer."""
 
 import jax
 import numpy as np

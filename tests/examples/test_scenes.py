@@ -1,4 +1,4 @@
-"""examples/scenes: what captions say, what test scenes hold out, boxes and masks; the evaluator of groups, by hand."""
+"""examples/scenes: captions, what test scenes hold out, boxes and masks; the evaluator of groups, by hand."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""examples/self_distillation: the teacher is an average in the checkpoint, and survives a resume; the loss is DINO's."""
+"""examples/self_distillation: the teacher is an average that survives a resume; the loss is DINO's."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""examples/source: a user's CSV reader as a data source, through the real command to records that training reads."""
+"""examples/source: a user's CSV reader, through the real command to records that training reads."""
 
 import numpy as np
 import pytest
