@@ -1,7 +1,7 @@
 """Cycles of the Pallas kernels by libtpu's schedule, no chip: python -m benchmarks.kernels --topology v5e:2x2
 
-A layer of B/16 with 128 images, forward and backward: bundles of a head, stores that spill
-registers, and the share of the time in which padded products alone would keep the matrix units busy.
+A layer of B/16 with 128 images, forward and backward: bundles of a head and stores that spill
+registers. The last share is of the time that padded products alone would keep the matrix units busy.
 """
 
 import argparse

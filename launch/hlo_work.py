@@ -34,8 +34,8 @@ def dot_flops(module: Module, *, passes: bool = False) -> float:
 
     Args:
       module: the compiled step.
-      passes: counts float32 products as often as a TPU makes them in bfloat16: 6 times at HIGHEST precision;
-        on a GPU as the bfloat16 products that take their time; a Pallas kernel as `Module.kernels` says.
+      passes: counts float32 products as often as a TPU makes them in bfloat16: 6 times at HIGHEST precision.
+        On a GPU it counts the bfloat16 products that take their time. `Module.kernels` counts Pallas kernels.
     """
     return sum((n * _flops(module, c, i, passes) for c, i, n in module.running()), 0.0)
 

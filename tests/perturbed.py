@@ -59,10 +59,10 @@ def saved(folder, **changes) -> str:
     return str(folder)
 
 
-def write_words(folder, words: str) -> None:
+def write_words(folder, vocabulary: str) -> None:
     """A tokenizer.json of these words, the first for unknown ones."""
-    vocabulary = {word: i for i, word in enumerate(words.split())}
-    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=words.split()[0]))
+    ids = {word: i for i, word in enumerate(vocabulary.split())}
+    library = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=vocabulary.split()[0]))
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     library.save(f"{folder}/tokenizer.json")
 
@@ -71,7 +71,7 @@ def write_sentencepiece(folder) -> None:
     """A siglip.model with the words of a few texts: id 0 pads, 1 ends, 2 is unknown."""
     import sentencepiece
 
-    words = ["a photo of a wren", "two dogs and a cat s bowl 1998", "x long long words"] * 9
+    texts = ["a photo of a wren", "two dogs and a cat s bowl 1998", "x long long words"] * 9
     options: Any = dict(vocab_size=60, hard_vocab_limit=False, bos_id=-1, unk_id=2, eos_id=1, pad_id=0)
     options |= dict(model_prefix=f"{folder}/siglip", minloglevel=2)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(words), **options)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), **options)

@@ -169,7 +169,7 @@ def commands_of(name: str) -> list[list[str]]:
     """The words after each `grain-jax` of a document."""
     text = text_of(name)
     lines = "".join(SHELL.findall(text)).replace("\\\n", " ").splitlines()
-    return [words for line in lines + MENTION.findall(FENCE.sub("", text)) for words in words_of(line)]
+    return [command for line in lines + MENTION.findall(FENCE.sub("", text)) for command in words_of(line)]
 
 
 def words_of(line: str) -> list[list[str]]:
@@ -180,13 +180,13 @@ def words_of(line: str) -> list[list[str]]:
             simple.append([])
         else:
             simple[-1].append(word if "=" in word else word.strip("[]"))
-    return [words[i + 1 :] for words in simple for i, word in enumerate(words) if word == "grain-jax"]
+    return [command[i + 1 :] for command in simple for i, word in enumerate(command) if word == "grain-jax"]
 
 
-def fault_of(words: list[str]) -> str:
+def fault_of(command: list[str]) -> str:
     """What the command says to its flags, and to its keys of a config of the package; "" for nothing."""
-    name, *rest = words
-    if OPEN & set(words):
+    name, *rest = command
+    if OPEN & set(command):
         return ""
     if name not in COMMANDS:
         return f"{name}: no such command"
@@ -207,17 +207,19 @@ def fault_of(words: list[str]) -> str:
 @pytest.mark.parametrize("name", documents())
 def test_commands_take_their_flags(name):
     faults = [
-        f"grain-jax {' '.join(words)}: {fault_of(words)}" for words in commands_of(name) if fault_of(words)
+        f"grain-jax {' '.join(command)}: {fault_of(command)}"
+        for command in commands_of(name)
+        if fault_of(command)
     ]
     assert not faults, "\n".join(faults)
 
 
 def test_a_wrong_command_is_found():
-    (words,) = words_of("srun -N4 grain-jax train --config demo --workdir R --config.batchsize=3 | tee log")
-    assert words == ["train", "--config", "demo", "--workdir", "R", "--config.batchsize=3"]
-    assert "did you mean batch_size?" in fault_of(words)
+    (command,) = words_of("srun -N4 grain-jax train --config demo --workdir R --config.batchsize=3 | tee log")
+    assert command == ["train", "--config", "demo", "--workdir", "R", "--config.batchsize=3"]
+    assert "did you mean batch_size?" in fault_of(command)
     assert "--work-dir: no such flag" in fault_of(["train", "--config", "demo", "--work-dir", "R"])
     assert "--pictures: no such flag" in fault_of(["report", "R", "--pictures", "3"])
     assert "no such command" in fault_of(["trian"])
     nested = words_of("grain-jax local --processes 2 -- grain-jax train --config demo && grain-jax export")
-    assert [words[0] for words in nested] == ["local", "train", "export"]
+    assert [command[0] for command in nested] == ["local", "train", "export"]

@@ -35,9 +35,9 @@ def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings")
 
     Args:
       model, dtype: as of `program`.
-      head: "embeddings" gives image_embed [B, D], region_embed [B, Q, D] and boxes_xyxy [B, Q, 4];
-        "regions_by_box_head" the same, with the box head's embeddings of the predicted boxes; others are
-        methods of GRAIN that take tokens.
+      head: "embeddings" gives image_embed [B, D], region_embed [B, Q, D] and boxes_xyxy [B, Q, 4].
+        "regions_by_box_head" gives the same, with the box head's embeddings of the predicted boxes. Others
+        are methods of GRAIN that take tokens.
     """
     run = functools.partial(program, model, dtype)
 

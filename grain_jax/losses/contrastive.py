@@ -36,10 +36,10 @@ def plain_image_text(image, texts, ids, scale):
     z = scale * jnp.einsum("id,jkd->ijk", image, texts, precision="highest")
     is_own = (ids[:, None, None] == ids[:, :, None]).any(-1)  # [i, j, k]: whether text jk is one of image i's
     negative = jnp.where(is_own, -jnp.inf, z)
-    own = jnp.einsum("iik->ik", z)
+    own_logits = jnp.einsum("iik->ik", z)
     of_text, of_image = (jax.nn.logsumexp(negative, axis) for axis in (0, (1, 2)))
-    to_image, to_text = jnp.logaddexp(own, of_text), jnp.logaddexp(own, of_image[:, None])
-    return jnp.mean(to_image + to_text - 2 * own) / 2
+    to_image, to_text = jnp.logaddexp(own_logits, of_text), jnp.logaddexp(own_logits, of_image[:, None])
+    return jnp.mean(to_image + to_text - 2 * own_logits) / 2
 
 
 def image_description(shard: Shard) -> TermOutput:

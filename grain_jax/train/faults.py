@@ -49,8 +49,8 @@ class TextCounts:
         """What a line says of the texts, from the `metrics` of its step.
 
         Returns:
-          The counts of NAMES since step 0, and shares of the texts since the last line: `texts_dropped_share`
-          were dropped or cut to fit into rows, `texts_too_long_share` were cut by the tokenizer.
+          The counts of NAMES since step 0, and shares of the texts since the last line. Of these,
+          `texts_dropped_share` did not fit into rows, and `texts_too_long_share` were cut by the tokenizer.
         """
         self._new = {n: (int(metrics[n]) - self._last[n]) % 2**32 for n in self.NAMES}
         self._last = {n: self._last[n] + self._new[n] for n in self.NAMES}

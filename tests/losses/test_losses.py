@@ -314,11 +314,11 @@ def test_streamed_losses_equal_their_plain_forms(devices):
             case "image_caption":
                 return contrastive.plain_image_text(o.image_embed, o.text_embed, batch.caption_id, scale)
             case "image_description":
-                own = o.image_embed, o.region_text_embed, batch.description_id
-                return contrastive.plain_image_text(*own, scale)
+                described = o.image_embed, o.region_text_embed, batch.description_id
+                return contrastive.plain_image_text(*described, scale)
             case "region_description":
-                own = flat(o.region_embed[:, :regions])
-                return contrastive.plain_region_description(own, texts, ids, scale)
+                matched = flat(o.region_embed[:, :regions])
+                return contrastive.plain_region_description(matched, texts, ids, scale)
             case "box_description":
                 return contrastive.plain_box_description(flat(o.box_embed), texts, ids, scale)
 
