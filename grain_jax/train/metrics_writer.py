@@ -66,32 +66,43 @@ class _Events:
     """
 
     def __init__(self, folder: epath.Path, purge_step: int, is_remote: bool):
+        self._folder, self._purge_step, self._is_remote = folder, purge_step, is_remote
+        self._writer: Any = None  # until the first event
+
+    def _open(self) -> None:
         from tensorboardX.event_file_writer import EventsWriter  # half a second to import
         from tensorboardX.proto import event_pb2, summary_pb2
 
         # protobuf makes these classes when the modules are imported
         self._Event, self._Summary = vars(event_pb2)["Event"], vars(summary_pb2)["Summary"]
-        self._folder, self._local = folder, folder
-        if is_remote:
+        self._local = self._folder
+        if self._is_remote:
             self._local = epath.Path(tempfile.mkdtemp(prefix="grain_jax_"))
             ending.at_end(functools.partial(self._local.rmtree, missing_ok=True))
         self._local.mkdir(parents=True, exist_ok=True)
         # The suffix tells files of one second apart, and keeps them in order.
-        self._writer = EventsWriter(str(self._local / "events"), f".{purge_step:09d}")
+        self._writer = EventsWriter(str(self._local / "events"), f".{self._purge_step:09d}")
         start = vars(event_pb2)["SessionLog"](status=1)  # START
-        self._writer.write_event(self._Event(step=purge_step, session_log=start))
-        self.close = self._writer.close
-
-    def flush(self) -> None:
-        self._writer.flush()
-        for file in self._local.glob("events*") if self._local != self._folder else ():
-            (self._folder / file.name).write_bytes(file.read_bytes())
+        self._writer.write_event(self._Event(step=self._purge_step, session_log=start))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One event with all scalars."""
+        if self._writer is None:
+            self._open()
         values = [self._Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         summary = self._Summary(value=values)
         self._writer.write_event(self._Event(step=step, wall_time=time.time(), summary=summary))
+
+    def flush(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.flush()
+        for file in self._local.glob("events*") if self._is_remote else ():
+            (self._folder / file.name).write_bytes(file.read_bytes())
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 class MetricsWriter:

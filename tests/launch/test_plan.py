@@ -47,7 +47,7 @@ class _Built(Exception):
 @needs_libtpu
 def test_plan_and_train_lower_the_same_program(planned, monkeypatch, tmp_path):
     """With the attention of every platform, and the ring along the links that the chips of v5e:2x4 have."""
-    monkeypatch.setattr(hops, "along_links", lambda rings: ((0, 1, 3, 6, 4, 5, 7, 2),))
+    monkeypatch.setattr(hops, "along_links", lambda rings: (0, 1, 3, 6, 4, 5, 7, 2))
     real = train_step.build
 
     def build(*args, **kwargs):

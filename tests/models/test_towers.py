@@ -69,7 +69,7 @@ def test_towers_that_pool_are_projected_alone():
     end_at = np.array([[0, 4]] * 4, np.int32)
 
     def encode(module):
-        image_embed, regions, _ = module.encode_image(image)
+        image_embed, regions, *_ = module.embeddings(module.image_tokens(image))
         return image_embed, regions, module.encode_text(tokens, segments, segments, end_at)[0]
 
     out, variables = model.init_with_output(jax.random.key(0), method=encode)
