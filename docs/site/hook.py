@@ -26,8 +26,9 @@ _PAGES = {
     "examples/README.md": "examples/README",
     "examples/loss/phrases.py": "examples/loss",
     "examples/loss/smoothness.py": "examples/local_loss",
-    "examples/evaluator/neighbours.py": "examples/evaluator",
+    "examples/evaluator/groups.py": "examples/evaluator",
     "examples/tower/mixer.py": "examples/tower",
+    "examples/tower/windows.py": "examples/tower",
     "examples/data_source/shapes.py": "examples/data_source",
     "examples/source/csv_boxes.py": "examples/source",
 }

@@ -69,7 +69,7 @@ class _Events:
         self._folder, self._purge_step, self._is_remote = folder, purge_step, is_remote
         self._writer: Any = None  # until the first event
 
-    def _open(self) -> None:
+    def _open(self) -> Any:
         from tensorboardX.event_file_writer import EventsWriter  # half a second to import
         from tensorboardX.proto import event_pb2, summary_pb2
 
@@ -81,14 +81,15 @@ class _Events:
             ending.at_end(functools.partial(self._local.rmtree, missing_ok=True))
         self._local.mkdir(parents=True, exist_ok=True)
         # The suffix tells files of one second apart, and keeps them in order.
-        self._writer = EventsWriter(str(self._local / "events"), f".{self._purge_step:09d}")
+        writer = EventsWriter(str(self._local / "events"), f".{self._purge_step:09d}")
         start = vars(event_pb2)["SessionLog"](status=1)  # START
-        self._writer.write_event(self._Event(step=self._purge_step, session_log=start))
+        writer.write_event(self._Event(step=self._purge_step, session_log=start))
+        return writer
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One event with all scalars."""
         if self._writer is None:
-            self._open()
+            self._writer = self._open()
         values = [self._Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         summary = self._Summary(value=values)
         self._writer.write_event(self._Event(step=step, wall_time=time.time(), summary=summary))
