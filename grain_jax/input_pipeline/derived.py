@@ -175,10 +175,14 @@ def sample(config: Config, source: sources.DataSource) -> TextSample:
 
 
 def rows_of(config: Config, group: int, texts: TextSample) -> int:
-    """Rows for the texts of `group` images: `DEVIATIONS` more tokens than the mean, in whole mean texts."""
+    """Rows for the texts of `group` images: `DEVIATIONS` more tokens than the mean.
+
+    A row of many texts is filled but for a quarter of a mean text, a row of few holds whole mean texts.
+    """
     row_length = config.row_length
     mean_text = max(texts.tokens.sum() / max(texts.texts, 1), packing.MIN_TEXT_LENGTH)
-    filled = row_length // mean_text * mean_text
+    whole = row_length // mean_text
+    filled = row_length - mean_text / 4 if whole >= 4 else whole * mean_text
     tokens = group * texts.tokens.mean() + DEVIATIONS * math.sqrt(group) * texts.tokens.std()
     # For two tokens of each caption.
     least = -(-group * config.input.captions_per_image // (row_length // packing.MIN_TEXT_LENGTH))

@@ -108,6 +108,8 @@ def test_values_and_gradients_equal_the_whole_matrix(
     if length > 1:
         sent = set(re.findall(r"collective_permute.*?-> tensor<\S+x(\w+)>", lowered.as_text()))
         assert sent == {"f32", "i32"}
+        ways = set(re.findall(r"source_target_pairs = dense<(.*?)>", lowered.as_text()))
+        assert len(ways) == 1 + has_path  # half of each block goes back along the path
 
 
 def test_a_row_without_negatives_costs_nothing():
