@@ -69,25 +69,3 @@ def one_device():
 def pytest_collection_modifyitems(items):
     """Files marked `long` come first: what starts last, ends last."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
-
-
-# Files that compile the same programs: the second finds them in JAX's folder.
-TOGETHER = {
-    "tests/examples/test_data_source.py": "tests/test_data_identity.py",
-    "tests/hostile/test_stored_runs.py": "tests/test_data_identity.py",
-    "tests/test_paths.py": "tests/test_data_identity.py",
-    "tests/train/test_memory.py": "tests/train/test_run.py",
-}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """A process takes a whole file, or files of one program; xdist 3.8 forgets its groups."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class OfFiles(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
-            return TOGETHER.get(file, file)
-
-    return OfFiles(config, log)
