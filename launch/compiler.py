@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from grain_jax import config as config_lib
 from grain_jax.core import errors, progress
 from grain_jax.launch import chips, schedule
-from grain_jax.train import sharding, train_step
+from grain_jax.train import memory_check, sharding, train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # A GPU finds out whether cuBLAS or Triton multiplies faster; without one, only cuBLAS compiles. slurm.sbatch
@@ -109,7 +109,7 @@ def compile_step(
                 memory = {name: getattr(analysis, f"{key}_in_bytes") for name, key in _MEMORY.items()}
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return Compiled(
-        state_bytes=_state_bytes(program),
+        state_bytes=memory_check.state_bytes(program),
         memory=memory,
         out_of_memory=out_of_memory,
         program=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
@@ -181,19 +181,6 @@ def _options(topology: chips.Topology) -> dict[str, Any]:
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     return options
-
-
-def _state_bytes(program: train_step.Program) -> dict[str, int]:
-    """Bytes of one chip of the arguments of a program, by kind."""
-    state, shardings = program.state, program.shardings
-    kinds = {
-        "parameters": (state.params, shardings.params),
-        "moments": (state.opt_state, shardings.opt_state),
-        "ema": (state.ema_params, shardings.ema_params),
-        "batch": (program.batch, jax.tree.map(lambda _: program.batch_sharding, program.batch)),
-    }
-    size = lambda x, cut: math.prod(cut.shard_shape(x.shape)) * x.dtype.itemsize
-    return {kind: sum(map(size, *map(jax.tree.leaves, trees))) for kind, trees in kinds.items()}
 
 
 def _bytes(text: str) -> int:

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-from typing import Any
 
 import jax
 from etils import epath
@@ -43,20 +42,14 @@ def device_bytes() -> int:
 def state_bytes(program: train_step.Program) -> dict[str, int]:
     """Bytes per device of the arguments of a program, by kind, before any padding."""
     state, shardings = program.state, program.shardings
-    batch = jax.tree.leaves(program.batch)
-    return {
-        "parameters": _total(state.params, shardings.params),
-        "moments": _total(state.opt_state, shardings.opt_state),
-        "ema": _total(state.ema_params, shardings.ema_params),
-        "batch": _total(batch, [program.batch_sharding] * len(batch)),
+    kinds = {
+        "parameters": (state.params, shardings.params),
+        "moments": (state.opt_state, shardings.opt_state),
+        "ema": (state.ema_params, shardings.ema_params),
+        "batch": (program.batch, jax.tree.map(lambda _: program.batch_sharding, program.batch)),
     }
-
-
-def _total(shapes: Any, shardings: Any) -> int:
-    return sum(
-        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-        for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
-    )
+    size = lambda x, cut: math.prod(cut.shard_shape(x.shape)) * x.dtype.itemsize
+    return {kind: sum(map(size, *map(jax.tree.leaves, trees))) for kind, trees in kinds.items()}
 
 
 def check(program: train_step.Program) -> None:

@@ -127,8 +127,7 @@ class Parts(NamedTuple):
     """The parts of a batch that are micro-batches.
 
     All leading axes are cut alike, so that an image, its packing group and its key stay together. Each part
-    must lie on
-    all devices: it takes a piece of every shard.
+    takes a piece of every shard, and so lies on all devices.
     """
 
     count: int
