@@ -24,7 +24,6 @@ import numpy as np
 from benchmarks import harness, our_step, stopwatch
 from grain_jax.config import recipe
 from grain_jax.input_pipeline import synthetic
-from grain_jax.models.grain import GRAIN
 from grain_jax.train import flops, optim, run, sharding
 from grain_jax.train.train_step import init_state
 
@@ -43,9 +42,9 @@ def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, A
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")
     cuda, config = torch.cuda.is_available(), our_step.make_config(size, batch)
-    model, tx = GRAIN(config.model), optim.optimizer(config.optim, lambda step: 0.0)
+    tx = optim.optimizer(config.optim, lambda step: 0.0)
     with jax.default_device(jax.devices("cpu")[0]):
-        params = jax.jit(lambda: sharding.unbox(init_state(model, config, tx)).params)()
+        params = jax.jit(lambda: sharding.unbox(init_state(config, tx)).params)()
     module = torch_module.make_module(config.model)
     torch_module.load_states(module, to_states(config.model, jax.tree.map(np.asarray, params)))
     autocast = torch.bfloat16 if cuda else None

@@ -19,7 +19,7 @@ from grain_jax.core import errors, low_rank, named
 from grain_jax.models import grain
 
 
-def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
+def init(config: config_lib.Config) -> Any:
     """The parameters of a run at step 0, from its seed, boxed with their logical axes.
 
     The model's are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), as in torch and peft. B is
@@ -29,7 +29,7 @@ def init(model: grain.GRAIN, config: config_lib.Config) -> Any:
       UserError: as `maps_of`; or `optim.frozen` freezes a factor.
     """
     key = jax.random.key(config.seed)
-    params: Any = grain.init(model, key)
+    params: Any = grain.init(grain.GRAIN(config.model), key)
     lora = config.optim.lora
     if not lora.rank:
         return params

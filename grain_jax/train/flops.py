@@ -109,10 +109,9 @@ def per_image(config: Config) -> FlopsPerImage:
     """
     # A kernel would be counted as what it says of itself.
     model = dataclasses.replace(config.model, attention="xla")
-    module = grain.GRAIN(model, config.dtype, lora=config.optim.lora.scale)
     batch = forward_lib.abstract_batch(config)
     parts: dict[str, float] = dict.fromkeys(("image", "text", "decoder", "terms"), 0.0)
-    forward = forward_lib.Forward(module, dataclasses.replace(config, model=model, remat="none"))
+    forward = forward_lib.Forward(dataclasses.replace(config, model=model, remat="none"))
     params = sharding.unbox(jax.eval_shape(forward.init))
     apply = lambda params, batch: forward(params, batch)
 

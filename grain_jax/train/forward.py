@@ -76,14 +76,18 @@ class Forward:
     """The forward pass of a run.
 
     Attributes:
-      model: the GRAIN module, whose `lora` is the scale of `optim.lora`.
       config: of the run.
       mesh: that the activations lie on, or None on one device.
     """
 
-    model: grain.GRAIN
     config: Config
     mesh: Mesh | None = None
+
+    @functools.cached_property
+    def model(self) -> grain.GRAIN:
+        """The module of the run."""
+        c = self.config
+        return grain.GRAIN(c.model, c.dtype, c.remat, c.optim.lora.scale)
 
     @functools.cached_property
     def terms(self) -> dict[str, local.LocalTerm]:
@@ -103,7 +107,7 @@ class Forward:
 
     def init(self) -> Any:
         """The parameters at step 0, boxed with their logical axes; terms have theirs below TERMS."""
-        params = lora.init(self.model, self.config)
+        params = lora.init(self.config)
         if not self.terms:
             return params
         key, of_terms = jax.random.key(self.config.seed), {}

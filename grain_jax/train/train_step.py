@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grain_jax import losses as losses_lib
 from grain_jax.config import TOWER_MODULES, Config
 from grain_jax.core import schema
-from grain_jax.models.grain import GRAIN
 from grain_jax.train import forward as forward_lib
 from grain_jax.train import optim, sharding
 
@@ -44,9 +43,9 @@ class TrainState(NamedTuple):
     term_state: Any = {}  # of local loss terms, by name
 
 
-def init_state(model: GRAIN, config: Config, tx: optax.GradientTransformation) -> TrainState:
+def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
     """A fresh TrainState from the config's seed, parameters boxed with their logical axes."""
-    forward = forward_lib.Forward(model, config)
+    forward = forward_lib.Forward(config)
     params = forward.init()
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -66,19 +65,12 @@ def dropout_keys(seed: int, step, index):
 
 
 def loss_and_grads(
-    model: GRAIN,
-    config: Config,
-    mesh: Mesh | None,
-    params,
-    batch,
-    keys,
-    term_state: Mapping[str, Any] | None = None,
+    config: Config, mesh: Mesh | None, params, batch, keys, term_state: Mapping[str, Any] | None = None
 ):
     """The losses of a batch and the gradient of their total.
 
     Args:
-      model: the GRAIN module.
-      config: for the loss weights and the number of micro-batches.
+      config: of the run.
       mesh: the device mesh, or None on one device.
       params: parameter tree.
       batch: global Batch.
@@ -88,7 +80,7 @@ def loss_and_grads(
     Returns:
       (losses.Losses, gradients like `params`).
     """
-    forward = forward_lib.Forward(model, config, mesh)
+    forward = forward_lib.Forward(config, mesh)
     apply = lambda params, batch, keys: forward(params, batch, keys, term_state)
 
     def total(outputs):
@@ -207,18 +199,14 @@ def loss_metrics(losses: losses_lib.Losses) -> dict[str, jax.Array]:
 
 
 def make_train_step(
-    model: GRAIN,
-    config: Config,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    mesh: Mesh | None = None,
+    config: Config, tx: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh | None = None
 ):
     """The function (state, batch) -> (state, metrics) that the trainer compiles."""
-    forward = forward_lib.Forward(model, config, mesh)
+    forward = forward_lib.Forward(config, mesh)
 
     def train_step(state: TrainState, batch: schema.Batch):
         keys = dropout_keys(config.seed, state.step, jnp.arange(batch.caption_mask.shape[0]))
-        losses, grads = loss_and_grads(model, config, mesh, state.params, batch, keys, state.term_state)
+        losses, grads = loss_and_grads(config, mesh, state.params, batch, keys, state.term_state)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params = optim.clip_logit_scales(params, config.frozen)
@@ -269,13 +257,12 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
       ShardingError: the batch or a parameter does not fit the mesh.
     """
     sharding.check_batch(config, mesh)
-    model = GRAIN(config.model, config.dtype, config.remat, config.optim.lora.scale)
     schedule = optim.learning_rate(
         config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch, reference=config.reference
     )
     of_run = dataclasses.replace(config.optim, frozen=config.frozen)
     tx = optim.optimizer(of_run, schedule, config.reference)
-    init = functools.partial(init_state, model, config, tx)
+    init = functools.partial(init_state, config, tx)
     state, shardings = sharding.place_state(jax.eval_shape(init), config.sharding, mesh)
     batch_sharding = sharding.batch_sharding(mesh)
     return Program(
@@ -285,10 +272,10 @@ def build(config: Config, mesh: Mesh, *, total_steps: int, steps_per_epoch: floa
         batch_sharding,
         init=jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings),
         term_state=jax.jit(
-            forward_lib.Forward(model, config, mesh).initial_state, out_shardings=shardings.term_state
+            forward_lib.Forward(config, mesh).initial_state, out_shardings=shardings.term_state
         ),
         step=jax.jit(
-            make_train_step(model, config, tx, schedule, mesh),
+            make_train_step(config, tx, schedule, mesh),
             in_shardings=(shardings, batch_sharding),
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
             donate_argnums=0,

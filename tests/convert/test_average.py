@@ -40,7 +40,7 @@ def with_factors(tmp_path_factory):
     root, model = tmp_path_factory.mktemp("lora"), perturbed.tiny(**DEPTH)
     config = tiny.config(optim__lora__rank=3, optim__lora__alpha=4.5)
     config = dataclasses.replace(config, model=model)
-    shapes = sharding.unbox(jax.eval_shape(lambda: lora.init(grain.GRAIN(model), config)))
+    shapes = sharding.unbox(jax.eval_shape(lambda: lora.init(config)))
     weights, rng = grain.flat(perturbed.params(model)), np.random.default_rng(5)
 
     def draw(path, x):

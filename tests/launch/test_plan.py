@@ -14,7 +14,6 @@ import pytest
 from grain_jax.core import errors
 from grain_jax.launch import chips, compiler, plan, plan_text
 from grain_jax.losses import hops
-from grain_jax.models import grain
 from grain_jax.train import flops, forward, run, sharding, train_step
 from tests import tiny
 from tests.paths import ROOT
@@ -97,7 +96,7 @@ def test_plan_of_a_compiled_step(planned):
 
 
 def _params(config):
-    init = lambda: train_step.init_state(grain.GRAIN(config.model), config, optax.identity())
+    init = lambda: train_step.init_state(config, optax.identity())
     return sharding.unbox(jax.eval_shape(init)).params
 
 

@@ -213,14 +213,9 @@ def test_parameters_of_terms_are_sharded_averaged_and_counted():
         assert set(tree["terms"]["smooth"]["map"]) == {"kernel", "bias"}
     of_bias = "terms/average/map/bias"
     assert [np.abs(x).max() > 0 for k, x in gradients(c, state).items() if of_bias in k] == [True]
-    shapes = forward.Forward(
-        grain.GRAIN(program_of("terms", False)[0].model), program_of("terms", False)[0]
-    ).init
-    boxed = jax.eval_shape(shapes)["terms"]["smooth"]["map"]["kernel"]
+    boxed = jax.eval_shape(forward.Forward(c).init)["terms"]["smooth"]["map"]["kernel"]
     assert boxed.names == ("width", "vector")
-    with_terms, without = (
-        flops.per_image(c) for c in (program_of("terms", False)[0], tiny.config(**terms.TWO_TOWERS))
-    )
+    with_terms, without = (flops.per_image(x) for x in (c, tiny.config(**terms.TWO_TOWERS)))
     assert with_terms.image == without.image and with_terms.terms > without.image  # a second view
     assert with_terms.train > without.train + with_terms.terms
 
@@ -228,7 +223,7 @@ def test_parameters_of_terms_are_sharded_averaged_and_counted():
 def test_a_fresh_state_does_not_depend_on_the_terms():
     """The model has the parameters of a run without terms; a term's depend on its name alone."""
     c, plain = program_of("terms", False)[0], tiny.config(**terms.TWO_TOWERS)
-    with_terms, without = (jax.jit(forward.Forward(grain.GRAIN(x.model), x).init)() for x in (c, plain))
+    with_terms, without = (jax.jit(forward.Forward(x).init)() for x in (c, plain))
     jax.tree.map(np.testing.assert_array_equal, forward.without_terms(with_terms), dict(without))
     kernel = sharding.unbox(with_terms)["terms"]["smooth"]["map"]["kernel"]
     assert 0.1 < np.std(kernel) < 0.3
@@ -239,7 +234,7 @@ def test_a_term_without_parameters_leaves_the_tree_as_it_is():
     plain, c = tiny.config(), tiny.dictionary()
     c.loss.terms.bare = {"term": f"{terms.__name__}:Bare", "weight": 1.0}
     c = config_lib.from_dict(c)
-    trees = [jax.eval_shape(forward.Forward(grain.GRAIN(c.model), x).init) for x in (plain, c)]
+    trees = [jax.eval_shape(forward.Forward(x).init) for x in (plain, c)]
     assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
 
 

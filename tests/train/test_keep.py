@@ -102,7 +102,7 @@ def case():
 
 def test_the_gradient_is_that_of_the_kept_patches(case):
     c, params, batch, keys, kept = case
-    of_run = forward.Forward(grain.GRAIN(c.model), c)
+    of_run = forward.Forward(c)
     rng = np.random.default_rng(0)
     read = lambda out: (out.image_embed, out.box_embed)
     shapes = jax.eval_shape(lambda: read(of_run(params, batch, keys)))

@@ -47,7 +47,7 @@ def _model(c):
 
 def _params(c, scale=0.2):
     """Random parameters of step 0, B too."""
-    shapes = sharding.unbox(jax.eval_shape(lambda: lora.init(_model(c), c)))
+    shapes = sharding.unbox(jax.eval_shape(lambda: lora.init(c)))
     rng = np.random.default_rng(0)
 
     def draw(path, x):
@@ -70,7 +70,7 @@ def _difference(a, b):
 
 def test_step_0_is_the_base_with_factors_of_the_names_and_axes_of_their_maps():
     c = tiny.small(**FACTORS, **TWO, model__image__mlp="gated")
-    both = jax.jit(lambda: (grain.init(_model(c), jax.random.key(c.seed)), lora.init(_model(c), c)))
+    both = jax.jit(lambda: (grain.init(_model(c), jax.random.key(c.seed)), lora.init(c)))
     base, boxed = both()
     base, params = grain.flat(base), grain.flat(boxed)
     assert base.keys() < params.keys()
@@ -174,9 +174,8 @@ def test_no_gradient_of_a_matrix_is_computed_and_no_product_of_the_factors(more)
     matrices = {(48, 80), (4, 12, 48), (40, 72), (4, 10, 40), (48, 192), (40, 128)}
 
     def made(c):
-        model, batch = _model(c), forward.abstract_batch(c)
-        params = sharding.unbox(jax.eval_shape(lambda: lora.init(model, c)))
-        step = lambda p, b: train_step.loss_and_grads(model, c, None, p, b, None)
+        batch, params = forward.abstract_batch(c), sharding.unbox(jax.eval_shape(lambda: lora.init(c)))
+        step = lambda p, b: train_step.loss_and_grads(c, None, p, b, None)
         return set(_products(jax.make_jaxpr(step)(params, batch).jaxpr))
 
     c = _config(**TWO, **UNLIKE, **more)
@@ -217,7 +216,7 @@ def test_a_predictor_refuses_factors():
 def test_what_has_no_factors_is_one_line(changes, line):
     c = tiny.small(**{f"optim__lora__{k}": v for k, v in (dict(rank=2) | changes).items()})
     with pytest.raises(errors.UserError, match=line) as error:
-        jax.eval_shape(lambda: lora.init(_model(c), c))
+        jax.eval_shape(lambda: lora.init(c))
     assert "\n" not in str(error.value)
 
 
@@ -264,7 +263,7 @@ def test_a_factor_that_is_frozen_is_one_line(pattern, factor):
     c = tiny.small(**FACTORS, optim__frozen=(pattern,))
     message = f"'{re.escape(pattern)}' freezes image/blocks/\\S+{factor}, which optim.lora trains"
     with pytest.raises(errors.UserError, match=message):
-        jax.eval_shape(lambda: lora.init(_model(c), c))
+        jax.eval_shape(lambda: lora.init(c))
 
 
 def test_what_is_frozen_beside_the_factors():
@@ -282,7 +281,7 @@ def test_what_is_frozen_beside_the_factors():
             {"logit_scale"},
         ),
     ):
-        params = sharding.unbox(jax.eval_shape(lambda c=c: lora.init(_model(c), c)))
+        params = sharding.unbox(jax.eval_shape(lambda c=c: lora.init(c)))
         for name, is_frozen in grain.flat(optim.frozen_mask(params, c.frozen)).items():
             part = name.partition("/")[0]
             assert is_frozen == (part in frozen and "lora_" not in name), name
