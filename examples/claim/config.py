@@ -27,6 +27,9 @@ SETTINGS = {
     "text.pack_group": 32,
     "model.text.context_length": 128,  # the captions of some arms are long
     "model.image.position_period": 16.0,
+    "model.decoder.boxes": "query",
+    "model.decoder.reads_box": False,
+    "model.decoder.class_score": "mean",
     "model.decoder.queries": 8,
     "model.decoder.qkv_init_gain": 2.5,
     "model.decoder.image_pool": "query",

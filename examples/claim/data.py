@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from grain_jax.core import errors
-from grain_jax.data import build, example
+from grain_jax.data import build
 from grain_jax.data.aviary import __main__ as aviary
+from grain_jax.input_pipeline import record_folders
 
 PARTS = ("A.jsonl", "seen", "unseen", "unseen.json", "test/A.jsonl", "test/unseen.jsonl")
 NAME = "claim"  # of the record set
@@ -50,7 +51,7 @@ def prepare(source: pathlib.Path, output: pathlib.Path) -> None:
     if missing:
         raise errors.UserError(f"--source: {source} has no {', '.join(missing)}; --help says what it needs")
     records = output / "records"
-    if not (records / NAME / example.VERSION).exists():  # moved there when it is complete
+    if not (records / NAME / record_folders.VERSION).exists():  # moved there when it is complete
         flags = [f"--annotations={source / 'A.jsonl'}", f"--images={source}"]
         if build.main([*flags, f"--output={records}", f"--name={NAME}"]):
             raise errors.UserError(f"{source}: its records could not be built")
