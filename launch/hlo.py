@@ -193,7 +193,10 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry = ""
-    for is_entry, name, body in _COMPUTATION.findall(re.sub(r"/\*.*?\*/", "", text)):
+    one_line = re.sub(
+        r"\{\n([^\n]*)\n\}", r"{\1}", text
+    )  # metadata of a kernel may stand on lines of its own
+    for is_entry, name, body in _COMPUTATION.findall(re.sub(r"/\*.*?\*/", "", one_line)):
         lines = [line.strip() for line in body.splitlines() if " = " in line]
         parsed = [_parse_instruction(line) for line in lines]
         root = next((i for i, x in zip(parsed, lines) if x.startswith("ROOT ")), parsed[-1])

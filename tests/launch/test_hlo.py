@@ -123,6 +123,15 @@ def test_trips_of_a_loop():
     assert module.times["body"] == 1 and module.trips == {"loop": None}
 
 
+def test_metadata_on_lines_of_its_own():
+    """JAX's splash attention has such; what follows is part of the instruction, and of the computation."""
+    metadata = 'frontend_attributes={kernel_metadata={\n"block_q": 256\n}}, backend_config={"body":"b"}'
+    kernel = '  %k = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", ' + metadata
+    module = entry(f"  %p = f32[4]{{0}} parameter(0)\n{kernel}\n  ROOT %c = f32[4]{{0}} copy(%k)")
+    assert list(module.computations["main"].instructions) == ["p", "k", "c"]
+    assert module.computations["main"].instructions["k"].find(r'"body":"([^"]*)"') == "b"
+
+
 # Groups
 
 
