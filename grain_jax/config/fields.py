@@ -53,16 +53,12 @@ class Input:
     data_dir: str = key("", "Folder of datasets.", role="free")
     name: str = key("", "Name of the dataset: records are in data_dir/name/VERSION.", role="order")
     prepare: str | None = key(None, "Command that makes a missing dataset.", role="free")
-    lanes: int | None = count(
-        None, "Parts of the batch with shards of their own; None: derived.", low=1, role="order"
-    )
+    lanes: int | None = count(None, "Parts of the batch with own shards; None: derived.", low=1, role="order")
     shards_per_block: int = count(1, "Shards that are shuffled together.", low=1, role="order")
     max_regions: int = count(5, "R, the most regions per image; the highest scores stay.")
     synthetic_caption_rate: float = share(0.5, "Probability of the synthetic caption.")
     descriptions_in_captions: int = count(0, "Descriptions that are added to the caption.")
-    captions_per_image: int = count(
-        1, "1: web or synthetic caption; 2: both; 3: also the descriptions.", low=1, high=3
-    )
+    captions_per_image: int = count(1, "1: one of both; 2: both; 3: also descriptions.", low=1, high=3)
     text_length: int = count(0, "Tokens of the longest text; 0: context length.", high=1_000_000)
     negatives_per_region: int = count(0, "H, the hard negatives per region and visit.", high=1000)
     flip_rate: float = share(0.0, "Probability of mirroring, unless a text says left or right.")
@@ -112,14 +108,9 @@ class Loss:
     tile: int = count(1024, "Side of a tile of the similarity matrix.", low=1, role="free")
     gather: int = count(1, "Neighbouring devices that exchange embeddings at once.", low=1, role="free")
     precision: str = key(
-        "high",
-        "Products of float32 embeddings on TPUs: high (three passes of bfloat16) or highest (six).",
-        choices=("high", "highest"),
-        role="free",
+        "high", "Passes of float32 products on TPUs: three or six.", choices=("high", "highest"), role="free"
     )
-    terms: dict[str, OpenGroup] = key(
-        dict, "Loss terms of your own by name: dict(term='module:Name', weight=0.1, OPTION=...)."
-    )
+    terms: dict[str, OpenGroup] = key(dict, "Your terms by name: dict(term='module:Name', weight=0.1, ...).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +156,7 @@ class Optim:
     weight_decay: float = key(0.1, "Weight decay of AdamW; it is multiplied by the learning rate.")
     clip_norm: float = key(0.0, "Largest global norm of the gradients; 0: no clipping.", low=0)
     frozen: tuple[str, ...] = key((), "Regular expressions of parameters that stay as they are.")
-    layer_decay: float = key(
-        1.0, "Factor on the learning rate per layer, from the last one down.", low=0.01, high=1
-    )
+    layer_decay: float = key(1.0, "Factor on the learning rate per layer from the top.", low=0.01, high=1)
     lora: Lora = key(Lora)
 
 
@@ -195,25 +184,16 @@ class Config:
     """A whole run. The defaults are the paper's for GRAIN B/16 (docs/method.md, Training recipe)."""
 
     seed: int = key(0, "Seed of all draws.", low=-(2**63), high=2**63 - 1, role="order")
-    total_steps: int | None = count(
-        None, "Number of training steps; set this or total_epochs.", low=1, role="result"
-    )
+    total_steps: int | None = count(None, "Training steps, or set total_epochs.", low=1, role="result")
     total_epochs: float | None = key(
-        None, "Passes over the dataset; set this or total_steps.", low=0, high=1_000_000, role="result"
+        None, "Passes over the dataset, or set total_steps.", low=0, high=1_000_000, role="result"
     )
     batch_size: int = count(2048, "Images per step, over all devices.", low=1, role="order")
-    microbatches: int = count(
-        1, "Parts that the towers see one after another; the loss sees all.", low=1, role="free"
-    )
+    microbatches: int = count(1, "Parts that the towers see in turn; the loss sees all.", low=1, role="free")
     dtype: str = key(
-        "bfloat16",
-        "Type of the activations; auto: float32 on CPUs, else bfloat16.",
-        choices=(*DTYPES, "auto"),
-        role="numbers",
+        "bfloat16", "Type of activations; auto: float32 on CPUs.", choices=(*DTYPES, "auto"), role="numbers"
     )
-    remat: str = key(
-        "none", "Activations that the backward pass computes again.", choices=REMAT_POLICIES, role="free"
-    )
+    remat: str = key("none", "Activations that are computed again.", choices=REMAT_POLICIES, role="free")
     ema_decay: float = share(0.0, "EMA decay of the parameters; 0 disables it.", role="numbers")
     log_every: int = count(50, "Steps between lines of metrics.jsonl.", low=1, role="free")
     checkpoint_every: int = count(1000, "Steps between checkpoints; 0: only the last.", role="free")
@@ -221,16 +201,12 @@ class Config:
     checkpoint_keep: int = count(2, "Number of newest checkpoints to keep.", low=1, role="free")
     checkpoint_keep_every: int = count(0, "Multiples of this step are kept; 0: none.", role="free")
     checkpoint_best_metric: str = key("", "Metric whose best checkpoint is kept.", role="free")
-    checkpoint_best_mode: str = key(
-        "max", "Whether the largest or the smallest value is best.", choices=("max", "min"), role="free"
-    )
+    checkpoint_best_mode: str = key("max", "Which value is best.", choices=("max", "min"), role="free")
     eval_every: int = count(0, "Steps between evaluations; 0: only after the last.", role="result")
     report_images: int = count(0, "Test images that the report draws with their regions.", role="free")
     profile_start: int = count(0, "First step of a profiler trace; 0: no trace.", role="free")
     profile_steps: int = count(3, "Steps of a trace, also of SIGUSR2.", low=1, role="free")
-    profile_port: int = count(
-        0, "Port for TensorBoard's profiler, per process; 0: none.", high=65535, role="free"
-    )
+    profile_port: int = count(0, "Port of the profiler, per process; 0: none.", high=65535, role="free")
     wandb: Wandb = key(Wandb, role="free")
     model: Model = key(Model, role="numbers")
     input: Input = key(Input, role="numbers")
@@ -241,17 +217,8 @@ class Config:
     mesh: Mesh = key(Mesh, role="free")
     sharding: tuple[tuple[str, str | None], ...] = key(
         (
-            ("layers", None),
-            ("width", "fsdp"),
-            ("mlp", "tensor"),
-            ("heads", "tensor"),
-            ("head_dim", None),
-            ("vocab", "tensor"),
-            ("patch", None),
-            ("positions", None),
-            ("queries", None),
-            ("embed", None),
-            ("vector", None),
+            *dict(width="fsdp", mlp="tensor", heads="tensor", vocab="tensor").items(),
+            *((name, None) for name in "layers head_dim patch positions queries embed vector".split()),
         ),
         "Mesh axis of each logical axis of parameters; an axis without a row is an error.",
         role="free",

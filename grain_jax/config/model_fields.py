@@ -37,9 +37,7 @@ class ImageTower:
     position_init: str = key("normal", "Initial values of learned positions.", choices=("normal", "sincos2d"))
     position_period: float = key(1e4, "Longest / shortest wave of position_init=sincos2d.", low=1)
     block_init: str = key(
-        "trunc_normal",
-        "Initial weights of the layers: timm's or PyTorch's.",
-        choices=("trunc_normal", "torch"),
+        "trunc_normal", "Initial weights: timm's, PyTorch's.", choices=("trunc_normal", "torch")
     )
     unroll: int = count(0, "Layers in the body of the loop over layers; 0: derived.", high=DEEPEST)
     class_token: bool = key(True, "Whether a learned class token precedes the patches.")
@@ -53,11 +51,7 @@ class ImageTower:
     layer_scale: bool = key(False, "Whether outputs of attention and MLP have learned factors.")
     mlp: str = key("plain", "MLP; gated has a second linear layer.", choices=("plain", "gated"))
     key_bias: bool = key(True, "Whether the projection to the keys has a bias.")
-    pool: str = key(
-        "none",
-        "Pooling of the tokens; none if model.decoder pools.",
-        choices=("none", "class", "map", "mean"),
-    )
+    pool: str = key("none", "Pooling; none if the decoder pools.", choices=("none", "class", "map", "mean"))
     keep: float = key(1.0, "Fraction of the patches that training keeps.", low=0.01, high=1)
     projection: str = key("matrix", "Map to joint space; affine has a bias.", choices=PROJECTIONS)
     pixel_mean: tuple[float, ...] = key((0.485, 0.456, 0.406), "Mean per channel in [0, 1].")
@@ -89,9 +83,7 @@ class TextTower:
     projection: str = key("matrix", "Map to joint space; affine has a bias.", choices=PROJECTIONS)
     tokenizer: str = key("clip", "clip, or the path of a tokenizer.json or SentencePiece .model.")
     cleaning: str = key(
-        "lower",
-        "Cleaning of texts before they become tokens; canonical is open_clip's.",
-        choices=("lower", "canonical", "siglip", "siglip2", "none"),
+        "lower", "Cleaning of texts.", choices=("lower", "canonical", "siglip", "siglip2", "none")
     )
     pad_id: int = count(0, "Token id of the padding; it matters if the tower sees it.")
     end_id: int | None = count(None, "Token id that ends a text. None: the highest id of the text.")
@@ -137,20 +129,16 @@ class RegionDecoder:
     unroll: int = count(0, "Layers in the body of the loop over layers; 0: derived.", high=DEEPEST)
     image_pool: str = key(
         "query",
-        "Image embedding: that of the image query, of all queries, or of the image tower.",
+        "Image embedding by the image query, all queries or tower.",
         choices=("query", "all", "tower"),
     )
     boxes: str = key(
-        "query",
-        "Boxes of the queries: query, by an MLP; pointer, as means of boxes that patches predict.",
-        choices=("query", "pointer"),
+        "query", "Boxes by an MLP, or as means of boxes that patches predict.", choices=("query", "pointer")
     )
-    reads_box: bool = key(
-        False, "Whether a region embedding adds the box head's embedding of the predicted box."
-    )
+    reads_box: bool = key(False, "Whether region embeddings add the box head's, of the predicted box.")
     class_score: str = key(
         "mean",
-        "Region score of a class: the mean over queries (the paper), or over descriptions by the best query.",
+        "Region score of a class: by all queries (the paper), or by the best query per description.",
         choices=("mean", "best"),
     )
 
@@ -182,7 +170,7 @@ class Model:
     boxes: BoxHead = key(BoxHead)
     attention: str = key(
         "auto",
-        "Program of self-attention. auto: Pallas on TPUs, cuDNN on CUDA in bfloat16, else XLA.",
+        "Program of self-attention; auto: Pallas on TPUs, cuDNN on CUDA in bfloat16, else XLA.",
         choices=("auto", "xla", "pallas", "cudnn"),
         role="free",
     )
