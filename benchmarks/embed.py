@@ -50,7 +50,7 @@ def our_side(folder: str, checkpoint: str) -> dict[str, Callable]:
 def torch_side(folder: str, checkpoint: str, kind: str) -> dict[str, Callable]:
     """A model of open_clip or transformers behind a DataLoader."""
     import torch
-    from torchvision.transforms import v2
+    import torchvision
 
     torch.set_num_threads(made.WORKERS)
     if kind == "open_clip":
@@ -64,35 +64,18 @@ def torch_side(folder: str, checkpoint: str, kind: str) -> dict[str, Callable]:
         model = transformers.CLIPModel.from_pretrained(checkpoint).eval()
         processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": made.SIZE})
         encode = lambda pixels: model.get_image_features(pixel_values=pixels).pooler_output
-        transform = v2.Lambda(lambda image: processor(image, return_tensors="pt")["pixel_values"][0])
-    files = sorted(map(str, epath.Path(folder).glob("*.jpg")))
-    dataset = Files(files, transform)
+        transform = lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+    dataset = torchvision.datasets.ImageFolder(folder, transform)
     loader = torch.utils.data.DataLoader(
         dataset, BATCH, num_workers=made.WORKERS, persistent_workers=True, multiprocessing_context="fork"
     )
 
     def turn() -> np.ndarray:
         with torch.inference_mode():
-            embeds = torch.cat([encode(batch) for batch in loader])
+            embeds = torch.cat([encode(batch) for batch, _ in loader])
             return torch.nn.functional.normalize(embeds, dim=-1).numpy()
 
     return {"": turn}
-
-
-class Files:
-    """A dataset of image files, as DataLoader reads it."""
-
-    def __init__(self, paths: list[str], transform: Callable):
-        self._paths, self._transform = paths, transform
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Any:
-        import PIL.Image
-
-        with PIL.Image.open(self._paths[index]) as image:
-            return self._transform(image.convert("RGB"))
 
 
 def make(folder: epath.Path, count: int, patch: int) -> dict[str, str]:
@@ -103,10 +86,10 @@ def make(folder: epath.Path, count: int, patch: int) -> dict[str, str]:
     from grain_jax.convert import __main__ as convert
 
     paths = {name: str(folder / name) for name in ("images", "transformers", "ours", "open_clip")}
-    epath.Path(paths["images"]).mkdir()
+    (folder / "images" / "made").mkdir(parents=True)
     for number in range(count):
         square = made.image(number).crop((0, 0, SIDE, SIDE))
-        square.save(f"{paths['images']}/{number:06d}.jpg", "JPEG", quality=made.QUALITY)
+        square.save(f"{paths['images']}/made/{number:06d}.jpg", "JPEG", quality=made.QUALITY)
     torch.manual_seed(0)
     config = transformers.CLIPConfig(vision_config={"patch_size": patch})
     transformers.CLIPModel(config).save_pretrained(paths["transformers"])

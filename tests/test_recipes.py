@@ -80,7 +80,7 @@ def test_two_towers_that_were_converted_get_a_decoder(tmp_path):
     assert loaded.keys() == expected.keys()  # with the pooling and the logit scale
 
 
-@pytest.mark.parametrize("name", ["vitb16", "plus_vitb16", "vitl14", "vith14", "vitg14"])
+@pytest.mark.parametrize("name", ["vitb16", "plus_vitb16", "vitl14", "vith14"])
 def test_the_overrides_of_each_hardware(name):
     recipe = importlib.import_module(f"grain_jax.configs.grain_{name}_cc12m")
     default = recipe.get_config().mesh.fsdp

@@ -27,7 +27,6 @@ _PAGES = {
     "examples/loss/phrases.py": "examples/loss",
     "examples/loss/smoothness.py": "examples/local_loss",
     "examples/evaluator/groups.py": "examples/evaluator",
-    "examples/evaluator/neighbours.py": "examples/evaluator",
     "examples/tower/mixer.py": "examples/tower",
     "examples/tower/windows.py": "examples/tower",
     "examples/data_source/shapes.py": "examples/data_source",
