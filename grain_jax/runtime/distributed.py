@@ -1,7 +1,6 @@
 """Joins the processes of a run, and ends them all soon after one fails.
 
-The coordinator and the number of each process come from flags, SLURM, Kubernetes or TPU metadata; JAX detects
-all but the flags.
+Flags, SLURM, Kubernetes or TPU metadata say who they are; JAX detects all but flags.
 """
 
 import contextlib
@@ -48,9 +47,8 @@ def initialize(coordinator: str | None, processes: int, process_id: int, heartbe
     if cluster is None:
         return "a single process"
     name, arguments = cluster
-    patience = threading.Timer(
-        10, print, [f"{name}: waiting for the other processes"], dict(file=sys.stderr, flush=True)
-    )
+    waits = f"{name}: waiting for the other processes"
+    patience = threading.Timer(10, print, [waits], dict(file=sys.stderr, flush=True))
     patience.start()
     try:
         jax.distributed.initialize(

@@ -170,8 +170,7 @@ def held(workdir: epath.Path) -> Iterator[Lock]:
         raise
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
         got = getattr(error, "strerror", None) or " ".join(str(error).split())
-        expected = "expected a folder that can be written"
-        raise errors.UserError(f"--workdir: {workdir}: got {got}, {expected}") from None
+        raise errors.UserError(f"--workdir: {workdir}: got {got}, expected a writable folder") from None
     try:
         yield lock
     finally:
