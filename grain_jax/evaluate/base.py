@@ -5,19 +5,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from etils import epy
+
 from grain_jax.config.keys import key
-from grain_jax.core import errors
+
+with epy.lazy_imports():
+    from etils import epath  # slower to import than a config may take
 
 
 def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
-    """A key that `grain-jax evaluate KIND` has as a flag.
+    """A key that `grain-jax evaluate KIND` has as a flag; `metavar` is what its value is called, "" for a bool.
 
-    Args:
-      default: the value without the flag.
-      help: what the option does; also the help of the flag.
-      metavar: what the value of the flag is called; "" for a bool.
-      **declared: `low`, `high` and `choices` as in `keys.key`. `name`: of the flag, default the field's.
-        `required` says that the flag must be set. `parse` makes the value from a text, or raises ValueError.
+    `declared` is as in `keys.key`, and may have `name`, of the flag; `required`, if data without which nothing
+    is measured; and `parse`, which makes the value from a text, or raises ValueError.
     """
     return key(default, help, metavar=metavar, **declared)
 
@@ -45,13 +45,13 @@ class Evaluator(abc.ABC):
 
     @property
     def data(self) -> tuple[str | None, ...]:
-        """Paths of the images, and of what else has to be there; None and "" are left out."""
-        return ()
+        """Paths that have to be there: what the required options name; None and "" are left out."""
+        return tuple(getattr(self, x.name) for x in dataclasses.fields(self) if x.metadata.get("required"))
 
     @property
-    def files(self) -> tuple[str | None, ...]:
-        """Paths of small files that the result depends on: the suite measures again where one has changed."""
-        return ()
+    def files(self) -> tuple[Any, ...]:
+        """Values of which some name files: the suite measures again where such a file has changed."""
+        return tuple(vars(self).values())
 
     @property
     def note(self) -> str:
@@ -85,16 +85,6 @@ class Evaluator(abc.ABC):
         return ""
 
 
-def find_data(entry: Evaluator) -> None:
-    """Raises errors.MissingData, with one line, where a path of `entry.data` is not there."""
-    paths = [path for path in entry.data if path]
-    if entry.data and not paths:
-        raise errors.MissingData("no images are named" + (f"; {entry.get}" if entry.get else ""))
-    absent = [path for path in map(expanduser, paths) if not exists(path)]
-    if absent:
-        raise errors.MissingData(f"{', '.join(absent)}: not there{how_to_get(entry.get)}")
-
-
 def how_to_get(get: str | None) -> str:
     """The end of a message about missing data."""
     return f"; to get it: {get}" if get else ""
@@ -102,15 +92,4 @@ def how_to_get(get: str | None) -> str:
 
 def expanduser(path: str) -> str:
     """The path with the user's home for `~`."""
-    return str(_path(path).expanduser())
-
-
-def exists(path: str) -> bool:
-    """Whether there is a file or folder, local or remote."""
-    return _path(path).exists()
-
-
-def _path(path: str) -> Any:
-    from etils import epath  # slower to import than a config may take
-
-    return epath.Path(path)
+    return str(epath.Path(path).expanduser())

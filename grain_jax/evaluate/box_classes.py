@@ -43,10 +43,6 @@ class Boxes(AnnotatedRegions):
     def needs(self) -> tuple[str, ...]:
         return "decoder", "boxes"
 
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return self.annotations, self.templates, self.classes
-
     def check(self, model: Any = None) -> int:
         faults = faults_of(
             lambda: prompts.load_templates(self.templates),

@@ -101,14 +101,6 @@ class Detection(Evaluator):
     )
 
     @property
-    def data(self) -> tuple[str | None, ...]:
-        return self.annotations, self.images
-
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return self.annotations, self.templates, self.seen, self.proposals
-
-    @property
     def needs(self) -> Sequence[str]:
         return ("decoder",) if self.proposals is None else ()
 

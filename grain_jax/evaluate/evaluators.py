@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import Evaluator, exists, expanduser, key, option
+from grain_jax.evaluate.base import Evaluator, expanduser, key, option
 
 with epy.lazy_imports():
     from etils import epath
@@ -40,11 +40,7 @@ class LabelledImages(Evaluator):
 
     @property
     def data(self) -> tuple[str | None, ...]:
-        return (self.images,) if self.tfds is None else ()
-
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return (self.classes,)
+        return super().data if self.tfds is None else ()
 
     def open(self) -> test_sets.TestSet:
         """The test set; raises the errors of test_sets.ClassFolders or test_sets.TfdsSet."""
@@ -93,14 +89,6 @@ class AnnotatedImages(Evaluator):
         None, "A.jsonl, with one JSON object per line.", "A.jsonl", required=True
     )
 
-    @property
-    def data(self) -> tuple[str | None, ...]:
-        return self.annotations, self.images
-
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return (self.annotations,)
-
     def usable(self, record: Any) -> Any:
         """Whether the evaluation can use a core.annotations.Annotation; here those with a region."""
         return record.regions
@@ -134,9 +122,7 @@ class AnnotatedImages(Evaluator):
     ) -> Gathered:
         """The usable annotations whose image can be read, and the images encoded; raises as `read`, `encode`.
 
-        Args:
-          predictor, regions, predicted_boxes: as for `encode.gather_images`.
-          boxes_of: (annotation, (width, height) in pixels) -> boxes to embed too, xyxy [n, 4] in [0, 1].
+        Arguments as for `encode.embed`, but `boxes_of` takes an annotation and the size of its image.
         """
         annotated = self.read()
         seen = encode.gather_images(
@@ -191,8 +177,9 @@ class WithPrompts(Evaluator):
     @property
     def described_by(self) -> str | None:
         """The file of descriptions; None where it is missing and may be."""
-        may_miss = self.missing == "skip" and self.descriptions is not None
-        return None if may_miss and not exists(expanduser(self.descriptions or "")) else self.descriptions
+        if self.missing != "skip" or epath.Path(expanduser(self.descriptions or "")).exists():
+            return self.descriptions
+        return None
 
     @property
     def note(self) -> str:

@@ -49,10 +49,6 @@ class LinearProbe(LabelledImages):
         None, "Class folders to train on, or a TFDS split; default: a share of each class, or train.", "DIR"
     )
 
-    @property
-    def data(self) -> tuple[str | None, ...]:
-        return self.images, self.train
-
     def open_train(self) -> test_sets.TestSet | None:
         """The training images; None if `images` is to be split."""
         if self.tfds is None and self.train is None:

@@ -70,13 +70,8 @@ class Segmentation(WithPrompts):
         return ("decoder",) if self.by in ("regions", "both") else ()
 
     @property
-    def data(self) -> tuple[str | None, ...]:
-        return (self.images,)
-
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        classes = f"{expanduser(self.images)}/classes.txt" if self.format == FORMATS[0] else None
-        return classes, self.described_by, self.templates
+    def files(self) -> tuple[Any, ...]:
+        return *super().files, f"{self.images}/classes.txt"
 
     def open(self) -> segmentation_sets.Segmented:
         """The images, masks and classes; raises as segmentation_sets.open_set."""

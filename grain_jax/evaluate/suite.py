@@ -19,7 +19,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, errors, regular_file
 from grain_jax.evaluate import tables
-from grain_jax.evaluate.base import Evaluator, find_data
+from grain_jax.evaluate.base import Evaluator, expanduser, how_to_get
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
@@ -109,12 +109,11 @@ def present(entries: Mapping[str, Evaluator], model: config_lib.Model | None = N
     """
     ready = {}
     for name, entry in entries.items():
-        images, line, error = _ready(entry, model)
-        if isinstance(error, errors.UserError):
+        try:
+            images, line = _ready(entry, model)
+        except errors.UserError as error:
             lines = str(error).split("\n")
             raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
-        if error is not None:
-            raise error
         if line:
             _say(f"evals.{name}: {line}")
         if images is not None:
@@ -122,35 +121,33 @@ def present(entries: Mapping[str, Evaluator], model: config_lib.Model | None = N
     return ready
 
 
-def _ready(
-    entry: Evaluator, model: config_lib.Model | None = None
-) -> tuple[int | None, str, Exception | None]:
-    """Checks an entry: how many images it has, None if skipped; a line if it lacks something; or an error."""
+def _ready(entry: Evaluator, model: config_lib.Model | None = None) -> tuple[int | None, str]:
+    """Checks an entry: how many images it has, None if it is skipped, and a line if it lacks something."""
 
     def check() -> tuple[int, str]:
-        if entry.missing == "skip":
-            find_data(entry)
+        named = [expanduser(path) for path in entry.data if path]
+        if entry.missing == "skip" and entry.data:
+            if not named:
+                raise errors.MissingData("no images are named" + (f"; {entry.get}" if entry.get else ""))
+            if absent := [path for path in named if not epath.Path(path).exists()]:
+                raise errors.MissingData(f"{', '.join(absent)}: not there{how_to_get(entry.get)}")
         return entry.check(model), entry.note
 
     try:
-        return *processes.run_together(check), None
-    except Exception as error:
-        if isinstance(error, errors.MissingData) and entry.missing == "skip":
-            return None, f"skipped: {_words(error)}", None
-        return None, "", error
+        return processes.run_together(check)
+    except errors.MissingData as error:
+        if entry.missing != "skip":
+            raise
+        return None, f"skipped: {_words(error)}"
 
 
-def _tasks(
-    entries: Mapping[str, Evaluator], results: dict[str, Any]
-) -> dict[str, tuple[Evaluator, dict[str, Any]]]:
-    """The entries that can be run, and the inputs that their results depend on.
-
-    `results` gets a line for each of the others.
-    """
+def _tasks(entries: Mapping[str, Evaluator], results: dict[str, Any]) -> dict[str, tuple[Evaluator, dict]]:
+    """The entries that can be run, and their inputs; `results` gets a line for each of the others."""
     tasks = {}
     for name, entry in entries.items():
-        images, line, error = _ready(entry)
-        if error is not None:
+        try:
+            images, line = _ready(entry)
+        except Exception as error:
             _failed(name, error, results)
             continue
         if line:
@@ -158,8 +155,9 @@ def _tasks(
             results[which][name] = line.removeprefix("skipped: ")
             _say(f"{name}: {line}")
         if images is not None:
-            inputs = {path: _digest_of_file(path) for path in entry.files if path is not None}
-            tasks[name] = entry, {"images": images, **inputs}
+            files = [(x, epath.Path(expanduser(x))) for x in entry.files if isinstance(x, str)]
+            digests = {x: atomic.digest(f.read_bytes())[:16] for x, f in files if regular_file.is_one(f)}
+            tasks[name] = entry, {"images": images, **digests}
     return tasks
 
 
@@ -168,12 +166,6 @@ def _failed(name: str, error: Exception, results: dict[str, Any]) -> None:
         traceback.print_exception(error)
     results["failed"][name] = _words(error)
     _say(f"{name}: failed: {_words(error)}")
-
-
-def _digest_of_file(path: str) -> str | None:
-    """A digest of the bytes of a file; None for the name of a class file of the package."""
-    file = epath.Path(path).expanduser()
-    return atomic.digest(file.read_bytes())[:16] if regular_file.is_one(file) else None
 
 
 def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:

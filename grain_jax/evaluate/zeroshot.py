@@ -68,10 +68,6 @@ class ZeroShot(WithPrompts, LabelledImages):
     def needs(self) -> Sequence[str]:
         return ("decoder",) if self.descriptions and any(alpha < 1 for alpha in self.alphas) else ()
 
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return self.described_by, self.templates, self.classes
-
     def checked_alphas(self) -> list[float]:
         """The alphas to evaluate; without descriptions 1 alone. Raises errors.UserError."""
         alphas = [float(alpha) for alpha in self.alphas or (1, 0.5)]
