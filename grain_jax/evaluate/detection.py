@@ -24,7 +24,7 @@ with epy.lazy_imports():
 
     from grain_jax.core import regular_file
     from grain_jax.evaluate import class_names, encode
-    from grain_jax.inference import prompts, scores, stream
+    from grain_jax.inference import batches, prompts, scores
     from grain_jax.runtime import processes
 
 LIMITS = (1, 10, 100)  # detections per image for each AR; AP has the last one
@@ -220,7 +220,7 @@ def _detect(
         shares = [np.c_[x[:, :2], x[:, :2] + x[:, 2:]] / size for x, size in zip(xywh, sizes)]
         embeds = predictor.encode_boxes(batch.pixels, [np.clip(x, 0, 1) for x in shares])
         weights = [np.array([x.score for x in each]) for each in items]
-    stream.check_finite(*embeds)
+    batches.check_finite(*embeds)
     parts, most = [], dataset.limits[-1]
     for i, embed, share, weight, size in zip(batch.index, embeds, shares, weights, sizes):
         score = np.reshape(weight, (-1, 1)) * predictor.text_scores(embed, features)  # [n, K]

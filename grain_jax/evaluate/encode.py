@@ -13,7 +13,7 @@ from grain_jax import inference
 from grain_jax.core import ahead, errors, progress, schema
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import test_sets
-from grain_jax.inference import prompts, stream
+from grain_jax.inference import batches, prompts
 from grain_jax.inference.inputs import InputError
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import processes
@@ -28,8 +28,6 @@ _THREADS = 8  # that read images; decoding releases the lock of the Python inter
 _NAMED_IMAGES = 20  # unreadable images that a result lists, at most
 
 ImageSet: TypeAlias = test_sets.TestSet | Sequence[test_sets.Image | epath.PathLike]
-# (position of an image in the whole set, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1].
-BoxesOf: TypeAlias = Callable[[int, tuple[int, int]], np.ndarray]
 
 
 class Batch(NamedTuple):
@@ -89,10 +87,8 @@ def over_images(
     """
     mine = processes.share(len(images))
     if isinstance(images, Sequence):
-        stretch = (
-            each if isinstance(each, test_sets.Image) else test_sets.of_path(each)
-            for each in images[mine.start : mine.stop]
-        )
+        given = images[mine.start : mine.stop]
+        stretch = (x if isinstance(x, test_sets.Image) else test_sets.of_path(x) for x in given)
     else:
         stretch = images.images(mine)
     silent, times = processes.process_info()[0] > 0, len(images) / max(len(mine), 1)
@@ -111,7 +107,7 @@ def over_images(
     try:
         with errors.out_of_memory_in_a_line(label, lambda: SMALLER), ThreadPoolExecutor(_THREADS) as pool:
             items = ahead.in_order(read, enumerate(stretch, mine.start), pool, 2 * batch_size)
-            for group in stream.groups(items, batch_size, lambda each: not each.fault):
+            for group in batches.groups(items, batch_size, lambda each: not each.fault):
                 unreadable |= {each.image.name: each.fault for each in group if each.fault}
                 if good := [each for each in group if not each.fault]:
                     batch = Batch(
@@ -151,10 +147,18 @@ def embed(
     batch: Batch,
     *,
     regions: bool = False,
-    boxes_of: BoxesOf | None = None,
+    boxes_of: Callable[[int, tuple[int, int]], np.ndarray] | None = None,
     predicted_boxes: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `Encoded` for a batch. Raises inference.InputError if numbers are not finite."""
+    """The arrays of `Encoded` for a batch. Raises inference.InputError if numbers are not finite.
+
+    Args:
+      predictor, batch: the model and what it embeds.
+      regions: whether region embeddings are computed too.
+      boxes_of: (position of an image in the whole set, (width, height) in pixels) -> boxes to embed too, xyxy
+        [n, 4] in [0, 1]; None: no boxes.
+      predicted_boxes: whether the box head embeds the boxes of the regions instead.
+    """
     if regions:
         image_embed, (boxes_xyxy, region_embed) = predictor.encode_image_and_regions(batch.pixels)
     else:
@@ -168,7 +172,7 @@ def embed(
     elif predicted_boxes:
         box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes_xyxy))
     arrays = dict(image_embed=image_embed, boxes_xyxy=boxes_xyxy, embed=region_embed, box_embed=box_embed)
-    stream.check_finite(*arrays.values())
+    batches.check_finite(*arrays.values())
     return arrays | dict(index=batch.index, sizes=batch.sizes, labels=batch.labels)
 
 
@@ -177,29 +181,16 @@ def gather_images(
     images: ImageSet,
     *,
     label: str,
-    regions: bool = False,
-    boxes_of: BoxesOf | None = None,
-    predicted_boxes: bool = False,
     batch_size: int = BATCH_SIZE,
+    **embedded: Any,
 ) -> Encoded:
-    """All readable images of a set, encoded, the same on every process; raises as `over_images` and `embed`.
+    """All readable images of a set, encoded, the same on every process.
 
-    Args:
-      predictor: the model.
-      images, label, batch_size: as for `over_images`.
-      regions: whether region embeddings are computed too.
-      boxes_of: gives the boxes of each image, which are embedded too; None: no boxes.
-      predicted_boxes: whether the box head embeds the boxes of the regions instead.
+    `images`, `label`, `batch_size` and errors are as for `over_images`, the others as for `embed`.
     """
-    arrays, unreadable = over_images(
-        images,
-        resizing(predictor),
-        functools.partial(
-            embed, predictor, regions=regions, boxes_of=boxes_of, predicted_boxes=predicted_boxes
-        ),
-        label=label,
-        batch_size=batch_size,
-    )
+    function = functools.partial(embed, predictor, **embedded)
+    prepare = resizing(predictor)
+    arrays, unreadable = over_images(images, prepare, function, label=label, batch_size=batch_size)
     of_queries = schema.Regions(arrays.pop("boxes_xyxy"), arrays.pop("embed"))
     return Encoded(**arrays, regions=of_queries, unreadable=unreadable)
 

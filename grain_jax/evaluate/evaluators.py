@@ -115,10 +115,8 @@ class AnnotatedImages(Evaluator):
     def gather(
         self,
         predictor: Any,
-        *,
-        regions: bool,
         boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None,
-        predicted_boxes: bool = False,
+        **embedded: Any,
     ) -> Gathered:
         """The usable annotations whose image can be read, and the images encoded; raises as `read`, `encode`.
 
@@ -129,10 +127,9 @@ class AnnotatedImages(Evaluator):
             predictor,
             annotated.paths,
             label=self.kind,
-            regions=regions,
-            boxes_of=boxes_of and (lambda i, size: boxes_of(annotated.records[i], size)),
-            predicted_boxes=predicted_boxes,
             batch_size=self.batch_size,
+            boxes_of=boxes_of and (lambda i, size: boxes_of(annotated.records[i], size)),
+            **embedded,
         )
         counts = {
             "kind": self.kind,

@@ -2,8 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax.core import progress as progress_lib
 from grain_jax.inference import inputs
-from grain_jax.inference.inputs import Normalized, OneOrMany, Tokens
+from grain_jax.inference.inputs import InputError, Normalized, OneOrMany, Tokens
 
+Item = TypeVar("Item")
 MAX_BATCH = 64  # images or texts per device and batch
 FEW = 8  # rows of the programs of small batches; images also go one by one
 _COMPILING = "usually under a minute, on few CPU cores a few; once for each kind of call"
@@ -104,3 +105,22 @@ def _sizes(count: int, kinds: Sequence[int]) -> list[int]:
 def _pad(x: np.ndarray, rows: int) -> np.ndarray:
     """`x` with copies of its last row, to that many rows."""
     return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
+
+
+def groups(items: Iterable[Item], size: int, counts: Callable[[Item], bool]) -> Iterator[list[Item]]:
+    """Items in groups with `size` of those that count; the last group may have fewer."""
+    group, number = [], 0
+    for item in items:
+        group.append(item)
+        number += counts(item)
+        if number == size:
+            yield group
+            group, number = [], 0
+    if group:
+        yield group
+
+
+def check_finite(*embeds: np.ndarray) -> None:
+    """Raises InputError where an embedding has numbers that are not finite."""
+    if not all(np.isfinite(values).all() for values in embeds):
+        raise InputError("the model's embeddings are not finite: the checkpoint cannot be used")

@@ -50,8 +50,9 @@ def write(folder: epath.PathLike, calibration: Calibration) -> None:
 
 def embed_texts(encode: Encode, texts: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """Embeddings of texts, float32 [N, D], unit length; with templates the texts are names of classes."""
-    lists = [prompts.class_texts(text, templates) if templates else [text] for text in texts]
-    return scores.class_features(prompts.encode_lists(encode, lists), unit_length=True)
+    if not templates:
+        return scores.unit(encode(list(texts)))
+    return prompts.embed_classes(encode, texts, templates, unit_length=True)
 
 
 def cosines(image_embeds: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:

@@ -15,8 +15,7 @@ from etils import epath
 from scipy import special
 
 from grain_jax.checkpoint import saved_model
-from grain_jax.inference import calibration, inputs, prompts, scores, segmentation
-from grain_jax.inference.batches import MAX_BATCH
+from grain_jax.inference import batches, calibration, inputs, prompts, scores, segmentation
 from grain_jax.inference.encoder import Boxes, Encoder
 from grain_jax.inference.inputs import (
     ClassTexts,
@@ -117,15 +116,13 @@ class Predictor(Encoder):
 
         With an alpha of 0 or 1 it leaves out what `classify` with that alpha does not read.
         """
-        pairs = inputs.class_pairs(classes)
-        texts = [prompts.class_texts(name, self.templates, described) for name, described in pairs]
-        descriptions = [list(described) for _, described in pairs if described is not None]
-        features, embeds = np.zeros((len(pairs), self.model.embed_dim), np.float32), None
+        names, described = zip(*inputs.class_pairs(classes))
+        features, embeds = np.zeros((len(names), self.model.embed_dim), np.float32), None
         if alpha > 0:
-            features = scores.class_features(prompts.encode_lists(self.encode_text, texts))
-        if descriptions and alpha < 1:
-            embeds = tuple(prompts.encode_lists(self.encode_text, descriptions))
-        return ClassFeatures(tuple(name for name, _ in pairs), features, embeds)
+            features = prompts.embed_classes(self.encode_text, names, self.templates, described)
+        if alpha < 1 and described[0] is not None:
+            embeds = tuple(prompts.encode_lists(self.encode_text, described))
+        return ClassFeatures(names, features, embeds)
 
     @one_or_many
     def classify(
@@ -216,7 +213,7 @@ class Predictor(Encoder):
         names = inputs.several_texts(texts)
         features, detections = self.encode_text(names), []
         numbered = enumerate(inputs.checked_images(images, self.model.image.image_size))
-        while batch := [inputs.as_uint8(*x) for x in itertools.islice(numbered, MAX_BATCH)]:
+        while batch := [inputs.as_uint8(*x) for x in itertools.islice(numbered, batches.MAX_BATCH)]:
             _, embeds, boxes_xyxy = self._encode(batch)
             for image, score, boxes in zip(batch, self.text_scores(embeds, features), boxes_xyxy):
                 region, label = scores.best_pairs(score, boxes, top_k, threshold)
@@ -289,24 +286,23 @@ class Predictor(Encoder):
           images: a batch.
           text_embeds: for each image the embeddings [n, D] of its texts.
         """
-        images = images if isinstance(images, Tokens) else self.encode_tokens(images)
-        patches = regions = [None] * len(text_embeds)
+        tokens, ways = images if isinstance(images, Tokens) else self.encode_tokens(images), []
         if self.has_patches:
-            patches = self.encode_patches(images)
+            pairs = zip(text_embeds, self.encode_patches(tokens), strict=True)
+            ways.append([np.einsum("nd,hwd->nhw", *pair) for pair in pairs])
         if self.has_regions or not self.has_patches:
-            regions = list(zip(*self.encode_regions(images)))
-        return [
-            scores.similarity_map(text, patch, region, self.grid)
-            for text, patch, region in zip(text_embeds, patches, regions, strict=True)
-        ]
+            regions = zip(text_embeds, *self.encode_regions(tokens), strict=True)
+            ways.append([scores.region_map(text @ x.T, boxes, self.grid) for text, boxes, x in regions])
+        return [np.mean(maps, axis=0, dtype=np.float32) for maps in zip(*ways)]
 
     @for_each_image
     def segment(
         self,
-        images: Images,
+        images: Images | Sequence[segmentation.Windows],
         classes: ClassTexts | segmentation.Classes,
         *,
         background: float | None = None,
+        skip: int | None = None,
         short_side: int = 0,
         stride: int = 0,
         **maps: Any,
@@ -314,10 +310,11 @@ class Predictor(Encoder):
         """For each image the position of each pixel's class, int32 [H, W]; for one image [H, W].
 
         Args:
-          images: see `Predictor`, of any size; or one.
+          images: see `Predictor`, of any size; or one; or what `segmentation.cut` made of each.
           classes: names, {name: [description, ...]} or the result of `segmentation_classes`. Commas divide
             names of one class: "sofa, couch".
           background: pixels whose best class has a smaller share of the softmax of scaled cosines are -1.
+          skip: the position of a class that no pixel gets, and that the softmax leaves out.
           short_side: pixels that the shorter side is resized to; 0: the model's image size.
           stride: pixels between windows of the model's size; 0: half of it.
           **maps: `by`, `patch_features`, `patch_weight` and `patch_sides`, as for `class_maps`.
@@ -326,19 +323,20 @@ class Predictor(Encoder):
         segmentation.check_stride(size, short_side, stride)
         if not isinstance(classes, segmentation.Classes):
             classes = self.segmentation_classes(classes)
-        labels = []
-        for i, image in enumerate(cast(Iterable[Any], images)):
-            windows = segmentation.windows_of(i, image, size, short_side, stride, len(classes.names))
-            maps_of_windows = self.class_maps(windows.pixels, classes, **maps)
-            labels.append(
-                segmentation.labels(maps_of_windows, windows, background=background, scale=self.logit_scale)
-            )
+        of_pixels: dict[str, Any] = dict(background=background, scale=self.logit_scale, skip=skip)
+        labels, options = [], (size, short_side, stride, len(classes.names))
+        windows = (segmentation.windows_of(*each, *options) for each in enumerate(cast(Iterable[Any], images)))
+        while group := list(itertools.islice(windows, segmentation.AT_ONCE)):
+            maps_of = lambda part: (self.class_maps(part, classes, **maps),)
+            (joined,) = scores.in_parts(maps_of, np.concatenate([each.pixels for each in group]))
+            batches.check_finite(joined)
+            parts = np.split(joined, np.cumsum([len(each.pixels) for each in group])[:-1])
+            labels += [segmentation.labels(*pair, **of_pixels) for pair in zip(parts, group)]
         return labels
 
     def segmentation_classes(self, classes: ClassTexts) -> segmentation.Classes:
         """Embeds classes for `segment`, once for any number of images."""
         names, described = zip(*inputs.class_pairs(classes))
-        described = [descriptions or () for descriptions in described] if any(described) else None
         return segmentation.embed_classes(self.encode_text, names, self.templates, described)
 
     def class_maps(

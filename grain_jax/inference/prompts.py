@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax.core import errors, regular_file
+from grain_jax.inference import scores
 
 DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 
@@ -102,3 +103,19 @@ def encode_lists(
     texts, position = distinct([text for each in lists for text in each])
     ends = np.cumsum([len(each) for each in lists])
     return np.split(encode(texts)[position], ends[:-1])
+
+
+def embed_classes(
+    encode: Callable[[list[str]], np.ndarray],
+    names: Sequence[str],
+    templates: Sequence[str],
+    descriptions: Sequence[Sequence[str] | None] | None = None,
+    unit_length: bool = False,
+) -> np.ndarray:
+    """Classes as `class_texts` -> `scores.class_features`, float32 [C, D].
+
+    `descriptions` has those of each class; one without any is described by its name.
+    """
+    described = descriptions or [None] * len(names)
+    texts = [class_texts(name, templates, its_own or None) for name, its_own in zip(names, described)]
+    return scores.class_features(encode_lists(encode, texts), unit_length)

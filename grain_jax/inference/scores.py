@@ -142,32 +142,6 @@ def region_map(cosines: Any, boxes_xyxy: Any, grid: int, xp: Any = np) -> Any:
     return (lowest[..., None] + above).astype(np.float32)
 
 
-def similarity_map(
-    text_embed: np.ndarray,
-    patch_embed: np.ndarray | None,
-    regions: tuple[np.ndarray, np.ndarray] | None,
-    grid: int,
-) -> np.ndarray:
-    """Where texts lie: cosines of the patches, of the regions (`region_map`), or the mean of the two.
-
-    Args:
-      text_embed: [N, D].
-      patch_embed: [grid, grid, D]; None: only the regions are asked.
-      regions: boxes_xyxy [Q, 4] in [0, 1] and embeddings [Q, D]; None: only the patches are asked.
-      grid: as of `region_map`.
-
-    Returns:
-      float32 [N, grid, grid].
-    """
-    maps = []
-    if patch_embed is not None:
-        maps.append(np.einsum("nd,hwd->nhw", text_embed, patch_embed))
-    if regions is not None:
-        boxes_xyxy, embed = regions
-        maps.append(region_map(text_embed @ embed.T, boxes_xyxy, grid))
-    return np.asarray(np.mean(maps, axis=0), np.float32)
-
-
 def bilinear(size: int, cells: int) -> np.ndarray:
     """The bilinear weights of `cells` at `size` pixels, [size, cells], centres on centres, the edge held."""
     positions = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)

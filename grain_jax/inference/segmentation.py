@@ -22,6 +22,7 @@ from grain_jax.inference import inputs, prompts, scores
 from grain_jax.inference.inputs import InputError
 
 BACKGROUND = -1  # the label of pixels below the threshold
+AT_ONCE = 16  # images whose windows are in memory
 MAX_CANVAS = 1 << 22  # pixels of a resized image
 MAX_NUMBERS = 1 << 29  # float32 numbers, one for each class, of these pixels: 2 GiB
 # Numbers of the maps that are as large as the image at one time: what a cache holds.
@@ -52,25 +53,16 @@ def embed_classes(
     encode: Callable[[list[str]], np.ndarray],
     names: Sequence[str],
     templates: Sequence[str],
-    descriptions: Sequence[Sequence[str]] | None = None,
+    descriptions: Sequence[Sequence[str] | None] | None = None,
     unit_length: bool = True,
 ) -> Classes:
-    """Embeds the names of classes in prompts; each alternative has its own embedding.
-
-    Args:
-      encode: texts -> [N, D].
-      names: the classes; commas divide alternatives.
-      templates: prompts with `{}`.
-      descriptions: for each class; a class with none is described by its names alone. None: no descriptions.
-      unit_length: see `scores.class_features`.
-    """
-    texts, first = [], []
-    for name, described in zip(names, descriptions or [()] * len(names), strict=True):
-        first.append(len(texts))
-        for alternative in alternatives(name) or [name]:
-            texts.append(prompts.class_texts(alternative, templates, described or None))
-    features = scores.class_features(prompts.encode_lists(encode, texts), unit_length)
-    return Classes(tuple(names), features, np.array(first))
+    """`prompts.embed_classes`, where commas in a name divide alternatives, each with its own embedding."""
+    parts = [alternatives(name) or [name] for name in names]
+    counts = list(map(len, parts))
+    described = np.repeat(np.arange(len(names)), counts)
+    of_parts = [descriptions[i] for i in described] if descriptions else None
+    features = prompts.embed_classes(encode, sum(parts, []), templates, of_parts, unit_length)
+    return Classes(tuple(names), features, np.cumsum([0, *counts[:-1]]))
 
 
 class Windows(NamedTuple):
@@ -116,7 +108,9 @@ def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0,
 
 
 def windows_of(index: int, image: Any, *options: int) -> Windows:
-    """`cut` of an image, as `Predictor` takes them. Raises InputError, which names the image by `index`."""
+    """`cut` of an image, if it is not yet. Raises InputError, which names the image by `index`."""
+    if isinstance(image, Windows):
+        return image
     pixels = inputs.as_uint8(index, image)
     try:
         return cut(PIL.Image.fromarray(pixels), *options)
@@ -146,10 +140,8 @@ def labels(
       scale: of the cosines in that softmax.
       skip: a class that no pixel gets, and that the softmax leaves out.
     """
-    canvas = _overlapped(maps, windows)
-    out = np.empty(windows.size[::-1], np.int32)
-    first = 0
-    for band in _resized(canvas, *windows.size):
+    parts = []
+    for band in _resized(_overlapped(maps, windows), *windows.size):
         if skip is not None:
             band[:, :, skip] = -np.inf
         best = band.argmax(axis=2).astype(np.int32)
@@ -157,9 +149,8 @@ def labels(
             top = band.max(axis=2, keepdims=True)
             share = 1 / np.exp(np.float32(scale) * (band - top)).sum(axis=2)
             best[share < background] = BACKGROUND
-        out[first : first + len(best)] = best
-        first += len(best)
-    return out
+        parts.append(best)
+    return np.concatenate(parts)
 
 
 def _overlapped(maps: np.ndarray, windows: Windows) -> np.ndarray:
