@@ -1,12 +1,13 @@
-"""Classification of given boxes (COCO, LVIS) by the box head, and by the region that overlaps the box most.
+"""Texts of given boxes: their classes (COCO, LVIS), and their descriptions among hard negatives (FG-OVD).
 
-The descriptions in the annotations are class names. For comparison, each box is also classified by the
-embedding of the whole image, which shows what regions and boxes add.
+A box has up to three embeddings: of the box head, of the region that overlaps it most, and of the whole
+image, which shows what regions and boxes add.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, fau
 with epy.lazy_imports():
     import numpy as np
 
+    from grain_jax.core import annotations as annotations_lib
     from grain_jax.core import boxes
     from grain_jax.evaluate import class_names, encode, grounding, rates
     from grain_jax.inference import prompts, scores
@@ -77,8 +79,8 @@ class Boxes(AnnotatedRegions):
                 " image, expected descriptions that are class names"
             )
         target = target[use]
-        texts = [prompts.class_texts(name, templates) for name in names]
-        features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
+        encode_all = functools.partial(encode.encode_distinct, predictor)
+        features = prompts.embed_classes(encode_all, names, templates)  # [C, D]
         hits = {
             way: rates.nearest_hits(scores.unit(embed[use]), features, target)
             for way, embed in seen.embeds.items()
@@ -124,6 +126,75 @@ def _classes(texts: Sequence[str], lines: Sequence[class_names.Line]) -> np.ndar
             if getattr(line, column) is not None:
                 position.setdefault(normal(getattr(line, column)), i)
     return np.array([position.get(normal(text), -1) for text in texts], int)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HardNegatives(AnnotatedImages):
+    """The right description of given boxes among hard negatives.
+
+    The protocol is FG-OVD's (Bianchi et al., CVPR 2024, "The Devil is in the Fine-Grained Details"). Each box
+    is compared with its description and its first N negatives. The rank of the description is 1 + the number
+    of negatives whose score is at least its own (but for `rates.TIE`), as in lorebianchi98/FG-OVD,
+    evaluation/ranks.py. There detectors find the boxes, and a missed box has the last rank.
+    """
+
+    left_out = "without_negatives"
+    none_usable = (
+        "no region has {negatives} negatives or more; expected regions with `negatives`, which grain-jax"
+        " annotate --passes negatives makes; or ask for fewer"
+    )
+    lower_is_better = ("mean_rank", "median_rank")
+    kind: str = "hard_negatives"
+    negatives: int = option(
+        10, "Negatives per box, 10 as in FG-OVD; boxes with fewer are left out.", "N", low=1
+    )
+
+    def usable(self, record: annotations_lib.Annotation) -> bool:
+        return any(len(region.negatives) >= self.negatives for region in record.regions)
+
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
+        """Compares every annotated box with its description and its negatives.
+
+        Returns: counts; `chance`, `chance_mean_rank`; and by the embeddings `box_head`, `region` and `image`,
+          as in `box_classes`: `top1`, the share of boxes whose description is the best of the N + 1 texts,
+          with a 95% interval; `mean_rank` and `median_rank`. Rank 1 is best; ties count as lost.
+        """
+        seen = encode_boxes(self, predictor)
+        described = seen.described
+        regions = (
+            seen.records[image].regions[region] for image, region in zip(described.image, described.region)
+        )
+        count = self.negatives
+        texts = [(x.description, *x.negatives[:count]) if len(x.negatives) >= count else () for x in regions]
+        use = np.array([bool(each) for each in texts], bool)
+        if not use.any():
+            raise errors.UserError(
+                f"{self.annotations}: no box with {count} negatives or more lies in its image"
+            )
+        distinct, text = prompts.distinct([text for each in texts for text in each])
+        text_embed = scores.unit(encode.encode_distinct(predictor, distinct))  # [T, D]
+        of_boxes = text_embed, text.reshape(-1, 1 + count)
+        return {
+            **seen.counts,
+            "boxes": int(use.sum()),
+            "boxes_outside": described.outside,
+            "boxes_with_fewer_negatives": int((~use).sum()),
+            "negatives": count,
+            "chance": 1 / (1 + count),
+            "chance_mean_rank": 1 + count / 2,
+            **{way: _ranks(scores.unit(embed[use]), *of_boxes) for way, embed in seen.embeds.items()},
+        }
+
+
+def _ranks(boxes: np.ndarray, text_embed: np.ndarray, text: np.ndarray) -> dict[str, float]:
+    """The numbers of boxes [n, D] with texts `text` [n, 1 + N], the description first; text_embed [T, D]."""
+    cosines = np.stack([text_embed[of_box] @ box for of_box, box in zip(text, boxes)])
+    rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
+    return {
+        **rates.rate("top1", rates.topk_hits(cosines, np.zeros(len(cosines), int), 1)),
+        "mean_rank": float(rank.mean()),
+        "median_rank": float(np.median(rank)),
+    }
 
 
 class Nearest(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -149,8 +150,8 @@ class Detection(Evaluator):
             predictor.need_regions("detection without --proposals")
         # "Cabinet/shelf" is either; a prompt would read it as a class and its parent.
         names = [x.name.replace("/", " or ") for x in dataset.categories]
-        texts = [prompts.class_texts(name, templates) for name in names]
-        features = scores.class_features(encode.encode_texts(predictor, texts))  # [K, D]
+        encode_all = functools.partial(encode.encode_distinct, predictor)
+        features = prompts.embed_classes(encode_all, names, templates)  # [K, D]
         arrays, unreadable = encode.over_images(
             dataset.paths,
             encode.resizing(predictor),

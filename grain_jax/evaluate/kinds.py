@@ -22,7 +22,7 @@ KINDS = {
     "retrieval": "grain_jax.evaluate.retrieval:Retrieval",
     "grounding": "grain_jax.evaluate.grounding:Grounding",
     "boxes": "grain_jax.evaluate.box_classes:Boxes",
-    "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
+    "hard_negatives": "grain_jax.evaluate.box_classes:HardNegatives",
     "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
     "detection": "grain_jax.evaluate.detection:Detection",
     "calibrate": "grain_jax.evaluate.calibrate:Calibrate",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -163,11 +164,8 @@ class ZeroShot(WithPrompts, LabelledImages):
             if not self.names:
                 return scores.class_features(embeds, self.unit_features)
             templates = prompts.load_templates(self.templates)
-            texts = [
-                prompts.class_texts(name, templates, described[i] or None if described else None)
-                for i, name in enumerate(classes)
-            ]
-            return scores.class_features(encode.encode_texts(predictor, texts), self.unit_features)
+            encode_all = functools.partial(encode.encode_distinct, predictor)
+            return prompts.embed_classes(encode_all, classes, templates, described, self.unit_features)
 
         ways = dict.fromkeys((f"alpha_{alpha}" for alpha in alphas), features(described))
         if described is not None and self.names:
