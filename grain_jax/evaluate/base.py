@@ -63,20 +63,15 @@ class Evaluator(abc.ABC):
         """Finds whatever would end the evaluation: options, files, and what `model`, a config.Model, lacks.
 
         Returns: how many images there are.
-
-        Raises:
-          errors.UserError: one line a fault; errors.MissingData where `missing="skip"` may skip the entry.
+        Raises: errors.UserError, one line a fault; errors.MissingData where `missing="skip"` may skip the entry.
         """
 
     @abc.abstractmethod
     def evaluate(self, predictor: Any) -> dict[str, Any]:
-        """Measures a model, an `inference.Predictor`.
+        """Measures a model, an `inference.Predictor`. Raises errors.UserError, one line a fault.
 
         Returns: JSON-ready, the same on every process. Its numbers, also of nested dicts, become metrics; a
           number beside `KEY_low` and `KEY_high` is shown with that interval.
-
-        Raises:
-          errors.UserError: one line a fault.
         """
 
     def finish(self, predictor: Any, result: dict[str, Any]) -> str:

@@ -58,10 +58,8 @@ def from_entry(entry: Any, path: str = "evaluator") -> Evaluator:
     entry = entry.to_dict() if hasattr(entry, "to_dict") else entry
     kind = entry.get("kind") if isinstance(entry, Mapping) else None
     if not isinstance(kind, str):
-        known = ", ".join(KINDS)
-        raise config_lib.ConfigError(
-            f"{path}: got {kind or entry!r}, expected a group with kind: one of {known}, or module:Class"
-        )
+        expected = f"a group with kind: one of {', '.join(KINDS)}, or module:Class"
+        raise config_lib.ConfigError(f"{path}: got {kind or entry!r}, expected {expected}")
     try:
         cls = find(kind)
     except errors.UserError as error:
@@ -70,22 +68,14 @@ def from_entry(entry: Any, path: str = "evaluator") -> Evaluator:
 
 
 def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
-    """The evaluators of `evals`, by name.
+    """The evaluators of `evals`, by name; their modules are imported.
 
-    Args:
-      entries: `evals` of a config that the user passed to a command: their modules are imported.
-      model: the model that they will measure, if it is known.
-
-    Raises:
-      ConfigError: an entry is wrong, or needs what the model lacks; a line for each fault.
+    `model` is the one that they will measure, if it is known. Raises ConfigError with a line for each fault: an
+    entry is wrong, or needs what the model lacks.
     """
-    evaluators, faults, has = {}, [], set()
+    evaluators, faults, has = {}, [], []
     if model is not None:
-        has = {
-            name
-            for name, there in (("decoder", model.decoder), ("boxes", model.boxes.kind != "none"))
-            if there
-        }
+        has = ["decoder"] * bool(model.decoder) + ["boxes"] * (model.boxes.kind != "none")
     for name, entry in entries.items():
         path = f"evals.{name}"
         try:
@@ -95,7 +85,7 @@ def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = No
             faults += str(error).splitlines()
             continue
         needs = evaluators[name].needs
-        if model is not None and needs and not has.intersection(needs):
+        if model is not None and needs and not set(has).intersection(needs):
             faults.append(
                 f"{path}.kind: got {evaluators[name].kind}, which needs regions, but model.decoder is None;"
                 " take out the entry, or set alphas=(1.0,) in one of kind=zeroshot"
@@ -117,8 +107,7 @@ def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:
       images: class folders, or the folder that the paths of the annotations start from.
       **options: the other options of that class; None leaves the default.
 
-    Raises:
-      errors.UserError: there is no such kind.
+    Raises errors.UserError if there is no such kind.
     """
     from grain_jax.config import recipe  # ml_collections, which only config files need
 

@@ -38,13 +38,11 @@ def run(
 ) -> int:
     """Runs the entries of a suite, or those of `only`, and writes `output`. Every process has to call it.
 
-    The JSON's format is in docs/evaluate.md. Results of the same checkpoint that the file holds stay, and
-    without `again` are not measured again. `checkpoint` is its name there, and `load` returns its predictor.
+    Results of the same checkpoint that the file holds stay, and without `again` are not measured again.
+    `checkpoint` is its name there, and `load` returns its predictor.
 
     Returns: the exit status: FAILED if an entry failed, NOTHING if no entry could run, else 0.
-
-    Raises:
-      InputError: `only` has an unknown name, or `output` holds something else, or another checkpoint's.
+    Raises: InputError if `only` has an unknown name, or `output` holds something else, or another checkpoint's.
     """
     for name in only or ():
         if name not in suite:
@@ -59,10 +57,9 @@ def run(
         return FAILED if results["failed"] else NOTHING
 
     predictor = processes.run_together(load)
-    folder = str(predictor.folder or checkpoint)
-    about = {"checkpoint": checkpoint, "folder": folder, "digest": predictor.digests}
-    about["processes"] = processes.process_info()[1]
-    results = about | results
+    number_of_processes = processes.process_info()[1]
+    about = {"checkpoint": checkpoint, "folder": str(predictor.folder or checkpoint)}
+    results = about | {"digest": predictor.digests, "processes": number_of_processes} | results
     if before and before.get("digest") == results["digest"]:
         results["ran"] = {
             name: result
@@ -84,7 +81,7 @@ def run(
             sized = dataclasses.replace(entry, batch_size=batch_size or entry.batch_size)
             result = sized.evaluate(predictor)
         except Exception as error:
-            if not isinstance(error, errors.UserError) and processes.process_info()[1] > 1:
+            if not isinstance(error, errors.UserError) and number_of_processes > 1:
                 raise  # another process may wait for this one in a collective operation
             _failed(name, error, results)
         else:
@@ -102,10 +99,8 @@ def run(
 def present(entries: Mapping[str, Evaluator], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
     """The entries whose data is there, checked; the same on every process. A skipped one is a line on stderr.
 
-    `model` is the one that they will measure, if it is known.
-
-    Raises:
-      errors.UserError: an entry cannot be used, or its data is missing and may not be; each line names it.
+    `model` is the one that they will measure, if it is known. Raises errors.UserError, whose lines name the
+    entry, if one cannot be used, or its data is missing and may not be.
     """
     ready = {}
     for name, entry in entries.items():

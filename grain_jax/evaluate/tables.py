@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 from grain_jax.core import printable
 from grain_jax.evaluate import kinds
 
-# A number per class: too many for a table.
-_OF_CLASSES = ("per_class", "images_per_class", "thresholds")
+_OF_CLASSES = ("per_class", "images_per_class", "thresholds")  # too many for a table
 _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; the rest is cut off
 HEADER = ("measured", "value", _INTERVAL, "chance", "images")
@@ -39,11 +38,7 @@ def by_evaluation(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def describe(results: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
-    """The table of several results.
-
-    Args:
-      results: name -> the kind of its evaluator, and its numbers by `scalars`, {"alpha_0.5/top1": 0.78}.
-    """
+    """The table of results: name -> the kind of its evaluator, and its numbers by `scalars`."""
     rows = [
         (f"{name}: {row.key}", *row[1:])
         for name, (kind, numbers) in results.items()
@@ -92,11 +87,7 @@ def _ways(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def averages(ran: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean rates of the zero-shot sets that ran; a way to classify is averaged over the sets that have it.
-
-    Returns: `names` and, for each alpha, `described alpha_A`, each with `sets`, `top1`, `top5` and
-      `mean_per_class`.
-    """
+    """Mean `top1`, `top5` and `mean_per_class` of each of `_ways`, over the `sets` that ran and have it."""
     of_way: dict[str, list[Mapping[str, float]]] = {}
     for result in ran.values():
         for way, rates in _ways(result).items() if result["kind"] == "zeroshot" else ():
