@@ -19,8 +19,7 @@ from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import processes
 
 BATCH_SIZE = 64
-# Advice of the error message when memory runs out.
-SMALLER = (
+SMALLER = (  # advice when memory runs out
     "run grain_jax.evaluate on a checkpoint, where no optimiser state is in memory, with a smaller"
     f" --batch-size; or {errors.MORE_MEMORY}"
 )
@@ -80,10 +79,8 @@ def over_images(
 
     Returns: the arrays of all batches, in the order of the images, the same on every process; and name ->
       reason for each image that was left out.
-
-    Raises:
-      InputError: no image could be read, or the files of a test set are damaged.
-      processes.Failed: another process failed.
+    Raises: InputError if no image could be read, or the files of a test set are damaged; processes.Failed if
+      another process failed.
     """
     mine = processes.share(len(images))
     if isinstance(images, Sequence):
@@ -94,7 +91,7 @@ def over_images(
     silent, times = processes.process_info()[0] > 0, len(images) / max(len(mine), 1)
     counter = progress.Counter(label, len(images), "images", silent=silent, times=times)
     unreadable: dict[str, str] = {}
-    parts, count, failure = [], 0, None
+    parts, failure = [], None
 
     def read(numbered: tuple[int, test_sets.Image]) -> _Read:
         position, image = numbered
@@ -117,27 +114,26 @@ def over_images(
                         [each.pixels for each in good],
                     )
                     parts.append(function(batch))
-                    count += len(good)
                 counter.add(len(group))
             counter.close()
     # Every process has to learn of it before it waits for the results of this one.
     except Exception as error:
         failure = error
-    counts, unread, lengths = zip(*processes.agree(failure, (count, unreadable, len(images))))
+    batched, unread, lengths = zip(*processes.agree(failure, (len(parts), unreadable, len(images))))
     if len(set(lengths)) > 1:
+        found = ", ".join(map(str, lengths))
         raise InputError(
-            f"{label}: the processes found {', '.join(map(str, lengths))} images, expected the same"
-            " files on all machines"
+            f"{label}: the processes found {found} images, expected the same files on all machines"
         )
     unreadable = {name: reason for part in unread for name, reason in part.items()}
-    if not sum(counts):
+    if not any(batched):
         first = next(iter(unreadable.values()), "there are none")
         raise InputError(f"none of {len(images)} images can be read; the first: {first}")
     return processes.allgather(parts), unreadable
 
 
 def resizing(predictor: inference.Predictor) -> Callable[[int, PIL.Image.Image], np.ndarray]:
-    """The `prepare` of a model: its squares. The threads share that work, and a batch needs little memory."""
+    """The `prepare` of a model: its squares, so that a batch needs little memory."""
     size = predictor.model.image.image_size
     return lambda _, image: image_files.resize(image, size)
 
@@ -163,14 +159,14 @@ def embed(
         image_embed, (boxes_xyxy, region_embed) = predictor.encode_image_and_regions(batch.pixels)
     else:
         image_embed = np.asarray(predictor.encode_image(batch.pixels))
-        boxes_xyxy = np.zeros((len(image_embed), 0, 4), np.float32)
-        region_embed = np.zeros((len(image_embed), 0, image_embed.shape[1]), np.float32)
-    box_embed = np.zeros((0, image_embed.shape[1]), np.float32)
+        widths = 4, image_embed.shape[1]
+        boxes_xyxy, region_embed = (np.zeros((len(image_embed), 0, n), np.float32) for n in widths)
+    boxes = boxes_xyxy if predicted_boxes else None
     if boxes_of is not None:
         boxes = [boxes_of(*pair) for pair in zip(batch.index.tolist(), batch.sizes.tolist())]
+    box_embed = np.zeros((0, image_embed.shape[1]), np.float32)
+    if boxes is not None:
         box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes))
-    elif predicted_boxes:
-        box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes_xyxy))
     arrays = dict(image_embed=image_embed, boxes_xyxy=boxes_xyxy, embed=region_embed, box_embed=box_embed)
     batches.check_finite(*arrays.values())
     return arrays | dict(index=batch.index, sizes=batch.sizes, labels=batch.labels)

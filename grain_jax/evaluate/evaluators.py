@@ -1,8 +1,7 @@
 """What evaluators of one kind of data share: images with classes, and images with annotations.
 
 A config imports the module of each of its evaluators, so these load JAX, numpy and TensorFlow when they
-measure. docs/evaluate.md describes the protocols and the results. In docstrings N_low and N_high stand for
-the 95% interval of a number N.
+measure. docs/evaluate.md describes the protocols and the results.
 """
 
 from __future__ import annotations
@@ -63,15 +62,15 @@ class LabelledImages(Evaluator):
 class Annotated(NamedTuple):
     """The annotations of a file, and the ones that an evaluation can use."""
 
-    read: Any  # core.annotations.Annotations
-    records: list[Any]  # core.annotations.Annotation
+    read: annotations_lib.Annotations
+    records: list[annotations_lib.Annotation]
     paths: list[epath.Path]  # of the images of `records`
 
 
 class Gathered(NamedTuple):
     """The images of an evaluation."""
 
-    records: list[Any]  # core.annotations.Annotation, of the readable images
+    records: list[annotations_lib.Annotation]  # of the readable images
     seen: encode.Encoded
     counts: dict[str, Any]  # for the result
 
@@ -94,11 +93,7 @@ class AnnotatedImages(Evaluator):
         return record.regions
 
     def read(self) -> Annotated:
-        """The usable annotations.
-
-        Raises:
-          errors.UserError: no such folder, the file cannot be used, or none is usable.
-        """
+        """The usable annotations. Raises errors.UserError: no such folder, or the file has none of use."""
         if self.annotations is None:
             raise errors.UserError(f"annotations: got nothing, expected a file (A.jsonl) for {self.kind}")
         folder, path = epath.Path(expanduser(self.images)), expanduser(self.annotations)
@@ -186,17 +181,15 @@ class WithPrompts(Evaluator):
         return f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
 
 
-def _report_left_out(path: str, read: Any) -> None:
-    """Prints on stderr, on the first process, the faulty lines and unknown keys of a file of annotations."""
-    if processes.process_info()[0]:
-        return
+def _report_left_out(path: str, read: annotations_lib.Annotations) -> None:
+    """Prints the faulty lines and unknown keys of a file of annotations on stderr."""
     lines = list(read.faults)
     if read.faults:  # too many of them are an AnnotationError
         lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
     if read.unknown_keys:
         named = (f"{printable.plain(name, 60)} ({n})" for name, n in read.unknown_keys.items())
         lines.append(f"{path}: unknown keys kept out: {', '.join(named)}")
-    for line in lines:
+    for line in () if processes.process_info()[0] else lines:
         print(printable.plain(line), file=sys.stderr)
 
 

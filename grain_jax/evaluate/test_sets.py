@@ -28,7 +28,7 @@ class Image(NamedTuple):
 
     name: str
     load: Callable[[], PIL.Image.Image]  # raises core.images.ImageError
-    label: int  # position in the classes of the set; -1: no label
+    label: int  # position in the classes of the set; -1: it is in none
 
 
 class TestSet(Protocol):
@@ -45,17 +45,15 @@ class TestSet(Protocol):
 
 
 class ClassFolders:
-    """A folder with one sub-folder per class; hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
+    """A TestSet with one sub-folder per class; hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
 
     Args:
-      folder: holds the class folders, each named after its class (`_` = space).
+      folder: holds the class folders, each named after its class (`_` = space), in whose order the classes are.
       classes: class file with the folder names as labels (see class_names); None: the folders' names.
       get: how to get the data, for errors.MissingData.
 
     Attributes:
-      classes, stems: as in TestSet, in the order of the folders' names.
-      paths: the images.
-      labels: their classes, int [N].
+      paths, labels: the images, and their classes, int [N].
 
     Raises:
       errors.MissingData: no such folder.
@@ -76,7 +74,7 @@ class ClassFolders:
         folders.sort(key=lambda path: class_names.composed(path.name))
         names = [path.name for path in folders]
         self.classes = [of_folder(name) for name in names]
-        images = [sorted(filter(_is_image, class_folder.iterdir())) for class_folder in folders]
+        images = [sorted(filter(_is_image, path.iterdir())) for path in folders]
         faults = []
         if len(names) < 2:
             faults.append(f"got {len(names)} sub-folders, expected at least 2, one per class")
@@ -101,9 +99,7 @@ class ClassFolders:
 
 
 class TfdsSet:
-    """A split of a dataset that TensorFlow Datasets has prepared (TFRecord or ArrayRecord files).
-
-    It needs the prepared files, but not the TFDS code that prepares them. Images are read as they are stored.
+    """A split of a dataset that TensorFlow Datasets has prepared; the TFDS code of the dataset is not needed.
 
     Args:
       name: "food101", "sun397/tfds" (with a config) or "food101:2.0.0"; the newest version if none is given.
@@ -152,6 +148,8 @@ class TfdsSet:
             for position, example in zip(positions, self._examples(rows), strict=True):
                 name = f"{self._name} {self._split} {self._range[position]}"
                 load = functools.partial(image_files.decode_image, example["image"], name, "file")
+                if example["label"] < 0:
+                    raise ValueError(f"{name} has no label, expected another split")
                 yield Image(name, load, int(example["label"]))
         # A damaged or missing file; the errors of TensorFlow have no common class.
         except Exception as error:
@@ -184,10 +182,7 @@ def _is_image(path: epath.Path) -> bool:
 
 
 def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:
-    """The folder of a prepared TFDS set: of the version that `name` gives, or the newest.
-
-    Raises errors.MissingData if there is none; the message has the command that gets it.
-    """
+    """The folder of a prepared TFDS set: of the version that `name` gives, or the newest; or MissingData."""
     base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     base = base.expanduser()
     path, _, version = name.partition(":")

@@ -29,16 +29,13 @@ with epy.lazy_imports():
     from grain_jax.evaluate import class_names, encode, rates, test_sets
     from grain_jax.inference import prompts, scores
 
-BY_NAME = "by_name"  # key of the results by names alone, if there are descriptions too
-
 
 def _parse_alphas(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(
-            f"got {text!r}, expected a number from 0 to 1, or several with commas between"
-        ) from None
+        expected = "a number from 0 to 1, or several with commas between"
+        raise ValueError(f"got {text!r}, expected {expected}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,26 +74,19 @@ class ZeroShot(WithPrompts, LabelledImages):
                 raise errors.UserError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if self.described_by is not None:
             return alphas
+        needing = "" if self.names else "a test without class names"
         if self.descriptions is None and self.alphas != ZeroShot.alphas and min(alphas) < 1:
-            raise self.needs_descriptions(f"alpha {min(alphas):g}")  # the user asked for it
-        if not self.names:
-            raise self.needs_descriptions("a test without class names")
+            needing = f"alpha {min(alphas):g}"  # the user asked for it
+        if needing:
+            raise errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {needing}")
         return [1.0]
-
-    def needs_descriptions(self, purpose: str) -> errors.UserError:
-        """The error if there are no descriptions."""
-        return errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {purpose}")
 
     def check(self, model: Any = None) -> int:
         if self.note and not self.names:
             raise errors.MissingData(self.note.rpartition(";")[0])
         test_set = self.open()
-        faults = faults_of(
-            lambda: self.described(test_set),
-            self.checked_alphas,
-            lambda: self.names and prompts.load_templates(self.templates),
-        )
-        config.raise_faults(faults)
+        templates = lambda: self.names and prompts.load_templates(self.templates)
+        config.raise_faults(faults_of(lambda: self.described(test_set), self.checked_alphas, templates))
         return len(test_set)
 
     def described(self, test_set: test_sets.TestSet) -> list[list[str]] | None:
@@ -118,17 +108,14 @@ class ZeroShot(WithPrompts, LabelledImages):
         def answers(batch: encode.Batch) -> dict[str, np.ndarray]:
             part = {"target": batch.labels}
             arrays = encode.embed(predictor, batch, regions=scorer.with_regions)
-            right = np.maximum(batch.labels, 0)  # no label: `evaluate` raises UserError below
             for way, cosines in scorer.of_images(arrays["image_embed"], arrays["embed"]).items():
-                part |= {f"{way} top{k}": rates.topk_hits(cosines, right, k) for k in (1, 5)}
+                part |= {f"{way} top{k}": rates.topk_hits(cosines, batch.labels, k) for k in (1, 5)}
             return part
 
         arrays, unreadable = encode.over_images(
             test_set, encode.resizing(predictor), answers, label="zero-shot", batch_size=self.batch_size
         )
         classes, target = list(test_set.classes), arrays["target"]
-        if target.min() < 0:
-            raise errors.UserError("the test set has images without a label, expected another split")
         result = {
             "kind": "zeroshot",
             **rates.counts_of_classes(target, classes),
@@ -171,7 +158,7 @@ class ZeroShot(WithPrompts, LabelledImages):
         if described is not None and self.names:
             of_names = features(None)
             for alpha in dict.fromkeys([1.0, *alphas]):
-                ways[f"{BY_NAME}/alpha_{alpha}"] = of_names
+                ways[f"by_name/alpha_{alpha}"] = of_names
         by = predictor.class_score if self.class_score == "model" else self.class_score
         return Scorer(ways, embeds, min(alphas) < 1, sum(map(len, described or ())), by)
 
@@ -187,16 +174,13 @@ class Scorer(NamedTuple):
 
     def of_images(self, image_embed: np.ndarray, region_embed: np.ndarray) -> dict[str, np.ndarray]:
         """Embeddings [B, D] and [B, Q, D] -> for each way the scores [B, C]."""
-        regions = None
+        regions, out = None, {}
         if self.with_regions:
-            embeds = self.description_embeds
-            regions = scores.region_scores(region_embed, embeds, self.class_score)
-        return {
-            way: scores.combine(
-                scores.global_scores(image_embed, features), regions, float(way.rpartition("_")[2])
-            )
-            for way, features in self.features.items()
-        }
+            regions = scores.region_scores(region_embed, self.description_embeds, self.class_score)
+        for way, features in self.features.items():
+            alpha = float(way.rpartition("_")[2])
+            out[way] = scores.combine(scores.global_scores(image_embed, features), regions, alpha)
+        return out
 
 
 def read_descriptions(
@@ -204,16 +188,12 @@ def read_descriptions(
 ) -> list[list[str]]:
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
-    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name,
-    then by the letters and digits of its stem. "Black-footed albatross" matches "black_footed Albatross". If
-    two classes have the same name, the stem comes first. Published files have empty lists for a few classes,
-    which are then described by their name alone.
+    A class is found by its name (`_` = space), then by the letters and digits of the name, then by those of
+    its stem (see `test_sets.TestSet`), which comes first if two classes have the same name. The last of two
+    equal names of the file counts. Published files have empty lists for a few classes, which `names` allows:
+    they are described by their name alone.
 
-    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`);
-    with `names`, a list may be empty.
-
-    Raises:
-      errors.UserError: no such file, another format, or classes that have no description.
+    Raises errors.UserError: no such file, another format, or classes that have no description.
     """
     path = epath.Path(path).expanduser()
     expected = 'descriptions of the classes, {"class name": ["description", ...]}'
