@@ -63,7 +63,7 @@ class Evaluator(abc.ABC):
         """Finds whatever would end the evaluation: options, files, and what `model`, a config.Model, lacks.
 
         Returns: how many images there are.
-        Raises: errors.UserError, one line a fault; errors.MissingData where `missing="skip"` may skip the entry.
+        Raises: errors.UserError, one line a fault; errors.MissingData where `missing="skip"` may skip it.
         """
 
     @abc.abstractmethod

@@ -54,16 +54,12 @@ class Boxes(AnnotatedRegions):
         return super().check(model)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
-        """Classifies every box by the box head and by the query that overlaps it most, as the model has them.
+        """Classifies every box whose description is the label or the name of a class.
 
-        A description stands for the class with that label or name; boxes with other descriptions are left out
-        and counted.
-
-        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by three embeddings:
-          `box_head` (of the box), `region` (of the query that overlaps the box most) and `image`. `groups`
-          has the same for each group of the class file. Region queries add three results. `best_iou` is the
-          mean IoU of the box and that query's box, `found` the share of boxes with an IoU of at least
-          boxes.FOUND_IOU. `found_boxes` has the rates for these boxes.
+        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by `box_head`, `region`
+          and `image`, as the model has them. `groups` has the same for each group of the class file. Region
+          queries add `best_iou`, the mean IoU of the box and the box of the query that overlaps it most;
+          `found`, the share with an IoU of at least boxes.FOUND_IOU; and `found_boxes`, the rates for these.
         """
         templates = prompts.load_templates(self.templates)
         lines = None if self.classes is None else class_names.read(self.classes)
@@ -87,11 +83,8 @@ class Boxes(AnnotatedRegions):
         }
 
         def accuracies(which: np.ndarray) -> dict[str, Any]:
-            of_ways = {
-                way: rates.of_classes(top1[which], top5[which], target[which], names)
-                for way, (top1, top5) in hits.items()
-            }
-            return {"boxes": int(which.sum()), **of_ways}
+            of_classes = lambda top1, top5: rates.of_classes(top1[which], top5[which], target[which], names)
+            return {"boxes": int(which.sum()), **{way: of_classes(*each) for way, each in hits.items()}}
 
         of_queries: dict[str, Any] = {}
         if seen.nearest is not None:
@@ -123,8 +116,7 @@ def _classes(texts: Sequence[str], lines: Sequence[class_names.Line]) -> np.ndar
     position: dict[str, int] = {}
     for column in ("label", "name"):
         for i, line in enumerate(lines):
-            if getattr(line, column) is not None:
-                position.setdefault(normal(getattr(line, column)), i)
+            position.setdefault(normal(getattr(line, column) or line.name), i)
     return np.array([position.get(normal(text), -1) for text in texts], int)
 
 
@@ -155,22 +147,19 @@ class HardNegatives(AnnotatedImages):
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Compares every annotated box with its description and its negatives.
 
-        Returns: counts; `chance`, `chance_mean_rank`; and by the embeddings `box_head`, `region` and `image`,
-          as in `box_classes`: `top1`, the share of boxes whose description is the best of the N + 1 texts,
-          with a 95% interval; `mean_rank` and `median_rank`. Rank 1 is best; ties count as lost.
+        Returns: counts; `chance`, `chance_mean_rank`; and by `box_head`, `region` and `image`, as the model
+          has them: `top1`, the share of boxes whose description is the best of the N + 1 texts; `mean_rank`
+          and `median_rank`. Rank 1 is best; ties count as lost.
         """
         seen = encode_boxes(self, predictor)
         described = seen.described
-        regions = (
-            seen.records[image].regions[region] for image, region in zip(described.image, described.region)
-        )
-        count = self.negatives
+        pairs, count = zip(described.image, described.region), self.negatives
+        regions = (seen.records[image].regions[region] for image, region in pairs)
         texts = [(x.description, *x.negatives[:count]) if len(x.negatives) >= count else () for x in regions]
         use = np.array([bool(each) for each in texts], bool)
         if not use.any():
-            raise errors.UserError(
-                f"{self.annotations}: no box with {count} negatives or more lies in its image"
-            )
+            fault = f"no box with {count} negatives or more lies in its image"
+            raise errors.UserError(f"{self.annotations}: {fault}")
         distinct, text = prompts.distinct([text for each in texts for text in each])
         text_embed = scores.unit(encode.encode_distinct(predictor, distinct))  # [T, D]
         of_boxes = text_embed, text.reshape(-1, 1 + count)
@@ -207,7 +196,7 @@ class Nearest(NamedTuple):
 class GivenBoxes(NamedTuple):
     """The annotated boxes of all readable images."""
 
-    records: list[Any]  # core.annotations.Annotation, of the readable images
+    records: list[annotations_lib.Annotation]  # of the readable images
     counts: dict[str, Any]  # for the result
     described: grounding.Described  # M boxes
     # float32 [M, D]: "box_head" and "region", as the model has them, and "image"
@@ -236,12 +225,7 @@ def encode_boxes(entry: AnnotatedImages, predictor: Any) -> GivenBoxes:
 
 
 def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Nearest:
-    """The query with the largest IoU; of equal ones (such as 0, without overlap) the largest GIoU.
-
-    Args:
-      pred_boxes_xyxy: [M, Q, 4], the predicted boxes in the image of each box.
-      boxes_xyxy: [M, 4].
-    """
+    """For boxes [M, 4] the query of [M, Q, 4] with the largest IoU; of equal ones (0) the largest GIoU."""
 
     def best(*two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         overlap = np.asarray(boxes.iou_and_union(*two)[0])  # [m, Q]

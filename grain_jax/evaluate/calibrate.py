@@ -28,7 +28,6 @@ with epy.lazy_imports():
 
 BINS = 15  # of the probabilities, for the ECE
 MAX_SCALE = 1000.0  # if the cosines separate the classes, no finite scale is best
-_NO_HIGHER = "the scores are not higher where"
 MAX_CLASSES = 1000  # distinct descriptions: the most frequent ones
 
 
@@ -96,38 +95,32 @@ class Calibrate(AnnotatedImages):
             note = f"{len(without)} classes without images to fit have the common threshold: "
             notes = [note + test_sets.listed(without)] if without else []
             for way, embeds in pairs.embeds.items():
-                cosines = calibration.cosines(embeds, text_embeds)
-                scale, bias = fit(cosines[fits], right)
-                before = model_logits[way]
-                logits = {"before": before[0] * cosines.astype(np.float64) + (before[1] or 0)}
-                if scale:
-                    logits["after"] = scale * cosines.astype(np.float64) + bias
+                cosines = calibration.cosines(embeds, text_embeds).astype(np.float64)
+                fitted = fit(cosines[fits], right)
+                ways = {"before": model_logits[way]} | ({"after": fitted} if fitted[0] else {})
+                logits = {k: scale * cosines + (bias or 0) for k, (scale, bias) in ways.items()}
                 out[way] = {k: reliability(x[~fits], pairs.present[~fits]) for k, x in logits.items()}
-                if not scale:
-                    notes.append(f"{way}: {_NO_HIGHER} present; nothing is stored")
+                if not fitted[0]:
+                    notes.append(f"{way}: the scores are not higher where present; nothing is stored")
                     continue
                 p, of_class, blind = special.expit(logits["after"][fits]), {}, []
                 common = best_threshold(p, right)
                 for name, x, p_class, y in zip(pairs.classes, cosines[fits].T, p.T, right.T):
+                    if self.thresholds == "common":
+                        break
                     if not y.any():
                         of_class[name] = common
                     elif y.all() or x[y].mean() <= x[~y].mean():
                         blind.append(name)
                     else:
                         of_class[name] = best_threshold(p_class, y)
-                if blind and self.thresholds == "class":
-                    listed = test_sets.listed(blind)
-                    notes.append(f"{way}: {_NO_HIGHER} these are present; no threshold: {listed}")
-                stored[way] = calibration.Score(
-                    logit_scale=scale,
-                    logit_bias=bias,
-                    threshold=common,
-                    thresholds=of_class if self.thresholds == "class" else {},
-                    templates=templates,
-                )
-            digest = predictor.digests.get("params", "")
-            content = calibration.Calibration(params=digest, **stored)
-            return out | {"calibration": msgspec.to_builtins(content), "notes": notes}
+                if blind:
+                    lacking = f"no threshold: {test_sets.listed(blind)}"
+                    notes.append(f"{way}: the scores are not higher where these are present; {lacking}")
+                numbers = dict(zip(("logit_scale", "logit_bias"), fitted), threshold=common)
+                stored[way] = numbers | {"thresholds": of_class, "templates": templates}
+            content = {"params": predictor.digests.get("params", ""), "image": None, "regions": None} | stored
+            return out | {"calibration": content, "notes": notes}
 
         return {
             **pairs.counts,

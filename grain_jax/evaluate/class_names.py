@@ -47,16 +47,22 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
     Args:
       labels: the label names of the dataset; None where it has none. Numbers (0, 1, ...) count as none.
       count: the number of classes of the dataset.
-      classes: a class file: its path or the name of a file in `classes/`; None: names made from
-        the labels. If the dataset and the file both have labels, each label is looked up in the file, which
-        may have more labels. Otherwise the file must have the classes in the order of the dataset.
+      classes: a class file: its path or the name of a file in `classes/`; None: names made from the labels.
+        If both have labels, the file may have more; otherwise it has the dataset's classes in its order.
 
-    Raises:
-      ClassNameError: no names, no such file, or the names of another dataset.
+    Raises ClassNameError: no names, no such file, or the names of another dataset.
     """
     labels = _texts(labels)
     if classes is None:
-        return _readable_labels(labels, count)
+        if labels is None or all(_WNID.fullmatch(label) for label in labels):
+            got = f"{count} classes without names" if labels is None else f"labels such as {labels[0]}"
+            expected = f"a file of class names: a path, or one of {shipped()}"
+            raise ClassNameError(f"classes: got {got}, expected {expected}")
+        names = [readable(label) for label in labels]
+        if repeated := twice(names):
+            expected = "a file of label<TAB>name"
+            raise ClassNameError(f"classes: got two labels that read {repeated!r}, expected {expected}")
+        return names
     lines, fault = read(classes), f"classes {classes}: got "
     if lines[0].label is not None and labels is not None:
         names = {line.label: line.name for line in lines}
@@ -80,8 +86,7 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
 def read(classes: str) -> list[Line]:
     """The lines of a class file, at least one; `classes` as in `for_labels`, but not None.
 
-    Raises:
-      ClassNameError: no such file, an empty one, a repeated label, or different numbers of columns.
+    Raises ClassNameError: no such file, an empty one, a repeated label, or different numbers of columns.
     """
     path = SHIPPED / f"{classes}.txt"
     if "/" in classes or not path.exists():
@@ -119,10 +124,8 @@ def shipped() -> str:
 def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None:
     """Second names of the classes, by which files of descriptions may call them: the labels without prefix.
 
-    A class with the label `apartment_building/outdoor` is found there by it, whatever its name. For a WordNet
-    id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes have it.
-
-    Arguments as of `for_labels`, which has accepted them. None where neither dataset nor file has labels.
+    For a WordNet id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes have
+    it. Arguments as of `for_labels`, which has accepted them. None where neither has labels.
     """
     known = _texts(labels)
     if known is None and classes is not None:
@@ -149,7 +152,7 @@ def readable(label: str) -> str:
 
 
 def _stem(label: str) -> str:
-    """A label without its prefix: a number, a WordNet id or a one-letter folder (SUN397)."""
+    """A label without its prefix."""
     return _SORTED.sub("", label.strip(), count=1)
 
 
@@ -158,20 +161,6 @@ def _texts(labels: Sequence[str] | None) -> Sequence[str] | None:
     if labels is None or list(labels) == list(map(str, range(len(labels)))):
         return None
     return [composed(label) for label in labels]
-
-
-def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
-    if labels is None or all(_WNID.fullmatch(label) for label in labels):
-        got = f"{count} classes without names" if labels is None else f"labels such as {labels[0]}"
-        raise ClassNameError(
-            f"classes: got {got}, expected a file of class names: a path, or one of {shipped()}"
-        )
-    names = [readable(label) for label in labels]
-    if repeated := twice(names):
-        raise ClassNameError(
-            f"classes: got two labels that read {repeated!r}, expected a file of label<TAB>name"
-        )
-    return names
 
 
 def twice(names: Sequence[str]) -> str:

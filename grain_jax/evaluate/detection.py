@@ -1,7 +1,6 @@
 """Detection by COCO's rules: average precision (AP) and recall (AR) on files of COCO, LVIS or Objects365.
 
-A detection is a pair of a box and a class, with the score of `Predictor.detect`. A proposal multiplies it by
-its own score. The library faster-coco-eval counts.
+A detection is a pair of a box and a class, with the score of `Predictor.detect`, times that of a proposal.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ LIMITS = (1, 10, 100)  # detections per image for each AR; AP has the last one
 LVIS_LIMITS = (*LIMITS, 300)
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}  # of a class in LVIS
 _MAX_BYTES = 2 << 30  # of a file; the training set of LVIS has 1.1 GB
+_COLUMNS = ("image", "category", "score", "bbox")
 _Length = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -138,9 +138,7 @@ class Detection(Evaluator):
         return len(self.read().images)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
-        """Detects all classes in every image and compares the detections with the annotations.
-
-        An image has at most 100 detections, the pairs of box and class with the highest scores; 300 in LVIS.
+        """Detects all classes in every image, with at most 100 boxes per image, in LVIS 300.
 
         Returns: counts and the numbers of `means`, for all classes on top and for `seen` and `unseen`; for
           LVIS also `rare`, `common`, `frequent`; and `per_class`, the AP. A group without boxes is left out.
@@ -188,10 +186,8 @@ def _is_seen(path: str, names: Sequence[str]) -> np.ndarray:
     normal = lambda name: encode.as_read(name).replace("_", " ")
     classes, seen = [*map(normal, names)], {normal(x.name) for x in class_names.read(path)}
     if other := sorted(seen.difference(classes)):
-        raise errors.UserError(
-            f"{path}: got {len(other)} names that no class has, the first: {other[0]!r}; expected names of"
-            f" the annotations, such as {names[0]!r}"
-        )
+        got = f"got {len(other)} names that no class has, the first: {other[0]!r}"
+        raise errors.UserError(f"{path}: {got}; expected names of the annotations, such as {names[0]!r}")
     return np.array([name in seen for name in classes], bool)
 
 
@@ -230,7 +226,7 @@ def _detect(
         bbox = np.take(share, box, axis=0) * np.array(size, np.float64)
         bbox[:, 2:] -= bbox[:, :2]
         parts.append((np.full(len(box), i), category, score[box, category], bbox))
-    out = dict(zip(("image", "category", "score", "bbox"), map(np.concatenate, zip(*parts))))
+    out = dict(zip(_COLUMNS, map(np.concatenate, zip(*parts))))
     return out | {"index": batch.index, "boxes": np.array([*map(len, shares)])}
 
 
@@ -240,7 +236,7 @@ def _numbers(dataset: Dataset, arrays: Mapping[str, np.ndarray]) -> dict[str, An
     readable, ids = {x.id for x in images}, [x.id for x in dataset.categories]
     objects = [x for x in dataset.objects if x.image_id in readable]
     truth = _Instances(images, objects, dataset.categories)
-    rows = zip(*(arrays[key].tolist() for key in ("image", "category", "score", "bbox")))
+    rows = zip(*(arrays[key].tolist() for key in _COLUMNS))
     detections = [
         {"image_id": dataset.images[i].id, "category_id": ids[k], "score": score, "bbox": bbox}
         for i, k, score, bbox in rows
@@ -287,11 +283,11 @@ def curves(
     categories = [{**x, "frequency": known(x.get("frequency"))} for x in truth["categories"]]
     sets = []
     for items in (truth["annotations"], detections):
-        annotations = [{"iscrowd": 0, **x, "id": i} for i, x in enumerate(items, 1)]
-        for x in annotations:
-            x["bbox"] = list(x["bbox"])  # the library takes no tuple
-            if x.get("area") is None:
-                x["area"] = x["bbox"][2] * x["bbox"][3]
+        annotations = []
+        for i, x in enumerate(items, 1):
+            bbox, area = list(x["bbox"]), x.get("area")  # the library takes no tuple
+            area = bbox[2] * bbox[3] if area is None else area
+            annotations.append({"iscrowd": 0, **x, "id": i, "bbox": bbox, "area": area})
         content = {**truth, "categories": categories, "annotations": annotations}
         sets.append(COCO(content, print_function=quiet))
     is_lvis = limits == LVIS_LIMITS

@@ -4,12 +4,11 @@ Queries are matched to the described boxes of an image by the matching cost of t
 weights are always the paper's, 5 (L1) and 2 (GIoU), so that runs with other weights can be compared. If an
 image has more boxes than the model has queries, the boxes with the highest scores are used, as in training.
 
-Every entry of `phrases` in A.jsonl is one phrase with its own boxes; equal phrases of an image stay two.
-Without that key, each described box is one phrase. A phrase is found if the IoU of the best-scoring query and
-its box is at least 0.5 (`boxes.FOUND_IOU`). This is the protocol of RefCOCO, whose sentences have the box of
-one object (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the
-two protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py). "Any box" takes the largest
-IoU with one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
+Every entry of `phrases` in A.jsonl is one phrase with its own boxes; without that key, each described box is.
+A phrase is found if the IoU of the best-scoring query and its box is at least `boxes.FOUND_IOU`, as for
+RefCOCO (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the two
+protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py): "any box" takes the largest IoU
+with one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
 """
 
 from __future__ import annotations
@@ -159,13 +158,11 @@ class Described(NamedTuple):
 
 def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, np.ndarray]:
     """Matches pred_boxes_xyxy [N, Q, 4] to the described boxes; also the texts of matched boxes, int [n]."""
-    count, queries = pred_boxes_xyxy.shape[:2]
-    true_boxes_xyxy = np.zeros((count, queries, 4), np.float32)
-    text = np.zeros((count, queries), int)
-    mask = np.zeros((count, queries), bool)
-    use = described.rank < queries
-    cell = described.image[use], described.rank[use]
-    true_boxes_xyxy[cell], text[cell], mask[cell] = (described.boxes_xyxy[use], described.text[use], True)
+    shape = pred_boxes_xyxy.shape[:2]
+    true_boxes_xyxy, mask = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool)
+    use = described.rank < shape[1]
+    image, rank = described.image[use], described.rank[use]
+    true_boxes_xyxy[image, rank], mask[image, rank] = described.boxes_xyxy[use], True
 
     def matches(predicted: np.ndarray, true: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray]:
         two = (boxes.xyxy_to_cxcywh(jnp.asarray(x)) for x in (predicted, true))
@@ -173,10 +170,9 @@ def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, n
         return (np.asarray(matching.match(cost, jnp.asarray(mask)).query_index),)
 
     (query,) = scores.in_parts(matches, pred_boxes_xyxy, true_boxes_xyxy, mask)
-    image, rank = np.nonzero(mask)
     query = query[image, rank]
-    iou = _iou(pred_boxes_xyxy[image, query], true_boxes_xyxy[image, rank])
-    return Matched(image, query, iou), text[image, rank]
+    iou = _iou(pred_boxes_xyxy[image, query], described.boxes_xyxy[use])
+    return Matched(image, query, iou), described.text[use]
 
 
 def _iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
@@ -211,17 +207,12 @@ def described_boxes(
 
 def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray:
     """For each image as many boxes as queries, drawn from the described boxes of the other images."""
-    random = np.random.default_rng(_SEED)
-    count, queries, _ = shape
-    first = np.searchsorted(described.image, np.arange(count + 1))
-    out = np.empty(shape, np.float32)
-    for i in range(count):
-        count_here = first[i + 1] - first[i]
-        others = len(described.image) - count_here
-        if others:
-            drawn = random.integers(others, size=queries)
-            out[i] = described.boxes_xyxy[drawn + count_here * (drawn >= first[i])]
+    random, out = np.random.default_rng(_SEED), np.empty(shape, np.float32)
+    first = np.searchsorted(described.image, np.arange(shape[0] + 1))
+    for i, (start, end) in enumerate(zip(first, first[1:])):
+        if others := len(described.image) - (end - start):
+            drawn = random.integers(others, size=shape[1])
+            out[i] = described.boxes_xyxy[drawn + (end - start) * (drawn >= start)]
         else:  # no other image has boxes: random corners
-            corners = np.sort(random.random((queries, 2, 2), np.float32), axis=1)
-            out[i] = corners.reshape(queries, 4)
+            out[i] = np.sort(random.random((shape[1], 2, 2), np.float32), axis=1).reshape(-1, 4)
     return out

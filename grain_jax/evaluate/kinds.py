@@ -70,8 +70,8 @@ def from_entry(entry: Any, path: str = "evaluator") -> Evaluator:
 def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
     """The evaluators of `evals`, by name; their modules are imported.
 
-    `model` is the one that they will measure, if it is known. Raises ConfigError with a line for each fault: an
-    entry is wrong, or needs what the model lacks.
+    `model` is the one that they will measure, if it is known. Raises ConfigError, with a line for each entry
+    that is wrong or needs what the model lacks.
     """
     evaluators, faults, has = {}, [], []
     if model is not None:

@@ -37,12 +37,11 @@ class Retrieval(AnnotatedImages):
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Ranks all distinct captions for each image, and all images for each caption.
 
-        An image without a web caption has its synthetic one, and one without either is left out; both are
-        counted. Two captions are equal where they are equal after the tokenizer's cleaning and lower-casing.
+        An image without a web caption has its synthetic one; one without either is left out. Captions are
+        compared after the tokenizer's cleaning and lower-casing.
 
         Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer
-          among the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count
-          as if broken at random.
+          among the first k) and `chance_r1`... (of a random order).
         """
         records, seen, counts = self.gather(predictor, regions=False)
         image_embed = scores.unit(seen.image_embed)  # [N, D]
@@ -66,12 +65,9 @@ class Retrieval(AnnotatedImages):
 def _recalls(
     queries: np.ndarray, candidates: np.ndarray, right: np.ndarray, rows: np.ndarray
 ) -> dict[str, float]:
-    """R@k with intervals and chance, for queries [Q, D] and candidates [C, D].
+    """R@k with intervals and chance, for queries [Q, D] and candidates [C, D], `right` bool [Q, C].
 
-    Args:
-      queries, candidates: of unit length.
-      right: bool [Q, C].
-      rows: int, the queries that are averaged, with repetitions.
+    `rows` are the queries that are averaged, with repetitions.
     """
     out = {}
     for k, hits in zip(KS, rates.nearest_hits(queries, candidates, right, KS)):

@@ -42,7 +42,7 @@ def run(
     `checkpoint` is its name there, and `load` returns its predictor.
 
     Returns: the exit status: FAILED if an entry failed, NOTHING if no entry could run, else 0.
-    Raises: InputError if `only` has an unknown name, or `output` holds something else, or another checkpoint's.
+    Raises: InputError: `only` has an unknown name, or `output` holds something else, or another checkpoint's.
     """
     for name in only or ():
         if name not in suite:

@@ -45,10 +45,10 @@ class TestSet(Protocol):
 
 
 class ClassFolders:
-    """A TestSet with one sub-folder per class; hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
+    """A TestSet with one sub-folder per class; hidden files and folders (`.DS_Store`) do not count.
 
     Args:
-      folder: holds the class folders, each named after its class (`_` = space), in whose order the classes are.
+      folder: holds the class folders, each named after its class (`_` = space), in the classes' order.
       classes: class file with the folder names as labels (see class_names); None: the folders' names.
       get: how to get the data, for errors.MissingData.
 
