@@ -51,7 +51,7 @@ class Model:
     checkpoint: str  # workdir, checkpoint or converted folder
 
     def init(self, key: jax.Array, *_: Any, **__: Any) -> dict[str, Any]:
-        """{"params": new parameters}; the images and texts that big_vision passes do not matter."""
+        """{"params": new parameters}, whatever images and texts big_vision passes."""
         return {"params": nn.unbox(grain.init(grain.GRAIN(_stored(self.checkpoint)[0]), key))}
 
     def apply(
@@ -63,13 +63,12 @@ class Model:
           variables: {"params": the parameters}.
           image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
           text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids,
-            padded by the op of big_vision; or other token ids, padded with -1. A text with an id that the
-            embedding table does not have gets NaN.
+            padded by the op of big_vision; or other ids, padded with -1. An unknown id makes NaN of its text.
 
         Returns:
-          (zimg [B, D], ztxt [N, D], out): embeddings of unit length, None if the argument is None. `out` has
-          "img/normalized", "txt/normalized", "t" (the logit scale, [1]), "t/parameter" (its
-          logarithm), and for a sigmoid loss "b" (the logit bias, [1]).
+          (zimg [B, D], ztxt [N, D], out): embeddings of unit length, or None. `out` has "img/normalized",
+          "txt/normalized", "t" (the logit scale, [1]), its logarithm "t/parameter", and for a sigmoid loss
+          "b" (the logit bias, [1]).
         """
         (model, _), params = _stored(self.checkpoint), variables["params"]
         scale = jnp.asarray(params["logit_scale"])[None]
@@ -101,15 +100,10 @@ class Model:
 
 
 def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Loads the parameters of a checkpoint; the trainers of big_vision call this for `config.model_init`.
+    """The parameters of the checkpoint of `Model`, whose arguments are `model_cfg`, for `config.model_init`.
 
-    Args:
-      init_params: unused, since the checkpoint has every parameter.
-      init_file: unused; it names the same checkpoint.
-      model_cfg: the arguments of `Model`.
-
-    Raises:
-      checkpoint.CheckpointError: there is no checkpoint.
+    `init_params` and `init_file`, which names the same checkpoint, are not used. Raises
+    checkpoint.CheckpointError if there is none.
     """
     del init_params, init_file
     return saved_model.load_model(model_cfg["checkpoint"])[1]

@@ -124,8 +124,8 @@ def shipped() -> str:
 def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None:
     """Second names of the classes, by which files of descriptions may call them: the labels without prefix.
 
-    For a WordNet id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes have
-    it. Arguments as of `for_labels`, which has accepted them. None where neither has labels.
+    For a WordNet id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes
+    have it. Arguments as of `for_labels`, which has accepted them. None where neither has labels.
     """
     known = _texts(labels)
     if known is None and classes is not None:

@@ -1,5 +1,6 @@
 """The curves of a run: which of them share a chart, and the chart as SVG."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -39,12 +40,12 @@ class Chart(NamedTuple):
 
 def charts(series: Mapping[str, Curve]) -> list[Chart]:
     """The charts in the order of the page; each key is in one of them, but for numbers beside a main one."""
-    evaluated = {
-        key: _headline(key, label)
-        for key, (steps, _) in series.items()
-        for ending, label in _HEADLINES.items()
-        if key.startswith("eval/") and key.endswith(ending) and len(steps) > 1
-    }
+    evaluated = {}
+    for key, ending in itertools.product(series, _HEADLINES):
+        if key.startswith("eval/") and key.endswith(ending) and len(series[key][0]) > 1:
+            _, name, *group, _ = key.split("/")  # eval/unseen/alpha_0.5/top1 -> "unseen: top-1, alpha 0.5"
+            label = f"{name}: {_HEADLINES[ending]}{', ' * bool(group)}{' '.join(group)}"
+            evaluated[key] = label.replace("_", " ")
     made = [Chart("Losses", losses.labels_of(list(series))), Chart("Evaluations", evaluated)]
     left = [key for key in series if key not in made[0].labels and not key.startswith("eval/")]
     for title, beginnings in _GROUPS.items():
@@ -53,12 +54,6 @@ def charts(series: Mapping[str, Curve]) -> list[Chart]:
         left = [key for key in left if key not in labels]
     made += [Chart(key.replace("_", " "), {key: key}) for key in left]
     return [chart for chart in made if chart.labels]
-
-
-def _headline(key: str, label: str) -> str:
-    """The label of a main number: `eval/unseen/alpha_0.5/top1` -> "unseen: top-1, alpha 0.5"."""
-    _, name, *group, _ = key.split("/")
-    return f"{name}: {label}{', ' * bool(group)}{' '.join(group)}".replace("_", " ")
 
 
 def figures(series: Mapping[str, Curve]) -> str:
@@ -80,8 +75,7 @@ def figures(series: Mapping[str, Curve]) -> str:
 def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
     """A chart as a figure, with the last value of each curve below."""
     curves = {key: _thinned(series[key]) for key in chart.labels}
-    steps = [x for curve in curves.values() for x in curve[0]]
-    values = [y for curve in curves.values() for y in curve[1]]
+    steps, values = ([x for curve in curves.values() for x in curve[i]] for i in (0, 1))
     if not values:
         return ""
     first, last, low, high = min(steps), max(steps), min(values), max(values)

@@ -14,6 +14,12 @@ from grain_jax.evaluate.report.arguments import NUM_IMAGES, Report
 
 FILE = "report.html"
 _STYLES = epath.Path(__file__).parent / "page.css"
+_ABOUT_CURVES = "What was logged over the steps; each name has its last value."
+_ABOUT_CLASSES = "The share of the images of each class whose top-1 is right, the lowest first."
+_ABOUT_REGIONS = (
+    "Test images with the boxes of the region queries (solid) and the description that each matches best, and"
+    " the annotated boxes (dashed), in the colour of the query that each is matched to."
+)
 
 
 def write(
@@ -24,7 +30,7 @@ def write(
     num_images: int = NUM_IMAGES,
     model: bool = True,
 ) -> epath.Path:
-    """Writes the page.
+    """Writes the page of a run and returns its path. Raises errors.UserError if the folder holds no run.
 
     Args:
       workdir: workdir of a run.
@@ -32,11 +38,6 @@ def write(
       output: the file to write; default: `report.html` in `workdir`.
       num_images: images of each evaluation that the model runs on.
       model: False: no model is loaded, and the page shows only what the files hold.
-
-    Returns: the path of the page.
-
-    Raises:
-      errors.UserError: the folder holds no run.
     """
     run = run_files.read(workdir)
     looked = look.Looked({}, [], ["no model was loaded"])
@@ -61,38 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _render(run: run_files.RunFiles, looked: look.Looked) -> str:
     step = f", step {run.step:,}" if run.step is not None else ""
     folder = html.text(str(run.workdir))
-    per_class = {
-        f"{result.name}, {way} ({result.source})": shares
-        for result in run.results
-        for way, shares in result.per_class.items()
-    }
-    lines = [*run.unmeasured, *looked.unmeasured]
-    unmeasured = "".join(f"<li>{html.text(line)}</li>" for line in lines)
+    per_class: dict[str, Mapping[str, float]] = {}
+    for x in run.results:
+        per_class |= {f"{x.name}, {way} ({x.source})": shares for way, shares in x.per_class.items()}
+    unmeasured = "".join(f"<li>{html.text(x)}</li>" for x in [*run.unmeasured, *looked.unmeasured])
     config = html.text(json.dumps(run.config, indent=1, ensure_ascii=False), keep="\n")
     parts = [
         ("results", "Results", "The last evaluations.", _results(run.results)),
-        (
-            "curves",
-            "Curves",
-            "What was logged over the steps; each name has its last value.",
-            charts.figures(run.series),
-        ),
-        (
-            "classes",
-            "Classes",
-            "The share of the images of each class whose top-1 is right, the lowest first.",
-            _classes(per_class | looked.classes),
-        ),
-        (
-            "regions",
-            "Regions",
-            "Test images with the boxes of the region queries (solid) and the description that each matches"
-            " best, and the annotated boxes (dashed), in the colour of the query that each is matched to.",
-            "".join(map(_card, looked.cards)),
-        ),
+        ("curves", "Curves", _ABOUT_CURVES, charts.figures(run.series)),
+        ("classes", "Classes", _ABOUT_CLASSES, _classes(per_class | looked.classes)),
+        ("regions", "Regions", _ABOUT_REGIONS, "".join(map(_card, looked.cards))),
         ("unmeasured", "Not measured", "", f"<ul>{unmeasured}</ul>" if unmeasured else ""),
         ("config", "Config", "", f"<details><summary>config.json</summary><pre>{config}</pre></details>"),
-    ]  # fmt: skip
+    ]
     grids = {"curves": "charts", "regions": "cards"}
     return html.document(
         title=f"{run.workdir.name}: grain_jax.evaluate.report",
