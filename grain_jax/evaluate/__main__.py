@@ -34,7 +34,7 @@ def _output(path: str) -> epath.Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one evaluation, or a suite; returns 0, or 2 with one line per fault on stderr, or `suite.run`'s."""
+    """Runs one evaluation, or a suite; returns `suite.run`'s status, or 0, or 2 with lines on stderr."""
     try:
         args = Evaluate.parse(arguments)
         entries = {}

@@ -33,7 +33,7 @@ class BatchRunner:
         self.params, self.devices = params, devices
         self._image_size, self._progress = image_size, progress
 
-    def over_images(self, program: Callable[..., Any], images: OneOrMany | Tokens) -> Any:
+    def over_images(self, program: Callable[..., Any], images: OneOrMany) -> Any:
         """The results of `program` on all images, as numpy."""
         parts = [self.run(program, batch) for batch in self.batches(images)]
         if not parts:  # no image: the shapes alone

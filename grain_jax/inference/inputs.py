@@ -17,21 +17,22 @@ from grain_jax.input_pipeline import tokenizer
 
 _FAR = 4.0  # a corner in [0, 1] may lie this far outside; one farther away is in pixels
 
+
+class Tokens(NamedTuple):
+    """The tokens of images, computed once for any number of boxes."""
+
+    values: np.ndarray  # [B, N, E], in the dtype of the Predictor
+
+
 # A path, a PIL image, or an array [H, W, 3], uint8 or float in [0, 1]; see `Predictor`.
 OneImage: TypeAlias = str | os.PathLike[str] | PIL.Image.Image
-Images: TypeAlias = Iterable[OneImage | np.ndarray] | np.ndarray  # or an array [B, H, W, 3]
+Images: TypeAlias = Iterable[OneImage | np.ndarray] | np.ndarray | Tokens  # or an array [B, H, W, 3]
 OneOrMany: TypeAlias = Images | OneImage  # an array of three axes is one image
 Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]
 Method = TypeVar("Method", bound=Callable[..., Any])
 P = ParamSpec("P")
 One = TypeVar("One")
 ClassTexts: TypeAlias = Iterable[str] | Mapping[str, Sequence[str]]  # names, or {name: descriptions}
-
-
-class Tokens(NamedTuple):
-    """The tokens of images, computed once for any number of boxes."""
-
-    values: np.ndarray  # [B, N, E], in the dtype of the Predictor
 
 
 class Normalized(NamedTuple):
@@ -78,7 +79,7 @@ class _Bound(Protocol[P, One]):
     def __call__(self, images: np.ndarray, *args: P.args, **options: P.kwargs) -> Any: ...
 
     @overload
-    def __call__(self, images: Images | Tokens, *args: P.args, **options: P.kwargs) -> list[One]: ...
+    def __call__(self, images: Images, *args: P.args, **options: P.kwargs) -> list[One]: ...
 
 
 class _Method(Protocol[P, One]):

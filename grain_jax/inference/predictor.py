@@ -17,17 +17,6 @@ from scipy import special
 from grain_jax.checkpoint import saved_model
 from grain_jax.inference import batches, calibration, inputs, prompts, scores, segmentation
 from grain_jax.inference.encoder import Boxes, Encoder
-from grain_jax.inference.inputs import (
-    ClassTexts,
-    Images,
-    InputError,
-    OneImage,
-    OneOrMany,
-    Texts,
-    Tokens,
-    for_each_image,
-    one_or_many,
-)
 
 
 class Grounding(NamedTuple):
@@ -55,7 +44,7 @@ class ClassFeatures(NamedTuple):
     descriptions: tuple[np.ndarray, ...] | None
 
 
-Classes: TypeAlias = ClassTexts | ClassFeatures
+Classes: TypeAlias = inputs.ClassTexts | ClassFeatures
 
 
 def load(
@@ -111,7 +100,7 @@ class Predictor(Encoder):
       InputError: unknown `dtype` or `device`, or factors of LoRA among the parameters.
     """
 
-    def class_features(self, classes: ClassTexts, alpha: float = 0.5) -> ClassFeatures:
+    def class_features(self, classes: inputs.ClassTexts, alpha: float = 0.5) -> ClassFeatures:
         """Embeds classes, maybe with descriptions, in prompts (docs/method.md, Zero-shot evaluation).
 
         With an alpha of 0 or 1 it leaves out what `classify` with that alpha does not read.
@@ -124,11 +113,11 @@ class Predictor(Encoder):
             embeds = tuple(prompts.encode_lists(self.encode_text, described))
         return ClassFeatures(names, features, embeds)
 
-    @one_or_many
+    @inputs.one_or_many
     def classify(
         self,
-        images: OneOrMany | Tokens,
-        classes: ClassTexts | ClassFeatures,
+        images: inputs.OneOrMany,
+        classes: inputs.ClassTexts | ClassFeatures,
         alpha: float = 1.0,
         *,
         normalized: bool = False,
@@ -140,13 +129,14 @@ class Predictor(Encoder):
           alpha: share of the global score; values below 1 need descriptions.
         """
         if not 0.0 <= alpha <= 1.0:
-            raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
+            raise inputs.InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if alpha < 1.0:
             self.need_regions(f"alpha {alpha}")
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes, alpha)
         if alpha < 1.0 and classes.descriptions is None:
-            raise InputError(f"alpha {alpha} needs descriptions of the classes: {{name: [description, ...]}}")
+            needed = "descriptions of the classes: {name: [description, ...]}"
+            raise inputs.InputError(f"alpha {alpha} needs {needed}")
         image_embed, region_embed, _ = self._encode(inputs.marked(images, normalized))
         region = None
         if alpha < 1.0:
@@ -154,9 +144,9 @@ class Predictor(Encoder):
             region = scores.region_scores(region_embed, embeds, self.class_score)
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
-    @for_each_image
+    @inputs.for_each_image
     def classify_boxes(
-        self, images: Images | Tokens, boxes_xyxy: Boxes, classes: Classes
+        self, images: inputs.Images, boxes_xyxy: Boxes, classes: Classes
     ) -> list[np.ndarray]:
         """For each image the cosines of classes and its boxes, float32 [n, C]; for one image [n, C].
 
@@ -168,12 +158,12 @@ class Predictor(Encoder):
         return [scores.global_scores(embed, classes.features) for embed in embeds]
 
     @overload
-    def ground(self, image: OneImage | np.ndarray, texts: str) -> Grounding: ...  # pyright: ignore[reportOverlappingOverload]
+    def ground(self, image: inputs.OneImage | np.ndarray, texts: str) -> Grounding: ...  # pyright: ignore[reportOverlappingOverload]
 
     @overload
-    def ground(self, image: OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
+    def ground(self, image: inputs.OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
 
-    def ground(self, image: OneImage | np.ndarray, texts: Any) -> Any:
+    def ground(self, image: inputs.OneImage | np.ndarray, texts: Any) -> Any:
         """For each text the box of the region with the largest cosine, and that cosine; one text -> one.
 
         With a box head, its embedding of the box gives the cosine.
@@ -187,10 +177,10 @@ class Predictor(Encoder):
         best = similarity.argmax(axis=1)
         return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)]
 
-    @for_each_image
+    @inputs.for_each_image
     def detect(
         self,
-        images: Images,
+        images: inputs.Images,
         texts: Iterable[str],
         *,
         threshold: float = 0.0,
@@ -233,8 +223,8 @@ class Predictor(Encoder):
         logits = self.region_logit_scale * cosines.astype(np.float64)
         return special.softmax(logits, axis=-1).astype(np.float32)
 
-    @one_or_many
-    def present(self, images: OneOrMany, texts: str | Iterable[str], by: str = "image") -> np.ndarray:
+    @inputs.one_or_many
+    def present(self, images: inputs.OneOrMany, texts: str | Iterable[str], by: str = "image") -> np.ndarray:
         """Probabilities that texts are true of images, float32 [B, N]; one image -> [N], one text -> [B].
 
         It needs calibration.json in the model's folder, which `grain-jax evaluate calibrate` makes.
@@ -247,11 +237,11 @@ class Predictor(Encoder):
         if isinstance(texts, str):
             return self.present(images, [texts], by)[:, 0]
         if by not in ("image", "regions"):
-            raise InputError(f"by: got {by!r}, expected image or regions")
+            raise inputs.InputError(f"by: got {by!r}, expected image or regions")
         score, fault = self._calibration(by)
         if score is None:
             data = "--images DIR" + " --annotations A.jsonl" * (by == "regions")
-            raise InputError(
+            raise inputs.InputError(
                 f"{self.folder}/{calibration.NAME}: got {fault}, expected a calibration; make it by:"
                 f" grain-jax evaluate calibrate --checkpoint {self.folder} {data} --output OUT.json"
             )
@@ -268,7 +258,7 @@ class Predictor(Encoder):
             return None, "that of other parameters"
         return getattr(stored, by), f"one without {by}"
 
-    def similarity_map(self, image: OneImage | np.ndarray, texts: Texts) -> np.ndarray:
+    def similarity_map(self, image: inputs.OneImage | np.ndarray, texts: inputs.Texts) -> np.ndarray:
         """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
 
         For one text it returns [h, w]. A patch has its own cosine (`encode_patches`), the best cosine of the
@@ -279,14 +269,14 @@ class Predictor(Encoder):
             return self.similarity_map(image, inputs.one_text(texts))[0]
         return self.similarity_maps([image], [self.encode_text(texts)])[0]
 
-    def similarity_maps(self, images: Images | Tokens, text_embeds: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def similarity_maps(self, images: inputs.Images, text_embeds: Sequence[np.ndarray]) -> list[np.ndarray]:
         """For each image the maps of its own texts, as `similarity_map`: float32 [n, h, w].
 
         Args:
           images: a batch.
           text_embeds: for each image the embeddings [n, D] of its texts.
         """
-        tokens, ways = images if isinstance(images, Tokens) else self.encode_tokens(images), []
+        tokens, ways = images if isinstance(images, inputs.Tokens) else self.encode_tokens(images), []
         if self.has_patches:
             pairs = zip(text_embeds, self.encode_patches(tokens), strict=True)
             ways.append([np.einsum("nd,hwd->nhw", *pair) for pair in pairs])
@@ -295,11 +285,11 @@ class Predictor(Encoder):
             ways.append([scores.region_map(text @ x.T, boxes, self.grid) for text, boxes, x in regions])
         return [np.mean(maps, axis=0, dtype=np.float32) for maps in zip(*ways)]
 
-    @for_each_image
+    @inputs.for_each_image
     def segment(
         self,
-        images: Images | Sequence[segmentation.Windows],
-        classes: ClassTexts | segmentation.Classes,
+        images: inputs.Images | Sequence[segmentation.Windows],
+        classes: inputs.ClassTexts | segmentation.Classes,
         *,
         background: float | None = None,
         skip: int | None = None,
@@ -325,7 +315,8 @@ class Predictor(Encoder):
             classes = self.segmentation_classes(classes)
         of_pixels: dict[str, Any] = dict(background=background, scale=self.logit_scale, skip=skip)
         labels, options = [], (size, short_side, stride, len(classes.names))
-        windows = (segmentation.windows_of(*each, *options) for each in enumerate(cast(Iterable[Any], images)))
+        numbered = enumerate(cast(Iterable[Any], images))
+        windows = (segmentation.windows_of(*each, *options) for each in numbered)
         while group := list(itertools.islice(windows, segmentation.AT_ONCE)):
             maps_of = lambda part: (self.class_maps(part, classes, **maps),)
             (joined,) = scores.in_parts(maps_of, np.concatenate([each.pixels for each in group]))
@@ -334,14 +325,14 @@ class Predictor(Encoder):
             labels += [segmentation.labels(*pair, **of_pixels) for pair in zip(parts, group)]
         return labels
 
-    def segmentation_classes(self, classes: ClassTexts) -> segmentation.Classes:
+    def segmentation_classes(self, classes: inputs.ClassTexts) -> segmentation.Classes:
         """Embeds classes for `segment`, once for any number of images."""
         names, described = zip(*inputs.class_pairs(classes))
         return segmentation.embed_classes(self.encode_text, names, self.templates, described)
 
     def class_maps(
         self,
-        images: Images,
+        images: inputs.Images,
         classes: segmentation.Classes,
         *,
         by: str = "auto",

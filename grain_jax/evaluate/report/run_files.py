@@ -35,7 +35,7 @@ class RunFiles(NamedTuple):
 
 
 def read(workdir: epath.PathLike) -> RunFiles:
-    """Reads the files of a run, and NAME.json of `grain_jax.evaluate`; a missing one is a line of `unmeasured`.
+    """Reads the files of a run, and NAME.json of evaluations; a missing one is a line of `unmeasured`.
 
     Raises errors.UserError: there is no such folder, or it holds no run.
     """
