@@ -20,14 +20,7 @@ _COMPILING = "usually under a minute, on few CPU cores a few; once for each kind
 
 
 class BatchRunner:
-    """Runs programs of (params, *rows).
-
-    Args:
-      params: of the model, on its device.
-      devices: of large batches; [None] if the parameters' place is theirs.
-      image_size: pixels that images are resized to.
-      progress: whether stderr shows how many images are done.
-    """
+    """Runs programs of (params, *rows), on `devices` if they are many; [None]: where the parameters are."""
 
     def __init__(self, params: Any, devices: Sequence[Any], image_size: int, progress: bool):
         self.params, self.devices = params, devices
@@ -37,11 +30,10 @@ class BatchRunner:
         """The results of `program` on all images, as numpy."""
         parts = [self.run(program, batch) for batch in self.batches(images)]
         if not parts:  # no image: the shapes alone
-            size = self._image_size
-            shape, dtype = (size, size, 3), np.dtype(np.uint8)
+            one = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.uint8)
             if isinstance(images, Tokens):
-                shape, dtype = images.values.shape[1:], images.values.dtype
-            shapes = jax.eval_shape(program, self.params, jax.ShapeDtypeStruct((1, *shape), dtype))
+                one = jax.ShapeDtypeStruct((1, *images.values.shape[1:]), images.values.dtype)
+            shapes = jax.eval_shape(program, self.params, one)
             parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 

@@ -72,19 +72,13 @@ class Encoder(LoadedModel):
     def encode_boxes(self, images: inputs.Images, boxes_xyxy: Boxes) -> list[np.ndarray]:
         """The embeddings of given boxes by the box head: for each image float32 [n, D], unit length.
 
-        Args:
-          images: as for `encode_image`.
-          boxes_xyxy: for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image; they
-            may reach over its edge.
-
-        Returns:
-          A list; for one image and its boxes [n, D].
+        `boxes_xyxy` has for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image; they
+        may reach over its edge.
         """
         if not self.has_box_head:
-            raise inputs.InputError(
-                "boxes: the model has no box head (model.boxes.kind is none), expected one that was trained"
-                " with loss.box_description"
-            )
+            lacking = "the model has no box head (model.boxes.kind is none)"
+            expected = "one that was trained with loss.box_description"
+            raise inputs.InputError(f"boxes: {lacking}, expected {expected}")
         program = jitted.image_program(self.model, self.dtype, "box_embeddings")
         boxes, embeds = inputs.checked_boxes(boxes_xyxy), []
         for batch in self._runner.batches(images):
@@ -96,9 +90,8 @@ class Encoder(LoadedModel):
             results = self._runner.run(program, batch, padded)
             embeds += [embed[: len(x)].astype(np.float32) for embed, x in zip(results, of_batch)]
         if len(embeds) != len(boxes):
-            raise inputs.InputError(
-                f"boxes_xyxy: got boxes of {len(boxes)} images, expected of {len(embeds)}, as many as images"
-            )
+            got = f"got boxes of {len(boxes)} images, expected of {len(embeds)}"
+            raise inputs.InputError(f"boxes_xyxy: {got}, as many as images")
         return embeds
 
     @inputs.one_or_many
@@ -110,10 +103,8 @@ class Encoder(LoadedModel):
         """
         grid = self.grid
         if not self.has_patches:
-            raise inputs.InputError(
-                "patches: got a model with a decoder and no box head, expected a box head;"
-                " similarity_maps asks the regions"
-            )
+            got = "patches: got a model with a decoder and no box head"
+            raise inputs.InputError(f"{got}, expected a box head; similarity_maps asks the regions")
         if self.has_box_head:
             tokens = images if isinstance(images, inputs.Tokens) else self.encode_tokens(images)
             boxes = [_boxes_around(grid, sides)] * len(tokens.values)
@@ -139,10 +130,8 @@ class Encoder(LoadedModel):
     def encode_text(self, texts: inputs.Texts) -> np.ndarray:
         """Texts -> float32 [N, D], unit length; one text -> [D].
 
-        Args:
-          texts: strings, also from a generator, or int32 token ids [N, L] (`tokenizer`); or one string, or
-            ids [L]. The highest id of a row ends its text, as in CLIP. Shorter rows are padded for a tower
-            that sees its padding (SigLIP).
+        Texts are strings, or int32 token ids [N, L] (`tokenizer`); or one string, or ids [L]. The highest id
+        of a row ends its text, as in CLIP. Shorter rows are padded for a tower that sees its padding (SigLIP).
         """
         if inputs.is_one_text(texts):
             return self.encode_text(inputs.one_text(texts))[0]
@@ -180,19 +169,15 @@ class Encoder(LoadedModel):
             return tokens, lengths - 1
         tokens = np.asarray(texts)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not 1 <= tokens.shape[1] <= context:
-            raise inputs.InputError(
-                f"texts: got {inputs.kind_of(tokens)}, expected strings or int32 token ids"
-                f" [N, at most {context}]"
-            )
+            expected = f"strings or int32 token ids [N, at most {context}]"
+            raise inputs.InputError(f"texts: got {inputs.kind_of(tokens)}, expected {expected}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
-            raise inputs.InputError(
-                f"texts: got token ids {tokens.min()} to {tokens.max()}, expected 0 to {vocabulary - 1}"
-            )
+            got = f"token ids {tokens.min()} to {tokens.max()}"
+            raise inputs.InputError(f"texts: got {got}, expected 0 to {vocabulary - 1}")
         tokens = tokens.astype(np.int32)
         if tower.seeks_end and tower.end_id is not None and (tokens != tower.end_id).all(1).any():
-            raise inputs.InputError(
-                f"texts: got token ids without {tower.end_id}, the end of a text (model.text.end_id)"
-            )
+            end = f"{tower.end_id}, the end of a text (model.text.end_id)"
+            raise inputs.InputError(f"texts: got token ids without {end}")
         ends = tower.ends(tokens)
         if not tower.packable:
             missing = ((0, 0), (0, context - tokens.shape[1]))

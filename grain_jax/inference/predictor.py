@@ -1,9 +1,8 @@
 """Using a trained model: `grain_jax.load(DIR)` returns a `Predictor` that encodes images, texts and regions.
 
-A call takes any number of images or texts, also from a generator, and runs them in batches of few sizes, so
-that few programs are compiled. For one image or text the result lacks the axis of the batch:
-`encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors of one configuration share the
-programs. Large calls use all devices of the process.
+A call takes any number of images or texts, also from a generator. For one image or text the result lacks the
+axis of the batch: `encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors of one
+configuration share the programs. Large calls use all devices of the process.
 """
 
 import itertools
@@ -40,8 +39,7 @@ class ClassFeatures(NamedTuple):
 
     names: tuple[str, ...]
     features: np.ndarray  # float32 [C, D], means of unit-length text embeddings; not of unit length
-    # Per class float32 [n_c, D], unit length; None: no descriptions.
-    descriptions: tuple[np.ndarray, ...] | None
+    descriptions: tuple[np.ndarray, ...] | None  # per class float32 [n_c, D], unit length, if there are any
 
 
 Classes: TypeAlias = inputs.ClassTexts | ClassFeatures
@@ -67,8 +65,7 @@ def load(
 
     Raises:
       checkpoint.CheckpointError: there is no such model, or it is damaged.
-      errors.UserError: it cannot be downloaded or converted.
-      InputError: unknown `dtype` or `device`.
+      errors.UserError: it cannot be downloaded or converted; an InputError for `dtype` and `device`.
     """
     stored = saved_model.load_stored(name)
     settings = dtype or "float32", templates, stored.folder, progress, device
@@ -95,9 +92,6 @@ class Predictor(Encoder):
       folder: folder of the model, where the files of its tokenizer are looked for first.
       progress: whether calls show on stderr how many images they have encoded.
       device: see `load`.
-
-    Raises:
-      InputError: unknown `dtype` or `device`, or factors of LoRA among the parameters.
     """
 
     def class_features(self, classes: inputs.ClassTexts, alpha: float = 0.5) -> ClassFeatures:
@@ -139,19 +133,15 @@ class Predictor(Encoder):
             raise inputs.InputError(f"alpha {alpha} needs {needed}")
         image_embed, region_embed, _ = self._encode(inputs.marked(images, normalized))
         region = None
-        if alpha < 1.0:
-            embeds = classes.descriptions or ()
-            region = scores.region_scores(region_embed, embeds, self.class_score)
+        if classes.descriptions and alpha < 1.0:
+            region = scores.region_scores(region_embed, classes.descriptions, self.class_score)
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
     @inputs.for_each_image
     def classify_boxes(
         self, images: inputs.Images, boxes_xyxy: Boxes, classes: Classes
     ) -> list[np.ndarray]:
-        """For each image the cosines of classes and its boxes, float32 [n, C]; for one image [n, C].
-
-        `images` and `boxes_xyxy` are as for `encode_boxes`.
-        """
+        """For each image the cosines of classes and its boxes (see `encode_boxes`), float32 [n, C]."""
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)
         embeds = self.encode_boxes(images, boxes_xyxy)
@@ -164,10 +154,7 @@ class Predictor(Encoder):
     def ground(self, image: inputs.OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
 
     def ground(self, image: inputs.OneImage | np.ndarray, texts: Any) -> Any:
-        """For each text the box of the region with the largest cosine, and that cosine; one text -> one.
-
-        With a box head, its embedding of the box gives the cosine.
-        """
+        """For each text the box of the region with the largest cosine (by the box head, if there is one)."""
         if inputs.is_one_text(texts):
             return self.ground(image, inputs.one_text(texts))[0]
         self.need_regions("ground")
@@ -259,23 +246,17 @@ class Predictor(Encoder):
         return getattr(stored, by), f"one without {by}"
 
     def similarity_map(self, image: inputs.OneImage | np.ndarray, texts: inputs.Texts) -> np.ndarray:
-        """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
+        """Where each text lies in an image: cosines at the patches, float32 [N, h, w]; one text -> [h, w].
 
-        For one text it returns [h, w]. A patch has its own cosine (`encode_patches`), the best cosine of the
-        regions there (`scores.region_map`), or the mean of the two, depending on what the model has.
-        `scores.resize_map` makes the map as large as the image.
+        A patch has its own cosine (`encode_patches`), the best cosine of the regions there, or the mean of
+        the two, depending on what the model has. `scores.resize_map` makes the map as large as the image.
         """
         if inputs.is_one_text(texts):
             return self.similarity_map(image, inputs.one_text(texts))[0]
         return self.similarity_maps([image], [self.encode_text(texts)])[0]
 
     def similarity_maps(self, images: inputs.Images, text_embeds: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """For each image the maps of its own texts, as `similarity_map`: float32 [n, h, w].
-
-        Args:
-          images: a batch.
-          text_embeds: for each image the embeddings [n, D] of its texts.
-        """
+        """For each image the maps [n, h, w] of its own texts, whose embeddings are [n, D], each."""
         tokens, ways = images if isinstance(images, inputs.Tokens) else self.encode_tokens(images), []
         if self.has_patches:
             pairs = zip(text_embeds, self.encode_patches(tokens), strict=True)
@@ -350,8 +331,7 @@ class Predictor(Encoder):
           patch_features: "tokens", the last ones (`encode_patches`); "values", for which each token of the
             last layer attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
           patch_weight: share of the patches in "both"; the regions have the rest.
-          patch_sides: `sides` of `encode_patches`. A box of one patch is smaller than any part that a box
-            head has learnt, and it takes it for a small one.
+          patch_sides: `sides` of `encode_patches`; a box head takes a box of one patch for a small part.
         """
         by, patch_features = self.maps_by(by, patch_features)
         maps, use_values = [], patch_features == "values"
@@ -363,9 +343,8 @@ class Predictor(Encoder):
             cosines = classes.cosines(self.encode_patches(tokens, patch_sides))
             maps.append(cosines.transpose(0, 3, 1, 2))
         if by != "patches":
-            regions = self.encode_regions(images if use_values else tokens)
-            cosines = classes.cosines(regions.embed).transpose(0, 2, 1)  # [B, C, Q]
-            pairs = zip(cosines, regions.boxes_xyxy)
+            boxes_xyxy, embed = self.encode_regions(images if use_values else tokens)
+            pairs = zip(classes.cosines(embed).transpose(0, 2, 1), boxes_xyxy)  # [B, C, Q]
             maps.append(np.stack([scores.region_map(*pair, self.grid) for pair in pairs]))
         if len(maps) == 1:
             return maps[0]

@@ -24,11 +24,7 @@ class PromptError(errors.UserError):
 def load_templates(path: epath.PathLike | None = None) -> list[str]:
     """Reads templates, one per line, each with one `{}`; blank lines and `#` lines are skipped.
 
-    Args:
-      path: the file; None: DEFAULT_TEMPLATES.
-
-    Raises:
-      PromptError: no such file, a line without exactly one `{}`, or no template at all.
+    Raises PromptError: no such file, a line without exactly one `{}`, or no template at all.
     """
     path = DEFAULT_TEMPLATES if path is None else epath.Path(path).expanduser()
     try:
@@ -36,13 +32,10 @@ def load_templates(path: epath.PathLike | None = None) -> list[str]:
     except regular_file.FileError as error:
         raise PromptError(str(error)) from None
     templates, faults = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        if line.count("{}") == 1:
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if line.count("{}") == 1 and not line.startswith("#"):
             templates.append(line)
-        else:
+        elif line and not line.startswith("#"):
             faults.append(f"{path}:{number}: got {line!r}, expected one {{}} for the class name")
     if not templates and not faults:
         faults.append(f"{path}: holds no template; expected lines such as 'a photo of a {{}}'")
@@ -66,15 +59,10 @@ def descriptor_clause(description: str) -> str:
 def class_texts(name: str, templates: Sequence[str], descriptions: Sequence[str] | None = None) -> list[str]:
     """The texts of a class: every template, or each with every description (templates in the inner loop).
 
-    A name "dog/poodle" is PARENT/CLASS: "a photo of a poodle, a kind of dog". The last of several parents
-    is used. A `/` between single letters or beside a space ("C/V", "jacket / coat") is part of the name.
+    In names `_` stands for a space, and "dog/poodle" is PARENT/CLASS: "a photo of a poodle, a kind of dog".
+    The last of several parents is used. A `/` between single letters or beside a space is part of the name.
 
     DIFFERS: the reference says "a poodle, of a dog", and fails where the parent is one letter (quirk 19).
-
-    Args:
-      name: the class; `_` stands for a space, as in folder names.
-      templates: texts with one `{}` each.
-      descriptions: of the class; None: the name alone.
     """
     *parents, name = _PARENT.split(name.replace("_", " ").strip())
     filled = [template.replace("{}", name) for template in templates]

@@ -1,10 +1,8 @@
 """Open-vocabulary segmentation: the class of every pixel, from cosines of patches or regions and class names.
 
-The image is resized and cut into windows of the model's size. Each window gets a map per class; overlapping
-maps are averaged. The maps are resized to the image, and each pixel gets the class with the largest cosine.
-
-Maps of patches follow MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on
-cell centres, the edge held.
+The image is resized and cut into windows of the model's size. Each window gets a map per class (MaskCLIP,
+Zhou et al. 2022, arXiv 2112.01071); overlapping maps are averaged. The maps are resized to the image,
+bilinearly, and each pixel gets the class with the largest cosine.
 """
 
 import itertools
@@ -25,8 +23,7 @@ BACKGROUND = -1  # the label of pixels below the threshold
 AT_ONCE = 16  # images whose windows are in memory
 MAX_CANVAS = 1 << 22  # pixels of a resized image
 MAX_NUMBERS = 1 << 29  # float32 numbers, one for each class, of these pixels: 2 GiB
-# Numbers of the maps that are as large as the image at one time: what a cache holds.
-_BAND = 1 << 18
+_BAND = 1 << 18  # numbers of the maps that are as large as the image at one time: what a cache holds
 
 
 class Classes(NamedTuple):
@@ -75,17 +72,16 @@ class Windows(NamedTuple):
 
 
 def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0, classes: int = 1) -> Windows:
-    """The windows of an image; the last ones end at its edges.
+    """The windows of an image of any mode and size; the last ones end at its edges.
 
     Args:
-      image: of any mode and size.
+      image: the image.
       size: pixels S along a window's side.
       short_side: pixels that the shorter side is resized to; 0: S.
       stride: pixels between windows; 0: half of S, rounded up.
       classes: how many maps each window will have.
 
-    Raises:
-      ImageError: the resized image would have more than MAX_CANVAS pixels, or MAX_NUMBERS for all classes.
+    Raises ImageError: resized, it would have more than MAX_CANVAS pixels, or MAX_NUMBERS for all classes.
     """
     width, height = image.size
     short = max(short_side, size)
@@ -182,10 +178,7 @@ def _resized(canvas: np.ndarray, width: int, height: int) -> Iterator[np.ndarray
 
 
 def maps_by(model: config_lib.Model, by: str, patch_features: str) -> tuple[str, str]:
-    """The options `by` and `patch_features` of `Predictor.class_maps` without "auto".
-
-    Raises InputError, which begins with the option, if the model cannot use them.
-    """
+    """The options of `Predictor.class_maps` without "auto". Raises InputError: the model cannot use one."""
     options = (("by", by, config_lib.MAPS_BY), ("patch_features", patch_features, config_lib.PATCH_FEATURES))
     for name, value, known in options:
         if value not in known:
@@ -205,19 +198,15 @@ def maps_by(model: config_lib.Model, by: str, patch_features: str) -> tuple[str,
     if patch_features == "auto":
         patch_features = "tokens" if has_head or external else "values"
     if by != "regions" and patch_features == "values" and external:
-        raise InputError(
-            f"patch_features: got 'values' with the tower {model.image.tower}, expected 'tokens'"
-        )
+        got = f"'values' with the tower {model.image.tower}"
+        raise InputError(f"patch_features: got {got}, expected 'tokens'")
     return by, patch_features
 
 
 def check_stride(size: int, short_side: int, stride: int) -> None:
     """Raises InputError if a model of `size` pixels cannot use these options of `cut`."""
+    wanted = f"{size}, the model's image size"
     if short_side and short_side < size:
-        raise InputError(
-            f"short_side: got {short_side}, expected 0 or at least {size}, the model's image size"
-        )
+        raise InputError(f"short_side: got {short_side}, expected 0 or at least {wanted}")
     if not 0 <= stride <= size:
-        raise InputError(
-            f"stride: got {stride}, expected 1 to {size}, the model's image size, or 0 for half of it"
-        )
+        raise InputError(f"stride: got {stride}, expected 1 to {wanted}, or 0 for half of it")
