@@ -72,8 +72,8 @@ class Encoder(LoadedModel):
     def encode_boxes(self, images: inputs.Images, boxes_xyxy: Boxes) -> list[np.ndarray]:
         """The embeddings of given boxes by the box head: for each image float32 [n, D], unit length.
 
-        `boxes_xyxy` has for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image; they
-        may reach over its edge.
+        `boxes_xyxy` has for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image;
+        they may reach over its edge.
         """
         if not self.has_box_head:
             lacking = "the model has no box head (model.boxes.kind is none)"
@@ -131,7 +131,7 @@ class Encoder(LoadedModel):
         """Texts -> float32 [N, D], unit length; one text -> [D].
 
         Texts are strings, or int32 token ids [N, L] (`tokenizer`); or one string, or ids [L]. The highest id
-        of a row ends its text, as in CLIP. Shorter rows are padded for a tower that sees its padding (SigLIP).
+        of a row ends its text, as in CLIP. Shorter rows are padded for a tower that sees its padding.
         """
         if inputs.is_one_text(texts):
             return self.encode_text(inputs.one_text(texts))[0]

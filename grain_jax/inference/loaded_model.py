@@ -36,15 +36,11 @@ class LoadedModel:
         towers.image_tower(model.image)
         towers.text_tower(model.text)
         if any(low_rank.maps_in(params)):
-            raise InputError(
-                "params: got factors of LoRA, which a Predictor does not apply; expected merged parameters,"
-                " as grain_jax.load and grain_jax.models.lora.merged return them"
-            )
+            expected = "merged parameters, as grain_jax.load and grain_jax.models.lora.merged return them"
+            raise InputError(f"params: got factors of LoRA, expected {expected}")
         # The run chose its programs for its own devices.
         self.model = dataclasses.replace(model, attention="auto")
-        self.dtype = dtype
-        self.folder = folder
-        self.progress = progress
+        self.dtype, self.folder, self.progress = dtype, folder, progress
         self.params = jax.device_put(params, None if device is None else _device(device))
         # Parameters that the caller has put on a mesh or a device stay there, and the programs run there.
         devices = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
@@ -124,10 +120,8 @@ class LoadedModel:
             has = "two towers and no region decoder (model.decoder is null)"
             if self.model.decoder is not None:
                 has = "no region queries (model.decoder.queries is 0)"
-            raise InputError(
-                f"{argument}: the model has {has}, expected one that finds regions; use encode_image,"
-                " encode_text, or classify with alpha 1"
-            )
+            advice = "use encode_image, encode_text, or classify with alpha 1"
+            raise InputError(f"{argument}: the model has {has}, expected one that finds regions; {advice}")
 
     @functools.cached_property
     def grid(self) -> int:

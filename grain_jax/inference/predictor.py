@@ -154,7 +154,7 @@ class Predictor(Encoder):
     def ground(self, image: inputs.OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
 
     def ground(self, image: inputs.OneImage | np.ndarray, texts: Any) -> Any:
-        """For each text the box of the region with the largest cosine (by the box head, if there is one)."""
+        """For each text, or one, the box of the region with the largest cosine (by the box head, if any)."""
         if inputs.is_one_text(texts):
             return self.ground(image, inputs.one_text(texts))[0]
         self.need_regions("ground")
