@@ -58,8 +58,8 @@ class Boxes(AnnotatedRegions):
 
         Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by `box_head`, `region`
           and `image`, as the model has them. `groups` has the same for each group of the class file. Region
-          queries add `best_iou`, the mean IoU of the box and the box of the query that overlaps it most;
-          `found`, the share with an IoU of at least boxes.FOUND_IOU; and `found_boxes`, the rates for these.
+          queries add `best_iou`, the mean IoU of the box and the box of the query that overlaps it most, and
+          `found`, the share with an IoU of at least boxes.FOUND_IOU.
         """
         templates = prompts.load_templates(self.templates)
         lines = None if self.classes is None else class_names.read(self.classes)
@@ -89,9 +89,7 @@ class Boxes(AnnotatedRegions):
         of_queries: dict[str, Any] = {}
         if seen.nearest is not None:
             iou = seen.nearest.iou[use]
-            is_found = iou >= boxes.FOUND_IOU
-            of_queries = {"best_iou": float(iou.mean()), **rates.rate("found", is_found)}
-            of_queries |= {"found_boxes": accuracies(is_found)} if is_found.any() else {}
+            of_queries = {"best_iou": float(iou.mean()), **rates.rate("found", iou >= boxes.FOUND_IOU)}
         group = np.array([line.group for line in lines])[target]
         return {
             **seen.counts,

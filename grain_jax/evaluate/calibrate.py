@@ -84,10 +84,9 @@ class Calibrate(AnnotatedImages):
         fits = np.array([_is_below(name, self.share) for name in pairs.names])
         right = pairs.present[fits]
         if fits.all() or not right.any() or right.all():
-            raise errors.UserError(
-                f"{self.images}: got {fits.sum()} images to fit and {(~fits).sum()} to measure, expected some"
-                " of each, with and without a class; take more images or another --share"
-            )
+            got = f"{fits.sum()} images to fit and {(~fits).sum()} to measure"
+            advice = "expected some of each, with and without a class; take more images or another --share"
+            raise errors.UserError(f"{self.images}: got {got}, {advice}")
         without = [pairs.classes[i] for i in np.flatnonzero(right.sum(axis=0) == 0)]
 
         def measured() -> dict[str, Any]:

@@ -244,23 +244,18 @@ def open_set(images: str, layout: str, ignore: int | None = None, get: str | Non
     """Finds the images, masks and classes of a dataset; no image is read.
 
     Args:
-      images: the root of the dataset.
-      layout: a name in LAYOUTS.
+      images, layout: the root of the dataset, and a name in LAYOUTS.
       ignore: a further id that does not count, even if it is a class.
-      get: how to get the data, for errors.MissingData.
+      get: how to get the data, for errors.MissingData: a folder or the list of images is not there.
 
-    Raises:
-      errors.MissingData: a folder or the list of images is not there.
-      InputError: no mask, or two classes of one name.
-      class_names.ClassNameError: the class file cannot be used.
+    Raises InputError: no mask, or two classes of one name; class_names.ClassNameError.
     """
     root, spec = epath.Path(images), LAYOUTS[layout]
     of_images, of_masks, listed = root / spec.images, root / spec.masks, root / spec.listed
     for path in (of_images, of_masks, listed):
         if not path.exists():
-            raise errors.MissingData(
-                f"{path}: no such file or folder, expected one of the format {layout}{how_to_get(get)}"
-            )
+            expected = f"one of the format {layout}{how_to_get(get)}"
+            raise errors.MissingData(f"{path}: no such file or folder, expected {expected}")
     classes = spec.classes or str(root / "classes.txt")
     names, labels = class_labels(classes)
     class_of = np.full(_IDS, OUTSIDE, np.int32)
@@ -304,16 +299,10 @@ def class_labels(classes: str) -> tuple[list[str], list[str]]:
 
 
 def read_mask(path: epath.Path, class_of: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The class of each pixel, int32 [H, W]: its position, or IGNORED.
+    """The class of each pixel, int32 [H, W]: its position, or IGNORED; `class_of` as in Segmented.
 
-    Args:
-      path: the mask.
-      class_of: as in Segmented.
-      size: width and height of the image.
-
-    Raises:
-      ImageError: the mask is missing, not a PNG of one channel, of another size than the image, or has an id
-        that is no class.
+    Raises ImageError: the mask is missing, not a PNG of one channel, of another size (width, height) than the
+    image, or has an id that is no class.
     """
     try:
         encoded = image_files.read_file(path)
@@ -322,10 +311,9 @@ def read_mask(path: epath.Path, class_of: np.ndarray, size: tuple[int, int]) -> 
     ids = decode_mask(encoded, str(path), size)
     classes = class_of[ids]
     if (outside := np.unique(ids[classes == OUTSIDE])).size:
-        raise image_files.ImageError(
-            f"{path}: got the ids {test_sets.listed(list(map(str, outside)), 5)}, expected those of the"
-            f" {class_of.max() + 1} classes or ignored ones"
-        )
+        got = test_sets.listed(list(map(str, outside)), 5)
+        expected = f"those of the {class_of.max() + 1} classes or ignored ones"
+        raise image_files.ImageError(f"{path}: got the ids {got}, expected {expected}")
     return classes
 
 
@@ -335,9 +323,8 @@ def decode_mask(encoded: bytes, name: str, size: tuple[int, int]) -> np.ndarray:
     if image.size != size:
         raise image_files.ImageError(f"{name}: got {image.size} pixels, expected {size}, as the image has")
     if image.format != "PNG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-        raise image_files.ImageError(
-            f"{name}: got {image.format}, mode {image.mode}, expected a PNG of one channel, grey or palette"
-        )
+        got = f"{image.format}, mode {image.mode}"
+        raise image_files.ImageError(f"{name}: got {got}, expected a PNG of one channel, grey or palette")
     depth, colour = encoded[24], encoded[25]
     ids = np.asarray(image_files.decode_image(encoded, name, "file"))
     if colour == 0 and depth in (2, 4):  # Pillow spreads them over 0 to 255

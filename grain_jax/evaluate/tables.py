@@ -12,7 +12,6 @@ _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; the rest is cut off
 HEADER = ("measured", "value", _INTERVAL, "chance", "images")
 _CHANCE_OF = {"top1": "chance", "mean_per_class": "chance"}
-_IN_PARTS = ("groups/", "found_boxes/")  # of `boxes`: the same numbers for some of the boxes
 _RATES = ("top1", "top5", "mean_per_class")
 
 
@@ -68,7 +67,7 @@ def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
         interval = _interval(numbers, key)
         if kind not in kinds.KINDS:
             rows.append(TableRow(key, f"{value:.3f}", interval, "", ""))
-        elif (interval or chance is not None or last in shown) and not key.startswith(_IN_PARTS):
+        elif (interval or chance is not None or last in shown) and not key.startswith("groups/"):
             show = "{:.3f}" if re.search("_iou|_rank|_loss", key) else "{:.1%}"
             cell = "" if chance is None else show.format(chance)
             images = f"{numbers['images']:.0f}" if "images" in numbers else ""

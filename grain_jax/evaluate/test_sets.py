@@ -67,14 +67,14 @@ class ClassFolders:
             raise errors.MissingData(f"images: got nothing, expected class folders{how_to_get(get)}")
         folder = epath.Path(folder).expanduser()
         if not folder.is_dir():
-            raise errors.MissingData(
-                f"{folder}: no such folder; expected one with a sub-folder per class{how_to_get(get)}"
-            )
+            expected = f"expected one with a sub-folder per class{how_to_get(get)}"
+            raise errors.MissingData(f"{folder}: no such folder; {expected}")
         folders = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
         folders.sort(key=lambda path: class_names.composed(path.name))
         names = [path.name for path in folders]
         self.classes = [of_folder(name) for name in names]
-        images = [sorted(filter(_is_image, path.iterdir())) for path in folders]
+        is_image = lambda path: path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+        images = [sorted(filter(is_image, path.iterdir())) for path in folders]
         faults = []
         if len(names) < 2:
             faults.append(f"got {len(names)} sub-folders, expected at least 2, one per class")
@@ -177,10 +177,6 @@ def of_path(path: epath.PathLike, label: int = -1, orientation: str = "exif") ->
     return Image(str(path), functools.partial(image_files.load_image, path, orientation), label)
 
 
-def _is_image(path: epath.Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-
-
 def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:
     """The folder of a prepared TFDS set: of the version that `name` gives, or the newest; or MissingData."""
     base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
@@ -204,9 +200,8 @@ def _tensorflow_datasets(name: str) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
-        raise errors.MissingData(
-            f"TFDS set {name}: needs {error.name}; to get it: pip install 'grain_jax[data]'"
-        ) from None
+        get = how_to_get("pip install 'grain_jax[data]'")
+        raise errors.MissingData(f"TFDS set {name}: needs {error.name}{get}") from None
     return tfds
 
 

@@ -25,7 +25,6 @@ _GROUPS = {  # title of a chart -> how the names of its curves begin
     "Waiting for input": ("input_wait_",),
     "Accuracies": ("image_", "hard_negative_", "box_description_"),
 }
-_BOOKKEEPING = ("time/", "process/", "texts", "model_flops_per_second")
 _POINTS = 400  # of a curve, at most
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 190, 64, 20  # of a chart, in its own units
 _COLOURS = 8  # --c0 to --c7 of core/base.css
@@ -57,19 +56,9 @@ def charts(series: Mapping[str, Curve]) -> list[Chart]:
 
 
 def figures(series: Mapping[str, Curve]) -> str:
-    """All charts; those of bookkeeping, and those whose curves are all flat, are folded away."""
-    shown, folded = "", []
-    for chart in charts(series):
-        flat = all(len(set(series[key][1])) < 2 for key in chart.labels)
-        if flat or all(key.startswith(_BOOKKEEPING) for key in chart.labels):
-            folded.append(svg(chart, series))
-        else:
-            shown += svg(chart, series)
-    if folded:
-        about = f"{len(folded)} more: flat curves, counts of texts, shares of the time"
-        shown += f'<details><summary>{about}</summary><div class="charts">{"".join(folded)}</div>'
-        shown += "</details>"
-    return shown
+    """All charts but those whose curves are all flat."""
+    shown = [x for x in charts(series) if any(len(set(series[key][1])) > 1 for key in x.labels)]
+    return "".join(svg(chart, series) for chart in shown)
 
 
 def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
