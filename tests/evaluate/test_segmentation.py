@@ -7,8 +7,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from grain_jax import inference
 from grain_jax.core import errors
-from grain_jax.evaluate import class_names, segmentation, segmentation_sets, tables
+from grain_jax.evaluate import class_names, segmentation, tables
 from tests import tiny
 from tests.evaluate.report import workdirs
 from tests.hostile import image_files as hostile
@@ -21,14 +22,11 @@ class Coloured:
     """A model whose class of a pixel is its grey value divided by STEP."""
 
     STEP = 2
-    logit_scale = 100.0
+    logit_scale, segment = 100.0, inference.Predictor.segment
     model = types.SimpleNamespace(image=types.SimpleNamespace(image_size=SIZE))
 
     def __init__(self):
         self.asked = []
-
-    def maps_by(self, by, patch_features):
-        return by, patch_features
 
     def encode_text(self, texts):
         self.asked += texts
@@ -49,16 +47,14 @@ def paint(path, classes, size=(20, 17)):
     PIL.Image.fromarray(pixels).save(path)
 
 
-def mask(path, ids, mode="L"):
+def mask(path, ids, mode="L", **more):
     """A PNG of ids, an array [H, W]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ids = np.asarray(ids)
+    types = {"1": bool, "I;16": np.uint16}
+    image = PIL.Image.fromarray(np.asarray(ids).astype(types.get(mode, np.uint8)), "P" if mode == "P" else None)
     if mode == "P":
-        image = PIL.Image.fromarray(ids.astype(np.uint8), "P")
-        image.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
-    else:
-        image = PIL.Image.fromarray(ids.astype(np.uint16 if mode == "I;16" else np.uint8))
-    image.save(path)
+        image.putpalette([*range(255, -1, -1)] * 3)
+    image.save(path, **more)
 
 
 def measure(predictor=None, **options):
@@ -244,7 +240,7 @@ def test_masks_of_public_sets_are_of_the_pixels_as_stored(tmp_path, monkeypatch)
 def test_class_files(name, count):
     lines = class_names.read(name)
     assert len(lines) == count == len({line.label for line in lines})
-    _, labels = segmentation_sets.class_labels(name)
+    _, labels = segmentation.class_labels(name)
     assert len(set(labels)) == count
 
 
@@ -252,18 +248,10 @@ def test_masks_of_few_and_of_many_bits(tmp_path):
     """Grey of 1, 2, 4, 8 and 16 bits and palettes: the ids that the file holds."""
     size, name = (8, 5), "mask.png"
     for bits, mode in ((1, "1"), (8, "L"), (16, "I;16"), (8, "P"), (4, "P"), (2, "P"), (1, "P")):
-        top = min(2**bits, 900)
-        ids = np.random.default_rng(bits).integers(0, top, size[::-1])
-        if mode == "1":
-            PIL.Image.fromarray(ids.astype(bool)).save(tmp_path / name)
-        elif mode == "P":
-            image = PIL.Image.fromarray(ids.astype(np.uint8), "P")
-            image.putpalette([*range(255, -1, -1)] * 3)
-            image.save(tmp_path / name, bits=bits)
-        else:
-            mask(tmp_path / name, ids, mode)
+        ids = np.random.default_rng(bits).integers(0, min(2**bits, 900), size[::-1])
+        mask(tmp_path / name, ids, mode, **(dict(bits=bits) if mode == "P" else {}))
         content = (tmp_path / name).read_bytes()
-        got = segmentation_sets.decode_mask(content, name, size)
+        got = segmentation.decode_mask(content, name, size)
         np.testing.assert_array_equal(got, ids)
     for bits in (2, 4):  # grey, which Pillow writes with 8 bits alone
         ids = np.arange(8) % 2**bits
@@ -271,7 +259,7 @@ def test_masks_of_few_and_of_many_bits(tmp_path):
         header = np.array([8, 1], ">u4").tobytes() + bytes([bits, 0, 0, 0, 0])
         chunks = [(b"IHDR", header), (b"IDAT", hostile.zlib.compress(b"\0" + packed)), (b"IEND", b"")]
         content = b"\x89PNG\r\n\x1a\n" + b"".join(hostile.png_chunk(*each) for each in chunks)
-        got = segmentation_sets.decode_mask(content, name, (8, 1))
+        got = segmentation.decode_mask(content, name, (8, 1))
         np.testing.assert_array_equal(got, ids[None])
 
 
@@ -322,7 +310,7 @@ def test_ids_of_many_classes(tmp_path):
     mask(tmp_path / "masks" / "3.png", np.full((17, 20), 299), "I;16")
     ignored = lambda **options: np.flatnonzero(
         segmentation.Segmentation(images=str(tmp_path), **options).open().class_of
-        == segmentation_sets.IGNORED
+        == segmentation.IGNORED
     )
     assert measure(images=tmp_path)["per_class"]["class 255"]["pixels"] == 3 * 17
     assert ignored().tolist() == [] and ignored(ignore=255).tolist() == [255]

@@ -16,7 +16,7 @@ def test_scalars():
 
 def test_rows_of_an_evaluator_of_the_package():
     numbers = {"found": 0.5, "found_low": 0.4, "found_high": 0.6, "images": 9.0, "chance": 0.1}
-    numbers |= {"region/top1": 0.25, "found_boxes/region/top1": 0.5, "chance_box_iou": 0.2}
+    numbers |= {"region/top1": 0.25, "groups/rare/region/top1": 0.5, "chance_box_iou": 0.2}
     table = tables.describe({"lvis": ("boxes", numbers | {"box_iou": 0.3, "boxes": 100.0})})
     assert [" ".join(line.split()) for line in table.splitlines()[2:]] == [
         "lvis: found 50.0% 40.0 - 60.0% 9",
