@@ -12,6 +12,8 @@ from grain_jax.config.keys import key
 with epy.lazy_imports():
     from etils import epath  # slower to import than a config may take
 
+TEMPLATES = "File of prompts, one per line; default: inference/templates.txt."
+
 
 def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
     """A key that `grain-jax evaluate KIND` has as a flag; `metavar` names its value, "" for a bool.

@@ -15,8 +15,8 @@ from etils import epy
 
 from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import option
-from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, faults_of
+from grain_jax.evaluate.base import TEMPLATES, option
+from grain_jax.evaluate.evaluators import AnnotatedImages, faults_of
 
 with epy.lazy_imports():
     import numpy as np
@@ -28,29 +28,22 @@ with epy.lazy_imports():
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Boxes(AnnotatedRegions):
+class Boxes(AnnotatedImages):
     """Classes of given boxes, by the box head and by the nearest region."""
 
     example = "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017"
     none_usable = "no line has a region; expected boxes with class names as descriptions"
     kind: str = "boxes"
-    classes: str | None = option(
-        None, "File of class names, or lvis; default: the distinct descriptions.", "FILE"
-    )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
-    )
+    classes: str | None = option(None, "File of class names, or lvis; default: the descriptions.", "FILE")
+    templates: str | None = option(None, TEMPLATES, "FILE")
 
     @property
     def needs(self) -> tuple[str, ...]:
         return "decoder", "boxes"
 
     def check(self, model: Any = None) -> int:
-        faults = faults_of(
-            lambda: prompts.load_templates(self.templates),
-            lambda: self.classes and class_names.read(self.classes),
-        )
-        config.raise_faults(faults)
+        classes = lambda: self.classes and class_names.read(self.classes)
+        config.raise_faults(faults_of(lambda: prompts.load_templates(self.templates), classes))
         return super().check(model)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
@@ -70,10 +63,8 @@ class Boxes(AnnotatedRegions):
         target = _classes(described.texts, lines)[described.text]
         use = target >= 0
         if not use.any():
-            raise errors.UserError(
-                f"{self.annotations}: got no box that is of one of {len(names)} classes and lies in its"
-                " image, expected descriptions that are class names"
-            )
+            got = f"got no box that is of one of {len(names)} classes and lies in its image"
+            raise errors.UserError(f"{self.annotations}: {got}, expected descriptions that are class names")
         target = target[use]
         encode_all = functools.partial(encode.encode_distinct, predictor)
         features = prompts.embed_classes(encode_all, names, templates)  # [C, D]
@@ -135,9 +126,7 @@ class HardNegatives(AnnotatedImages):
     )
     lower_is_better = ("mean_rank", "median_rank")
     kind: str = "hard_negatives"
-    negatives: int = option(
-        10, "Negatives per box, 10 as in FG-OVD; boxes with fewer are left out.", "N", low=1
-    )
+    negatives: int = option(10, "Negatives per box; boxes with fewer are left out.", "N", low=1)
 
     def usable(self, record: annotations_lib.Annotation) -> bool:
         return any(len(region.negatives) >= self.negatives for region in record.regions)

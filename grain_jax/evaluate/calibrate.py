@@ -14,7 +14,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import option
+from grain_jax.evaluate.base import TEMPLATES, option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -48,15 +48,9 @@ class Calibrate(AnnotatedImages):
     shown = ("ece", "log_loss")
     lower_is_better = ("ece", "log_loss", "brier")
     kind: str = "calibrate"
-    images: str = option(
-        "", "Class folders, or what the annotations' paths start from.", "DIR", required=True
-    )
-    annotations: str | None = option(
-        None, "Images whose descriptions are the classes; default: class folders.", "A.jsonl"
-    )
-    templates: str | None = option(
-        None, "Prompts of class folders, one per line; default: inference/templates.txt.", "FILE"
-    )
+    images: str = option("", "Class folders, or where annotations' paths start.", "DIR", required=True)
+    annotations: str | None = option(None, "Its descriptions are classes; default: folders.", "A.jsonl")
+    templates: str | None = option(None, TEMPLATES, "FILE")
     thresholds: str = option("class", "Thresholds with the best F1.", choices=("class", "common"))
     share: float = option(0.5, "Share of the images that fit; the others measure.", "P")
 

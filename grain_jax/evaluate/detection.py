@@ -16,7 +16,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import Evaluator, expanduser, option
+from grain_jax.evaluate.base import TEMPLATES, Evaluator, expanduser, option
 
 with epy.lazy_imports():
     import numpy as np
@@ -88,18 +88,10 @@ class Detection(Evaluator):
     shown = ("ap", "ap50", "ap75", "ar1", "ar10", "ar100")
     kind: str = "detection"
     images: str = option("", "Folder of the images.", "DIR", required=True)
-    annotations: str | None = option(
-        None, "Instances of COCO, LVIS or Objects365 (JSON).", "FILE", required=True
-    )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
-    )
-    seen: str | None = option(
-        None, "File of the names of seen classes; adds results for seen and unseen ones.", "FILE"
-    )
-    proposals: str | None = option(
-        None, "Boxes as COCO's results (JSON); default: the boxes of the queries.", "FILE"
-    )
+    annotations: str | None = option(None, "JSON of COCO, LVIS or Objects365.", "FILE", required=True)
+    templates: str | None = option(None, TEMPLATES, "FILE")
+    seen: str | None = option(None, "File of seen classes; adds results for seen and unseen ones.", "FILE")
+    proposals: str | None = option(None, "COCO's results (JSON); default: the queries' boxes.", "FILE")
 
     @property
     def needs(self) -> Sequence[str]:
@@ -115,10 +107,9 @@ class Detection(Evaluator):
         images, known = {x.id for x in content.images}, {x.id for x in categories}
         for i, x in enumerate(content.annotations):
             if x.image_id not in images or x.category_id not in known:
-                raise errors.UserError(
-                    f"{path}: annotations[{i}]: got image_id {x.image_id} and category_id {x.category_id},"
-                    " expected an image and a category of the file"
-                )
+                got = f"got image_id {x.image_id} and category_id {x.category_id}"
+                expected = "expected an image and a category of the file"
+                raise errors.UserError(f"{path}: annotations[{i}]: {got}, {expected}")
         if all(x.iscrowd for x in content.annotations):
             raise errors.UserError(f"{path}: got no annotation, expected boxes to detect")
         return Dataset(
@@ -150,15 +141,10 @@ class Detection(Evaluator):
         names = [x.name.replace("/", " or ") for x in dataset.categories]
         encode_all = functools.partial(encode.encode_distinct, predictor)
         features = prompts.embed_classes(encode_all, names, templates)  # [K, D]
-        arrays, unreadable = encode.over_images(
-            dataset.paths,
-            encode.resizing(predictor),
-            lambda batch: _detect(predictor, batch, dataset, features),
-            label=self.kind,
-            batch_size=self.batch_size,
-        )
+        detect = lambda batch: _detect(predictor, batch, dataset, features)
+        read: dict[str, Any] = dict(label=self.kind, batch_size=self.batch_size)
+        arrays, unreadable = encode.over_images(dataset.paths, encode.resizing(predictor), detect, **read)
         return {
-            "kind": self.kind,
             "images": len(arrays["index"]),
             **encode.report_unreadable(unreadable),
             "most_boxes_per_image": int(arrays["boxes"].max()),
@@ -175,10 +161,8 @@ def _paths(folder: epath.Path, images: Sequence[_Image]) -> list[epath.Path]:
         paths = [folder / "/".join(x[min(first, len(x) - 1) :]) for x in parts]
         if any(path.is_file() for path in paths):  # usually the first
             return paths
-    raise errors.UserError(
-        f"{folder}: none of the {len(names)} images of the annotations is there, the first: {names[:1]};"
-        " expected the folder that these names start from"
-    )
+    got = f"none of the {len(names)} images of the annotations is there, the first: {names[:1]}"
+    raise errors.UserError(f"{folder}: {got}; expected the folder that these names start from")
 
 
 def _is_seen(path: str, names: Sequence[str]) -> np.ndarray:

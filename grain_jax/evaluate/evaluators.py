@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import Evaluator, expanduser, key, option
+from grain_jax.evaluate.base import TEMPLATES, Evaluator, expanduser, key, option
 
 with epy.lazy_imports():
     from etils import epath
@@ -50,9 +50,8 @@ class LabelledImages(Evaluator):
         if self.tfds is None:
             return test_sets.ClassFolders(folder, self.classes, self.get)
         if self.images:
-            raise errors.UserError(
-                f"tfds: got {self.tfds!r} with images={self.images!r}, expected one of the two"
-            )
+            got = f"{self.tfds!r} with images={self.images!r}"
+            raise errors.UserError(f"tfds: got {got}, expected one of the two")
         return test_sets.TfdsSet(self.tfds, split, self.data_dir, self.classes, self.get)
 
     def check(self, model: Any = None) -> int:
@@ -84,9 +83,7 @@ class AnnotatedImages(Evaluator):
     # The end of the message if no annotation is usable; {option} stands for its value.
     none_usable: ClassVar[str] = "no line has a region; expected described boxes"
     images: str = option("", "Folder that the paths of the annotations start from.", "DIR", required=True)
-    annotations: str | None = option(
-        None, "A.jsonl, with one JSON object per line.", "A.jsonl", required=True
-    )
+    annotations: str | None = option(None, "One JSON object per line.", "A.jsonl", required=True)
 
     def usable(self, record: Any) -> Any:
         """Whether the evaluation can use a core.annotations.Annotation; here those with a region."""
@@ -98,9 +95,8 @@ class AnnotatedImages(Evaluator):
             raise errors.UserError(f"annotations: got nothing, expected a file (A.jsonl) for {self.kind}")
         folder, path = epath.Path(expanduser(self.images)), expanduser(self.annotations)
         if not folder.is_dir():
-            raise errors.UserError(
-                f"{folder}: no such folder; expected the one that the annotations' paths start from"
-            )
+            expected = "expected the one that the annotations' paths start from"
+            raise errors.UserError(f"{folder}: no such folder; {expected}")
         read = annotations_lib.read(path)
         records = [record for record in read.records if self.usable(record)]
         if not records:
@@ -127,7 +123,6 @@ class AnnotatedImages(Evaluator):
             **embedded,
         )
         counts = {
-            "kind": self.kind,
             "images": len(seen.index),
             self.left_out: len(annotated.read.records) - len(annotated.records),
             "faulty_lines": annotated.read.faulty_lines,
@@ -139,20 +134,10 @@ class AnnotatedImages(Evaluator):
         annotated = self.read()
         _report_left_out(str(self.annotations), annotated.read)
         if not any(path.exists() for path in annotated.paths):  # usually the first exists
-            raise errors.UserError(
-                f"{self.images}: none of the {len(annotated.paths)} images of {self.annotations} is there;"
-                f" the first: {annotated.paths[0]}; expected the folder where the annotations' paths start"
-            )
+            got = f"none of the {len(annotated.paths)} images of {self.annotations} is there"
+            expected = "expected the folder where the annotations' paths start"
+            raise errors.UserError(f"{self.images}: {got}; the first: {annotated.paths[0]}; {expected}")
         return len(annotated.records)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AnnotatedRegions(AnnotatedImages):
-    """Base of the evaluators that compare annotated boxes with the regions of the model."""
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("decoder",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,9 +147,7 @@ class WithPrompts(Evaluator):
     descriptions: str | None = option(
         None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
     )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
-    )
+    templates: str | None = option(None, TEMPLATES, "FILE")
 
     @property
     def described_by(self) -> str | None:

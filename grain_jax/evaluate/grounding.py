@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.evaluators import AnnotatedRegions
+from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
     import jax.numpy as jnp
@@ -37,10 +37,14 @@ _SEED = 0  # of the random boxes that give the chance level
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Grounding(AnnotatedRegions):
+class Grounding(AnnotatedImages):
     """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
 
     kind: str = "grounding"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("decoder",)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Compares predicted regions with the described boxes of each image.

@@ -41,9 +41,7 @@ class LinearProbe(LabelledImages):
 
     example = "--images runs/aviary/seen"
     kind: str = "linear_probe"
-    train: str | None = option(
-        None, "Class folders to train on, or a TFDS split; default: a share of each class, or train.", "DIR"
-    )
+    train: str | None = option(None, "Class folders, or a TFDS split; default: a share, or train.", "DIR")
 
     def open_train(self) -> test_sets.TestSet | None:
         """The training images; None if `images` is to be split."""
@@ -88,7 +86,6 @@ class LinearProbe(LabelledImages):
         if (counts > 0).sum() < 2 or counts.max() < 2:
             raise errors.UserError("train: expected images of two classes, two of one of them")
         return {
-            "kind": "linear_probe",
             **rates.counts_of_classes(tested.label, classes),
             "train_images": len(learnt.label),
             **encode.report_unreadable(unreadable),

@@ -83,29 +83,15 @@ class Segmentation(WithPrompts):
     format: str = option(
         "folder", "Layout of the dataset; folder: images/, masks/, classes.txt.", choices=tuple(LAYOUTS)
     )
-    ignore: int | None = option(
-        None, "A further id whose pixels do not count, beside the format's.", "ID", low=0, high=65535
-    )
-    by: str = option(
-        config.MAPS_BY[0],
-        "Maps of patches, regions, or both; auto: what the model has.",
-        choices=config.MAPS_BY,
-    )
+    ignore: int | None = option(None, "A further id that does not count.", "ID", low=0, high=65535)
+    by: str = option("auto", "Maps of patches, regions, or both, if the model can.", choices=config.MAPS_BY)
     patch_features: str = option(
-        config.PATCH_FEATURES[0],
-        "Values (MaskCLIP) or tokens; auto: tokens with a box head.",
-        choices=config.PATCH_FEATURES,
+        "auto", "Values (MaskCLIP) or tokens; auto: tokens with a box head.", choices=config.PATCH_FEATURES
     )
-    short_side: int = option(
-        0, "Pixels of the shorter side after resizing; 0: the model's size.", "PIXELS", low=0
-    )
+    short_side: int = option(0, "Pixels of the shorter side; 0: the model's size.", "PIXELS", low=0)
     stride: int = option(0, "Pixels between windows; 0: half a window.", "PIXELS", low=0)
     background_threshold: float | None = option(
-        None,
-        "A pixel is background if no other class has this share; default: a name like others.",
-        "P",
-        low=0,
-        high=1,
+        None, "A pixel is background if no other class has this share.", "P", low=0, high=1
     )
 
     @property
@@ -122,10 +108,9 @@ class Segmentation(WithPrompts):
             raise errors.MissingData("images: got nothing, expected a folder of images and masks")
         opened = open_set(expanduser(self.images), self.format, self.ignore, self.get)
         if self.background_threshold is not None and opened.background is None:
-            raise errors.UserError(
-                f"background_threshold: got {self.background_threshold:g}, expected a set with the class"
-                f" {BACKGROUND!r}; its classes begin with {', '.join(opened.labels[:3])}"
-            )
+            got = f"background_threshold: got {self.background_threshold:g}, expected a set with the class"
+            labels = ", ".join(opened.labels[:3])
+            raise errors.UserError(f"{got} {BACKGROUND!r}; its classes begin with {labels}")
         return opened
 
     def check(self, model: Any = None) -> int:
@@ -187,15 +172,12 @@ class Segmentation(WithPrompts):
                 pixels.append(count_pixels(mask, labels, len(opened.names)))
             return {"index": batch.index, "pixels": np.stack(pixels)}
 
-        at_once = min(self.batch_size, segmenting.AT_ONCE)
-        arrays, unreadable = encode.over_images(
-            opened.images, prepare, count, label="segmentation", batch_size=at_once
-        )
+        read: dict[str, Any] = dict(label=self.kind, batch_size=min(self.batch_size, segmenting.AT_ONCE))
+        arrays, unreadable = encode.over_images(opened.images, prepare, count, **read)
         pixels = arrays["pixels"].sum(axis=0)
         if not pixels.any():
             raise errors.UserError(f"{self.images}: every pixel has the ignored id")
         return {
-            "kind": self.kind,
             "format": self.format,
             "images": len(arrays["index"]),
             **encode.report_unreadable(unreadable),

@@ -58,9 +58,7 @@ class ZeroShot(WithPrompts, LabelledImages):
         "HOW",
         choices=("model", "mean", "best"),
     )
-    unit_features: bool = option(
-        False, "Whether class features have unit length, as in CLIP; else they are means."
-    )
+    unit_features: bool = option(False, "Whether class features have unit length, as in CLIP.")
 
     @property
     def needs(self) -> Sequence[str]:
@@ -112,12 +110,10 @@ class ZeroShot(WithPrompts, LabelledImages):
                 part |= {f"{way} top{k}": rates.topk_hits(cosines, batch.labels, k) for k in (1, 5)}
             return part
 
-        arrays, unreadable = encode.over_images(
-            test_set, encode.resizing(predictor), answers, label="zero-shot", batch_size=self.batch_size
-        )
+        read: dict[str, Any] = dict(label="zero-shot", batch_size=self.batch_size)
+        arrays, unreadable = encode.over_images(test_set, encode.resizing(predictor), answers, **read)
         classes, target = list(test_set.classes), arrays["target"]
         result = {
-            "kind": "zeroshot",
             **rates.counts_of_classes(target, classes),
             **encode.report_unreadable(unreadable),
             "names": self.names,
@@ -128,8 +124,7 @@ class ZeroShot(WithPrompts, LabelledImages):
         for way in scorer.features:
             group, _, alpha = way.rpartition("/")
             part = result.setdefault(group, {}) if group else result
-            hits = arrays[f"{way} top1"], arrays[f"{way} top5"]
-            part[alpha] = rates.of_classes(*hits, target, classes)
+            part[alpha] = rates.of_classes(arrays[f"{way} top1"], arrays[f"{way} top5"], target, classes)
         return result
 
     def finish(self, predictor: Any, result: dict[str, Any]) -> str:

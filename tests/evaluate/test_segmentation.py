@@ -131,7 +131,7 @@ def test_a_folder(tmp_path):
     miou, _, mean = by_counting(truth, predicted, 3)
     assert got["miou"] == pytest.approx(miou) and got["mean_class_accuracy"] == pytest.approx(mean)
     assert got["per_class"]["wall"]["pixels"] == 2 * 17 * 18 + 17
-    rows = tables.rows_of(got["kind"], tables.scalars(got))
+    rows = tables.rows_of("segmentation", tables.scalars(got))
     assert [row.key for row in rows] == ["miou", "pixel_accuracy"]
     json.dumps(got)
     # Images in sub-folders, with names that several words share.

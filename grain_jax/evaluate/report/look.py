@@ -8,7 +8,7 @@ import PIL.Image
 
 from grain_jax import inference
 from grain_jax.core import errors, html, images, named
-from grain_jax.evaluate import encode, evaluators, grounding, kinds, rates, test_sets, zeroshot
+from grain_jax.evaluate import box_classes, encode, grounding, kinds, rates, test_sets, zeroshot
 from grain_jax.inference import prompts, scores
 from grain_jax.runtime import processes
 
@@ -61,7 +61,7 @@ def look(workdir: Any, predictor: Any, evals: Mapping[str, Any], num_images: int
             parsed = kinds.from_entry(entry)
             if isinstance(parsed, zeroshot.ZeroShot):
                 looked.classes.update(_classes(predictor, name, parsed, num_images))
-            elif isinstance(parsed, evaluators.AnnotatedRegions) and not looked.cards:
+            elif isinstance(parsed, (grounding.Grounding, box_classes.Boxes)) and not looked.cards:
                 looked.cards.extend(_cards(predictor, parsed))
         except (errors.UserError, OSError) as error:
             looked.unmeasured.append(f"{name}: {str(error).splitlines()[0]}")
