@@ -118,9 +118,8 @@ def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
     """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as by our evaluators."""
     size = _stored(checkpoint)[0].image.image_size
 
-    def resize(image):
-        if isinstance(image, bytes):
-            image = image_files.decode_image(image, orientation="file")  # as big_vision does
+    def resize(image):  # decoded as big_vision does
+        image = image_files.decode_image(image, orientation="file") if isinstance(image, bytes) else image
         return image_files.resize(image, size)
 
     return _op(resize, key, key, "uint8", (size, size, 3))

@@ -1,8 +1,7 @@
 """The class names of a dataset for prompts, read from a class file or made from the labels of the dataset.
 
-A class file has one class per line: `name`, `label<TAB>name`, or `label<TAB>name<TAB>group` (box_classes then
-reports accuracies per group). Blank lines and `#` lines are skipped. Each file in `classes/` is named after
-the TFDS set that it describes.
+A class file has one class per line: `name`, `label<TAB>name`, or `label<TAB>name<TAB>group`. Blank lines and
+`#` lines are skipped. Each file in `classes/` is named after the TFDS set that it describes.
 """
 
 import re
@@ -16,13 +15,9 @@ from grain_jax.core import errors, regular_file
 
 SHIPPED = epath.Path(__file__).parent / "classes"
 _IMAGENET = "imagenet2012"
-# Where open_clip names a class of ImageNet otherwise than classes/imagenet2012.txt, by WordNet id.
-OPEN_CLIP_NAMES = {
-    "n01631663": "newt",  # eft
-    "n03710637": "tights",  # maillot
-    "n04008634": "missile",  # projectile
-    "n04355933": "sunglasses",  # sunglass
-}
+# What open_clip calls ImageNet's eft, maillot, projectile and sunglass, by WordNet id.
+OPEN_CLIP_NAMES = {"n01631663": "newt", "n03710637": "tights"}
+OPEN_CLIP_NAMES |= {"n04008634": "missile", "n04355933": "sunglasses"}
 
 # Prefixes of labels that no name has: 001.Laysan_Albatross, n02085620-chihuahua, /a/abbey (SUN397).
 _SORTED = re.compile(r"\A(\d+\.|n\d{8}-|/([a-z]/)?)")
@@ -67,19 +62,16 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
     if lines[0].label is not None and labels is not None:
         names = {line.label: line.name for line in lines}
         if missing := [label for label in labels if label not in names]:
-            raise ClassNameError(
-                f"{fault}no name for {len(missing)} of the dataset's {count} labels, the first:"
-                f" {missing[0]!r}; expected a file of this dataset"
-            )
+            fault += f"no name for {len(missing)} of the dataset's {count} labels, the first: {missing[0]!r}"
+            raise ClassNameError(f"{fault}; expected a file of this dataset")
         return [names[label] for label in labels]
     if len(lines) != count:
         raise ClassNameError(f"{fault}{len(lines)} classes, expected the dataset's {count}")
     position = {readable(label).lower(): i for i, label in enumerate(labels or ())}
     for i, line in enumerate(lines):
         if position.get(readable(line.name).lower(), i) != i:
-            raise ClassNameError(
-                f"{fault}{line.name!r} as class {i}; expected the dataset's order, or label<TAB>name"
-            )
+            expected = "expected the dataset's order, or label<TAB>name"
+            raise ClassNameError(f"{fault}{line.name!r} as class {i}; {expected}")
     return [line.name for line in lines]
 
 
@@ -95,11 +87,8 @@ def read(classes: str) -> list[Line]:
         text = regular_file.read_text(path, f"one class a line, or one of {shipped()}")
     except regular_file.FileError as error:
         raise ClassNameError(f"classes {error}") from None
-    rows = [
-        tuple(text.strip() for text in line.split("\t"))
-        for line in composed(text).splitlines()
-        if line.strip() and not line.startswith("#")
-    ]
+    used = [line for line in composed(text).splitlines() if line.strip() and not line.startswith("#")]
+    rows = [tuple(map(str.strip, line.split("\t"))) for line in used]
     if not rows or not all(text for row in rows for text in row):
         raise ClassNameError(f"classes {path}: got no class or an empty name, expected names")
     if len(rows[0]) > 3 or {len(row) for row in rows} != {len(rows[0])}:
@@ -143,8 +132,7 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
 def readable(label: str) -> str:
     """A name made from a label: `apple_pie` -> "apple pie", `/a/apse/indoor` -> "indoor apse".
 
-    The parts of a label between `/` are put in reverse order; in a label with spaces, `/` becomes `-`
-    instead. No name keeps a `/`, because inference/prompts.py reads it as PARENT/CLASS.
+    No name keeps a `/`, because inference/prompts.py reads it as PARENT/CLASS: with spaces it becomes `-`.
     """
     if " " in (stem := _stem(label)):
         return stem.replace("/", "-")

@@ -50,14 +50,6 @@ class Encoded(NamedTuple):
     unreadable: dict[str, str]  # name -> reason for each image that was left out
 
 
-class _Read(NamedTuple):
-    position: int
-    image: test_sets.Image
-    size: tuple[int, int] = (0, 0)
-    pixels: Any = None
-    fault: str = ""  # why it cannot be read
-
-
 def over_images(
     images: ImageSet,
     prepare: Callable[[int, PIL.Image.Image], Any],
@@ -93,27 +85,22 @@ def over_images(
     unreadable: dict[str, str] = {}
     parts, failure = [], None
 
-    def read(numbered: tuple[int, test_sets.Image]) -> _Read:
+    def read(numbered: tuple[int, test_sets.Image]) -> tuple[str, str | tuple]:  # name; fault, or for Batch
         position, image = numbered
         try:
             loaded = image.load()
-            return _Read(position, image, loaded.size, prepare(position, loaded))
+            return image.name, (position, loaded.size, image.label, prepare(position, loaded))
         except image_files.ImageError as error:
-            return _Read(position, image, fault=str(error))
+            return image.name, str(error)
 
     try:
         with errors.out_of_memory_in_a_line(label, lambda: SMALLER), ThreadPoolExecutor(_THREADS) as pool:
             items = ahead.in_order(read, enumerate(stretch, mine.start), pool, 2 * batch_size)
-            for group in batches.groups(items, batch_size, lambda each: not each.fault):
-                unreadable |= {each.image.name: each.fault for each in group if each.fault}
-                if good := [each for each in group if not each.fault]:
-                    batch = Batch(
-                        np.array([each.position for each in good]),
-                        np.array([each.size for each in good]),
-                        np.array([each.image.label for each in good]),
-                        [each.pixels for each in good],
-                    )
-                    parts.append(function(batch))
+            for group in batches.groups(items, batch_size, lambda each: isinstance(each[1], tuple)):
+                unreadable |= {name: fault for name, fault in group if isinstance(fault, str)}
+                if good := [each for _, each in group if isinstance(each, tuple)]:
+                    *columns, pixels = zip(*good)
+                    parts.append(function(Batch(*map(np.array, columns), list(pixels))))
                 counter.add(len(group))
             counter.close()
     # Every process has to learn of it before it waits for the results of this one.

@@ -156,8 +156,7 @@ class Described(NamedTuple):
     text: np.ndarray  # int [M], position in `texts`
     texts: list[str]  # distinct after the tokenizer's cleaning and lower-casing
     outside: int  # boxes left out, since less than half of them lies in the image
-    # Per phrase the positions of its boxes among the M.
-    phrases: Sequence[Sequence[int]] = ()
+    phrases: Sequence[Sequence[int]] = ()  # the positions of the boxes of each among the M
 
 
 def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, np.ndarray]:

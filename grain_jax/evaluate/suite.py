@@ -1,8 +1,7 @@
 """The evaluators of a run that have their data (`present`), and a suite of them on one checkpoint (`run`).
 
 In a suite, one that fails stops no other. Results are written after every entry. The same command, run again,
-measures only the entries without a result. If the data of an entry is missing and its `missing` is "skip",
-the entry is skipped, else it fails.
+measures only the entries without a result.
 """
 
 import contextlib
@@ -67,10 +66,9 @@ def run(
             if name not in entries or (name in tasks and not again and _is_same(result, *tasks[name]))
         }
     elif before and not again:
-        raise InputError(
-            f"--output: {output}: holds the results of another checkpoint ({before.get('folder')}, now"
-            f" {results['folder']}); expected another file, or --again to start over"
-        )
+        holds = f"the results of another checkpoint ({before.get('folder')}, now {results['folder']})"
+        advice = "expected another file, or --again to start over"
+        raise InputError(f"--output: {output}: holds {holds}; {advice}")
     for number, (name, (entry, inputs)) in enumerate(tasks.items(), 1):
         title = f"{name} ({number} of {len(tasks)})"
         if name in results["ran"]:
@@ -78,8 +76,7 @@ def run(
             continue
         began = time.monotonic()
         try:
-            sized = dataclasses.replace(entry, batch_size=batch_size or entry.batch_size)
-            result = sized.evaluate(predictor)
+            result = dataclasses.replace(entry, batch_size=batch_size or entry.batch_size).evaluate(predictor)
         except Exception as error:
             if not isinstance(error, errors.UserError) and number_of_processes > 1:
                 raise  # another process may wait for this one in a collective operation
@@ -173,10 +170,8 @@ def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
             return value
     if again:
         return None
-    raise InputError(
-        f"--output: {output}: holds something else than a suite's results; expected another file, or"
-        " --again to replace it"
-    )
+    holds = "something else than a suite's results"
+    raise InputError(f"--output: {output}: holds {holds}; expected another file, or --again to replace it")
 
 
 def _is_same(result: Mapping[str, Any], entry: Evaluator, inputs: dict[str, Any]) -> bool:
@@ -189,10 +184,10 @@ def _write(output: epath.Path, results: dict[str, Any], names: Sequence[str]) ->
     """Whether the file could be written, by the first process, with results in the order of `names`."""
     if processes.process_info()[0]:
         return True
-    order = [name for name in names if name in results["ran"]]
-    results["ran"] = {name: results["ran"].pop(name) for name in order} | results["ran"]
-    seconds = sum(result["seconds"] for result in results["ran"].values())
-    results |= {"seconds": round(seconds, 1), "averages": tables.averages(results["ran"])}
+    ran = results["ran"]
+    ran = results["ran"] = {name: ran[name] for name in dict.fromkeys([*names, *ran]) if name in ran}
+    seconds = sum(result["seconds"] for result in ran.values())
+    results |= {"seconds": round(seconds, 1), "averages": tables.averages(ran)}
     return save(output, json.dumps(results, indent=1, ensure_ascii=False))
 
 

@@ -111,7 +111,7 @@ class TfdsSet:
     Raises:
       errors.MissingData: there is no such set.
       InputError: it has no such split, or its examples have no `image` and `label`.
-      class_names.ClassNameError: names for its classes are missing, or do not fit.
+      class_names.ClassNameError: `classes` is missing, or does not fit.
     """
 
     def __init__(
@@ -179,14 +179,10 @@ def of_path(path: epath.PathLike, label: int = -1, orientation: str = "exif") ->
 
 def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:
     """The folder of a prepared TFDS set: of the version that `name` gives, or the newest; or MissingData."""
-    base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
-    base = base.expanduser()
+    base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
     path, _, version = name.partition(":")
-    versions = [
-        file.parent
-        for file in (base / path).glob(f"{version or '*.*.*'}/dataset_info.json")
-        if re.fullmatch(r"\d+\.\d+\.\d+", file.parent.name)
-    ]
+    found = (base / path).glob(f"{version or '*.*.*'}/dataset_info.json")
+    versions = [x.parent for x in found if re.fullmatch(r"\d+\.\d+\.\d+", x.parent.name)]
     if not versions:
         looked = f"{base / path}/{version or 'VERSION'}/dataset_info.json"
         prepare = f"tfds.builder({name!r}, data_dir={str(base)!r}).download_and_prepare()"

@@ -135,25 +135,22 @@ class ZeroShot(WithPrompts, LabelledImages):
 
     def scorer(self, predictor: Any, test_set: test_sets.TestSet) -> Scorer:
         """Embeds the classes of a test set; raises as `evaluate`."""
-        classes = list(test_set.classes)
         described, alphas = self.described(test_set), self.checked_alphas()
         embeds: list[np.ndarray] = []  # of the descriptions of each class
         if described is not None:
-            texts = [descriptions or [name] for name, descriptions in zip(classes, described)]
+            texts = [descriptions or [name] for name, descriptions in zip(test_set.classes, described)]
             embeds = encode.encode_texts(predictor, texts)
 
         def features(described: Sequence[Sequence[str]] | None) -> np.ndarray:
             if not self.names:
                 return scores.class_features(embeds, self.unit_features)
+            encode_all, names = functools.partial(encode.encode_distinct, predictor), list(test_set.classes)
             templates = prompts.load_templates(self.templates)
-            encode_all = functools.partial(encode.encode_distinct, predictor)
-            return prompts.embed_classes(encode_all, classes, templates, described, self.unit_features)
+            return prompts.embed_classes(encode_all, names, templates, described, self.unit_features)
 
         ways = dict.fromkeys((f"alpha_{alpha}" for alpha in alphas), features(described))
         if described is not None and self.names:
-            of_names = features(None)
-            for alpha in dict.fromkeys([1.0, *alphas]):
-                ways[f"by_name/alpha_{alpha}"] = of_names
+            ways |= dict.fromkeys((f"by_name/alpha_{x}" for x in (1.0, *alphas)), features(None))
         by = predictor.class_score if self.class_score == "model" else self.class_score
         return Scorer(ways, embeds, min(alphas) < 1, sum(map(len, described or ())), by)
 

@@ -39,8 +39,7 @@ class Card(NamedTuple):
 class Looked(NamedTuple):
     """The results of the model for the page."""
 
-    # "unseen, alpha 0.5 (300 of 800 images)" -> class -> accuracy
-    classes: dict[str, dict[str, float]]
+    classes: dict[str, dict[str, float]]  # "unseen, alpha 0.5 (300 of 800 images)" -> class -> accuracy
     cards: list[Card]
     unmeasured: list[str]  # a line for each part that could not be made
 
@@ -106,18 +105,17 @@ def _cards(predictor: Any, entry: Any) -> list[Card]:
     cosines = scores.unit(seen.regions.embed) @ text_embed.T  # [n, Q, T]
     cards = []
     for i, record in enumerate(records):
-        mine = np.flatnonzero(matched.image == i)
-        queries = matched.query[mine].tolist()  # in order of rank
-        right_text = dict(zip(queries, text_of[mine].tolist()))
+        queries = matched.query[matched.image == i].tolist()  # in order of rank
+        right_text = dict(zip(queries, text_of[matched.image == i].tolist()))
         boxes = []
         for query, (box, row) in enumerate(zip(seen.regions.boxes_xyxy[i], cosines[i])):
             best = int(row.argmax())
             right = right_text[query] == best if query in right_text else None
             boxes.append(Box(box.tolist(), texts[best], float(row[best]), query, right))
-        for j in np.flatnonzero(described.image == i):
-            rank, text = int(described.rank[j]), described.texts[described.text[j]]
+        own = described.image == i
+        for rank, (box, text) in enumerate(zip(described.boxes_xyxy[own], described.text[own])):
             colour = queries[rank] if rank < len(queries) else -1
-            boxes.append(Box(described.boxes_xyxy[j].tolist(), text, None, colour))
+            boxes.append(Box(box.tolist(), described.texts[text], None, colour))
         small = images.to_rgb(files[seen.index[i]].load())
         small.thumbnail((_EDGE, _EDGE), PIL.Image.Resampling.LANCZOS)
         cards.append(Card(record.image, html.data_uri(small), small.size, boxes))

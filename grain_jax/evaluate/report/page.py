@@ -121,12 +121,10 @@ def _card(card: look.Card) -> str:
     width, height = card.size
     shapes, lines = "", ""
     for box in card.boxes:
-        colour, number, kind, more = "#777", "", "true", "annotated"
-        if box.colour >= 0:
-            colour = html.REGION_COLOURS[box.colour % len(html.REGION_COLOURS)]
-            number = str(box.colour + 1)
-        if box.cosine is not None:
-            kind, more = "predicted", f"cosine {box.cosine:.3f}"
+        is_true, is_matched, colours = box.cosine is None, box.colour >= 0, html.REGION_COLOURS
+        colour = colours[box.colour % len(colours)] if is_matched else "#777"
+        number = box.colour + 1 if is_matched else ""
+        kind, more = ("true", "annotated") if is_true else ("predicted", f"cosine {box.cosine:.3f}")
         if box.right is not None:
             word = "right" if box.right else "wrong"
             more += f' <span class="{word}">{word}</span>'
