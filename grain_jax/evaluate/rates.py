@@ -33,7 +33,9 @@ def topk_hits(scores: np.ndarray, right: np.ndarray, k: int, tie: float | np.nda
     above = (~right & (scores > best + tie)).sum(axis=1)
     tied = (scores >= best - tie) & (scores <= best + tie)
     tied_wrong, tied_right = (~right & tied).sum(axis=1), (right & tied).sum(axis=1)
-    return _drawn(tied_right, tied_wrong, np.minimum(k, scores.shape[1]) - above)
+    # Draws without replacement that include a right one (hypergeometric).
+    tied, draws = tied_right + tied_wrong, np.clip(k - above, 0, tied_right + tied_wrong)
+    return 1.0 - np.asarray(special.comb(tied_wrong, draws)) / special.comb(tied, draws)
 
 
 def nearest_hits(
@@ -46,18 +48,6 @@ def nearest_hits(
         return [topk_hits(similarity, right, k) for k in ks]
 
     return scores_lib.in_parts(hits, embed, right)
-
-
-def chance_of_topk(right: np.ndarray, k: int) -> np.ndarray:
-    """`topk_hits` for candidates in a random order; `right` bool [N, C] -> float64 [N]."""
-    number = right.sum(axis=1)
-    return _drawn(number, right.shape[1] - number, np.full(len(right), min(k, right.shape[1])))
-
-
-def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The chance that draws without replacement include a right one (hypergeometric); arguments int [N]."""
-    draws = np.clip(draws, 0, right + wrong)
-    return 1.0 - np.asarray(special.comb(wrong, draws)) / special.comb(right + wrong, draws)
 
 
 def interval(successes: float, count: float) -> tuple[float, float]:

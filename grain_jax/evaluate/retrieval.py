@@ -71,6 +71,6 @@ def _recalls(
     """
     out = {}
     for k, hits in zip(KS, rates.nearest_hits(queries, candidates, right, KS)):
-        chance = rates.chance_of_topk(right, k)[rows]
+        chance = rates.topk_hits(np.zeros(right.shape, np.float32), right, k)[rows]
         out |= {**rates.rate(f"r{k}", hits[rows]), f"chance_r{k}": float(chance.mean())}
     return out
