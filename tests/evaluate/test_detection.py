@@ -29,15 +29,8 @@ def _random_set(seed):
     for image in images:
         for _ in range(rng.integers(0, 7) * (rng.random() < 0.8)):
             x, y, w, h = rng.uniform(0, 200, 2).tolist() + rng.uniform(2, 150, 2).tolist()
-            truth.append(
-                {
-                    "image_id": image["id"],
-                    "category_id": int(rng.choice(ids)),
-                    "bbox": [x, y, w, h],
-                    "area": w * h * rng.uniform(0.3, 1),
-                    "iscrowd": int(rng.random() < 0.15),
-                }
-            )
+            truth.append({"image_id": image["id"], "category_id": int(rng.choice(ids)), "bbox": [x, y, w, h]})
+            truth[-1] |= {"area": w * h * rng.uniform(0.3, 1), "iscrowd": int(rng.random() < 0.15)}
             for _ in range(rng.integers(0, 4)):  # near it
                 box = [x, y, w, h] + rng.normal(0, 0.1, 4) * [w, h, w, h]
                 bbox = np.maximum(box, [-9, -9, 0.5, 0.5]).tolist()
@@ -49,12 +42,9 @@ def _random_set(seed):
     for x in found:
         x["score"] = float(rng.integers(0, 12) / 11) if seed % 2 else float(rng.random())
     if all(x["iscrowd"] for x in truth):
-        truth.append({**found_box(images[0], classes[0]), "iscrowd": 0, "area": 100.0})
+        truth.append({"image_id": images[0]["id"], "category_id": ids[0], "bbox": [1.0, 2.0, 10.0, 10.0]})
+        truth[-1] |= {"iscrowd": 0, "area": 100.0}
     return {"images": images, "categories": classes, "annotations": truth}, found
-
-
-def found_box(image, category):
-    return {"image_id": image["id"], "category_id": category["id"], "bbox": [1.0, 2.0, 10.0, 10.0]}
 
 
 def _expected(truth, found, class_ids=None):
@@ -83,9 +73,8 @@ def test_200_random_sets_have_the_numbers_of_pycocotools(capsys):
     for seed in range(200):
         truth, found = _random_set(seed)
         precision, recall = detection.curves(truth, found)
-        assert detection.means(precision, recall) == pytest.approx(
-            _expected(truth, found), abs=1e-9, rel=0
-        ), seed
+        expected = pytest.approx(_expected(truth, found), abs=1e-9, rel=0)
+        assert detection.means(precision, recall) == expected, seed
         ids = sorted(x["id"] for x in truth["categories"])
         seen = np.random.default_rng(seed).random(len(ids)) < 0.5
         for which in (seen, ~seen)[: 1 + seed % 2]:
@@ -183,10 +172,7 @@ def test_queries(files):
     assert got["seen"]["ap"] == got["per_class"]["cat"] == pytest.approx(1.0)
     assert got["ap"] == pytest.approx((got["per_class"]["cat"] + 1) / 2)
     json.dumps(got)
-
-
-def test_objects_of_an_image_that_cannot_be_read_do_not_count(files):
-    predictor, options, folder = files
+    # Objects of an image that cannot be read do not count.
     (folder / "val2017/1.png").write_bytes(b"no image")
     got = measure("detection", predictor, **options)
     assert (got["images"], got["unreadable"], got["boxes"]) == (1, 1, 2)
@@ -198,14 +184,10 @@ def test_a_file_of_lvis(files):
     predictor, options, folder = files
     content = json.loads((folder / "truth.json").read_text())
     urls = "http://images.cocodataset.org/val2017"
-    content["images"] = [
-        {"id": 12, "coco_url": f"{urls}/1.png", "neg_category_ids": [7]},
-        {"id": 11, "coco_url": f"{urls}/0.png"},
-    ]
-    content["categories"] = [
-        {"id": 7, "name": "dog", "frequency": "r"},
-        {"id": 3, "name": "cat", "frequency": "f"},
-    ]
+    content["images"] = [{"id": i, "coco_url": f"{urls}/{n}.png"} for i, n in ((12, 1), (11, 0))]
+    content["images"][0]["neg_category_ids"] = [7]
+    for category, frequency in zip(content["categories"], "rf"):
+        category["frequency"] = frequency
     options["annotations"].write_text(json.dumps(content))
     got = measure("detection", predictor, **options)
     assert got["rare"]["ap"] == got["per_class"]["dog"] == 1.0 == got["ar300"]
@@ -230,13 +212,10 @@ def test_proposals(files):
     got = measure("detection", predictor, **options, proposals=path)
     assert got["per_class"]["dog"] == 1.0 and got["ar100"] == 0.75
     assert got["per_class"]["cat"] == pytest.approx(51 / 101)
-
-
-def test_without_predictions_all_numbers_are_zero(files):
-    predictor, options, folder = files
-    (folder / "none.json").write_text("[]")
-    got = measure("detection", predictor, **options, proposals=folder / "none.json")
+    path.write_text("[]")
+    got = measure("detection", predictor, **options, proposals=path)
     assert [got[key] for key in KEYS] == [0.0] * 6 and got["boxes"] == 3
+    assert detection.Detection().needs and not detection.Detection(proposals="p.json").needs
 
 
 def _run(folder, output, *more):
@@ -299,8 +278,3 @@ def test_the_missing_package_is_named(files, capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "detection: needs faster-coco-eval: pip install 'grain_jax[detection]'\n"
     )
-
-
-def test_proposals_need_no_queries():
-    assert detection.Detection().needs
-    assert not detection.Detection(proposals="p.json").needs
