@@ -104,10 +104,7 @@ class AnnotatedImages(Evaluator):
         return Annotated(read, records, [folder / record.image for record in records])
 
     def gather(
-        self,
-        predictor: Any,
-        boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None,
-        **embedded: Any,
+        self, predictor: Any, boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None, **embedded: Any
     ) -> Gathered:
         """The usable annotations whose image can be read, and the images encoded; raises as `read`, `encode`.
 

@@ -138,9 +138,7 @@ class Predictor(Encoder):
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
     @inputs.for_each_image
-    def classify_boxes(
-        self, images: inputs.Images, boxes_xyxy: Boxes, classes: Classes
-    ) -> list[np.ndarray]:
+    def classify_boxes(self, images: inputs.Images, boxes_xyxy: Boxes, classes: Classes) -> list[np.ndarray]:
         """For each image the cosines of classes and its boxes (see `encode_boxes`), float32 [n, C]."""
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)

@@ -51,7 +51,8 @@ def mask(path, ids, mode="L", **more):
     """A PNG of ids, an array [H, W]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     types = {"1": bool, "I;16": np.uint16}
-    image = PIL.Image.fromarray(np.asarray(ids).astype(types.get(mode, np.uint8)), "P" if mode == "P" else None)
+    pixels = np.asarray(ids).astype(types.get(mode, np.uint8))
+    image = PIL.Image.fromarray(pixels, "P" if mode == "P" else None)
     if mode == "P":
         image.putpalette([*range(255, -1, -1)] * 3)
     image.save(path, **more)
@@ -309,8 +310,7 @@ def test_ids_of_many_classes(tmp_path):
     folder(tmp_path, names=names)
     mask(tmp_path / "masks" / "3.png", np.full((17, 20), 299), "I;16")
     ignored = lambda **options: np.flatnonzero(
-        segmentation.Segmentation(images=str(tmp_path), **options).open().class_of
-        == segmentation.IGNORED
+        segmentation.Segmentation(images=str(tmp_path), **options).open().class_of == segmentation.IGNORED
     )
     assert measure(images=tmp_path)["per_class"]["class 255"]["pixels"] == 3 * 17
     assert ignored().tolist() == [] and ignored(ignore=255).tolist() == [255]
