@@ -99,8 +99,9 @@ def over_images(
             for group in batches.groups(items, batch_size, lambda each: isinstance(each[1], tuple)):
                 unreadable |= {name: fault for name, fault in group if isinstance(fault, str)}
                 if good := [each for _, each in group if isinstance(each, tuple)]:
-                    *columns, pixels = zip(*good)
-                    parts.append(function(Batch(*map(np.array, columns), list(pixels))))
+                    index, sizes, labels, pixels = zip(*good)
+                    of_good = Batch(np.array(index), np.array(sizes), np.array(labels), list(pixels))
+                    parts.append(function(of_good))
                 counter.add(len(group))
             counter.close()
     # Every process has to learn of it before it waits for the results of this one.

@@ -262,7 +262,7 @@ class Predictor(Encoder):
         if self.has_regions or not self.has_patches:
             regions = zip(text_embeds, *self.encode_regions(tokens), strict=True)
             ways.append([scores.region_map(text @ x.T, boxes, self.grid) for text, boxes, x in regions])
-        return [np.mean(maps, axis=0, dtype=np.float32) for maps in zip(*ways)]
+        return [np.asarray(np.mean(maps, axis=0), np.float32) for maps in zip(*ways)]
 
     @inputs.for_each_image
     def segment(

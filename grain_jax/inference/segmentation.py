@@ -56,8 +56,7 @@ def embed_classes(
     """`prompts.embed_classes`, where commas in a name divide alternatives, each with its own embedding."""
     parts = [alternatives(name) or [name] for name in names]
     counts = list(map(len, parts))
-    described = np.repeat(np.arange(len(names)), counts)
-    of_parts = [descriptions[i] for i in described] if descriptions else None
+    of_parts = [x for x, n in zip(descriptions, counts) for _ in range(n)] if descriptions else None
     features = prompts.embed_classes(encode, sum(parts, []), templates, of_parts, unit_length)
     return Classes(tuple(names), features, np.cumsum([0, *counts[:-1]]))
 
