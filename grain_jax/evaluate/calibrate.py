@@ -49,7 +49,7 @@ class Calibrate(AnnotatedImages):
     lower_is_better = ("ece", "log_loss", "brier")
     kind: str = "calibrate"
     images: str = option("", "Class folders, or where annotations' paths start.", "DIR", required=True)
-    annotations: str | None = option(None, "Its descriptions are classes; default: folders.", "A.jsonl")
+    annotations: str | None = option(None, "Descriptions as classes; default: class folders.", "A.jsonl")
     templates: str | None = option(None, TEMPLATES, "FILE")
     thresholds: str = option("class", "Thresholds with the best F1.", choices=("class", "common"))
     share: float = option(0.5, "Share of the images that fit; the others measure.", "P")

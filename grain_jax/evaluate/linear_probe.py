@@ -41,7 +41,7 @@ class LinearProbe(LabelledImages):
 
     example = "--images runs/aviary/seen"
     kind: str = "linear_probe"
-    train: str | None = option(None, "Class folders, or a TFDS split; default: a share, or train.", "DIR")
+    train: str | None = option(None, "Class folders, or a TFDS split; default: a share of each class.", "DIR")
 
     def open_train(self) -> test_sets.TestSet | None:
         """The training images; None if `images` is to be split."""

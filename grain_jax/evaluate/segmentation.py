@@ -84,7 +84,7 @@ class Segmentation(WithPrompts):
         "folder", "Layout of the dataset; folder: images/, masks/, classes.txt.", choices=tuple(LAYOUTS)
     )
     ignore: int | None = option(None, "A further id that does not count.", "ID", low=0, high=65535)
-    by: str = option("auto", "Maps of patches, regions, or both, if the model can.", choices=config.MAPS_BY)
+    by: str = option("auto", "Patches, regions or both; auto: what the model has.", choices=config.MAPS_BY)
     patch_features: str = option(
         "auto", "Values (MaskCLIP) or tokens; auto: tokens with a box head.", choices=config.PATCH_FEATURES
     )
