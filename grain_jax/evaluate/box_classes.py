@@ -78,9 +78,9 @@ class Boxes(AnnotatedImages):
             return {"boxes": int(which.sum()), **{way: of_classes(*each) for way, each in hits.items()}}
 
         of_queries: dict[str, Any] = {}
-        if seen.nearest is not None:
-            iou = seen.nearest.iou[use]
-            of_queries = {"best_iou": float(iou.mean()), **rates.rate("found", iou >= boxes.FOUND_IOU)}
+        if seen.iou is not None:
+            found = rates.rate("found", seen.iou[use] >= boxes.FOUND_IOU)
+            of_queries = {"best_iou": float(seen.iou[use].mean()), **found}
         group = np.array([line.group for line in lines])[target]
         return {
             **seen.counts,
@@ -173,50 +173,41 @@ def _ranks(boxes: np.ndarray, text_embed: np.ndarray, text: np.ndarray) -> dict[
     }
 
 
-class Nearest(NamedTuple):
-    """For each annotated box the query that overlaps it most."""
-
-    query: np.ndarray  # int [M]
-    iou: np.ndarray  # float32 [M]
-
-
 class GivenBoxes(NamedTuple):
     """The annotated boxes of all readable images."""
 
     records: list[annotations_lib.Annotation]  # of the readable images
     counts: dict[str, Any]  # for the result
     described: grounding.Described  # M boxes
-    # float32 [M, D]: "box_head" and "region", as the model has them, and "image"
-    embeds: dict[str, np.ndarray]
-    nearest: Nearest | None  # None: a model without region queries
+    embeds: dict[
+        str, np.ndarray
+    ]  # float32 [M, D]: "box_head" and "region", if the model has them, and "image"
+    iou: np.ndarray | None  # float32 [M], with the best query; None: a model without region queries
 
 
 def encode_boxes(entry: AnnotatedImages, predictor: Any) -> GivenBoxes:
     """The annotated boxes that lie in their images, embedded; arguments and errors as in `entry.gather`."""
 
-    def boxes_of(record: Any, size: tuple[int, int]) -> np.ndarray:
-        return grounding.described_boxes([record], [size]).boxes_xyxy
-
-    records, seen, counts = entry.gather(
-        predictor, regions=predictor.has_regions, boxes_of=boxes_of if predictor.has_box_head else None
-    )
+    boxes_of = lambda record, size: grounding.described_boxes([record], [size]).boxes_xyxy
+    given = boxes_of if predictor.has_box_head else None
+    records, seen, counts = entry.gather(predictor, regions=predictor.has_regions, boxes_of=given)
     described = grounding.described_boxes(records, seen.sizes)
-    embeds, nearest = {}, None
+    embeds, iou = {}, None
     if predictor.has_box_head:
         embeds["box_head"] = seen.box_embed
     if predictor.has_regions:
-        nearest = best_query(seen.regions.boxes_xyxy[described.image], described.boxes_xyxy)
-        embeds["region"] = seen.regions.embed[described.image, nearest.query]
+        query, iou = best_query(seen.regions.boxes_xyxy[described.image], described.boxes_xyxy)
+        embeds["region"] = seen.regions.embed[described.image, query]
     embeds["image"] = seen.image_embed[described.image]
-    return GivenBoxes(records, counts, described, embeds, nearest)
+    return GivenBoxes(records, counts, described, embeds, iou)
 
 
-def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Nearest:
-    """For boxes [M, 4] the query of [M, Q, 4] with the largest IoU; of equal ones (0) the largest GIoU."""
+def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> list[np.ndarray]:
+    """For boxes [M, 4] the query of [M, Q, 4] with the largest IoU (if equal, GIoU), and that IoU."""
 
     def best(*two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         overlap = np.asarray(boxes.iou_and_union(*two)[0])  # [m, Q]
         most = overlap == overlap.max(axis=1, keepdims=True)
         return np.where(most, boxes.giou(*two), -np.inf).argmax(axis=1), overlap.max(axis=1)
 
-    return Nearest(*scores.in_parts(best, pred_boxes_xyxy, boxes_xyxy[:, None]))
+    return scores.in_parts(best, pred_boxes_xyxy, boxes_xyxy[:, None])

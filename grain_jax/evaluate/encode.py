@@ -60,8 +60,6 @@ def over_images(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Calls `function` with each batch of images and joins its results; the next batch is read meanwhile.
 
-    Each of several processes gets consecutive images, and each image belongs to one process.
-
     Args:
       images: a test set, images of one, or the paths of images.
       prepare: (position in the set, image) -> its `pixels` in the batch. An ImageError leaves the image out.

@@ -129,7 +129,14 @@ class AnnotatedImages(Evaluator):
 
     def check(self, model: Any = None) -> int:
         annotated = self.read()
-        _report_left_out(str(self.annotations), annotated.read)
+        lines, unknown = list(annotated.read.faults), annotated.read.unknown_keys.items()
+        if lines:  # too many of them are an AnnotationError
+            lines.append(f"{self.annotations}: faulty lines left out: {annotated.read.faulty_lines}")
+        if unknown:
+            named = ", ".join(f"{printable.plain(name, 60)} ({n})" for name, n in unknown)
+            lines.append(f"{self.annotations}: unknown keys kept out: {named}")
+        for line in () if processes.process_info()[0] else lines:
+            print(printable.plain(line), file=sys.stderr)
         if not any(path.exists() for path in annotated.paths):  # usually the first exists
             got = f"none of the {len(annotated.paths)} images of {self.annotations} is there"
             expected = "expected the folder where the annotations' paths start"
@@ -159,18 +166,6 @@ class WithPrompts(Evaluator):
             return ""
         path = expanduser(self.descriptions or "")
         return f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
-
-
-def _report_left_out(path: str, read: annotations_lib.Annotations) -> None:
-    """Prints the faulty lines and unknown keys of a file of annotations on stderr."""
-    lines = list(read.faults)
-    if read.faults:  # too many of them are an AnnotationError
-        lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
-    if read.unknown_keys:
-        named = (f"{printable.plain(name, 60)} ({n})" for name, n in read.unknown_keys.items())
-        lines.append(f"{path}: unknown keys kept out: {', '.join(named)}")
-    for line in () if processes.process_info()[0] else lines:
-        print(printable.plain(line), file=sys.stderr)
 
 
 def faults_of(*checks: Callable[[], object]) -> list[str]:

@@ -1,8 +1,7 @@
 """Zero-shot classification of a test set (docs/method.md, Zero-shot evaluation).
 
 One pass over the images gives both protocols of the paper: class names in prompts, and class names with
-descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or
-prompt. That is for class names that mean nothing to the model, and for descriptions that are whole sentences.
+descriptions. With `names=False` a class is the mean of the embeddings of its descriptions.
 """
 
 from __future__ import annotations

@@ -79,9 +79,9 @@ def test_class_file(data, tmp_path):
 def test_best_query():
     boxes = np.array([LEFT, [0, 0.5, 0.1, 1]], np.float32)
     queries = np.array([[CORNER, RIGHT, LEFT], [CORNER, RIGHT, CORNER]], np.float32)
-    measured = box_classes.best_query(queries, boxes)
+    query, iou = box_classes.best_query(queries, boxes)
     # Nothing overlaps the second box: the right half is nearer to it, as GIoU has it, than a corner.
-    assert measured.query.tolist() == [2, 1] and measured.iou.tolist() == [1, 0]
+    assert query.tolist() == [2, 1] and iou.tolist() == [1, 0]
 
 
 WORDS = {"red": [1, 0, 0], "blue": [0, 1, 0], "green": [0, 0, 1], "pale": [0.6, 0.8, 0]}

@@ -92,8 +92,11 @@ def _results(results: Sequence[run_files.Result]) -> str:
     rows = ""
     for result in results:
         for row in tables.rows_of(result.kind, result.numbers):
-            parts = [row.interval, row.chance and f"chance {row.chance}"]
-            parts.append(row.images and f"of {row.images} images")
+            parts = (
+                row.interval,
+                row.chance and f"chance {row.chance}",
+                row.images and f"of {row.images} images",
+            )
             rows += f'<tr><th scope="row">{html.text(f"{result.name}: {row.key}")}</th><td class="value">'
             rows += f"<b>{row.value}</b> <small>{'; '.join(filter(None, parts))}</small></td>"
             rows += f"<td>{html.text(result.source)}</td></tr>"
@@ -106,14 +109,12 @@ def _results(results: Sequence[run_files.Result]) -> str:
 def _classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
     out = ""
     for name, shares in per_class.items():
-        lines = "".join(
-            f'<li><span>{html.text(label)}</span><span class="track"><i style="width:{100 * share:.1f}%">'
-            f"</i></span>{share:.1%}</li>"
-            for label, share in sorted(shares.items(), key=lambda pair: pair[1])
-        )
-        opened = "" if out else " open"
-        out += f"<details{opened}><summary>{html.text(name)}</summary>"
-        out += f'<ol class="classes">{lines}</ol></details>'
+        out += f"<details{'' if out else ' open'}><summary>{html.text(name)}</summary>"
+        out += '<ol class="classes">'
+        for label, share in sorted(shares.items(), key=lambda pair: pair[1]):
+            bar = f'<span class="track"><i style="width:{100 * share:.1f}%"></i></span>'
+            out += f"<li><span>{html.text(label)}</span>{bar}{share:.1%}</li>"
+        out += "</ol></details>"
     return out
 
 
