@@ -10,6 +10,7 @@ with unit length, as in the README of openai/CLIP; the paper's tables use those 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import warnings
 from typing import Any, NamedTuple
@@ -111,24 +112,20 @@ def fit(learnt: Data, validation: Data, final: Data) -> tuple[Any, float]:
     """
     from scipy import special  # slow to import
 
-    tried: dict[float, tuple[float, float, float]] = {}
-
+    @functools.cache
     def rank(exponent: float) -> tuple[float, float, float]:
-        if exponent not in tried:
-            model = _regression(learnt, 10.0**exponent)
-            scores = _scores(model, validation.embed, int(validation.label.max()) + 1)
-            right = scores[np.arange(len(scores)), validation.label]  # -inf: no training images
-            loss = float((special.logsumexp(scores, axis=1) - right).mean())
-            hits = _hits(scores, validation.label, 1)
-            tried[exponent] = (float(hits.mean()), -loss, -exponent)
-        return tried[exponent]
+        model = _regression(learnt, 10.0**exponent)
+        scores = _scores(model, validation.embed, int(validation.label.max()) + 1)
+        right = scores[np.arange(len(scores)), validation.label]  # -inf: no training images
+        loss = float((special.logsumexp(scores, axis=1) - right).mean())
+        return float(_hits(scores, validation.label, 1).mean()), -loss, -exponent
 
     step, best = float(EXPONENTS[1] - EXPONENTS[0]), float(max(EXPONENTS, key=rank))
     for _ in range(_HALVINGS):
         step /= 2
         around = [x for x in (best - step, best, best + step) if EXPONENTS[0] <= x <= EXPONENTS[-1]]
         best = max(around, key=rank)
-    return _regression(final, 10.0**best), tried[best][0]
+    return _regression(final, 10.0**best), rank(best)[0]
 
 
 def hold_out(label: np.ndarray, share: float) -> np.ndarray:

@@ -58,8 +58,7 @@ class ClassFolders:
     Raises:
       errors.MissingData: no such folder.
       InputError: fewer than two class folders, two of one name (`a_b` and `a b`, or NFC and NFD), or a class
-        without images.
-      class_names.ClassNameError: `classes` does not fit the folders.
+        without images; a class_names.ClassNameError if `classes` does not fit the folders.
     """
 
     def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
@@ -110,8 +109,7 @@ class TfdsSet:
 
     Raises:
       errors.MissingData: there is no such set.
-      InputError: it has no such split, or its examples have no `image` and `label`.
-      class_names.ClassNameError: `classes` is missing, or does not fit.
+      InputError: it has no such split, or its examples have no `image` and `label`; or a ClassNameError.
     """
 
     def __init__(

@@ -25,6 +25,7 @@ _GROUPS = {  # title of a chart -> how the names of its curves begin
     "Waiting for input": ("input_wait_",),
     "Accuracies": ("image_", "hard_negative_", "box_description_"),
 }
+_BOOKKEEPING = ("eval/", "time/", "process/", "texts", "model_flops_per_second")  # have no chart of their own
 _POINTS = 400  # of a curve, at most
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 190, 64, 20  # of a chart, in its own units
 _COLOURS = 8  # --c0 to --c7 of core/base.css
@@ -38,7 +39,7 @@ class Chart(NamedTuple):
 
 
 def charts(series: Mapping[str, Curve]) -> list[Chart]:
-    """The charts in the order of the page; each key is in one of them, but for numbers beside a main one."""
+    """The charts in the order of the page."""
     evaluated = {}
     for key, ending in itertools.product(series, _HEADLINES):
         if key.startswith("eval/") and key.endswith(ending) and len(series[key][0]) > 1:
@@ -46,7 +47,7 @@ def charts(series: Mapping[str, Curve]) -> list[Chart]:
             label = f"{name}: {_HEADLINES[ending]}{', ' * bool(group)}{' '.join(group)}"
             evaluated[key] = label.replace("_", " ")
     made = [Chart("Losses", losses.labels_of(list(series))), Chart("Evaluations", evaluated)]
-    left = [key for key in series if key not in made[0].labels and not key.startswith("eval/")]
+    left = [key for key in series if key not in made[0].labels and not key.startswith(_BOOKKEEPING)]
     for title, beginnings in _GROUPS.items():
         labels = {key: key for key in left if key.startswith(beginnings)}
         made.append(Chart(title, labels))
@@ -65,8 +66,6 @@ def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
     """A chart as a figure, with the last value of each curve below."""
     curves = {key: _thinned(series[key]) for key in chart.labels}
     steps, values = ([x for curve in curves.values() for x in curve[i]] for i in (0, 1))
-    if not values:
-        return ""
     first, last, low, high = min(steps), max(steps), min(values), max(values)
     across = (_WIDTH - _LEFT - 8) / ((last - first) or 1)
     down = (_HEIGHT - _BOTTOM - 10) / ((high - low) or 1)

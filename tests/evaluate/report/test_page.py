@@ -187,8 +187,9 @@ def test_the_line_of_a_curve():
 
 
 @pytest.mark.quick
-def test_flat_curves_are_left_out():
-    lines = dict.fromkeys(["loss", "mfu"], ([1, 2], [0.5, 2.5e10])) | {"logit_scale": ([1, 2], [3, 3])}
+def test_flat_and_bookkeeping_curves_are_left_out():
+    lines = dict.fromkeys(["loss", "mfu", "time/unix", "texts_dropped"], ([1, 2], [0.5, 2.5e10]))
+    lines |= {"logit_scale": ([1, 2], [3, 3])}
     assert re.findall("<h3>(.*?)<", charts.figures(lines)) == ["Losses", "mfu"]
     numbers = [0, 0.000863, -0.000863, 999, 178715, 2.279e10, -8.63e-5]
     short = ["0", "0.000863", "-0.000863", "999", "178,715", "2.28e10", "-8.63e-5"]
