@@ -28,7 +28,6 @@ with epy.lazy_imports():
     from grain_jax.evaluate import class_names, encode, test_sets, zeroshot
     from grain_jax.inference import prompts
     from grain_jax.inference import segmentation as segmenting
-    from grain_jax.inference.inputs import InputError
 
 # What an id that is no class becomes: it does not count, or it is a fault.
 IGNORED, OUTSIDE = -1, -2
@@ -230,7 +229,7 @@ def open_set(images: str, layout: str, ignore: int | None = None, get: str | Non
       ignore: a further id that does not count, even if it is a class.
       get: how to get the data, for errors.MissingData: a folder or the list of images is not there.
 
-    Raises InputError: no mask, or two classes of one name; class_names.ClassNameError.
+    Raises errors.UserError: no mask, or two classes of one name; class_names.ClassNameError.
     """
     root, spec = epath.Path(images), LAYOUTS[layout]
     of_images, of_masks, listed = root / spec.images, root / spec.masks, root / spec.listed
@@ -252,7 +251,7 @@ def open_set(images: str, layout: str, ignore: int | None = None, get: str | Non
         paths = _below(of_images)
     masks = [(of_masks / path.relative_to(of_images)).with_suffix(".png") for path in paths]
     if not any(mask.exists() for mask in masks):  # usually the first exists
-        raise InputError(f"{of_images}: none of its {len(masks)} images has a mask in {of_masks}")
+        raise errors.UserError(f"{of_images}: none of its {len(masks)} images has a mask in {of_masks}")
     opened = [test_sets.of_path(path, orientation=spec.orientation) for path in paths]
     return Segmented(opened, masks, names, labels, class_of)
 
@@ -276,7 +275,7 @@ def class_labels(classes: str) -> tuple[list[str], list[str]]:
     labels = [(segmenting.alternatives(name) or [name])[0] for name in names]
     labels = [n if labels.count(label) > 1 else label for n, label in zip(names, labels)]
     if twice := class_names.twice(labels):
-        raise InputError(f"classes {classes}: got {twice!r} twice, expected it once")
+        raise errors.UserError(f"classes {classes}: got {twice!r} twice, expected it once")
     return names, labels
 
 

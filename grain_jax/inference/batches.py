@@ -65,7 +65,7 @@ class BatchRunner:
         results, first = [], 0
         for size in _sizes(-(-count // devices), kinds):
             last = first + size * devices
-            padded = [_pad(x[first:last], size * devices) for x in rows]
+            padded = [x[np.minimum(np.arange(first, last), count - 1)] for x in rows]
             with progress_lib.while_compiling(
                 "the model for this machine", _COMPILING, silent=jax.process_index() > 0, once=True
             ):  # returns before it is computed
@@ -92,11 +92,6 @@ def _sizes(count: int, kinds: Sequence[int]) -> list[int]:
         sizes += [kind] * times
         count = rest
     return sizes
-
-
-def _pad(x: np.ndarray, rows: int) -> np.ndarray:
-    """`x` with copies of its last row, to that many rows."""
-    return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
 
 
 def groups(items: Iterable[Item], size: int, counts: Callable[[Item], bool]) -> Iterator[list[Item]]:

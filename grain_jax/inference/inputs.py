@@ -105,14 +105,6 @@ def is_one_text(texts: Any) -> bool:
     return isinstance(texts, str) or getattr(texts, "ndim", None) == 1
 
 
-def several_texts(texts: Any) -> list[str]:
-    """Texts as a list. Raises InputError: it is a single text, or has none."""
-    names = [] if isinstance(texts, str) else list(texts)
-    if not names or not all(isinstance(x, str) for x in names):
-        raise InputError(f"texts: got {texts!r:.100}, expected a list of strings")
-    return names
-
-
 def one_text(text: Any) -> Any:
     """A text as a batch of one."""
     return [text] if isinstance(text, str) else np.asarray(text)[None]

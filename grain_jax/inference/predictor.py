@@ -185,7 +185,9 @@ class Predictor(Encoder):
           pixels: whether boxes are in pixels of the image as it was given, or in [0, 1].
         """
         self.need_regions("detect")
-        names = inputs.several_texts(texts)
+        names = [] if isinstance(texts, str) else list(texts)
+        if not names or not all(isinstance(x, str) for x in names):
+            raise inputs.InputError(f"texts: got {texts!r:.100}, expected a list of strings")
         features, detections = self.encode_text(names), []
         numbered = enumerate(inputs.checked_images(images, self.model.image.image_size))
         while batch := [inputs.as_uint8(*x) for x in itertools.islice(numbered, batches.MAX_BATCH)]:
@@ -226,10 +228,9 @@ class Predictor(Encoder):
         score, fault = self._calibration(by)
         if score is None:
             data = "--images DIR" + " --annotations A.jsonl" * (by == "regions")
-            raise inputs.InputError(
-                f"{self.folder}/{calibration.NAME}: got {fault}, expected a calibration; make it by:"
-                f" grain-jax evaluate calibrate --checkpoint {self.folder} {data} --output OUT.json"
-            )
+            make = f"grain-jax evaluate calibrate --checkpoint {self.folder} {data} --output OUT.json"
+            got = f"{self.folder}/{calibration.NAME}: got {fault}"
+            raise inputs.InputError(f"{got}, expected a calibration; make it by: {make}")
         embeds = self.encode_image(images) if by == "image" else self.encode_regions(images).embed
         text_embeds = calibration.embed_texts(self.encode_text, list(texts), score.templates)
         return score.probabilities(calibration.cosines(embeds, text_embeds))

@@ -24,14 +24,10 @@ class PromptError(errors.UserError):
 def load_templates(path: epath.PathLike | None = None) -> list[str]:
     """Reads templates, one per line, each with one `{}`; blank lines and `#` lines are skipped.
 
-    Raises PromptError: no such file, a line without exactly one `{}`, or no template at all.
+    Raises PromptError: a line without exactly one `{}`, or no template at all; regular_file.FileError.
     """
     path = DEFAULT_TEMPLATES if path is None else epath.Path(path).expanduser()
-    try:
-        text = regular_file.read_text(path, "templates, one a line")
-    except regular_file.FileError as error:
-        raise PromptError(str(error)) from None
-    templates, faults = [], []
+    text, templates, faults = regular_file.read_text(path, "templates, one a line"), [], []
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if line.count("{}") == 1 and not line.startswith("#"):
             templates.append(line)

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from grain_jax.core import errors
 from grain_jax.inference import prompts
 from tests.paths import GOLDENS
 
@@ -28,7 +29,7 @@ def test_template_file_errors_name_the_lines(tmp_path):
     path.write_text("# nothing\n")
     with pytest.raises(prompts.PromptError, match="holds no template"):
         prompts.load_templates(path)
-    with pytest.raises(prompts.PromptError, match="no such file"):
+    with pytest.raises(errors.UserError, match="no such file"):
         prompts.load_templates(tmp_path / "none.txt")
     path.write_text("a {} drawn\n")
     assert prompts.load_templates(str(path)) == ["a {} drawn"]

@@ -140,7 +140,7 @@ def test_no_text_of_a_run_moves_its_neighbours(run, tmp_path):
     nasty = "\x1b[2J\0\N{RIGHT-TO-LEFT OVERRIDE}\N{PARROT}"
     folder = shutil.copytree(run[0], tmp_path / nasty[-2:])
     values = {f"{key}{nasty}": 0.5 for key in ("loss_", "mfu", "eval/birds/", "eval/")}
-    lines = [json.dumps({"step": step} | values) for step in (1, 2)]
+    lines = [json.dumps({"step": step} | dict.fromkeys(values, step)) for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "results.json").write_text(json.dumps(values))
     config = json.loads((folder / "config.json").read_text()) | {nasty: nasty}
