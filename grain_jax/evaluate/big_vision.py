@@ -1,14 +1,6 @@
-"""Adapter that lets the evaluators of big_vision use a GRAIN checkpoint.
+"""Adapter that lets the evaluators of big_vision, commit 0127fb6, use a checkpoint (docs/library.md).
 
-Put these lines into a config of big_vision, or run them before its evaluators are made (docs/library.md):
-
-  from grain_jax.evaluate import big_vision
-  big_vision.register()
-  config.model_name, config.model, config.model_init = "grain_jax", dict(checkpoint=DIR), DIR
-  pp_img, pp_txt = "grain_image('DIR')", "grain_text('DIR')"
-
-Written for commit 0127fb6 of big_vision. Only `register` imports big_vision, and only the two preprocessing
-ops import TensorFlow.
+Only `register` imports big_vision, and only the two preprocessing ops import TensorFlow.
 """
 
 import dataclasses
@@ -35,7 +27,6 @@ _PADDING = -1  # padding id after a text; no token has it
 
 def register() -> None:
     """Registers the model and the two preprocessing ops with big_vision, which has to be on the path."""
-    # Not a dependency of this package.
     from big_vision.pp import registry  # pyright: ignore[reportMissingImports]
 
     # The trainers of big_vision import big_vision.models.{config.model_name}.

@@ -24,10 +24,6 @@ _SORTED = re.compile(r"\A(\d+\.|n\d{8}-|/([a-z]/)?)")
 _WNID = re.compile(r"n\d{8}")
 
 
-class ClassNameError(errors.UserError):
-    """A dataset has no class names, or a class file does not fit it; the message is one line."""
-
-
 class Line(NamedTuple):
     """One line of a class file."""
 
@@ -45,40 +41,40 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
       classes: a class file: its path or the name of a file in `classes/`; None: names made from the labels.
         If both have labels, the file may have more; otherwise it has the dataset's classes in its order.
 
-    Raises ClassNameError: no names, no such file, or the names of another dataset.
+    Raises errors.UserError: no names, no such file, or the names of another dataset.
     """
     labels = _texts(labels)
     if classes is None:
         if labels is None or all(_WNID.fullmatch(label) for label in labels):
             got = f"{count} classes without names" if labels is None else f"labels such as {labels[0]}"
             expected = f"a file of class names: a path, or one of {shipped()}"
-            raise ClassNameError(f"classes: got {got}, expected {expected}")
+            raise errors.UserError(f"classes: got {got}, expected {expected}")
         names = [readable(label) for label in labels]
         if repeated := twice(names):
             expected = "a file of label<TAB>name"
-            raise ClassNameError(f"classes: got two labels that read {repeated!r}, expected {expected}")
+            raise errors.UserError(f"classes: got two labels that read {repeated!r}, expected {expected}")
         return names
     lines, fault = read(classes), f"classes {classes}: got "
     if lines[0].label is not None and labels is not None:
         names = {line.label: line.name for line in lines}
         if missing := [label for label in labels if label not in names]:
             fault += f"no name for {len(missing)} of the dataset's {count} labels, the first: {missing[0]!r}"
-            raise ClassNameError(f"{fault}; expected a file of this dataset")
+            raise errors.UserError(f"{fault}; expected a file of this dataset")
         return [names[label] for label in labels]
     if len(lines) != count:
-        raise ClassNameError(f"{fault}{len(lines)} classes, expected the dataset's {count}")
+        raise errors.UserError(f"{fault}{len(lines)} classes, expected the dataset's {count}")
     position = {readable(label).lower(): i for i, label in enumerate(labels or ())}
     for i, line in enumerate(lines):
         if position.get(readable(line.name).lower(), i) != i:
             expected = "expected the dataset's order, or label<TAB>name"
-            raise ClassNameError(f"{fault}{line.name!r} as class {i}; {expected}")
+            raise errors.UserError(f"{fault}{line.name!r} as class {i}; {expected}")
     return [line.name for line in lines]
 
 
 def read(classes: str) -> list[Line]:
     """The lines of a class file, at least one; `classes` as in `for_labels`, but not None.
 
-    Raises ClassNameError: no such file, an empty one, a repeated label, or different numbers of columns.
+    Raises errors.UserError: no such file, an empty one, a repeated label, or different numbers of columns.
     """
     path = SHIPPED / f"{classes}.txt"
     if "/" in classes or not path.exists():
@@ -86,17 +82,17 @@ def read(classes: str) -> list[Line]:
     try:
         text = regular_file.read_text(path, f"one class a line, or one of {shipped()}")
     except regular_file.FileError as error:
-        raise ClassNameError(f"classes {error}") from None
+        raise errors.UserError(f"classes {error}") from None
     used = [line for line in composed(text).splitlines() if line.strip() and not line.startswith("#")]
     rows = [tuple(map(str.strip, line.split("\t"))) for line in used]
     if not rows or not all(text for row in rows for text in row):
-        raise ClassNameError(f"classes {path}: got no class or an empty name, expected names")
+        raise errors.UserError(f"classes {path}: got no class or an empty name, expected names")
     if len(rows[0]) > 3 or {len(row) for row in rows} != {len(rows[0])}:
         forms = "name, of label<TAB>name or of label<TAB>name<TAB>group"
-        raise ClassNameError(f"classes {path}: got lines of several forms, expected all of {forms}")
+        raise errors.UserError(f"classes {path}: got lines of several forms, expected all of {forms}")
     lines = [Line(None, *row) if len(row) == 1 else Line(*row) for row in rows]
     if repeated := twice([line.label for line in lines if line.label]):
-        raise ClassNameError(f"classes {path}: got the label {repeated!r} twice, expected it once")
+        raise errors.UserError(f"classes {path}: got the label {repeated!r} twice, expected it once")
     return lines
 
 

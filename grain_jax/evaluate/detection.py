@@ -257,8 +257,8 @@ def curves(
       detections: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels) and `score`; may be none.
       limits: of detections per image and class, M numbers: LIMITS or LVIS_LIMITS.
 
-    Returns: precision float64 [10 IoUs from 0.5 to 0.95, 101 recalls, K, 4 sizes, M] and recall [10, K, 4,
-      M]. The K classes have the order of their ids; those without boxes have -1.
+    Returns: precision [10 IoUs from 0.5 to 0.95, 101 recalls, K, 4 sizes, M] and recall [10, K, 4, M]; -1 for
+      classes without boxes. The K classes have the order of their ids.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 

@@ -1,8 +1,4 @@
-"""What evaluators of one kind of data share: images with classes, and images with annotations.
-
-A config imports the module of each of its evaluators, so these load JAX, numpy and TensorFlow when they
-measure. docs/evaluate.md describes the protocols and the results.
-"""
+"""What evaluators of one kind of data share (docs/evaluate.md): images with classes, or with annotations."""
 
 from __future__ import annotations
 

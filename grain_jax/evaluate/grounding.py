@@ -49,19 +49,17 @@ class Grounding(AnnotatedImages):
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Compares predicted regions with the described boxes of each image.
 
-        Returns: counts, and (95% intervals of shares: `_low`, `_high`)
+        Returns: counts, and
           `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
           `chance_box_iou`: the same, with boxes of other images in place of the predicted ones;
           `region_to_description_r1`: share of matched regions whose own description is the nearest of all
-            distinct descriptions of the file; `chance_region_to_description_r1`;
-          `phrases`: number of phrases; if it is 0, the keys below are left out;
-          `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the
-            phrase, and the share with IoU >= 0.5; with several boxes, the largest IoU;
-          `chance_phrase_iou`, `chance_phrase_acc50`: the same for a query chosen at random;
+            distinct descriptions of the file;
+          `phrase_iou`, `phrase_acc50`, if there are `phrases`: mean IoU of the box of the best-scoring query
+            and the box of the phrase, and the share with IoU >= 0.5; `chance_`: for a random query;
           `phrase_acc50_other_image`: the same for the answer in another image, half of the images away: what
             is right because things lie where they often lie;
-          if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases, and the rates
-            `phrase_acc50_any_box`, `phrase_iou_merged_box`, `phrase_acc50_merged_box` with `chance_`.
+          if `phrases_of_several_boxes` is not 0: `phrase_acc50_any_box`, `phrase_iou_merged_box`,
+            `phrase_acc50_merged_box`.
         """
         records, seen, counts = self.gather(predictor, regions=True, predicted_boxes=predictor.has_box_head)
         pred_boxes_xyxy, region_embed = seen.regions

@@ -1,7 +1,7 @@
 """The evaluators by name, and how an entry of `evals` in a config becomes an evaluator.
 
-An entry is `dict(kind="zeroshot", ...)`: the kind names a class, and the other keys are the options of that
-class. A kind is one of `KINDS`, or `module:Class` of a module that Python finds (examples/evaluator has one).
+An entry is `dict(kind="zeroshot", ...)`: the kind is one of `KINDS` or `module:Class`, and the other keys are
+the options of that class.
 """
 
 import dataclasses
@@ -14,8 +14,7 @@ from grain_jax.config.keys import OpenGroup, key
 from grain_jax.core import errors, named
 from grain_jax.evaluate.base import Evaluator
 
-# Each class holds its options, its flags, its rows of the table and its measurement. A config imports it, so
-# it imports the libraries that compute only when it measures.
+# A config imports the class, so it imports the libraries that compute only when it measures.
 KINDS = {
     "zeroshot": "grain_jax.evaluate.zeroshot:ZeroShot",
     "linear_probe": "grain_jax.evaluate.linear_probe:LinearProbe",
@@ -103,11 +102,9 @@ def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:
     """An entry for `evals` of a config file, with all options, so that the command line can set them.
 
     Args:
-      kind: one of KINDS, or `module:Class`.
+      kind: one of KINDS, or `module:Class`; another one is an errors.UserError.
       images: class folders, or the folder that the paths of the annotations start from.
       **options: the other options of that class; None leaves the default.
-
-    Raises errors.UserError if there is no such kind.
     """
     from grain_jax.config import recipe  # ml_collections, which only config files need
 

@@ -122,10 +122,9 @@ class Segmentation(WithPrompts):
 
     def faults_of_model(self, model: Any) -> list[str]:
         """Why a model cannot make these maps."""
-        return faults_of(
-            lambda: segmenting.check_stride(model.image.image_size, self.short_side, self.stride),
-            lambda: segmenting.maps_by(model, self.by, self.patch_features),
-        )
+        size, check = model.image.image_size, segmenting.check_stride
+        maps_by = lambda: segmenting.maps_by(model, self.by, self.patch_features)
+        return faults_of(lambda: check(size, self.short_side, self.stride), maps_by)
 
     def _described(self, opened: Segmented) -> list[list[str]] | None:
         if self.described_by is None:
@@ -133,9 +132,7 @@ class Segmentation(WithPrompts):
         return zeroshot.read_descriptions(self.described_by, opened.labels, opened.names)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
-        """Gives every pixel a class and compares it with its mask.
-
-        An image whose mask is missing, damaged, of another size or has an id that is no class is left out.
+        """Gives every pixel a class; an image whose mask cannot be used is left out.
 
         Returns: counts; `miou`, the mean IoU over the `classes_seen`, which have a true or a predicted pixel;
           `pixel_accuracy`; `mean_class_accuracy`, over the classes with a true pixel. `chance_miou` and
@@ -229,7 +226,7 @@ def open_set(images: str, layout: str, ignore: int | None = None, get: str | Non
       ignore: a further id that does not count, even if it is a class.
       get: how to get the data, for errors.MissingData: a folder or the list of images is not there.
 
-    Raises errors.UserError: no mask, or two classes of one name; class_names.ClassNameError.
+    Raises errors.UserError: no mask, two classes of one name, or a class file that cannot be used.
     """
     root, spec = epath.Path(images), LAYOUTS[layout]
     of_images, of_masks, listed = root / spec.images, root / spec.masks, root / spec.listed

@@ -1,14 +1,13 @@
 """Labelled images to classify: a folder with a sub-folder per class, or a TensorFlow Dataset (TFDS).
 
-Images of both are decoded and resized by the same code. Nothing is ever downloaded: if the data is not there,
-errors.MissingData says how to get it.
+Nothing is ever downloaded: if the data is not there, errors.MissingData says how to get it.
 """
 
 import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -31,21 +30,8 @@ class Image(NamedTuple):
     label: int  # position in the classes of the set; -1: it is in none
 
 
-class TestSet(Protocol):
-    """Images, each of one class of `classes`."""
-
-    classes: list[str]  # names, in the order of the labels
-    stems: list[str] | None  # as class_names.stems: names of the classes in files of descriptions
-
-    def __len__(self) -> int: ...
-
-    def images(self, positions: range) -> Iterable[Image]:
-        """The images at consecutive positions, in order. Raises InputError if they cannot be read."""
-        ...
-
-
 class ClassFolders:
-    """A TestSet with one sub-folder per class; hidden files and folders (`.DS_Store`) do not count.
+    """A folder with one sub-folder per class; hidden files and folders (`.DS_Store`) do not count.
 
     Args:
       folder: holds the class folders, each named after its class (`_` = space), in the classes' order.
@@ -53,12 +39,14 @@ class ClassFolders:
       get: how to get the data, for errors.MissingData.
 
     Attributes:
+      classes: names, in the order of the labels.
+      stems: second names of the classes, for files of descriptions (class_names.stems).
       paths, labels: the images, and their classes, int [N].
 
     Raises:
       errors.MissingData: no such folder.
       InputError: fewer than two class folders, two of one name (`a_b` and `a b`, or NFC and NFD), or a class
-        without images; a class_names.ClassNameError if `classes` does not fit the folders.
+        without images; a UserError if `classes` does not fit the folders.
     """
 
     def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
@@ -94,6 +82,7 @@ class ClassFolders:
         return len(self.paths)
 
     def images(self, positions: range) -> Iterable[Image]:
+        """The images at consecutive positions, in order."""
         return (of_path(self.paths[i], int(self.labels[i])) for i in positions)
 
 
@@ -109,7 +98,7 @@ class TfdsSet:
 
     Raises:
       errors.MissingData: there is no such set.
-      InputError: it has no such split, or its examples have no `image` and `label`; or a ClassNameError.
+      InputError: it has no such split, or its examples have no `image` and `label`; or a UserError.
     """
 
     def __init__(
@@ -141,6 +130,7 @@ class TfdsSet:
         return len(self._range)
 
     def images(self, positions: range) -> Iterable[Image]:
+        """As of ClassFolders. Raises InputError if they cannot be read."""
         rows = self._range[positions.start : positions.stop]
         try:
             for position, example in zip(positions, self._examples(rows), strict=True):
@@ -168,6 +158,9 @@ class TfdsSet:
             shuffle_files=False,
             read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
         ).as_numpy_iterator()
+
+
+TestSet: TypeAlias = ClassFolders | TfdsSet
 
 
 def of_path(path: epath.PathLike, label: int = -1, orientation: str = "exif") -> Image:

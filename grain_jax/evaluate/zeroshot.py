@@ -180,7 +180,7 @@ def read_descriptions(
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
     A class is found by its name (`_` = space), then by the letters and digits of the name, then by those of
-    its stem (see `test_sets.TestSet`), which comes first if two classes have the same name. The last of two
+    its stem (see `class_names.stems`), which comes first if two classes have the same name. The last of two
     equal names of the file counts. Published files have empty lists for a few classes, which `names` allows:
     they are described by their name alone.
 

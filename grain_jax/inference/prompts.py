@@ -17,14 +17,10 @@ _BEGINNING = {word: clause for clause, firsts in _CLAUSE.items() for word in fir
 _PARENT = re.compile(r"(?<=\w\w)/(?=\w\w)")  # between PARENT and CLASS
 
 
-class PromptError(errors.UserError):
-    """A template file cannot be used; the message has one line per fault."""
-
-
 def load_templates(path: epath.PathLike | None = None) -> list[str]:
     """Reads templates, one per line, each with one `{}`; blank lines and `#` lines are skipped.
 
-    Raises PromptError: a line without exactly one `{}`, or no template at all; regular_file.FileError.
+    Raises errors.UserError: no such file, a line without exactly one `{}`, or no template at all.
     """
     path = DEFAULT_TEMPLATES if path is None else epath.Path(path).expanduser()
     text, templates, faults = regular_file.read_text(path, "templates, one a line"), [], []
@@ -36,7 +32,7 @@ def load_templates(path: epath.PathLike | None = None) -> list[str]:
     if not templates and not faults:
         faults.append(f"{path}: holds no template; expected lines such as 'a photo of a {{}}'")
     if faults:
-        raise PromptError("\n".join(faults))
+        raise errors.UserError("\n".join(faults))
     return templates
 
 

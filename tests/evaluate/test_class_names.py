@@ -5,6 +5,7 @@ import json
 import pytest
 import tensorflow_datasets as tfds
 
+from grain_jax.core import errors
 from grain_jax.evaluate import class_names, zeroshot
 from grain_jax.inference import prompts
 
@@ -23,7 +24,7 @@ def file(tmp_path, *lines):
 
 
 def fault(labels, count, classes):
-    with pytest.raises(class_names.ClassNameError) as caught:
+    with pytest.raises(errors.UserError) as caught:
         class_names.for_labels(labels, count, classes)
     assert "\n" not in str(caught.value)
     return str(caught.value)

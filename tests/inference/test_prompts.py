@@ -20,14 +20,14 @@ def test_default_templates():
 def test_template_file_errors_name_the_lines(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("# mine\n\na {} drawn\nno name\n{} and {}\n")
-    with pytest.raises(prompts.PromptError) as error:
+    with pytest.raises(errors.UserError) as error:
         prompts.load_templates(path)
     assert str(error.value).split("\n") == [
         f"{path}:4: got 'no name', expected one {{}} for the class name",
         f"{path}:5: got '{{}} and {{}}', expected one {{}} for the class name",
     ]
     path.write_text("# nothing\n")
-    with pytest.raises(prompts.PromptError, match="holds no template"):
+    with pytest.raises(errors.UserError, match="holds no template"):
         prompts.load_templates(path)
     with pytest.raises(errors.UserError, match="no such file"):
         prompts.load_templates(tmp_path / "none.txt")
