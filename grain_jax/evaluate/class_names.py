@@ -79,10 +79,7 @@ def read(classes: str) -> list[Line]:
     path = SHIPPED / f"{classes}.txt"
     if "/" in classes or not path.exists():
         path = epath.Path(classes).expanduser()
-    try:
-        text = regular_file.read_text(path, f"one class a line, or one of {shipped()}")
-    except regular_file.FileError as error:
-        raise errors.UserError(f"classes {error}") from None
+    text = regular_file.read_text(path, f"one class a line, or one of {shipped()}")
     used = [line for line in composed(text).splitlines() if line.strip() and not line.startswith("#")]
     rows = [tuple(map(str.strip, line.split("\t"))) for line in used]
     if not rows or not all(text for row in rows for text in row):

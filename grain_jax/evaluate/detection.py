@@ -236,12 +236,11 @@ def _numbers(dataset: Dataset, arrays: Mapping[str, np.ndarray]) -> dict[str, An
     if dataset.limits == LVIS_LIMITS:
         frequency = np.array([x.frequency for x in dataset.categories])
         groups |= {name: frequency == key for key, name in FREQUENCIES.items()}
-    numbers = {
-        name: {"boxes": int(boxes[which].sum())}
-        | means(precision[:, :, which], recall[:, which], dataset.limits)
-        for name, which in groups.items()
-        if boxes[which].any()
-    }
+    numbers = {}
+    for name, which in groups.items():
+        if boxes[which].any():
+            of_group = means(precision[:, :, which], recall[:, which], dataset.limits)
+            numbers[name] = {"boxes": int(boxes[which].sum()), **of_group}
     ap = precision[..., 0, -1].mean(axis=(0, 1)).tolist()
     per_class = {x.name: each for x, each, n in zip(dataset.categories, ap, boxes) if n}
     return {**numbers.pop(""), **numbers, "per_class": per_class}

@@ -65,11 +65,7 @@ class Segmented(NamedTuple):
     names: list[str]  # for each class, in order; commas divide alternatives
     labels: list[str]  # the first name of each class
     class_of: np.ndarray  # int32 [_IDS], id -> position of the class, IGNORED or OUTSIDE
-
-    @property
-    def background(self) -> int | None:
-        """The position of the class `background`."""
-        return self.labels.index(BACKGROUND) if BACKGROUND in self.labels else None
+    background: int | None  # the position of the class `background`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,7 +246,8 @@ def open_set(images: str, layout: str, ignore: int | None = None, get: str | Non
     if not any(mask.exists() for mask in masks):  # usually the first exists
         raise errors.UserError(f"{of_images}: none of its {len(masks)} images has a mask in {of_masks}")
     opened = [test_sets.of_path(path, orientation=spec.orientation) for path in paths]
-    return Segmented(opened, masks, names, labels, class_of)
+    background = labels.index(BACKGROUND) if BACKGROUND in labels else None
+    return Segmented(opened, masks, names, labels, class_of, background)
 
 
 def _below(folder: epath.Path) -> list[epath.Path]:

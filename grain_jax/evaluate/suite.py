@@ -60,11 +60,8 @@ def run(
     about = {"checkpoint": checkpoint, "folder": str(predictor.folder or checkpoint)}
     results = about | {"digest": predictor.digests, "processes": number_of_processes} | results
     if before and before.get("digest") == results["digest"]:
-        results["ran"] = {
-            name: result
-            for name, result in before["ran"].items()
-            if name not in entries or (name in tasks and not again and _is_same(result, *tasks[name]))
-        }
+        stays = lambda n, result: n in tasks and not again and _is_same(result, *tasks[n])
+        results["ran"] = {n: x for n, x in before["ran"].items() if n not in entries or stays(n, x)}
     elif before and not again:
         holds = f"the results of another checkpoint ({before.get('folder')}, now {results['folder']})"
         advice = "expected another file, or --again to start over"

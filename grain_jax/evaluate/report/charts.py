@@ -64,7 +64,7 @@ def figures(series: Mapping[str, Curve]) -> str:
 
 def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
     """A chart as a figure, with the last value of each curve below."""
-    curves = {key: _thinned(series[key]) for key in chart.labels}
+    curves = {key: [*map(_thinned, series[key])] for key in chart.labels}
     steps, values = ([x for curve in curves.values() for x in curve[i]] for i in (0, 1))
     first, last, low, high = min(steps), max(steps), min(values), max(values)
     across = (_WIDTH - _LEFT - 8) / ((last - first) or 1)
@@ -102,9 +102,7 @@ def _short(value: float) -> str:
     return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.3g}")
 
 
-def _thinned(curve: Curve) -> Curve:
-    """At most _POINTS evenly spaced points of a curve, the last one included."""
-    steps, values = curve
-    every = -(-len(steps) // _POINTS) or 1
-    first = (len(steps) - 1) % every
-    return steps[first::every], values[first::every]
+def _thinned(values: Sequence[float]) -> Sequence[float]:
+    """At most _POINTS evenly spaced ones, the last one included."""
+    every = -(-len(values) // _POINTS) or 1
+    return values[(len(values) - 1) % every :: every]

@@ -52,7 +52,13 @@ def read(workdir: epath.PathLike) -> RunFiles:
     if not lines:
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
     series = metrics_file.series(lines)
-    measured = _of_training(_json(workdir / "results.json", unmeasured), series, evals)
+    source, stored = "results.json", _json(workdir / "results.json", unmeasured)
+    if stored is None:
+        last = {key: values[-1] for key, (_, values) in series.items()}
+        source, stored = metrics_file.FILE, {key: x for key, x in last.items() if key.startswith("eval/")}
+    kinds = {name: entry.get("kind", "") for name, entry in evals.items()}
+    numbers = tables.by_evaluation(stored).items()
+    measured = [Result(name, kinds.get(name, ""), source, each, {}) for name, each in numbers]
     if not measured:
         unmeasured.append("the run has not evaluated yet")
     for file in sorted(workdir.glob("*.json")):
@@ -83,17 +89,6 @@ def _json(path: epath.Path, unmeasured: list[str]) -> dict[str, Any] | None:
     unmeasured.append(f"{path}: damaged ({fault}), expected what a run or an evaluation wrote")
     print(unmeasured[-1], file=sys.stderr)
     return None
-
-
-def _of_training(stored: Any, series: Mapping[str, Any], evals: Any) -> list[Result]:
-    source = "results.json"
-    if stored is None:
-        source = metrics_file.FILE
-        stored = {key: values[-1] for key, (_, values) in series.items() if key.startswith("eval/")}
-    return [
-        Result(name, evals.get(name, {}).get("kind", ""), source, numbers, {})
-        for name, numbers in tables.by_evaluation(stored).items()
-    ]
 
 
 def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> Result:
