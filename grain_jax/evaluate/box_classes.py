@@ -179,9 +179,7 @@ class GivenBoxes(NamedTuple):
     records: list[annotations_lib.Annotation]  # of the readable images
     counts: dict[str, Any]  # for the result
     described: grounding.Described  # M boxes
-    embeds: dict[
-        str, np.ndarray
-    ]  # float32 [M, D]: "box_head" and "region", if the model has them, and "image"
+    embeds: dict[str, np.ndarray]  # float32 [M, D]: "image", and if the model has them "box_head", "region"
     iou: np.ndarray | None  # float32 [M], with the best query; None: a model without region queries
 
 

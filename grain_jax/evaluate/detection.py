@@ -186,9 +186,7 @@ def _proposals(path: str, images: set[int]) -> Mapping[int, list[_Object]]:
     return of_image
 
 
-def _detect(
-    predictor: Any, batch: encode.Batch, dataset: Dataset, features: np.ndarray
-) -> dict[str, np.ndarray]:
+def _detect(predictor: Any, batch: encode.Batch, dataset: Dataset, features: np.ndarray) -> dict[str, Any]:
     """The best pairs of box and class: image and category (positions), score, bbox; boxes per image."""
     images = [dataset.images[i] for i in batch.index]
     sizes = [(x.width or w, x.height or h) * 2 for x, (w, h) in zip(images, batch.sizes.tolist())]

@@ -30,7 +30,7 @@ class LabelledImages(Evaluator):
     split: str = key("test", "Split of the TFDS dataset.")
     data_dir: str | None = key(None, "Folder of TFDS; None: its default.")
     classes: str | None = key(
-        None, "File of class names, or a name in grain_jax/evaluate/classes; None: the dataset's."
+        None, "File of class names, or a name in evaluate/classes; None: the dataset's."
     )
 
     @property

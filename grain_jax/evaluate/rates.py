@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -85,7 +86,7 @@ def chance_of_classes(count: int) -> dict[str, float]:
     return {"chance": 1 / count, "chance_top5": min(1.0, 5 / count)}
 
 
-def counts_of_classes(target: np.ndarray, classes: list[str]) -> dict[str, object]:
+def counts_of_classes(target: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """What a result says of images of the right classes `target`, int [N]: counts and chance."""
     counts = np.bincount(target, minlength=len(classes))
     return {
@@ -96,9 +97,7 @@ def counts_of_classes(target: np.ndarray, classes: list[str]) -> dict[str, objec
     }
 
 
-def of_classes(
-    top1: np.ndarray, top5: np.ndarray, target: np.ndarray, classes: list[str]
-) -> dict[str, object]:
+def of_classes(top1: np.ndarray, top5: np.ndarray, target: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """Accuracy by the hits [N] of `topk_hits`, the right classes int [N] and the names of C classes.
 
     Returns: `top1`, `top5`, `mean_per_class` (of top-1), each with `_low` and `_high`, and `per_class`: name

@@ -51,9 +51,7 @@ class Layout(NamedTuple):
 LAYOUTS = {
     "folder": Layout("images", "masks", 255, orientation="exif"),
     "ade20k": Layout("images/validation", "annotations/validation", 0, "ade20k", first=1),
-    "voc": Layout(
-        "JPEGImages", "SegmentationClass", 255, "pascal_voc", listed="ImageSets/Segmentation/val.txt"
-    ),
+    "voc": Layout("JPEGImages", "SegmentationClass", 255, "pascal_voc", 0, "ImageSets/Segmentation/val.txt"),
 }
 
 
@@ -75,9 +73,7 @@ class Segmentation(WithPrompts):
     example = "--format ade20k \\\n    --images ADEChallengeData2016"
     kind: str = "segmentation"
     images: str = option("", "Root of the dataset.", "DIR", required=True)
-    format: str = option(
-        "folder", "Layout of the dataset; folder: images/, masks/, classes.txt.", choices=tuple(LAYOUTS)
-    )
+    format: str = option("folder", "Layout; folder: images/, masks/, classes.txt.", choices=tuple(LAYOUTS))
     ignore: int | None = option(None, "A further id that does not count.", "ID", low=0, high=65535)
     by: str = option("auto", "Patches, regions or both; auto: what the model has.", choices=config.MAPS_BY)
     patch_features: str = option(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from etils import epath
@@ -9,6 +10,7 @@ from etils import epath
 from grain_jax.core import errors, regular_file
 from grain_jax.inference import scores
 
+Encode: TypeAlias = Callable[[list[str]], np.ndarray]  # N texts -> [N, D]
 DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 
 # Beginning of the clause -> first words of descriptions that take it; other words take "which has".
@@ -76,9 +78,7 @@ def distinct(texts: Sequence[str], key: Callable[[str], str] = str) -> tuple[lis
     return [text for _, text in first.values()], np.array(position, int)
 
 
-def encode_lists(
-    encode: Callable[[list[str]], np.ndarray], lists: Sequence[Sequence[str]]
-) -> list[np.ndarray]:
+def encode_lists(encode: Encode, lists: Sequence[Sequence[str]]) -> list[np.ndarray]:
     """For each list of texts the embeddings [n, D]; `encode`, texts -> [N, D], gets each text once."""
     texts, position = distinct([text for each in lists for text in each])
     ends = np.cumsum([len(each) for each in lists])
@@ -86,7 +86,7 @@ def encode_lists(
 
 
 def embed_classes(
-    encode: Callable[[list[str]], np.ndarray],
+    encode: Encode,
     names: Sequence[str],
     templates: Sequence[str],
     descriptions: Sequence[Sequence[str] | None] | None = None,

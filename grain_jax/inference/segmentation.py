@@ -6,7 +6,7 @@ bilinearly, and each pixel gets the class with the largest cosine.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +47,7 @@ def alternatives(name: str) -> list[str]:
 
 
 def embed_classes(
-    encode: Callable[[list[str]], np.ndarray],
+    encode: prompts.Encode,
     names: Sequence[str],
     templates: Sequence[str],
     descriptions: Sequence[Sequence[str] | None] | None = None,

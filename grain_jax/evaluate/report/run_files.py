@@ -45,9 +45,7 @@ def read(workdir: epath.PathLike) -> RunFiles:
     unmeasured: list[str] = []
     config, lines = _json(workdir / "config.json", unmeasured), metrics_file.read(workdir)
     if config is None and not lines:
-        raise errors.UserError(
-            f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
-        )
+        raise errors.UserError(f"{workdir}: has neither config.json nor metrics.jsonl; expected a workdir")
     evals = (config or {}).get("evals", {})
     if not lines:
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
