@@ -113,9 +113,8 @@ def _classes(texts: Sequence[str], lines: Sequence[class_names.Line]) -> np.ndar
 class HardNegatives(AnnotatedImages):
     """The right description of given boxes among hard negatives.
 
-    The protocol is FG-OVD's (Bianchi et al., CVPR 2024, "The Devil is in the Fine-Grained Details"). Each box
-    is compared with its description and its first N negatives. The rank of the description is 1 + the number
-    of negatives whose score is at least its own (but for `rates.TIE`), as in lorebianchi98/FG-OVD,
+    The protocol is FG-OVD's (Bianchi et al., CVPR 2024). The rank of a description is 1 + the number of its
+    first N negatives whose score is at least its own (but for `rates.TIE`), as in lorebianchi98/FG-OVD,
     evaluation/ranks.py. There detectors find the boxes, and a missed box has the last rank.
     """
 

@@ -1,8 +1,4 @@
-"""Calibration: from cosines to the probability that a class is present, and thresholds (docs/evaluate.md).
-
-A share of the images fits scale and bias by the log loss of all pairs of image and class. The other images
-measure the probabilities: log loss, Brier score and expected calibration error (ECE, 15 bins of equal width).
-"""
+"""Calibration: from cosines to the probability that a class is present, and thresholds (docs/evaluate.md)."""
 
 from __future__ import annotations
 
@@ -71,10 +67,8 @@ class Calibrate(AnnotatedImages):
         pairs = self._pairs(predictor)
         encode_all = lambda texts: encode.encode_distinct(predictor, texts)
         text_embeds = calibration.embed_texts(encode_all, pairs.classes, templates)
-        model_logits = {  # scale and bias
-            "image": (predictor.logit_scale, predictor.logit_bias),
-            "regions": (predictor.region_logit_scale, predictor.region_logit_bias),
-        }
+        model_logits = {"image": (predictor.logit_scale, predictor.logit_bias)}
+        model_logits |= {"regions": (predictor.region_logit_scale, predictor.region_logit_bias)}
         fits = np.array([_is_below(name, self.share) for name in pairs.names])
         right = pairs.present[fits]
         if fits.all() or not right.any() or right.all():

@@ -1,7 +1,4 @@
-"""Detection by COCO's rules: average precision (AP) and recall (AR) on files of COCO, LVIS or Objects365.
-
-A detection is a pair of a box and a class, with the score of `Predictor.detect`, times that of a proposal.
-"""
+"""Detection by COCO's rules: average precision (AP) and recall (AR) on files of COCO, LVIS or Objects365."""
 
 from __future__ import annotations
 

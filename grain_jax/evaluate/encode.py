@@ -69,8 +69,7 @@ def over_images(
 
     Returns: the arrays of all batches, in the order of the images, the same on every process; and name ->
       reason for each image that was left out.
-    Raises: InputError if no image could be read, or the files of a test set are damaged; processes.Failed if
-      another process failed.
+    Raises: InputError: no image could be read, or files are damaged; processes.Failed: another one failed.
     """
     mine = processes.share(len(images))
     if isinstance(images, Sequence):

@@ -76,8 +76,7 @@ class AnnotatedImages(Evaluator):
 
     example: ClassVar[str] = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     left_out: ClassVar[str] = "without_regions"  # key of the number of annotations without use
-    # The end of the message if no annotation is usable; {option} stands for its value.
-    none_usable: ClassVar[str] = "no line has a region; expected described boxes"
+    none_usable: ClassVar[str] = "no line has a region; expected described boxes"  # {option}: its value
     images: str = option("", "Folder that the paths of the annotations start from.", "DIR", required=True)
     annotations: str | None = option(None, "One JSON object per line.", "A.jsonl", required=True)
 
@@ -160,8 +159,9 @@ class WithPrompts(Evaluator):
     def note(self) -> str:
         if self.descriptions == self.described_by:
             return ""
-        path = expanduser(self.descriptions or "")
-        return f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
+        return (
+            f"{self.descriptions}: not there, expected descriptions of the classes; evaluated by names alone"
+        )
 
 
 def faults_of(*checks: Callable[[], object]) -> list[str]:

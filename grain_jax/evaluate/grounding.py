@@ -1,8 +1,7 @@
 """Evaluation of regions: box IoU, Acc@0.5, region-to-description R@1, phrase grounding.
 
-Queries are matched to the described boxes of an image by the matching cost of training (`matching`). Its
-weights are always the paper's, 5 (L1) and 2 (GIoU), so that runs with other weights can be compared. If an
-image has more boxes than the model has queries, the boxes with the highest scores are used, as in training.
+Queries are matched to the described boxes of an image by the matching cost of training, always with the
+paper's weights. If an image has more boxes than queries, those with the highest scores are used, as there.
 
 Every entry of `phrases` in A.jsonl is one phrase with its own boxes; without that key, each described box is.
 A phrase is found if the IoU of the best-scoring query and its box is at least `boxes.FOUND_IOU`, as for

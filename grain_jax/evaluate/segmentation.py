@@ -140,7 +140,6 @@ class Segmentation(WithPrompts):
             self._described(opened),
         )
         skip = opened.background if self.background_threshold is not None else None
-        maps_by = dict(by=self.by, patch_features=self.patch_features)
 
         def prepare(position: int, image: PIL.Image.Image) -> tuple[Any, np.ndarray]:
             mask = read_mask(opened.masks[position], opened.class_of, image.size)
@@ -153,8 +152,8 @@ class Segmentation(WithPrompts):
 
         def count(batch: encode.Batch) -> dict[str, np.ndarray]:
             windows, masks = zip(*batch.pixels)
-            options: dict[str, Any] = dict(background=self.background_threshold, skip=skip, **cuts, **maps_by)
-            pixels = []
+            options: dict[str, Any] = dict(by=self.by, patch_features=self.patch_features, skip=skip, **cuts)
+            options["background"], pixels = self.background_threshold, []
             for mask, labels in zip(masks, predictor.segment(windows, classes, **options), strict=True):
                 labels[labels == segmenting.BACKGROUND] = skip or 0
                 pixels.append(count_pixels(mask, labels, len(opened.names)))

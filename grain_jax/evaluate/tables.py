@@ -94,8 +94,7 @@ def suite(ran: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[s
     """The table of the zero-shot sets of a suite that `ran`: one row per set, then the averages."""
     described = [way for way in averages if way != "names"]
     about = "Shares of images whose class is the best one; by class names"
-    if described:
-        about += ", and by names with descriptions at each alpha"
+    about += ", and by names with descriptions at each alpha" * bool(described)
     alphas = [f"alpha {float(way.rpartition('_')[2]):g}" for way in described]
     header = ["set", "by name", _INTERVAL, "top-5", "mean per class", _INTERVAL, *alphas]
 

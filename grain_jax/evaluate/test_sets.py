@@ -1,7 +1,4 @@
-"""Labelled images to classify: a folder with a sub-folder per class, or a TensorFlow Dataset (TFDS).
-
-Nothing is ever downloaded: if the data is not there, errors.MissingData says how to get it.
-"""
+"""Images to classify: a folder with a sub-folder per class, or a TFDS dataset; nothing is downloaded."""
 
 import functools
 import os

@@ -180,11 +180,8 @@ def read_descriptions(
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
     A class is found by its name (`_` = space), then by the letters and digits of the name, then by those of
-    its stem (see `class_names.stems`), which comes first if two classes have the same name. The last of two
-    equal names of the file counts. Published files have empty lists for a few classes, which `names` allows:
-    they are described by their name alone.
-
-    Raises errors.UserError: no such file, another format, or classes that have no description.
+    its stem (see `class_names.stems`), which comes first if two classes have the same name. With `names` a
+    list may be empty, as in published files. Raises errors.UserError, also at a class without description.
     """
     path = epath.Path(path).expanduser()
     expected = 'descriptions of the classes, {"class name": ["description", ...]}'

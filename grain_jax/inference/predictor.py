@@ -118,9 +118,7 @@ class Predictor(Encoder):
     ) -> np.ndarray:
         """Scores of classes, float32 [B, C]: alpha * global + (1 - alpha) * region cosines; one image -> [C].
 
-        Args:
-          images, classes: see `Predictor`.
-          alpha: share of the global score; values below 1 need descriptions.
+        `alpha` is the share of the global score; values below 1 need descriptions.
         """
         if not 0.0 <= alpha <= 1.0:
             raise inputs.InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
@@ -178,7 +176,6 @@ class Predictor(Encoder):
         of the scaled cosines; a single text then has its cosine.
 
         Args:
-          images: see `Predictor`; one image has one `Detections`.
           texts: what is looked for; each may have several regions, which overlap by an IoU of at most 0.5.
           threshold: the lowest score.
           top_k: detections per image at most.
@@ -217,7 +214,6 @@ class Predictor(Encoder):
         It needs calibration.json in the model's folder, which `grain-jax evaluate calibrate` makes.
 
         Args:
-          images: see `Predictor`.
           texts: strings; names of classes if class folders made the calibration.
           by: "image", the embedding of the image, or "regions", the region that fits best.
         """
@@ -323,8 +319,7 @@ class Predictor(Encoder):
         """Where every class lies in each image of a batch: cosines at the patches, float32 [B, C, h, w].
 
         Args:
-          images: a batch, see `Predictor`.
-          classes: the result of `segmentation_classes`.
+          images, classes: a batch, and the result of `segmentation_classes`.
           by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto",
             what the model has, as in `similarity_maps`.
           patch_features: "tokens", the last ones (`encode_patches`); "values", for which each token of the
