@@ -88,24 +88,16 @@ def test_200_random_sets_have_the_numbers_of_pycocotools(capsys):
 
 def test_lvis_counts_only_where_a_class_was_looked_for():
     """A box of a class that nobody looked for in the image counts neither way; classes have groups."""
-    images = [
-        {"id": 1, "neg_category_ids": [2], "not_exhaustive_category_ids": []},
-        {"id": 2, "neg_category_ids": [], "not_exhaustive_category_ids": [1]},
-    ]
+    images = [{"id": 1, "neg_category_ids": [2], "not_exhaustive_category_ids": []}]
+    images += [{"id": 2, "neg_category_ids": [], "not_exhaustive_category_ids": [1]}]
     categories = [{"id": i, "name": str(i), "frequency": f} for i, f in ((1, "r"), (2, "f"))]
-    box = [0.0, 0.0, 10.0, 10.0]
+    box, far = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 10.0, 10.0]
+    of = lambda image, category, bbox: {"image_id": image, "category_id": category, "bbox": bbox}
     truth = {"images": images, "categories": categories}
-    truth["annotations"] = [{"image_id": image, "category_id": 1, "bbox": box} for image in (1, 2)] + [
-        {"image_id": 2, "category_id": 2, "bbox": box}
-    ]
-    far = [50.0, 50.0, 10.0, 10.0]
-    found = [
-        {"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5},
-        {"image_id": 2, "category_id": 1, "bbox": far, "score": 0.9},  # not exhaustive: ignored
-        {"image_id": 2, "category_id": 1, "bbox": box, "score": 0.4},
-        {"image_id": 1, "category_id": 2, "bbox": far, "score": 0.9},  # negative: a false one
-        {"image_id": 2, "category_id": 2, "bbox": box, "score": 0.5},
-    ]
+    truth["annotations"] = [of(1, 1, box), of(2, 1, box), of(2, 2, box)]
+    # The second is not exhaustive and ignored, the fourth is negative: a false one.
+    found = [of(1, 1, box), of(2, 1, far), of(2, 1, box), of(1, 2, far), of(2, 2, box)]
+    found = [x | {"score": score} for x, score in zip(found, (0.5, 0.9, 0.4, 0.9, 0.5))]
     precision, recall = detection.curves(truth, found, detection.LVIS_LIMITS)
     assert precision[..., 0, -1].mean(axis=(0, 1)) == pytest.approx([1.0, 0.5])
     assert detection.means(precision, recall, detection.LVIS_LIMITS)["ar300"] == 1.0
@@ -135,20 +127,13 @@ def files(tmp_path):
     """Two images of 20 x 10 pixels: a cat left and a dog right in the first, and a cat in the second."""
     for i in (0, 1):
         write_picture(tmp_path / "val2017" / f"{i}.png", i, (20, 10))
-    categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
-    left, right = [0, 0, 10, 10], [10, 0, 10, 10]
-    objects = [(11, 3, left), (11, 7, right), (12, 3, left)]
-    content = {
-        "images": [
-            {"id": 12, "file_name": "images/v1/val2017/1.png"},
-            {"id": 11, "file_name": "images/v1/val2017/0.png", "width": 20, "height": 10},
-        ],
-        "annotations": [
-            {"image_id": i, "category_id": k, "bbox": box, "id": n, "segmentation": []}
-            for n, (i, k, box) in enumerate(objects)
-        ],
-        "categories": categories,
-    }
+    left, right, below = [0, 0, 10, 10], [10, 0, 10, 10], "images/v1/val2017"
+    content = {"categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}], "annotations": []}
+    content["images"] = [{"id": 12, "file_name": f"{below}/1.png"}]
+    content["images"] += [{"id": 11, "file_name": f"{below}/0.png", "width": 20, "height": 10}]
+    for n, (i, k, box) in enumerate([(11, 3, left), (11, 7, right), (12, 3, left)]):
+        one = {"image_id": i, "category_id": k, "bbox": box, "id": n, "segmentation": []}
+        content["annotations"].append(one)
     (tmp_path / "truth.json").write_text(json.dumps(content))
     (tmp_path / "templates.txt").write_text("a {}\n")
     (tmp_path / "seen.txt").write_text("Cat\n")
@@ -197,13 +182,10 @@ def test_a_file_of_lvis(files):
 def test_proposals(files):
     predictor, options, folder = files
     path = folder / "proposals.json"
-    items = [
-        {"image_id": 11, "bbox": [0, 0, 10, 10], "score": 0.5},
-        {"image_id": 11, "bbox": [10, 0, 10, 10], "score": 0.9, "category_id": 1},
-        {"image_id": 12, "bbox": [0, 0, 10, 10]},
-        {"image_id": 12, "bbox": [5, 0, 12, 10], "score": 0.1},
-        {"image_id": 99, "bbox": [0, 0, 1, 1]},
-    ]
+    items = [{"image_id": 11, "bbox": [0, 0, 10, 10], "score": 0.5}]
+    items += [{"image_id": 11, "bbox": [10, 0, 10, 10], "score": 0.9, "category_id": 1}]
+    items += [{"image_id": 12, "bbox": [0, 0, 10, 10]}, {"image_id": 99, "bbox": [0, 0, 1, 1]}]
+    items += [{"image_id": 12, "bbox": [5, 0, 12, 10], "score": 0.1}]
     path.write_text(json.dumps(items))
     got = measure("detection", predictor, **options, proposals=path)
     assert (got["ap"], got["ar1"], got["ar100"]) == (1.0, 1.0, 1.0)
@@ -237,11 +219,6 @@ def test_the_command(files, capsys):
     assert "detection: unseen/ar100" in out and "oading" not in out + err
 
 
-def _edited(folder, **changes):
-    content = json.loads((folder / "truth.json").read_text())
-    (folder / "truth.json").write_text(json.dumps(content | changes))
-
-
 FAULTS = {
     "no annotation": (dict(annotations=[]), "truth.json: got no annotation, expected boxes"),
     "no image": (dict(images=[{"id": 11}, {"id": 12}]), "none of the 2 images"),
@@ -263,7 +240,8 @@ def test_faults_are_one_line(files, capsys, fault):
         (folder / f"{fault}.txt").write_text(change)
         more = [f"--{fault}", str(folder / f"{fault}.txt")]
     else:
-        _edited(folder, **change)
+        content = json.loads((folder / "truth.json").read_text())
+        (folder / "truth.json").write_text(json.dumps(content | change))
     assert _run(folder, str(folder / "o.json"), *more) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
@@ -275,6 +253,5 @@ def test_the_missing_package_is_named(files, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     monkeypatch.setattr(detection.importlib.util, "find_spec", lambda name: None)
     assert _run(folder, str(folder / "o.json")) == 2
-    assert capsys.readouterr().err == (
-        "detection: needs faster-coco-eval: pip install 'grain_jax[detection]'\n"
-    )
+    said = "detection: needs faster-coco-eval: pip install 'grain_jax[detection]'\n"
+    assert capsys.readouterr().err == said

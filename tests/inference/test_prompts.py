@@ -69,18 +69,18 @@ def test_class_texts_order_and_underscores():
     assert prompts.class_texts("{odd}", ["a {}"]) == ["a {odd}"]
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("dog/poodle", "a poodle, a kind of dog"),
-        ("domestic_dog/toy_poodle", "a toy poodle, a kind of domestic dog"),
-        ("vehicle/car/sedan", "a sedan, a kind of car"),
-        ("x/dog", "a x/dog"),  # no parent has one letter (the reference fails there)
-        ("Ram C/V Cargo Van", "a Ram C/V Cargo Van"),
-        ("packet / packaging", "a packet / packaging"),
-    ],
-)
-def test_names_with_a_slash(name, expected):
-    assert prompts.class_texts(name, ["a {}."]) == [expected + "." * (", a kind" not in expected)]
-    with_description = prompts.class_texts(name, ["a {}."], ["curly fur"])
-    assert with_description == [f"{expected}, which has curly fur"]
+SLASHES = {
+    "dog/poodle": "a poodle, a kind of dog",
+    "domestic_dog/toy_poodle": "a toy poodle, a kind of domestic dog",
+    "vehicle/car/sedan": "a sedan, a kind of car",
+    "x/dog": "a x/dog",  # no parent has one letter (the reference fails there)
+    "Ram C/V Cargo Van": "a Ram C/V Cargo Van",
+    "packet / packaging": "a packet / packaging",
+}
+
+
+def test_names_with_a_slash():
+    for name, expected in SLASHES.items():
+        assert prompts.class_texts(name, ["a {}."]) == [expected + "." * (", a kind" not in expected)]
+        described = prompts.class_texts(name, ["a {}."], ["curly fur"])
+        assert described == [f"{expected}, which has curly fur"]
