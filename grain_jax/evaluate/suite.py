@@ -144,7 +144,8 @@ def _tasks(entries: Mapping[str, Evaluator], results: dict[str, Any]) -> dict[st
             results[which][name] = line.removeprefix("skipped: ")
             _say(f"{name}: {line}")
         if images is not None:
-            files = [(x, epath.Path(expanduser(x))) for x in entry.files if isinstance(x, str)]
+            texts = {x for x in entry.files if isinstance(x, str)} - {entry.get}
+            files = [(x, epath.Path(expanduser(x))) for x in sorted(texts)]
             digests = {x: atomic.digest(f.read_bytes())[:16] for x, f in files if regular_file.is_one(f)}
             tasks[name] = entry, {"images": images, **digests}
     return tasks
