@@ -41,11 +41,9 @@ def test_cosines_that_separate_have_the_largest_scale():
 def test_reliability_is_what_numpy_says():
     cosines, present = _pairs(500, 12, -4, seed=1)
     logits = 20 * cosines - 3
-    p, gaps = 1 / (1 + np.exp(-logits)), 0.0
-    for low in range(15):
-        inside = (p >= low / 15) & (p < (low + 1) / 15)
-        if inside.any():
-            gaps += inside.mean() * abs(p[inside].mean() - present[inside].mean())
+    p = 1 / (1 + np.exp(-logits))
+    bins = [(p >= low / 15) & (p < (low + 1) / 15) for low in range(15)]
+    gaps = sum(x.mean() * abs(p[x].mean() - present[x].mean()) for x in bins if x.any())
     got = calibrate.reliability(logits, present)
     assert got["ece"] == pytest.approx(gaps, rel=1e-9) and got["ece"] > 0.05
     truth = np.where(present, p, 1 - p)

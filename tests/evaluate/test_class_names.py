@@ -6,7 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from grain_jax.core import errors
-from grain_jax.evaluate import class_names, zeroshot
+from grain_jax.evaluate import class_names, segmentation, zeroshot
 from grain_jax.inference import prompts
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
@@ -42,7 +42,10 @@ def test_shipped_names_are_those_of_the_tfds_set(name, count, tmp_path):
     assert [prompts.class_texts(n, ["{}"])[0] for n in names] == names  # no PARENT/CLASS
 
 
-def test_lvis_has_groups():
+def test_class_files_of_sets_with_masks_and_of_lvis():
+    for name, count in zip(MASKED, (150, 21)):
+        assert len(class_names.read(name)) == count == len({line.label for line in class_names.read(name)})
+        assert len(set(segmentation.class_labels(name)[1])) == count
     assert class_names.shipped() == ", ".join(sorted([*SETS, *MASKED, "lvis"]))
     lines = class_names.read("lvis")
     counts = dict(rare=337, common=461, frequent=405)

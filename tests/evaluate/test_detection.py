@@ -49,16 +49,13 @@ def _random_set(seed):
 
 def _expected(truth, found, class_ids=None):
     """The numbers of pycocotools."""
-    sets = []
-    for items in (truth["annotations"], found):
-        numbered = [
-            {"area": x["bbox"][2] * x["bbox"][3], "iscrowd": 0, **x, "id": i} for i, x in enumerate(items, 1)
-        ]
-        sets.append(COCO())
-        sets[-1].dataset = copy.deepcopy({**truth, "annotations": numbered})
-        with contextlib.redirect_stdout(io.StringIO()):
-            sets[-1].createIndex()
     with contextlib.redirect_stdout(io.StringIO()):
+        sets = [COCO(), COCO()]
+        for coco, items in zip(sets, (truth["annotations"], found)):
+            area = lambda x: x["bbox"][2] * x["bbox"][3]
+            numbered = [{"area": area(x), "iscrowd": 0, **x, "id": i} for i, x in enumerate(items, 1)]
+            coco.dataset = copy.deepcopy({**truth, "annotations": numbered})
+            coco.createIndex()
         counter = COCOeval(*sets, "bbox")
         if class_ids is not None:
             counter.params.catIds = class_ids

@@ -9,7 +9,7 @@ import pytest
 
 from grain_jax import inference
 from grain_jax.core import errors
-from grain_jax.evaluate import class_names, segmentation, tables
+from grain_jax.evaluate import segmentation, tables
 from tests import tiny
 from tests.evaluate.report import workdirs
 from tests.hostile import image_files as hostile
@@ -224,14 +224,6 @@ def test_masks_of_public_sets_are_of_the_pixels_as_stored(tmp_path, monkeypatch)
     assert got["images"] == 3 and got["pixel_accuracy"] > 0.85
 
 
-@pytest.mark.parametrize("name, count", [("ade20k", 150), ("pascal_voc", 21)])
-def test_class_files(name, count):
-    lines = class_names.read(name)
-    assert len(lines) == count == len({line.label for line in lines})
-    _, labels = segmentation.class_labels(name)
-    assert len(set(labels)) == count
-
-
 def test_masks_of_few_and_of_many_bits(tmp_path):
     """Grey of 1, 2, 4, 8 and 16 bits and palettes: the ids that the file holds."""
     size, name = (8, 5), "mask.png"
@@ -292,21 +284,18 @@ def test_ids_of_many_classes(tmp_path):
     names = "".join(f"class {i}\n" for i in range(300))
     folder(tmp_path, names=names)
     mask(tmp_path / "masks" / "3.png", np.full((17, 20), 299), "I;16")
-    ignored = lambda **options: np.flatnonzero(
-        segmentation.Segmentation(images=str(tmp_path), **options).open().class_of == segmentation.IGNORED
-    )
+    class_of = lambda **more: segmentation.Segmentation(images=str(tmp_path), **more).open().class_of
+    ignored = lambda **more: np.flatnonzero(class_of(**more) == segmentation.IGNORED).tolist()
     assert measure(images=tmp_path)["per_class"]["class 255"]["pixels"] == 3 * 17
-    assert ignored().tolist() == [] and ignored(ignore=255).tolist() == [255]
+    assert ignored() == [] and ignored(ignore=255) == [255]
     (tmp_path / "classes.txt").write_text(names[: names.index("class 255")])
-    assert ignored().tolist() == [255] and ignored(ignore=7).tolist() == [7, 255]
+    assert ignored() == [255] and ignored(ignore=7) == [7, 255]
 
 
 def test_what_the_model_of_a_run_lacks():
     """It is said before the first step."""
 
-    def lines(**options):
-        return segmentation.Segmentation(images="x", **options).faults_of_model(model)
-
+    lines = lambda **more: segmentation.Segmentation(images="x", **more).faults_of_model(model)
     model = tiny.config().model
     assert lines(by="regions") == lines() == []
     for options in (dict(by="both"), dict(short_side=3), dict(stride=999)):

@@ -194,17 +194,11 @@ def test_what_a_model_cannot_do_and_images_that_cannot_be_used():
     two, regions = _predictor(decoder=None, image__pool="class"), _predictor()
     with pytest.raises(InputError, match=r"^images\[1\]: got int64 \[40, 40, 3\]"):
         two.segment([PICTURES[0], PICTURES[1].astype(np.int64)], _classes(two))
-    for predictor, options in (
-        (two, dict(by="patch")),
-        (two, dict(patch_features="value")),
-        (two, dict(by="regions")),
-        (two, dict(short_side=39)),
-        (two, dict(stride=41)),
-        (regions, dict(by="patches")),
-    ):
-        (name,) = options
-        with pytest.raises(InputError, match=f"^{name}: got {options[name]!r}[^\n]*$"):
-            predictor.segment(PICTURES[0], _classes(predictor), **options)
+    wrong = [(two, "by", "patch"), (two, "patch_features", "value"), (two, "by", "regions")]
+    wrong += [(two, "short_side", 39), (two, "stride", 41), (regions, "by", "patches")]
+    for predictor, name, value in wrong:
+        with pytest.raises(InputError, match=f"^{name}: got {value!r}[^\n]*$"):
+            predictor.segment(PICTURES[0], _classes(predictor), **{name: value})
     thin, plain = PIL.Image.new("1", (4000, 2)), PIL.Image.new("1", (20, 20))
     with pytest.raises(image_files.TooLargeError, match="which become 100000 x 50, .* 1 classes$"):
         segmentation.cut(thin, 50)
