@@ -16,7 +16,7 @@ from grain_jax.core import ahead, images, progress
 from grain_jax.data import sources
 from grain_jax.data.embed import output
 from grain_jax.data.sources import join
-from grain_jax.inference import batches, stream
+from grain_jax.inference import batches
 from grain_jax.runtime import processes
 
 _AT_DEVICE = 2  # batches on their way to a device: while one is computed, the next is sent
@@ -33,11 +33,11 @@ def encoder(predictor: Any) -> Encode:
         regions = [(None, None)] * len(batch)
         if predictor.has_regions:
             embeds, (boxes_xyxy, region_embeds) = predictor.encode_image_and_regions(pixels)
-            stream.check_finite(region_embeds)
+            batches.check_finite(region_embeds)
             regions = zip(boxes_xyxy, region_embeds)
         else:
             embeds = predictor.encode_image(pixels)
-        stream.check_finite(embeds)
+        batches.check_finite(embeds)
         return [
             row._replace(pixels=None, image_embed=embed, boxes_xyxy=boxes, region_embed=region)
             for row, embed, (boxes, region) in zip(batch, embeds, regions)
@@ -87,7 +87,7 @@ def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: in
 
     try:
         entries = ahead.in_order(prepared, items, readers, _BATCHES_READ * batch_size)
-        full = stream.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
+        full = batches.groups(entries, batch_size, lambda entry: isinstance(entry[1], output.Row))
         # The first one alone: it compiles the program that the others use.
         alone = map(encoded, itertools.islice(full, 1))
         others = ahead.in_order(encoded, full, device, _AT_DEVICE - 1)

@@ -1,7 +1,6 @@
 """`grain-jax evaluate KIND --checkpoint DIR ... --output OUT.json`: an evaluator, or a suite of them.
 
-Prints the result as a table and writes it as JSON. Wrong usage or input: one line per fault, status 2.
-Several processes (grain-jax local, SLURM, TPU slices) share the images; the first one prints and writes.
+Prints the result as a table and writes it as JSON; of several processes the first one does.
 """
 
 import argparse
@@ -35,10 +34,7 @@ def _output(path: str) -> epath.Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one evaluation, or a suite; returns the exit status: 0, or 2 with one line per fault on stderr.
-
-    For a suite it is 1 if an entry failed, and 2 if there was nothing that could be run.
-    """
+    """Runs one evaluation, or a suite; returns `suite.run`'s status, or 0, or 2 with lines on stderr."""
     try:
         args = Evaluate.parse(arguments)
         entries = {}
@@ -73,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_one(args: argparse.Namespace) -> int:
     cls = kinds.find(args.command.replace("-", "_"))
-    flags = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
-    flags = {name: value for name, value in flags.items() if value is not None}
+    names = [field.name for field in dataclasses.fields(cls)]
+    flags = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
     def check():  # everything, before the checkpoint is read
         file, entry = _output(args.output), cls(**flags)
@@ -94,11 +90,9 @@ def _run_one(args: argparse.Namespace) -> int:
         print(line, end="\n" if line else "", flush=True)
     for reason in result.get("unreadable_images", ()):
         print(f"left out: {reason}", file=sys.stderr)
-    named = ("checkpoint", "train", "annotations")
-    inputs = {key: getattr(args, key) for key in named if key in args}
+    inputs = {x: getattr(args, x) for x in ("checkpoint", "train", "annotations") if x in args}
     result = {**inputs, "folder": getattr(args, "images", None), **result}
-    saved = suite.save(output, json.dumps(result, indent=2, ensure_ascii=False))
-    return 0 if saved else 2
+    return 0 if suite.save(output, json.dumps(result, indent=2, ensure_ascii=False)) else 2
 
 
 if __name__ == "__main__":

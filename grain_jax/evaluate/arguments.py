@@ -50,8 +50,7 @@ def _of_evaluator(name: str) -> type[Command]:
     """The declaration of a kind: the options of its evaluator, with their help."""
     cls, command = kinds.find(name), name.replace("_", "-")
     types, lines = typing.get_type_hints(cls), []
-    declared: dict[str, Any] = {}
-    annotations: dict[str, Any] = {}
+    declared: dict[str, Any] = {"__annotations__": {}}
     for field in dataclasses.fields(cls):
         options = {key: x for key, x in field.metadata.items() if x not in (None, (), "")}
         if "metavar" not in field.metadata:
@@ -62,18 +61,15 @@ def _of_evaluator(name: str) -> type[Command]:
         about = options["help"].removesuffix(".")
         about = about[0].lower() + about[1:] if about[1].islower() or about[1] == " " else about
         lines.append(f"--{shown}  {about}")
-        annotations[field.name] = types[field.name]
+        declared["__annotations__"][field.name] = types[field.name]
         options |= {"name": flag_name} | ({"union": True} if "parse" in options else {})
         default = None if "parse" in options else field.default
         default = dataclasses.MISSING if options.get("required") else default
         declared[field.name] = flag(default, **options)
-    about = (cls.__doc__ or name).splitlines()[0]
-    example = (
-        f"grain-jax evaluate {command} --checkpoint runs/demo {cls.example} \\\n    --output {command}.json"
-    )
+    about, output = (cls.__doc__ or name).splitlines()[0], f"--output {command}.json"
+    example = f"grain-jax evaluate {command} --checkpoint runs/demo {cls.example} \\\n    {output}"
     text = f"{about}\n\nExample:\n{example}\n\nwhat is measured:\n" + "\n".join(lines)
     declared["__doc__"] = text.replace("\n", "\n  ").replace("\n  \n  ", "\n\n")
-    declared["__annotations__"] = annotations
     return type(cls.__name__, (_Kind,), declared, name=f"evaluate {command}")
 
 

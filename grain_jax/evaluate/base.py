@@ -5,19 +5,21 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from etils import epy
+
 from grain_jax.config.keys import key
-from grain_jax.core import errors
+
+with epy.lazy_imports():
+    from etils import epath  # slower to import than a config may take
+
+TEMPLATES = "File of prompts, one per line; default: inference/templates.txt."
 
 
 def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
-    """A key that `grain-jax evaluate KIND` has as a flag.
+    """A key that `grain-jax evaluate KIND` has as a flag; `metavar` names its value, "" for a bool.
 
-    Args:
-      default: the value without the flag.
-      help: what the option does; also the help of the flag.
-      metavar: what the value of the flag is called; "" for a bool.
-      **declared: `low`, `high` and `choices` as in `keys.key`. `name`: of the flag, default the field's.
-        `required` says that the flag must be set. `parse` makes the value from a text, or raises ValueError.
+    `declared` is as in `keys.key`, and may have `name`, of the flag; `required`, for data without which
+    nothing is measured; and `parse`, which makes the value from a text, or raises ValueError.
     """
     return key(default, help, metavar=metavar, **declared)
 
@@ -45,13 +47,13 @@ class Evaluator(abc.ABC):
 
     @property
     def data(self) -> tuple[str | None, ...]:
-        """Paths of the images, and of what else has to be there; None and "" are left out."""
-        return ()
+        """Paths that have to be there: what the required options name; None and "" are left out."""
+        return tuple(getattr(self, x.name) for x in dataclasses.fields(self) if x.metadata.get("required"))
 
     @property
-    def files(self) -> tuple[str | None, ...]:
-        """Paths of small files that the result depends on: the suite measures again where one has changed."""
-        return ()
+    def files(self) -> tuple[Any, ...]:
+        """Values of which some name files: the suite measures again where such a file has changed."""
+        return tuple(vars(self).values())
 
     @property
     def note(self) -> str:
@@ -63,36 +65,21 @@ class Evaluator(abc.ABC):
         """Finds whatever would end the evaluation: options, files, and what `model`, a config.Model, lacks.
 
         Returns: how many images there are.
-
-        Raises:
-          errors.UserError: one line a fault; errors.MissingData where `missing="skip"` may skip the entry.
+        Raises: errors.UserError, one line a fault; errors.MissingData where `missing="skip"` may skip it.
         """
 
     @abc.abstractmethod
     def evaluate(self, predictor: Any) -> dict[str, Any]:
-        """Measures a model, an `inference.Predictor`.
+        """Measures a model, an `inference.Predictor`. Raises errors.UserError, one line a fault.
 
         Returns: JSON-ready, the same on every process. Its numbers, also of nested dicts, become metrics; a
           number beside `KEY_low` and `KEY_high` is shown with that interval.
-
-        Raises:
-          errors.UserError: one line a fault.
         """
 
     def finish(self, predictor: Any, result: dict[str, Any]) -> str:
         """For the command of this evaluator alone: may add to the result; returns a last line to print."""
         del predictor, result
         return ""
-
-
-def find_data(entry: Evaluator) -> None:
-    """Raises errors.MissingData, with one line, where a path of `entry.data` is not there."""
-    paths = [path for path in entry.data if path]
-    if entry.data and not paths:
-        raise errors.MissingData("no images are named" + (f"; {entry.get}" if entry.get else ""))
-    absent = [path for path in map(expanduser, paths) if not exists(path)]
-    if absent:
-        raise errors.MissingData(f"{', '.join(absent)}: not there{how_to_get(entry.get)}")
 
 
 def how_to_get(get: str | None) -> str:
@@ -102,15 +89,4 @@ def how_to_get(get: str | None) -> str:
 
 def expanduser(path: str) -> str:
     """The path with the user's home for `~`."""
-    return str(_path(path).expanduser())
-
-
-def exists(path: str) -> bool:
-    """Whether there is a file or folder, local or remote."""
-    return _path(path).exists()
-
-
-def _path(path: str) -> Any:
-    from etils import epath  # slower to import than a config may take
-
-    return epath.Path(path)
+    return str(epath.Path(path).expanduser())

@@ -1,14 +1,6 @@
-"""Adapter that lets the evaluators of big_vision use a GRAIN checkpoint.
+"""Adapter that lets the evaluators of big_vision, commit 0127fb6, use a checkpoint (docs/library.md).
 
-Put these lines into a config of big_vision, or run them before its evaluators are made (docs/library.md):
-
-  from grain_jax.evaluate import big_vision
-  big_vision.register()
-  config.model_name, config.model, config.model_init = "grain_jax", dict(checkpoint=DIR), DIR
-  pp_img, pp_txt = "grain_image('DIR')", "grain_text('DIR')"
-
-Written for commit 0127fb6 of big_vision. Only `register` imports big_vision, and only the two preprocessing
-ops import TensorFlow.
+Only `register` imports big_vision, and only the two preprocessing ops import TensorFlow.
 """
 
 import dataclasses
@@ -35,7 +27,6 @@ _PADDING = -1  # padding id after a text; no token has it
 
 def register() -> None:
     """Registers the model and the two preprocessing ops with big_vision, which has to be on the path."""
-    # Not a dependency of this package.
     from big_vision.pp import registry  # pyright: ignore[reportMissingImports]
 
     # The trainers of big_vision import big_vision.models.{config.model_name}.
@@ -51,7 +42,7 @@ class Model:
     checkpoint: str  # workdir, checkpoint or converted folder
 
     def init(self, key: jax.Array, *_: Any, **__: Any) -> dict[str, Any]:
-        """{"params": new parameters}; the images and texts that big_vision passes do not matter."""
+        """{"params": new parameters}, whatever images and texts big_vision passes."""
         return {"params": nn.unbox(grain.init(grain.GRAIN(_stored(self.checkpoint)[0]), key))}
 
     def apply(
@@ -63,13 +54,12 @@ class Model:
           variables: {"params": the parameters}.
           image: uint8 [B, S, S, 3], or float32 normalised with `model.image.pixel_mean` and `pixel_std`.
           text: int32 [N, L] from `grain_text`; or CLIP token ids with any padding; or SigLIP token ids,
-            padded by the op of big_vision; or other token ids, padded with -1. A text with an id that the
-            embedding table does not have gets NaN.
+            padded by the op of big_vision; or other ids, padded with -1. An unknown id makes NaN of its text.
 
         Returns:
-          (zimg [B, D], ztxt [N, D], out): embeddings of unit length, None if the argument is None. `out` has
-          "img/normalized", "txt/normalized", "t" (the logit scale, [1]), "t/parameter" (its
-          logarithm), and for a sigmoid loss "b" (the logit bias, [1]).
+          (zimg [B, D], ztxt [N, D], out): embeddings of unit length, or None. `out` has "img/normalized",
+          "txt/normalized", "t" (the logit scale, [1]), its logarithm "t/parameter", and for a sigmoid loss
+          "b" (the logit bias, [1]).
         """
         (model, _), params = _stored(self.checkpoint), variables["params"]
         scale = jnp.asarray(params["logit_scale"])[None]
@@ -101,15 +91,10 @@ class Model:
 
 
 def load(init_params: Any, init_file: str, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Loads the parameters of a checkpoint; the trainers of big_vision call this for `config.model_init`.
+    """The parameters of the checkpoint of `Model`, whose arguments are `model_cfg`, for `config.model_init`.
 
-    Args:
-      init_params: unused, since the checkpoint has every parameter.
-      init_file: unused; it names the same checkpoint.
-      model_cfg: the arguments of `Model`.
-
-    Raises:
-      checkpoint.CheckpointError: there is no checkpoint.
+    `init_params` and `init_file`, which names the same checkpoint, are not used. Raises
+    checkpoint.CheckpointError if there is none.
     """
     del init_params, init_file
     return saved_model.load_model(model_cfg["checkpoint"])[1]
@@ -124,9 +109,8 @@ def grain_image(checkpoint: str, key: str = "image") -> Callable[[dict], dict]:
     """Preprocessing op: uint8 [H, W, 3] or file bytes -> uint8 [S, S, 3], resized as by our evaluators."""
     size = _stored(checkpoint)[0].image.image_size
 
-    def resize(image):
-        if isinstance(image, bytes):
-            image = image_files.decode_image(image, orientation="file")  # as big_vision does
+    def resize(image):  # decoded as big_vision does
+        image = image_files.decode_image(image, orientation="file") if isinstance(image, bytes) else image
         return image_files.resize(image, size)
 
     return _op(resize, key, key, "uint8", (size, size, 3))

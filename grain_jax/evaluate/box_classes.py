@@ -1,12 +1,13 @@
-"""Classification of given boxes (COCO, LVIS) by the box head, and by the region that overlaps the box most.
+"""Texts of given boxes: their classes (COCO, LVIS), and their descriptions among hard negatives (FG-OVD).
 
-The descriptions in the annotations are class names. For comparison, each box is also classified by the
-embedding of the whole image, which shows what regions and boxes add.
+A box has up to three embeddings: of the box head, of the region that overlaps it most, and of the whole
+image, which shows what regions and boxes add.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,58 +15,44 @@ from etils import epy
 
 from grain_jax import config
 from grain_jax.core import errors
-from grain_jax.evaluate.base import option
-from grain_jax.evaluate.evaluators import AnnotatedImages, AnnotatedRegions, faults_of
+from grain_jax.evaluate.base import TEMPLATES, option
+from grain_jax.evaluate.evaluators import AnnotatedImages, faults_of
 
 with epy.lazy_imports():
     import numpy as np
 
+    from grain_jax.core import annotations as annotations_lib
     from grain_jax.core import boxes
     from grain_jax.evaluate import class_names, encode, grounding, rates
     from grain_jax.inference import prompts, scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Boxes(AnnotatedRegions):
+class Boxes(AnnotatedImages):
     """Classes of given boxes, by the box head and by the nearest region."""
 
     example = "--annotations lvis/A.jsonl --classes lvis \\\n    --images coco/val2017"
     none_usable = "no line has a region; expected boxes with class names as descriptions"
     kind: str = "boxes"
-    classes: str | None = option(
-        None, "File of class names, or lvis; default: the distinct descriptions.", "FILE"
-    )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
-    )
+    classes: str | None = option(None, "File of class names, or lvis; default: the descriptions.", "FILE")
+    templates: str | None = option(None, TEMPLATES, "FILE")
 
     @property
     def needs(self) -> tuple[str, ...]:
         return "decoder", "boxes"
 
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return self.annotations, self.templates, self.classes
-
     def check(self, model: Any = None) -> int:
-        faults = faults_of(
-            lambda: prompts.load_templates(self.templates),
-            lambda: self.classes and class_names.read(self.classes),
-        )
-        config.raise_faults(faults)
+        classes = lambda: self.classes and class_names.read(self.classes)
+        config.raise_faults(faults_of(lambda: prompts.load_templates(self.templates), classes))
         return super().check(model)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
-        """Classifies every box by the box head and by the query that overlaps it most, as the model has them.
+        """Classifies every box whose description is the label or the name of a class.
 
-        A description stands for the class with that label or name; boxes with other descriptions are left out
-        and counted.
-
-        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by three embeddings:
-          `box_head` (of the box), `region` (of the query that overlaps the box most) and `image`. `groups`
-          has the same for each group of the class file. Region queries add three results. `best_iou` is the
-          mean IoU of the box and that query's box, `found` the share of boxes with an IoU of at least
-          boxes.FOUND_IOU. `found_boxes` has the rates for these boxes.
+        Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by `box_head`, `region`
+          and `image`, as the model has them. `groups` has the same for each group of the class file. Region
+          queries add `best_iou`, the mean IoU of the box and the box of the query that overlaps it most, and
+          `found`, the share with an IoU of at least boxes.FOUND_IOU.
         """
         templates = prompts.load_templates(self.templates)
         lines = None if self.classes is None else class_names.read(self.classes)
@@ -76,31 +63,24 @@ class Boxes(AnnotatedRegions):
         target = _classes(described.texts, lines)[described.text]
         use = target >= 0
         if not use.any():
-            raise errors.UserError(
-                f"{self.annotations}: got no box that is of one of {len(names)} classes and lies in its"
-                " image, expected descriptions that are class names"
-            )
+            got = f"got no box that is of one of {len(names)} classes and lies in its image"
+            raise errors.UserError(f"{self.annotations}: {got}, expected descriptions that are class names")
         target = target[use]
-        texts = [prompts.class_texts(name, templates) for name in names]
-        features = scores.class_features(encode.encode_texts(predictor, texts))  # [C, D]
+        encode_all = functools.partial(encode.encode_distinct, predictor)
+        features = prompts.embed_classes(encode_all, names, templates)  # [C, D]
         hits = {
             way: rates.nearest_hits(scores.unit(embed[use]), features, target)
             for way, embed in seen.embeds.items()
         }
 
         def accuracies(which: np.ndarray) -> dict[str, Any]:
-            of_ways = {
-                way: rates.of_classes(top1[which], top5[which], target[which], names)
-                for way, (top1, top5) in hits.items()
-            }
-            return {"boxes": int(which.sum()), **of_ways}
+            of_classes = lambda top1, top5: rates.of_classes(top1[which], top5[which], target[which], names)
+            return {"boxes": int(which.sum()), **{way: of_classes(*each) for way, each in hits.items()}}
 
         of_queries: dict[str, Any] = {}
-        if seen.nearest is not None:
-            iou = seen.nearest.iou[use]
-            is_found = iou >= boxes.FOUND_IOU
-            of_queries = {"best_iou": float(iou.mean()), **rates.rate("found", is_found)}
-            of_queries |= {"found_boxes": accuracies(is_found)} if is_found.any() else {}
+        if seen.iou is not None:
+            found = rates.rate("found", seen.iou[use] >= boxes.FOUND_IOU)
+            of_queries = {"best_iou": float(seen.iou[use].mean()), **found}
         group = np.array([line.group for line in lines])[target]
         return {
             **seen.counts,
@@ -125,60 +105,106 @@ def _classes(texts: Sequence[str], lines: Sequence[class_names.Line]) -> np.ndar
     position: dict[str, int] = {}
     for column in ("label", "name"):
         for i, line in enumerate(lines):
-            if getattr(line, column) is not None:
-                position.setdefault(normal(getattr(line, column)), i)
+            position.setdefault(normal(getattr(line, column) or line.name), i)
     return np.array([position.get(normal(text), -1) for text in texts], int)
 
 
-class Nearest(NamedTuple):
-    """For each annotated box the query that overlaps it most."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HardNegatives(AnnotatedImages):
+    """The right description of given boxes among hard negatives.
 
-    query: np.ndarray  # int [M]
-    iou: np.ndarray  # float32 [M]
+    The protocol is FG-OVD's (Bianchi et al., CVPR 2024). The rank of a description is 1 + the number of its
+    first N negatives whose score is at least its own (but for `rates.TIE`), as in lorebianchi98/FG-OVD,
+    evaluation/ranks.py. There detectors find the boxes, and a missed box has the last rank.
+    """
+
+    left_out = "without_negatives"
+    none_usable = (
+        "no region has {negatives} negatives or more; expected regions with `negatives`, which grain-jax"
+        " annotate --passes negatives makes; or ask for fewer"
+    )
+    lower_is_better = ("mean_rank", "median_rank")
+    kind: str = "hard_negatives"
+    negatives: int = option(10, "Negatives per box; boxes with fewer are left out.", "N", low=1)
+
+    def usable(self, record: annotations_lib.Annotation) -> bool:
+        return any(len(region.negatives) >= self.negatives for region in record.regions)
+
+    def evaluate(self, predictor: Any) -> dict[str, Any]:
+        """Compares every annotated box with its description and its negatives.
+
+        Returns: counts; `chance`, `chance_mean_rank`; and by `box_head`, `region` and `image`, as the model
+          has them: `top1`, the share of boxes whose description is the best of the N + 1 texts; `mean_rank`
+          and `median_rank`. Rank 1 is best; ties count as lost.
+        """
+        seen = encode_boxes(self, predictor)
+        described = seen.described
+        pairs, count = zip(described.image, described.region), self.negatives
+        regions = (seen.records[image].regions[region] for image, region in pairs)
+        texts = [(x.description, *x.negatives[:count]) if len(x.negatives) >= count else () for x in regions]
+        use = np.array([bool(each) for each in texts], bool)
+        if not use.any():
+            fault = f"no box with {count} negatives or more lies in its image"
+            raise errors.UserError(f"{self.annotations}: {fault}")
+        distinct, text = prompts.distinct([text for each in texts for text in each])
+        text_embed = scores.unit(encode.encode_distinct(predictor, distinct))  # [T, D]
+        of_boxes = text_embed, text.reshape(-1, 1 + count)
+        return {
+            **seen.counts,
+            "boxes": int(use.sum()),
+            "boxes_outside": described.outside,
+            "boxes_with_fewer_negatives": int((~use).sum()),
+            "negatives": count,
+            "chance": 1 / (1 + count),
+            "chance_mean_rank": 1 + count / 2,
+            **{way: _ranks(scores.unit(embed[use]), *of_boxes) for way, embed in seen.embeds.items()},
+        }
+
+
+def _ranks(boxes: np.ndarray, text_embed: np.ndarray, text: np.ndarray) -> dict[str, float]:
+    """The numbers of boxes [n, D] with texts `text` [n, 1 + N], the description first; text_embed [T, D]."""
+    cosines = np.stack([text_embed[of_box] @ box for of_box, box in zip(text, boxes)])
+    rank = 1 + (cosines[:, 1:] >= cosines[:, :1] - rates.TIE).sum(axis=1)
+    return {
+        **rates.rate("top1", rates.topk_hits(cosines, np.zeros(len(cosines), int), 1)),
+        "mean_rank": float(rank.mean()),
+        "median_rank": float(np.median(rank)),
+    }
 
 
 class GivenBoxes(NamedTuple):
     """The annotated boxes of all readable images."""
 
-    records: list[Any]  # core.annotations.Annotation, of the readable images
+    records: list[annotations_lib.Annotation]  # of the readable images
     counts: dict[str, Any]  # for the result
     described: grounding.Described  # M boxes
-    # float32 [M, D]: "box_head" and "region", as the model has them, and "image"
-    embeds: dict[str, np.ndarray]
-    nearest: Nearest | None  # None: a model without region queries
+    embeds: dict[str, np.ndarray]  # float32 [M, D]: "image", and if the model has them "box_head", "region"
+    iou: np.ndarray | None  # float32 [M], with the best query; None: a model without region queries
 
 
 def encode_boxes(entry: AnnotatedImages, predictor: Any) -> GivenBoxes:
     """The annotated boxes that lie in their images, embedded; arguments and errors as in `entry.gather`."""
 
-    def boxes_of(record: Any, size: tuple[int, int]) -> np.ndarray:
-        return grounding.described_boxes([record], [size]).boxes_xyxy
-
-    records, seen, counts = entry.gather(
-        predictor, regions=predictor.has_regions, boxes_of=boxes_of if predictor.has_box_head else None
-    )
+    boxes_of = lambda record, size: grounding.described_boxes([record], [size]).boxes_xyxy
+    given = boxes_of if predictor.has_box_head else None
+    records, seen, counts = entry.gather(predictor, regions=predictor.has_regions, boxes_of=given)
     described = grounding.described_boxes(records, seen.sizes)
-    embeds, nearest = {}, None
+    embeds, iou = {}, None
     if predictor.has_box_head:
         embeds["box_head"] = seen.box_embed
     if predictor.has_regions:
-        nearest = best_query(seen.regions.boxes_xyxy[described.image], described.boxes_xyxy)
-        embeds["region"] = seen.regions.embed[described.image, nearest.query]
+        query, iou = best_query(seen.regions.boxes_xyxy[described.image], described.boxes_xyxy)
+        embeds["region"] = seen.regions.embed[described.image, query]
     embeds["image"] = seen.image_embed[described.image]
-    return GivenBoxes(records, counts, described, embeds, nearest)
+    return GivenBoxes(records, counts, described, embeds, iou)
 
 
-def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> Nearest:
-    """The query with the largest IoU; of equal ones (such as 0, without overlap) the largest GIoU.
-
-    Args:
-      pred_boxes_xyxy: [M, Q, 4], the predicted boxes in the image of each box.
-      boxes_xyxy: [M, 4].
-    """
+def best_query(pred_boxes_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> list[np.ndarray]:
+    """For boxes [M, 4] the query of [M, Q, 4] with the largest IoU (if equal, GIoU), and that IoU."""
 
     def best(*two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         overlap = np.asarray(boxes.iou_and_union(*two)[0])  # [m, Q]
         most = overlap == overlap.max(axis=1, keepdims=True)
         return np.where(most, boxes.giou(*two), -np.inf).argmax(axis=1), overlap.max(axis=1)
 
-    return Nearest(*scores.in_parts(best, pred_boxes_xyxy, boxes_xyxy[:, None]))
+    return scores.in_parts(best, pred_boxes_xyxy, boxes_xyxy[:, None])

@@ -1,8 +1,4 @@
-"""Calibration: from cosines to the probability that a class is present, and thresholds (docs/evaluate.md).
-
-A share of the images fits scale and bias by the log loss of all pairs of image and class. The other images
-measure the probabilities: log loss, Brier score and expected calibration error (ECE, 15 bins of equal width).
-"""
+"""Calibration: from cosines to the probability that a class is present, and thresholds (docs/evaluate.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import option
+from grain_jax.evaluate.base import TEMPLATES, option
 from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
@@ -28,7 +24,6 @@ with epy.lazy_imports():
 
 BINS = 15  # of the probabilities, for the ECE
 MAX_SCALE = 1000.0  # if the cosines separate the classes, no finite scale is best
-_NO_HIGHER = "the scores are not higher where"
 MAX_CLASSES = 1000  # distinct descriptions: the most frequent ones
 
 
@@ -49,15 +44,9 @@ class Calibrate(AnnotatedImages):
     shown = ("ece", "log_loss")
     lower_is_better = ("ece", "log_loss", "brier")
     kind: str = "calibrate"
-    images: str = option(
-        "", "Class folders, or what the annotations' paths start from.", "DIR", required=True
-    )
-    annotations: str | None = option(
-        None, "Images whose descriptions are the classes; default: class folders.", "A.jsonl"
-    )
-    templates: str | None = option(
-        None, "Prompts of class folders, one per line; default: inference/templates.txt.", "FILE"
-    )
+    images: str = option("", "Class folders, or where annotations' paths start.", "DIR", required=True)
+    annotations: str | None = option(None, "Descriptions as classes; default: class folders.", "A.jsonl")
+    templates: str | None = option(None, TEMPLATES, "FILE")
     thresholds: str = option("class", "Thresholds with the best F1.", choices=("class", "common"))
     share: float = option(0.5, "Share of the images that fit; the others measure.", "P")
 
@@ -78,17 +67,14 @@ class Calibrate(AnnotatedImages):
         pairs = self._pairs(predictor)
         encode_all = lambda texts: encode.encode_distinct(predictor, texts)
         text_embeds = calibration.embed_texts(encode_all, pairs.classes, templates)
-        model_logits = {  # scale and bias
-            "image": (predictor.logit_scale, predictor.logit_bias),
-            "regions": (predictor.region_logit_scale, predictor.region_logit_bias),
-        }
+        model_logits = {"image": (predictor.logit_scale, predictor.logit_bias)}
+        model_logits |= {"regions": (predictor.region_logit_scale, predictor.region_logit_bias)}
         fits = np.array([_is_below(name, self.share) for name in pairs.names])
         right = pairs.present[fits]
         if fits.all() or not right.any() or right.all():
-            raise errors.UserError(
-                f"{self.images}: got {fits.sum()} images to fit and {(~fits).sum()} to measure, expected some"
-                " of each, with and without a class; take more images or another --share"
-            )
+            got = f"{fits.sum()} images to fit and {(~fits).sum()} to measure"
+            advice = "expected some of each, with and without a class; take more images or another --share"
+            raise errors.UserError(f"{self.images}: got {got}, {advice}")
         without = [pairs.classes[i] for i in np.flatnonzero(right.sum(axis=0) == 0)]
 
         def measured() -> dict[str, Any]:
@@ -96,38 +82,32 @@ class Calibrate(AnnotatedImages):
             note = f"{len(without)} classes without images to fit have the common threshold: "
             notes = [note + test_sets.listed(without)] if without else []
             for way, embeds in pairs.embeds.items():
-                cosines = calibration.cosines(embeds, text_embeds)
-                scale, bias = fit(cosines[fits], right)
-                before = model_logits[way]
-                logits = {"before": before[0] * cosines.astype(np.float64) + (before[1] or 0)}
-                if scale:
-                    logits["after"] = scale * cosines.astype(np.float64) + bias
+                cosines = calibration.cosines(embeds, text_embeds).astype(np.float64)
+                fitted = fit(cosines[fits], right)
+                ways = {"before": model_logits[way]} | ({"after": fitted} if fitted[0] else {})
+                logits = {k: scale * cosines + (bias or 0) for k, (scale, bias) in ways.items()}
                 out[way] = {k: reliability(x[~fits], pairs.present[~fits]) for k, x in logits.items()}
-                if not scale:
-                    notes.append(f"{way}: {_NO_HIGHER} present; nothing is stored")
+                if not fitted[0]:
+                    notes.append(f"{way}: the scores are not higher where present; nothing is stored")
                     continue
                 p, of_class, blind = special.expit(logits["after"][fits]), {}, []
                 common = best_threshold(p, right)
                 for name, x, p_class, y in zip(pairs.classes, cosines[fits].T, p.T, right.T):
+                    if self.thresholds == "common":
+                        break
                     if not y.any():
                         of_class[name] = common
                     elif y.all() or x[y].mean() <= x[~y].mean():
                         blind.append(name)
                     else:
                         of_class[name] = best_threshold(p_class, y)
-                if blind and self.thresholds == "class":
-                    listed = test_sets.listed(blind)
-                    notes.append(f"{way}: {_NO_HIGHER} these are present; no threshold: {listed}")
-                stored[way] = calibration.Score(
-                    logit_scale=scale,
-                    logit_bias=bias,
-                    threshold=common,
-                    thresholds=of_class if self.thresholds == "class" else {},
-                    templates=templates,
-                )
-            digest = predictor.digests.get("params", "")
-            content = calibration.Calibration(params=digest, **stored)
-            return out | {"calibration": msgspec.to_builtins(content), "notes": notes}
+                if blind:
+                    lacking = f"no threshold: {test_sets.listed(blind)}"
+                    notes.append(f"{way}: the scores are not higher where these are present; {lacking}")
+                numbers = dict(zip(("logit_scale", "logit_bias"), fitted), threshold=common)
+                stored[way] = numbers | {"thresholds": of_class, "templates": templates}
+            content = {"params": predictor.digests.get("params", ""), "image": None, "regions": None} | stored
+            return out | {"calibration": content, "notes": notes}
 
         return {
             **pairs.counts,

@@ -1,8 +1,7 @@
 """The class names of a dataset for prompts, read from a class file or made from the labels of the dataset.
 
-A class file has one class per line: `name`, `label<TAB>name`, or `label<TAB>name<TAB>group` (box_classes then
-reports accuracies per group). Blank lines and `#` lines are skipped. Each file in `classes/` is named after
-the TFDS set that it describes.
+A class file has one class per line: `name`, `label<TAB>name`, or `label<TAB>name<TAB>group`. Blank lines and
+`#` lines are skipped. Each file in `classes/` is named after the TFDS set that it describes.
 """
 
 import re
@@ -16,21 +15,13 @@ from grain_jax.core import errors, regular_file
 
 SHIPPED = epath.Path(__file__).parent / "classes"
 _IMAGENET = "imagenet2012"
-# Where open_clip names a class of ImageNet otherwise than classes/imagenet2012.txt, by WordNet id.
-OPEN_CLIP_NAMES = {
-    "n01631663": "newt",  # eft
-    "n03710637": "tights",  # maillot
-    "n04008634": "missile",  # projectile
-    "n04355933": "sunglasses",  # sunglass
-}
+# What open_clip calls ImageNet's eft, maillot, projectile and sunglass, by WordNet id.
+OPEN_CLIP_NAMES = {"n01631663": "newt", "n03710637": "tights"}
+OPEN_CLIP_NAMES |= {"n04008634": "missile", "n04355933": "sunglasses"}
 
 # Prefixes of labels that no name has: 001.Laysan_Albatross, n02085620-chihuahua, /a/abbey (SUN397).
 _SORTED = re.compile(r"\A(\d+\.|n\d{8}-|/([a-z]/)?)")
 _WNID = re.compile(r"n\d{8}")
-
-
-class ClassNameError(errors.UserError):
-    """A dataset has no class names, or a class file does not fit it; the message is one line."""
 
 
 class Line(NamedTuple):
@@ -47,62 +38,58 @@ def for_labels(labels: Sequence[str] | None, count: int, classes: str | None) ->
     Args:
       labels: the label names of the dataset; None where it has none. Numbers (0, 1, ...) count as none.
       count: the number of classes of the dataset.
-      classes: a class file: its path or the name of a file in `classes/`; None: names made from
-        the labels. If the dataset and the file both have labels, each label is looked up in the file, which
-        may have more labels. Otherwise the file must have the classes in the order of the dataset.
+      classes: a class file: its path or the name of a file in `classes/`; None: names made from the labels.
+        If both have labels, the file may have more; otherwise it has the dataset's classes in its order.
 
-    Raises:
-      ClassNameError: no names, no such file, or the names of another dataset.
+    Raises errors.UserError: no names, no such file, or the names of another dataset.
     """
     labels = _texts(labels)
     if classes is None:
-        return _readable_labels(labels, count)
+        if labels is None or all(_WNID.fullmatch(label) for label in labels):
+            got = f"{count} classes without names" if labels is None else f"labels such as {labels[0]}"
+            expected = f"a file of class names: a path, or one of {shipped()}"
+            raise errors.UserError(f"classes: got {got}, expected {expected}")
+        names = [readable(label) for label in labels]
+        if repeated := twice(names):
+            expected = "a file of label<TAB>name"
+            raise errors.UserError(f"classes: got two labels that read {repeated!r}, expected {expected}")
+        return names
     lines, fault = read(classes), f"classes {classes}: got "
     if lines[0].label is not None and labels is not None:
         names = {line.label: line.name for line in lines}
         if missing := [label for label in labels if label not in names]:
-            raise ClassNameError(
-                f"{fault}no name for {len(missing)} of the dataset's {count} labels, the first:"
-                f" {missing[0]!r}; expected a file of this dataset"
-            )
+            fault += f"no name for {len(missing)} of the dataset's {count} labels, the first: {missing[0]!r}"
+            raise errors.UserError(f"{fault}; expected a file of this dataset")
         return [names[label] for label in labels]
     if len(lines) != count:
-        raise ClassNameError(f"{fault}{len(lines)} classes, expected the dataset's {count}")
+        raise errors.UserError(f"{fault}{len(lines)} classes, expected the dataset's {count}")
     position = {readable(label).lower(): i for i, label in enumerate(labels or ())}
     for i, line in enumerate(lines):
         if position.get(readable(line.name).lower(), i) != i:
-            raise ClassNameError(
-                f"{fault}{line.name!r} as class {i}; expected the dataset's order, or label<TAB>name"
-            )
+            expected = "expected the dataset's order, or label<TAB>name"
+            raise errors.UserError(f"{fault}{line.name!r} as class {i}; {expected}")
     return [line.name for line in lines]
 
 
 def read(classes: str) -> list[Line]:
     """The lines of a class file, at least one; `classes` as in `for_labels`, but not None.
 
-    Raises:
-      ClassNameError: no such file, an empty one, a repeated label, or different numbers of columns.
+    Raises errors.UserError: no such file, an empty one, a repeated label, or different numbers of columns.
     """
     path = SHIPPED / f"{classes}.txt"
     if "/" in classes or not path.exists():
         path = epath.Path(classes).expanduser()
-    try:
-        text = regular_file.read_text(path, f"one class a line, or one of {shipped()}")
-    except regular_file.FileError as error:
-        raise ClassNameError(f"classes {error}") from None
-    rows = [
-        tuple(text.strip() for text in line.split("\t"))
-        for line in composed(text).splitlines()
-        if line.strip() and not line.startswith("#")
-    ]
+    text = regular_file.read_text(path, f"one class a line, or one of {shipped()}")
+    used = [line for line in composed(text).splitlines() if line.strip() and not line.startswith("#")]
+    rows = [tuple(map(str.strip, line.split("\t"))) for line in used]
     if not rows or not all(text for row in rows for text in row):
-        raise ClassNameError(f"classes {path}: got no class or an empty name, expected names")
+        raise errors.UserError(f"classes {path}: got no class or an empty name, expected names")
     if len(rows[0]) > 3 or {len(row) for row in rows} != {len(rows[0])}:
         forms = "name, of label<TAB>name or of label<TAB>name<TAB>group"
-        raise ClassNameError(f"classes {path}: got lines of several forms, expected all of {forms}")
+        raise errors.UserError(f"classes {path}: got lines of several forms, expected all of {forms}")
     lines = [Line(None, *row) if len(row) == 1 else Line(*row) for row in rows]
     if repeated := twice([line.label for line in lines if line.label]):
-        raise ClassNameError(f"classes {path}: got the label {repeated!r} twice, expected it once")
+        raise errors.UserError(f"classes {path}: got the label {repeated!r} twice, expected it once")
     return lines
 
 
@@ -119,10 +106,8 @@ def shipped() -> str:
 def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None:
     """Second names of the classes, by which files of descriptions may call them: the labels without prefix.
 
-    A class with the label `apartment_building/outdoor` is found there by it, whatever its name. For a WordNet
-    id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes have it.
-
-    Arguments as of `for_labels`, which has accepted them. None where neither dataset nor file has labels.
+    For a WordNet id of ImageNet it is the name in classes/imagenet2012.txt, or open_clip's if the classes
+    have it. Arguments as of `for_labels`, which has accepted them. None where neither has labels.
     """
     known = _texts(labels)
     if known is None and classes is not None:
@@ -140,8 +125,7 @@ def stems(labels: Sequence[str] | None, classes: str | None) -> list[str] | None
 def readable(label: str) -> str:
     """A name made from a label: `apple_pie` -> "apple pie", `/a/apse/indoor` -> "indoor apse".
 
-    The parts of a label between `/` are put in reverse order; in a label with spaces, `/` becomes `-`
-    instead. No name keeps a `/`, because inference/prompts.py reads it as PARENT/CLASS.
+    No name keeps a `/`, because inference/prompts.py reads it as PARENT/CLASS: with spaces it becomes `-`.
     """
     if " " in (stem := _stem(label)):
         return stem.replace("/", "-")
@@ -149,7 +133,7 @@ def readable(label: str) -> str:
 
 
 def _stem(label: str) -> str:
-    """A label without its prefix: a number, a WordNet id or a one-letter folder (SUN397)."""
+    """A label without its prefix."""
     return _SORTED.sub("", label.strip(), count=1)
 
 
@@ -158,20 +142,6 @@ def _texts(labels: Sequence[str] | None) -> Sequence[str] | None:
     if labels is None or list(labels) == list(map(str, range(len(labels)))):
         return None
     return [composed(label) for label in labels]
-
-
-def _readable_labels(labels: Sequence[str] | None, count: int) -> list[str]:
-    if labels is None or all(_WNID.fullmatch(label) for label in labels):
-        got = f"{count} classes without names" if labels is None else f"labels such as {labels[0]}"
-        raise ClassNameError(
-            f"classes: got {got}, expected a file of class names: a path, or one of {shipped()}"
-        )
-    names = [readable(label) for label in labels]
-    if repeated := twice(names):
-        raise ClassNameError(
-            f"classes: got two labels that read {repeated!r}, expected a file of label<TAB>name"
-        )
-    return names
 
 
 def twice(names: Sequence[str]) -> str:

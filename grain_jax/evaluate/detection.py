@@ -1,13 +1,10 @@
-"""Detection by COCO's rules: average precision (AP) and recall (AR) on files of COCO, LVIS or Objects365.
-
-A detection is a pair of a box and a class, with the score of `Predictor.detect`. A proposal multiplies it by
-its own score. The library faster-coco-eval counts.
-"""
+"""Detection by COCO's rules: average precision (AP) and recall (AR) on files of COCO, LVIS or Objects365."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -16,7 +13,7 @@ import msgspec
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import Evaluator, expanduser, option
+from grain_jax.evaluate.base import TEMPLATES, Evaluator, expanduser, option
 
 with epy.lazy_imports():
     import numpy as np
@@ -24,13 +21,14 @@ with epy.lazy_imports():
 
     from grain_jax.core import regular_file
     from grain_jax.evaluate import class_names, encode
-    from grain_jax.inference import prompts, scores, stream
+    from grain_jax.inference import batches, prompts, scores
     from grain_jax.runtime import processes
 
 LIMITS = (1, 10, 100)  # detections per image for each AR; AP has the last one
 LVIS_LIMITS = (*LIMITS, 300)
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}  # of a class in LVIS
 _MAX_BYTES = 2 << 30  # of a file; the training set of LVIS has 1.1 GB
+_COLUMNS = ("image", "category", "score", "bbox")
 _Length = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -87,26 +85,10 @@ class Detection(Evaluator):
     shown = ("ap", "ap50", "ap75", "ar1", "ar10", "ar100")
     kind: str = "detection"
     images: str = option("", "Folder of the images.", "DIR", required=True)
-    annotations: str | None = option(
-        None, "Instances of COCO, LVIS or Objects365 (JSON).", "FILE", required=True
-    )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
-    )
-    seen: str | None = option(
-        None, "File of the names of seen classes; adds results for seen and unseen ones.", "FILE"
-    )
-    proposals: str | None = option(
-        None, "Boxes as COCO's results (JSON); default: the boxes of the queries.", "FILE"
-    )
-
-    @property
-    def data(self) -> tuple[str | None, ...]:
-        return self.annotations, self.images
-
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return self.annotations, self.templates, self.seen, self.proposals
+    annotations: str | None = option(None, "JSON of COCO, LVIS or Objects365.", "FILE", required=True)
+    templates: str | None = option(None, TEMPLATES, "FILE")
+    seen: str | None = option(None, "File of seen classes; adds results for seen and unseen ones.", "FILE")
+    proposals: str | None = option(None, "COCO's results (JSON); default: the queries' boxes.", "FILE")
 
     @property
     def needs(self) -> Sequence[str]:
@@ -122,10 +104,9 @@ class Detection(Evaluator):
         images, known = {x.id for x in content.images}, {x.id for x in categories}
         for i, x in enumerate(content.annotations):
             if x.image_id not in images or x.category_id not in known:
-                raise errors.UserError(
-                    f"{path}: annotations[{i}]: got image_id {x.image_id} and category_id {x.category_id},"
-                    " expected an image and a category of the file"
-                )
+                got = f"got image_id {x.image_id} and category_id {x.category_id}"
+                expected = "expected an image and a category of the file"
+                raise errors.UserError(f"{path}: annotations[{i}]: {got}, {expected}")
         if all(x.iscrowd for x in content.annotations):
             raise errors.UserError(f"{path}: got no annotation, expected boxes to detect")
         return Dataset(
@@ -145,9 +126,7 @@ class Detection(Evaluator):
         return len(self.read().images)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
-        """Detects all classes in every image and compares the detections with the annotations.
-
-        An image has at most 100 detections, the pairs of box and class with the highest scores; 300 in LVIS.
+        """Detects all classes in every image, with at most 100 boxes per image, in LVIS 300.
 
         Returns: counts and the numbers of `means`, for all classes on top and for `seen` and `unseen`; for
           LVIS also `rare`, `common`, `frequent`; and `per_class`, the AP. A group without boxes is left out.
@@ -157,17 +136,12 @@ class Detection(Evaluator):
             predictor.need_regions("detection without --proposals")
         # "Cabinet/shelf" is either; a prompt would read it as a class and its parent.
         names = [x.name.replace("/", " or ") for x in dataset.categories]
-        texts = [prompts.class_texts(name, templates) for name in names]
-        features = scores.class_features(encode.encode_texts(predictor, texts))  # [K, D]
-        arrays, unreadable = encode.over_images(
-            dataset.paths,
-            encode.resizing(predictor),
-            lambda batch: _detect(predictor, batch, dataset, features),
-            label=self.kind,
-            batch_size=self.batch_size,
-        )
+        encode_all = functools.partial(encode.encode_distinct, predictor)
+        features = prompts.embed_classes(encode_all, names, templates)  # [K, D]
+        detect = lambda batch: _detect(predictor, batch, dataset, features)
+        read: dict[str, Any] = dict(label=self.kind, batch_size=self.batch_size)
+        arrays, unreadable = encode.over_images(dataset.paths, encode.resizing(predictor), detect, **read)
         return {
-            "kind": self.kind,
             "images": len(arrays["index"]),
             **encode.report_unreadable(unreadable),
             "most_boxes_per_image": int(arrays["boxes"].max()),
@@ -184,10 +158,8 @@ def _paths(folder: epath.Path, images: Sequence[_Image]) -> list[epath.Path]:
         paths = [folder / "/".join(x[min(first, len(x) - 1) :]) for x in parts]
         if any(path.is_file() for path in paths):  # usually the first
             return paths
-    raise errors.UserError(
-        f"{folder}: none of the {len(names)} images of the annotations is there, the first: {names[:1]};"
-        " expected the folder that these names start from"
-    )
+    got = f"none of the {len(names)} images of the annotations is there, the first: {names[:1]}"
+    raise errors.UserError(f"{folder}: {got}; expected the folder that these names start from")
 
 
 def _is_seen(path: str, names: Sequence[str]) -> np.ndarray:
@@ -195,10 +167,8 @@ def _is_seen(path: str, names: Sequence[str]) -> np.ndarray:
     normal = lambda name: encode.as_read(name).replace("_", " ")
     classes, seen = [*map(normal, names)], {normal(x.name) for x in class_names.read(path)}
     if other := sorted(seen.difference(classes)):
-        raise errors.UserError(
-            f"{path}: got {len(other)} names that no class has, the first: {other[0]!r}; expected names of"
-            f" the annotations, such as {names[0]!r}"
-        )
+        got = f"got {len(other)} names that no class has, the first: {other[0]!r}"
+        raise errors.UserError(f"{path}: {got}; expected names of the annotations, such as {names[0]!r}")
     return np.array([name in seen for name in classes], bool)
 
 
@@ -213,9 +183,7 @@ def _proposals(path: str, images: set[int]) -> Mapping[int, list[_Object]]:
     return of_image
 
 
-def _detect(
-    predictor: Any, batch: encode.Batch, dataset: Dataset, features: np.ndarray
-) -> dict[str, np.ndarray]:
+def _detect(predictor: Any, batch: encode.Batch, dataset: Dataset, features: np.ndarray) -> dict[str, Any]:
     """The best pairs of box and class: image and category (positions), score, bbox; boxes per image."""
     images = [dataset.images[i] for i in batch.index]
     sizes = [(x.width or w, x.height or h) * 2 for x, (w, h) in zip(images, batch.sizes.tolist())]
@@ -228,7 +196,7 @@ def _detect(
         shares = [np.c_[x[:, :2], x[:, :2] + x[:, 2:]] / size for x, size in zip(xywh, sizes)]
         embeds = predictor.encode_boxes(batch.pixels, [np.clip(x, 0, 1) for x in shares])
         weights = [np.array([x.score for x in each]) for each in items]
-    stream.check_finite(*embeds)
+    batches.check_finite(*embeds)
     parts, most = [], dataset.limits[-1]
     for i, embed, share, weight, size in zip(batch.index, embeds, shares, weights, sizes):
         score = np.reshape(weight, (-1, 1)) * predictor.text_scores(embed, features)  # [n, K]
@@ -237,7 +205,7 @@ def _detect(
         bbox = np.take(share, box, axis=0) * np.array(size, np.float64)
         bbox[:, 2:] -= bbox[:, :2]
         parts.append((np.full(len(box), i), category, score[box, category], bbox))
-    out = dict(zip(("image", "category", "score", "bbox"), map(np.concatenate, zip(*parts))))
+    out = dict(zip(_COLUMNS, map(np.concatenate, zip(*parts))))
     return out | {"index": batch.index, "boxes": np.array([*map(len, shares)])}
 
 
@@ -247,7 +215,7 @@ def _numbers(dataset: Dataset, arrays: Mapping[str, np.ndarray]) -> dict[str, An
     readable, ids = {x.id for x in images}, [x.id for x in dataset.categories]
     objects = [x for x in dataset.objects if x.image_id in readable]
     truth = _Instances(images, objects, dataset.categories)
-    rows = zip(*(arrays[key].tolist() for key in ("image", "category", "score", "bbox")))
+    rows = zip(*(arrays[key].tolist() for key in _COLUMNS))
     detections = [
         {"image_id": dataset.images[i].id, "category_id": ids[k], "score": score, "bbox": bbox}
         for i, k, score, bbox in rows
@@ -263,12 +231,11 @@ def _numbers(dataset: Dataset, arrays: Mapping[str, np.ndarray]) -> dict[str, An
     if dataset.limits == LVIS_LIMITS:
         frequency = np.array([x.frequency for x in dataset.categories])
         groups |= {name: frequency == key for key, name in FREQUENCIES.items()}
-    numbers = {
-        name: {"boxes": int(boxes[which].sum())}
-        | means(precision[:, :, which], recall[:, which], dataset.limits)
-        for name, which in groups.items()
-        if boxes[which].any()
-    }
+    numbers = {}
+    for name, which in groups.items():
+        if boxes[which].any():
+            of_group = means(precision[:, :, which], recall[:, which], dataset.limits)
+            numbers[name] = {"boxes": int(boxes[which].sum()), **of_group}
     ap = precision[..., 0, -1].mean(axis=(0, 1)).tolist()
     per_class = {x.name: each for x, each, n in zip(dataset.categories, ap, boxes) if n}
     return {**numbers.pop(""), **numbers, "per_class": per_class}
@@ -284,8 +251,8 @@ def curves(
       detections: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels) and `score`; may be none.
       limits: of detections per image and class, M numbers: LIMITS or LVIS_LIMITS.
 
-    Returns: precision float64 [10 IoUs from 0.5 to 0.95, 101 recalls, K, 4 sizes, M] and recall [10, K, 4,
-      M]. The K classes have the order of their ids; those without boxes have -1.
+    Returns: precision [10 IoUs from 0.5 to 0.95, 101 recalls, K, 4 sizes, M] and recall [10, K, 4, M]; -1 for
+      classes without boxes. The K classes have the order of their ids.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -294,11 +261,11 @@ def curves(
     categories = [{**x, "frequency": known(x.get("frequency"))} for x in truth["categories"]]
     sets = []
     for items in (truth["annotations"], detections):
-        annotations = [{"iscrowd": 0, **x, "id": i} for i, x in enumerate(items, 1)]
-        for x in annotations:
-            x["bbox"] = list(x["bbox"])  # the library takes no tuple
-            if x.get("area") is None:
-                x["area"] = x["bbox"][2] * x["bbox"][3]
+        annotations = []
+        for i, x in enumerate(items, 1):
+            bbox, area = list(x["bbox"]), x.get("area")  # the library takes no tuple
+            area = bbox[2] * bbox[3] if area is None else area
+            annotations.append({"iscrowd": 0, **x, "id": i, "bbox": bbox, "area": area})
         content = {**truth, "categories": categories, "annotations": annotations}
         sets.append(COCO(content, print_function=quiet))
     is_lvis = limits == LVIS_LIMITS

@@ -13,14 +13,13 @@ from grain_jax import inference
 from grain_jax.core import ahead, errors, progress, schema
 from grain_jax.core import images as image_files
 from grain_jax.evaluate import test_sets
-from grain_jax.inference import prompts, stream
+from grain_jax.inference import batches, prompts
 from grain_jax.inference.inputs import InputError
 from grain_jax.input_pipeline import tokenizer
 from grain_jax.runtime import processes
 
 BATCH_SIZE = 64
-# Advice of the error message when memory runs out.
-SMALLER = (
+SMALLER = (  # advice when memory runs out
     "run grain_jax.evaluate on a checkpoint, where no optimiser state is in memory, with a smaller"
     f" --batch-size; or {errors.MORE_MEMORY}"
 )
@@ -28,8 +27,6 @@ _THREADS = 8  # that read images; decoding releases the lock of the Python inter
 _NAMED_IMAGES = 20  # unreadable images that a result lists, at most
 
 ImageSet: TypeAlias = test_sets.TestSet | Sequence[test_sets.Image | epath.PathLike]
-# (position of an image in the whole set, (width, height) in pixels) -> its boxes, xyxy [n, 4] in [0, 1].
-BoxesOf: TypeAlias = Callable[[int, tuple[int, int]], np.ndarray]
 
 
 class Batch(NamedTuple):
@@ -53,14 +50,6 @@ class Encoded(NamedTuple):
     unreadable: dict[str, str]  # name -> reason for each image that was left out
 
 
-class _Read(NamedTuple):
-    position: int
-    image: test_sets.Image
-    size: tuple[int, int] = (0, 0)
-    pixels: Any = None
-    fault: str = ""  # why it cannot be read
-
-
 def over_images(
     images: ImageSet,
     prepare: Callable[[int, PIL.Image.Image], Any],
@@ -71,8 +60,6 @@ def over_images(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Calls `function` with each batch of images and joins its results; the next batch is read meanwhile.
 
-    Each of several processes gets consecutive images, and each image belongs to one process.
-
     Args:
       images: a test set, images of one, or the paths of images.
       prepare: (position in the set, image) -> its `pixels` in the batch. An ImageError leaves the image out.
@@ -82,66 +69,56 @@ def over_images(
 
     Returns: the arrays of all batches, in the order of the images, the same on every process; and name ->
       reason for each image that was left out.
-
-    Raises:
-      InputError: no image could be read, or the files of a test set are damaged.
-      processes.Failed: another process failed.
+    Raises: InputError: no image could be read, or files are damaged; processes.Failed: another one failed.
     """
     mine = processes.share(len(images))
     if isinstance(images, Sequence):
-        stretch = (
-            each if isinstance(each, test_sets.Image) else test_sets.of_path(each)
-            for each in images[mine.start : mine.stop]
-        )
+        given = images[mine.start : mine.stop]
+        stretch = (x if isinstance(x, test_sets.Image) else test_sets.of_path(x) for x in given)
     else:
         stretch = images.images(mine)
     silent, times = processes.process_info()[0] > 0, len(images) / max(len(mine), 1)
     counter = progress.Counter(label, len(images), "images", silent=silent, times=times)
     unreadable: dict[str, str] = {}
-    parts, count, failure = [], 0, None
+    parts, failure = [], None
 
-    def read(numbered: tuple[int, test_sets.Image]) -> _Read:
+    def read(numbered: tuple[int, test_sets.Image]) -> tuple[str, str | tuple]:  # name; fault, or for Batch
         position, image = numbered
         try:
             loaded = image.load()
-            return _Read(position, image, loaded.size, prepare(position, loaded))
+            return image.name, (position, loaded.size, image.label, prepare(position, loaded))
         except image_files.ImageError as error:
-            return _Read(position, image, fault=str(error))
+            return image.name, str(error)
 
     try:
         with errors.out_of_memory_in_a_line(label, lambda: SMALLER), ThreadPoolExecutor(_THREADS) as pool:
             items = ahead.in_order(read, enumerate(stretch, mine.start), pool, 2 * batch_size)
-            for group in stream.groups(items, batch_size, lambda each: not each.fault):
-                unreadable |= {each.image.name: each.fault for each in group if each.fault}
-                if good := [each for each in group if not each.fault]:
-                    batch = Batch(
-                        np.array([each.position for each in good]),
-                        np.array([each.size for each in good]),
-                        np.array([each.image.label for each in good]),
-                        [each.pixels for each in good],
-                    )
-                    parts.append(function(batch))
-                    count += len(good)
+            for group in batches.groups(items, batch_size, lambda each: isinstance(each[1], tuple)):
+                unreadable |= {name: fault for name, fault in group if isinstance(fault, str)}
+                if good := [each for _, each in group if isinstance(each, tuple)]:
+                    index, sizes, labels, pixels = zip(*good)
+                    of_good = Batch(np.array(index), np.array(sizes), np.array(labels), list(pixels))
+                    parts.append(function(of_good))
                 counter.add(len(group))
             counter.close()
     # Every process has to learn of it before it waits for the results of this one.
     except Exception as error:
         failure = error
-    counts, unread, lengths = zip(*processes.agree(failure, (count, unreadable, len(images))))
+    batched, unread, lengths = zip(*processes.agree(failure, (len(parts), unreadable, len(images))))
     if len(set(lengths)) > 1:
+        found = ", ".join(map(str, lengths))
         raise InputError(
-            f"{label}: the processes found {', '.join(map(str, lengths))} images, expected the same"
-            " files on all machines"
+            f"{label}: the processes found {found} images, expected the same files on all machines"
         )
     unreadable = {name: reason for part in unread for name, reason in part.items()}
-    if not sum(counts):
+    if not any(batched):
         first = next(iter(unreadable.values()), "there are none")
         raise InputError(f"none of {len(images)} images can be read; the first: {first}")
     return processes.allgather(parts), unreadable
 
 
 def resizing(predictor: inference.Predictor) -> Callable[[int, PIL.Image.Image], np.ndarray]:
-    """The `prepare` of a model: its squares. The threads share that work, and a batch needs little memory."""
+    """The `prepare` of a model: its squares, so that a batch needs little memory."""
     size = predictor.model.image.image_size
     return lambda _, image: image_files.resize(image, size)
 
@@ -151,24 +128,32 @@ def embed(
     batch: Batch,
     *,
     regions: bool = False,
-    boxes_of: BoxesOf | None = None,
+    boxes_of: Callable[[int, tuple[int, int]], np.ndarray] | None = None,
     predicted_boxes: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `Encoded` for a batch. Raises inference.InputError if numbers are not finite."""
+    """The arrays of `Encoded` for a batch. Raises inference.InputError if numbers are not finite.
+
+    Args:
+      predictor, batch: the model and what it embeds.
+      regions: whether region embeddings are computed too.
+      boxes_of: (position of an image in the whole set, (width, height) in pixels) -> boxes to embed too, xyxy
+        [n, 4] in [0, 1]; None: no boxes.
+      predicted_boxes: whether the box head embeds the boxes of the regions instead.
+    """
     if regions:
         image_embed, (boxes_xyxy, region_embed) = predictor.encode_image_and_regions(batch.pixels)
     else:
         image_embed = np.asarray(predictor.encode_image(batch.pixels))
-        boxes_xyxy = np.zeros((len(image_embed), 0, 4), np.float32)
-        region_embed = np.zeros((len(image_embed), 0, image_embed.shape[1]), np.float32)
-    box_embed = np.zeros((0, image_embed.shape[1]), np.float32)
+        widths = 4, image_embed.shape[1]
+        boxes_xyxy, region_embed = (np.zeros((len(image_embed), 0, n), np.float32) for n in widths)
+    boxes = boxes_xyxy if predicted_boxes else None
     if boxes_of is not None:
         boxes = [boxes_of(*pair) for pair in zip(batch.index.tolist(), batch.sizes.tolist())]
+    box_embed = np.zeros((0, image_embed.shape[1]), np.float32)
+    if boxes is not None:
         box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes))
-    elif predicted_boxes:
-        box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes_xyxy))
     arrays = dict(image_embed=image_embed, boxes_xyxy=boxes_xyxy, embed=region_embed, box_embed=box_embed)
-    stream.check_finite(*arrays.values())
+    batches.check_finite(*arrays.values())
     return arrays | dict(index=batch.index, sizes=batch.sizes, labels=batch.labels)
 
 
@@ -177,29 +162,16 @@ def gather_images(
     images: ImageSet,
     *,
     label: str,
-    regions: bool = False,
-    boxes_of: BoxesOf | None = None,
-    predicted_boxes: bool = False,
     batch_size: int = BATCH_SIZE,
+    **embedded: Any,
 ) -> Encoded:
-    """All readable images of a set, encoded, the same on every process; raises as `over_images` and `embed`.
+    """All readable images of a set, encoded, the same on every process.
 
-    Args:
-      predictor: the model.
-      images, label, batch_size: as for `over_images`.
-      regions: whether region embeddings are computed too.
-      boxes_of: gives the boxes of each image, which are embedded too; None: no boxes.
-      predicted_boxes: whether the box head embeds the boxes of the regions instead.
+    `images`, `label`, `batch_size` and errors are as for `over_images`, the others as for `embed`.
     """
-    arrays, unreadable = over_images(
-        images,
-        resizing(predictor),
-        functools.partial(
-            embed, predictor, regions=regions, boxes_of=boxes_of, predicted_boxes=predicted_boxes
-        ),
-        label=label,
-        batch_size=batch_size,
-    )
+    function = functools.partial(embed, predictor, **embedded)
+    prepare = resizing(predictor)
+    arrays, unreadable = over_images(images, prepare, function, label=label, batch_size=batch_size)
     of_queries = schema.Regions(arrays.pop("boxes_xyxy"), arrays.pop("embed"))
     return Encoded(**arrays, regions=of_queries, unreadable=unreadable)
 

@@ -1,9 +1,4 @@
-"""What evaluators of one kind of data share: images with classes, and images with annotations.
-
-A config imports the module of each of its evaluators, so these load JAX, numpy and TensorFlow when they
-measure. docs/evaluate.md describes the protocols and the results. In docstrings N_low and N_high stand for
-the 95% interval of a number N.
-"""
+"""What evaluators of one kind of data share (docs/evaluate.md): images with classes, or with annotations."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.base import Evaluator, exists, expanduser, key, option
+from grain_jax.evaluate.base import TEMPLATES, Evaluator, expanduser, key, option
 
 with epy.lazy_imports():
     from etils import epath
@@ -35,16 +30,12 @@ class LabelledImages(Evaluator):
     split: str = key("test", "Split of the TFDS dataset.")
     data_dir: str | None = key(None, "Folder of TFDS; None: its default.")
     classes: str | None = key(
-        None, "File of class names, or a name in grain_jax/evaluate/classes; None: the dataset's."
+        None, "File of class names, or a name in evaluate/classes; None: the dataset's."
     )
 
     @property
     def data(self) -> tuple[str | None, ...]:
-        return (self.images,) if self.tfds is None else ()
-
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return (self.classes,)
+        return super().data if self.tfds is None else ()
 
     def open(self) -> test_sets.TestSet:
         """The test set; raises the errors of test_sets.ClassFolders or test_sets.TfdsSet."""
@@ -55,9 +46,8 @@ class LabelledImages(Evaluator):
         if self.tfds is None:
             return test_sets.ClassFolders(folder, self.classes, self.get)
         if self.images:
-            raise errors.UserError(
-                f"tfds: got {self.tfds!r} with images={self.images!r}, expected one of the two"
-            )
+            got = f"{self.tfds!r} with images={self.images!r}"
+            raise errors.UserError(f"tfds: got {got}, expected one of the two")
         return test_sets.TfdsSet(self.tfds, split, self.data_dir, self.classes, self.get)
 
     def check(self, model: Any = None) -> int:
@@ -67,15 +57,15 @@ class LabelledImages(Evaluator):
 class Annotated(NamedTuple):
     """The annotations of a file, and the ones that an evaluation can use."""
 
-    read: Any  # core.annotations.Annotations
-    records: list[Any]  # core.annotations.Annotation
+    read: annotations_lib.Annotations
+    records: list[annotations_lib.Annotation]
     paths: list[epath.Path]  # of the images of `records`
 
 
 class Gathered(NamedTuple):
     """The images of an evaluation."""
 
-    records: list[Any]  # core.annotations.Annotation, of the readable images
+    records: list[annotations_lib.Annotation]  # of the readable images
     seen: encode.Encoded
     counts: dict[str, Any]  # for the result
 
@@ -86,38 +76,22 @@ class AnnotatedImages(Evaluator):
 
     example: ClassVar[str] = "--annotations runs/aviary/test/A.jsonl \\\n    --images runs/aviary/test"
     left_out: ClassVar[str] = "without_regions"  # key of the number of annotations without use
-    # The end of the message if no annotation is usable; {option} stands for its value.
-    none_usable: ClassVar[str] = "no line has a region; expected described boxes"
+    none_usable: ClassVar[str] = "no line has a region; expected described boxes"  # {option}: its value
     images: str = option("", "Folder that the paths of the annotations start from.", "DIR", required=True)
-    annotations: str | None = option(
-        None, "A.jsonl, with one JSON object per line.", "A.jsonl", required=True
-    )
-
-    @property
-    def data(self) -> tuple[str | None, ...]:
-        return self.annotations, self.images
-
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return (self.annotations,)
+    annotations: str | None = option(None, "One JSON object per line.", "A.jsonl", required=True)
 
     def usable(self, record: Any) -> Any:
         """Whether the evaluation can use a core.annotations.Annotation; here those with a region."""
         return record.regions
 
     def read(self) -> Annotated:
-        """The usable annotations.
-
-        Raises:
-          errors.UserError: no such folder, the file cannot be used, or none is usable.
-        """
+        """The usable annotations. Raises errors.UserError: no such folder, or the file has none of use."""
         if self.annotations is None:
             raise errors.UserError(f"annotations: got nothing, expected a file (A.jsonl) for {self.kind}")
         folder, path = epath.Path(expanduser(self.images)), expanduser(self.annotations)
         if not folder.is_dir():
-            raise errors.UserError(
-                f"{folder}: no such folder; expected the one that the annotations' paths start from"
-            )
+            expected = "expected the one that the annotations' paths start from"
+            raise errors.UserError(f"{folder}: no such folder; {expected}")
         read = annotations_lib.read(path)
         records = [record for record in read.records if self.usable(record)]
         if not records:
@@ -125,31 +99,22 @@ class AnnotatedImages(Evaluator):
         return Annotated(read, records, [folder / record.image for record in records])
 
     def gather(
-        self,
-        predictor: Any,
-        *,
-        regions: bool,
-        boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None,
-        predicted_boxes: bool = False,
+        self, predictor: Any, boxes_of: Callable[[Any, tuple[int, int]], Any] | None = None, **embedded: Any
     ) -> Gathered:
         """The usable annotations whose image can be read, and the images encoded; raises as `read`, `encode`.
 
-        Args:
-          predictor, regions, predicted_boxes: as for `encode.gather_images`.
-          boxes_of: (annotation, (width, height) in pixels) -> boxes to embed too, xyxy [n, 4] in [0, 1].
+        Arguments as for `encode.embed`, but `boxes_of` takes an annotation and the size of its image.
         """
         annotated = self.read()
         seen = encode.gather_images(
             predictor,
             annotated.paths,
             label=self.kind,
-            regions=regions,
-            boxes_of=boxes_of and (lambda i, size: boxes_of(annotated.records[i], size)),
-            predicted_boxes=predicted_boxes,
             batch_size=self.batch_size,
+            boxes_of=boxes_of and (lambda i, size: boxes_of(annotated.records[i], size)),
+            **embedded,
         )
         counts = {
-            "kind": self.kind,
             "images": len(seen.index),
             self.left_out: len(annotated.read.records) - len(annotated.records),
             "faulty_lines": annotated.read.faulty_lines,
@@ -159,22 +124,19 @@ class AnnotatedImages(Evaluator):
 
     def check(self, model: Any = None) -> int:
         annotated = self.read()
-        _report_left_out(str(self.annotations), annotated.read)
+        lines, unknown = list(annotated.read.faults), annotated.read.unknown_keys.items()
+        if lines:  # too many of them are an AnnotationError
+            lines.append(f"{self.annotations}: faulty lines left out: {annotated.read.faulty_lines}")
+        if unknown:
+            named = ", ".join(f"{printable.plain(name, 60)} ({n})" for name, n in unknown)
+            lines.append(f"{self.annotations}: unknown keys kept out: {named}")
+        for line in () if processes.process_info()[0] else lines:
+            print(printable.plain(line), file=sys.stderr)
         if not any(path.exists() for path in annotated.paths):  # usually the first exists
-            raise errors.UserError(
-                f"{self.images}: none of the {len(annotated.paths)} images of {self.annotations} is there;"
-                f" the first: {annotated.paths[0]}; expected the folder where the annotations' paths start"
-            )
+            got = f"none of the {len(annotated.paths)} images of {self.annotations} is there"
+            expected = "expected the folder where the annotations' paths start"
+            raise errors.UserError(f"{self.images}: {got}; the first: {annotated.paths[0]}; {expected}")
         return len(annotated.records)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AnnotatedRegions(AnnotatedImages):
-    """Base of the evaluators that compare annotated boxes with the regions of the model."""
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("decoder",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,36 +146,22 @@ class WithPrompts(Evaluator):
     descriptions: str | None = option(
         None, "File {class name: [description, ...]}; default: classes by names alone.", "D.json"
     )
-    templates: str | None = option(
-        None, "File of prompts, one per line; default: inference/templates.txt.", "FILE"
-    )
+    templates: str | None = option(None, TEMPLATES, "FILE")
 
     @property
     def described_by(self) -> str | None:
         """The file of descriptions; None where it is missing and may be."""
-        may_miss = self.missing == "skip" and self.descriptions is not None
-        return None if may_miss and not exists(expanduser(self.descriptions or "")) else self.descriptions
+        if self.missing != "skip" or epath.Path(expanduser(self.descriptions or "")).exists():
+            return self.descriptions
+        return None
 
     @property
     def note(self) -> str:
         if self.descriptions == self.described_by:
             return ""
-        path = expanduser(self.descriptions or "")
-        return f"{path}: not there, expected descriptions of the classes; evaluated by names alone"
-
-
-def _report_left_out(path: str, read: Any) -> None:
-    """Prints on stderr, on the first process, the faulty lines and unknown keys of a file of annotations."""
-    if processes.process_info()[0]:
-        return
-    lines = list(read.faults)
-    if read.faults:  # too many of them are an AnnotationError
-        lines.append(f"{path}: faulty lines left out: {read.faulty_lines}")
-    if read.unknown_keys:
-        named = (f"{printable.plain(name, 60)} ({n})" for name, n in read.unknown_keys.items())
-        lines.append(f"{path}: unknown keys kept out: {', '.join(named)}")
-    for line in lines:
-        print(printable.plain(line), file=sys.stderr)
+        return (
+            f"{self.descriptions}: not there, expected descriptions of the classes; evaluated by names alone"
+        )
 
 
 def faults_of(*checks: Callable[[], object]) -> list[str]:

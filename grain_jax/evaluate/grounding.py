@@ -1,15 +1,13 @@
 """Evaluation of regions: box IoU, Acc@0.5, region-to-description R@1, phrase grounding.
 
-Queries are matched to the described boxes of an image by the matching cost of training (`matching`). Its
-weights are always the paper's, 5 (L1) and 2 (GIoU), so that runs with other weights can be compared. If an
-image has more boxes than the model has queries, the boxes with the highest scores are used, as in training.
+Queries are matched to the described boxes of an image by the matching cost of training, always with the
+paper's weights. If an image has more boxes than queries, those with the highest scores are used, as there.
 
-Every entry of `phrases` in A.jsonl is one phrase with its own boxes; equal phrases of an image stay two.
-Without that key, each described box is one phrase. A phrase is found if the IoU of the best-scoring query and
-its box is at least 0.5 (`boxes.FOUND_IOU`). This is the protocol of RefCOCO, whose sentences have the box of
-one object (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the
-two protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py). "Any box" takes the largest
-IoU with one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
+Every entry of `phrases` in A.jsonl is one phrase with its own boxes; without that key, each described box is.
+A phrase is found if the IoU of the best-scoring query and its box is at least `boxes.FOUND_IOU`, as for
+RefCOCO (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the two
+protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py): "any box" takes the largest IoU
+with one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax.core import errors
-from grain_jax.evaluate.evaluators import AnnotatedRegions
+from grain_jax.evaluate.evaluators import AnnotatedImages
 
 with epy.lazy_imports():
     import jax.numpy as jnp
@@ -38,27 +36,29 @@ _SEED = 0  # of the random boxes that give the chance level
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Grounding(AnnotatedRegions):
+class Grounding(AnnotatedImages):
     """Box IoU, Acc@0.5, region-to-description R@1, phrases and their boxes."""
 
     kind: str = "grounding"
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("decoder",)
+
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Compares predicted regions with the described boxes of each image.
 
-        Returns: counts, and (95% intervals of shares: `_low`, `_high`)
+        Returns: counts, and
           `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
           `chance_box_iou`: the same, with boxes of other images in place of the predicted ones;
           `region_to_description_r1`: share of matched regions whose own description is the nearest of all
-            distinct descriptions of the file; `chance_region_to_description_r1`;
-          `phrases`: number of phrases; if it is 0, the keys below are left out;
-          `phrase_iou`, `phrase_acc50`: mean IoU of the box of the best-scoring query and the box of the
-            phrase, and the share with IoU >= 0.5; with several boxes, the largest IoU;
-          `chance_phrase_iou`, `chance_phrase_acc50`: the same for a query chosen at random;
+            distinct descriptions of the file;
+          `phrase_iou`, `phrase_acc50`, if there are `phrases`: mean IoU of the box of the best-scoring query
+            and the box of the phrase, and the share with IoU >= 0.5; `chance_`: for a random query;
           `phrase_acc50_other_image`: the same for the answer in another image, half of the images away: what
             is right because things lie where they often lie;
-          if a phrase has several boxes: `phrases_of_several_boxes`, the number of such phrases, and the rates
-            `phrase_acc50_any_box`, `phrase_iou_merged_box`, `phrase_acc50_merged_box` with `chance_`.
+          if `phrases_of_several_boxes` is not 0: `phrase_acc50_any_box`, `phrase_iou_merged_box`,
+            `phrase_acc50_merged_box`.
         """
         records, seen, counts = self.gather(predictor, regions=True, predicted_boxes=predictor.has_box_head)
         pred_boxes_xyxy, region_embed = seen.regions
@@ -153,19 +153,16 @@ class Described(NamedTuple):
     text: np.ndarray  # int [M], position in `texts`
     texts: list[str]  # distinct after the tokenizer's cleaning and lower-casing
     outside: int  # boxes left out, since less than half of them lies in the image
-    # Per phrase the positions of its boxes among the M.
-    phrases: Sequence[Sequence[int]] = ()
+    phrases: Sequence[Sequence[int]] = ()  # the positions of the boxes of each among the M
 
 
 def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, np.ndarray]:
     """Matches pred_boxes_xyxy [N, Q, 4] to the described boxes; also the texts of matched boxes, int [n]."""
-    count, queries = pred_boxes_xyxy.shape[:2]
-    true_boxes_xyxy = np.zeros((count, queries, 4), np.float32)
-    text = np.zeros((count, queries), int)
-    mask = np.zeros((count, queries), bool)
-    use = described.rank < queries
-    cell = described.image[use], described.rank[use]
-    true_boxes_xyxy[cell], text[cell], mask[cell] = (described.boxes_xyxy[use], described.text[use], True)
+    shape = pred_boxes_xyxy.shape[:2]
+    true_boxes_xyxy, mask = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool)
+    use = described.rank < shape[1]
+    image, rank = described.image[use], described.rank[use]
+    true_boxes_xyxy[image, rank], mask[image, rank] = described.boxes_xyxy[use], True
 
     def matches(predicted: np.ndarray, true: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray]:
         two = (boxes.xyxy_to_cxcywh(jnp.asarray(x)) for x in (predicted, true))
@@ -173,10 +170,9 @@ def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, n
         return (np.asarray(matching.match(cost, jnp.asarray(mask)).query_index),)
 
     (query,) = scores.in_parts(matches, pred_boxes_xyxy, true_boxes_xyxy, mask)
-    image, rank = np.nonzero(mask)
     query = query[image, rank]
-    iou = _iou(pred_boxes_xyxy[image, query], true_boxes_xyxy[image, rank])
-    return Matched(image, query, iou), text[image, rank]
+    iou = _iou(pred_boxes_xyxy[image, query], described.boxes_xyxy[use])
+    return Matched(image, query, iou), described.text[use]
 
 
 def _iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
@@ -211,17 +207,12 @@ def described_boxes(
 
 def _boxes_of_others(described: Described, shape: tuple[int, ...]) -> np.ndarray:
     """For each image as many boxes as queries, drawn from the described boxes of the other images."""
-    random = np.random.default_rng(_SEED)
-    count, queries, _ = shape
-    first = np.searchsorted(described.image, np.arange(count + 1))
-    out = np.empty(shape, np.float32)
-    for i in range(count):
-        count_here = first[i + 1] - first[i]
-        others = len(described.image) - count_here
-        if others:
-            drawn = random.integers(others, size=queries)
-            out[i] = described.boxes_xyxy[drawn + count_here * (drawn >= first[i])]
+    random, out = np.random.default_rng(_SEED), np.empty(shape, np.float32)
+    first = np.searchsorted(described.image, np.arange(shape[0] + 1))
+    for i, (start, end) in enumerate(zip(first, first[1:])):
+        if others := len(described.image) - (end - start):
+            drawn = random.integers(others, size=shape[1])
+            out[i] = described.boxes_xyxy[drawn + (end - start) * (drawn >= start)]
         else:  # no other image has boxes: random corners
-            corners = np.sort(random.random((queries, 2, 2), np.float32), axis=1)
-            out[i] = corners.reshape(queries, 4)
+            out[i] = np.sort(random.random((shape[1], 2, 2), np.float32), axis=1).reshape(-1, 4)
     return out

@@ -1,7 +1,7 @@
 """The evaluators by name, and how an entry of `evals` in a config becomes an evaluator.
 
-An entry is `dict(kind="zeroshot", ...)`: the kind names a class, and the other keys are the options of that
-class. A kind is one of `KINDS`, or `module:Class` of a module that Python finds (examples/evaluator has one).
+An entry is `dict(kind="zeroshot", ...)`: the kind is one of `KINDS` or `module:Class`, and the other keys are
+the options of that class.
 """
 
 import dataclasses
@@ -14,15 +14,14 @@ from grain_jax.config.keys import OpenGroup, key
 from grain_jax.core import errors, named
 from grain_jax.evaluate.base import Evaluator
 
-# Each class holds its options, its flags, its rows of the table and its measurement. A config imports it, so
-# it imports the libraries that compute only when it measures.
+# A config imports the class, so it imports the libraries that compute only when it measures.
 KINDS = {
     "zeroshot": "grain_jax.evaluate.zeroshot:ZeroShot",
     "linear_probe": "grain_jax.evaluate.linear_probe:LinearProbe",
     "retrieval": "grain_jax.evaluate.retrieval:Retrieval",
     "grounding": "grain_jax.evaluate.grounding:Grounding",
     "boxes": "grain_jax.evaluate.box_classes:Boxes",
-    "hard_negatives": "grain_jax.evaluate.hard_negatives:HardNegatives",
+    "hard_negatives": "grain_jax.evaluate.box_classes:HardNegatives",
     "segmentation": "grain_jax.evaluate.segmentation:Segmentation",
     "detection": "grain_jax.evaluate.detection:Detection",
     "calibrate": "grain_jax.evaluate.calibrate:Calibrate",
@@ -58,10 +57,8 @@ def from_entry(entry: Any, path: str = "evaluator") -> Evaluator:
     entry = entry.to_dict() if hasattr(entry, "to_dict") else entry
     kind = entry.get("kind") if isinstance(entry, Mapping) else None
     if not isinstance(kind, str):
-        known = ", ".join(KINDS)
-        raise config_lib.ConfigError(
-            f"{path}: got {kind or entry!r}, expected a group with kind: one of {known}, or module:Class"
-        )
+        expected = f"a group with kind: one of {', '.join(KINDS)}, or module:Class"
+        raise config_lib.ConfigError(f"{path}: got {kind or entry!r}, expected {expected}")
     try:
         cls = find(kind)
     except errors.UserError as error:
@@ -70,22 +67,14 @@ def from_entry(entry: Any, path: str = "evaluator") -> Evaluator:
 
 
 def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
-    """The evaluators of `evals`, by name.
+    """The evaluators of `evals`, by name; their modules are imported.
 
-    Args:
-      entries: `evals` of a config that the user passed to a command: their modules are imported.
-      model: the model that they will measure, if it is known.
-
-    Raises:
-      ConfigError: an entry is wrong, or needs what the model lacks; a line for each fault.
+    `model` is the one that they will measure, if it is known. Raises ConfigError, with a line for each entry
+    that is wrong or needs what the model lacks.
     """
-    evaluators, faults, has = {}, [], set()
+    evaluators, faults, has = {}, [], []
     if model is not None:
-        has = {
-            name
-            for name, there in (("decoder", model.decoder), ("boxes", model.boxes.kind != "none"))
-            if there
-        }
+        has = ["decoder"] * bool(model.decoder) + ["boxes"] * (model.boxes.kind != "none")
     for name, entry in entries.items():
         path = f"evals.{name}"
         try:
@@ -95,7 +84,7 @@ def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = No
             faults += str(error).splitlines()
             continue
         needs = evaluators[name].needs
-        if model is not None and needs and not has.intersection(needs):
+        if model is not None and needs and not set(has).intersection(needs):
             faults.append(
                 f"{path}.kind: got {evaluators[name].kind}, which needs regions, but model.decoder is None;"
                 " take out the entry, or set alphas=(1.0,) in one of kind=zeroshot"
@@ -113,12 +102,9 @@ def evaluator(kind: str, images: Any = "", **options: Any) -> dict[str, Any]:
     """An entry for `evals` of a config file, with all options, so that the command line can set them.
 
     Args:
-      kind: one of KINDS, or `module:Class`.
+      kind: one of KINDS, or `module:Class`; another one is an errors.UserError.
       images: class folders, or the folder that the paths of the annotations start from.
       **options: the other options of that class; None leaves the default.
-
-    Raises:
-      errors.UserError: there is no such kind.
     """
     from grain_jax.config import recipe  # ml_collections, which only config files need
 

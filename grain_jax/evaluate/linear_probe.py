@@ -1,18 +1,16 @@
 """Linear probe: how well a logistic regression on image embeddings classifies.
 
 The protocol is CLIP's (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
-Supervision", appendix A.3). It is scikit-learn's L-BFGS logistic regression with at most 1000 iterations. The
-strength of the L2 penalty is searched on a validation part of the training set over 1e-6 ... 1e6, in steps of
-two decades. Then it is searched around the best value with a step that is halved four times (8 steps per
-decade). The final fit uses the validation part too.
-
-The features are image embeddings after the projection, with unit length, as in the README of openai/CLIP. The
-tables of the CLIP paper use the features before the projection.
+Supervision", appendix A.3), by scikit-learn's L-BFGS. The strength of the L2 penalty is searched on a part of
+the training set over 1e-6 ... 1e6, in steps of two decades, then around the best value with a step that is
+halved four times. The final fit uses that part too. The features are image embeddings after the projection,
+with unit length, as in the README of openai/CLIP; the paper's tables use those before the projection.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import warnings
 from typing import Any, NamedTuple
@@ -32,8 +30,7 @@ with epy.lazy_imports():
 TRAIN_SHARE = 0.7  # of the images of each class, where one set is split
 VALIDATION_SHARE = 0.2  # of the training images of each class
 MAX_ITERATIONS = 1000
-# log10 of the values of C (1 / strength of the penalty) that the search tries first.
-EXPONENTS = tuple(range(-6, 7, 2))
+EXPONENTS = tuple(range(-6, 7, 2))  # log10 of the first values of C, 1 / strength of the penalty
 _HALVINGS = 4  # of the step of the search: from 2 decades to 1/8 decade
 _SEED = 0  # of the splits
 _TIE = 1e-9  # of the largest logit of an image: logits of float64 nearer than this are equal but for rounding
@@ -45,13 +42,7 @@ class LinearProbe(LabelledImages):
 
     example = "--images runs/aviary/seen"
     kind: str = "linear_probe"
-    train: str | None = option(
-        None, "Class folders to train on, or a TFDS split; default: a share of each class, or train.", "DIR"
-    )
-
-    @property
-    def data(self) -> tuple[str | None, ...]:
-        return self.images, self.train
+    train: str | None = option(None, "Class folders, or a TFDS split; default: a share of each class.", "DIR")
 
     def open_train(self) -> test_sets.TestSet | None:
         """The training images; None if `images` is to be split."""
@@ -73,10 +64,7 @@ class LinearProbe(LabelledImages):
         return len(test) + (len(train) if train else 0)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
-        """Fits on embeddings of training images and classifies the test images; each is encoded once.
-
-        Without training images, the test images are split: a random TRAIN_SHARE of each class (fixed seed)
-        for training and the rest for the test.
+        """Fits on embeddings of training images, or a TRAIN_SHARE of each class, and classifies the others.
 
         Returns: counts, `chance`, `chance_top5` and the rates of `rates.of_classes`; `C` and its
           `validation_top1`; and `converged`, False if the final fit stopped at MAX_ITERATIONS.
@@ -86,8 +74,6 @@ class LinearProbe(LabelledImages):
         def encoded(images: test_sets.TestSet) -> Data:
             seen = encode.gather_images(predictor, images, label="linear probe", batch_size=self.batch_size)
             unreadable.update(seen.unreadable)
-            if seen.labels.min() < 0:
-                raise errors.UserError("the set has images without a label, expected another split")
             return Data(seen.image_embed.astype(np.float64), seen.labels)
 
         test, train = self.open(), self.open_train()
@@ -100,14 +86,12 @@ class LinearProbe(LabelledImages):
         counts = np.bincount(learnt.label, minlength=len(classes))
         if (counts > 0).sum() < 2 or counts.max() < 2:
             raise errors.UserError("train: expected images of two classes, two of one of them")
-        result = {
-            "kind": "linear_probe",
+        return {
             **rates.counts_of_classes(tested.label, classes),
             "train_images": len(learnt.label),
             **encode.report_unreadable(unreadable),
+            **processes.of_first(lambda: _probe(learnt, tested, classes)),
         }
-        # Only the first process fits; the others wait for its result.
-        return result | processes.of_first(lambda: _probe(learnt, tested, classes))
 
 
 class Data(NamedTuple):
@@ -128,24 +112,20 @@ def fit(learnt: Data, validation: Data, final: Data) -> tuple[Any, float]:
     """
     from scipy import special  # slow to import
 
-    tried: dict[float, tuple[float, float, float]] = {}
-
+    @functools.cache
     def rank(exponent: float) -> tuple[float, float, float]:
-        if exponent not in tried:
-            model = _regression(learnt, 10.0**exponent)
-            scores = _scores(model, validation.embed, int(validation.label.max()) + 1)
-            right = scores[np.arange(len(scores)), validation.label]  # -inf: no training images
-            loss = float((special.logsumexp(scores, axis=1) - right).mean())
-            hits = _hits(scores, validation.label, 1)
-            tried[exponent] = (float(hits.mean()), -loss, -exponent)
-        return tried[exponent]
+        model = _regression(learnt, 10.0**exponent)
+        scores = _scores(model, validation.embed, int(validation.label.max()) + 1)
+        right = scores[np.arange(len(scores)), validation.label]  # -inf: no training images
+        loss = float((special.logsumexp(scores, axis=1) - right).mean())
+        return float(_hits(scores, validation.label, 1).mean()), -loss, -exponent
 
     step, best = float(EXPONENTS[1] - EXPONENTS[0]), float(max(EXPONENTS, key=rank))
     for _ in range(_HALVINGS):
         step /= 2
         around = [x for x in (best - step, best, best + step) if EXPONENTS[0] <= x <= EXPONENTS[-1]]
         best = max(around, key=rank)
-    return _regression(final, 10.0**best), tried[best][0]
+    return _regression(final, 10.0**best), rank(best)[0]
 
 
 def hold_out(label: np.ndarray, share: float) -> np.ndarray:
@@ -160,8 +140,7 @@ def hold_out(label: np.ndarray, share: float) -> np.ndarray:
 def _probe(learnt: Data, tested: Data, classes: list[str]) -> dict[str, Any]:
     """The part of the result about the regression."""
     validation = hold_out(learnt.label, VALIDATION_SHARE)
-    parts = learnt.select(~validation), learnt.select(validation)
-    model, validation_top1 = fit(*parts, learnt)
+    model, validation_top1 = fit(learnt.select(~validation), learnt.select(validation), learnt)
     scores = _scores(model, tested.embed, len(classes))
     top1, top5 = (_hits(scores, tested.label, k) for k in (1, 5))
     return {
@@ -182,11 +161,9 @@ def _regression(data: Data, c: float) -> Any:
     """scikit-learn's regression at that C."""
     from sklearn import exceptions, linear_model
 
-    model = linear_model.LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
-        # The result counts such fits.
-        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-        return model.fit(*data)
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # `converged` says so
+        return linear_model.LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit(*data)
 
 
 def _scores(model: Any, embed: np.ndarray, classes: int) -> np.ndarray:

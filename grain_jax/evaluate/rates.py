@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -15,11 +16,9 @@ _Z = 1.959963984540054  # 97.5% quantile of the normal distribution, for two-sid
 def topk_hits(scores: np.ndarray, right: np.ndarray, k: int, tie: float | np.ndarray = TIE) -> np.ndarray:
     """The chance, for each row, that a right candidate is among the k best, ties being broken at random.
 
-    So a model that gives every class the same score has the accuracy of chance, in any order of the classes.
-
-    Equal scores differ by rounding: BLAS sums each product in another order. Float32 cosines and their means
-    differ by up to 2.4e-7 (two units in the last place of 1); training counts up to TIE as equal. Each score
-    is compared with the best right one alone, so that no chain of small steps makes far scores equal.
+    So a model that gives every class the same score has the accuracy of chance. Equal float32 cosines differ
+    by up to 2.4e-7, since BLAS sums each product in another order; training counts up to TIE as equal. Each
+    score is compared with the best right one alone, so that no chain of small steps makes far scores equal.
 
     Args:
       scores: [N, C].
@@ -35,7 +34,9 @@ def topk_hits(scores: np.ndarray, right: np.ndarray, k: int, tie: float | np.nda
     above = (~right & (scores > best + tie)).sum(axis=1)
     tied = (scores >= best - tie) & (scores <= best + tie)
     tied_wrong, tied_right = (~right & tied).sum(axis=1), (right & tied).sum(axis=1)
-    return _drawn(tied_right, tied_wrong, np.minimum(k, scores.shape[1]) - above)
+    # Draws without replacement that include a right one (hypergeometric).
+    tied, draws = tied_right + tied_wrong, np.clip(k - above, 0, tied_right + tied_wrong)
+    return 1.0 - np.asarray(special.comb(tied_wrong, draws)) / special.comb(tied, draws)
 
 
 def nearest_hits(
@@ -50,23 +51,8 @@ def nearest_hits(
     return scores_lib.in_parts(hits, embed, right)
 
 
-def chance_of_topk(right: np.ndarray, k: int) -> np.ndarray:
-    """`topk_hits` for candidates in a random order; `right` bool [N, C] -> float64 [N]."""
-    number = right.sum(axis=1)
-    return _drawn(number, right.shape[1] - number, np.full(len(right), min(k, right.shape[1])))
-
-
-def _drawn(right: np.ndarray, wrong: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The chance that draws without replacement include a right one (hypergeometric); arguments int [N]."""
-    draws = np.clip(draws, 0, right + wrong)
-    return 1.0 - np.asarray(special.comb(wrong, draws)) / special.comb(right + wrong, draws)
-
-
 def interval(successes: float, count: float) -> tuple[float, float]:
-    """The Wilson 95% interval of a share, (low, high); (0, 1) if `count` is 0.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
+    """The 95% interval of a share by Wilson 1927, (low, high); (0, 1) if `count` is 0."""
     if count == 0:
         return 0.0, 1.0
     share, z2 = successes / count, _Z * _Z
@@ -84,17 +70,11 @@ def rate(name: str, hits: np.ndarray) -> dict[str, float]:
 
 
 def mean_rate(name: str, shares: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """The mean over the classes of their shares of right answers under `name`, with a 95% interval.
+    """The mean of the classes' `shares` [C] under `name`, with a 95% interval; `counts` [C] >= 1: answers n.
 
-    The shares are independent, so the variance of the mean is the sum of p (1 - p) / n over the classes,
-    divided by C^2. With one p for all classes that is the variance of a share among C^2 / (sum of 1/n)
-    answers, whose Wilson interval is returned. If p differs between classes, the interval is wider than
-    needed, and never too narrow for equal n.
-
-    Args:
-      name: key of the number.
-      shares: [C] in [0, 1].
-      counts: [C], at least 1: n, the number of answers of each class.
+    The variance of the mean is the sum of p (1 - p) / n, divided by C^2. With one p for all classes that is
+    the variance of a share among C^2 / (sum of 1/n) answers, whose Wilson interval is returned. If p differs
+    between classes, the interval is wider than needed, and never too narrow for equal n.
     """
     mean, number = float(shares.mean()), len(shares) ** 2 / (1 / counts).sum()
     low, high = interval(mean * number, number)
@@ -106,7 +86,7 @@ def chance_of_classes(count: int) -> dict[str, float]:
     return {"chance": 1 / count, "chance_top5": min(1.0, 5 / count)}
 
 
-def counts_of_classes(target: np.ndarray, classes: list[str]) -> dict[str, object]:
+def counts_of_classes(target: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """What a result says of images of the right classes `target`, int [N]: counts and chance."""
     counts = np.bincount(target, minlength=len(classes))
     return {
@@ -117,18 +97,11 @@ def counts_of_classes(target: np.ndarray, classes: list[str]) -> dict[str, objec
     }
 
 
-def of_classes(
-    top1: np.ndarray, top5: np.ndarray, target: np.ndarray, classes: list[str]
-) -> dict[str, object]:
-    """Accuracy over all answers, and for each class with answers.
-
-    Args:
-      top1, top5: hits [N] as `topk_hits` returns them.
-      target: int [N], the right classes.
-      classes: C names.
+def of_classes(top1: np.ndarray, top5: np.ndarray, target: np.ndarray, classes: list[str]) -> dict[str, Any]:
+    """Accuracy by the hits [N] of `topk_hits`, the right classes int [N] and the names of C classes.
 
     Returns: `top1`, `top5`, `mean_per_class` (of top-1), each with `_low` and `_high`, and `per_class`: name
-      -> top-1.
+      -> top-1, of classes with answers.
     """
     counts = np.bincount(target, minlength=len(classes))
     there = np.flatnonzero(counts)

@@ -1,8 +1,4 @@
-"""Retrieval between images and captions, both ways: R@1, R@5, R@10 (Flickr30k, MS-COCO, any A.jsonl).
-
-Every caption of an image is a query. The candidate texts are the distinct captions; if several images have
-the same caption, each of them is a right answer to it.
-"""
+"""Retrieval between images and captions, both ways: R@1, R@5, R@10 (docs/evaluate.md)."""
 
 from __future__ import annotations
 
@@ -37,12 +33,10 @@ class Retrieval(AnnotatedImages):
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Ranks all distinct captions for each image, and all images for each caption.
 
-        An image without a web caption has its synthetic one, and one without either is left out; both are
-        counted. Two captions are equal where they are equal after the tokenizer's cleaning and lower-casing.
+        An image without a web caption has its synthetic one.
 
         Returns: counts; `image_to_text` and `text_to_image`, each with `r1`, `r5`, `r10` (a right answer
-          among the first k; 95% intervals `_low`, `_high`) and `chance_r1`... (of a random order). Ties count
-          as if broken at random.
+          among the first k) and `chance_r1`... (of a random order).
         """
         records, seen, counts = self.gather(predictor, regions=False)
         image_embed = scores.unit(seen.image_embed)  # [N, D]
@@ -66,15 +60,9 @@ class Retrieval(AnnotatedImages):
 def _recalls(
     queries: np.ndarray, candidates: np.ndarray, right: np.ndarray, rows: np.ndarray
 ) -> dict[str, float]:
-    """R@k with intervals and chance, for queries [Q, D] and candidates [C, D].
-
-    Args:
-      queries, candidates: of unit length.
-      right: bool [Q, C].
-      rows: int, the queries that are averaged, with repetitions.
-    """
+    """R@k of the queries `rows`, maybe repeated, of [Q, D], for candidates [C, D] and `right` bool [Q, C]."""
     out = {}
     for k, hits in zip(KS, rates.nearest_hits(queries, candidates, right, KS)):
-        chance = rates.chance_of_topk(right, k)[rows]
+        chance = rates.topk_hits(np.zeros(right.shape, np.float32), right, k)[rows]
         out |= {**rates.rate(f"r{k}", hits[rows]), f"chance_r{k}": float(chance.mean())}
     return out

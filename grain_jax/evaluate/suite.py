@@ -1,8 +1,7 @@
 """The evaluators of a run that have their data (`present`), and a suite of them on one checkpoint (`run`).
 
 In a suite, one that fails stops no other. Results are written after every entry. The same command, run again,
-measures only the entries without a result. If the data of an entry is missing and its `missing` is "skip",
-the entry is skipped, else it fails.
+measures only the entries without a result.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.core import atomic, errors, regular_file
 from grain_jax.evaluate import tables
-from grain_jax.evaluate.base import Evaluator, find_data
+from grain_jax.evaluate.base import Evaluator, expanduser, how_to_get
 from grain_jax.inference.inputs import InputError
 from grain_jax.runtime import processes
 
@@ -38,13 +37,11 @@ def run(
 ) -> int:
     """Runs the entries of a suite, or those of `only`, and writes `output`. Every process has to call it.
 
-    The JSON's format is in docs/evaluate.md. Results of the same checkpoint that the file holds stay, and
-    without `again` are not measured again. `checkpoint` is its name there, and `load` returns its predictor.
+    Results of the same checkpoint that the file holds stay, and without `again` are not measured again.
+    `checkpoint` is its name there, and `load` returns its predictor.
 
     Returns: the exit status: FAILED if an entry failed, NOTHING if no entry could run, else 0.
-
-    Raises:
-      InputError: `only` has an unknown name, or `output` holds something else, or another checkpoint's.
+    Raises: InputError: `only` has an unknown name, or `output` holds something else, or another checkpoint's.
     """
     for name in only or ():
         if name not in suite:
@@ -59,21 +56,16 @@ def run(
         return FAILED if results["failed"] else NOTHING
 
     predictor = processes.run_together(load)
-    folder = str(predictor.folder or checkpoint)
-    about = {"checkpoint": checkpoint, "folder": folder, "digest": predictor.digests}
-    about["processes"] = processes.process_info()[1]
-    results = about | results
+    number_of_processes = processes.process_info()[1]
+    about = {"checkpoint": checkpoint, "folder": str(predictor.folder or checkpoint)}
+    results = about | {"digest": predictor.digests, "processes": number_of_processes} | results
     if before and before.get("digest") == results["digest"]:
-        results["ran"] = {
-            name: result
-            for name, result in before["ran"].items()
-            if name not in entries or (name in tasks and not again and _is_same(result, *tasks[name]))
-        }
+        stays = lambda n, result: n in tasks and not again and _is_same(result, *tasks[n])
+        results["ran"] = {n: x for n, x in before["ran"].items() if n not in entries or stays(n, x)}
     elif before and not again:
-        raise InputError(
-            f"--output: {output}: holds the results of another checkpoint ({before.get('folder')}, now"
-            f" {results['folder']}); expected another file, or --again to start over"
-        )
+        holds = f"the results of another checkpoint ({before.get('folder')}, now {results['folder']})"
+        advice = "expected another file, or --again to start over"
+        raise InputError(f"--output: {output}: holds {holds}; {advice}")
     for number, (name, (entry, inputs)) in enumerate(tasks.items(), 1):
         title = f"{name} ({number} of {len(tasks)})"
         if name in results["ran"]:
@@ -81,10 +73,9 @@ def run(
             continue
         began = time.monotonic()
         try:
-            sized = dataclasses.replace(entry, batch_size=batch_size or entry.batch_size)
-            result = sized.evaluate(predictor)
+            result = dataclasses.replace(entry, batch_size=batch_size or entry.batch_size).evaluate(predictor)
         except Exception as error:
-            if not isinstance(error, errors.UserError) and processes.process_info()[1] > 1:
+            if not isinstance(error, errors.UserError) and number_of_processes > 1:
                 raise  # another process may wait for this one in a collective operation
             _failed(name, error, results)
         else:
@@ -102,19 +93,16 @@ def run(
 def present(entries: Mapping[str, Evaluator], model: config_lib.Model | None = None) -> dict[str, Evaluator]:
     """The entries whose data is there, checked; the same on every process. A skipped one is a line on stderr.
 
-    `model` is the one that they will measure, if it is known.
-
-    Raises:
-      errors.UserError: an entry cannot be used, or its data is missing and may not be; each line names it.
+    `model` is the one that they will measure, if it is known. Raises errors.UserError, whose lines name the
+    entry, if one cannot be used, or its data is missing and may not be.
     """
     ready = {}
     for name, entry in entries.items():
-        images, line, error = _ready(entry, model)
-        if isinstance(error, errors.UserError):
+        try:
+            images, line = _ready(entry, model)
+        except errors.UserError as error:
             lines = str(error).split("\n")
             raise errors.UserError("\n".join(f"evals.{name}: {x}" for x in lines)) from error
-        if error is not None:
-            raise error
         if line:
             _say(f"evals.{name}: {line}")
         if images is not None:
@@ -122,35 +110,33 @@ def present(entries: Mapping[str, Evaluator], model: config_lib.Model | None = N
     return ready
 
 
-def _ready(
-    entry: Evaluator, model: config_lib.Model | None = None
-) -> tuple[int | None, str, Exception | None]:
-    """Checks an entry: how many images it has, None if skipped; a line if it lacks something; or an error."""
+def _ready(entry: Evaluator, model: config_lib.Model | None = None) -> tuple[int | None, str]:
+    """Checks an entry: how many images it has, None if it is skipped, and a line if it lacks something."""
 
     def check() -> tuple[int, str]:
-        if entry.missing == "skip":
-            find_data(entry)
+        named = [expanduser(path) for path in entry.data if path]
+        if entry.missing == "skip" and entry.data:
+            if not named:
+                raise errors.MissingData("no images are named" + (f"; {entry.get}" if entry.get else ""))
+            if absent := [path for path in named if not epath.Path(path).exists()]:
+                raise errors.MissingData(f"{', '.join(absent)}: not there{how_to_get(entry.get)}")
         return entry.check(model), entry.note
 
     try:
-        return *processes.run_together(check), None
-    except Exception as error:
-        if isinstance(error, errors.MissingData) and entry.missing == "skip":
-            return None, f"skipped: {_words(error)}", None
-        return None, "", error
+        return processes.run_together(check)
+    except errors.MissingData as error:
+        if entry.missing != "skip":
+            raise
+        return None, f"skipped: {_words(error)}"
 
 
-def _tasks(
-    entries: Mapping[str, Evaluator], results: dict[str, Any]
-) -> dict[str, tuple[Evaluator, dict[str, Any]]]:
-    """The entries that can be run, and the inputs that their results depend on.
-
-    `results` gets a line for each of the others.
-    """
+def _tasks(entries: Mapping[str, Evaluator], results: dict[str, Any]) -> dict[str, tuple[Evaluator, dict]]:
+    """The entries that can be run, and their inputs; `results` gets a line for each of the others."""
     tasks = {}
     for name, entry in entries.items():
-        images, line, error = _ready(entry)
-        if error is not None:
+        try:
+            images, line = _ready(entry)
+        except Exception as error:
             _failed(name, error, results)
             continue
         if line:
@@ -158,8 +144,10 @@ def _tasks(
             results[which][name] = line.removeprefix("skipped: ")
             _say(f"{name}: {line}")
         if images is not None:
-            inputs = {path: _digest_of_file(path) for path in entry.files if path is not None}
-            tasks[name] = entry, {"images": images, **inputs}
+            texts = {x for x in entry.files if isinstance(x, str)} - {entry.get}
+            files = [(x, epath.Path(expanduser(x))) for x in sorted(texts)]
+            digests = {x: atomic.digest(f.read_bytes())[:16] for x, f in files if regular_file.is_one(f)}
+            tasks[name] = entry, {"images": images, **digests}
     return tasks
 
 
@@ -168,12 +156,6 @@ def _failed(name: str, error: Exception, results: dict[str, Any]) -> None:
         traceback.print_exception(error)
     results["failed"][name] = _words(error)
     _say(f"{name}: failed: {_words(error)}")
-
-
-def _digest_of_file(path: str) -> str | None:
-    """A digest of the bytes of a file; None for the name of a class file of the package."""
-    file = epath.Path(path).expanduser()
-    return atomic.digest(file.read_bytes())[:16] if regular_file.is_one(file) else None
 
 
 def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
@@ -186,10 +168,8 @@ def _read(output: epath.Path, again: bool) -> dict[str, Any] | None:
             return value
     if again:
         return None
-    raise InputError(
-        f"--output: {output}: holds something else than a suite's results; expected another file, or"
-        " --again to replace it"
-    )
+    holds = "something else than a suite's results"
+    raise InputError(f"--output: {output}: holds {holds}; expected another file, or --again to replace it")
 
 
 def _is_same(result: Mapping[str, Any], entry: Evaluator, inputs: dict[str, Any]) -> bool:
@@ -202,10 +182,10 @@ def _write(output: epath.Path, results: dict[str, Any], names: Sequence[str]) ->
     """Whether the file could be written, by the first process, with results in the order of `names`."""
     if processes.process_info()[0]:
         return True
-    order = [name for name in names if name in results["ran"]]
-    results["ran"] = {name: results["ran"].pop(name) for name in order} | results["ran"]
-    seconds = sum(result["seconds"] for result in results["ran"].values())
-    results |= {"seconds": round(seconds, 1), "averages": tables.averages(results["ran"])}
+    ran = results["ran"]
+    ran = results["ran"] = {name: ran[name] for name in dict.fromkeys([*names, *ran]) if name in ran}
+    seconds = sum(result["seconds"] for result in ran.values())
+    results |= {"seconds": round(seconds, 1), "averages": tables.averages(ran)}
     return save(output, json.dumps(results, indent=1, ensure_ascii=False))
 
 

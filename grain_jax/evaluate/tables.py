@@ -7,14 +7,10 @@ from typing import Any, NamedTuple
 from grain_jax.core import printable
 from grain_jax.evaluate import kinds
 
-# A number per class: too many for a table.
-_OF_CLASSES = ("per_class", "images_per_class", "thresholds")
+_OF_CLASSES = ("per_class", "images_per_class", "thresholds")  # too many for a table
 _INTERVAL = "95% interval"
 _LONGEST = 120  # characters of a cell; the rest is cut off
-HEADER = ("measured", "value", _INTERVAL, "chance", "images")
 _CHANCE_OF = {"top1": "chance", "mean_per_class": "chance"}
-_IN_PARTS = ("groups/", "found_boxes/")  # of `boxes`: the same numbers for some of the boxes
-_RATES = ("top1", "top5", "mean_per_class")
 
 
 def scalars(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -39,17 +35,9 @@ def by_evaluation(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def describe(results: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
-    """The table of several results.
-
-    Args:
-      results: name -> the kind of its evaluator, and its numbers by `scalars`, {"alpha_0.5/top1": 0.78}.
-    """
-    rows = [
-        (f"{name}: {row.key}", *row[1:])
-        for name, (kind, numbers) in results.items()
-        for row in rows_of(kind, numbers)
-    ]
-    return table(HEADER, rows)
+    """The table of results: name -> the kind of its evaluator, and its numbers by `scalars`."""
+    rows = [(f"{name}: {row.key}", *row[1:]) for name, each in results.items() for row in rows_of(*each)]
+    return table(("measured", "value", _INTERVAL, "chance", "images"), rows)
 
 
 class TableRow(NamedTuple):
@@ -73,7 +61,7 @@ def rows_of(kind: str, numbers: Mapping[str, float]) -> list[TableRow]:
         interval = _interval(numbers, key)
         if kind not in kinds.KINDS:
             rows.append(TableRow(key, f"{value:.3f}", interval, "", ""))
-        elif (interval or chance is not None or last in shown) and not key.startswith(_IN_PARTS):
+        elif (interval or chance is not None or last in shown) and not key.startswith("groups/"):
             show = "{:.3f}" if re.search("_iou|_rank|_loss", key) else "{:.1%}"
             cell = "" if chance is None else show.format(chance)
             images = f"{numbers['images']:.0f}" if "images" in numbers else ""
@@ -92,28 +80,21 @@ def _ways(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def averages(ran: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean rates of the zero-shot sets that ran; a way to classify is averaged over the sets that have it.
-
-    Returns: `names` and, for each alpha, `described alpha_A`, each with `sets`, `top1`, `top5` and
-      `mean_per_class`.
-    """
+    """Mean `top1`, `top5` and `mean_per_class` of each of `_ways`, over the `sets` that ran and have it."""
     of_way: dict[str, list[Mapping[str, float]]] = {}
     for result in ran.values():
         for way, rates in _ways(result).items() if result["kind"] == "zeroshot" else ():
             of_way.setdefault(way, []).append(rates)
-    return {
-        way: {"sets": len(sets)}
-        | {rate: float(sum(each[rate] for each in sets) / len(sets)) for rate in _RATES}
-        for way, sets in of_way.items()
-    }
+    mean = lambda sets, rate: float(sum(each[rate] for each in sets) / len(sets))
+    means = lambda sets: {rate: mean(sets, rate) for rate in ("top1", "top5", "mean_per_class")}
+    return {way: {"sets": len(sets)} | means(sets) for way, sets in of_way.items()}
 
 
 def suite(ran: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of the zero-shot sets of a suite that `ran`: one row per set, then the averages."""
     described = [way for way in averages if way != "names"]
     about = "Shares of images whose class is the best one; by class names"
-    if described:
-        about += ", and by names with descriptions at each alpha"
+    about += ", and by names with descriptions at each alpha" * bool(described)
     alphas = [f"alpha {float(way.rpartition('_')[2]):g}" for way in described]
     header = ["set", "by name", _INTERVAL, "top-5", "mean per class", _INTERVAL, *alphas]
 
@@ -124,11 +105,8 @@ def suite(ran: Mapping[str, Mapping[str, Any]], averages: Mapping[str, Mapping[s
         out += [share("names", "mean_per_class"), interval("mean_per_class")]
         return out + [share(way, "top1") for way in described]
 
-    rows = [
-        [*row(name, _ways(result)), f"{result['chance']:.1%}", str(result["images"])]
-        for name, result in ran.items()
-        if result["kind"] == "zeroshot"
-    ]
+    sets = {name: result for name, result in ran.items() if result["kind"] == "zeroshot"}
+    rows = [[*row(n, _ways(x)), f"{x['chance']:.1%}", str(x["images"])] for n, x in sets.items()]
     if len(rows) > 1:
         counts = sorted({average["sets"] for average in averages.values()})
         rows.append([*row("average", averages), "", f"{' or '.join(map(str, counts))} sets"])
@@ -143,10 +121,8 @@ def _interval(numbers: Mapping[str, float], key: str) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left and the others to the right, under a ruled header."""
     rows = [[printable.plain(cell, _LONGEST) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-        for row in [header, *rows]
-    ]
+    first, *others = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    aligned = lambda row: "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)])
+    lines = [aligned(row) for row in [header, *rows]]
     rule = "-" * max(map(len, lines))
     return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:]])

@@ -1,14 +1,10 @@
-"""Labelled images to classify: a folder with a sub-folder per class, or a TensorFlow Dataset (TFDS).
-
-Images of both are decoded and resized by the same code. Nothing is ever downloaded: if the data is not there,
-errors.MissingData says how to get it.
-"""
+"""Images to classify: a folder with a sub-folder per class, or a TFDS dataset; nothing is downloaded."""
 
 import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -28,40 +24,26 @@ class Image(NamedTuple):
 
     name: str
     load: Callable[[], PIL.Image.Image]  # raises core.images.ImageError
-    label: int  # position in the classes of the set; -1: no label
-
-
-class TestSet(Protocol):
-    """Images, each of one class of `classes`."""
-
-    classes: list[str]  # names, in the order of the labels
-    stems: list[str] | None  # as class_names.stems: names of the classes in files of descriptions
-
-    def __len__(self) -> int: ...
-
-    def images(self, positions: range) -> Iterable[Image]:
-        """The images at consecutive positions, in order. Raises InputError if they cannot be read."""
-        ...
+    label: int  # position in the classes of the set; -1: it is in none
 
 
 class ClassFolders:
-    """A folder with one sub-folder per class; hidden files and folders (`.DS_Store`, `._x.jpg`) do not count.
+    """A folder with one sub-folder per class; hidden files and folders (`.DS_Store`) do not count.
 
     Args:
-      folder: holds the class folders, each named after its class (`_` = space).
+      folder: holds the class folders, each named after its class (`_` = space), in the classes' order.
       classes: class file with the folder names as labels (see class_names); None: the folders' names.
       get: how to get the data, for errors.MissingData.
 
     Attributes:
-      classes, stems: as in TestSet, in the order of the folders' names.
-      paths: the images.
-      labels: their classes, int [N].
+      classes: names, in the order of the labels.
+      stems: second names of the classes, for files of descriptions (class_names.stems).
+      paths, labels: the images, and their classes, int [N].
 
     Raises:
       errors.MissingData: no such folder.
       InputError: fewer than two class folders, two of one name (`a_b` and `a b`, or NFC and NFD), or a class
-        without images.
-      class_names.ClassNameError: `classes` does not fit the folders.
+        without images; a UserError if `classes` does not fit the folders.
     """
 
     def __init__(self, folder: epath.PathLike, classes: str | None = None, get: str | None = None):
@@ -69,14 +51,14 @@ class ClassFolders:
             raise errors.MissingData(f"images: got nothing, expected class folders{how_to_get(get)}")
         folder = epath.Path(folder).expanduser()
         if not folder.is_dir():
-            raise errors.MissingData(
-                f"{folder}: no such folder; expected one with a sub-folder per class{how_to_get(get)}"
-            )
+            expected = f"expected one with a sub-folder per class{how_to_get(get)}"
+            raise errors.MissingData(f"{folder}: no such folder; {expected}")
         folders = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
         folders.sort(key=lambda path: class_names.composed(path.name))
         names = [path.name for path in folders]
         self.classes = [of_folder(name) for name in names]
-        images = [sorted(filter(_is_image, class_folder.iterdir())) for class_folder in folders]
+        is_image = lambda path: path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+        images = [sorted(filter(is_image, path.iterdir())) for path in folders]
         faults = []
         if len(names) < 2:
             faults.append(f"got {len(names)} sub-folders, expected at least 2, one per class")
@@ -97,13 +79,12 @@ class ClassFolders:
         return len(self.paths)
 
     def images(self, positions: range) -> Iterable[Image]:
+        """The images at consecutive positions, in order."""
         return (of_path(self.paths[i], int(self.labels[i])) for i in positions)
 
 
 class TfdsSet:
-    """A split of a dataset that TensorFlow Datasets has prepared (TFRecord or ArrayRecord files).
-
-    It needs the prepared files, but not the TFDS code that prepares them. Images are read as they are stored.
+    """A split of a dataset that TensorFlow Datasets has prepared; the TFDS code of the dataset is not needed.
 
     Args:
       name: "food101", "sun397/tfds" (with a config) or "food101:2.0.0"; the newest version if none is given.
@@ -114,8 +95,7 @@ class TfdsSet:
 
     Raises:
       errors.MissingData: there is no such set.
-      InputError: it has no such split, or its examples have no `image` and `label`.
-      class_names.ClassNameError: names for its classes are missing, or do not fit.
+      InputError: it has no such split, or its examples have no `image` and `label`; or a UserError.
     """
 
     def __init__(
@@ -147,11 +127,14 @@ class TfdsSet:
         return len(self._range)
 
     def images(self, positions: range) -> Iterable[Image]:
+        """As of ClassFolders. Raises InputError if they cannot be read."""
         rows = self._range[positions.start : positions.stop]
         try:
             for position, example in zip(positions, self._examples(rows), strict=True):
                 name = f"{self._name} {self._split} {self._range[position]}"
                 load = functools.partial(image_files.decode_image, example["image"], name, "file")
+                if example["label"] < 0:
+                    raise ValueError(f"{name} has no label, expected another split")
                 yield Image(name, load, int(example["label"]))
         # A damaged or missing file; the errors of TensorFlow have no common class.
         except Exception as error:
@@ -174,28 +157,20 @@ class TfdsSet:
         ).as_numpy_iterator()
 
 
+TestSet: TypeAlias = ClassFolders | TfdsSet
+
+
 def of_path(path: epath.PathLike, label: int = -1, orientation: str = "exif") -> Image:
     """The image in the file `path`, with `orientation` as of `core.images`."""
     return Image(str(path), functools.partial(image_files.load_image, path, orientation), label)
 
 
-def _is_image(path: epath.Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-
-
 def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.Path:
-    """The folder of a prepared TFDS set: of the version that `name` gives, or the newest.
-
-    Raises errors.MissingData if there is none; the message has the command that gets it.
-    """
-    base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
-    base = base.expanduser()
+    """The folder of a prepared TFDS set: of the version that `name` gives, or the newest; or MissingData."""
+    base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
     path, _, version = name.partition(":")
-    versions = [
-        file.parent
-        for file in (base / path).glob(f"{version or '*.*.*'}/dataset_info.json")
-        if re.fullmatch(r"\d+\.\d+\.\d+", file.parent.name)
-    ]
+    found = (base / path).glob(f"{version or '*.*.*'}/dataset_info.json")
+    versions = [x.parent for x in found if re.fullmatch(r"\d+\.\d+\.\d+", x.parent.name)]
     if not versions:
         looked = f"{base / path}/{version or 'VERSION'}/dataset_info.json"
         prepare = f"tfds.builder({name!r}, data_dir={str(base)!r}).download_and_prepare()"
@@ -209,9 +184,8 @@ def _tensorflow_datasets(name: str) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
-        raise errors.MissingData(
-            f"TFDS set {name}: needs {error.name}; to get it: pip install 'grain_jax[data]'"
-        ) from None
+        get = how_to_get("pip install 'grain_jax[data]'")
+        raise errors.MissingData(f"TFDS set {name}: needs {error.name}{get}") from None
     return tfds
 
 

@@ -1,14 +1,14 @@
 """Zero-shot classification of a test set (docs/method.md, Zero-shot evaluation).
 
 One pass over the images gives both protocols of the paper: class names in prompts, and class names with
-descriptions. With `names=False` a class is the mean of the embeddings of its descriptions, without name or
-prompt. That is for class names that mean nothing to the model, and for descriptions that are whole sentences.
+descriptions. With `names=False` a class is the mean of the embeddings of its descriptions.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,16 +28,13 @@ with epy.lazy_imports():
     from grain_jax.evaluate import class_names, encode, rates, test_sets
     from grain_jax.inference import prompts, scores
 
-BY_NAME = "by_name"  # key of the results by names alone, if there are descriptions too
-
 
 def _parse_alphas(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(
-            f"got {text!r}, expected a number from 0 to 1, or several with commas between"
-        ) from None
+        expected = "a number from 0 to 1, or several with commas between"
+        raise ValueError(f"got {text!r}, expected {expected}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,17 +57,11 @@ class ZeroShot(WithPrompts, LabelledImages):
         "HOW",
         choices=("model", "mean", "best"),
     )
-    unit_features: bool = option(
-        False, "Whether class features have unit length, as in CLIP; else they are means."
-    )
+    unit_features: bool = option(False, "Whether class features have unit length, as in CLIP.")
 
     @property
     def needs(self) -> Sequence[str]:
         return ("decoder",) if self.descriptions and any(alpha < 1 for alpha in self.alphas) else ()
-
-    @property
-    def files(self) -> tuple[str | None, ...]:
-        return self.described_by, self.templates, self.classes
 
     def checked_alphas(self) -> list[float]:
         """The alphas to evaluate; without descriptions 1 alone. Raises errors.UserError."""
@@ -80,26 +71,19 @@ class ZeroShot(WithPrompts, LabelledImages):
                 raise errors.UserError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if self.described_by is not None:
             return alphas
+        needing = "" if self.names else "a test without class names"
         if self.descriptions is None and self.alphas != ZeroShot.alphas and min(alphas) < 1:
-            raise self.needs_descriptions(f"alpha {min(alphas):g}")  # the user asked for it
-        if not self.names:
-            raise self.needs_descriptions("a test without class names")
+            needing = f"alpha {min(alphas):g}"  # the user asked for it
+        if needing:
+            raise errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {needing}")
         return [1.0]
-
-    def needs_descriptions(self, purpose: str) -> errors.UserError:
-        """The error if there are no descriptions."""
-        return errors.UserError(f"descriptions: got nothing, expected a file (D.json) for {purpose}")
 
     def check(self, model: Any = None) -> int:
         if self.note and not self.names:
             raise errors.MissingData(self.note.rpartition(";")[0])
         test_set = self.open()
-        faults = faults_of(
-            lambda: self.described(test_set),
-            self.checked_alphas,
-            lambda: self.names and prompts.load_templates(self.templates),
-        )
-        config.raise_faults(faults)
+        templates = lambda: self.names and prompts.load_templates(self.templates)
+        config.raise_faults(faults_of(lambda: self.described(test_set), self.checked_alphas, templates))
         return len(test_set)
 
     def described(self, test_set: test_sets.TestSet) -> list[list[str]] | None:
@@ -121,19 +105,14 @@ class ZeroShot(WithPrompts, LabelledImages):
         def answers(batch: encode.Batch) -> dict[str, np.ndarray]:
             part = {"target": batch.labels}
             arrays = encode.embed(predictor, batch, regions=scorer.with_regions)
-            right = np.maximum(batch.labels, 0)  # no label: `evaluate` raises UserError below
             for way, cosines in scorer.of_images(arrays["image_embed"], arrays["embed"]).items():
-                part |= {f"{way} top{k}": rates.topk_hits(cosines, right, k) for k in (1, 5)}
+                part |= {f"{way} top{k}": rates.topk_hits(cosines, batch.labels, k) for k in (1, 5)}
             return part
 
-        arrays, unreadable = encode.over_images(
-            test_set, encode.resizing(predictor), answers, label="zero-shot", batch_size=self.batch_size
-        )
+        read: dict[str, Any] = dict(label="zero-shot", batch_size=self.batch_size)
+        arrays, unreadable = encode.over_images(test_set, encode.resizing(predictor), answers, **read)
         classes, target = list(test_set.classes), arrays["target"]
-        if target.min() < 0:
-            raise errors.UserError("the test set has images without a label, expected another split")
         result = {
-            "kind": "zeroshot",
             **rates.counts_of_classes(target, classes),
             **encode.report_unreadable(unreadable),
             "names": self.names,
@@ -144,8 +123,7 @@ class ZeroShot(WithPrompts, LabelledImages):
         for way in scorer.features:
             group, _, alpha = way.rpartition("/")
             part = result.setdefault(group, {}) if group else result
-            hits = arrays[f"{way} top1"], arrays[f"{way} top5"]
-            part[alpha] = rates.of_classes(*hits, target, classes)
+            part[alpha] = rates.of_classes(arrays[f"{way} top1"], arrays[f"{way} top5"], target, classes)
         return result
 
     def finish(self, predictor: Any, result: dict[str, Any]) -> str:
@@ -156,28 +134,22 @@ class ZeroShot(WithPrompts, LabelledImages):
 
     def scorer(self, predictor: Any, test_set: test_sets.TestSet) -> Scorer:
         """Embeds the classes of a test set; raises as `evaluate`."""
-        classes = list(test_set.classes)
         described, alphas = self.described(test_set), self.checked_alphas()
         embeds: list[np.ndarray] = []  # of the descriptions of each class
         if described is not None:
-            texts = [descriptions or [name] for name, descriptions in zip(classes, described)]
+            texts = [descriptions or [name] for name, descriptions in zip(test_set.classes, described)]
             embeds = encode.encode_texts(predictor, texts)
 
         def features(described: Sequence[Sequence[str]] | None) -> np.ndarray:
             if not self.names:
                 return scores.class_features(embeds, self.unit_features)
+            encode_all, names = functools.partial(encode.encode_distinct, predictor), list(test_set.classes)
             templates = prompts.load_templates(self.templates)
-            texts = [
-                prompts.class_texts(name, templates, described[i] or None if described else None)
-                for i, name in enumerate(classes)
-            ]
-            return scores.class_features(encode.encode_texts(predictor, texts), self.unit_features)
+            return prompts.embed_classes(encode_all, names, templates, described, self.unit_features)
 
         ways = dict.fromkeys((f"alpha_{alpha}" for alpha in alphas), features(described))
         if described is not None and self.names:
-            of_names = features(None)
-            for alpha in dict.fromkeys([1.0, *alphas]):
-                ways[f"{BY_NAME}/alpha_{alpha}"] = of_names
+            ways |= dict.fromkeys((f"by_name/alpha_{x}" for x in (1.0, *alphas)), features(None))
         by = predictor.class_score if self.class_score == "model" else self.class_score
         return Scorer(ways, embeds, min(alphas) < 1, sum(map(len, described or ())), by)
 
@@ -193,16 +165,13 @@ class Scorer(NamedTuple):
 
     def of_images(self, image_embed: np.ndarray, region_embed: np.ndarray) -> dict[str, np.ndarray]:
         """Embeddings [B, D] and [B, Q, D] -> for each way the scores [B, C]."""
-        regions = None
+        regions, out = None, {}
         if self.with_regions:
-            embeds = self.description_embeds
-            regions = scores.region_scores(region_embed, embeds, self.class_score)
-        return {
-            way: scores.combine(
-                scores.global_scores(image_embed, features), regions, float(way.rpartition("_")[2])
-            )
-            for way, features in self.features.items()
-        }
+            regions = scores.region_scores(region_embed, self.description_embeds, self.class_score)
+        for way, features in self.features.items():
+            alpha = float(way.rpartition("_")[2])
+            out[way] = scores.combine(scores.global_scores(image_embed, features), regions, alpha)
+        return out
 
 
 def read_descriptions(
@@ -210,16 +179,9 @@ def read_descriptions(
 ) -> list[list[str]]:
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
-    In names `_` stands for a space. A class is found by its name, then by the letters and digits of the name,
-    then by the letters and digits of its stem. "Black-footed albatross" matches "black_footed Albatross". If
-    two classes have the same name, the stem comes first. Published files have empty lists for a few classes,
-    which are then described by their name alone.
-
-    The last of two equal names counts. `stems` are second names of the classes (see `test_sets.TestSet`);
-    with `names`, a list may be empty.
-
-    Raises:
-      errors.UserError: no such file, another format, or classes that have no description.
+    A class is found by its name (`_` = space), then by the letters and digits of the name, then by those of
+    its stem (see `class_names.stems`), which comes first if two classes have the same name. With `names` a
+    list may be empty, as in published files. Raises errors.UserError, also at a class without description.
     """
     path = epath.Path(path).expanduser()
     expected = 'descriptions of the classes, {"class name": ["description", ...]}'

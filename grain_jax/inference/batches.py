@@ -2,8 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -11,36 +11,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax.core import progress as progress_lib
 from grain_jax.inference import inputs
-from grain_jax.inference.inputs import Normalized, OneOrMany, Tokens
+from grain_jax.inference.inputs import InputError, Normalized, OneOrMany, Tokens
 
+Item = TypeVar("Item")
 MAX_BATCH = 64  # images or texts per device and batch
 FEW = 8  # rows of the programs of small batches; images also go one by one
 _COMPILING = "usually under a minute, on few CPU cores a few; once for each kind of call"
 
 
 class BatchRunner:
-    """Runs programs of (params, *rows).
-
-    Args:
-      params: of the model, on its device.
-      devices: of large batches; [None] if the parameters' place is theirs.
-      image_size: pixels that images are resized to.
-      progress: whether stderr shows how many images are done.
-    """
+    """Runs programs of (params, *rows), on `devices` if they are many; [None]: where the parameters are."""
 
     def __init__(self, params: Any, devices: Sequence[Any], image_size: int, progress: bool):
         self.params, self.devices = params, devices
         self._image_size, self._progress = image_size, progress
 
-    def over_images(self, program: Callable[..., Any], images: OneOrMany | Tokens) -> Any:
+    def over_images(self, program: Callable[..., Any], images: OneOrMany) -> Any:
         """The results of `program` on all images, as numpy."""
         parts = [self.run(program, batch) for batch in self.batches(images)]
         if not parts:  # no image: the shapes alone
-            size = self._image_size
-            shape, dtype = (size, size, 3), np.dtype(np.uint8)
+            one = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.uint8)
             if isinstance(images, Tokens):
-                shape, dtype = images.values.shape[1:], images.values.dtype
-            shapes = jax.eval_shape(program, self.params, jax.ShapeDtypeStruct((1, *shape), dtype))
+                one = jax.ShapeDtypeStruct((1, *images.values.shape[1:]), images.values.dtype)
+            shapes = jax.eval_shape(program, self.params, one)
             parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
@@ -72,7 +65,7 @@ class BatchRunner:
         results, first = [], 0
         for size in _sizes(-(-count // devices), kinds):
             last = first + size * devices
-            padded = [_pad(x[first:last], size * devices) for x in rows]
+            padded = [x[np.minimum(np.arange(first, last), count - 1)] for x in rows]
             with progress_lib.while_compiling(
                 "the model for this machine", _COMPILING, silent=jax.process_index() > 0, once=True
             ):  # returns before it is computed
@@ -101,6 +94,20 @@ def _sizes(count: int, kinds: Sequence[int]) -> list[int]:
     return sizes
 
 
-def _pad(x: np.ndarray, rows: int) -> np.ndarray:
-    """`x` with copies of its last row, to that many rows."""
-    return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
+def groups(items: Iterable[Item], size: int, counts: Callable[[Item], bool]) -> Iterator[list[Item]]:
+    """Items in groups with `size` of those that count; the last group may have fewer."""
+    group, number = [], 0
+    for item in items:
+        group.append(item)
+        number += counts(item)
+        if number == size:
+            yield group
+            group, number = [], 0
+    if group:
+        yield group
+
+
+def check_finite(*embeds: np.ndarray) -> None:
+    """Raises InputError where an embedding has numbers that are not finite."""
+    if not all(np.isfinite(values).all() for values in embeds):
+        raise InputError("the model's embeddings are not finite: the checkpoint cannot be used")

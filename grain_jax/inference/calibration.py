@@ -1,6 +1,6 @@
 """calibration.json beside a model: from the cosine of a text to the probability that it is true."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -11,7 +11,6 @@ from grain_jax.core import atomic, regular_file
 from grain_jax.inference import prompts, scores
 
 NAME = "calibration.json"
-Encode = Callable[[list[str]], np.ndarray]  # N texts -> [N, D]
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,10 +47,11 @@ def write(folder: epath.PathLike, calibration: Calibration) -> None:
     atomic.write_bytes(epath.Path(folder) / NAME, content + b"\n")
 
 
-def embed_texts(encode: Encode, texts: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+def embed_texts(encode: prompts.Encode, texts: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """Embeddings of texts, float32 [N, D], unit length; with templates the texts are names of classes."""
-    lists = [prompts.class_texts(text, templates) if templates else [text] for text in texts]
-    return scores.class_features(prompts.encode_lists(encode, lists), unit_length=True)
+    if not templates:
+        return scores.unit(encode(list(texts)))
+    return prompts.embed_classes(encode, texts, templates, unit_length=True)
 
 
 def cosines(image_embeds: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:

@@ -8,16 +8,6 @@ import numpy as np
 
 from grain_jax.core import schema
 from grain_jax.inference import batches, inputs, jitted
-from grain_jax.inference.inputs import (
-    Images,
-    InputError,
-    OneImage,
-    OneOrMany,
-    Texts,
-    Tokens,
-    for_each_image,
-    one_or_many,
-)
 from grain_jax.inference.loaded_model import LoadedModel
 
 Boxes: TypeAlias = Iterable[Any] | np.ndarray  # for each image its boxes [n, 4], xyxy in [0, 1]
@@ -30,7 +20,7 @@ class Encoder(LoadedModel):
     Wherever a method takes images, it takes their tokens (`encode_tokens`), too.
     """
 
-    def preprocess(self, image: OneImage | np.ndarray) -> np.ndarray:
+    def preprocess(self, image: inputs.OneImage | np.ndarray) -> np.ndarray:
         """An image -> float32 [S, S, 3], resized and normalised, for calls with `normalized=True`."""
         return inputs.normalised(inputs.resize(0, image, self.model.image.image_size), self.model.image)
 
@@ -43,56 +33,52 @@ class Encoder(LoadedModel):
             self._encode(blank, "regions_by_box_head")
         self.encode_text(["a"])
 
-    def _encode(self, images: OneOrMany | Tokens, head: str = "embeddings") -> Any:
+    def _encode(self, images: inputs.OneOrMany, head: str = "embeddings") -> Any:
         """What a head of jitted.image_program makes of images, as float32."""
         program = jitted.image_program(self.model, self.dtype, head)
         results = self._runner.over_images(program, images)
         return jax.tree.map(lambda x: x.astype(np.float32), results)
 
-    @one_or_many
-    def encode_image(self, images: OneOrMany | Tokens, *, normalized: bool = False) -> np.ndarray:
+    @inputs.one_or_many
+    def encode_image(self, images: inputs.OneOrMany, *, normalized: bool = False) -> np.ndarray:
         """Images -> float32 [B, D], unit length; one image -> [D]."""
         return self._encode(inputs.marked(images, normalized))[0]
 
-    def encode_regions(self, images: OneOrMany | Tokens, *, normalized: bool = False) -> schema.Regions:
+    def encode_regions(self, images: inputs.OneOrMany, *, normalized: bool = False) -> schema.Regions:
         """Images -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D]; one image -> [Q, 4] and [Q, D]."""
         return self.encode_image_and_regions(images, normalized=normalized)[1]
 
-    @one_or_many
+    @inputs.one_or_many
     def encode_image_and_regions(
-        self, images: OneOrMany | Tokens, *, normalized: bool = False
+        self, images: inputs.OneOrMany, *, normalized: bool = False
     ) -> tuple[np.ndarray, schema.Regions]:
         """(`encode_image(images)`, `encode_regions(images)`) in one pass."""
         self.need_regions("regions")
         image, region, boxes = self._encode(inputs.marked(images, normalized))
         return image, schema.Regions(boxes, region)
 
-    def encode_tokens(self, images: OneOrMany, *, normalized: bool = False, values: bool = False) -> Tokens:
+    def encode_tokens(
+        self, images: inputs.OneOrMany, *, normalized: bool = False, values: bool = False
+    ) -> inputs.Tokens:
         """A batch of images -> their tokens, which the other methods take in their place.
 
         With `values`, each token of the last layer attends to itself alone (MaskCLIP, Zhou et al. 2022).
         """
         method = "image_values" if values else "image_tokens"
         program = jitted.program(self.model, self.dtype, method)
-        return Tokens(self._runner.over_images(program, inputs.marked(images, normalized)))
+        return inputs.Tokens(self._runner.over_images(program, inputs.marked(images, normalized)))
 
-    @for_each_image
-    def encode_boxes(self, images: Images | Tokens, boxes_xyxy: Boxes) -> list[np.ndarray]:
+    @inputs.for_each_image
+    def encode_boxes(self, images: inputs.Images, boxes_xyxy: Boxes) -> list[np.ndarray]:
         """The embeddings of given boxes by the box head: for each image float32 [n, D], unit length.
 
-        Args:
-          images: as for `encode_image`.
-          boxes_xyxy: for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image; they
-            may reach over its edge.
-
-        Returns:
-          A list; for one image and its boxes [n, D].
+        `boxes_xyxy` has for each image its boxes [n, 4], n = 0, 1, 2, ..., corners in [0, 1] of the image;
+        they may reach over its edge.
         """
         if not self.has_box_head:
-            raise InputError(
-                "boxes: the model has no box head (model.boxes.kind is none), expected one that was trained"
-                " with loss.box_description"
-            )
+            lacking = "the model has no box head (model.boxes.kind is none)"
+            expected = "one that was trained with loss.box_description"
+            raise inputs.InputError(f"boxes: {lacking}, expected {expected}")
         program = jitted.image_program(self.model, self.dtype, "box_embeddings")
         boxes, embeds = inputs.checked_boxes(boxes_xyxy), []
         for batch in self._runner.batches(images):
@@ -104,13 +90,12 @@ class Encoder(LoadedModel):
             results = self._runner.run(program, batch, padded)
             embeds += [embed[: len(x)].astype(np.float32) for embed, x in zip(results, of_batch)]
         if len(embeds) != len(boxes):
-            raise InputError(
-                f"boxes_xyxy: got boxes of {len(boxes)} images, expected of {len(embeds)}, as many as images"
-            )
+            got = f"got boxes of {len(boxes)} images, expected of {len(embeds)}"
+            raise inputs.InputError(f"boxes_xyxy: {got}, as many as images")
         return embeds
 
-    @one_or_many
-    def encode_patches(self, images: OneOrMany | Tokens, sides: Sequence[int] = (1,)) -> np.ndarray:
+    @inputs.one_or_many
+    def encode_patches(self, images: inputs.OneOrMany, sides: Sequence[int] = (1,)) -> np.ndarray:
         """Images -> an embedding of each patch, float32 [B, h, w, D], unit length; one image -> [h, w, D].
 
         With a box head a patch is a box, or the mean of boxes around it that are `sides` patches wide. A
@@ -118,12 +103,10 @@ class Encoder(LoadedModel):
         """
         grid = self.grid
         if not self.has_patches:
-            raise InputError(
-                "patches: got a model with a decoder and no box head, expected a box head;"
-                " similarity_maps asks the regions"
-            )
+            got = "patches: got a model with a decoder and no box head"
+            raise inputs.InputError(f"{got}, expected a box head; similarity_maps asks the regions")
         if self.has_box_head:
-            tokens = images if isinstance(images, Tokens) else self.encode_tokens(images)
+            tokens = images if isinstance(images, inputs.Tokens) else self.encode_tokens(images)
             boxes = [_boxes_around(grid, sides)] * len(tokens.values)
             patches = np.array([_means(x, sides) for x in self.encode_boxes(tokens, boxes)])
         else:
@@ -138,19 +121,17 @@ class Encoder(LoadedModel):
         tower = self.model.text
         if tower.seeks_end and (tower.ends(tokens) != ends).any():
             expected = "the highest id" if tower.end_id is None else f"the id {tower.end_id}"
-            raise InputError(
+            raise inputs.InputError(
                 f"tokenizer: got texts of {tower.tokenizer} that do not end with {expected}, by which"
                 " encode_text finds the end; give encode_text the texts"
             )
         return tokens
 
-    def encode_text(self, texts: Texts) -> np.ndarray:
+    def encode_text(self, texts: inputs.Texts) -> np.ndarray:
         """Texts -> float32 [N, D], unit length; one text -> [D].
 
-        Args:
-          texts: strings, also from a generator, or int32 token ids [N, L] (`tokenizer`); or one string, or
-            ids [L]. The highest id of a row ends its text, as in CLIP. Shorter rows are padded for a tower
-            that sees its padding (SigLIP).
+        Texts are strings, or int32 token ids [N, L] (`tokenizer`); or one string, or ids [L]. The highest id
+        of a row ends its text, as in CLIP. Shorter rows are padded for a tower that sees its padding.
         """
         if inputs.is_one_text(texts):
             return self.encode_text(inputs.one_text(texts))[0]
@@ -188,19 +169,15 @@ class Encoder(LoadedModel):
             return tokens, lengths - 1
         tokens = np.asarray(texts)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not 1 <= tokens.shape[1] <= context:
-            raise InputError(
-                f"texts: got {inputs.kind_of(tokens)}, expected strings or int32 token ids"
-                f" [N, at most {context}]"
-            )
+            expected = f"strings or int32 token ids [N, at most {context}]"
+            raise inputs.InputError(f"texts: got {inputs.kind_of(tokens)}, expected {expected}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
-            raise InputError(
-                f"texts: got token ids {tokens.min()} to {tokens.max()}, expected 0 to {vocabulary - 1}"
-            )
+            got = f"token ids {tokens.min()} to {tokens.max()}"
+            raise inputs.InputError(f"texts: got {got}, expected 0 to {vocabulary - 1}")
         tokens = tokens.astype(np.int32)
         if tower.seeks_end and tower.end_id is not None and (tokens != tower.end_id).all(1).any():
-            raise InputError(
-                f"texts: got token ids without {tower.end_id}, the end of a text (model.text.end_id)"
-            )
+            end = f"{tower.end_id}, the end of a text (model.text.end_id)"
+            raise inputs.InputError(f"texts: got token ids without {end}")
         ends = tower.ends(tokens)
         if not tower.packable:
             missing = ((0, 0), (0, context - tokens.shape[1]))
@@ -211,7 +188,7 @@ class Encoder(LoadedModel):
 def _boxes_around(grid: int, sides: Sequence[int]) -> np.ndarray:
     """Boxes around each patch, `sides` patches wide, float32 xyxy [S * grid * grid, 4], cut at the image."""
     if min(sides, default=0) < 1:
-        raise InputError(f"sides: got {tuple(sides)}, expected numbers of patches, 1 or more")
+        raise inputs.InputError(f"sides: got {tuple(sides)}, expected numbers of patches, 1 or more")
     y, x = np.divmod(np.arange(grid * grid), grid)
     middle = np.stack([x, y], axis=1) + 0.5
     half = np.array(sides)[:, None, None] / 2

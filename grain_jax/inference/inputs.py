@@ -17,21 +17,22 @@ from grain_jax.input_pipeline import tokenizer
 
 _FAR = 4.0  # a corner in [0, 1] may lie this far outside; one farther away is in pixels
 
+
+class Tokens(NamedTuple):
+    """The tokens of images, computed once for any number of boxes."""
+
+    values: np.ndarray  # [B, N, E], in the dtype of the Predictor
+
+
 # A path, a PIL image, or an array [H, W, 3], uint8 or float in [0, 1]; see `Predictor`.
 OneImage: TypeAlias = str | os.PathLike[str] | PIL.Image.Image
-Images: TypeAlias = Iterable[OneImage | np.ndarray] | np.ndarray  # or an array [B, H, W, 3]
+Images: TypeAlias = Iterable[OneImage | np.ndarray] | np.ndarray | Tokens  # or an array [B, H, W, 3]
 OneOrMany: TypeAlias = Images | OneImage  # an array of three axes is one image
 Texts: TypeAlias = str | Iterable[str] | np.ndarray  # or token ids [L] or [N, L]
 Method = TypeVar("Method", bound=Callable[..., Any])
 P = ParamSpec("P")
 One = TypeVar("One")
 ClassTexts: TypeAlias = Iterable[str] | Mapping[str, Sequence[str]]  # names, or {name: descriptions}
-
-
-class Tokens(NamedTuple):
-    """The tokens of images, computed once for any number of boxes."""
-
-    values: np.ndarray  # [B, N, E], in the dtype of the Predictor
 
 
 class Normalized(NamedTuple):
@@ -49,8 +50,7 @@ tokenizer_of = functools.lru_cache(maxsize=8)(tokenizer.of_tower)
 
 def is_one_image(images: Any) -> TypeGuard[OneImage]:
     """Whether it is one image, and not a batch."""
-    is_single = isinstance(images, (str, os.PathLike, PIL.Image.Image))
-    return is_single or getattr(images, "ndim", None) == 3
+    return isinstance(images, (str, os.PathLike, PIL.Image.Image)) or getattr(images, "ndim", None) == 3
 
 
 def one_or_many(method: Method) -> Method:
@@ -78,7 +78,7 @@ class _Bound(Protocol[P, One]):
     def __call__(self, images: np.ndarray, *args: P.args, **options: P.kwargs) -> Any: ...
 
     @overload
-    def __call__(self, images: Images | Tokens, *args: P.args, **options: P.kwargs) -> list[One]: ...
+    def __call__(self, images: Images, *args: P.args, **options: P.kwargs) -> list[One]: ...
 
 
 class _Method(Protocol[P, One]):
@@ -105,14 +105,6 @@ def is_one_text(texts: Any) -> bool:
     return isinstance(texts, str) or getattr(texts, "ndim", None) == 1
 
 
-def several_texts(texts: Any) -> list[str]:
-    """Texts as a list. Raises InputError: it is a single text, or has none."""
-    names = [] if isinstance(texts, str) else list(texts)
-    if not names or not all(isinstance(x, str) for x in names):
-        raise InputError(f"texts: got {texts!r:.100}, expected a list of strings")
-    return names
-
-
 def one_text(text: Any) -> Any:
     """A text as a batch of one."""
     return [text] if isinstance(text, str) else np.asarray(text)[None]
@@ -129,20 +121,16 @@ def _boxes_of_image(name: str, boxes: Any) -> np.ndarray:
     try:
         corners = np.asarray(boxes, np.float32)
     except (TypeError, ValueError):
-        corners = None
-    if corners is not None and corners.size == 0:
-        corners = corners.reshape(0, 4)
-    if corners is None or corners.shape[1:] != (4,) or not np.isfinite(corners).all():
+        corners = np.full(1, np.nan)
+    corners = corners if corners.size else corners.reshape(0, 4)
+    if corners.shape[1:] != (4,) or not np.isfinite(corners).all():
         got = " ".join(repr(boxes).split())
-        raise InputError(
-            f"{name}: got {got:.200}, expected finite numbers [n, 4], the corners x1, y1, x2, y2"
-        )
+        expected = "finite numbers [n, 4], the corners x1, y1, x2, y2"
+        raise InputError(f"{name}: got {got:.200}, expected {expected}")
     wrong = (corners[:, :2] > corners[:, 2:]).any(axis=1) | (np.abs(corners) > _FAR).any(axis=1)
     if wrong.any():
-        raise InputError(
-            f"{name}: got {corners[wrong.argmax()].tolist()}, expected x1 <= x2 and y1 <= y2, as shares of"
-            " the image; divide pixels by its width and height"
-        )
+        expected = "x1 <= x2 and y1 <= y2, as shares of the image; divide pixels by its width and height"
+        raise InputError(f"{name}: got {corners[wrong.argmax()].tolist()}, expected {expected}")
     return corners
 
 
@@ -175,18 +163,15 @@ def as_uint8(index: int, image: Any) -> np.ndarray:
         raise InputError(f"{name}: got {kind_of(image)}, expected a path, a PIL image, or {wanted}")
     image = np.asarray(image, np.float32)
     if not 0 <= image.min(initial=0) <= image.max(initial=0) <= 1:
-        raise InputError(
-            f"{name}: got {kind_of(image)} from {image.min():.3g} to {image.max():.3g}, expected {wanted};"
-            " normalised images need normalized=True"
-        )
+        got = f"{kind_of(image)} from {image.min():.3g} to {image.max():.3g}"
+        more = "normalised images need normalized=True"
+        raise InputError(f"{name}: got {got}, expected {wanted}; {more}")
     return np.round(image * 255).astype(np.uint8)
 
 
 def kind_of(value: Any) -> str:
     """What an argument is, for messages: its type, or its dtype and shape."""
-    if hasattr(value, "dtype"):
-        return f"{value.dtype} {list(value.shape)}"
-    return type(value).__name__
+    return f"{value.dtype} {list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
 
 
 def normalised(image: np.ndarray, tower: config_lib.ImageTower) -> np.ndarray:
@@ -199,9 +184,8 @@ def checked_images(images: Any, size: int) -> Any:
     """A batch of images for a model of `size` pixels, if its type is right. Raises InputError."""
     pixels = images.pixels if isinstance(images, Normalized) else images
     if isinstance(images, Normalized) and pixels.shape[1:] != (size, size, 3):
-        raise InputError(
-            f"images: got {kind_of(pixels)}, expected float32 [B, {size}, {size}, 3] with normalized=True"
-        )
+        expected = f"float32 [B, {size}, {size}, 3] with normalized=True"
+        raise InputError(f"images: got {kind_of(pixels)}, expected {expected}")
     if isinstance(images, bytes) or not isinstance(pixels, Iterable):
         raise InputError(f"images: got {kind_of(images)}, expected images to iterate over")
     if hasattr(pixels, "dtype") and getattr(pixels, "ndim", 4) != 4:
@@ -211,11 +195,9 @@ def checked_images(images: Any, size: int) -> Any:
 
 def class_pairs(classes: ClassTexts) -> list[tuple[str, Sequence[str] | None]]:
     """Classes -> names with their descriptions, or None. Raises InputError."""
-    pairs: list[tuple[str, Sequence[str] | None]]
-    if isinstance(classes, Mapping):
-        pairs = [*classes.items()]
-    else:
-        pairs = [] if isinstance(classes, str) else [(name, None) for name in classes]
+    pairs: list[tuple[str, Sequence[str] | None]] = []
+    if not isinstance(classes, str):
+        pairs = [*classes.items()] if isinstance(classes, Mapping) else [(name, None) for name in classes]
     if not pairs:
         raise InputError(f"classes: got {classes!r}, expected names or {{name: descriptions}}")
     for name, descriptions in pairs:

@@ -31,13 +31,10 @@ def program(model: config_lib.Model, dtype: str, method: str) -> Callable[..., A
 def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings") -> Callable[..., Any]:
     """The jitted (params, image, *arrays) -> what the head makes of the tokens of images.
 
-    `image` is [B, S, S, 3], uint8 or normalised float32, or the images' tokens, which have fewer axes.
-
-    Args:
-      model, dtype: as of `program`.
-      head: "embeddings" gives image_embed [B, D], region_embed [B, Q, D] and boxes_xyxy [B, Q, 4].
-        "regions_by_box_head" gives the same, with the box head's embeddings of the predicted boxes. Others
-        are methods of GRAIN that take tokens.
+    `image` is [B, S, S, 3], uint8 or normalised float32, or the images' tokens, which have fewer axes. The
+    head "embeddings" gives image_embed [B, D], region_embed [B, Q, D] and boxes_xyxy [B, Q, 4], and
+    "regions_by_box_head" the same, with the box head's embeddings of the predicted boxes. Others are methods
+    of GRAIN that take tokens.
     """
     run = functools.partial(program, model, dtype)
 

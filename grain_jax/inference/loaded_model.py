@@ -36,15 +36,11 @@ class LoadedModel:
         towers.image_tower(model.image)
         towers.text_tower(model.text)
         if any(low_rank.maps_in(params)):
-            raise InputError(
-                "params: got factors of LoRA, which a Predictor does not apply; expected merged parameters,"
-                " as grain_jax.load and grain_jax.models.lora.merged return them"
-            )
+            expected = "merged parameters, as grain_jax.load and grain_jax.models.lora.merged return them"
+            raise InputError(f"params: got factors of LoRA, expected {expected}")
         # The run chose its programs for its own devices.
         self.model = dataclasses.replace(model, attention="auto")
-        self.dtype = dtype
-        self.folder = folder
-        self.progress = progress
+        self.dtype, self.folder, self.progress = dtype, folder, progress
         self.params = jax.device_put(params, None if device is None else _device(device))
         # Parameters that the caller has put on a mesh or a device stay there, and the programs run there.
         devices = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
@@ -87,15 +83,13 @@ class LoadedModel:
     @property
     def region_logit_scale(self) -> float:
         """The factor of the cosines in the losses of regions; `logit_scale` in most models."""
-        scale = self.params.get("region_logit_scale")
-        return self.logit_scale if scale is None else float(np.exp(scale))
+        return float(np.exp(self.params.get("region_logit_scale", self.params["logit_scale"])))
 
     @property
     def region_logit_bias(self) -> float | None:
         """What a sigmoid model adds to the scaled cosines of regions; None for others."""
-        if "region_logit_scale" not in self.params:
-            return self.logit_bias
-        bias = self.params.get("region_logit_bias")
+        own = "region_logit_scale" in self.params
+        bias = self.params.get("region_logit_bias" if own else "logit_bias")
         return None if bias is None else float(bias)
 
     @property
@@ -124,23 +118,20 @@ class LoadedModel:
             has = "two towers and no region decoder (model.decoder is null)"
             if self.model.decoder is not None:
                 has = "no region queries (model.decoder.queries is 0)"
-            raise InputError(
-                f"{argument}: the model has {has}, expected one that finds regions; use encode_image,"
-                " encode_text, or classify with alpha 1"
-            )
+            advice = "use encode_image, encode_text, or classify with alpha 1"
+            raise InputError(f"{argument}: the model has {has}, expected one that finds regions; {advice}")
 
     @functools.cached_property
     def grid(self) -> int:
         """Patches along a side of an image. Raises InputError if the tower has no grid of them."""
-        size = self.model.image.image_size
-        pixels = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-        program = jitted.program(self.model, self.dtype, "image_tokens")
-        shape = jax.eval_shape(program, self.params, pixels).shape
-        tower = towers.image_tower(self.model.image)
+        tower, size = towers.image_tower(self.model.image), self.model.image.image_size
         if tower.pooled:
             raise InputError("model.image.tower: pools its tokens, expected a grid of them")
+        pixels = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        program = jitted.program(self.model, self.dtype, "image_tokens")
+        count = jax.eval_shape(program, self.params, pixels).shape[1]
         try:
-            return box_head.grid_size(shape[1], tower.leading_tokens(self.model.image))
+            return box_head.grid_size(count, tower.leading_tokens(self.model.image))
         except errors.UserError as error:
             raise InputError(str(error)) from None
 

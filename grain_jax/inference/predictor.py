@@ -1,9 +1,8 @@
 """Using a trained model: `grain_jax.load(DIR)` returns a `Predictor` that encodes images, texts and regions.
 
-A call takes any number of images or texts, also from a generator, and runs them in batches of few sizes, so
-that few programs are compiled. For one image or text the result lacks the axis of the batch:
-`encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors of one configuration share the
-programs. Large calls use all devices of the process.
+A call takes any number of images or texts, also from a generator. For one image or text the result lacks the
+axis of the batch: `encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors of one
+configuration share the programs. Large calls use all devices of the process.
 """
 
 import itertools
@@ -15,20 +14,8 @@ from etils import epath
 from scipy import special
 
 from grain_jax.checkpoint import saved_model
-from grain_jax.inference import calibration, inputs, prompts, scores, segmentation
-from grain_jax.inference.batches import MAX_BATCH
+from grain_jax.inference import batches, calibration, inputs, prompts, scores, segmentation
 from grain_jax.inference.encoder import Boxes, Encoder
-from grain_jax.inference.inputs import (
-    ClassTexts,
-    Images,
-    InputError,
-    OneImage,
-    OneOrMany,
-    Texts,
-    Tokens,
-    for_each_image,
-    one_or_many,
-)
 
 
 class Grounding(NamedTuple):
@@ -52,11 +39,10 @@ class ClassFeatures(NamedTuple):
 
     names: tuple[str, ...]
     features: np.ndarray  # float32 [C, D], means of unit-length text embeddings; not of unit length
-    # Per class float32 [n_c, D], unit length; None: no descriptions.
-    descriptions: tuple[np.ndarray, ...] | None
+    descriptions: tuple[np.ndarray, ...] | None  # per class float32 [n_c, D], unit length, if there are any
 
 
-Classes: TypeAlias = ClassTexts | ClassFeatures
+Classes: TypeAlias = inputs.ClassTexts | ClassFeatures
 
 
 def load(
@@ -79,8 +65,7 @@ def load(
 
     Raises:
       checkpoint.CheckpointError: there is no such model, or it is damaged.
-      errors.UserError: it cannot be downloaded or converted.
-      InputError: unknown `dtype` or `device`.
+      errors.UserError: it cannot be downloaded or converted; an InputError for `dtype` and `device`.
     """
     stored = saved_model.load_stored(name)
     settings = dtype or "float32", templates, stored.folder, progress, device
@@ -107,80 +92,65 @@ class Predictor(Encoder):
       folder: folder of the model, where the files of its tokenizer are looked for first.
       progress: whether calls show on stderr how many images they have encoded.
       device: see `load`.
-
-    Raises:
-      InputError: unknown `dtype` or `device`, or factors of LoRA among the parameters.
     """
 
-    def class_features(self, classes: ClassTexts, alpha: float = 0.5) -> ClassFeatures:
+    def class_features(self, classes: inputs.ClassTexts, alpha: float = 0.5) -> ClassFeatures:
         """Embeds classes, maybe with descriptions, in prompts (docs/method.md, Zero-shot evaluation).
 
         With an alpha of 0 or 1 it leaves out what `classify` with that alpha does not read.
         """
-        pairs = inputs.class_pairs(classes)
-        texts = [prompts.class_texts(name, self.templates, described) for name, described in pairs]
-        descriptions = [list(described) for _, described in pairs if described is not None]
-        features, embeds = np.zeros((len(pairs), self.model.embed_dim), np.float32), None
+        names, described = zip(*inputs.class_pairs(classes))
+        features, embeds = np.zeros((len(names), self.model.embed_dim), np.float32), None
         if alpha > 0:
-            features = scores.class_features(prompts.encode_lists(self.encode_text, texts))
-        if descriptions and alpha < 1:
-            embeds = tuple(prompts.encode_lists(self.encode_text, descriptions))
-        return ClassFeatures(tuple(name for name, _ in pairs), features, embeds)
+            features = prompts.embed_classes(self.encode_text, names, self.templates, described)
+        if alpha < 1 and described[0] is not None:
+            embeds = tuple(prompts.encode_lists(self.encode_text, described))
+        return ClassFeatures(names, features, embeds)
 
-    @one_or_many
+    @inputs.one_or_many
     def classify(
         self,
-        images: OneOrMany | Tokens,
-        classes: ClassTexts | ClassFeatures,
+        images: inputs.OneOrMany,
+        classes: inputs.ClassTexts | ClassFeatures,
         alpha: float = 1.0,
         *,
         normalized: bool = False,
     ) -> np.ndarray:
         """Scores of classes, float32 [B, C]: alpha * global + (1 - alpha) * region cosines; one image -> [C].
 
-        Args:
-          images, classes: see `Predictor`.
-          alpha: share of the global score; values below 1 need descriptions.
+        `alpha` is the share of the global score; values below 1 need descriptions.
         """
         if not 0.0 <= alpha <= 1.0:
-            raise InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
+            raise inputs.InputError(f"alpha: got {alpha}, expected a number from 0 to 1")
         if alpha < 1.0:
             self.need_regions(f"alpha {alpha}")
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes, alpha)
         if alpha < 1.0 and classes.descriptions is None:
-            raise InputError(f"alpha {alpha} needs descriptions of the classes: {{name: [description, ...]}}")
+            needed = "descriptions of the classes: {name: [description, ...]}"
+            raise inputs.InputError(f"alpha {alpha} needs {needed}")
         image_embed, region_embed, _ = self._encode(inputs.marked(images, normalized))
         region = None
-        if alpha < 1.0:
-            embeds = classes.descriptions or ()
-            region = scores.region_scores(region_embed, embeds, self.class_score)
+        if classes.descriptions and alpha < 1.0:
+            region = scores.region_scores(region_embed, classes.descriptions, self.class_score)
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
-    @for_each_image
-    def classify_boxes(
-        self, images: Images | Tokens, boxes_xyxy: Boxes, classes: Classes
-    ) -> list[np.ndarray]:
-        """For each image the cosines of classes and its boxes, float32 [n, C]; for one image [n, C].
-
-        `images` and `boxes_xyxy` are as for `encode_boxes`.
-        """
+    @inputs.for_each_image
+    def classify_boxes(self, images: inputs.Images, boxes_xyxy: Boxes, classes: Classes) -> list[np.ndarray]:
+        """For each image the cosines of classes and its boxes (see `encode_boxes`), float32 [n, C]."""
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)
         embeds = self.encode_boxes(images, boxes_xyxy)
         return [scores.global_scores(embed, classes.features) for embed in embeds]
 
     @overload
-    def ground(self, image: OneImage | np.ndarray, texts: str) -> Grounding: ...  # pyright: ignore[reportOverlappingOverload]
+    def ground(self, image: inputs.OneImage | np.ndarray, texts: str) -> Grounding: ...  # pyright: ignore[reportOverlappingOverload]
 
     @overload
-    def ground(self, image: OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
+    def ground(self, image: inputs.OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
 
-    def ground(self, image: OneImage | np.ndarray, texts: Any) -> Any:
-        """For each text the box of the region with the largest cosine, and that cosine; one text -> one.
-
-        With a box head, its embedding of the box gives the cosine.
-        """
+    def ground(self, image: inputs.OneImage | np.ndarray, texts: Any) -> Any:
+        """For each text, or one, the box of the region with the largest cosine (by the box head, if any)."""
         if inputs.is_one_text(texts):
             return self.ground(image, inputs.one_text(texts))[0]
         self.need_regions("ground")
@@ -190,10 +160,10 @@ class Predictor(Encoder):
         best = similarity.argmax(axis=1)
         return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)]
 
-    @for_each_image
+    @inputs.for_each_image
     def detect(
         self,
-        images: Images,
+        images: inputs.Images,
         texts: Iterable[str],
         *,
         threshold: float = 0.0,
@@ -206,17 +176,18 @@ class Predictor(Encoder):
         of the scaled cosines; a single text then has its cosine.
 
         Args:
-          images: see `Predictor`; one image has one `Detections`.
           texts: what is looked for; each may have several regions, which overlap by an IoU of at most 0.5.
           threshold: the lowest score.
           top_k: detections per image at most.
           pixels: whether boxes are in pixels of the image as it was given, or in [0, 1].
         """
         self.need_regions("detect")
-        names = inputs.several_texts(texts)
+        names = [] if isinstance(texts, str) else list(texts)
+        if not names or not all(isinstance(x, str) for x in names):
+            raise inputs.InputError(f"texts: got {texts!r:.100}, expected a list of strings")
         features, detections = self.encode_text(names), []
         numbered = enumerate(inputs.checked_images(images, self.model.image.image_size))
-        while batch := [inputs.as_uint8(*x) for x in itertools.islice(numbered, MAX_BATCH)]:
+        while batch := [inputs.as_uint8(*x) for x in itertools.islice(numbered, batches.MAX_BATCH)]:
             _, embeds, boxes_xyxy = self._encode(batch)
             for image, score, boxes in zip(batch, self.text_scores(embeds, features), boxes_xyxy):
                 region, label = scores.best_pairs(score, boxes, top_k, threshold)
@@ -236,28 +207,26 @@ class Predictor(Encoder):
         logits = self.region_logit_scale * cosines.astype(np.float64)
         return special.softmax(logits, axis=-1).astype(np.float32)
 
-    @one_or_many
-    def present(self, images: OneOrMany, texts: str | Iterable[str], by: str = "image") -> np.ndarray:
+    @inputs.one_or_many
+    def present(self, images: inputs.OneOrMany, texts: str | Iterable[str], by: str = "image") -> np.ndarray:
         """Probabilities that texts are true of images, float32 [B, N]; one image -> [N], one text -> [B].
 
         It needs calibration.json in the model's folder, which `grain-jax evaluate calibrate` makes.
 
         Args:
-          images: see `Predictor`.
           texts: strings; names of classes if class folders made the calibration.
           by: "image", the embedding of the image, or "regions", the region that fits best.
         """
         if isinstance(texts, str):
             return self.present(images, [texts], by)[:, 0]
         if by not in ("image", "regions"):
-            raise InputError(f"by: got {by!r}, expected image or regions")
+            raise inputs.InputError(f"by: got {by!r}, expected image or regions")
         score, fault = self._calibration(by)
         if score is None:
             data = "--images DIR" + " --annotations A.jsonl" * (by == "regions")
-            raise InputError(
-                f"{self.folder}/{calibration.NAME}: got {fault}, expected a calibration; make it by:"
-                f" grain-jax evaluate calibrate --checkpoint {self.folder} {data} --output OUT.json"
-            )
+            make = f"grain-jax evaluate calibrate --checkpoint {self.folder} {data} --output OUT.json"
+            got = f"{self.folder}/{calibration.NAME}: got {fault}"
+            raise inputs.InputError(f"{got}, expected a calibration; make it by: {make}")
         embeds = self.encode_image(images) if by == "image" else self.encode_regions(images).embed
         text_embeds = calibration.embed_texts(self.encode_text, list(texts), score.templates)
         return score.probabilities(calibration.cosines(embeds, text_embeds))
@@ -271,42 +240,35 @@ class Predictor(Encoder):
             return None, "that of other parameters"
         return getattr(stored, by), f"one without {by}"
 
-    def similarity_map(self, image: OneImage | np.ndarray, texts: Texts) -> np.ndarray:
-        """Where each text lies in an image: cosines at the resolution of the patches, float32 [N, h, w].
+    def similarity_map(self, image: inputs.OneImage | np.ndarray, texts: inputs.Texts) -> np.ndarray:
+        """Where each text lies in an image: cosines at the patches, float32 [N, h, w]; one text -> [h, w].
 
-        For one text it returns [h, w]. A patch has its own cosine (`encode_patches`), the best cosine of the
-        regions there (`scores.region_map`), or the mean of the two, depending on what the model has.
-        `scores.resize_map` makes the map as large as the image.
+        A patch has its own cosine (`encode_patches`), the best cosine of the regions there, or the mean of
+        the two, depending on what the model has. `scores.resize_map` makes the map as large as the image.
         """
         if inputs.is_one_text(texts):
             return self.similarity_map(image, inputs.one_text(texts))[0]
         return self.similarity_maps([image], [self.encode_text(texts)])[0]
 
-    def similarity_maps(self, images: Images | Tokens, text_embeds: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """For each image the maps of its own texts, as `similarity_map`: float32 [n, h, w].
-
-        Args:
-          images: a batch.
-          text_embeds: for each image the embeddings [n, D] of its texts.
-        """
-        images = images if isinstance(images, Tokens) else self.encode_tokens(images)
-        patches = regions = [None] * len(text_embeds)
+    def similarity_maps(self, images: inputs.Images, text_embeds: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """For each image the maps [n, h, w] of its own texts, whose embeddings are [n, D], each."""
+        tokens, ways = images if isinstance(images, inputs.Tokens) else self.encode_tokens(images), []
         if self.has_patches:
-            patches = self.encode_patches(images)
+            pairs = zip(text_embeds, self.encode_patches(tokens), strict=True)
+            ways.append([np.einsum("nd,hwd->nhw", *pair) for pair in pairs])
         if self.has_regions or not self.has_patches:
-            regions = list(zip(*self.encode_regions(images)))
-        return [
-            scores.similarity_map(text, patch, region, self.grid)
-            for text, patch, region in zip(text_embeds, patches, regions, strict=True)
-        ]
+            regions = zip(text_embeds, *self.encode_regions(tokens), strict=True)
+            ways.append([scores.region_map(text @ x.T, boxes, self.grid) for text, boxes, x in regions])
+        return [np.asarray(np.mean(maps, axis=0), np.float32) for maps in zip(*ways)]
 
-    @for_each_image
+    @inputs.for_each_image
     def segment(
         self,
-        images: Images,
-        classes: ClassTexts | segmentation.Classes,
+        images: inputs.Images | Sequence[segmentation.Windows],
+        classes: inputs.ClassTexts | segmentation.Classes,
         *,
         background: float | None = None,
+        skip: int | None = None,
         short_side: int = 0,
         stride: int = 0,
         **maps: Any,
@@ -314,10 +276,11 @@ class Predictor(Encoder):
         """For each image the position of each pixel's class, int32 [H, W]; for one image [H, W].
 
         Args:
-          images: see `Predictor`, of any size; or one.
+          images: see `Predictor`, of any size; or one; or what `segmentation.cut` made of each.
           classes: names, {name: [description, ...]} or the result of `segmentation_classes`. Commas divide
             names of one class: "sofa, couch".
           background: pixels whose best class has a smaller share of the softmax of scaled cosines are -1.
+          skip: the position of a class that no pixel gets, and that the softmax leaves out.
           short_side: pixels that the shorter side is resized to; 0: the model's image size.
           stride: pixels between windows of the model's size; 0: half of it.
           **maps: `by`, `patch_features`, `patch_weight` and `patch_sides`, as for `class_maps`.
@@ -326,24 +289,26 @@ class Predictor(Encoder):
         segmentation.check_stride(size, short_side, stride)
         if not isinstance(classes, segmentation.Classes):
             classes = self.segmentation_classes(classes)
-        labels = []
-        for i, image in enumerate(cast(Iterable[Any], images)):
-            windows = segmentation.windows_of(i, image, size, short_side, stride, len(classes.names))
-            maps_of_windows = self.class_maps(windows.pixels, classes, **maps)
-            labels.append(
-                segmentation.labels(maps_of_windows, windows, background=background, scale=self.logit_scale)
-            )
+        of_pixels: dict[str, Any] = dict(background=background, scale=self.logit_scale, skip=skip)
+        labels, options = [], (size, short_side, stride, len(classes.names))
+        numbered = enumerate(cast(Iterable[Any], images))
+        windows = (segmentation.windows_of(*each, *options) for each in numbered)
+        while group := list(itertools.islice(windows, segmentation.AT_ONCE)):
+            maps_of = lambda part: (self.class_maps(part, classes, **maps),)
+            (joined,) = scores.in_parts(maps_of, np.concatenate([each.pixels for each in group]))
+            batches.check_finite(joined)
+            parts = np.split(joined, np.cumsum([len(each.pixels) for each in group])[:-1])
+            labels += [segmentation.labels(*pair, **of_pixels) for pair in zip(parts, group)]
         return labels
 
-    def segmentation_classes(self, classes: ClassTexts) -> segmentation.Classes:
+    def segmentation_classes(self, classes: inputs.ClassTexts) -> segmentation.Classes:
         """Embeds classes for `segment`, once for any number of images."""
         names, described = zip(*inputs.class_pairs(classes))
-        described = [descriptions or () for descriptions in described] if any(described) else None
         return segmentation.embed_classes(self.encode_text, names, self.templates, described)
 
     def class_maps(
         self,
-        images: Images,
+        images: inputs.Images,
         classes: segmentation.Classes,
         *,
         by: str = "auto",
@@ -354,15 +319,13 @@ class Predictor(Encoder):
         """Where every class lies in each image of a batch: cosines at the patches, float32 [B, C, h, w].
 
         Args:
-          images: a batch, see `Predictor`.
-          classes: the result of `segmentation_classes`.
+          images, classes: a batch, and the result of `segmentation_classes`.
           by: "patches"; "regions", each query's cosine in its box (`scores.region_map`); "both"; or "auto",
             what the model has, as in `similarity_maps`.
           patch_features: "tokens", the last ones (`encode_patches`); "values", for which each token of the
             last layer attends to itself alone (MaskCLIP); or "auto", tokens with a box head, else values.
           patch_weight: share of the patches in "both"; the regions have the rest.
-          patch_sides: `sides` of `encode_patches`. A box of one patch is smaller than any part that a box
-            head has learnt, and it takes it for a small one.
+          patch_sides: `sides` of `encode_patches`; a box head takes a box of one patch for a small part.
         """
         by, patch_features = self.maps_by(by, patch_features)
         maps, use_values = [], patch_features == "values"
@@ -374,9 +337,8 @@ class Predictor(Encoder):
             cosines = classes.cosines(self.encode_patches(tokens, patch_sides))
             maps.append(cosines.transpose(0, 3, 1, 2))
         if by != "patches":
-            regions = self.encode_regions(images if use_values else tokens)
-            cosines = classes.cosines(regions.embed).transpose(0, 2, 1)  # [B, C, Q]
-            pairs = zip(cosines, regions.boxes_xyxy)
+            boxes_xyxy, embed = self.encode_regions(images if use_values else tokens)
+            pairs = zip(classes.cosines(embed).transpose(0, 2, 1), boxes_xyxy)  # [B, C, Q]
             maps.append(np.stack([scores.region_map(*pair, self.grid) for pair in pairs]))
         if len(maps) == 1:
             return maps[0]

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from etils import epath
 
 from grain_jax.core import errors, regular_file
+from grain_jax.inference import scores
 
+Encode: TypeAlias = Callable[[list[str]], np.ndarray]  # N texts -> [N, D]
 DEFAULT_TEMPLATES = epath.Path(__file__).parent / "templates.txt"
 
 # Beginning of the clause -> first words of descriptions that take it; other words take "which has".
@@ -16,37 +19,22 @@ _BEGINNING = {word: clause for clause, firsts in _CLAUSE.items() for word in fir
 _PARENT = re.compile(r"(?<=\w\w)/(?=\w\w)")  # between PARENT and CLASS
 
 
-class PromptError(errors.UserError):
-    """A template file cannot be used; the message has one line per fault."""
-
-
 def load_templates(path: epath.PathLike | None = None) -> list[str]:
     """Reads templates, one per line, each with one `{}`; blank lines and `#` lines are skipped.
 
-    Args:
-      path: the file; None: DEFAULT_TEMPLATES.
-
-    Raises:
-      PromptError: no such file, a line without exactly one `{}`, or no template at all.
+    Raises errors.UserError: no such file, a line without exactly one `{}`, or no template at all.
     """
     path = DEFAULT_TEMPLATES if path is None else epath.Path(path).expanduser()
-    try:
-        text = regular_file.read_text(path, "templates, one a line")
-    except regular_file.FileError as error:
-        raise PromptError(str(error)) from None
-    templates, faults = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        if line.count("{}") == 1:
+    text, templates, faults = regular_file.read_text(path, "templates, one a line"), [], []
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if line.count("{}") == 1 and not line.startswith("#"):
             templates.append(line)
-        else:
+        elif line and not line.startswith("#"):
             faults.append(f"{path}:{number}: got {line!r}, expected one {{}} for the class name")
     if not templates and not faults:
         faults.append(f"{path}: holds no template; expected lines such as 'a photo of a {{}}'")
     if faults:
-        raise PromptError("\n".join(faults))
+        raise errors.UserError("\n".join(faults))
     return templates
 
 
@@ -65,15 +53,10 @@ def descriptor_clause(description: str) -> str:
 def class_texts(name: str, templates: Sequence[str], descriptions: Sequence[str] | None = None) -> list[str]:
     """The texts of a class: every template, or each with every description (templates in the inner loop).
 
-    A name "dog/poodle" is PARENT/CLASS: "a photo of a poodle, a kind of dog". The last of several parents
-    is used. A `/` between single letters or beside a space ("C/V", "jacket / coat") is part of the name.
+    In names `_` stands for a space, and "dog/poodle" is PARENT/CLASS: "a photo of a poodle, a kind of dog".
+    The last of several parents is used. A `/` between single letters or beside a space is part of the name.
 
     DIFFERS: the reference says "a poodle, of a dog", and fails where the parent is one letter (quirk 19).
-
-    Args:
-      name: the class; `_` stands for a space, as in folder names.
-      templates: texts with one `{}` each.
-      descriptions: of the class; None: the name alone.
     """
     *parents, name = _PARENT.split(name.replace("_", " ").strip())
     filled = [template.replace("{}", name) for template in templates]
@@ -95,10 +78,24 @@ def distinct(texts: Sequence[str], key: Callable[[str], str] = str) -> tuple[lis
     return [text for _, text in first.values()], np.array(position, int)
 
 
-def encode_lists(
-    encode: Callable[[list[str]], np.ndarray], lists: Sequence[Sequence[str]]
-) -> list[np.ndarray]:
+def encode_lists(encode: Encode, lists: Sequence[Sequence[str]]) -> list[np.ndarray]:
     """For each list of texts the embeddings [n, D]; `encode`, texts -> [N, D], gets each text once."""
     texts, position = distinct([text for each in lists for text in each])
     ends = np.cumsum([len(each) for each in lists])
     return np.split(encode(texts)[position], ends[:-1])
+
+
+def embed_classes(
+    encode: Encode,
+    names: Sequence[str],
+    templates: Sequence[str],
+    descriptions: Sequence[Sequence[str] | None] | None = None,
+    unit_length: bool = False,
+) -> np.ndarray:
+    """Classes as `class_texts` -> `scores.class_features`, float32 [C, D].
+
+    `descriptions` has those of each class; one without any is described by its name.
+    """
+    described = descriptions or [None] * len(names)
+    texts = [class_texts(name, templates, its_own or None) for name, its_own in zip(names, described)]
+    return scores.class_features(encode_lists(encode, texts), unit_length)

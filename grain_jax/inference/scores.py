@@ -1,8 +1,4 @@
-"""Zero-shot scores from embeddings, in numpy (docs/method.md, Zero-shot evaluation).
-
-Shapes use the letters of `schema`, C for classes, and n_c for the texts of class c. Embeddings may have any
-length: every function normalises them, and scores are cosines.
-"""
+"""Zero-shot scores from embeddings of any length, in numpy; C are classes, n_c the texts of class c."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +6,6 @@ from typing import Any
 import numpy as np
 
 AT_ONCE = 256  # rows of `in_parts`
-_CORNERS = ((np.maximum, slice(0, 2)), (np.minimum, slice(2, 4)))  # of what two boxes share
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -27,15 +22,10 @@ def in_parts(function: Callable[..., Sequence[np.ndarray]], *arrays: np.ndarray)
 
 
 def class_features(text_embeds: Sequence[np.ndarray], unit_length: bool = False) -> np.ndarray:
-    """For each class the mean of its unit-length text embeddings.
+    """For each class the mean of its unit-length text embeddings [n_c, D], float32 [C, D].
 
-    Args:
-      text_embeds: for each class the embeddings of its texts, [n_c, D].
-      unit_length: normalise the means, as OpenAI's CLIP and open_clip do; False: as the reference.
-
-    Returns:
-      float32 [C, D]. Without `unit_length`, the less alike the texts of a class, the shorter its feature and
-      the lower its scores.
+    With `unit_length` the means are normalised, as OpenAI's CLIP and open_clip do. Otherwise, as in the
+    reference, the less alike the texts of a class, the shorter its feature and the lower its scores.
     """
     means = np.stack([unit(embeds).mean(axis=0) for embeds in text_embeds])
     return unit(means) if unit_length else means
@@ -49,16 +39,13 @@ def global_scores(image_embed: np.ndarray, features: np.ndarray) -> np.ndarray:
 def region_scores(
     region_embed: np.ndarray, description_embeds: Sequence[np.ndarray], by: str = "mean"
 ) -> np.ndarray:
-    """The region score of each class (docs/method.md, Zero-shot evaluation).
+    """The region score of each class, float32 [B, C] (docs/method.md, Zero-shot evaluation).
 
     Args:
       region_embed: [B, Q, D].
       description_embeds: for each class the embeddings of its descriptions, [n_c, D], n_c >= 1.
       by: "mean" averages the queries' cosines with the best description of the class, as the paper does.
-        "best" averages the descriptions' cosines with the best query: other things do not count.
-
-    Returns:
-      float32 [B, C].
+        "best" averages the descriptions' cosines with the best query.
     """
     counts = [len(embeds) for embeds in description_embeds]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -76,22 +63,19 @@ def region_scores(
 def best_pairs(
     score: np.ndarray, boxes_xyxy: np.ndarray | None, most: int, threshold: float = -np.inf
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of region and text with the highest scores, best first.
+    """The positions of the regions and texts with the `most` highest scores, best first, int [n] each.
 
     Args:
       score: [Q, K], of regions and texts.
       boxes_xyxy: [Q, 4]. A text's regions with an IoU above 0.5 to a better one are left out; None: none is.
       most: pairs at most.
       threshold: the lowest score.
-
-    Returns:
-      The positions of the regions and of the texts, int [n] each.
     """
     score = np.asarray(score, np.float64)
     if boxes_xyxy is not None and len(score):
-        pairs = np.asarray(boxes_xyxy, np.float64)[:, None], np.asarray(boxes_xyxy, np.float64)
-        low, high = (f(pairs[0][..., i], pairs[1][..., i]) for f, i in _CORNERS)
-        both = np.maximum(high - low, 0).prod(axis=-1)
+        boxes = np.asarray(boxes_xyxy, np.float64)
+        low = np.maximum(boxes[:, None, :2], boxes[:, :2])
+        both = np.maximum(np.minimum(boxes[:, None, 2:], boxes[:, 2:]) - low, 0).prod(axis=-1)
         area = both.diagonal()
         covers = both > 0.5 * (area[:, None] + area - both)  # [Q, Q]
         kept = np.zeros(score.shape, bool)
@@ -115,19 +99,10 @@ def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.
 
 
 def region_map(cosines: Any, boxes_xyxy: Any, grid: int, xp: Any = np) -> Any:
-    """Cosines of texts and regions as a map: a cell has the best cosine of the regions that cover it.
+    """Cosines [N, Q] of texts and regions as maps, float32 [N, grid, grid], of the best that covers a cell.
 
     A region that covers a share of a cell counts there in that share, above the lowest cosine of the text; a
-    cell without a region has the lowest.
-
-    Args:
-      cosines: [N, Q], of texts and regions.
-      boxes_xyxy: [Q, 4] in [0, 1].
-      grid: cells along a side.
-      xp: of the arrays: numpy or jax.numpy.
-
-    Returns:
-      float32 [N, grid, grid].
+    cell without a region has the lowest. `boxes_xyxy` [Q, 4] is in [0, 1], `xp` numpy or jax.numpy.
     """
     low = np.arange(grid) / grid
 
@@ -140,32 +115,6 @@ def region_map(cosines: Any, boxes_xyxy: Any, grid: int, xp: Any = np) -> Any:
     lowest = cosines.min(axis=1, keepdims=True)
     above = ((cosines - lowest)[..., None, None] * share).max(axis=1)
     return (lowest[..., None] + above).astype(np.float32)
-
-
-def similarity_map(
-    text_embed: np.ndarray,
-    patch_embed: np.ndarray | None,
-    regions: tuple[np.ndarray, np.ndarray] | None,
-    grid: int,
-) -> np.ndarray:
-    """Where texts lie: cosines of the patches, of the regions (`region_map`), or the mean of the two.
-
-    Args:
-      text_embed: [N, D].
-      patch_embed: [grid, grid, D]; None: only the regions are asked.
-      regions: boxes_xyxy [Q, 4] in [0, 1] and embeddings [Q, D]; None: only the patches are asked.
-      grid: as of `region_map`.
-
-    Returns:
-      float32 [N, grid, grid].
-    """
-    maps = []
-    if patch_embed is not None:
-        maps.append(np.einsum("nd,hwd->nhw", text_embed, patch_embed))
-    if regions is not None:
-        boxes_xyxy, embed = regions
-        maps.append(region_map(text_embed @ embed.T, boxes_xyxy, grid))
-    return np.asarray(np.mean(maps, axis=0), np.float32)
 
 
 def bilinear(size: int, cells: int) -> np.ndarray:

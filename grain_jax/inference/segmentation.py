@@ -1,14 +1,12 @@
 """Open-vocabulary segmentation: the class of every pixel, from cosines of patches or regions and class names.
 
-The image is resized and cut into windows of the model's size. Each window gets a map per class; overlapping
-maps are averaged. The maps are resized to the image, and each pixel gets the class with the largest cosine.
-
-Maps of patches follow MaskCLIP (Zhou et al. 2022, arXiv 2112.01071). Resizing is bilinear, cell centres on
-cell centres, the edge held.
+The image is resized and cut into windows of the model's size. Each window gets a map per class (MaskCLIP,
+Zhou et al. 2022, arXiv 2112.01071); overlapping maps are averaged. The maps are resized to the image,
+bilinearly, and each pixel gets the class with the largest cosine.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,10 +20,10 @@ from grain_jax.inference import inputs, prompts, scores
 from grain_jax.inference.inputs import InputError
 
 BACKGROUND = -1  # the label of pixels below the threshold
+AT_ONCE = 16  # images whose windows are in memory
 MAX_CANVAS = 1 << 22  # pixels of a resized image
 MAX_NUMBERS = 1 << 29  # float32 numbers, one for each class, of these pixels: 2 GiB
-# Numbers of the maps that are as large as the image at one time: what a cache holds.
-_BAND = 1 << 18
+_BAND = 1 << 18  # numbers of the maps that are as large as the image at one time: what a cache holds
 
 
 class Classes(NamedTuple):
@@ -49,28 +47,18 @@ def alternatives(name: str) -> list[str]:
 
 
 def embed_classes(
-    encode: Callable[[list[str]], np.ndarray],
+    encode: prompts.Encode,
     names: Sequence[str],
     templates: Sequence[str],
-    descriptions: Sequence[Sequence[str]] | None = None,
+    descriptions: Sequence[Sequence[str] | None] | None = None,
     unit_length: bool = True,
 ) -> Classes:
-    """Embeds the names of classes in prompts; each alternative has its own embedding.
-
-    Args:
-      encode: texts -> [N, D].
-      names: the classes; commas divide alternatives.
-      templates: prompts with `{}`.
-      descriptions: for each class; a class with none is described by its names alone. None: no descriptions.
-      unit_length: see `scores.class_features`.
-    """
-    texts, first = [], []
-    for name, described in zip(names, descriptions or [()] * len(names), strict=True):
-        first.append(len(texts))
-        for alternative in alternatives(name) or [name]:
-            texts.append(prompts.class_texts(alternative, templates, described or None))
-    features = scores.class_features(prompts.encode_lists(encode, texts), unit_length)
-    return Classes(tuple(names), features, np.array(first))
+    """`prompts.embed_classes`, where commas in a name divide alternatives, each with its own embedding."""
+    parts = [alternatives(name) or [name] for name in names]
+    counts = list(map(len, parts))
+    of_parts = [x for x, n in zip(descriptions, counts) for _ in range(n)] if descriptions else None
+    features = prompts.embed_classes(encode, sum(parts, []), templates, of_parts, unit_length)
+    return Classes(tuple(names), features, np.cumsum([0, *counts[:-1]]))
 
 
 class Windows(NamedTuple):
@@ -83,17 +71,16 @@ class Windows(NamedTuple):
 
 
 def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0, classes: int = 1) -> Windows:
-    """The windows of an image; the last ones end at its edges.
+    """The windows of an image of any mode and size; the last ones end at its edges.
 
     Args:
-      image: of any mode and size.
+      image: the image.
       size: pixels S along a window's side.
       short_side: pixels that the shorter side is resized to; 0: S.
       stride: pixels between windows; 0: half of S, rounded up.
       classes: how many maps each window will have.
 
-    Raises:
-      ImageError: the resized image would have more than MAX_CANVAS pixels, or MAX_NUMBERS for all classes.
+    Raises ImageError: resized, it would have more than MAX_CANVAS pixels, or MAX_NUMBERS for all classes.
     """
     width, height = image.size
     short = max(short_side, size)
@@ -116,7 +103,9 @@ def cut(image: PIL.Image.Image, size: int, short_side: int = 0, stride: int = 0,
 
 
 def windows_of(index: int, image: Any, *options: int) -> Windows:
-    """`cut` of an image, as `Predictor` takes them. Raises InputError, which names the image by `index`."""
+    """`cut` of an image, if it is not yet. Raises InputError, which names the image by `index`."""
+    if isinstance(image, Windows):
+        return image
     pixels = inputs.as_uint8(index, image)
     try:
         return cut(PIL.Image.fromarray(pixels), *options)
@@ -146,10 +135,8 @@ def labels(
       scale: of the cosines in that softmax.
       skip: a class that no pixel gets, and that the softmax leaves out.
     """
-    canvas = _overlapped(maps, windows)
-    out = np.empty(windows.size[::-1], np.int32)
-    first = 0
-    for band in _resized(canvas, *windows.size):
+    parts = []
+    for band in _resized(_overlapped(maps, windows), *windows.size):
         if skip is not None:
             band[:, :, skip] = -np.inf
         best = band.argmax(axis=2).astype(np.int32)
@@ -157,9 +144,8 @@ def labels(
             top = band.max(axis=2, keepdims=True)
             share = 1 / np.exp(np.float32(scale) * (band - top)).sum(axis=2)
             best[share < background] = BACKGROUND
-        out[first : first + len(best)] = best
-        first += len(best)
-    return out
+        parts.append(best)
+    return np.concatenate(parts)
 
 
 def _overlapped(maps: np.ndarray, windows: Windows) -> np.ndarray:
@@ -191,10 +177,7 @@ def _resized(canvas: np.ndarray, width: int, height: int) -> Iterator[np.ndarray
 
 
 def maps_by(model: config_lib.Model, by: str, patch_features: str) -> tuple[str, str]:
-    """The options `by` and `patch_features` of `Predictor.class_maps` without "auto".
-
-    Raises InputError, which begins with the option, if the model cannot use them.
-    """
+    """The options of `Predictor.class_maps` without "auto". Raises InputError: the model cannot use one."""
     options = (("by", by, config_lib.MAPS_BY), ("patch_features", patch_features, config_lib.PATCH_FEATURES))
     for name, value, known in options:
         if value not in known:
@@ -214,19 +197,15 @@ def maps_by(model: config_lib.Model, by: str, patch_features: str) -> tuple[str,
     if patch_features == "auto":
         patch_features = "tokens" if has_head or external else "values"
     if by != "regions" and patch_features == "values" and external:
-        raise InputError(
-            f"patch_features: got 'values' with the tower {model.image.tower}, expected 'tokens'"
-        )
+        got = f"'values' with the tower {model.image.tower}"
+        raise InputError(f"patch_features: got {got}, expected 'tokens'")
     return by, patch_features
 
 
 def check_stride(size: int, short_side: int, stride: int) -> None:
     """Raises InputError if a model of `size` pixels cannot use these options of `cut`."""
+    wanted = f"{size}, the model's image size"
     if short_side and short_side < size:
-        raise InputError(
-            f"short_side: got {short_side}, expected 0 or at least {size}, the model's image size"
-        )
+        raise InputError(f"short_side: got {short_side}, expected 0 or at least {wanted}")
     if not 0 <= stride <= size:
-        raise InputError(
-            f"stride: got {stride}, expected 1 to {size}, the model's image size, or 0 for half of it"
-        )
+        raise InputError(f"stride: got {stride}, expected 1 to {wanted}, or 0 for half of it")

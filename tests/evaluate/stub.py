@@ -74,4 +74,4 @@ def write_lines(path, lines):
 def measure(kind, predictor, *, batch_size=64, **options):
     """The result of an evaluator of the package with those options, of which paths may be paths."""
     texts = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in options.items()}
-    return kinds.find(kind)(**texts, batch_size=batch_size).evaluate(predictor)
+    return {"kind": kind} | kinds.find(kind)(**texts, batch_size=batch_size).evaluate(predictor)

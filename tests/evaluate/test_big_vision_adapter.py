@@ -80,9 +80,8 @@ def test_pictures_and_texts_as_the_predictor_has_them(clip):
     assert (zimg.shape, ztxt, set(out)) == ((4, 28), None, {"img/normalized", "t", "t/parameter"})
     assert jax.eval_shape(predict, state, {"labels": ids})[0] is None
     model = big_vision.Model(checkpoint=clip)
-    shapes = jax.eval_shape(
-        model.init, jax.random.key(0), np.zeros((1, 40, 40, 3)), np.zeros((1, 32), np.int32)
-    )
+    passed = np.zeros((1, 40, 40, 3)), np.zeros((1, 32), np.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *passed)
     assert jax.tree.map(np.shape, shapes["params"]) == jax.tree.map(np.shape, state["params"])
 
 
@@ -122,7 +121,5 @@ def test_register_makes_the_names_known(monkeypatch):
     monkeypatch.setitem(sys.modules, "big_vision.models.grain_jax", None)
     big_vision.register()
     assert sys.modules["big_vision.models.grain_jax"] is big_vision
-    assert known == {
-        "preprocess_ops.grain_image": big_vision.grain_image,
-        "preprocess_ops.grain_text": big_vision.grain_text,
-    }
+    ops = dict(grain_image=big_vision.grain_image, grain_text=big_vision.grain_text)
+    assert known == {f"preprocess_ops.{name}": op for name, op in ops.items()}

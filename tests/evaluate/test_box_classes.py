@@ -51,11 +51,8 @@ def test_hand_computed(data):
     assert got["region"]["mean_per_class"] == pytest.approx(2 / 3)
     low, high = rates.interval(2, 3)
     assert (got["region"]["top1_low"], got["region"]["top1_high"]) == (low, high)
-    # Cat is right among the two found ones. The image embedding knows cat and cow, too.
-    assert got["found_boxes"]["boxes"] == 2
-    assert got["found_boxes"]["region"]["per_class"] == {"cat": 1.0, "Dog": 0.0}
+    # The image embedding knows cat and cow, too.
     assert got["image"]["per_class"] == {"cat": 1.0, "Dog": 0.0, "cow": 1.0}
-    assert got["found_boxes"]["image"]["top1"] == 0.5
     assert tables.scalars(got)["region/top5"] == 1.0
     json.dumps(got)
 
@@ -82,6 +79,41 @@ def test_class_file(data, tmp_path):
 def test_best_query():
     boxes = np.array([LEFT, [0, 0.5, 0.1, 1]], np.float32)
     queries = np.array([[CORNER, RIGHT, LEFT], [CORNER, RIGHT, CORNER]], np.float32)
-    measured = box_classes.best_query(queries, boxes)
+    query, iou = box_classes.best_query(queries, boxes)
     # Nothing overlaps the second box: the right half is nearer to it, as GIoU has it, than a corner.
-    assert measured.query.tolist() == [2, 1] and measured.iou.tolist() == [1, 0]
+    assert query.tolist() == [2, 1] and iou.tolist() == [1, 0]
+
+
+WORDS = {"red": [1, 0, 0], "blue": [0, 1, 0], "green": [0, 0, 1], "pale": [0.6, 0.8, 0]}
+
+
+def test_hard_negatives(tmp_path):
+    """Three images of 20 x 10 pixels; regions with two negatives, with one, and outside."""
+    left, right, outside = [0, 0, 10, 10], [10, 0, 20, 10], [30, 0, 40, 9]
+    regions = [
+        [(left, "red", "blue", "green"), (right, "blue", "red", "pale")],
+        [(left, "green", "red"), (outside, "red", "blue", "green")],
+        [(right, "red", "blue", "green")],
+    ]
+    made = [[region(box, text, negatives=rest) for box, text, *rest in boxes] for boxes in regions]
+    options = annotate(tmp_path, [{"regions": boxes} for boxes in made])
+    embeds = [[1, 0, 0], [0.5, 0.8, 0]], [[0, 0, 1], [0, 1, 0]], [[1, 0, 0], [0, 1, 0]]
+    # Of the regions red is right, pale is nearer than blue; the last one is wrong. The image says red, of the
+    # last one red and blue alike.
+    images = {0: [1, 0, 0], 1: [1, 0, 0], 2: [1, 1, 0]}
+    predictor = StubPredictor(images, WORDS, {i: ([LEFT, RIGHT], x) for i, x in enumerate(embeds)})
+    got = measure("hard_negatives", predictor, **options, negatives=2)
+    assert (got["boxes"], got["boxes_with_fewer_negatives"], got["boxes_outside"]) == (3, 1, 1)
+    assert (got["chance"], got["chance_mean_rank"], got["images"]) == (1 / 3, 2.0, 3)
+    assert got["region"]["top1"] == pytest.approx(1 / 3)
+    # The last box: red and green are at 0, and a tie counts as lost.
+    assert got["region"]["mean_rank"] == pytest.approx((1 + 2 + 3) / 3)
+    assert got["region"]["median_rank"] == 2
+    assert got["image"]["top1"] == pytest.approx((1 + 0 + 0.5) / 3)  # of two alike, one at random
+    assert "box_head" not in got
+    rows = tables.rows_of(got["kind"], tables.scalars(got))
+    assert [row.key for row in rows[:2]] == ["region/top1", "region/mean_rank"]
+    json.dumps(got)
+    got = measure("hard_negatives", predictor, **options, negatives=1)
+    assert (got["boxes"], got["negatives"]) == (4, 1)
+    assert got["region"]["top1"] == pytest.approx(3 / 4)  # of blue, pale is not asked for

@@ -5,7 +5,8 @@ import json
 import pytest
 import tensorflow_datasets as tfds
 
-from grain_jax.evaluate import class_names, zeroshot
+from grain_jax.core import errors
+from grain_jax.evaluate import class_names, segmentation, zeroshot
 from grain_jax.inference import prompts
 
 # TFDS 4.9.10 asks protobuf for a field's label; protobuf 6 has another name for it.
@@ -23,7 +24,7 @@ def file(tmp_path, *lines):
 
 
 def fault(labels, count, classes):
-    with pytest.raises(class_names.ClassNameError) as caught:
+    with pytest.raises(errors.UserError) as caught:
         class_names.for_labels(labels, count, classes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -41,7 +42,10 @@ def test_shipped_names_are_those_of_the_tfds_set(name, count, tmp_path):
     assert [prompts.class_texts(n, ["{}"])[0] for n in names] == names  # no PARENT/CLASS
 
 
-def test_lvis_has_groups():
+def test_class_files_of_sets_with_masks_and_of_lvis():
+    for name, count in zip(MASKED, (150, 21)):
+        assert len(class_names.read(name)) == count == len({line.label for line in class_names.read(name)})
+        assert len(set(segmentation.class_labels(name)[1])) == count
     assert class_names.shipped() == ", ".join(sorted([*SETS, *MASKED, "lvis"]))
     lines = class_names.read("lvis")
     counts = dict(rare=337, common=461, frequent=405)
@@ -104,12 +108,10 @@ def test_names_are_found_by_label_or_have_the_order_of_the_labels(tmp_path):
     assert class_names.for_labels(["dog", "old", "cat"], 3, path) == ["Dog", "a new name", "cat"]
     assert "got 'Dog' as class 0" in fault(["cat", "dog", "old"], 3, path)
     assert "got 3 classes, expected" in fault(None, 4, path)
-    for lines, expected in (
-        ([], "got no class or an empty name"),
-        (["cat\tcat", "dog"], "lines of several forms"),
-        (["M\u00f6we\ta", "Mo\u0308we\tb"], "the label 'M\u00f6we' twice"),
-    ):
-        assert expected in fault(None, 2, file(tmp_path, *lines))
+    assert "got no class or an empty name" in fault(None, 2, file(tmp_path))
+    assert "lines of several forms" in fault(None, 2, file(tmp_path, "cat\tcat", "dog"))
+    twice = file(tmp_path, "M\u00f6we\ta", "Mo\u0308we\tb")
+    assert "the label 'M\u00f6we' twice" in fault(None, 2, twice)
 
 
 def test_imagenet_takes_the_published_descriptions(tmp_path):

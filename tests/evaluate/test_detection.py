@@ -29,15 +29,8 @@ def _random_set(seed):
     for image in images:
         for _ in range(rng.integers(0, 7) * (rng.random() < 0.8)):
             x, y, w, h = rng.uniform(0, 200, 2).tolist() + rng.uniform(2, 150, 2).tolist()
-            truth.append(
-                {
-                    "image_id": image["id"],
-                    "category_id": int(rng.choice(ids)),
-                    "bbox": [x, y, w, h],
-                    "area": w * h * rng.uniform(0.3, 1),
-                    "iscrowd": int(rng.random() < 0.15),
-                }
-            )
+            truth.append({"image_id": image["id"], "category_id": int(rng.choice(ids)), "bbox": [x, y, w, h]})
+            truth[-1] |= {"area": w * h * rng.uniform(0.3, 1), "iscrowd": int(rng.random() < 0.15)}
             for _ in range(rng.integers(0, 4)):  # near it
                 box = [x, y, w, h] + rng.normal(0, 0.1, 4) * [w, h, w, h]
                 bbox = np.maximum(box, [-9, -9, 0.5, 0.5]).tolist()
@@ -49,26 +42,20 @@ def _random_set(seed):
     for x in found:
         x["score"] = float(rng.integers(0, 12) / 11) if seed % 2 else float(rng.random())
     if all(x["iscrowd"] for x in truth):
-        truth.append({**found_box(images[0], classes[0]), "iscrowd": 0, "area": 100.0})
+        truth.append({"image_id": images[0]["id"], "category_id": ids[0], "bbox": [1.0, 2.0, 10.0, 10.0]})
+        truth[-1] |= {"iscrowd": 0, "area": 100.0}
     return {"images": images, "categories": classes, "annotations": truth}, found
-
-
-def found_box(image, category):
-    return {"image_id": image["id"], "category_id": category["id"], "bbox": [1.0, 2.0, 10.0, 10.0]}
 
 
 def _expected(truth, found, class_ids=None):
     """The numbers of pycocotools."""
-    sets = []
-    for items in (truth["annotations"], found):
-        numbered = [
-            {"area": x["bbox"][2] * x["bbox"][3], "iscrowd": 0, **x, "id": i} for i, x in enumerate(items, 1)
-        ]
-        sets.append(COCO())
-        sets[-1].dataset = copy.deepcopy({**truth, "annotations": numbered})
-        with contextlib.redirect_stdout(io.StringIO()):
-            sets[-1].createIndex()
     with contextlib.redirect_stdout(io.StringIO()):
+        sets = [COCO(), COCO()]
+        for coco, items in zip(sets, (truth["annotations"], found)):
+            area = lambda x: x["bbox"][2] * x["bbox"][3]
+            numbered = [{"area": area(x), "iscrowd": 0, **x, "id": i} for i, x in enumerate(items, 1)]
+            coco.dataset = copy.deepcopy({**truth, "annotations": numbered})
+            coco.createIndex()
         counter = COCOeval(*sets, "bbox")
         if class_ids is not None:
             counter.params.catIds = class_ids
@@ -83,9 +70,8 @@ def test_200_random_sets_have_the_numbers_of_pycocotools(capsys):
     for seed in range(200):
         truth, found = _random_set(seed)
         precision, recall = detection.curves(truth, found)
-        assert detection.means(precision, recall) == pytest.approx(
-            _expected(truth, found), abs=1e-9, rel=0
-        ), seed
+        expected = pytest.approx(_expected(truth, found), abs=1e-9, rel=0)
+        assert detection.means(precision, recall) == expected, seed
         ids = sorted(x["id"] for x in truth["categories"])
         seen = np.random.default_rng(seed).random(len(ids)) < 0.5
         for which in (seen, ~seen)[: 1 + seed % 2]:
@@ -99,24 +85,16 @@ def test_200_random_sets_have_the_numbers_of_pycocotools(capsys):
 
 def test_lvis_counts_only_where_a_class_was_looked_for():
     """A box of a class that nobody looked for in the image counts neither way; classes have groups."""
-    images = [
-        {"id": 1, "neg_category_ids": [2], "not_exhaustive_category_ids": []},
-        {"id": 2, "neg_category_ids": [], "not_exhaustive_category_ids": [1]},
-    ]
+    images = [{"id": 1, "neg_category_ids": [2], "not_exhaustive_category_ids": []}]
+    images += [{"id": 2, "neg_category_ids": [], "not_exhaustive_category_ids": [1]}]
     categories = [{"id": i, "name": str(i), "frequency": f} for i, f in ((1, "r"), (2, "f"))]
-    box = [0.0, 0.0, 10.0, 10.0]
+    box, far = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 10.0, 10.0]
+    of = lambda image, category, bbox: {"image_id": image, "category_id": category, "bbox": bbox}
     truth = {"images": images, "categories": categories}
-    truth["annotations"] = [{"image_id": image, "category_id": 1, "bbox": box} for image in (1, 2)] + [
-        {"image_id": 2, "category_id": 2, "bbox": box}
-    ]
-    far = [50.0, 50.0, 10.0, 10.0]
-    found = [
-        {"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5},
-        {"image_id": 2, "category_id": 1, "bbox": far, "score": 0.9},  # not exhaustive: ignored
-        {"image_id": 2, "category_id": 1, "bbox": box, "score": 0.4},
-        {"image_id": 1, "category_id": 2, "bbox": far, "score": 0.9},  # negative: a false one
-        {"image_id": 2, "category_id": 2, "bbox": box, "score": 0.5},
-    ]
+    truth["annotations"] = [of(1, 1, box), of(2, 1, box), of(2, 2, box)]
+    # The second is not exhaustive and ignored, the fourth is negative: a false one.
+    found = [of(1, 1, box), of(2, 1, far), of(2, 1, box), of(1, 2, far), of(2, 2, box)]
+    found = [x | {"score": score} for x, score in zip(found, (0.5, 0.9, 0.4, 0.9, 0.5))]
     precision, recall = detection.curves(truth, found, detection.LVIS_LIMITS)
     assert precision[..., 0, -1].mean(axis=(0, 1)) == pytest.approx([1.0, 0.5])
     assert detection.means(precision, recall, detection.LVIS_LIMITS)["ar300"] == 1.0
@@ -146,20 +124,13 @@ def files(tmp_path):
     """Two images of 20 x 10 pixels: a cat left and a dog right in the first, and a cat in the second."""
     for i in (0, 1):
         write_picture(tmp_path / "val2017" / f"{i}.png", i, (20, 10))
-    categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
-    left, right = [0, 0, 10, 10], [10, 0, 10, 10]
-    objects = [(11, 3, left), (11, 7, right), (12, 3, left)]
-    content = {
-        "images": [
-            {"id": 12, "file_name": "images/v1/val2017/1.png"},
-            {"id": 11, "file_name": "images/v1/val2017/0.png", "width": 20, "height": 10},
-        ],
-        "annotations": [
-            {"image_id": i, "category_id": k, "bbox": box, "id": n, "segmentation": []}
-            for n, (i, k, box) in enumerate(objects)
-        ],
-        "categories": categories,
-    }
+    left, right, below = [0, 0, 10, 10], [10, 0, 10, 10], "images/v1/val2017"
+    content = {"categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}], "annotations": []}
+    content["images"] = [{"id": 12, "file_name": f"{below}/1.png"}]
+    content["images"] += [{"id": 11, "file_name": f"{below}/0.png", "width": 20, "height": 10}]
+    for n, (i, k, box) in enumerate([(11, 3, left), (11, 7, right), (12, 3, left)]):
+        one = {"image_id": i, "category_id": k, "bbox": box, "id": n, "segmentation": []}
+        content["annotations"].append(one)
     (tmp_path / "truth.json").write_text(json.dumps(content))
     (tmp_path / "templates.txt").write_text("a {}\n")
     (tmp_path / "seen.txt").write_text("Cat\n")
@@ -183,10 +154,7 @@ def test_queries(files):
     assert got["seen"]["ap"] == got["per_class"]["cat"] == pytest.approx(1.0)
     assert got["ap"] == pytest.approx((got["per_class"]["cat"] + 1) / 2)
     json.dumps(got)
-
-
-def test_objects_of_an_image_that_cannot_be_read_do_not_count(files):
-    predictor, options, folder = files
+    # Objects of an image that cannot be read do not count.
     (folder / "val2017/1.png").write_bytes(b"no image")
     got = measure("detection", predictor, **options)
     assert (got["images"], got["unreadable"], got["boxes"]) == (1, 1, 2)
@@ -198,14 +166,10 @@ def test_a_file_of_lvis(files):
     predictor, options, folder = files
     content = json.loads((folder / "truth.json").read_text())
     urls = "http://images.cocodataset.org/val2017"
-    content["images"] = [
-        {"id": 12, "coco_url": f"{urls}/1.png", "neg_category_ids": [7]},
-        {"id": 11, "coco_url": f"{urls}/0.png"},
-    ]
-    content["categories"] = [
-        {"id": 7, "name": "dog", "frequency": "r"},
-        {"id": 3, "name": "cat", "frequency": "f"},
-    ]
+    content["images"] = [{"id": i, "coco_url": f"{urls}/{n}.png"} for i, n in ((12, 1), (11, 0))]
+    content["images"][0]["neg_category_ids"] = [7]
+    for category, frequency in zip(content["categories"], "rf"):
+        category["frequency"] = frequency
     options["annotations"].write_text(json.dumps(content))
     got = measure("detection", predictor, **options)
     assert got["rare"]["ap"] == got["per_class"]["dog"] == 1.0 == got["ar300"]
@@ -215,13 +179,10 @@ def test_a_file_of_lvis(files):
 def test_proposals(files):
     predictor, options, folder = files
     path = folder / "proposals.json"
-    items = [
-        {"image_id": 11, "bbox": [0, 0, 10, 10], "score": 0.5},
-        {"image_id": 11, "bbox": [10, 0, 10, 10], "score": 0.9, "category_id": 1},
-        {"image_id": 12, "bbox": [0, 0, 10, 10]},
-        {"image_id": 12, "bbox": [5, 0, 12, 10], "score": 0.1},
-        {"image_id": 99, "bbox": [0, 0, 1, 1]},
-    ]
+    items = [{"image_id": 11, "bbox": [0, 0, 10, 10], "score": 0.5}]
+    items += [{"image_id": 11, "bbox": [10, 0, 10, 10], "score": 0.9, "category_id": 1}]
+    items += [{"image_id": 12, "bbox": [0, 0, 10, 10]}, {"image_id": 99, "bbox": [0, 0, 1, 1]}]
+    items += [{"image_id": 12, "bbox": [5, 0, 12, 10], "score": 0.1}]
     path.write_text(json.dumps(items))
     got = measure("detection", predictor, **options, proposals=path)
     assert (got["ap"], got["ar1"], got["ar100"]) == (1.0, 1.0, 1.0)
@@ -230,13 +191,10 @@ def test_proposals(files):
     got = measure("detection", predictor, **options, proposals=path)
     assert got["per_class"]["dog"] == 1.0 and got["ar100"] == 0.75
     assert got["per_class"]["cat"] == pytest.approx(51 / 101)
-
-
-def test_without_predictions_all_numbers_are_zero(files):
-    predictor, options, folder = files
-    (folder / "none.json").write_text("[]")
-    got = measure("detection", predictor, **options, proposals=folder / "none.json")
+    path.write_text("[]")
+    got = measure("detection", predictor, **options, proposals=path)
     assert [got[key] for key in KEYS] == [0.0] * 6 and got["boxes"] == 3
+    assert detection.Detection().needs and not detection.Detection(proposals="p.json").needs
 
 
 def _run(folder, output, *more):
@@ -256,11 +214,6 @@ def test_the_command(files, capsys):
     assert 0 <= result["ap"] <= result["ap50"] <= 1 and result["seen"]["boxes"] == 2
     assert result["most_boxes_per_image"] == c.model.decoder.queries
     assert "detection: unseen/ar100" in out and "oading" not in out + err
-
-
-def _edited(folder, **changes):
-    content = json.loads((folder / "truth.json").read_text())
-    (folder / "truth.json").write_text(json.dumps(content | changes))
 
 
 FAULTS = {
@@ -284,7 +237,8 @@ def test_faults_are_one_line(files, capsys, fault):
         (folder / f"{fault}.txt").write_text(change)
         more = [f"--{fault}", str(folder / f"{fault}.txt")]
     else:
-        _edited(folder, **change)
+        content = json.loads((folder / "truth.json").read_text())
+        (folder / "truth.json").write_text(json.dumps(content | change))
     assert _run(folder, str(folder / "o.json"), *more) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
@@ -296,11 +250,5 @@ def test_the_missing_package_is_named(files, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     monkeypatch.setattr(detection.importlib.util, "find_spec", lambda name: None)
     assert _run(folder, str(folder / "o.json")) == 2
-    assert capsys.readouterr().err == (
-        "detection: needs faster-coco-eval: pip install 'grain_jax[detection]'\n"
-    )
-
-
-def test_proposals_need_no_queries():
-    assert detection.Detection().needs
-    assert not detection.Detection(proposals="p.json").needs
+    said = "detection: needs faster-coco-eval: pip install 'grain_jax[detection]'\n"
+    assert capsys.readouterr().err == said

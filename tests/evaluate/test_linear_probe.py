@@ -49,10 +49,9 @@ def _evaluate(folder, predictor, train="train", **options):
 
 def test_is_scikit_learns_on_the_same_features(noisy):
     folder, predictor, (x_train, y_train), (x_test, y_test) = noisy
-    result = _evaluate(folder, predictor, batch_size=5)
-    assert (result["images"], result["train_images"], result["classes"]) == (22, 31, 3)
-    assert (result["chance"], result["chance_top5"]) == (1 / 3, 1.0)
-    found = result
+    found = _evaluate(folder, predictor, batch_size=5)
+    assert (found["images"], found["train_images"], found["classes"]) == (22, 31, 3)
+    assert (found["chance"], found["chance_top5"]) == (1 / 3, 1.0)
     # The C by hand: all that the search could have tried, at an eighth of a decade.
     held = linear_probe.hold_out(y_train, linear_probe.VALIDATION_SHARE)
     assert np.bincount(y_train[held]).tolist() == [2, 2, 2]

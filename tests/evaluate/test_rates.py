@@ -52,9 +52,6 @@ def test_topk_hits_break_ties_at_random(seed):
     for k in (1, 2, 5, 9):
         expected = [_by_enumeration(s, r, k) for s, r in zip(scores, right)]
         np.testing.assert_allclose(rates.topk_hits(scores, right, k), expected, atol=1e-12)
-        np.testing.assert_allclose(
-            rates.chance_of_topk(right, k), rates.topk_hits(0 * scores, right, k), atol=1e-12
-        )
 
 
 def test_what_differs_by_rounding_ties_with_the_right_one_and_no_chain_leads_further():

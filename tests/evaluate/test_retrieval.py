@@ -60,9 +60,7 @@ def test_chunks_do_not_matter(tmp_path, monkeypatch):
     assert measure("retrieval", predictor, **options, batch_size=4) == whole
     # Against the definition.
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-    similarity = (
-        unit(np.array([predictor.images[i] for i in range(23)])) @ unit(np.array(list(texts.values()))).T
-    )
+    similarity = unit(np.array([*predictor.images.values()])) @ unit(np.array([*texts.values()])).T
     order = np.argsort(-similarity, axis=1)
     for k in (1, 5, 10):
         measured = [(order[i, :k] // 2 == i).any() for i in range(23)]

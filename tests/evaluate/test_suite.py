@@ -12,13 +12,12 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.configs import eval as benchmarks
-from grain_jax.configs import eval as eval_config
 from grain_jax.core import errors
 from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import class_names, kinds, test_sets
 from tests import tiny
 from tests.evaluate import tfds_sets
-from tests.evaluate.stub import StubPredictor, write_picture
+from tests.evaluate.stub import StubPredictor, number, write_picture
 from tests.paths import ROOT
 
 # For each image its class, and the class that the stub takes it for by its name.
@@ -196,13 +195,12 @@ def test_entries_serve_a_training_config():
     one = evals["cifar10"]
     assert (one.tfds, one.data_dir, one.alphas) == ("cifar10", "D", (1.0,))
     assert evals["lvis"].annotations == "F/lvis/A.jsonl" and evals["lvis"].missing == "skip"
-    assert set(eval_config.get_config().evals) == set(benchmarks.SETS)
+    assert set(benchmarks.get_config().evals) == set(benchmarks.SETS)
     assert len(benchmarks.SETS) == 31
 
 
 def _read(test_set, positions):
-    number = lambda image: int(np.asarray(image.load())[0, 0, 0])
-    return [(image.name, image.label, number(image)) for image in test_set.images(positions)]
+    return [(image.name, image.label, number(image.load())) for image in test_set.images(positions)]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "dtd"])  # TFRecord and ArrayRecord files
@@ -210,8 +208,8 @@ def test_a_stretch_of_a_tfds_set_is_that_of_the_whole(data, name):
     given = str(data[0]), "cifar10" if name == "cifar10" else None
     whole = test_sets.TfdsSet(name, "test", *given)
     everything = _read(whole, range(len(whole)))
-    labels = {number: label for number, (label, _) in enumerate(SETS[name], NUMBERS[name])}
-    assert {number: label for _, label, number in everything} == labels
+    labels = {i: label for i, (label, _) in enumerate(SETS[name], NUMBERS[name])}
+    assert {i: label for _, label, i in everything} == labels
     assert [place for place, _, _ in everything] == [f"{name} test {i}" for i in range(len(whole))]
     assert _read(whole, range(1, 4)) + _read(whole, range(4, 5)) == everything[1:5]
     assert _read(whole, range(3, 3)) == []

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from grain_jax.evaluate import retrieval
+from grain_jax.evaluate import retrieval, tables
 from grain_jax.inference import scores
 from tests.evaluate.stub import StubPredictor, measure, region, write_lines, write_picture
 
@@ -61,12 +61,8 @@ def _annotated(kind, **options):
     def measured(folder, predictor, **inputs):
         inputs |= dict(images=folder, annotations=folder / "A.jsonl")
         outcome = measure(kind, predictor, **inputs, **options)
-        expected = EXPECTED[kind]
-        numbers = {path: outcome for path in expected}
-        for path in expected:
-            for key in path.split("/"):
-                numbers[path] = numbers[path][key]
-        assert numbers == pytest.approx(expected)
+        numbers = tables.scalars(outcome)
+        assert {path: numbers[path] for path in EXPECTED[kind]} == pytest.approx(EXPECTED[kind])
         for way in {"image_to_text", "text_to_image"} & outcome.keys():  # not the means of chances
             outcome[way] = {key: value for key, value in outcome[way].items() if key[0] == "r"}
         return outcome

@@ -4,9 +4,13 @@ import unicodedata
 import numpy as np
 import pytest
 
+from grain_jax import inference
 from grain_jax.core import errors
+from grain_jax.evaluate import __main__ as command
 from grain_jax.evaluate import rates, test_sets, zeroshot
+from grain_jax.inference import prompts
 from tests.evaluate.stub import StubPredictor, measure, write_picture
+from tests.paths import GOLDENS
 
 pytestmark = pytest.mark.quick
 
@@ -117,8 +121,7 @@ def test_names_with_descriptions(folder):
 
 
 def test_descriptions_are_found_by_letters_and_digits(folder):
-    value = {"Red-Fox": ["b"], "RED FOX": ["a"], "red_fox": ["c"], "x": []}
-    path = _write_descriptions(folder, value)
+    path = _write_descriptions(folder, {"Red-Fox": ["b"], "RED FOX": ["a"], "red_fox": ["c"], "x": []})
     names = ["red fox", "Red fox", "RED FOX"]
     assert zeroshot.read_descriptions(path, names) == [["c"], ["c"], ["a"]]
     assert zeroshot.read_descriptions(path, ["vulpes"], ["red.fox"]) == [["c"]]
@@ -139,22 +142,19 @@ def test_a_class_with_an_empty_list_is_described_by_its_name(folder):
         zeroshot.read_descriptions(path, classes, names=False)
 
 
-def test_class_folders_without_images_or_with_one_name(folder):
-    (folder / "classes" / "eel").mkdir()
-    write_picture(folder / "classes" / "red fox" / "4.png", 4)
-    with pytest.raises(errors.UserError, match="'red fox', 'red_fox', .*\n.*folders eel$"):
-        test_sets.ClassFolders(folder / "classes")
-    with pytest.raises(errors.UserError, match="got 0 sub-folders"):
-        test_sets.ClassFolders(folder / "classes" / "cat")
-
-
-def test_hidden_files_are_no_pictures(folder):
+def test_folders_and_files_that_are_no_classes_and_no_images(folder):
     for name in ("._0.png", ".DS_Store"):
         (folder / "classes" / "cat" / name).write_bytes(b"oops")
     test_set = test_sets.ClassFolders(folder / "classes")
     assert [path.name for path in test_set.paths] == ["0.png", "1.png", "2.png", "3.png"]
     assert test_set.classes == ["cat", "dog", "red fox"]
     assert test_set.labels.tolist() == [0, 0, 1, 2]
+    (folder / "classes" / "eel").mkdir()
+    write_picture(folder / "classes" / "red fox" / "4.png", 4)
+    with pytest.raises(errors.UserError, match="'red fox', 'red_fox', .*\n.*folders eel$"):
+        test_sets.ClassFolders(folder / "classes")
+    with pytest.raises(errors.UserError, match="got 0 sub-folders"):
+        test_sets.ClassFolders(folder / "classes" / "cat")
 
 
 def test_names_of_folders_and_files_are_compared_composed(tmp_path):
@@ -178,3 +178,67 @@ def test_names_of_folders_and_files_are_compared_composed(tmp_path):
         for folder in sets:
             labelled = test_sets.ClassFolders(tmp_path / folder, str(tmp_path / f"{form}.txt"))
             assert labelled.classes == ["name 0", "name 2", "name 1"]
+
+
+# eval.npz, the reference's own evaluation: class folders and files in, accuracies out.
+ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDENS / "eval.npz") as arrays:
+        return dict(arrays) | {"meta": json.loads(str(arrays["meta_json"]))}
+
+
+def _texts(golden):
+    """Text -> the reference's embedding of it."""
+    meta, table = golden["meta"], {}
+    for c, name in enumerate(meta["class_names"]):
+        descriptions = meta["class_file"][name]
+        for tag, texts in (
+            ("no_desc", prompts.class_texts(name, meta["templates"])),
+            ("use_desc", prompts.class_texts(name, meta["templates"], descriptions)),
+            ("desc_only", descriptions),
+        ):
+            embeds = golden[f"class_text_embed/{tag}/{c:02d}"]
+            assert len(texts) == len(embeds)
+            table |= dict(zip(texts, embeds))
+    return table
+
+
+def test_the_command_gives_the_references_accuracies_and_logits(golden, tmp_path, monkeypatch):
+    meta = golden["meta"]
+    for number, target in enumerate(golden["inputs/targets"]):
+        folder = tmp_path / "classes" / meta["class_names"][target].replace(" ", "_")
+        write_picture(folder / f"{number}.png", number, size=(4, 4))
+    (tmp_path / "templates.txt").write_text("\n".join(meta["templates"]))
+    (tmp_path / "D.json").write_text(json.dumps(meta["class_file"]))
+    regions = {i: (np.zeros((5, 4)), embed) for i, embed in enumerate(golden["inputs/obj_embeds"])}
+    predictor = StubPredictor(dict(enumerate(golden["inputs/img_embed"])), _texts(golden), regions)
+    monkeypatch.setattr(inference, "load", lambda path, **_: predictor)
+    monkeypatch.setattr("grain_jax.checkpoint.saved_model.find", lambda path: path)
+    files = {"images": "classes", "templates": "templates.txt", "descriptions": "D.json"}
+    files = {name: str(tmp_path / file) for name, file in files.items()}
+    flags = [f"--{name}={file}" for name, file in files.items()]
+    flags += [f"--alpha={','.join(map(str, ALPHAS))}", f"--output={tmp_path / 'out.json'}"]
+    assert command.main(["zeroshot", "--checkpoint=RUN", "--batch-size=7", *flags]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    entry = zeroshot.ZeroShot(**files, alphas=ALPHAS)
+    scorer = entry.scorer(predictor, entry.open())
+    scores = scorer.of_images(golden["inputs/img_embed"], golden["inputs/obj_embeds"])
+    for tag, part, prefix in (("use_desc", result, ""), ("no_desc", result["by_name"], "by_name/")):
+        for alpha in ALPHAS:
+            rates = part[f"alpha_{alpha}"]
+            expected = golden[f"outputs/{tag}/alpha_{alpha}/acc1_acc5"]
+            np.testing.assert_allclose([100 * rates["top1"], 100 * rates["top5"]], expected)
+            logits = golden[f"outputs/{tag}/alpha_{alpha}/logits"]
+            column = [entry.open().classes.index(name) for name in meta["class_names"]]
+            np.testing.assert_allclose(scores[f"{prefix}alpha_{alpha}"][:, column], logits, atol=1e-6)
+
+
+def test_names_with_a_parent_are_the_references_but_for_its_words(golden):
+    templates = golden["meta"]["templates"]
+    expected = golden["meta"]["evaluate_py_no_desc_slash_classnames_first2"]
+    for name in ("dog/poodle", "vehicle/car/sedan", "plain name"):
+        of_reference = [text.replace(", of a ", ", a kind of ") for text in expected[name][name]]
+        assert prompts.class_texts(name, templates)[:2] == of_reference

@@ -59,15 +59,17 @@ def test_any_number_of_boxes_an_image(predictor):
     close(predictor.encode_image(tokens), predictor.encode_image(PICTURES))
 
 
-def test_a_phrase_is_compared_with_the_boxes_of_the_regions(predictor):
+@pytest.mark.parametrize("kind", ["none", "roi_align"])
+def test_a_phrase_is_compared_with_the_regions_or_their_boxes(kind):
+    predictor = _predictor(boxes__kind=kind)
     texts = predictor.encode_text(TEXTS)
     boxes_xyxy, regions = predictor.encode_regions(PICTURES[:1])
-    (embeds,) = of_boxes(predictor, PICTURES[:1], boxes_xyxy)
-    similarity = texts @ np.asarray(embeds).T
+    embeds = regions if kind == "none" else of_boxes(predictor, PICTURES[:1], boxes_xyxy)
+    similarity = texts @ np.asarray(embeds[0]).T
     for each, row in zip(predictor.ground(PICTURES[0], TEXTS), similarity, strict=True):
         np.testing.assert_allclose(each.score, row.max(), atol=3e-6)
         np.testing.assert_allclose(each.box_xyxy, boxes_xyxy[0, row.argmax()], atol=3e-6)
-    assert np.abs(similarity - texts @ regions[0].T).max() > 1e-2
+    assert kind == "none" or np.abs(similarity - texts @ regions[0].T).max() > 1e-2
 
 
 def test_one_image_and_the_classes_of_its_boxes(predictor):

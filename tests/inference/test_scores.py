@@ -30,13 +30,6 @@ def test_region_score_is_the_best_description_averaged_over_queries():
     np.testing.assert_allclose(best, [[0.5, 0.0], [0.8, 0.0]], atol=1e-7)
 
 
-def test_combine():
-    whole, region = np.array([[0.2, 0.4]], np.float32), np.array([[1.0, 0.0]], np.float32)
-    np.testing.assert_allclose(scores.combine(whole, region, 0.75), [[0.4, 0.3]], rtol=1e-6)
-    np.testing.assert_array_equal(scores.combine(whole, None, 1.0), whole)
-    np.testing.assert_array_equal(scores.combine(whole, region, 0.0), region)
-
-
 def test_best_pairs_leave_out_what_overlaps_for_the_same_text():
     boxes = np.array([[0, 0, 1, 1], [0, 0, 1, 0.9], [0, 0, 0.5, 0.5], [0.5, 0, 1, 1]])
     score = np.array([[0.9, 0.1], [0.8, 0.7], [0.3, 0.6], [0.2, 0.5]])

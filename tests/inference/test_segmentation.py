@@ -1,6 +1,7 @@
 """Maps of classes and labels of pixels, against torch, transformers and plain loops."""
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -59,18 +60,15 @@ def test_values_are_those_of_transformers(kind, tmp_path):
     """MaskCLIP's maps of CLIP and of SigLIP, whose pooling attends to one patch alone."""
     module: Any
     if kind == "clip":
-        phrase = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299)
-        vision = transformers.CLIPVisionConfig(**VISION, projection_dim=24)
-        config = transformers.CLIPConfig(
-            text_config=phrase.to_dict(), vision_config=vision.to_dict(), projection_dim=24
-        )
-        module = transformers.CLIPModel(config).eval()
+        words = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299).to_dict()
+        sight = transformers.CLIPVisionConfig(**VISION, projection_dim=24).to_dict()
+        config = transformers.CLIPConfig(text_config=words, vision_config=sight, projection_dim=24)
+        module = transformers.CLIPModel(config)
     else:
-        phrase = transformers.SiglipTextConfig(**WORDS, projection_size=32)
-        vision = transformers.SiglipVisionConfig(**VISION)
-        config = transformers.SiglipConfig(text_config=phrase.to_dict(), vision_config=vision.to_dict())
-        module = transformers.SiglipModel(config).eval()
-    ours = _ours(module, tmp_path)
+        words = transformers.SiglipTextConfig(**WORDS, projection_size=32).to_dict()
+        sight = transformers.SiglipVisionConfig(**VISION).to_dict()
+        module = transformers.SiglipModel(transformers.SiglipConfig(text_config=words, vision_config=sight))
+    ours = _ours(module.eval(), tmp_path)
     pixels = np.random.default_rng(1).normal(size=(2, 40, 40, 3)).astype(np.float32)
     with torch.no_grad():
         vision = module.vision_model
@@ -116,11 +114,7 @@ def test_a_class_has_the_best_of_its_names():
     )
     assert segmentation.alternatives("sofa,  couch,") == ["sofa", "couch"]
     asked = []
-
-    def encode(texts):
-        asked.extend(texts)
-        return np.ones((len(texts), 2), np.float32)
-
+    encode = lambda texts: asked.extend(texts) or np.ones((len(texts), 2), np.float32)
     made = segmentation.embed_classes(
         encode, ["sofa, couch", "cat"], ["a {}", "{}"], [["soft"], []], unit_length=True
     )
@@ -136,22 +130,12 @@ def _by_loops(image, size, short, stride, maps_of, count):
     rows, columns = (max(short, round(x * short / min(width, height))) for x in (height, width))
     pixels = np.asarray(image.resize((columns, rows), PIL.Image.Resampling.BICUBIC))
     total, times = np.zeros((count, rows, columns)), np.zeros((rows, columns))
-    y = 0
-    while True:
-        y = min(y, rows - size)
-        x = 0
-        while True:
-            x = min(x, columns - size)
-            single = torch.tensor(maps_of(pixels[y : y + size, x : x + size]))
-            large = torch.nn.functional.interpolate(single[None], (size, size), mode="bilinear")
-            total[:, y : y + size, x : x + size] += large[0].numpy()
-            times[y : y + size, x : x + size] += 1
-            if x == columns - size:
-                break
-            x += stride
-        if y == rows - size:
-            break
-        y += stride
+    starts = lambda length: [*range(0, length - size, stride), length - size]
+    for y, x in itertools.product(starts(rows), starts(columns)):
+        single = torch.tensor(maps_of(pixels[y : y + size, x : x + size]))
+        large = torch.nn.functional.interpolate(single[None], (size, size), mode="bilinear")
+        total[:, y : y + size, x : x + size] += large[0].numpy()
+        times[y : y + size, x : x + size] += 1
     mean = torch.tensor(total / times)[None]
     resized = torch.nn.functional.interpolate(mean, (height, width), mode="bilinear")
     return resized[0].numpy()
@@ -210,17 +194,11 @@ def test_what_a_model_cannot_do_and_images_that_cannot_be_used():
     two, regions = _predictor(decoder=None, image__pool="class"), _predictor()
     with pytest.raises(InputError, match=r"^images\[1\]: got int64 \[40, 40, 3\]"):
         two.segment([PICTURES[0], PICTURES[1].astype(np.int64)], _classes(two))
-    for predictor, options in (
-        (two, dict(by="patch")),
-        (two, dict(patch_features="value")),
-        (two, dict(by="regions")),
-        (two, dict(short_side=39)),
-        (two, dict(stride=41)),
-        (regions, dict(by="patches")),
-    ):
-        (name,) = options
-        with pytest.raises(InputError, match=f"^{name}: got {options[name]!r}[^\n]*$"):
-            predictor.segment(PICTURES[0], _classes(predictor), **options)
+    wrong = [(two, "by", "patch"), (two, "patch_features", "value"), (two, "by", "regions")]
+    wrong += [(two, "short_side", 39), (two, "stride", 41), (regions, "by", "patches")]
+    for predictor, name, value in wrong:
+        with pytest.raises(InputError, match=f"^{name}: got {value!r}[^\n]*$"):
+            predictor.segment(PICTURES[0], _classes(predictor), **{name: value})
     thin, plain = PIL.Image.new("1", (4000, 2)), PIL.Image.new("1", (20, 20))
     with pytest.raises(image_files.TooLargeError, match="which become 100000 x 50, .* 1 classes$"):
         segmentation.cut(thin, 50)

@@ -1,5 +1,6 @@
 """The curves of a run: which of them share a chart, and the chart as SVG."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -24,7 +25,7 @@ _GROUPS = {  # title of a chart -> how the names of its curves begin
     "Waiting for input": ("input_wait_",),
     "Accuracies": ("image_", "hard_negative_", "box_description_"),
 }
-_BOOKKEEPING = ("time/", "process/", "texts", "model_flops_per_second")
+_BOOKKEEPING = ("eval/", "time/", "process/", "texts", "model_flops_per_second")  # have no chart of their own
 _POINTS = 400  # of a curve, at most
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 190, 64, 20  # of a chart, in its own units
 _COLOURS = 8  # --c0 to --c7 of core/base.css
@@ -38,15 +39,15 @@ class Chart(NamedTuple):
 
 
 def charts(series: Mapping[str, Curve]) -> list[Chart]:
-    """The charts in the order of the page; each key is in one of them, but for numbers beside a main one."""
-    evaluated = {
-        key: _headline(key, label)
-        for key, (steps, _) in series.items()
-        for ending, label in _HEADLINES.items()
-        if key.startswith("eval/") and key.endswith(ending) and len(steps) > 1
-    }
+    """The charts in the order of the page."""
+    evaluated = {}
+    for key, ending in itertools.product(series, _HEADLINES):
+        if key.startswith("eval/") and key.endswith(ending) and len(series[key][0]) > 1:
+            _, name, *group, _ = key.split("/")  # eval/unseen/alpha_0.5/top1 -> "unseen: top-1, alpha 0.5"
+            label = f"{name}: {_HEADLINES[ending]}{', ' * bool(group)}{' '.join(group)}"
+            evaluated[key] = label.replace("_", " ")
     made = [Chart("Losses", losses.labels_of(list(series))), Chart("Evaluations", evaluated)]
-    left = [key for key in series if key not in made[0].labels and not key.startswith("eval/")]
+    left = [key for key in series if key not in made[0].labels and not key.startswith(_BOOKKEEPING)]
     for title, beginnings in _GROUPS.items():
         labels = {key: key for key in left if key.startswith(beginnings)}
         made.append(Chart(title, labels))
@@ -55,35 +56,16 @@ def charts(series: Mapping[str, Curve]) -> list[Chart]:
     return [chart for chart in made if chart.labels]
 
 
-def _headline(key: str, label: str) -> str:
-    """The label of a main number: `eval/unseen/alpha_0.5/top1` -> "unseen: top-1, alpha 0.5"."""
-    _, name, *group, _ = key.split("/")
-    return f"{name}: {label}{', ' * bool(group)}{' '.join(group)}".replace("_", " ")
-
-
 def figures(series: Mapping[str, Curve]) -> str:
-    """All charts; those of bookkeeping, and those whose curves are all flat, are folded away."""
-    shown, folded = "", []
-    for chart in charts(series):
-        flat = all(len(set(series[key][1])) < 2 for key in chart.labels)
-        if flat or all(key.startswith(_BOOKKEEPING) for key in chart.labels):
-            folded.append(svg(chart, series))
-        else:
-            shown += svg(chart, series)
-    if folded:
-        about = f"{len(folded)} more: flat curves, counts of texts, shares of the time"
-        shown += f'<details><summary>{about}</summary><div class="charts">{"".join(folded)}</div>'
-        shown += "</details>"
-    return shown
+    """All charts but those whose curves are all flat."""
+    shown = [x for x in charts(series) if any(len(set(series[key][1])) > 1 for key in x.labels)]
+    return "".join(svg(chart, series) for chart in shown)
 
 
 def svg(chart: Chart, series: Mapping[str, Curve]) -> str:
     """A chart as a figure, with the last value of each curve below."""
-    curves = {key: _thinned(series[key]) for key in chart.labels}
-    steps = [x for curve in curves.values() for x in curve[0]]
-    values = [y for curve in curves.values() for y in curve[1]]
-    if not values:
-        return ""
+    curves = {key: [*map(_thinned, series[key])] for key in chart.labels}
+    steps, values = ([x for curve in curves.values() for x in curve[i]] for i in (0, 1))
     first, last, low, high = min(steps), max(steps), min(values), max(values)
     across = (_WIDTH - _LEFT - 8) / ((last - first) or 1)
     down = (_HEIGHT - _BOTTOM - 10) / ((high - low) or 1)
@@ -120,9 +102,7 @@ def _short(value: float) -> str:
     return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.3g}")
 
 
-def _thinned(curve: Curve) -> Curve:
-    """At most _POINTS evenly spaced points of a curve, the last one included."""
-    steps, values = curve
-    every = -(-len(steps) // _POINTS) or 1
-    first = (len(steps) - 1) % every
-    return steps[first::every], values[first::every]
+def _thinned(values: Sequence[float]) -> Sequence[float]:
+    """At most _POINTS evenly spaced ones, the last one included."""
+    every = -(-len(values) // _POINTS) or 1
+    return values[(len(values) - 1) % every :: every]

@@ -14,6 +14,12 @@ from grain_jax.evaluate.report.arguments import NUM_IMAGES, Report
 
 FILE = "report.html"
 _STYLES = epath.Path(__file__).parent / "page.css"
+_ABOUT_CURVES = "What was logged over the steps; each name has its last value."
+_ABOUT_CLASSES = "The share of the images of each class whose top-1 is right, the lowest first."
+_ABOUT_REGIONS = (
+    "Test images with the boxes of the region queries (solid) and the description that each matches best, and"
+    " the annotated boxes (dashed), in the colour of the query that each is matched to."
+)
 
 
 def write(
@@ -24,7 +30,7 @@ def write(
     num_images: int = NUM_IMAGES,
     model: bool = True,
 ) -> epath.Path:
-    """Writes the page.
+    """Writes the page of a run and returns its path. Raises errors.UserError if the folder holds no run.
 
     Args:
       workdir: workdir of a run.
@@ -32,11 +38,6 @@ def write(
       output: the file to write; default: `report.html` in `workdir`.
       num_images: images of each evaluation that the model runs on.
       model: False: no model is loaded, and the page shows only what the files hold.
-
-    Returns: the path of the page.
-
-    Raises:
-      errors.UserError: the folder holds no run.
     """
     run = run_files.read(workdir)
     looked = look.Looked({}, [], ["no model was loaded"])
@@ -61,38 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _render(run: run_files.RunFiles, looked: look.Looked) -> str:
     step = f", step {run.step:,}" if run.step is not None else ""
     folder = html.text(str(run.workdir))
-    per_class = {
-        f"{result.name}, {way} ({result.source})": shares
-        for result in run.results
-        for way, shares in result.per_class.items()
-    }
-    lines = [*run.unmeasured, *looked.unmeasured]
-    unmeasured = "".join(f"<li>{html.text(line)}</li>" for line in lines)
+    per_class: dict[str, Mapping[str, float]] = {}
+    for x in run.results:
+        per_class |= {f"{x.name}, {way} ({x.source})": shares for way, shares in x.per_class.items()}
+    unmeasured = "".join(f"<li>{html.text(x)}</li>" for x in [*run.unmeasured, *looked.unmeasured])
     config = html.text(json.dumps(run.config, indent=1, ensure_ascii=False), keep="\n")
     parts = [
         ("results", "Results", "The last evaluations.", _results(run.results)),
-        (
-            "curves",
-            "Curves",
-            "What was logged over the steps; each name has its last value.",
-            charts.figures(run.series),
-        ),
-        (
-            "classes",
-            "Classes",
-            "The share of the images of each class whose top-1 is right, the lowest first.",
-            _classes(per_class | looked.classes),
-        ),
-        (
-            "regions",
-            "Regions",
-            "Test images with the boxes of the region queries (solid) and the description that each matches"
-            " best, and the annotated boxes (dashed), in the colour of the query that each is matched to.",
-            "".join(map(_card, looked.cards)),
-        ),
+        ("curves", "Curves", _ABOUT_CURVES, charts.figures(run.series)),
+        ("classes", "Classes", _ABOUT_CLASSES, _classes(per_class | looked.classes)),
+        ("regions", "Regions", _ABOUT_REGIONS, "".join(map(_card, looked.cards))),
         ("unmeasured", "Not measured", "", f"<ul>{unmeasured}</ul>" if unmeasured else ""),
         ("config", "Config", "", f"<details><summary>config.json</summary><pre>{config}</pre></details>"),
-    ]  # fmt: skip
+    ]
     grids = {"curves": "charts", "regions": "cards"}
     return html.document(
         title=f"{run.workdir.name}: grain_jax.evaluate.report",
@@ -110,8 +92,11 @@ def _results(results: Sequence[run_files.Result]) -> str:
     rows = ""
     for result in results:
         for row in tables.rows_of(result.kind, result.numbers):
-            parts = [row.interval, row.chance and f"chance {row.chance}"]
-            parts.append(row.images and f"of {row.images} images")
+            parts = (
+                row.interval,
+                row.chance and f"chance {row.chance}",
+                row.images and f"of {row.images} images",
+            )
             rows += f'<tr><th scope="row">{html.text(f"{result.name}: {row.key}")}</th><td class="value">'
             rows += f"<b>{row.value}</b> <small>{'; '.join(filter(None, parts))}</small></td>"
             rows += f"<td>{html.text(result.source)}</td></tr>"
@@ -124,14 +109,12 @@ def _results(results: Sequence[run_files.Result]) -> str:
 def _classes(per_class: Mapping[str, Mapping[str, float]]) -> str:
     out = ""
     for name, shares in per_class.items():
-        lines = "".join(
-            f'<li><span>{html.text(label)}</span><span class="track"><i style="width:{100 * share:.1f}%">'
-            f"</i></span>{share:.1%}</li>"
-            for label, share in sorted(shares.items(), key=lambda pair: pair[1])
-        )
-        opened = "" if out else " open"
-        out += f"<details{opened}><summary>{html.text(name)}</summary>"
-        out += f'<ol class="classes">{lines}</ol></details>'
+        out += f"<details{'' if out else ' open'}><summary>{html.text(name)}</summary>"
+        out += '<ol class="classes">'
+        for label, share in sorted(shares.items(), key=lambda pair: pair[1]):
+            bar = f'<span class="track"><i style="width:{100 * share:.1f}%"></i></span>'
+            out += f"<li><span>{html.text(label)}</span>{bar}{share:.1%}</li>"
+        out += "</ol></details>"
     return out
 
 
@@ -139,12 +122,10 @@ def _card(card: look.Card) -> str:
     width, height = card.size
     shapes, lines = "", ""
     for box in card.boxes:
-        colour, number, kind, more = "#777", "", "true", "annotated"
-        if box.colour >= 0:
-            colour = html.REGION_COLOURS[box.colour % len(html.REGION_COLOURS)]
-            number = str(box.colour + 1)
-        if box.cosine is not None:
-            kind, more = "predicted", f"cosine {box.cosine:.3f}"
+        is_true, is_matched, colours = box.cosine is None, box.colour >= 0, html.REGION_COLOURS
+        colour = colours[box.colour % len(colours)] if is_matched else "#777"
+        number = box.colour + 1 if is_matched else ""
+        kind, more = ("true", "annotated") if is_true else ("predicted", f"cosine {box.cosine:.3f}")
         if box.right is not None:
             word = "right" if box.right else "wrong"
             more += f' <span class="{word}">{word}</span>'

@@ -35,12 +35,9 @@ class RunFiles(NamedTuple):
 
 
 def read(workdir: epath.PathLike) -> RunFiles:
-    """Reads the files of a run; each that is missing becomes a line of `unmeasured`.
+    """Reads the files of a run, and NAME.json of evaluations; a missing one is a line of `unmeasured`.
 
-    Results are also those that `grain_jax.evaluate` wrote into the workdir, as NAME.json.
-
-    Raises:
-      errors.UserError: there is no such folder, or it holds no run.
+    Raises errors.UserError: there is no such folder, or it holds no run.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
@@ -48,19 +45,29 @@ def read(workdir: epath.PathLike) -> RunFiles:
     unmeasured: list[str] = []
     config, lines = _json(workdir / "config.json", unmeasured), metrics_file.read(workdir)
     if config is None and not lines:
-        raise errors.UserError(
-            f"{workdir}: has neither config.json nor metrics.jsonl; expected the workdir of a run"
-        )
+        raise errors.UserError(f"{workdir}: has neither config.json nor metrics.jsonl; expected a workdir")
     evals = (config or {}).get("evals", {})
     if not lines:
         unmeasured.append(f"{metrics_file.FILE}: missing or empty, so there are no curves")
     series = metrics_file.series(lines)
-    measured = _of_training(_json(workdir / "results.json", unmeasured), series, evals)
+    source, stored = "results.json", _json(workdir / "results.json", unmeasured)
+    if stored is None:
+        last = {key: values[-1] for key, (_, values) in series.items()}
+        source, stored = metrics_file.FILE, {key: x for key, x in last.items() if key.startswith("eval/")}
+    kinds = {name: entry.get("kind", "") for name, entry in evals.items()}
+    numbers = tables.by_evaluation(stored).items()
+    measured = [Result(name, kinds.get(name, ""), source, each, {}) for name, each in numbers]
     if not measured:
         unmeasured.append("the run has not evaluated yet")
     for file in sorted(workdir.glob("*.json")):
-        if file.name not in _OTHERS:
-            _of_evaluations(file, measured, unmeasured)
+        value = None if file.name in _OTHERS else _json(file, unmeasured)
+        if value and isinstance(value.get("ran"), dict):  # of a suite
+            measured += [_of_file(name, file, result) for name, result in value["ran"].items()]
+            for outcome in ("skipped", "failed", "notes"):
+                of_outcome = (value.get(outcome) or {}).items()
+                unmeasured += [f"{name} ({file.name}): {outcome}: {line}" for name, line in of_outcome]
+        elif value and "kind" in value:
+            measured.append(_of_file(file.stem, file, value))
     names = {result.name for result in measured}
     unmeasured += [f"{n}: in config.evals, without a result" for n in evals if n not in names]
     step = lines[-1].step if lines else None
@@ -80,31 +87,6 @@ def _json(path: epath.Path, unmeasured: list[str]) -> dict[str, Any] | None:
     unmeasured.append(f"{path}: damaged ({fault}), expected what a run or an evaluation wrote")
     print(unmeasured[-1], file=sys.stderr)
     return None
-
-
-def _of_training(stored: Any, series: Mapping[str, Any], evals: Any) -> list[Result]:
-    source = "results.json"
-    if stored is None:
-        source = metrics_file.FILE
-        stored = {key: values[-1] for key, (_, values) in series.items() if key.startswith("eval/")}
-    return [
-        Result(name, evals.get(name, {}).get("kind", ""), source, numbers, {})
-        for name, numbers in tables.by_evaluation(stored).items()
-    ]
-
-
-def _of_evaluations(file: epath.Path, measured: list[Result], unmeasured: list[str]) -> None:
-    """Adds to `measured` the results in a file of `grain_jax.evaluate`, for a suite or for one evaluation."""
-    value = _json(file, unmeasured)
-    if value is None:
-        return
-    if isinstance(value.get("ran"), dict):
-        measured += [_of_file(name, file, result) for name, result in value["ran"].items()]
-        for outcome in ("skipped", "failed", "notes"):
-            lines = value.get(outcome) or {}
-            unmeasured += [f"{name} ({file.name}): {outcome}: {line}" for name, line in lines.items()]
-    elif "kind" in value:
-        measured.append(_of_file(file.stem, file, value))
 
 
 def _of_file(name: str, file: epath.Path, value: Mapping[str, Any]) -> Result:
