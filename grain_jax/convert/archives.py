@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import torchscript
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.core import errors, regular_file
 
@@ -23,6 +22,7 @@ from grain_jax.core import errors, regular_file
 MAX_GROWTH = 8
 ALLOWANCE = 64 << 20  # bytes on top: a small model of zeros compresses to nothing
 TENSORS = "a checkpoint of plain tensors"
+_OPENAI = "CLIP of OpenAI is at hf://openai/clip-vit-base-patch32 for from-hf"
 
 
 @contextlib.contextmanager
@@ -55,40 +55,33 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {reason[:200]}" if reason else type(error).__name__
 
 
-class Budget:
-    """Counts down the bytes that the arrays of one file may take as float32."""
+def _limit(file: IO[bytes]) -> int:
+    """The bytes that the arrays of an open file may take as float32.
 
-    def __init__(self, file: IO[bytes]):
-        self.length = file.seek(0, 2)
-        self.total = self._left = ALLOWANCE + MAX_GROWTH * self.length
-        file.seek(0)
-
-    def spend(self, count: int) -> None:
-        """Takes `count` bytes from the budget. Raises ConvertError where fewer are left."""
-        self._left -= count
-        if self._left < 0:
+    Raises:
+      ConvertError: a zip declares more of them, or is a TorchScript archive.
+    """
+    length = file.seek(0, 2)
+    most = ALLOWANCE + MAX_GROWTH * length
+    file.seek(0)
+    if file.read(2) == b"PK":
+        with zipfile.ZipFile(file) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+            is_program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if total > most:
             raise ConvertError(
-                f"its arrays take more than {self.total:,} bytes, {MAX_GROWTH} times the file's"
-                f" {self.length:,} and {ALLOWANCE >> 20} MiB; expected weights"
+                f"its members unpack to {total:,} bytes, expected at most {most:,} of a file of {length:,}"
             )
-
-    def check(self, file: IO[bytes]) -> None:
-        """Raises ConvertError where a zip declares more bytes than the budget; any other file is fine."""
-        if file.read(2) == b"PK":
-            with zipfile.ZipFile(file) as archive:
-                total = sum(member.file_size for member in archive.infolist())
-            if total > self.total:
-                raise ConvertError(
-                    f"its members unpack to {total:,} bytes, expected at most {self.total:,} of a file of"
-                    f" {self.length:,}"
-                )
-        file.seek(0)
+        if is_program:
+            raise ConvertError(f"a TorchScript archive, expected {TENSORS}; {_OPENAI}")
+    file.seek(0)
+    return most
 
 
 def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz as float32. Raises ConvertError where it is none, or is damaged."""
     with reading(path, "a .npz of plain arrays"), path.open("rb") as file:
-        Budget(file).check(file)
+        _limit(file)
         out = {}
         with np.load(file, allow_pickle=False) as stored:
             for name in stored.files:
@@ -106,13 +99,13 @@ def load_torch(path: epath.Path) -> Any:
     """The object in a file of torch.save, by torch.load with `weights_only`.
 
     Raises:
-      ConvertError: the directory of the zip declares more bytes than the budget.
+      ConvertError: the zip declares more bytes than the limit, or is a TorchScript archive.
       Exception: of many kinds, where the file is damaged or asks to run code.
     """
     import torch
 
     with path.open("rb") as file:
-        Budget(file).check(file)
+        _limit(file)
         with warnings.catch_warnings():  # a sparse tensor is refused by whoever reads the result
             warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -132,12 +125,15 @@ def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, 
 
     out: dict[str, np.ndarray] = {}
     faults = []
+    tensors = [(str(k).removeprefix("module."), x) for k, x in named.items() if torch.is_tensor(x)]
     with path.open("rb") as file:
-        budget = Budget(file)
-    for key, value in named.items():
-        if not torch.is_tensor(value):
-            continue
-        name = str(key).removeprefix("module.")
+        most = _limit(file)
+    if sum(4 * x.numel() for _, x in tensors) > most:
+        raise ConvertError(
+            f"its arrays take more than {most:,} bytes, {MAX_GROWTH} times the file and"
+            f" {ALLOWANCE >> 20} MiB; expected weights"
+        )
+    for name, value in tensors:
         plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
         if not plain or value.device.type != "cpu":
             got = "a quantised tensor" if value.is_quantized else f"{value.dtype}, {value.layout}"
@@ -145,7 +141,6 @@ def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, 
         elif name in out:
             faults.append(f"{name}: is there with and without module.")
         else:
-            budget.spend(4 * value.numel())
             out[name] = value.detach().to(torch.float32).numpy()
     raise_any(faults)
     return out
@@ -155,7 +150,7 @@ def read_weights(path: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray
     """The arrays of a model as float32.
 
     Args:
-      path: a .safetensors, a file of torch.save, a TorchScript archive, or a folder.
+      path: a .safetensors, a file of torch.save, or a folder.
       names: of the files that a folder may have; the first that is there is read.
 
     Raises:
@@ -172,13 +167,9 @@ def read_weights(path: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray
         if path.suffix == ".safetensors":
             import safetensors.torch
 
-            return tensors_to_float32(path, safetensors.torch.load(path.read_bytes()))
-        with path.open("rb") as file:
-            budget = Budget(file)
-            budget.check(file)
-            if torchscript.is_archive(file):
-                return torchscript.read(file, budget.spend)
-        stored = load_torch(path)
+            stored = safetensors.torch.load(path.read_bytes())
+        else:
+            stored = load_torch(path)
         if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
             stored = stored["state_dict"]
         if not isinstance(stored, Mapping) or not any(hasattr(v, "dtype") for v in stored.values()):

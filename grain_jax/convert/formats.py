@@ -39,7 +39,7 @@ _TIMM = {
     "mlp/in": "mlp.fc1",
     "mlp/out": "mlp.fc2",
 }
-_OURS = {"mlp/gate": "mlp.gate", "layer_scale_1": "ls1.gamma", "layer_scale_2": "ls2.gamma"}
+_OURS = {"mlp/gate": "mlp.gate", "layer_scale_1": "ls1", "layer_scale_2": "ls2"}
 _HF = {
     "norm_1": "layer_norm1",
     "attention": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj",
@@ -144,18 +144,9 @@ def _timm_image(prefix: str, layer: Names) -> list[NamePair]:
     return rows("image/", prefix, names, tables.THREE_AXES) + layers
 
 
-def own_image(prefix: str, *, key_bias: bool) -> list[NamePair]:
-    """Our vision transformer with all of its options, by timm's names: the modeling file's.
-
-    Without key biases, the biases of queries and values have separate entries.
-    """
-    table, layer = _timm_image(prefix, _TIMM | _OURS), prefix + "blocks.{}."
-    if not key_bias:
-        table = [row for row in table if row.theirs != f"{layer}attn.qkv.bias"]
-        for name in ("query", "value"):
-            ours = f"image/blocks/attention/{name}/bias"
-            table.append(NamePair(ours, f"{layer}attn.{name[0]}_bias", tables.HEADS_BIAS))
-    return table
+def own_image(prefix: str) -> list[NamePair]:
+    """Our vision transformer with all of its options, by timm's names: the modeling file's."""
+    return _timm_image(prefix, _TIMM | _OURS)
 
 
 def timm_image_in_open_clip() -> list[NamePair]:

@@ -1,8 +1,7 @@
-"""from-open-clip: CLIP and SigLIP of open_clip, and the files of OpenAI.
+"""from-open-clip: CLIP and SigLIP of open_clip.
 
 open_clip's classes read the config: open_clip_config.json beside the weights, or the config of a model that
-the user names. OpenAI's files have none, so the rules of OpenAI's own loader give it. The model of open_clip,
-with the same weights, is the other side of the parity.
+the user names. The model of open_clip, with the same weights, is the other side of the parity.
 """
 
 import functools
@@ -26,7 +25,10 @@ WEIGHTS = (
 )
 PACKAGES = ("open_clip_torch", "torch")
 _CONFIG = "open_clip_config.json"
-_OPENAI = ("input_resolution", "context_length", "vocab_size")  # sizes in OpenAI's files
+_NOT_WEIGHTS = (
+    *("input_resolution", "context_length", "vocab_size"),  # in OpenAI's state dicts
+    *("attn_mask", "text.attn_mask"),
+)
 _POOLS = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
 _TIMM_POOLS = {"map": "map", "token": "class", "avg": "mean"}
 
@@ -68,9 +70,7 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
     state = archives.read_weights(path, WEIGHTS)
     if any(x.startswith(("vision_model.", "text_model.")) for x in state):
         raise ConvertError(f"{path}: got weights of transformers; grain-jax convert from-hf reads them")
-    is_openai, pixels = _OPENAI[0] in state, towers.CLIP_PIXELS
-    ignored = (*_OPENAI, "attn_mask", "text.attn_mask")
-    state = {key: x for key, x in state.items() if key not in ignored}
+    state, pixels = {key: x for key, x in state.items() if key not in _NOT_WEIGHTS}, towers.CLIP_PIXELS
     file = (path if path.is_dir() else path.parent) / _CONFIG
     with needing("open_clip", path):
         import open_clip
@@ -80,9 +80,6 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
             raise ConvertError(f"--model: got {name!r}, expected a name of open_clip.list_models()")
         config = named_config
         pixels = towers.SIGLIP_PIXELS if "SigLIP" in name else pixels
-    elif is_openai:
-        with archives.reading(path, "a CLIP of OpenAI with a vision transformer"):
-            config = _openai_config(state)
     elif regular_file.is_one(file):
         stated = regular_file.read_json(file, dict[str, Any], "open_clip's config")
         with archives.reading(file, "open_clip's config"):
@@ -95,25 +92,6 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
             " such as ViT-B-32"
         )
     return OpenClipCheckpoint(path, state, config, pixels)
-
-
-def _openai_config(state: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The config of a CLIP of OpenAI, by the rules of its loader: heads of 64 and QuickGELU."""
-    layers = [name for name in state if name.endswith(".attn.in_proj_weight")]
-    depth = lambda prefix: sum(name.startswith(prefix) for name in layers)
-    width, _, patch, _ = state["visual.conv1.weight"].shape
-    vocab_size, text_width = state["token_embedding.weight"].shape
-    grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
-    vision = dict(image_size=grid * patch, patch_size=patch, width=width, layers=depth("visual."))
-    text = dict(
-        context_length=len(state["positional_embedding"]),
-        vocab_size=vocab_size,
-        width=text_width,
-        heads=text_width // 64,
-        layers=depth("transformer."),
-    )
-    embed_dim = state["text_projection"].shape[1]
-    return dict(embed_dim=embed_dim, quick_gelu=True, vision_cfg=vision, text_cfg=text)
 
 
 def _module(checkpoint: OpenClipCheckpoint) -> Any:

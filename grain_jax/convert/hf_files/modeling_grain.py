@@ -13,18 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_grain import GrainConfig
-
-LAYER_SCALE = 1e-5  # initial value
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
@@ -37,38 +29,37 @@ def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
     return out.transpose(1, 2).flatten(2)
 
 
-class Rope(nn.Module):
-    """Rotary positions of DINOv3: a patch's centre in [-1, 1] times 2 pi; channel i turns with i + half."""
-
-    def __init__(self, tower):
-        super().__init__()
-        self.grid, self.leading = tower["image_size"] // tower["patch_size"], _leading(tower)
-        self.theta, self.head_dim = tower["rope_theta"], tower["width"] // tower["heads"]
-
-    def tables(self, device):
-        """Cosine and sine of each patch and channel, [patches, head_dim]."""
-        cells = torch.arange(self.grid, dtype=torch.float64)  # some devices have no float64
-        quarter = self.head_dim // 4
-        waves = self.theta ** -(torch.arange(quarter, dtype=cells.dtype) / quarter)
-        centres = 2 * math.pi * (2 * (cells + 0.5) / self.grid - 1)
-        y, x = (a.flatten() for a in torch.meshgrid(centres, centres, indexing="ij"))
-        y, x = (a[:, None] * waves for a in (y, x))
-        angles = torch.cat([y, x, y, x], dim=-1)
-        return angles.cos().float().to(device), angles.sin().float().to(device)
-
-    def forward(self, x):
-        """Queries or keys [B, tokens, E], turned but for the leading tokens, in float32."""
-        heads = x.unflatten(-1, (-1, self.head_dim))
-        y = heads[:, self.leading :].float()
-        cos, sin = (table.unsqueeze(-2) for table in self.tables(x.device))
-        first, second = y.chunk(2, dim=-1)
-        turned = (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-        return torch.cat([heads[:, : self.leading], turned], dim=1).flatten(-2)
-
-
 def _leading(tower):
     """The number of tokens before the patches: the class token and the registers."""
     return int(tower["class_token"]) + tower["registers"]
+
+
+def _grid(tower):
+    return tower["image_size"] // tower["patch_size"]
+
+
+def _centres(grid, **kind):
+    """The centres of the patches in [0, 1]: y and x, [patches] each."""
+    centres = (torch.arange(grid, **kind) + 0.5) / grid
+    return [a.flatten() for a in torch.meshgrid(centres, centres, indexing="ij")]
+
+
+def _turned(x, tower):
+    """Queries or keys [B, tokens, E] with the rotary positions of DINOv3; leading tokens have none.
+
+    A patch's centre in [-1, 1] times 2 pi; channel i turns with i + half, in float32.
+    """
+    head_dim, leading = tower["width"] // tower["heads"], _leading(tower)
+    quarter = torch.arange(head_dim // 4, dtype=torch.float64)  # on the CPU: some devices have no float64
+    waves = tower["rope_theta"] ** -(quarter / len(quarter))
+    centres = _centres(_grid(tower), dtype=torch.float64)
+    angles = torch.cat([2 * math.pi * (2 * a[:, None] - 1) * waves for a in centres] * 2, dim=-1)
+    cos, sin = (table.float().to(x.device).unsqueeze(-2) for table in (angles.cos(), angles.sin()))
+    heads = x.unflatten(-1, (-1, head_dim))
+    patches = heads[:, leading:].float()
+    first, second = patches.chunk(2, dim=-1)
+    turned = (patches * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return torch.cat([heads[:, :leading], turned], dim=1).flatten(-2)
 
 
 class ImageAttention(nn.Module):
@@ -76,26 +67,19 @@ class ImageAttention(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        width, self.heads = tower["width"], tower["heads"]
-        self.qkv = nn.Linear(width, 3 * width, bias=tower["key_bias"])
-        self.q_bias = self.v_bias = None
-        if not tower["key_bias"]:
-            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
-        self.rope = Rope(tower) if tower["rope"] != "none" else None
-        self.proj = nn.Linear(width, width)
-        self.q_norm = self.k_norm = nn.Identity()
-        if tower["qk_norm"]:
-            self.q_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
-            self.k_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
+        width, self.heads, self.tower = tower["width"], tower["heads"], tower
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        norm = lambda: nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
+        self.q_norm, self.k_norm = (norm() if tower["qk_norm"] else nn.Identity() for _ in range(2))
 
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.q_bias is not None:
-            q, v = q + self.q_bias, v + self.v_bias
+        if not self.tower["key_bias"]:
+            k = k - self.qkv.bias.chunk(3)[1]  # zeros, also after training
         q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2)
-        if self.rope is not None:
-            q, k = self.rope(q), self.rope(k)
+        if self.tower["rope"] != "none":
+            q, k = _turned(q, self.tower), _turned(k, self.tower)
         return self.proj(_attend(q, k, v, self.heads))
 
 
@@ -122,8 +106,9 @@ class MLP(nn.Module):
 
     def __init__(self, tower, names, gated=False):
         super().__init__()
-        width, mlp_dim = tower["width"], tower["mlp_dim"]
-        self.names, self.activation = names, ACTIVATIONS[tower["activation"]]
+        width, mlp_dim, activation = tower["width"], tower["mlp_dim"], tower["activation"]
+        self.names = names
+        self.activation = ACT2FN[{"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)]
         self.add_module(names[0], nn.Linear(width, mlp_dim))
         self.add_module(names[1], nn.Linear(mlp_dim, width))
         self.gate = nn.Linear(width, mlp_dim) if gated else None
@@ -163,17 +148,6 @@ def _projected(x, matrix, bias):
     return x if bias is None else x + bias
 
 
-class LayerScale(nn.Module):
-    """A learned factor for each channel."""
-
-    def __init__(self, tower):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((tower["width"],), LAYER_SCALE))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class ImageBlock(nn.Module):
     """Pre-norm attention and MLP; maybe layer scale."""
 
@@ -183,11 +157,12 @@ class ImageBlock(nn.Module):
         self.attn = ImageAttention(tower)
         self.norm2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
         self.mlp = MLP(tower, ("fc1", "fc2"), gated=tower["mlp"] == "gated")
-        self.ls1, self.ls2 = (LayerScale(tower) if tower["layer_scale"] else nn.Identity() for _ in range(2))
+        scale = lambda: nn.Parameter(torch.full((tower["width"],), 1e-5)) if tower["layer_scale"] else 1.0
+        self.ls1, self.ls2 = scale(), scale()
 
     def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1 * self.attn(self.norm1(x))
+        return x + self.ls2 * self.mlp(self.norm2(x))
 
 
 class ImageTower(nn.Module):
@@ -195,22 +170,17 @@ class ImageTower(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        width, patch = tower["width"], tower["patch_size"]
+        width, patch, leading = tower["width"], tower["patch_size"], int(tower["class_token"])
         self.image_size = tower["image_size"]
-        positions = (self.image_size // patch) ** 2 + int(tower["class_token"])
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if tower["class_token"] else None
-        self.pos_embed = self.reg_token = None
-        if tower["positions"]:
-            self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
-        if tower["registers"]:
-            self.reg_token = nn.Parameter(torch.empty(1, tower["registers"], width))
+        tokens = lambda count: nn.Parameter(torch.empty(1, count, width)) if count else None
+        self.cls_token, self.reg_token = tokens(leading), tokens(tower["registers"])
+        self.pos_embed = tokens(tower["positions"] * (_grid(tower) ** 2 + leading))
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, width, patch, patch, bias=tower["patch_bias"])
-        self.norm_pre = nn.Identity()
-        if tower["pre_norm"]:
-            self.norm_pre = nn.LayerNorm(width, eps=tower["norm_eps"])
+        norm = lambda: nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.norm_pre = norm() if tower["pre_norm"] else nn.Identity()
         self.blocks = nn.ModuleList(ImageBlock(tower) for _ in range(tower["depth"]))
-        self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.norm = norm()
 
     def forward(self, pixel_values):
         """[B, 3, S, S] -> [B, tokens, E]."""
@@ -309,10 +279,8 @@ class Backbone(nn.Module):
         x = self.ln_final(x)
         if self.text_pool is not None:
             x = self.text_pool(x, mask)
-        elif self.pool == "mean" and real is None:
-            x = x.mean(dim=1)
         elif self.pool == "mean":
-            x = (x * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
+            x = x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
         return _projected(x, self.text_projection, self.text_projection_bias)
 
 
@@ -333,8 +301,7 @@ class DecoderLayer(nn.Module):
         """x [B, Q+1, E], memory [B, tokens, E], positions [Q+1, E], added to queries and keys alone."""
         y = self.norm1(x)
         x = x + self.dropout(self.self_attn(y + positions, y + positions, y))
-        asked = self.multihead_attn(self.norm2(x) + positions, memory, memory)
-        x = x + self.dropout(asked)
+        x = x + self.dropout(self.multihead_attn(self.norm2(x) + positions, memory, memory))
         hidden = self.dropout(F.relu(self.linear1(self.norm3(x))))
         return x + self.dropout(self.linear2(hidden))
 
@@ -345,10 +312,9 @@ class BoxHead(nn.Module):
     def __init__(self, towers):
         super().__init__()
         head, image = towers["boxes"], towers["image"]
-        self.leading, self.grid = _leading(image), image["image_size"] // image["patch_size"]
+        self.leading, self.grid = _leading(image), _grid(image)
         self.bins, self.samples = head["bins"], head["samples"]
-        inputs = image["width"] * self.bins**2
-        self.proj = nn.Parameter(torch.empty(inputs, towers["embed_dim"]))
+        self.proj = nn.Parameter(torch.empty(image["width"] * self.bins**2, towers["embed_dim"]))
 
     def forward(self, tokens, boxes_xyxy):
         """Image tokens and boxes [B, R, 4], corners in [0, 1] -> [B, R, D].
@@ -363,9 +329,9 @@ class BoxHead(nn.Module):
 
     def patches(self, tokens):
         """Image tokens -> an embedding of the box of each patch, [B, patches, D]."""
-        low = torch.arange(self.grid, device=self.proj.device) / self.grid
-        y, x = (a.flatten() for a in torch.meshgrid(low, low, indexing="ij"))
-        cells = torch.stack([x, y, x + 1 / self.grid, y + 1 / self.grid], dim=-1)
+        y, x = _centres(self.grid, device=self.proj.device)
+        side = torch.full_like(x, 1 / self.grid)
+        cells = _corners(torch.stack([x, y, side, side], dim=-1))
         return self(tokens, cells.expand(tokens.shape[0], -1, -1))
 
     def _share_of_cells(self, start, end):
@@ -386,9 +352,8 @@ class Pointer(nn.Module):
     def __init__(self, towers):
         super().__init__()
         image, width = towers["image"], towers["decoder"]["width"]
-        self.leading, self.grid = _leading(image), image["image_size"] // image["patch_size"]
-        sizes = ((image["width"], width), (width, 5))
-        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+        self.leading, self.grid = _leading(image), _grid(image)
+        self.layers = nn.ModuleList([nn.Linear(image["width"], width), nn.Linear(width, 5)])
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(image["width"], width, bias=False)
 
@@ -397,8 +362,7 @@ class Pointer(nn.Module):
         patches = tokens[:, self.leading :]
         first, second = self.layers
         offset, logit = second(F.relu(first(patches))).float().split([4, 1], dim=-1)
-        centre = (torch.arange(self.grid, device=tokens.device) + 0.5) / self.grid
-        y, x = (a.flatten() for a in torch.meshgrid(centre, centre, indexing="ij"))
+        y, x = _centres(self.grid, device=tokens.device)
         side = torch.full_like(x, 0.38)
         boxes = (offset + torch.stack([x, y, side, side], dim=-1).logit()).sigmoid()
         scores = torch.einsum("tbqe,bpe->tbqp", self.query(queries), self.key(patches)).float()
@@ -406,12 +370,10 @@ class Pointer(nn.Module):
         return torch.einsum("tbqp,bpc->tbqc", scores.softmax(-1), boxes)
 
 
-def _box_head(towers):
-    return BoxHead(towers) if towers["boxes"]["kind"] != "none" else None
-
-
 class PooledImage(nn.Module):
     """The pooled tokens embed the image."""
+
+    tower_pools = True
 
     def __init__(self, towers):
         super().__init__()
@@ -421,14 +383,21 @@ class PooledImage(nn.Module):
         self.img_proj, self.img_proj_bias = _projection(
             image["projection"], image["width"], towers["embed_dim"]
         )
-        self.boxes = _box_head(towers)
+        self.boxes = BoxHead(towers) if towers["boxes"]["kind"] != "none" else None
+
+    @property
+    def embeds_patches(self):
+        """Whether patches have embeddings."""
+        return self.boxes is not None or self.tower_pools
 
     def forward(self, tokens):
         """Image tokens -> image [B, D], and no regions and no boxes."""
         return self._embed(tokens, self.leading), None, None
 
     def patches(self, tokens):
-        """Embeddings of the patches, [B, patches, D]: by the box head, or each pooled alone."""
+        """Embeddings of the patches, [B, patches, D]: by the box head, or each pooled alone; None without."""
+        if not self.embeds_patches:
+            return None
         if self.boxes is not None:
             return self.boxes.patches(tokens)
         patches = tokens[:, self.leading :]
@@ -502,10 +471,6 @@ class Decoder(PooledImage):
             image = _unit(image) + _unit(regions).sum(dim=1)
         return image, regions, boxes
 
-    def patches(self, tokens):
-        """As without a decoder; None if neither the tower nor a box head embeds patches."""
-        return super().patches(tokens) if self.tower_pools or self.boxes is not None else None
-
 
 @dataclass
 class GrainRegions(ModelOutput):
@@ -527,8 +492,8 @@ class GrainOutput(ModelOutput):
     boxes_xyxy: torch.FloatTensor | None = None  # [B, Q, 4], corners in [0, 1]
 
 
-class GrainPreTrainedModel(PreTrainedModel):
-    """Loading, saving and the initial weights."""
+class GrainModel(PreTrainedModel):
+    """Embeddings of images, texts and regions, and zero-shot scores."""
 
     config_class = GrainConfig
     base_model_prefix = "grain"
@@ -537,33 +502,21 @@ class GrainPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _tied_weights_keys = {}
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        """Normal with standard deviation 0.02, for parameters that a checkpoint lacks."""
-        super()._init_weights(module)
-        towers = self.config.towers
-        constants = {
-            "logit_scale": math.log(towers["logit_scale_init"]),
-            "logit_bias": towers["logit_bias_init"],
-            "gamma": LAYER_SCALE,
-        }
-        is_own = type(module).__module__ == __name__  # with parameters in no layer
-        for name, parameter in module.named_parameters(recurse=False) if is_own else ():
-            if name in constants or name.endswith("bias"):
-                nn.init.constant_(parameter, constants.get(name, 0.0))
-            else:
-                nn.init.normal_(parameter, std=0.02)
-
-
-class GrainModel(GrainPreTrainedModel):
-    """Embeddings of images, texts and regions, and zero-shot scores."""
-
     def __init__(self, config):
         super().__init__(config)
         self.backbone = Backbone(config.towers)
         has_decoder = config.towers["decoder"] is not None
         self.decoder = (Decoder if has_decoder else PooledImage)(config.towers)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Normal with standard deviation 0.02, for matrices that a checkpoint lacks."""
+        super()._init_weights(module)
+        is_own = type(module).__module__ == __name__  # with parameters in no layer
+        for parameter in module.parameters(recurse=False) if is_own else ():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
 
     def get_image_features(self, pixel_values):
         """Images [B, 3, S, S] -> [B, D], not normalised."""
@@ -647,8 +600,7 @@ class GrainModel(GrainPreTrainedModel):
         """`similarity_maps` of texts [N, D], unit length."""
         tokens = self.backbone.visual(pixel_values)
         _, regions, boxes = self.decoder(tokens)
-        image, maps = self.config.towers["image"], []
-        grid = image["image_size"] // image["patch_size"]
+        grid, maps = _grid(self.config.towers["image"]), []
         if regions is not None and regions.shape[1]:
             corners = _corners(boxes[-1]).clamp(0, 1)
             maps.append(_region_maps(_cosines(texts, _unit(regions)), corners, grid))
@@ -709,15 +661,13 @@ class GrainModel(GrainPreTrainedModel):
         4] -> box_embeds. maps.onnx: pixel_values, text_embeds [N, D] -> similarity_maps [B, N, h, w]. The
         numbers of images, texts and boxes are dynamic. Needs the packages onnx and onnxscript.
         """
-        size = self.config.towers["image"]["image_size"]
-        context = self.config.towers["text"]["context_length"]
+        image, text, of_decoder = (self.config.towers[name] for name in ("image", "text", "decoder"))
+        size, visual, decoder = image["image_size"], self.backbone.visual, self.decoder
         batch, boxes, texts = (torch.export.Dim(name) for name in ("batch", "boxes", "texts"))
         pixels = {"pixel_values": (torch.zeros(2, 3, size, size), {0: batch})}
-        ids = {"input_ids": (torch.zeros(2, context, dtype=torch.long), {0: batch})}
+        ids = {"input_ids": (torch.zeros(2, text["context_length"], dtype=torch.long), {0: batch})}
         corners = {"boxes_xyxy": (torch.rand(2, 3, 4), {0: batch, 1: boxes})}
         asked = {"text_embeds": (torch.rand(3, self.config.towers["embed_dim"]), {0: texts})}
-        visual, decoder = self.backbone.visual, self.decoder
-        of_decoder = self.config.towers["decoder"]
         has_regions = of_decoder is not None and of_decoder["queries"] > 0
 
         def of_images(pixel_values):
@@ -726,24 +676,16 @@ class GrainModel(GrainPreTrainedModel):
                 return _unit(image)
             return _unit(image), _unit(regions), _corners(boxes[-1]).clamp(0, 1)
 
-        def of_texts(input_ids):
-            return _unit(self.backbone.encode_text(input_ids))
-
-        def of_boxes(pixel_values, boxes_xyxy):
-            return _unit(decoder.boxes(visual(pixel_values), boxes_xyxy))
-
-        embeds = ["image_embeds"]
-        if has_regions:
-            embeds += ["region_embeds", "boxes_xyxy"]
+        embeds = ["image_embeds", "region_embeds", "boxes_xyxy"][: 3 if has_regions else 1]
+        of_texts = lambda input_ids: _unit(self.backbone.encode_text(input_ids))
         parts = {  # file -> function, the modules that it calls, inputs, outputs
             "image": (of_images, (visual, decoder), pixels, embeds),
             "text": (of_texts, (self.backbone,), ids, ["text_embeds"]),
         }
         if decoder.boxes is not None:
-            head = (visual, decoder.boxes)
-            parts["boxes"] = (of_boxes, head, pixels | corners, ["box_embeds"])
-        pools = of_decoder is None or decoder.tower_pools
-        if has_regions or pools or decoder.boxes is not None:
+            modules = (visual, decoder.boxes)
+            parts["boxes"] = (self.get_boxes, modules, pixels | corners, ["box_embeds"])
+        if has_regions or decoder.embeds_patches:
             parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training

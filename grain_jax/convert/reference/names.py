@@ -5,7 +5,7 @@ of projections, the box head; `hf_files/modeling_grain.py` has all. Its "decoder
 image tokens.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ _DECODER = {
 }
 TABLES: dict[str, list[NamePair]] = {  # by state dict
     "backbone": [
-        *formats.own_image("visual.", key_bias=True),
+        *formats.own_image("visual."),
         *formats.openai_text(),
         *formats.rows("", "", {"text_projection/bias": "text_projection_bias"}),
         *formats.rows("text_pool/", "text_pool.", _POOL),
@@ -64,17 +64,6 @@ TABLES: dict[str, list[NamePair]] = {  # by state dict
         NamePair("region_logit_bias", "logit_bias"),
     ],
 }
-_KEY_BIAS = "image/blocks/attention/key/bias"
-
-
-def rows_of(module: str, parameters: Collection[str]) -> list[NamePair]:
-    """The table of a state dict, for a model of these parameters."""
-    if module == "backbone" and _KEY_BIAS not in parameters:
-        others = [row for row in TABLES[module] if not row.ours.startswith("image/")]
-        return [*formats.own_image("visual.", key_bias=False), *others]
-    return TABLES[module]
-
-
 # Entries of the reference that no output of GRAIN depends on.
 UNUSED = {
     "backbone": ("image_projection",),
@@ -100,7 +89,7 @@ def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:
     params: dict[str, np.ndarray] = {}
     faults = []
     for module, state in (("backbone", backbone), ("decoder", decoder)):
-        rows = rows_of(module, shapes)
+        rows = TABLES[module]
         shapes_of_part = {row.ours: shapes[row.ours] for row in rows if row.ours in shapes}
         try:
             with prefixed(f"{module} "):
@@ -116,17 +105,17 @@ def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:
 def state_dicts(params: Any) -> dict[str, dict[str, np.ndarray]]:
     """Our parameters (or their gradients), a nested dict, as the two state dicts, without the unused entries.
 
+    The modeling file has biases of keys, zeros where the tower has none.
+
     Raises:
       ValueError: a parameter that no row has.
     """
     flat = grain.flat(params)
-    rows = {module: rows_of(module, flat) for module in TABLES}
-    of_backbone = {row.ours for row in rows["backbone"]}
-    parts = {
-        "backbone": {name: x for name, x in flat.items() if name in of_backbone},
-        "decoder": {name: x for name, x in flat.items() if name not in of_backbone},
-    }
-    return {module: tables.write(rows[module], part) for module, part in parts.items()}
+    bias = "image/blocks/attention/{}/bias"
+    flat = {bias.format("key"): np.zeros_like(flat[bias.format("query")]), **flat}
+    backbone = {row.ours: flat.pop(row.ours) for row in TABLES["backbone"] if row.ours in flat}
+    parts = {"backbone": backbone, "decoder": flat}
+    return {module: tables.write(TABLES[module], part) for module, part in parts.items()}
 
 
 def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.ndarray]]:
