@@ -6,7 +6,7 @@ parameters. `formats` has the tables of PyTorch's packages.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,33 +60,36 @@ class NamePair(NamedTuple):
         return "{}" in self.theirs
 
 
-def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Arrays:
+def read(
+    rows: Iterable[NamePair],
+    state: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    unused: Collection[str] | None = None,
+) -> Arrays:
     """Our parameters, float32, of the rows whose parameter is in `shapes`.
 
     Args:
       rows: the table.
       state: the checkpoint's arrays.
       shapes: our name -> shape, as `grain.parameter_shapes` gives for a model.
+      unused: entries that no parameter needs; None: any.
 
     Raises:
-      ConvertError: entries that are missing, not finite or of another shape, parameters without a row.
+      ConvertError: entries that are missing, not finite or of another shape, or that nothing needs,
+        parameters without a row.
     """
     out: Arrays = {}
+    faults, known = [], set(state if unused is None else unused)
     rows = [row for row in rows if row.ours in shapes]
-    faults = [
-        f"{row.theirs}: got {shapes[row.ours][0]} layers, expected at most {MAX_LAYERS}"
-        for row in rows
-        if row.layered and shapes[row.ours][0] > MAX_LAYERS
-    ]
-    raise_any(faults[:1])
     for row in rows:
         shape = shapes[row.ours]
         of_layer = shape[1:] if row.layered else shape
         index, count = row.part
         expected = row.layout.shape(of_layer)
         whole = (count * expected[0], *expected[1:]) if count > 1 else expected
-        parts = []
-        for name in row.entries(shape):
+        parts, names = [], row.entries(shape)
+        known.update(names)
+        for name in names:
             array = state.get(name)
             if array is None:
                 faults.append(f"{name}: missing")
@@ -101,6 +104,7 @@ def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str
         if not faults:
             out[row.ours] = np.stack(parts) if row.layered else parts[0]
     faults += [f"{name}: missing" for name in sorted(shapes.keys() - {row.ours for row in rows})]
+    faults += [f"{name}: unknown key, shape {state[name].shape}" for name in sorted(state.keys() - known)]
     raise_any(list(dict.fromkeys(faults)))
     return out
 
@@ -126,11 +130,6 @@ def write(rows: Iterable[NamePair], params: Mapping[str, Any]) -> Arrays:
     return {
         name: np.asarray(x[0] if len(x) == 1 else np.concatenate(x), order="C") for name, x in out.items()
     }
-
-
-def used(rows: Iterable[NamePair], shapes: Mapping[str, Shape]) -> set[str]:
-    """The names of the entries that `read` takes."""
-    return {x for row in rows if row.ours in shapes for x in row.entries(shapes[row.ours])}
 
 
 def nested(params: Mapping[str, Any]) -> dict:

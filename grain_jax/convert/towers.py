@@ -98,9 +98,7 @@ def build(towers: Towers, state: Mapping[str, np.ndarray]) -> Imported:
     model = model_of(towers, scale if finite(scale) else 0.0, bias)
     shapes = grain.parameter_shapes(model)
     read = {name: x for name, x in shapes.items() if towers.text or name.startswith("image/")}
-    params = tables.read(towers.rows, _with_class_position(state, names, towers.image), read)
-    unknown = sorted(state.keys() - tables.used(towers.rows, read))
-    raise_any([f"{name}: unknown key" for name in unknown])
+    params = tables.read(towers.rows, _with_class_position(state, names, towers.image), read, unused=())
     rest = {name: np.zeros(x, np.float32) for name, x in shapes.items() if name not in read}
     return Imported(model, tables.nested(params | rest), towers.text is not None)
 

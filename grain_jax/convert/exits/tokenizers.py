@@ -11,7 +11,7 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax import inference
 from grain_jax.convert.exits.folder import SourceModel
-from grain_jax.convert.faults import ConvertError
+from grain_jax.convert.faults import ConvertError, needing
 from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 
 # Texts of the parity: nothing that the cleaning of our tokenizers alone would repair.
@@ -145,77 +145,42 @@ def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower, fast: bool)
 
     {} if the file has no token with the id of the padding.
     """
-    import sentencepiece
-    import tokenizers
-    from tokenizers import AddedToken, Regex, models, normalizers, processors
+    from tokenizers import AddedToken, Regex, normalizers, processors
 
+    with needing("transformers or protobuf", path):
+        from transformers import convert_slow_tokenizer as library
+
+        message = library.import_protobuf().ModelProto
     content = tokenizer.content_of(path)
-    library = sentencepiece.SentencePieceProcessor(model_proto=content)
-    size, end, unknown = library.vocab_size(), library.eos_id(), library.unk_id()
-    if tower.pad_id >= size:
+    model = message.FromString(content)
+    scores = [(piece.piece, piece.score) for piece in model.pieces]
+    if tower.pad_id >= len(scores):
         return {}
-    pieces, scores = ([library.id_to_piece(i) for i in range(size)], library.get_score([*range(size)]))
-    tokens = dict(eos_token=pieces[end], pad_token=pieces[tower.pad_id])
+    ids = {piece: i for i, (piece, _) in enumerate(scores)}
+    end, rules = model.trainer_spec.eos_piece, model.normalizer_spec
+    tokens = dict(eos_token=end, pad_token=scores[tower.pad_id][0])
     if tower.cleaning == "siglip" and not fast:
-        tokens["unk_token"] = pieces[unknown]
+        tokens["unk_token"] = scores[model.trainer_spec.unk_id][0]
         stated = _config("SiglipTokenizer", tower, **tokens)
         return {"spiece.model": content, "tokenizer_config.json": stated}
-    bytes_too = any(map(library.is_byte, range(size)))
-    message = _message(content)
-    trainer, rules = (_message(message.get(number, [b""])[-1]) for number in (2, 3))
-    says = lambda number: rules.get(number, [1])[-1] != 0
-    if trainer.get(3, [1])[-1] == 2:
-        made: Any = models.BPE(
-            {piece: i for i, piece in enumerate(pieces)},
-            _merges(pieces, scores),
-            unk_token=pieces[unknown],
-            fuse_unk=True,
-            byte_fallback=bytes_too,
-        )
+    convert = library.SpmConverter.build_tokenizer_from_spm_proto
+    if model.trainer_spec.model_type == model.trainer_spec.BPE:
+        made = convert(model, ids, library.generate_merges(ids, scores))
     else:
-        made = models.Unigram([*zip(pieces, scores)], unknown, byte_fallback=bytes_too)
-    steps: list[Any] = [normalizers.Precompiled(x) for x in rules.get(2, [])[-1:] if x]
-    if says(4):  # remove_extra_whitespaces
+        made = convert(model, scores)
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
-    steps += [normalizers.Prepend(" ")] * says(3) + [normalizers.Replace(" ", "\u2581")]
-    made = tokenizers.Tokenizer(made)
+    steps += [normalizers.Prepend(" ")] * rules.add_dummy_prefix + [normalizers.Replace(" ", "\u2581")]
     made.normalizer = normalizers.Sequence(steps)  # a text is one word, in which "\u2581" is a space
     if tower.cleaning in ("siglip2", "none"):  # the others would clean around them
-        whole = [i for i, x in enumerate(message[1]) if _message(x).get(3) == [4]]  # never split
-        made.add_tokens([AddedToken(pieces[i], normalized=False) for i in whole])
-    single, special = f"$A {pieces[end]}", [(pieces[end], end)]
-    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        whole = [x.piece for x in model.pieces if x.type == x.USER_DEFINED]  # never split
+        made.add_tokens([AddedToken(piece, normalized=False) for piece in whole])
+    special = [(end, ids[end])]
+    made.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=special)
     return _fast(made, tower, [], tokens)
-
-
-def _merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Pairs of pieces that are a piece, the best first."""
-    known = set(pieces)
-    splits = lambda piece: ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-    order = sorted(range(len(pieces)), key=lambda i: -scores[i])
-    return [x for i in order for x in splits(pieces[i]) if known.issuperset(x)]
-
-
-def _message(content: bytes) -> dict[int, list[Any]]:
-    """The fields of a message of protocol buffers by number: numbers, and bytes for all else."""
-    fields, position = {}, 0
-
-    def number() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte, position = content[position], position + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while position < len(content):
-        field, kind = divmod(number(), 8)
-        length = 0 if kind == 0 else number() if kind == 2 else {1: 8, 5: 4}[kind]
-        value = number() if kind == 0 else content[position : position + length]
-        fields.setdefault(field, []).append(value)
-        position += length
-    return fields
 
 
 def _of_json(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:

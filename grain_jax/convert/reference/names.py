@@ -89,15 +89,12 @@ def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:
     params: dict[str, np.ndarray] = {}
     faults = []
     for module, state in (("backbone", backbone), ("decoder", decoder)):
-        rows = TABLES[module]
-        shapes_of_part = {row.ours: shapes[row.ours] for row in rows if row.ours in shapes}
+        shapes_of_part = {x.ours: shapes[x.ours] for x in TABLES[module] if x.ours in shapes}
         try:
             with prefixed(f"{module} "):
-                params |= tables.read(rows, state, shapes_of_part)
+                params |= tables.read(TABLES[module], state, shapes_of_part, UNUSED[module])
         except ConvertError as error:
             faults.append(str(error))
-        unknown = state.keys() - tables.used(rows, shapes_of_part) - set(UNUSED[module])
-        faults += [f"{module} {x}: unknown key, shape {state[x].shape}" for x in sorted(unknown)]
     raise_any(faults)
     return tables.nested(params)
 
