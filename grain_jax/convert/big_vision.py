@@ -6,7 +6,7 @@ A path may name a sub-tree of the file, `FILE.npz:params`.
 import io
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -24,13 +24,6 @@ SCALARS = (NamePair("logit_scale", "t"), NamePair("logit_bias", "b"))
 _FIRST_VOCABULARY = 32000  # SigLIP's; its padding has the id 1
 
 
-class BigVisionCheckpoint(NamedTuple):
-    """A path and its arrays, each layer apart: "img/Transformer/encoderblock_0/LayerNorm_0/scale" ..."""
-
-    path: str
-    state: dict[str, np.ndarray]
-
-
 def from_big_vision(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     """from-big-vision: a two_towers .npz to a model in `folder`.
 
@@ -38,19 +31,21 @@ def from_big_vision(source: epath.PathLike, folder: epath.PathLike) -> parity.Re
       ConvertError: the checkpoint cannot be converted, or the folder holds something else.
     """
     target = output.check_free(folder)
-    checkpoint = read(source)
-    with prefixed(f"{checkpoint.path}: "):
-        imported = towers.build(_towers(checkpoint.state), checkpoint.state)
-    proof = prove(checkpoint, imported.model, imported.params)
+    state = read(source)
+    with prefixed(f"{source}: "):
+        imported = towers.build(_towers(state), state)
+    proof = _prove(source, state, imported.model, imported.params)
     lines = (
         "ASSUMED  norm epsilon 1e-6, tanh GELU, pixels in [-1, 1]: its models'",
         f"ASSUMED  texts padded with the id {imported.model.text.pad_id}; pools mean and last without a head",
     )
-    return towers.write("from-big-vision", epath.Path(checkpoint.path), target, imported, proof, *lines)
+    return towers.write("from-big-vision", epath.Path(source), target, imported, proof, *lines)
 
 
-def read(path: epath.PathLike) -> BigVisionCheckpoint:
-    """`FILE.npz` or `FILE.npz:sub-tree` as float32 arrays.
+def read(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """`FILE.npz` or `FILE.npz:sub-tree` as float32 arrays, each layer apart.
+
+    Their names are as "img/Transformer/encoderblock_0/LayerNorm_0/scale".
 
     Raises:
       ConvertError: no such file, not a .npz of arrays, or no such sub-tree.
@@ -60,31 +55,24 @@ def read(path: epath.PathLike) -> BigVisionCheckpoint:
     if not regular_file.is_one(file):
         raise ConvertError(f"{file}: no such file; expected a .npz, or FILE.npz:sub-tree")
     arrays = archives.read_npz(epath.Path(file))
+    below = lambda prefix: {x.removeprefix(prefix): a for x, a in arrays.items() if x.startswith(prefix)}
     # A training checkpoint holds the parameters under one of these, beside the state of the optimizer.
-    below = lambda prefix: {
-        name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)
-    }
     arrays = below("params/") or below("opt/target/") or arrays
     if subtree:
         there = sorted({name.partition("/")[0] for name in arrays})
         arrays = below(f"{subtree}/")
         if not arrays:
             raise ConvertError(f"{path}: no sub-tree {subtree!r}; there are: {', '.join(there)}")
-    with prefixed(f"{file}: "):
-        return BigVisionCheckpoint(str(path), _unstacked(arrays))
-
-
-def _unstacked(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays with the layers that scan stacks under `encoderblock` apart, as `encoderblock_0 ..`."""
     out: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         before, stacked, after = name.partition("encoderblock/")
         if not stacked:
             out[name] = array
-            continue
-        if not array.ndim or not 0 < len(array) <= tables.MAX_LAYERS:
-            raise ConvertError(f"{name}: got shape {array.shape}, expected 1 to {tables.MAX_LAYERS} layers")
-        out |= {f"{before}encoderblock_{i}/{after}": x for i, x in enumerate(array)}
+        elif array.ndim and 0 < len(array) <= tables.MAX_LAYERS:  # scan stacks the layers
+            out |= {f"{before}encoderblock_{i}/{after}": x for i, x in enumerate(array)}
+        else:
+            got = f"got shape {array.shape}, expected 1 to {tables.MAX_LAYERS} layers"
+            raise ConvertError(f"{file}: {name}: {got}")
     return out
 
 
@@ -119,7 +107,7 @@ def _towers(state: Mapping[str, np.ndarray]) -> towers.Towers:
 
 
 def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
-    """to-big-vision: a two-tower model that `grain_jax.load` reads to a .npz of
+    """to-big-vision: a two-tower model that `grain_jax.load` reads to a .npz.
 
     Args:
       source: a workdir, a checkpoint or a converted folder.
@@ -141,7 +129,7 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     np.savez(content, **named)
     with errors.storage_faults_as_one_line(path):
         atomic.write_bytes(path, content.getvalue())
-    proof = prove(read(path), model, source_model.params)
+    proof = _prove(path, read(path), model, source_model.params)
     mean, std = model.image.pixel_mean, model.image.pixel_std
     pixels = f"pixels not in a .npz: ([0, 1] - {list(mean)}) / {list(std)}"
     if (tuple(mean), tuple(std)) != towers.SIGLIP_PIXELS:
@@ -181,16 +169,16 @@ def sizes_of(model: config_lib.Model) -> dict[str, Any]:
     )
 
 
-def prove(checkpoint: BigVisionCheckpoint, model: config_lib.Model, params: Any) -> parity.Report:
+def _prove(path: epath.PathLike, state: Arrays, model: config_lib.Model, params: Any) -> parity.Report:
     """Our model against big_vision's two_towers, loaded by its own code, if big_vision is on the path."""
     try:  # not a package of an index: it is on the path where its repository is
         from big_vision.models import vit  # pyright: ignore[reportMissingImports]
         from big_vision.models.proj.image_text import text_transformer, two_towers  # pyright: ignore[reportMissingImports]
     except ImportError:
         return parity.not_proven("big_vision is not on the path, so nothing could be compared.")
-    path = checkpoint.path if "/" in checkpoint.path else f"./{checkpoint.path}"
+    path = str(path) if "/" in str(path) else f"./{path}"
     subtree = lambda tower: f"{path}/{tower}" if ".npz:" in path else f"{path}:{tower}"
-    tree = tables.nested({name: x for name, x in checkpoint.state.items() if "/" not in name})
+    tree = tables.nested({name: x for name, x in state.items() if "/" not in name})
     tree["img"] = vit.load(None, subtree("img"), {})
     tree["txt"] = text_transformer.load(None, subtree("txt"), {})
     stated = sizes_of(model)

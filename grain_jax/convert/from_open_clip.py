@@ -29,8 +29,7 @@ _NOT_WEIGHTS = (
     *("input_resolution", "context_length", "vocab_size"),  # in OpenAI's state dicts
     *("attn_mask", "text.attn_mask"),
 )
-_POOLS = {"tok": "class", "avg": "mean", "argmax": "end", "eos": "end"}
-_TIMM_POOLS = {"map": "map", "token": "class", "avg": "mean"}
+_POOLS = {"tok": "class", "token": "class", "avg": "mean", "argmax": "end", "eos": "end"}
 
 
 class OpenClipCheckpoint(NamedTuple):
@@ -70,15 +69,14 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
     state = archives.read_weights(path, WEIGHTS)
     if any(x.startswith(("vision_model.", "text_model.")) for x in state):
         raise ConvertError(f"{path}: got weights of transformers; grain-jax convert from-hf reads them")
-    state, pixels = {key: x for key, x in state.items() if key not in _NOT_WEIGHTS}, towers.CLIP_PIXELS
-    file = (path if path.is_dir() else path.parent) / _CONFIG
+    state = {key: x for key, x in state.items() if key not in _NOT_WEIGHTS}
+    pixels, file = towers.CLIP_PIXELS, (path if path.is_dir() else path.parent) / _CONFIG
     with needing("open_clip", path):
         import open_clip
     if name is not None:
-        named_config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
-        if named_config is None:
+        if name not in open_clip.list_models():
             raise ConvertError(f"--model: got {name!r}, expected a name of open_clip.list_models()")
-        config = named_config
+        config: Any = open_clip.get_model_config(name)
         pixels = towers.SIGLIP_PIXELS if "SigLIP" in name else pixels
     elif regular_file.is_one(file):
         stated = regular_file.read_json(file, dict[str, Any], "open_clip's config")
@@ -94,33 +92,31 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
     return OpenClipCheckpoint(path, state, config, pixels)
 
 
+def _configs(config: dict[str, Any]) -> tuple[Any, Any]:
+    """What open_clip reads of the two parts of a config; nothing is downloaded for them."""
+    from open_clip import model as library
+
+    vision = library.CLIPVisionCfg(**config["vision_cfg"] | {"timm_model_pretrained": False})
+    return vision, library.CLIPTextCfg(**config["text_cfg"])
+
+
 def _module(checkpoint: OpenClipCheckpoint) -> Any:
-    """The model of open_clip with random weights; nothing is downloaded."""
+    """The model of open_clip with random weights."""
     from open_clip import model as library
 
     config = checkpoint.config
-    vision = library.CLIPVisionCfg(**config["vision_cfg"] | {"timm_model_pretrained": False})
-    text = library.CLIPTextCfg(**config["text_cfg"])
-    return (library.CustomTextCLIP if checkpoint.is_custom else library.CLIP)(
-        config["embed_dim"],
-        vision,
-        text,
-        quick_gelu=bool(config.get("quick_gelu")),
-        init_logit_bias=config.get("init_logit_bias"),
-    )
+    options: Any = dict(quick_gelu=bool(config.get("quick_gelu")), init_logit_bias=config.get("init_logit_bias"))
+    kind = library.CustomTextCLIP if checkpoint.is_custom else library.CLIP
+    return kind(config["embed_dim"], *_configs(config), **options)
 
 
 def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
     """What config and modules of open_clip say of the towers."""
     import torch
-    from open_clip import model as library
 
     config, (mean, std) = checkpoint.config, checkpoint.pixels
-    vision = library.CLIPVisionCfg(**config["vision_cfg"])
-    text_config = library.CLIPTextCfg(**config["text_cfg"])
+    vision, text_config = _configs(config)
     quick = bool(config.get("quick_gelu"))
-    fields: dict[str, Any]
-    size: Any = vision.image_size
     if text_config.hf_model_name or re.search("[:/]", vision.timm_model_name or ""):
         raise ConvertError("got a tower of the Hub, expected open_clip's own or one of timm")
     if vision.final_ln_after_pool and vision.pool_type == "avg":
@@ -130,9 +126,8 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
             visual = _module(checkpoint).visual
         proj = getattr(visual.head, "proj", None)
         affine = proj is not None and proj.bias is not None
-        fields = timm_fields(visual.trunk) | dict(
-            projection="none" if proj is None else "affine" if affine else "matrix", unroll=1
-        )
+        fields = timm_fields(visual.trunk)
+        fields |= dict(projection="none" if proj is None else "affine" if affine else "matrix", unroll=1)
         rows = formats.timm_image_in_open_clip()
     else:
         rows = formats.openai_image()
@@ -144,7 +139,7 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
             pre_norm=not vision.no_ln_pre,
             pool=_POOLS.get(vision.pool_type, vision.pool_type),
         )
-    image = config_lib.ImageTower(**fields, image_size=size, pixel_mean=mean, pixel_std=std)
+    image = config_lib.ImageTower(**fields, image_size=vision.image_size, pixel_mean=mean, pixel_std=std)
     end_id = text_config.eos_id if text_config.pool_type == "eos" else None
     end_id = end_id if end_id is not None and 0 <= end_id < text_config.vocab_size - 1 else None
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
@@ -172,8 +167,7 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
 
 
 def _sizes(config: Any, quick_gelu: bool) -> dict[str, Any]:
-    tanh = (config.act_kwargs or {}).get("approximate") == "tanh"
-    gelu = "gelu_tanh" if tanh else "gelu"
+    gelu = "gelu_tanh" if (config.act_kwargs or {}).get("approximate") == "tanh" else "gelu"
     return dict(
         width=config.width,
         depth=config.layers,
@@ -202,7 +196,7 @@ def timm_fields(trunk: Any) -> dict[str, Any]:
         class_token=trunk.cls_token is not None,
         pre_norm=not isinstance(trunk.norm_pre, torch.nn.Identity),
         patch_bias=trunk.patch_embed.proj.bias is not None,
-        pool=_TIMM_POOLS.get(trunk.global_pool, trunk.global_pool),
+        pool=_POOLS.get(trunk.global_pool, trunk.global_pool),
     )
 
 
@@ -212,10 +206,7 @@ def _prove(checkpoint: OpenClipCheckpoint, imported: towers.Imported) -> parity.
 
     with archives.reading(checkpoint.path, "what open_clip takes, by the config"):
         module = _module(checkpoint).eval()
-        shapes = {name: x.shape for name, x in module.state_dict().items()}
-        state = {k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()}
-        scalars = {k for k, v in state.items() if v.numel() == 1 and k in shapes}
-        module.load_state_dict(state | {k: state[k].reshape(shapes[k]) for k in scalars})
+        module.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in checkpoint.state.items()})
     run = functools.partial(module_outputs, module)
     return parity.prove(imported.model, imported.params, "open_clip", PACKAGES, run)
 
