@@ -175,8 +175,8 @@ class ImageTower(nn.Module):
         tokens = lambda count: nn.Parameter(torch.empty(1, count, width)) if count else None
         self.cls_token, self.reg_token = tokens(leading), tokens(tower["registers"])
         self.pos_embed = tokens(tower["positions"] * (_grid(tower) ** 2 + leading))
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, patch, patch, bias=tower["patch_bias"])
+        patches = nn.Conv2d(3, width, patch, patch, bias=tower["patch_bias"])
+        self.patch_embed = nn.ModuleDict({"proj": patches})
         norm = lambda: nn.LayerNorm(width, eps=tower["norm_eps"])
         self.norm_pre = norm() if tower["pre_norm"] else nn.Identity()
         self.blocks = nn.ModuleList(ImageBlock(tower) for _ in range(tower["depth"]))
@@ -231,8 +231,8 @@ class Backbone(nn.Module):
         self.token_embedding = nn.Embedding(text["vocab_size"], text["width"])
         self.context = text["context_length"]
         self.positional_embedding = nn.Parameter(torch.empty(self.context, text["width"]))
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
+        blocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
+        self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.ln_final = nn.LayerNorm(text["width"], eps=text["norm_eps"])
         self.text_pool = AttentionPool(text) if text["pool"] == "map" else None
         self.text_projection, self.text_projection_bias = _projection(
@@ -425,18 +425,16 @@ class Decoder(PooledImage):
         self.tower_pools, self.sums_all = pool == "tower", pool == "all"
         self.proj = nn.Linear(towers["image"]["width"], width, bias=False)
         self.query_embed = nn.Embedding(tower["queries"] + (not self.tower_pools), width)
-        self.transformer = nn.Module()
-        self.transformer.pre_norm = nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.transformer.decoder = nn.Module()
-        layers = (DecoderLayer(tower) for _ in range(tower["depth"]))
-        self.transformer.decoder.layers = nn.ModuleList(layers)
-        self.transformer.decoder.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+        norm = lambda: nn.LayerNorm(width, eps=tower["norm_eps"])
+        layers = nn.ModuleList(DecoderLayer(tower) for _ in range(tower["depth"]))
+        decoder = nn.ModuleDict({"layers": layers, "norm": norm()})
+        self.transformer = nn.ModuleDict({"pre_norm": norm(), "decoder": decoder})
         self.points, self.reads_box = tower.get("boxes") == "pointer", tower.get("reads_box")
         if self.points:
             self.pointer = Pointer(towers)
         else:
-            self.bbox_embed = nn.Module()
-            self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
+            layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
+            self.bbox_embed = nn.ModuleDict({"layers": layers})
         self.obj_proj = nn.Parameter(torch.empty(width, out))
         self.logit_scale = self.logit_bias = None  # of regions
         if self.tower_pools:
