@@ -13,9 +13,8 @@ from grain_jax.convert.arguments import Convert
 from grain_jax.convert.average import average
 from grain_jax.convert.big_vision import from_big_vision, to_big_vision
 from grain_jax.convert.exits.onnx_files import to_onnx
-from grain_jax.convert.exits.open_clip import to_open_clip
 from grain_jax.convert.from_hugging_face import from_hf
-from grain_jax.convert.from_open_clip import from_open_clip
+from grain_jax.convert.open_clip import from_open_clip, to_open_clip
 from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.names import TOWERS

@@ -9,7 +9,7 @@ from etils import epath
 
 from grain_jax.checkpoint import digests
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.convert import from_hugging_face, from_open_clip
+from grain_jax.convert import from_hugging_face, open_clip
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core.version import __version__
 
@@ -35,7 +35,7 @@ def import_weights(reference: str, source: epath.Path) -> epath.Path:
     with filelock.FileLock(f"{folder}.lock"):  # other processes wait until it is there
         if not (folder / "params").is_dir():
             is_hf = (source / "config.json").exists()
-            convert = from_hugging_face.from_hf if is_hf else from_open_clip.from_open_clip
+            convert = from_hugging_face.from_hf if is_hf else open_clip.from_open_clip
             report = convert(source, folder)
             if not report.ok:
                 folder.rmtree()

@@ -205,6 +205,8 @@ def image_sizes(entries: Entries) -> dict[str, Any]:
         depth=entries.depth("image/blocks/norm_1/scale"),
         mlp_dim=entries.shape("image/blocks/mlp/in/bias", 1)[0],
         qk_norm="image/blocks/attention/query_norm/scale" in entries,
+        pre_norm="image/pre_norm/scale" in entries,
+        patch_bias="image/patch_embed/bias" in entries,
         class_token=class_token,
         projection=_projection(entries, "image_projection"),
         unroll=1,

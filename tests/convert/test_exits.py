@@ -16,11 +16,11 @@ from timm.models import _registry, vision_transformer
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
+from grain_jax.convert import open_clip as to_open_clip
 from grain_jax.convert import parity, towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.convert.exits import needs
-from grain_jax.convert.exits import open_clip as to_open_clip
 from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.reference import commands as torch_module
 from grain_jax.convert.reference import names

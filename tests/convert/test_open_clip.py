@@ -18,10 +18,9 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.configs import finetune
 from grain_jax.convert import parity, towers
-from grain_jax.convert.exits.open_clip import to_open_clip
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.from_hugging_face import from_hf
-from grain_jax.convert.from_open_clip import from_open_clip, module_outputs
+from grain_jax.convert.open_clip import _outputs, from_open_clip, to_open_clip
 from grain_jax.core import errors
 from grain_jax.train import initialise
 from tests import foreign
@@ -72,7 +71,7 @@ def _check_hf(folder, module):
 
 
 def _check_open_clip(folder, module):
-    return _check(folder, functools.partial(module_outputs, module))
+    return _check(folder, functools.partial(_outputs, module))
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
