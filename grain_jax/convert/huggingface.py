@@ -55,25 +55,22 @@ def to_hf(
     if repo is not None:
         hub.check_push(repo)
     stored = tokenizers.with_end((exits.read_towers if part == "towers" else exits.read)(source))
-    model, kind, lines = stored.model, "AutoModel", []
-    if model.decoder is None:
-        nearest, faults = needs.nearest(model, needs.CLIP, needs.SIGLIP)
-        kind = "AutoModel" if faults else nearest.name
-        keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
-        if faults:
-            lines = [f"for AutoModel with trust_remote_code: {nearest.name} cannot hold {keys}"]
+    model = stored.model
     raise_any(needs.MODELING.faults(model))
     target = output.check_free(folder, exits.MARK)
     token_files, missing = tokenizers.of_transformers(model.text, stored.folder)
-    if kind == "AutoModel":
+    nearest, faults = needs.nearest(model, needs.CLIP, needs.SIGLIP)
+    if faults:
+        kind, use, lines = "AutoModel", _USE_OWN + _USE_REGIONS * (model.decoder is not None), []
+        if model.decoder is None:
+            keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
+            lines = [f"for AutoModel with trust_remote_code: {nearest.name} cannot hold {keys}"]
         states = names.state_dicts(stored.params)
         weights = {f"{part}.{name}": x for part in states for name, x in states[part].items()}
-        files, use = _own_files(model, token_files), _USE_OWN
-        use += "" if model.decoder is None else _USE_REGIONS
+        files = _own_files(model, token_files)
     else:
-        weights = (_clip if kind == "CLIPModel" else _siglip)(stored)
-        use, lines = _USE.format(kind=kind), [_PIXELS]
-        files = _config(model, kind)
+        kind, use, lines = nearest.name, _USE.format(kind=nearest.name), [_PIXELS]
+        weights, files = _weights(model, grain.flat(stored.params), kind), _config(model, kind)
     return exits.write(
         target,
         stored,
@@ -191,23 +188,16 @@ def _preprocessor(tower: config_lib.ImageTower, name: str) -> dict[str, Any]:
     }
 
 
-def _clip(source: exits.SourceModel) -> Arrays:
-    """The arrays of CLIPModel, whose patches have no bias."""
-    flat = arrays.without_patch_bias(grain.flat(source.params))
-    for tower in towers.TOWERS:
-        width = getattr(source.model, tower).width
-        flat = arrays.with_projection(flat, tower, width, bias=False)
-    rows = [*formats.hf_image(), *formats.hf_text("text_projection"), *towers.SCALARS]
-    return tables.write(rows, flat)
-
-
-def _siglip(source: exits.SourceModel) -> Arrays:
-    """The arrays of SiglipModel, whose patches have one."""
-    flat = arrays.with_patch_bias(grain.flat(source.params))
-    flat = {"logit_bias": np.zeros((), np.float32), **flat}
-    flat = arrays.with_projection(flat, "text", source.model.text.width, bias=True)
-    rows = [*formats.hf_image(), *formats.hf_text("text_model.head"), *towers.SCALARS]
-    state = tables.write(rows, flat)
+def _weights(model: config_lib.Model, flat: Arrays, kind: str) -> Arrays:
+    """The arrays of CLIPModel, whose patches have no bias, or of SiglipModel, whose patches have one."""
+    if kind == "CLIPModel":
+        flat = arrays.without_patch_bias(flat)
+        for tower in towers.TOWERS:
+            flat = arrays.with_projection(flat, tower, getattr(model, tower).width, bias=False)
+        return tables.write([*formats.hf_image(), *formats.hf_text("text_projection"), *towers.SCALARS], flat)
+    flat = {"logit_bias": np.zeros((), np.float32), **arrays.with_patch_bias(flat)}
+    flat = arrays.with_projection(flat, "text", model.text.width, bias=True)
+    state = tables.write([*formats.hf_image(), *formats.hf_text("text_model.head"), *towers.SCALARS], flat)
     return state | {row.theirs: state[row.theirs].reshape(1) for row in towers.SCALARS}
 
 
@@ -216,8 +206,9 @@ def _prove(target: epath.Path, source: exits.SourceModel, kind: str, has_tokeniz
 
     `AutoModel` is our modeling file, whose processor cleans texts.
     """
-    options: Any = dict(local_files_only=True)
     is_own = kind == "AutoModel"
+    of_processor: Any = dict(trust_remote_code=True) if is_own else dict(backend="pil")
+    of_processor["local_files_only"] = True
     texts = [*tokenizers.TEXTS, *(_UNCLEAN if is_own else ())]
     ours = {"pixels": exits.our_pixels(source.model.image)}
     if has_tokenizer:
@@ -226,13 +217,12 @@ def _prove(target: epath.Path, source: exits.SourceModel, kind: str, has_tokeniz
     def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
         import transformers
 
-        of_processor = options | (dict(trust_remote_code=True) if is_own else dict(backend="pil"))
-        of_model = of_processor if is_own else options
+        of_model = {key: x for key, x in of_processor.items() if key != "backend"}
         module = getattr(transformers, kind).from_pretrained(str(target), **of_model).eval()
         theirs = parity.clip_outputs(module, inputs)
         load = lambda auto: auto.from_pretrained(str(target), **of_processor)
-        processor = load(transformers.AutoImageProcessor)
-        pixels = processor(exits.raw_images(), return_tensors="pt")["pixel_values"]
+        images = load(transformers.AutoImageProcessor)(exits.raw_images(), return_tensors="pt")
+        pixels = images["pixel_values"]
         theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
         if has_tokenizer:
             as_ours = dict(truncation=True, padding="max_length", return_tensors="np")
