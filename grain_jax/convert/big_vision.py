@@ -79,39 +79,32 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
 def _towers(state: Mapping[str, np.ndarray]) -> towers.Towers:
     """What shapes and habits say of the towers."""
     entries = Entries(state, ROWS)
-    heads = lambda which: entries.shape(f"{which}/blocks/attention/query/kernel", 3)[1]
-    pool = lambda which, other: "map" if f"{which}_pool/probe" in entries else other
-    habits: dict[str, Any] = dict(norm_eps=1e-6, activation="gelu_tanh")
-    sizes = towers.image_sizes(entries)
+    habits = lambda tower, pool: dict(
+        **dict(norm_eps=1e-6, activation="gelu_tanh"),
+        heads=entries.shape(f"{tower}/blocks/attention/query/kernel", 3)[1],
+        pool="map" if f"{tower}_pool/probe" in entries else pool,
+    )
+    sizes, text_sizes = towers.image_sizes(entries), towers.text_sizes(entries)
     mean, std = towers.SIGLIP_PIXELS  # its value_range(-1, 1)
     image = config_lib.ImageTower(
-        **(sizes | habits),
-        heads=heads("image"),
-        pool=pool("image", "class" if sizes["class_token"] else "mean"),
+        **(sizes | habits("image", "class" if sizes["class_token"] else "mean")),
         pixel_mean=mean,
         pixel_std=std,
     )
-    text_sizes = towers.text_sizes(entries)
     text = config_lib.TextTower(
-        **(text_sizes | habits),
-        heads=heads("text"),
-        pool=pool("text", "last"),
+        **(text_sizes | habits("text", "last")),
         causal=False,
         cleaning="siglip2" if text_sizes["vocab_size"] == towers.GEMMA_VOCABULARY else "siglip",
         pad_id=1 if text_sizes["vocab_size"] == _FIRST_VOCABULARY else 0,
         tokenizer="siglip.model",
     )
-    has_matrix = image.projection != "none"
-    embed_dim = entries.width("image_projection/kernel") if has_matrix else image.width
+    matrix = "image_projection/kernel"
+    embed_dim = entries.shape(matrix, 2)[1] if matrix in entries else image.width
     return towers.Towers(embed_dim, image, text, ROWS)
 
 
 def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """to-big-vision: a two-tower model that `grain_jax.load` reads to a .npz.
-
-    Args:
-      source: a workdir, a checkpoint or a converted folder.
-      path: the file to write.
 
     Raises:
       ConvertError: big_vision cannot express the model, or `path` is no file name that ends in .npz.
@@ -123,7 +116,13 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     source_model = exits.read_towers(source)
     model = source_model.model
     raise_any(needs.BIG_VISION.faults(model))
-    state = _state(grain.flat(source_model.params))
+    flat = grain.flat(source_model.params)
+    flat = arrays.with_patch_bias(arrays.without_class_position(flat))
+    for tower in towers.TOWERS:
+        if f"{tower}_projection/kernel" in flat:
+            flat = arrays.with_projection(flat, tower, 0, bias=True)
+    state = tables.write(ROWS, flat)
+    state |= {row.theirs: state[row.theirs].reshape(1) for row in SCALARS if row.ours in flat}
     content = io.BytesIO()
     named: dict[str, Any] = {f"params/{name}": array for name, array in state.items()}
     np.savez(content, **named)
@@ -139,28 +138,17 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
         f"to-big-vision: {source_model.folder} -> {path}, its sub-trees img and txt",
         f"{tokenizer}, padded with the id {model.text.pad_id}",
         pixels,
-        f"for its config: {sizes_of(model)}",
+        f"for its config: {_sizes_of(model)}",
     )
 
 
-def _state(flat: Arrays) -> Arrays:
-    """The arrays by big_vision's names, without `params/`."""
-    flat = arrays.with_patch_bias(arrays.without_class_position(flat))
-    for tower in ("image", "text"):
-        if f"{tower}_projection/kernel" in flat:
-            flat = arrays.with_projection(flat, tower, 0, bias=True)
-    state = tables.write(ROWS, flat)
-    return state | {row.theirs: state[row.theirs].reshape(1) for row in SCALARS if row.ours in flat}
-
-
-def sizes_of(model: config_lib.Model) -> dict[str, Any]:
+def _sizes_of(model: config_lib.Model) -> dict[str, Any]:
     """The arguments of big_vision's two_towers.Model for a two-tower model."""
     kinds = {"map": "map", "class": "tok", "mean": "gap", "last": "last"}
-
-    def sizes(tower: Any) -> dict[str, Any]:
-        shared = dict(width=tower.width, depth=tower.depth, mlp_dim=tower.mlp_dim)
-        return shared | dict(num_heads=tower.heads, pool_type=kinds[tower.pool])
-
+    sizes = lambda tower: dict(
+        **dict(width=tower.width, depth=tower.depth, mlp_dim=tower.mlp_dim),
+        **dict(num_heads=tower.heads, pool_type=kinds[tower.pool]),
+    )
     return dict(
         image=sizes(model.image) | dict(patch_size=(model.image.patch_size,) * 2),
         text=sizes(model.text) | dict(vocab_size=model.text.vocab_size),
@@ -181,7 +169,7 @@ def _prove(path: epath.PathLike, state: Arrays, model: config_lib.Model, params:
     tree = tables.nested({name: x for name, x in state.items() if "/" not in name})
     tree["img"] = vit.load(None, subtree("img"), {})
     tree["txt"] = text_transformer.load(None, subtree("txt"), {})
-    stated = sizes_of(model)
+    stated = _sizes_of(model)
     stated["image"]["scan"] = "encoderblock" in tree["img"]["Transformer"]
     stated["text"]["scan"] = "encoderblock" in tree["txt"]["Encoder_0"]
     theirs = two_towers.Model(**stated)

@@ -161,10 +161,6 @@ class Entries:
             raise_any([f"{name}: got shape {shape}, expected {expected} axes"])
         return shape
 
-    def width(self, ours: str) -> int:
-        """The last size of our array, of two axes; raises as `shape`."""
-        return self.shape(ours, 2)[(self._rows[ours].layout.axes or (1,))[-1]]
-
     def depth(self, ours: str) -> int:
         """The number of layers; one after a gap counts, too. Raises ConvertError where there is none."""
         before, after = self._rows[ours].theirs.split("{}")

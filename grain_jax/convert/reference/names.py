@@ -118,10 +118,6 @@ def state_dicts(params: Any) -> dict[str, dict[str, np.ndarray]]:
 def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.ndarray]]:
     """Our parameters as the reference's two state dicts, with zeros for its unused entries.
 
-    Args:
-      model: the sizes.
-      params: nested dict, as `GRAIN.init` gives.
-
     Raises:
       ConvertError: the reference cannot express the model; one line per reason.
     """
@@ -142,9 +138,7 @@ def infer(states: StateDicts, heads: Mapping[str, int | None]) -> tuple[config_l
 
     The number of heads is in no state dict: it comes by flag, from the size of the qk-norm, or is assumed.
 
-    Args:
-      states: {"backbone": ..., "decoder": ...}.
-      heads: "image", "text", "decoder" -> heads, or None to read or assume them.
+    `heads`: "image", "text", "decoder" -> heads, or None to read or assume them.
 
     Raises:
       ConvertError: an array that gives a size is missing or has another number of axes, or heads do not fit.
@@ -152,18 +146,11 @@ def infer(states: StateDicts, heads: Mapping[str, int | None]) -> tuple[config_l
     backbone, decoder = (Entries(states[module], rows) for module, rows in TABLES.items())
     queries, width = decoder.shape("decoder/query_embed", 2)
     # Norm epsilons and dropout are constants of the reference; the initialisers are not used.
+    own = dict(queries=queries - 1, width=width, dropout=0.1, norm_eps=1e-5)
     sizes: dict[str, dict[str, Any]] = {
         "image": towers.image_sizes(backbone) | dict(norm_eps=1e-6, projection="matrix"),
         "text": towers.text_sizes(backbone) | dict(norm_eps=1e-5),
-        "decoder": dict(
-            queries=queries - 1,
-            width=width,
-            depth=decoder.depth("decoder/blocks/norm_1/scale"),
-            mlp_dim=decoder.shape("decoder/blocks/mlp/in/bias", 1)[0],
-            dropout=0.1,
-            norm_eps=1e-5,
-            unroll=1,
-        ),
+        "decoder": towers.block_sizes(decoder, "decoder") | own,
     }
     assumed, faults = [], []
     for tower, fields in sizes.items():
@@ -183,7 +170,7 @@ def infer(states: StateDicts, heads: Mapping[str, int | None]) -> tuple[config_l
         fields["heads"] = number
     raise_any(faults)
     model = config_lib.Model(
-        embed_dim=backbone.width("text_projection/kernel"),
+        embed_dim=backbone.shape("text_projection/kernel", 2)[1],
         logit_scale_init=1 / 0.07,
         logit_bias_init=None,
         image=config_lib.ImageTower(**sizes["image"]),
