@@ -27,12 +27,7 @@ _OPENAI = "CLIP of OpenAI is at hf://openai/clip-vit-base-patch32 for from-hf"
 
 @contextlib.contextmanager
 def reading(path: epath.PathLike, kind: str) -> Iterator[None]:
-    """Turns whatever is raised inside, but an ImportError, into faults that name the file.
-
-    Args:
-      path: the file.
-      kind: what the file should be, for errors. A damaged or hostile file may raise anything.
-    """
+    """Turns whatever is raised inside, but an ImportError, into faults that name the file, not `kind`."""
     with prefixed(f"{path}: "):
         try:
             yield
@@ -112,14 +107,11 @@ def load_torch(path: epath.Path) -> Any:
 
 
 def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a state dict as arrays, without its other entries; names without `module.`.
-
-    Args:
-      path: the file that holds it; its length bounds the arrays, since tensors may share storage.
-      named: the state dict.
+    """The tensors of a state dict as float32 arrays, without its other entries; names without `module.`.
 
     Raises:
-      ConvertError: a tensor that is not of plain numbers, or a name that is there twice; one line per fault.
+      ConvertError: they take more bytes than the file `path` explains, since tensors may share storage; one
+        is not of plain numbers, or its name is there twice; one line per fault.
     """
     import torch
 
@@ -147,11 +139,7 @@ def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, 
 
 
 def read_weights(path: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of a model as float32.
-
-    Args:
-      path: a .safetensors, a file of torch.save, or a folder.
-      names: of the files that a folder may have; the first that is there is read.
+    """The arrays of a .safetensors or a file of torch.save as float32; of a folder the first file of `names`.
 
     Raises:
       ConvertError: there is none, it is damaged, or it asks to run code; nothing in it is executed.

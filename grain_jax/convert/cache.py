@@ -17,9 +17,7 @@ from grain_jax.core.version import __version__
 def import_weights(reference: str, source: epath.Path) -> epath.Path:
     """The folder of our model for other weights, below `$XDG_CACHE_HOME/grain_jax` or ~/.cache/grain_jax.
 
-    Args:
-      reference: hf://ORG/NAME[@REVISION], or the path of a folder.
-      source: the folder with the weights. That of a download has the commit as its name.
+    `reference` is hf://ORG/NAME[@REVISION] or a path. `source`, a downloaded folder, has its commit as name.
 
     Raises:
       ConvertError: it cannot be converted, or the outputs of the model differ from its own library's.

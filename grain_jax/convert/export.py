@@ -152,11 +152,8 @@ def _description(predictor: inference.Predictor, exported: Mapping[str, Any], mi
 def describe(predictor: inference.Predictor, normalised_by: str, end: str, missing: str) -> dict[str, Any]:
     """What a user of exported files must know of images, texts and scores, as values of JSON.
 
-    Args:
-      predictor: the model.
-      normalised_by: who subtracts the mean of pixels and divides by their deviation.
-      end: how the end of a text is known.
-      missing: why there is no tokenizer.json, or "".
+    `normalised_by`: who normalises pixels; `end`: how the end of a text is known; `missing`: why there is no
+    tokenizer.json, or "".
     """
     image, text = predictor.model.image, predictor.model.text
     cleans = "tokenizer.json, which cleans, cuts and pads texts"

@@ -41,11 +41,8 @@ def to_hf(
 
     A model without a region decoder becomes transformers' own CLIP or SigLIP where these can hold it.
 
-    Args:
-      source: a workdir (the model card reports its config and metrics), a checkpoint, or a converted folder.
-      folder: new, or an older conversion.
-      repo: ORG/NAME where `push` will publish it; the model card names it.
-      part: "all", or "towers": without the regions that were added to a published model.
+    The model card reports config and metrics of a workdir, and names `repo`, ORG/NAME, where `push` will
+    publish it. `part`: "all", or "towers": without the regions that were added to a published model.
 
     Raises:
       hub.HubError: `push` to that `repo` could not work.

@@ -80,10 +80,10 @@ def write(
       model: the sizes.
       folder: a checkpoint in its workdir (WORKDIR/checkpoints/STEP), or a converted model.
       proof: the parity report of the conversion.
-      use: code that loads FOLDER.
+      use: code that loads FOLDER, or `repo` in its place.
       missing: why the folder has no tokenizer, or "".
       library: that loads the folder, as the Hub names it.
-      repo: ORG/NAME on the Hub, in place of FOLDER.
+      repo: ORG/NAME on the Hub.
     """
     notes = ["```", *([f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else [])]
     if missing:

@@ -116,11 +116,7 @@ def text_fields(
 
     SigLIP 2 at a fixed size calls itself siglip: its tokenizer differs, or else the size of its vocabulary.
 
-    Args:
-      folder: of the checkpoint.
-      vocab_size: of the tower.
-      siglip: whether the tower is SigLIP's or SigLIP 2's.
-      end_id: the id that ends a text, where it is not the highest.
+    `siglip`: the tower is SigLIP's or SigLIP 2's; `end_id` ends a text, where it is not the highest.
     """
     config, name = folder / "tokenizer_config.json", ""
     if regular_file.is_one(config):

@@ -55,14 +55,7 @@ def write(
 ) -> parity.Report:
     """Writes a folder: the weights, other files, the model card, and MARK with the verdict of the parity.
 
-    Args:
-      target: the folder, as `output.check_free` returned it.
-      source: the model.
-      arrays: name of the file of the weights, and its arrays.
-      files: other files by name, as for `write_file`.
-      prove: compares the folder with the model.
-      lines: of the report.
-      card: further arguments of `model_card.write`.
+    The `arrays` have the name of their file, and `card` are further arguments of `model_card.write`.
 
     Raises:
       ConvertError: safetensors is missing, or the folder cannot be written.

@@ -23,12 +23,8 @@ def files(
 ) -> tuple[dict[str, Any], str]:
     """The files by name (bytes, or JSON values), and a line that says why there are none, or "".
 
-    CLIP's files pad with the end token.
-
-    Args:
-      tower: the text tower.
-      folder: of the model, where the file of its tokenizer is looked for.
-      fast: a tokenizer.json in every case; else SigLIP's own pieces go out as SiglipTokenizer's.
+    CLIP's files pad with the end token. `fast`: a tokenizer.json in every case; else SigLIP's own pieces go
+    out as SiglipTokenizer's.
 
     Raises:
       UserError: the file of the tokenizer cannot be read.
@@ -222,12 +218,8 @@ def _fast(
 def ours(source: SourceModel, texts: Sequence[str], *, pads_with_end: bool) -> dict[str, np.ndarray]:
     """Our side of the parity: token ids of texts, int32 [N, L], and embeddings of TEXTS, float32 [N, D].
 
-    Each text is read where our tokenizer ends it.
-
-    Args:
-      source: the model.
-      texts: for the token ids.
-      pads_with_end: whether the files pad CLIP's texts with the end token; no model reads it.
+    Each text is read where our tokenizer ends it. `pads_with_end`: the files pad CLIP's texts with the end
+    token; no model reads it.
     """
     tower = source.model.text
     ids = tokenizer.of_tower(tower, source.folder)(texts, tower.context_length)

@@ -102,10 +102,8 @@ def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:
 def state_dicts(params: Any) -> dict[str, dict[str, np.ndarray]]:
     """Our parameters (or their gradients), a nested dict, as the two state dicts, without the unused entries.
 
-    The modeling file has biases of keys, zeros where the tower has none.
-
-    Raises:
-      ValueError: a parameter that no row has.
+    The modeling file has biases of keys, zeros where the tower has none. Raises ValueError for a parameter
+    that no row has.
     """
     flat = grain.flat(params)
     bias = "image/blocks/attention/{}/bias"
@@ -136,9 +134,8 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
 def infer(states: StateDicts, heads: Mapping[str, int | None]) -> tuple[config_lib.Model, list[str]]:
     """The model that these state dicts are the parameters of, and a line for each assumption in it.
 
-    The number of heads is in no state dict: it comes by flag, from the size of the qk-norm, or is assumed.
-
-    `heads`: "image", "text", "decoder" -> heads, or None to read or assume them.
+    No state dict has the number of heads: it comes from `heads` ("image", "text", "decoder" -> number or
+    None), from the size of the qk-norm, or is assumed.
 
     Raises:
       ConvertError: an array that gives a size is missing or has another number of axes, or heads do not fit.
