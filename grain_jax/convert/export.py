@@ -62,8 +62,7 @@ def export_model(
             np.savez(file, **params)
         for name, (program, _) in exported.items():
             (new / f"{name}.stablehlo").write_bytes(program.serialize())
-        for name, content in {**token_files, DESCRIPTION: _description(predictor, exported, missing)}.items():
-            folder.write_file(new / name, content)
+        folder.write_files(new, token_files | {DESCRIPTION: _description(predictor, exported, missing)})
         return _compare(predictor, new, exported)
 
 

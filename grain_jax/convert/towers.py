@@ -68,14 +68,6 @@ def model_of(towers: Towers, scale: Any = 0.0, bias: Any = None) -> config_lib.M
     return config_lib.model_from_dict(dataclasses.asdict(model))
 
 
-def check_size(path: epath.Path, model: config_lib.Model) -> None:
-    """Raises ConvertError where a model has more values than the folder of its weights has bytes."""
-    values = sum(math.prod(shape) for shape in grain.parameter_shapes(model).values())
-    length = sum(regular_file.length(x) or 0 for x in path.iterdir())
-    if values > length:
-        raise ConvertError(f"{path}: its config describes {values:,} values, its files have {length:,} bytes")
-
-
 def build(towers: Towers, state: Mapping[str, np.ndarray]) -> Imported:
     """The model of a checkpoint, all of its arrays in `state`; logit scale (a logarithm) and bias may be [1].
 

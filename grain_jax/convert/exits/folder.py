@@ -65,20 +65,19 @@ def write(
         import safetensors.numpy
     content = safetensors.numpy.save(state, metadata={"format": "pt"})
     with output.replacing(target, MARK) as new:
-        for file, value in {**files, name: content}.items():
-            write_file(new / file, value)
+        write_files(new, {**files, name: content})
         proof = prove(new)
         text = model_card.write(source.model, source.folder, proof, **card)
-        write_file(new / "README.md", text)
-        write_file(new / MARK, {"parity": proof.verdict})
+        write_files(new, {"README.md": text, MARK: {"parity": proof.verdict}})
     return proof.after(*lines)
 
 
-def write_file(path: epath.Path, content: Any) -> None:
-    """Writes bytes, a text, or another value as JSON."""
-    if not isinstance(content, bytes | str):
-        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+def write_files(folder: epath.Path, files: Mapping[str, Any]) -> None:
+    """Writes files by name: bytes, texts, or other values as JSON."""
+    for name, content in files.items():
+        if not isinstance(content, bytes | str):
+            content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def raw_images() -> list[np.ndarray]:

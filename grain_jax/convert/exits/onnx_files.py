@@ -50,8 +50,7 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
                 module.export_onnx(str(new))
         finally:
             logging.disable(before)
-        for name, content in token_files.items():
-            folder.write_file(new / name, content)
+        folder.write_files(new, token_files)
         predictor = inference.Predictor(stored.model, stored.params)
         described = {
             "torch": torch.__version__,
@@ -59,7 +58,7 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
             "sha256": {x.name: atomic.digest(x.read_bytes()) for x in new.iterdir()},
             **export.describe(predictor, f"you: {_PREPARE}", "found by the file", missing),
         }
-        folder.write_file(new / DESCRIPTION, described)
+        folder.write_files(new, {DESCRIPTION: described})
         proof = _prove(new, stored)
     line = f"to-onnx: {stored.folder} -> {target}: {', '.join(described['files'])}"
     return proof.after(line, *filter(None, [missing]))
