@@ -116,8 +116,7 @@ def write(rows: Iterable[NamePair], params: Mapping[str, Any]) -> Arrays:
       ValueError: a parameter without a row.
     """
     by_name = {row.ours: row for row in rows}
-    lost = params.keys() - by_name.keys()
-    if lost:
+    if lost := params.keys() - by_name.keys():
         raise ValueError(f"parameters without a name in the format: {', '.join(sorted(lost))}")
     out: dict[str, list[np.ndarray]] = {}
     for row in (row for name, row in by_name.items() if name in params):

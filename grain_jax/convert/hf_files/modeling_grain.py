@@ -62,6 +62,10 @@ def _turned(x, tower):
     return torch.cat([heads[:, :leading], turned], dim=1).flatten(-2)
 
 
+def _norm(tower):
+    return nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
+
+
 class ImageAttention(nn.Module):
     """Self-attention; with `qk_norm`, a LayerNorm on the queries and keys of each head."""
 
@@ -115,9 +119,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         first, second = (getattr(self, name) for name in self.names)
-        if self.gate is None:
-            return second(self.activation(first(x)))
-        return second(self.activation(self.gate(x)) * first(x))
+        x = self.activation(first(x)) if self.gate is None else self.activation(self.gate(x)) * first(x)
+        return second(x)
 
 
 class AttentionPool(nn.Module):
@@ -128,8 +131,7 @@ class AttentionPool(nn.Module):
         width = tower["width"]
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.attention = Attention(width, tower["heads"])
-        self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.mlp = MLP(tower, ("fc1", "fc2"))
+        self.norm, self.mlp = _norm(tower), MLP(tower, ("fc1", "fc2"))
 
     def forward(self, tokens, mask=None):
         """[B, tokens, E] -> [B, E], of the tokens where the mask, bool [B, 1, 1, tokens], is true."""
@@ -137,9 +139,10 @@ class AttentionPool(nn.Module):
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
-def _projection(kind, width, out):
+def _projection(tower, out):
     """The matrix and the bias of a projection "none", "matrix" or "affine"; None for what it lacks."""
-    matrix = None if kind == "none" else nn.Parameter(torch.empty(width, out))
+    kind = tower["projection"]
+    matrix = None if kind == "none" else nn.Parameter(torch.empty(tower["width"], out))
     return matrix, nn.Parameter(torch.zeros(out)) if kind == "affine" else None
 
 
@@ -153,9 +156,8 @@ class ImageBlock(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        self.norm1 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
+        self.norm1, self.norm2 = _norm(tower), _norm(tower)
         self.attn = ImageAttention(tower)
-        self.norm2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
         self.mlp = MLP(tower, ("fc1", "fc2"), gated=tower["mlp"] == "gated")
         scale = lambda: nn.Parameter(torch.full((tower["width"],), 1e-5)) if tower["layer_scale"] else 1.0
         self.ls1, self.ls2 = scale(), scale()
@@ -177,10 +179,9 @@ class ImageTower(nn.Module):
         self.pos_embed = tokens(tower["positions"] * (_grid(tower) ** 2 + leading))
         patches = nn.Conv2d(3, width, patch, patch, bias=tower["patch_bias"])
         self.patch_embed = nn.ModuleDict({"proj": patches})
-        norm = lambda: nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.norm_pre = norm() if tower["pre_norm"] else nn.Identity()
+        self.norm_pre = _norm(tower) if tower["pre_norm"] else nn.Identity()
         self.blocks = nn.ModuleList(ImageBlock(tower) for _ in range(tower["depth"]))
-        self.norm = norm()
+        self.norm = _norm(tower)
 
     def forward(self, pixel_values):
         """[B, 3, S, S] -> [B, tokens, E]."""
@@ -210,9 +211,8 @@ class TextBlock(nn.Module):
     def __init__(self, tower):
         super().__init__()
         self.causal = tower["causal"]
-        self.ln_1 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
+        self.ln_1, self.ln_2 = _norm(tower), _norm(tower)
         self.attn = Attention(tower["width"], tower["heads"])
-        self.ln_2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
         self.mlp = MLP(tower, ("c_fc", "c_proj"))
 
     def forward(self, x, mask=None):
@@ -233,11 +233,9 @@ class Backbone(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(self.context, text["width"]))
         blocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
         self.transformer = nn.ModuleDict({"resblocks": blocks})
-        self.ln_final = nn.LayerNorm(text["width"], eps=text["norm_eps"])
+        self.ln_final = _norm(text)
         self.text_pool = AttentionPool(text) if text["pool"] == "map" else None
-        self.text_projection, self.text_projection_bias = _projection(
-            text["projection"], text["width"], towers["embed_dim"]
-        )
+        self.text_projection, self.text_projection_bias = _projection(text, towers["embed_dim"])
         self.pool, self.pad_id, self.end_id = text["pool"], text["pad_id"], text["end_id"]
         self.causal, self.mask_padding = text["causal"], text["mask_padding"]
         self.seeks_end = self.mask_padding or self.pool == "end"
@@ -289,12 +287,12 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        width, eps = tower["width"], tower["norm_eps"]
+        width = tower["width"]
         self.self_attn = Attention(width, tower["heads"], tower["dropout"])
         self.multihead_attn = Attention(width, tower["heads"], tower["dropout"])
         self.linear1 = nn.Linear(width, tower["mlp_dim"])
         self.linear2 = nn.Linear(tower["mlp_dim"], width)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=eps) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (_norm(tower) for _ in range(3))
         self.dropout = nn.Dropout(tower["dropout"])
 
     def forward(self, x, memory, positions):
@@ -380,9 +378,7 @@ class PooledImage(nn.Module):
         image = towers["image"]
         self.kind, self.leading = image["pool"], _leading(image)
         self.pool = AttentionPool(image) if image["pool"] == "map" else None
-        self.img_proj, self.img_proj_bias = _projection(
-            image["projection"], image["width"], towers["embed_dim"]
-        )
+        self.img_proj, self.img_proj_bias = _projection(image, towers["embed_dim"])
         self.boxes = BoxHead(towers) if towers["boxes"]["kind"] != "none" else None
 
     @property
@@ -425,10 +421,9 @@ class Decoder(PooledImage):
         self.tower_pools, self.sums_all = pool == "tower", pool == "all"
         self.proj = nn.Linear(towers["image"]["width"], width, bias=False)
         self.query_embed = nn.Embedding(tower["queries"] + (not self.tower_pools), width)
-        norm = lambda: nn.LayerNorm(width, eps=tower["norm_eps"])
         layers = nn.ModuleList(DecoderLayer(tower) for _ in range(tower["depth"]))
-        decoder = nn.ModuleDict({"layers": layers, "norm": norm()})
-        self.transformer = nn.ModuleDict({"pre_norm": norm(), "decoder": decoder})
+        decoder = nn.ModuleDict({"layers": layers, "norm": _norm(tower)})
+        self.transformer = nn.ModuleDict({"pre_norm": _norm(tower), "decoder": decoder})
         self.points, self.reads_box = tower.get("boxes") == "pointer", tower.get("reads_box")
         if self.points:
             self.pointer = Pointer(towers)
@@ -541,14 +536,12 @@ class GrainModel(PreTrainedModel):
         With a box head, its embedding of the box gives the cosine.
         """
         tokens = self.backbone.visual(pixel_values)
-        regions = self._regions(tokens)
-        embeds = regions.embeds
+        boxes, embeds = self._regions(tokens).values()
         if self.decoder.boxes is not None:
-            embeds = _unit(self.decoder.boxes(tokens, regions.boxes_xyxy))
+            embeds = _unit(self.decoder.boxes(tokens, boxes))
         cosines = _cosines(embeds, _unit(self.get_text_features(input_ids)))  # [B, Q, N]
         score, best = cosines.max(dim=1)
-        index = best[..., None].expand(-1, -1, 4)
-        return regions.boxes_xyxy.gather(1, index), score
+        return boxes.gather(1, best[..., None].expand(-1, -1, 4)), score
 
     def detect(self, pixel_values, input_ids, threshold=0.0, top_k=100):
         """For each image the regions with a text: (boxes_xyxy [n, 4], scores [n], labels [n]), best first.
