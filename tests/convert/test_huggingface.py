@@ -2,7 +2,6 @@ import dataclasses
 import functools
 import json
 import re
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,8 @@ from grain_jax.convert.reference import names
 from grain_jax.core import images, named
 from grain_jax.input_pipeline import clip_tokenizer
 from tests import perturbed, tiny
+from tests.convert.test_exits import refused
+from tests.convert.test_pack import State
 from tests.paths import GOLDENS
 
 pytestmark = pytest.mark.long
@@ -138,15 +139,7 @@ def test_what_transformers_saves_comes_back(small, tmp_path, capsys, dtype):
     if len(files) > 1:
         files[0].unlink()
         said = refused(capsys, "from-hf", folder, tmp_path / "out")
-        assert files[0].name in said and str(folder) in said
-
-
-def refused(capsys, command, source, out):
-    """What the command says of a wrong input; it writes nothing."""
-    before = out.exists()
-    assert main([command, "--input", str(source), "--output", str(out)]) == 2
-    assert out.exists() == before
-    return capsys.readouterr().err.strip()
+        assert files[0].name in said[0] and str(folder) in said[0]
 
 
 def test_images_of_every_mode_are_resized_as_ours(converted):
@@ -197,13 +190,13 @@ def test_models_of_another_kind_are_refused(tmp_path, capsys, monkeypatch):
     for kind in (dict(), dict(decoder=None, image__pool="mean")):
         model = perturbed.tiny(image__tower="examples.tower.mixer:Mixer", **kind)
         saved_model.save_model(tmp_path / "mixer", model, {"logit_scale": np.zeros(())})
-        assert refused(capsys, "to-hf", tmp_path / "mixer", tmp_path / "hf").split("\n") == [
+        assert refused(capsys, "to-hf", tmp_path / "mixer", tmp_path / "hf") == [
             "model.image.tower: got examples.tower.mixer:Mixer, modeling_grain.py has vit",
             "1 fault; nothing was written",
         ]
     model = perturbed.tiny(decoder=None, image__pool="class")
     saved_model.save_model(tmp_path / "two", model, {"logit_scale": np.zeros(())})
-    said = refused(capsys, "to-torch", tmp_path / "two", tmp_path / "to-torch").split("\n")
+    said = refused(capsys, "to-torch", tmp_path / "two", tmp_path / "to-torch")
     assert said[-2] == "model.decoder: got None, the PyTorch reference has regions"
 
 
@@ -213,18 +206,10 @@ METRICS = """{"step": 5, "eval/birds/accuracy": 0.25}
 {"step": 13, "eval/bi"""  # the last two are of weights that no checkpoint has
 
 
-class State(NamedTuple):
-    """What a checkpoint needs of a TrainState."""
-
-    step: int
-    params: Any
-    ema_params: Any
-
-
 def test_a_run_is_in_the_model_card_and_its_moving_average_is_written(tmp_path, capsys):
     model = perturbed.tiny()
     average = perturbed.params(model, seed=1)
-    state = jax.tree.map(jnp.asarray, State(9, perturbed.params(model), average))
+    state = jax.tree.map(jnp.asarray, State(9, perturbed.params(model), (), average))
     c = tiny.config(input__name="cc12m", loss__box=1.5, ema_decay=0.99,
                     model__decoder__queries=3, loss__image_description=0.5, loss__group_size=4)  # fmt: skip
     c, workdir = dataclasses.replace(c, model=model), tmp_path / "run"
