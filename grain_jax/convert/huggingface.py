@@ -6,6 +6,7 @@ safetensors and tokenizers; torch and transformers only run the parity.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -199,35 +200,24 @@ def _weights(model: config_lib.Model, flat: Arrays, kind: str) -> Arrays:
 
 
 def _prove(target: epath.Path, source: exits.SourceModel, kind: str, has_tokenizer: bool) -> parity.Report:
-    """Our model against a class of transformers on the folder, from raw images and texts.
-
-    `AutoModel` is our modeling file, whose processor cleans texts.
-    """
+    """Our model against a class of transformers; `AutoModel` is our modeling file, whose processor cleans."""
     is_own = kind == "AutoModel"
-    of_processor: Any = dict(trust_remote_code=True) if is_own else dict(backend="pil")
-    of_processor["local_files_only"] = True
-    texts = [*tokenizers.TEXTS, *(_UNCLEAN if is_own else ())]
-    ours = {"pixels": exits.our_pixels(source.model.image)}
-    if has_tokenizer:
-        ours |= tokenizers.ours(source, texts, pads_with_end=True)
+    options: Any = dict(local_files_only=True) | (dict(trust_remote_code=True) if is_own else {})
 
-    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+    def opened() -> tuple[Any, Any, Any]:
         import transformers
 
-        of_model = {key: x for key, x in of_processor.items() if key != "backend"}
-        module = getattr(transformers, kind).from_pretrained(str(target), **of_model).eval()
-        theirs = parity.clip_outputs(module, inputs)
-        load = lambda auto: auto.from_pretrained(str(target), **of_processor)
-        images = load(transformers.AutoImageProcessor)(exits.raw_images(), return_tensors="pt")
-        pixels = images["pixel_values"]
-        theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
-        if has_tokenizer:
-            as_ours = dict(truncation=True, padding="max_length", return_tensors="np")
-            ids = load(transformers.AutoProcessor)(text=texts, **as_ours)["input_ids"]
-            cleaned = ids[: len(tokenizers.TEXTS)]
-            images = np.repeat(inputs.images[:1], len(cleaned), axis=0)
-            theirs["encode_text"] = parity.clip_outputs(module, parity.Inputs(images, cleaned))["text_embed"]
-            theirs["token_ids"] = ids
-        return theirs
+        module = getattr(transformers, kind).from_pretrained(str(target), **options).eval()
+        backend = {} if is_own else dict(backend="pil")
+        load = lambda auto: auto.from_pretrained(str(target), **options, **backend)
+        pixels = load(transformers.AutoImageProcessor)
+        as_ours = dict(truncation=True, padding="max_length", return_tensors="np")
+        return (
+            functools.partial(parity.clip_outputs, module),
+            lambda raw: pixels(raw, return_tensors="pt")["pixel_values"].permute(0, 2, 3, 1).numpy(),
+            lambda texts: load(transformers.AutoProcessor)(text=texts, **as_ours)["input_ids"],
+        )
 
-    return parity.prove(source.model, source.params, kind, ("transformers", "torch"), run, ours)
+    texts = [*tokenizers.TEXTS, *_UNCLEAN * is_own] if has_tokenizer else None
+    packages = ("transformers", "torch")
+    return tokenizers.prove(source, kind, packages, opened, texts, pads_with_end=True)

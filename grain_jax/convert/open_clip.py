@@ -347,26 +347,19 @@ def _arrays(flat: tables.Arrays, model: config_lib.Model, has_trunk: bool) -> ta
 
 
 def _prove_export(target: epath.Path, source: folder.SourceModel, has_tokenizer: bool) -> parity.Report:
-    """Our model against what open_clip makes of the folder, from raw images and texts."""
-    ours = {"pixels": folder.our_pixels(source.model.image)}
-    if has_tokenizer:
-        ours |= tokenizers.ours(source, tokenizers.TEXTS, pads_with_end=False)
+    """Our model against what open_clip makes of the folder."""
 
-    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+    def opened() -> tuple[Any, Any, Any]:
         import open_clip
         import torch
 
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
             loaded: Any = open_clip.create_model_and_transforms(f"local-dir:{target}")
-            module, _, preprocess = loaded
-            module.eval()
-            pixels = torch.stack([preprocess(PIL.Image.fromarray(x)) for x in folder.raw_images()])
-            theirs = _outputs(module, inputs)
-            theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
-            if has_tokenizer:
-                tokens: Any = open_clip.get_tokenizer(f"local-dir:{target}")(tokenizers.TEXTS)
-                theirs["token_ids"] = np.asarray(tokens)
-                theirs["encode_text"] = module.encode_text(tokens, normalize=True).numpy()
-        return theirs
+        module, _, preprocess = loaded
+        tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{target}") if has_tokenizer else None
+        pixels = lambda raw: torch.stack([preprocess(PIL.Image.fromarray(x)) for x in raw])
+        outputs = functools.partial(_outputs, module.eval())
+        return outputs, lambda raw: pixels(raw).permute(0, 2, 3, 1).numpy(), tokenizer
 
-    return parity.prove(source.model, source.params, "open_clip", PACKAGES, run, ours)
+    texts = tokenizers.TEXTS if has_tokenizer else None
+    return tokenizers.prove(source, "open_clip", PACKAGES, opened, texts)

@@ -14,7 +14,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import output, parity, tables
-from grain_jax.convert.faults import ConvertError, raise_any
+from grain_jax.convert.faults import raise_any
 from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.core import regular_file
 from grain_jax.models import grain

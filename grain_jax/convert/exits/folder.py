@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
@@ -13,7 +12,6 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.convert import model_card, output, parity, tables
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays
-from grain_jax.core import images
 from grain_jax.models import grain
 
 MARK = "converted_from.json"  # in every folder of an export; published with it, so it names no path
@@ -78,16 +76,3 @@ def write_files(folder: epath.Path, files: Mapping[str, Any]) -> None:
         if not isinstance(content, bytes | str):
             content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def raw_images() -> list[np.ndarray]:
-    """Two random images, uint8 [H, W, 3], of different shapes."""
-    rng = np.random.default_rng(1)
-    return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
-
-
-def our_pixels(tower: config_lib.ImageTower) -> np.ndarray:
-    """`raw_images` as the model gets them, [N, S, S, 3]."""
-    mean, std = np.array(tower.pixel_mean), np.array(tower.pixel_std)
-    resized = np.stack([images.resize(image, tower.image_size) for image in raw_images()])
-    return (resized / 255 - mean) / std

@@ -130,6 +130,4 @@ TORCH = _format(
     decoder__norm_eps=1e-5,
     decoder__boxes="query",
     decoder__image_pool="query",
-)._replace(
-    rule=lambda m: "decoder" if m.decoder is None else "" if m.decoder.queries else "decoder.queries"
-)
+)._replace(rule=lambda m: "decoder" if m.decoder is None else "" if m.decoder.queries else "decoder.queries")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.convert import parity
 from grain_jax.convert.exits.folder import SourceModel
 from grain_jax.convert.faults import ConvertError, needing
+from grain_jax.core import images
 from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 
 # Texts of the parity: nothing that the cleaning of our tokenizers alone would repair.
@@ -144,9 +146,9 @@ def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower, fast: bool)
     from tokenizers import AddedToken, Regex, normalizers, processors
 
     with needing("transformers or protobuf", path):
-        from transformers import convert_slow_tokenizer as library
+        from transformers.convert_slow_tokenizer import SpmConverter, generate_merges, import_protobuf
 
-        message = library.import_protobuf().ModelProto
+        message = import_protobuf().ModelProto
     content = tokenizer.content_of(path)
     model = message.FromString(content)
     scores = [(piece.piece, piece.score) for piece in model.pieces]
@@ -159,9 +161,9 @@ def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower, fast: bool)
         tokens["unk_token"] = scores[model.trainer_spec.unk_id][0]
         stated = _config("SiglipTokenizer", tower, **tokens)
         return {"spiece.model": content, "tokenizer_config.json": stated}
-    convert = library.SpmConverter.build_tokenizer_from_spm_proto
+    convert = SpmConverter.build_tokenizer_from_spm_proto
     if model.trainer_spec.model_type == model.trainer_spec.BPE:
-        made = convert(model, ids, library.generate_merges(ids, scores))
+        made = convert(model, ids, generate_merges(ids, scores))
     else:
         made = convert(model, scores)
     steps: list[Any] = []
@@ -215,16 +217,47 @@ def _fast(
     }
 
 
-def ours(source: SourceModel, texts: Sequence[str], *, pads_with_end: bool) -> dict[str, np.ndarray]:
-    """Our side of the parity: token ids of texts, int32 [N, L], and embeddings of TEXTS, float32 [N, D].
+def prove(
+    source: SourceModel,
+    kind: str,
+    packages: Sequence[str],
+    opened: Callable[[], tuple[Callable, Callable, Callable]],
+    texts: Sequence[str] | None,
+    *,
+    pads_with_end: bool = False,
+) -> parity.Report:
+    """The parity of an exported folder: our model from raw images and texts against what a library loads.
 
-    Each text is read where our tokenizer ends it. `pads_with_end`: the files pad CLIP's texts with the end
-    token; no model reads it.
+    Args:
+      source: our model.
+      kind, packages: as of `parity.prove`.
+      opened: loads the folder and gives its functions: of `parity.Inputs` to all outputs, of raw images to
+        pixels [N, S, S, 3], of texts to token ids [N, L].
+      texts: begin with TEXTS; None: the folder has no tokenizer.
+      pads_with_end: whether the files pad CLIP's texts with the end token; no model reads it.
     """
     tower = source.model.text
-    ids = tokenizer.of_tower(tower, source.folder)(texts, tower.context_length)
-    if pads_with_end and tower.tokenizer == "clip":
-        after = np.arange(tower.context_length) > ids.argmax(axis=1)[:, None]
-        ids = np.where(after, clip_tokenizer.END_OF_TEXT, ids)
-    predictor = inference.Predictor(source.model, source.params, folder=source.folder)
-    return {"token_ids": ids, "encode_text": predictor.encode_text(TEXTS)}
+    mean, std = np.array(source.model.image.pixel_mean), np.array(source.model.image.pixel_std)
+    rng = np.random.default_rng(1)
+    raw = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
+    resized = np.stack([images.resize(image, source.model.image.image_size) for image in raw])
+    ours = {"pixels": (resized / 255 - mean) / std}
+    if texts is not None:
+        ids = tokenizer.of_tower(tower, source.folder)(texts, tower.context_length)
+        if pads_with_end and tower.tokenizer == "clip":
+            after = np.arange(tower.context_length) > ids.argmax(axis=1)[:, None]
+            ids = np.where(after, clip_tokenizer.END_OF_TEXT, ids)
+        predictor = inference.Predictor(source.model, source.params, folder=source.folder)
+        ours |= {"token_ids": ids, "encode_text": predictor.encode_text(TEXTS)}  # each read where it ends
+
+    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        outputs, pixels, token_ids = opened()
+        theirs = outputs(inputs) | {"pixels": pixels(raw)}
+        if texts is not None:
+            theirs["token_ids"] = np.asarray(token_ids(texts))
+            cleaned = theirs["token_ids"][: len(TEXTS)]
+            batch = parity.Inputs(np.repeat(inputs.images[:1], len(cleaned), axis=0), cleaned)
+            theirs["encode_text"] = outputs(batch)["text_embed"]
+        return theirs
+
+    return parity.prove(source.model, source.params, kind, packages, run, ours)
