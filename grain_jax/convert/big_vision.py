@@ -79,8 +79,9 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
 def _towers(state: Mapping[str, np.ndarray]) -> towers.Towers:
     """What shapes and habits say of the towers."""
     entries = Entries(state, ROWS)
-    habits = lambda tower, pool: dict(
-        **dict(norm_eps=1e-6, activation="gelu_tanh"),
+    habits: Any = lambda tower, pool: dict(
+        norm_eps=1e-6,
+        activation="gelu_tanh",
         heads=entries.shape(f"{tower}/blocks/attention/query/kernel", 3)[1],
         pool="map" if f"{tower}_pool/probe" in entries else pool,
     )

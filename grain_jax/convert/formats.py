@@ -3,12 +3,10 @@
 A table names modules; their parameters and layouts follow from our names (`rows`).
 """
 
-from collections.abc import Mapping
-
 from grain_jax.convert import tables
 from grain_jax.convert.tables import NamePair
 
-Names = Mapping[str, str]  # our part of a model -> its name elsewhere
+Names = dict[str, str]  # our part of a model -> its name elsewhere
 _TOKENS = ("class_token", "registers", "position_embed")
 # Parts that are one parameter.
 _PARAMETERS = (

@@ -1,6 +1,7 @@
 """A model's tokenizer in the files of transformers."""
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,39 +144,25 @@ def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower, fast: bool)
 
     {} if the file has no token with the id of the padding.
     """
-    from tokenizers import AddedToken, Regex, normalizers, processors
+    from tokenizers import processors
 
     with needing("transformers or protobuf", path):
-        from transformers.convert_slow_tokenizer import SpmConverter, generate_merges, import_protobuf
-
-        message = import_protobuf().ModelProto
+        library: Any = importlib.import_module("transformers.convert_slow_tokenizer")
+        messages: Any = importlib.import_module("transformers.utils.sentencepiece_model_pb2_new")
     content = tokenizer.content_of(path)
-    model = message.FromString(content)
-    scores = [(piece.piece, piece.score) for piece in model.pieces]
-    if tower.pad_id >= len(scores):
+    model = messages.ModelProto.FromString(content)
+    pieces, trained = [(piece.piece, piece.score) for piece in model.pieces], model.trainer_spec
+    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+    if tower.pad_id >= len(pieces):
         return {}
-    ids = {piece: i for i, (piece, _) in enumerate(scores)}
-    end, rules = model.trainer_spec.eos_piece, model.normalizer_spec
-    tokens = dict(eos_token=end, pad_token=scores[tower.pad_id][0])
+    end = trained.eos_piece
+    tokens = dict(eos_token=end, pad_token=pieces[tower.pad_id][0])
     if tower.cleaning == "siglip" and not fast:
-        tokens["unk_token"] = scores[model.trainer_spec.unk_id][0]
-        stated = _config("SiglipTokenizer", tower, **tokens)
+        stated = _config("SiglipTokenizer", tower, unk_token=trained.unk_piece, **tokens)
         return {"spiece.model": content, "tokenizer_config.json": stated}
-    convert = SpmConverter.build_tokenizer_from_spm_proto
-    if model.trainer_spec.model_type == model.trainer_spec.BPE:
-        made = convert(model, ids, generate_merges(ids, scores))
-    else:
-        made = convert(model, scores)
-    steps: list[Any] = []
-    if rules.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
-    if rules.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
-    steps += [normalizers.Prepend(" ")] * rules.add_dummy_prefix + [normalizers.Replace(" ", "\u2581")]
-    made.normalizer = normalizers.Sequence(steps)  # a text is one word, in which "\u2581" is a space
-    if tower.cleaning in ("siglip2", "none"):  # the others would clean around them
-        whole = [x.piece for x in model.pieces if x.type == x.USER_DEFINED]  # never split
-        made.add_tokens([AddedToken(piece, normalized=False) for piece in whole])
+    made = library.SpmConverter.build_tokenizer_from_spm_proto(
+        model, ids if trained.model_type == trained.BPE else pieces
+    )
     special = [(end, ids[end])]
     made.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=special)
     return _fast(made, tower, [], tokens)
