@@ -21,12 +21,10 @@ from grain_jax.convert.reference.names import TOWERS
 from grain_jax.core import errors
 
 
-def _heads(args: argparse.Namespace) -> dict[str, int | None]:
-    return {tower: getattr(args, f"{tower}_heads") for tower in TOWERS}
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
-    "from-torch": lambda args: reference.from_torch(args.input, args.output, _heads(args)),
+    "from-torch": lambda args: reference.from_torch(
+        args.input, args.output, {tower: getattr(args, f"{tower}_heads") for tower in TOWERS}
+    ),
     "to-torch": lambda args: reference.to_torch(args.input, args.output),
     "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push, args.part),
     "to-open-clip": lambda args: to_open_clip(args.input, args.output),

@@ -187,16 +187,14 @@ def _compare(
     predictor: inference.Predictor, output: epath.Path, exported: Mapping[str, Any]
 ) -> list[parity.Comparison]:
     """The functions, as they were written, against the predictor, on random images and texts."""
-    image, text = predictor.model.image, predictor.model.text
-    sizes = image.image_size, text.vocab_size, text.context_length
     tolerance = parity.tolerance(predictor.model, predictor.dtype)
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
-    batch = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
+    batch = parity.inputs_of(predictor.model, count=_IMAGES)
     pixels = np.random.default_rng(0).integers(0, 256, batch.images.shape, np.uint8)
     expected = parity.outputs_of(predictor, batch._replace(images=pixels))
     inputs = {"image": pixels, "tokens": batch.token_ids, "text_embed": expected["text_embed"]}
-    inputs["end"] = text.ends(batch.token_ids).astype(np.int32)
+    inputs["end"] = predictor.model.text.ends(batch.token_ids).astype(np.int32)
     inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
     if "maps" in exported:
         texts = [expected["text_embed"]] * _IMAGES

@@ -120,7 +120,7 @@ def _own_files(model: config_lib.Model, token_files: dict[str, Any]) -> dict[str
     text = dataclasses.replace(model.text, tokenizer=name)
     kinds = ("AutoModel", "AutoModelForZeroShotImageClassification")
     processor = {"AutoProcessor": "processing_grain.GrainProcessor"}
-    image_processor = {"AutoImageProcessor": "processing_grain.GrainImageProcessor"}
+    both = processor | {"AutoImageProcessor": "processing_grain.GrainImageProcessor"}
     return {
         **{path.name: path.read_text() for path in CODE.glob("*_grain.py")},
         "config.json": {
@@ -133,10 +133,7 @@ def _own_files(model: config_lib.Model, token_files: dict[str, Any]) -> dict[str
             "dtype": "float32",
             "towers": dataclasses.asdict(dataclasses.replace(model, text=text)),
         },
-        "preprocessor_config.json": {
-            **_preprocessor(model.image, "Grain"),
-            "auto_map": image_processor | processor,
-        },
+        "preprocessor_config.json": _preprocessor(model.image, "Grain") | {"auto_map": both},
         "processor_config.json": {
             "processor_class": "GrainProcessor",
             "auto_map": processor,

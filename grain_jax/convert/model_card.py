@@ -76,14 +76,8 @@ def write(
 ) -> str:
     """The text of the card: Markdown with the front matter of the Hugging Face Hub.
 
-    Args:
-      model: the sizes.
-      folder: a checkpoint in its workdir (WORKDIR/checkpoints/STEP), or a converted model.
-      proof: the parity report of the conversion.
-      use: code that loads FOLDER, or `repo` in its place.
-      missing: why the folder has no tokenizer, or "".
-      library: that loads the folder, as the Hub names it.
-      repo: ORG/NAME on the Hub.
+    `folder` is a checkpoint in its workdir (WORKDIR/checkpoints/STEP) or a converted model. `use` is code that
+    loads FOLDER, or `repo`, ORG/NAME, in its place. `missing` says why the folder has no tokenizer.
     """
     notes = ["```", *([f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else [])]
     if missing:

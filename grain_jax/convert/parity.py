@@ -77,46 +77,28 @@ class Report(NamedTuple):
         return self._replace(text="\n".join([*lines, "", self.text]))
 
 
-def inputs(
-    image_size: int,
-    vocab_size: int,
-    context_length: int,
-    *,
-    count: int = 4,
-    seed: int = 0,
-    end_id: int | None = None,
-) -> Inputs:
-    """Random images and texts, the same for the same arguments.
+def inputs_of(model: config_lib.Model, *, count: int = 4, seed: int = 0) -> Inputs:
+    """Random images and texts in the sizes of a model, the same for the same arguments.
 
-    Args:
-      image_size: S, pixels.
-      vocab_size: V; the two highest ids start and end a text.
-      context_length: L. The first text is empty, the second fills all of L.
-      count: N.
-      seed: of the random numbers.
-      end_id: ends a text, and is nowhere else; None: the highest id.
+    The two highest ids start and end a text; `end_id` ends it where the tower has one, and is nowhere else. The
+    first text is empty, the second fills the whole context.
     """
+    image_size, text = model.image.image_size, model.text
     rng = np.random.default_rng(seed)
     # One value a quarter, plus noise: images differ in coarse and fine structure.
     half = -(-image_size // 2)
     coarse = rng.standard_normal((count, 2, 2, 3)).repeat(half, 1).repeat(half, 2)
     coarse = coarse[:, :image_size, :image_size]
     images = coarse + 0.5 * rng.standard_normal(coarse.shape)
-    ids = rng.integers(1, vocab_size - 2, (count, context_length))
-    lengths = rng.integers(3, context_length + 1, count)
-    lengths[:2] = (2, context_length)[:count]
-    ids[:, 0] = vocab_size - 2
-    if end_id is not None:
-        ids[ids == end_id] = vocab_size - 1
+    ids = rng.integers(1, text.vocab_size - 2, (count, text.context_length))
+    lengths = rng.integers(3, text.context_length + 1, count)
+    lengths[:2] = (2, text.context_length)[:count]
+    ids[:, 0] = text.vocab_size - 2
+    if text.end_id is not None:
+        ids[ids == text.end_id] = text.vocab_size - 1
     for row, length in zip(ids, lengths):
-        row[length - 1], row[length:] = vocab_size - 1 if end_id is None else end_id, 0
+        row[length - 1], row[length:] = text.vocab_size - 1 if text.end_id is None else text.end_id, 0
     return Inputs(images.astype(np.float32), ids.astype(np.int32))
-
-
-def inputs_of(model: config_lib.Model) -> Inputs:
-    """`inputs` in the sizes of a model."""
-    text = model.text
-    return inputs(model.image.image_size, text.vocab_size, text.context_length, end_id=text.end_id)
 
 
 def outputs_of(predictor: inference.Predictor, batch: Inputs) -> dict[str, np.ndarray]:

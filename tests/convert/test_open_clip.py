@@ -58,8 +58,7 @@ def _changed(folder, **keys):
 def _check(folder, outputs_of):
     """The model in a folder, with the outputs of another package, on other inputs than the report's."""
     model, params, _ = saved_model.load_model(folder)
-    size = model.image.image_size
-    inputs = parity.inputs(size, VOCAB, LENGTH, seed=1, end_id=model.text.end_id)
+    inputs = parity.inputs_of(model, seed=1)
     theirs = outputs_of(inputs)
     theirs = theirs["image_embed"], theirs["text_embed"]
     foreign.close_to_ours(model, params, inputs.images, inputs.token_ids, theirs)
