@@ -20,7 +20,6 @@ from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.names import TOWERS
 from grain_jax.core import errors
 
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
     "from-torch": lambda args: reference.from_torch(
         args.input, args.output, {tower: getattr(args, f"{tower}_heads") for tower in TOWERS}

@@ -76,8 +76,8 @@ def write(
 ) -> str:
     """The text of the card: Markdown with the front matter of the Hugging Face Hub.
 
-    `folder` is a checkpoint in its workdir (WORKDIR/checkpoints/STEP) or a converted model. `use` is code that
-    loads FOLDER, or `repo`, ORG/NAME, in its place. `missing` says why the folder has no tokenizer.
+    `folder` is a checkpoint in its workdir (WORKDIR/checkpoints/STEP) or a converted model. `use` is code
+    that loads FOLDER, or `repo`, ORG/NAME, in its place. `missing` says why the folder has no tokenizer.
     """
     notes = ["```", *([f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else [])]
     if missing:

@@ -80,7 +80,7 @@ class Report(NamedTuple):
 def inputs_of(model: config_lib.Model, *, count: int = 4, seed: int = 0) -> Inputs:
     """Random images and texts in the sizes of a model, the same for the same arguments.
 
-    The two highest ids start and end a text; `end_id` ends it where the tower has one, and is nowhere else. The
+    The two highest ids start and end a text, or the tower's `end_id` ends it, which is nowhere else. The
     first text is empty, the second fills the whole context.
     """
     image_size, text = model.image.image_size, model.text

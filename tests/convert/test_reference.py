@@ -198,10 +198,13 @@ def test_what_the_references_format_cannot_hold_is_a_line_each(tmp_path, capsys)
     other = dict(image__pre_norm=True, text__activation="gelu", logit_bias_init=-10.0)
     model = perturbed.tiny(decoder__image_pool="all", **other)
     saved_model.save_model(tmp_path / "model", model, perturbed.params(model))
+    two = perturbed.tiny(decoder=None, image__norm_eps=1e-6, image__pool="class")
+    saved_model.save_model(tmp_path / "two", two, {"logit_scale": np.zeros(())})
     out = tmp_path / "x.pth.tar"
     for source, target, expected_words in (
         ("model", out, ["logit_bias_init: got -10.0", "image.pre_norm: got True",
                         "text.activation: got gelu", "decoder.image_pool: got all"]),
+        ("two", out, ["model.decoder: got None, the PyTorch reference has regions"]),
         ("model", tmp_path, [f"{tmp_path}: is a folder"]),
         ("nowhere", out, ["nowhere: no such folder"]),
     ):  # fmt: skip
