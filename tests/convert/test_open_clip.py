@@ -1,6 +1,5 @@
 """from-open-clip and from-hf: random models of the real packages give the same embeddings; faults."""
 
-import functools
 import json
 from typing import Any
 
@@ -55,22 +54,15 @@ def _changed(folder, **keys):
     (folder / "config.json").write_text(json.dumps(content))
 
 
-def _check(folder, outputs_of):
+def _check(folder, module):
     """The model in a folder, with the outputs of another package, on other inputs than the report's."""
     model, params, _ = saved_model.load_model(folder)
     inputs = parity.inputs_of(model, seed=1)
-    theirs = outputs_of(inputs)
+    is_hf = isinstance(module, transformers.PreTrainedModel)
+    theirs = (parity.clip_outputs if is_hf else _outputs)(module, inputs)
     theirs = theirs["image_embed"], theirs["text_embed"]
     foreign.close_to_ours(model, params, inputs.images, inputs.token_ids, theirs)
     return model, params
-
-
-def _check_hf(folder, module):
-    return _check(folder, functools.partial(parity.clip_outputs, module))
-
-
-def _check_open_clip(folder, module):
-    return _check(folder, functools.partial(_outputs, module))
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
@@ -78,7 +70,7 @@ def test_hugging_face(kind, tmp_path):
     module = _hf(kind)
     module.save_pretrained(tmp_path / "theirs", max_shard_size="100kB" if kind == "CLIP" else "1GB")
     report = from_hf(tmp_path / "theirs", tmp_path / "ours")
-    model, params = _check_hf(tmp_path / "ours", module)
+    model, params = _check(tmp_path / "ours", module)
     assert report.verdict == "PROVEN", report.text
     assert (model.image.heads, model.text.heads) == (2, 4)
     assert model.text.packable == (kind == "CLIP")
@@ -104,7 +96,7 @@ def test_metaclip_2_ends_texts_with_an_id_that_is_not_the_highest(pad, tmp_path)
     _changed(tmp_path / "theirs", text_config__pad_token_id=pad)
     report = from_hf(tmp_path / "theirs", tmp_path / "ours")
     assert report.verdict == "PROVEN", report.text
-    text = _check_hf(tmp_path / "ours", module)[0].text
+    text = _check(tmp_path / "ours", module)[0].text
     assert (text.end_id, text.pad_id, text.cleaning, text.packable) == (2, 1, "none", True)
 
 
@@ -176,7 +168,7 @@ def test_a_file_without_a_config_needs_the_name_of_its_model(tmp_path, monkeypat
         from_open_clip(tmp_path / "m.pt", tmp_path / "ours")
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
     assert from_open_clip(tmp_path / "m.pt", tmp_path / "ours", "tiny").verdict == "PROVEN"
-    image = _check_open_clip(tmp_path / "ours", module)[0].image
+    image = _check(tmp_path / "ours", module)[0].image
     assert (image.activation, image.pre_norm, image.patch_bias) == ("quick_gelu", True, False)
 
 
@@ -188,7 +180,7 @@ def test_the_config_decides_what_arrays_cannot_tell(tmp_path):
     kind = library.CustomTextCLIP
     report, module = _open_clip(tmp_path / "a", vision, text, kind, pixels)
     assert report.verdict == "PROVEN", report.text
-    model, _ = _check_open_clip(tmp_path / "a" / "ours", module)
+    model, _ = _check(tmp_path / "a" / "ours", module)
     image, text_tower = model.image, model.text
     assert (image.pool, image.class_token, image.heads) == ("mean", True, 4)
     assert (image.norm_eps, image.activation, image.mlp_dim) == (1e-2, "gelu_tanh", 128)
@@ -213,7 +205,7 @@ def test_a_trunk_of_timm_with_siglips_texts(tmp_path):
         tmp_path / "a", vision, text, library.CustomTextCLIP, dim=24, init_logit_bias=-10
     )
     assert report.verdict == "PROVEN", report.text
-    model, params = _check_open_clip(tmp_path / "a" / "ours", module)
+    model, params = _check(tmp_path / "a" / "ours", module)
     image = model.image
     assert (image.heads, image.activation, image.pool) == (2, "gelu_tanh", "map")
     assert not model.text.causal and model.text.pool == "last"
@@ -229,7 +221,7 @@ def test_a_worldwide_config_of_open_clip(clean, cleaning, tmp_path):
         text["tokenizer_kwargs"] = dict(clean=clean)
     report, module = _open_clip(tmp_path / "a", VISION, text, quick_gelu=True)
     assert report.verdict == "PROVEN", report.text
-    model, _ = _check_open_clip(tmp_path / "a" / "ours", module)
+    model, _ = _check(tmp_path / "a" / "ours", module)
     assert (model.text.end_id, model.text.cleaning) == (2, cleaning)
     if clean is None:
         report = to_open_clip(tmp_path / "a" / "ours", tmp_path / "back")

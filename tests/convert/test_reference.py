@@ -32,24 +32,19 @@ def made_up():
 
 
 def save(path, states, prefix="module."):
-    tensors = {
-        module: {prefix + name: torch.from_numpy(array) for name, array in state.items()}
-        for module, state in states.items()
-    }
     stored = {"epoch": 4, "best_acc": 12.5, "iteration": 99, "optimizer": {"state": {}}}
-    stored |= {"state_dict": tensors["decoder"], "backbone_state_dict": tensors["backbone"]}
+    for module, key in files.KEYS.items():
+        stored[key] = {prefix + name: torch.from_numpy(array) for name, array in states[module].items()}
     torch.save(stored, path)
     return str(path)
 
 
 def test_another_size_than_the_goldens(tmp_path, capsys):
     """tests/test_parity.py compares the outputs of the goldens' size with what the reference itself gave."""
-    states = made_up()
-    path = save(tmp_path / "x.pth.tar", states)
+    path = save(tmp_path / "x.pth.tar", made_up())
     assert main(["from-torch", "--input", path, "--output", str(tmp_path / "out"), *FLAGS]) == 0
     report = capsys.readouterr().out
     assert "parity: PROVEN" in report and "ASSUMED" not in report
-
     model = grain_jax.load(str(tmp_path / "out"))
     assert model.model.image.image_size == 40 and model.model.image.qk_norm
     assert (model.model.text.vocab_size, model.model.text.context_length) == (300, 32)
@@ -57,8 +52,7 @@ def test_another_size_than_the_goldens(tmp_path, capsys):
 
 
 def test_heads_that_are_not_given(tmp_path, capsys):
-    states = made_up()
-    path = save(tmp_path / "x.pth.tar", states, prefix="")
+    path = save(tmp_path / "x.pth.tar", made_up(), prefix="")
     arguments = ["from-torch", "--input", path, "--output", str(tmp_path / "out")]
     assert main(arguments) == 2
     lines = capsys.readouterr().err.strip().split("\n")

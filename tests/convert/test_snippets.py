@@ -81,15 +81,6 @@ def test_the_snippet_gives_our_numbers(export, root):
             np.testing.assert_allclose(got["maps"][0], ours.similarity_map(BIRD, texts), atol=2e-6)
 
 
-def test_the_page_of_the_library_runs(root, capsys):
-    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/library.md").read_text(), re.M | re.S)
-    lines = code[0].replace('"aviary-tiny"', repr(str(root / "ours"))).splitlines()
-    names: dict[str, Any] = {}
-    exec("\n".join(line for line in lines if "calibration" not in line), names)
-    assert names["text"].shape == (1, names["model"].model.embed_dim)
-    assert names["scores"].shape == (4, 4) and len(names["labels"]) == 4
-
-
 def test_every_tokenizer_is_the_models(root):
     import tokenizers as library
 
