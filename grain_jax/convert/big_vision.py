@@ -13,8 +13,8 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import archives, output, parity, tables, towers
-from grain_jax.convert.exits import arrays, needs
 from grain_jax.convert.exits import folder as exits
+from grain_jax.convert.exits import needs
 from grain_jax.convert.faults import ConvertError, prefixed, raise_any
 from grain_jax.convert.tables import Arrays, Entries, NamePair
 from grain_jax.core import atomic, errors, regular_file
@@ -118,10 +118,10 @@ def to_big_vision(source: epath.PathLike, path: epath.PathLike) -> parity.Report
     model = source_model.model
     raise_any(needs.BIG_VISION.faults(model))
     flat = grain.flat(source_model.params)
-    flat = arrays.with_patch_bias(arrays.without_class_position(flat))
+    flat = tables.with_patch_bias(tables.without_class_position(flat))
     for tower in towers.TOWERS:
         if f"{tower}_projection/kernel" in flat:
-            flat = arrays.with_projection(flat, tower, 0, bias=True)
+            flat = tables.with_projection(flat, tower, 0, bias=True)
     state = tables.write(ROWS, flat)
     state |= {row.theirs: state[row.theirs].reshape(1) for row in SCALARS if row.ours in flat}
     content = io.BytesIO()

@@ -14,9 +14,10 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint.pretrained import hub
+from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import formats, from_hugging_face, output, parity, tables, towers
-from grain_jax.convert.exits import arrays, needs, tokenizers
 from grain_jax.convert.exits import folder as exits
+from grain_jax.convert.exits import needs, tokenizers
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.tables import Arrays
@@ -186,17 +187,17 @@ def _preprocessor(tower: config_lib.ImageTower, name: str) -> dict[str, Any]:
 def _weights(model: config_lib.Model, flat: Arrays, kind: str) -> Arrays:
     """The arrays of CLIPModel, whose patches have no bias, or of SiglipModel, whose patches have one."""
     if kind == "CLIPModel":
-        flat = arrays.without_patch_bias(flat)
+        flat = tables.without_patch_bias(flat)
         for tower in towers.TOWERS:
-            flat = arrays.with_projection(flat, tower, getattr(model, tower).width, bias=False)
+            flat = tables.with_projection(flat, tower, getattr(model, tower).width, bias=False)
         return tables.write([*formats.hf_image(), *formats.hf_text("text_projection"), *towers.SCALARS], flat)
-    flat = {"logit_bias": np.zeros((), np.float32), **arrays.with_patch_bias(flat)}
-    flat = arrays.with_projection(flat, "text", model.text.width, bias=True)
+    flat = {"logit_bias": np.zeros((), np.float32), **tables.with_patch_bias(flat)}
+    flat = tables.with_projection(flat, "text", model.text.width, bias=True)
     state = tables.write([*formats.hf_image(), *formats.hf_text("text_model.head"), *towers.SCALARS], flat)
     return state | {row.theirs: state[row.theirs].reshape(1) for row in towers.SCALARS}
 
 
-def _prove(target: epath.Path, source: exits.SourceModel, kind: str, has_tokenizer: bool) -> parity.Report:
+def _prove(target: epath.Path, source: Stored, kind: str, has_tokenizer: bool) -> parity.Report:
     """Our model against a class of transformers; `AutoModel` is our modeling file, whose processor cleans."""
     is_own = kind == "AutoModel"
     options: Any = dict(local_files_only=True) | (dict(trust_remote_code=True) if is_own else {})

@@ -66,7 +66,7 @@ model's author apply. State a licence before you publish the weights.
 
 def write(
     model: config_lib.Model,
-    folder: epath.Path,
+    folder: epath.PathLike,
     proof: parity.Report,
     use: str,
     missing: str = "",
@@ -82,7 +82,7 @@ def write(
     notes = ["```", *([f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else [])]
     if missing:
         notes.append(f"The folder has {missing}. Another tokenizer would give other token ids.")
-    training, evaluation = _run(folder)
+    training, evaluation = _run(epath.Path(folder))
     is_proven = proof.verdict != parity.NOT_PROVEN
     return _CARD.format(
         library=library,

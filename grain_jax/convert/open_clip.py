@@ -16,8 +16,9 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint.pretrained import hub
+from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import archives, formats, output, parity, tables, towers
-from grain_jax.convert.exits import arrays, folder, needs, tokenizers
+from grain_jax.convert.exits import folder, needs, tokenizers
 from grain_jax.convert.faults import ConvertError, needing, raise_any
 from grain_jax.core import regular_file
 from grain_jax.models import grain
@@ -335,18 +336,18 @@ def _shared(tower: Any) -> dict[str, Any]:
 
 def _arrays(flat: tables.Arrays, model: config_lib.Model, has_trunk: bool) -> tables.Arrays:
     """The arrays of open_clip's towers, or around a trunk of timm; the identity stands for no projection."""
-    flat = arrays.with_projection(flat, "text", model.text.width, bias=False)
+    flat = tables.with_projection(flat, "text", model.text.width, bias=False)
     has_matrix = model.text.projection != "affine"
     if has_trunk:
-        flat, image = arrays.with_patch_bias(flat), formats.timm_image_in_open_clip()
+        flat, image = tables.with_patch_bias(flat), formats.timm_image_in_open_clip()
     else:
-        flat, image = arrays.without_patch_bias(flat), formats.openai_image()
-        flat = arrays.with_projection(flat, "image", model.image.width, bias=False)
+        flat, image = tables.without_patch_bias(flat), formats.openai_image()
+        flat = tables.with_projection(flat, "image", model.image.width, bias=False)
     text = formats.openai_text("text." * has_trunk, has_matrix)
     return tables.write([*image, *text, *towers.SCALARS], flat)
 
 
-def _prove_export(target: epath.Path, source: folder.SourceModel, has_tokenizer: bool) -> parity.Report:
+def _prove_export(target: epath.Path, source: Stored, has_tokenizer: bool) -> parity.Report:
     """Our model against what open_clip makes of the folder."""
 
     def opened() -> tuple[Any, Any, Any]:

@@ -84,21 +84,14 @@ def build(towers: Towers, state: Mapping[str, np.ndarray]) -> Imported:
     model = model_of(towers, scale if finite(scale) else 0.0, bias)
     shapes = grain.parameter_shapes(model)
     read = {name: x for name, x in shapes.items() if towers.text or name.startswith("image/")}
-    params = tables.read(towers.rows, _with_class_position(state, names, towers.image), read, unused=())
+    name, image = names.get("image/position_embed", ""), towers.image
+    if image.class_token and name in state:  # without a position, as in big_vision and some models of timm
+        positions, grid = state[name], image.image_size // image.patch_size
+        if positions.shape[-2:-1] == (grid**2,):
+            state[name] = np.concatenate([0 * positions[..., :1, :], positions], axis=-2)
+    params = tables.read(towers.rows, state, read, unused=())
     rest = {name: np.zeros(x, np.float32) for name, x in shapes.items() if name not in read}
     return Imported(model, tables.nested(params | rest), towers.text is not None)
-
-
-def _with_class_position(
-    state: dict[str, np.ndarray], names: Mapping[str, str], image: config_lib.ImageTower
-) -> dict[str, np.ndarray]:
-    """Gives a class token without a position the position 0, as in big_vision and some models of timm."""
-    name = names.get("image/position_embed", "")
-    if image.class_token and name in state:
-        positions = state[name]
-        if positions.shape[-2:-1] == ((image.image_size // image.patch_size) ** 2,):
-            state = {**state, name: np.concatenate([0 * positions[..., :1, :], positions], axis=-2)}
-    return state
 
 
 def text_fields(

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
+from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import model_card, output, parity, tables
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays
@@ -17,21 +18,13 @@ from grain_jax.models import grain
 MARK = "converted_from.json"  # in every folder of an export; published with it, so it names no path
 
 
-class SourceModel(NamedTuple):
-    """A model to write."""
-
-    model: config_lib.Model
-    params: Any
-    folder: epath.Path  # that it was read from
-
-
-def read(path: epath.PathLike) -> SourceModel:
+def read(path: epath.PathLike) -> Stored:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
-    model, params, folder = saved_model.load_model(path)
-    return SourceModel(model, params, epath.Path(folder))
+    stored = saved_model.load_stored(path)
+    return stored._replace(params=stored.merged())
 
 
-def read_towers(path: epath.PathLike) -> SourceModel:
+def read_towers(path: epath.PathLike) -> Stored:
     """As `read`; of a model whose tower pools beside regions its two towers, as they were published."""
     source = read(path)
     if source.model.decoder is None or not source.model.tower_pools:
@@ -39,12 +32,12 @@ def read_towers(path: epath.PathLike) -> SourceModel:
     model = dataclasses.replace(source.model, decoder=None, boxes=config_lib.BoxHead())
     kept = grain.parameter_shapes(model)
     params = {name: x for name, x in grain.flat(source.params).items() if name in kept}
-    return SourceModel(model, tables.nested(params), source.folder)
+    return source._replace(model=model, params=tables.nested(params))
 
 
 def write(
     target: epath.Path,
-    source: SourceModel,
+    source: Stored,
     arrays: tuple[str, Arrays],
     files: Mapping[str, Any],
     prove: Callable[[epath.Path], parity.Report],

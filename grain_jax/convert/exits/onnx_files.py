@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax import inference
+from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import export, output, parity
 from grain_jax.convert.exits import folder, needs, tokenizers
 from grain_jax.convert.faults import needing, raise_any
@@ -64,7 +65,7 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     return proof.after(line, *filter(None, [missing]))
 
 
-def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
+def _prove(target: epath.Path, source: Stored) -> parity.Report:
     """Our model against ONNX Runtime, with other numbers of images, texts and boxes than were traced."""
     inputs, ours = parity.inputs_of(source.model), {}
     if (target / "maps.onnx").exists():

@@ -11,8 +11,8 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import parity
-from grain_jax.convert.exits.folder import SourceModel
 from grain_jax.convert.faults import ConvertError, needing
 from grain_jax.core import images
 from grain_jax.input_pipeline import clip_tokenizer, tokenizer
@@ -74,7 +74,7 @@ def complete(token_files: dict[str, Any], tower: config_lib.TextTower) -> Any:
     return library
 
 
-def with_end(source: SourceModel) -> SourceModel:
+def with_end(source: Stored) -> Stored:
     """The model with the id that ends its texts, if its tower seeks it and its tokenizer's file tells it.
 
     Ours reads a text where its tokenizer ends it; exported files at the first `end_id`, or the highest id.
@@ -205,7 +205,7 @@ def _fast(
 
 
 def prove(
-    source: SourceModel,
+    source: Stored,
     kind: str,
     packages: Sequence[str],
     opened: Callable[[], tuple[Callable, Callable, Callable]],

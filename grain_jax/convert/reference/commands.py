@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import archives, output, parity, towers
-from grain_jax.convert.exits import folder
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.names import StateDicts
@@ -53,7 +53,7 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     path = epath.Path(path)
     if path.is_dir():
         raise ConvertError(f"{path}: is a folder; expected a file name such as grain.pth.tar")
-    model, params, read_from = folder.read(source)
+    model, params, read_from = saved_model.load_model(source)
     states = names.to_states(model, params)
     with errors.storage_faults_as_one_line(path), needing("torch", path):
         write(path, states)
