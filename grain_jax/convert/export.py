@@ -71,21 +71,12 @@ def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict
     model, dtype, nested = predictor.model, predictor.dtype, tables.nested
     encode_images = jitted.image_program(model, dtype)
     encode_texts = jitted.text_program(model, dtype)
-
-    def regions(params, image):
-        names = ("image_embed", "region_embed", "boxes_xyxy")
-        return dict(zip(names, encode_images(nested(params), image)))
-
-    def image(params, image):
-        return {"image_embed": regions(params, image)["image_embed"]}
-
-    def boxes(params, image, boxes_xyxy):
-        encode_boxes = jitted.image_program(model, dtype, "box_embeddings")
-        return {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
-
-    def text(params, tokens, end):
-        return {"text_embed": encode_texts(nested(params), tokens, end)}
-
+    names = ("image_embed", "region_embed", "boxes_xyxy")
+    encode_boxes = jitted.image_program(model, dtype, "box_embeddings")
+    regions = lambda params, image: dict(zip(names, encode_images(nested(params), image)))
+    image = lambda params, image: {"image_embed": regions(params, image)["image_embed"]}
+    boxes = lambda params, image, boxes_xyxy: {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
+    text = lambda params, tokens, end: {"text_embed": encode_texts(nested(params), tokens, end)}
     size, context = model.image.image_size, model.text.context_length
     b, r, n = jax_export.symbolic_shape("b, r, n")
     rows, length = b, context

@@ -93,7 +93,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
@@ -129,7 +129,7 @@ class AttentionPool(nn.Module):
     def __init__(self, tower):
         super().__init__()
         width = tower["width"]
-        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.probe = nn.Parameter(torch.zeros(1, 1, width))
         self.attention = Attention(width, tower["heads"])
         self.norm, self.mlp = _norm(tower), MLP(tower, ("fc1", "fc2"))
 
@@ -142,7 +142,7 @@ class AttentionPool(nn.Module):
 def _projection(tower, out):
     """The matrix and the bias of a projection "none", "matrix" or "affine"; None for what it lacks."""
     kind = tower["projection"]
-    matrix = None if kind == "none" else nn.Parameter(torch.empty(tower["width"], out))
+    matrix = None if kind == "none" else nn.Parameter(torch.zeros(tower["width"], out))
     return matrix, nn.Parameter(torch.zeros(out)) if kind == "affine" else None
 
 
@@ -174,7 +174,7 @@ class ImageTower(nn.Module):
         super().__init__()
         width, patch, leading = tower["width"], tower["patch_size"], int(tower["class_token"])
         self.image_size = tower["image_size"]
-        tokens = lambda count: nn.Parameter(torch.empty(1, count, width)) if count else None
+        tokens = lambda count: nn.Parameter(torch.zeros(1, count, width)) if count else None
         self.cls_token, self.reg_token = tokens(leading), tokens(tower["registers"])
         self.pos_embed = tokens(tower["positions"] * (_grid(tower) ** 2 + leading))
         patches = nn.Conv2d(3, width, patch, patch, bias=tower["patch_bias"])
@@ -230,7 +230,7 @@ class Backbone(nn.Module):
         self.visual = ImageTower(towers["image"])
         self.token_embedding = nn.Embedding(text["vocab_size"], text["width"])
         self.context = text["context_length"]
-        self.positional_embedding = nn.Parameter(torch.empty(self.context, text["width"]))
+        self.positional_embedding = nn.Parameter(torch.zeros(self.context, text["width"]))
         blocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
         self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.ln_final = _norm(text)
@@ -312,7 +312,7 @@ class BoxHead(nn.Module):
         head, image = towers["boxes"], towers["image"]
         self.leading, self.grid = _leading(image), _grid(image)
         self.bins, self.samples = head["bins"], head["samples"]
-        self.proj = nn.Parameter(torch.empty(image["width"] * self.bins**2, towers["embed_dim"]))
+        self.proj = nn.Parameter(torch.zeros(image["width"] * self.bins**2, towers["embed_dim"]))
 
     def forward(self, tokens, boxes_xyxy):
         """Image tokens and boxes [B, R, 4], corners in [0, 1] -> [B, R, D].
@@ -430,14 +430,14 @@ class Decoder(PooledImage):
         else:
             layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
             self.bbox_embed = nn.ModuleDict({"layers": layers})
-        self.obj_proj = nn.Parameter(torch.empty(width, out))
+        self.obj_proj = nn.Parameter(torch.zeros(width, out))
         self.logit_scale = self.logit_bias = None  # of regions
         if self.tower_pools:
             self.logit_scale = nn.Parameter(torch.zeros(()))
             if towers["logit_bias_init"] is not None:
                 self.logit_bias = nn.Parameter(torch.zeros(()))
         else:
-            self.img_proj = nn.Parameter(torch.empty(width, out))
+            self.img_proj = nn.Parameter(torch.zeros(width, out))
 
     def forward(self, tokens):
         """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
@@ -501,15 +501,6 @@ class GrainModel(PreTrainedModel):
         has_decoder = config.towers["decoder"] is not None
         self.decoder = (Decoder if has_decoder else PooledImage)(config.towers)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        """Normal with standard deviation 0.02, for matrices that a checkpoint lacks."""
-        super()._init_weights(module)
-        is_own = type(module).__module__ == __name__  # with parameters in no layer
-        for parameter in module.parameters(recurse=False) if is_own else ():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02)
 
     def get_image_features(self, pixel_values):
         """Images [B, 3, S, S] -> [B, D], not normalised."""
