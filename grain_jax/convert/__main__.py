@@ -13,21 +13,17 @@ from grain_jax.convert.arguments import Convert
 from grain_jax.convert.average import average
 from grain_jax.convert.big_vision import from_big_vision, to_big_vision
 from grain_jax.convert.exits.onnx_files import to_onnx
-from grain_jax.convert.exits.open_clip import to_open_clip
 from grain_jax.convert.from_hugging_face import from_hf
-from grain_jax.convert.from_open_clip import from_open_clip
+from grain_jax.convert.open_clip import from_open_clip, to_open_clip
 from grain_jax.convert.pack import pack
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference.names import TOWERS
 from grain_jax.core import errors
 
-
-def _heads(args: argparse.Namespace) -> dict[str, int | None]:
-    return {tower: getattr(args, f"{tower}_heads") for tower in TOWERS}
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
-    "from-torch": lambda args: reference.from_torch(args.input, args.output, _heads(args)),
+    "from-torch": lambda args: reference.from_torch(
+        args.input, args.output, {tower: getattr(args, f"{tower}_heads") for tower in TOWERS}
+    ),
     "to-torch": lambda args: reference.to_torch(args.input, args.output),
     "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push, args.part),
     "to-open-clip": lambda args: to_open_clip(args.input, args.output),

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from grain_jax.convert import torchscript
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.core import errors, regular_file
 
@@ -23,16 +22,12 @@ from grain_jax.core import errors, regular_file
 MAX_GROWTH = 8
 ALLOWANCE = 64 << 20  # bytes on top: a small model of zeros compresses to nothing
 TENSORS = "a checkpoint of plain tensors"
+_OPENAI = "CLIP of OpenAI is at hf://openai/clip-vit-base-patch32 for from-hf"
 
 
 @contextlib.contextmanager
 def reading(path: epath.PathLike, kind: str) -> Iterator[None]:
-    """Turns whatever is raised inside, but an ImportError, into faults that name the file.
-
-    Args:
-      path: the file.
-      kind: what the file should be, for errors. A damaged or hostile file may raise anything.
-    """
+    """Turns whatever is raised inside, but an ImportError, into faults that name the file, not `kind`."""
     with prefixed(f"{path}: "):
         try:
             yield
@@ -55,40 +50,33 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {reason[:200]}" if reason else type(error).__name__
 
 
-class Budget:
-    """Counts down the bytes that the arrays of one file may take as float32."""
+def _limit(file: IO[bytes]) -> int:
+    """The bytes that the arrays of an open file may take as float32.
 
-    def __init__(self, file: IO[bytes]):
-        self.length = file.seek(0, 2)
-        self.total = self._left = ALLOWANCE + MAX_GROWTH * self.length
-        file.seek(0)
-
-    def spend(self, count: int) -> None:
-        """Takes `count` bytes from the budget. Raises ConvertError where fewer are left."""
-        self._left -= count
-        if self._left < 0:
+    Raises:
+      ConvertError: a zip declares more of them, or is a TorchScript archive.
+    """
+    length = file.seek(0, 2)
+    most = ALLOWANCE + MAX_GROWTH * length
+    file.seek(0)
+    if file.read(2) == b"PK":
+        with zipfile.ZipFile(file) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+            is_program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if total > most:
             raise ConvertError(
-                f"its arrays take more than {self.total:,} bytes, {MAX_GROWTH} times the file's"
-                f" {self.length:,} and {ALLOWANCE >> 20} MiB; expected weights"
+                f"its members unpack to {total:,} bytes, expected at most {most:,} of a file of {length:,}"
             )
-
-    def check(self, file: IO[bytes]) -> None:
-        """Raises ConvertError where a zip declares more bytes than the budget; any other file is fine."""
-        if file.read(2) == b"PK":
-            with zipfile.ZipFile(file) as archive:
-                total = sum(member.file_size for member in archive.infolist())
-            if total > self.total:
-                raise ConvertError(
-                    f"its members unpack to {total:,} bytes, expected at most {self.total:,} of a file of"
-                    f" {self.length:,}"
-                )
-        file.seek(0)
+        if is_program:
+            raise ConvertError(f"a TorchScript archive, expected {TENSORS}; {_OPENAI}")
+    file.seek(0)
+    return most
 
 
 def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz as float32. Raises ConvertError where it is none, or is damaged."""
     with reading(path, "a .npz of plain arrays"), path.open("rb") as file:
-        Budget(file).check(file)
+        _limit(file)
         out = {}
         with np.load(file, allow_pickle=False) as stored:
             for name in stored.files:
@@ -106,38 +94,38 @@ def load_torch(path: epath.Path) -> Any:
     """The object in a file of torch.save, by torch.load with `weights_only`.
 
     Raises:
-      ConvertError: the directory of the zip declares more bytes than the budget.
+      ConvertError: the zip declares more bytes than the limit, or is a TorchScript archive.
       Exception: of many kinds, where the file is damaged or asks to run code.
     """
     import torch
 
     with path.open("rb") as file:
-        Budget(file).check(file)
+        _limit(file)
         with warnings.catch_warnings():  # a sparse tensor is refused by whoever reads the result
             warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a state dict as arrays, without its other entries; names without `module.`.
-
-    Args:
-      path: the file that holds it; its length bounds the arrays, since tensors may share storage.
-      named: the state dict.
+    """The tensors of a state dict as float32 arrays, without its other entries; names without `module.`.
 
     Raises:
-      ConvertError: a tensor that is not of plain numbers, or a name that is there twice; one line per fault.
+      ConvertError: they take more bytes than the file `path` explains, since tensors may share storage; one
+        is not of plain numbers, or its name is there twice; one line per fault.
     """
     import torch
 
     out: dict[str, np.ndarray] = {}
     faults = []
+    tensors = [(str(k).removeprefix("module."), x) for k, x in named.items() if torch.is_tensor(x)]
     with path.open("rb") as file:
-        budget = Budget(file)
-    for key, value in named.items():
-        if not torch.is_tensor(value):
-            continue
-        name = str(key).removeprefix("module.")
+        most = _limit(file)
+    if sum(4 * x.numel() for _, x in tensors) > most:
+        raise ConvertError(
+            f"its arrays take more than {most:,} bytes, {MAX_GROWTH} times the file and"
+            f" {ALLOWANCE >> 20} MiB; expected weights"
+        )
+    for name, value in tensors:
         plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
         if not plain or value.device.type != "cpu":
             got = "a quantised tensor" if value.is_quantized else f"{value.dtype}, {value.layout}"
@@ -145,18 +133,13 @@ def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, 
         elif name in out:
             faults.append(f"{name}: is there with and without module.")
         else:
-            budget.spend(4 * value.numel())
             out[name] = value.detach().to(torch.float32).numpy()
     raise_any(faults)
     return out
 
 
 def read_weights(path: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of a model as float32.
-
-    Args:
-      path: a .safetensors, a file of torch.save, a TorchScript archive, or a folder.
-      names: of the files that a folder may have; the first that is there is read.
+    """The arrays of a .safetensors or a file of torch.save as float32; of a folder the first file of `names`.
 
     Raises:
       ConvertError: there is none, it is damaged, or it asks to run code; nothing in it is executed.
@@ -172,13 +155,9 @@ def read_weights(path: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray
         if path.suffix == ".safetensors":
             import safetensors.torch
 
-            return tensors_to_float32(path, safetensors.torch.load(path.read_bytes()))
-        with path.open("rb") as file:
-            budget = Budget(file)
-            budget.check(file)
-            if torchscript.is_archive(file):
-                return torchscript.read(file, budget.spend)
-        stored = load_torch(path)
+            stored = safetensors.torch.load(path.read_bytes())
+        else:
+            stored = load_torch(path)
         if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
             stored = stored["state_dict"]
         if not isinstance(stored, Mapping) or not any(hasattr(v, "dtype") for v in stored.values()):

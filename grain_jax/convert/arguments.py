@@ -121,13 +121,13 @@ class FromHf(_OfFile, name="convert from-hf"):
 
 
 class FromOpenClip(_OfFile, name="convert from-open-clip"):
-    """CLIP or SigLIP weights of OpenAI or open_clip -> a two-tower model for grain_jax.load.
+    """CLIP or SigLIP weights of open_clip -> a two-tower model for grain_jax.load.
 
     Example:
       grain-jax convert from-open-clip --input laion2b.safetensors --model ViT-B-32 --output towers
 
     where no open_clip_config.json lies beside the weights:
-      --model NAME  of the model in open_clip, such as ViT-B-32; files of OpenAI need none
+      --model NAME  of the model in open_clip, such as ViT-B-32
     """
 
     model: str | None = None

@@ -32,13 +32,7 @@ def average(
     Sums are float32, in the order of the models, so equal calls give equal bits. Factors of LoRA are folded
     in first. The logit scale is summed as it is stored, as a logarithm. The host holds two models at a time.
 
-    Args:
-      sources: workdirs, checkpoints or converted folders.
-      weights: one per model, with the sum 1; (): equal ones.
-      folder: new, or an older conversion.
-
-    Returns:
-      What was averaged.
+    Weights are one per model, with the sum 1, or () for equal ones.
 
     Raises:
       ConvertError: wrong weights; the models differ, with a line per difference; a sum is not finite; the
@@ -53,13 +47,21 @@ def average(
         )
     folder = output.check_free(folder)
     first: saved_model.Stored | None = None
-    sums, lines = {}, []
+    sums, lines = {}, [f"average: {len(sources)} models -> {folder}"]
     for source, weight in zip(sources, weights):
         stored = saved_model.load_stored(source)
         arrays = grain.flat(stored.merged())
         stored = stored._replace(params={})
         first = first or stored
-        raise_any(_differences(first, stored))
+        expected, actual = _keys(first), _keys(stored)
+        raise_any(
+            [
+                f"{stored.folder}: model.{key}: got {actual.get(key)!r}, expected {expected.get(key)!r} as"
+                f" {first.folder} has"
+                for key in expected | actual
+                if actual.get(key) != expected.get(key)
+            ]
+        )
         for name, x in arrays.items():
             sums[name] = sums.get(name, np.float32(0)) + np.float32(weight) * x
         merged = f", LoRA of rank {stored.lora.rank} folded in" if stored.lora.rank else ""
@@ -67,30 +69,16 @@ def average(
         del arrays  # before the next model is read
     assert first is not None
     raise_any([f"{n}: the sum is not finite" for n, x in sums.items() if not np.isfinite(x).all()])
-    lines = [f"average: {len(sources)} models -> {folder}", *lines]
     report = parity.Report("\n".join(lines), True, "a sum: no other side")
-    made_of = ", ".join(map(str, sources))
-    output.save(folder, first.model, tables.nested(sums), made_of, report, first.folder)
+    output.save(folder, first.model, tables.nested(sums), ", ".join(map(str, sources)), report, first.folder)
     return report
-
-
-def _differences(first: saved_model.Stored, other: saved_model.Stored) -> list[str]:
-    """A line for each key that makes the parameters of the other model mean something else."""
-    expected, actual = _keys(first), _keys(other)
-    return [
-        f"{other.folder}: model.{key}: got {actual.get(key)!r}, expected {expected.get(key)!r} as"
-        f" {first.folder} has"
-        for key in expected | actual
-        if actual.get(key) != expected.get(key)
-    ]
 
 
 def _keys(stored: saved_model.Stored) -> dict[str, Any]:
     """The keys of a model that count, flat; for a tokenizer's file the digest of its content."""
     keys = config_lib.flatten(dataclasses.asdict(stored.model))
     keys = {key: value for key, value in keys.items() if key.rpartition(".")[2] not in _FREE}
-    text = stored.model.text
-    known = text.tokenizer
+    text, known = stored.model.text, stored.model.text.tokenizer
     if known != "clip" and (path := tokenizer.own_file(text, stored.folder)) is not None:
         known = f"{path.name}, sha256 {atomic.digest(tokenizer.content_of(path))[:12]}"
     has_bias = stored.model.logit_bias_init is not None

@@ -9,7 +9,7 @@ from etils import epath
 
 from grain_jax.checkpoint import digests
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.convert import from_hugging_face, from_open_clip
+from grain_jax.convert import from_hugging_face, open_clip
 from grain_jax.convert.faults import ConvertError
 from grain_jax.core.version import __version__
 
@@ -17,9 +17,7 @@ from grain_jax.core.version import __version__
 def import_weights(reference: str, source: epath.Path) -> epath.Path:
     """The folder of our model for other weights, below `$XDG_CACHE_HOME/grain_jax` or ~/.cache/grain_jax.
 
-    Args:
-      reference: hf://ORG/NAME[@REVISION], or the path of a folder.
-      source: the folder with the weights. That of a download has the commit as its name.
+    `reference` is hf://ORG/NAME[@REVISION] or a path. `source`, a downloaded folder, has its commit as name.
 
     Raises:
       ConvertError: it cannot be converted, or the outputs of the model differ from its own library's.
@@ -35,7 +33,7 @@ def import_weights(reference: str, source: epath.Path) -> epath.Path:
     with filelock.FileLock(f"{folder}.lock"):  # other processes wait until it is there
         if not (folder / "params").is_dir():
             is_hf = (source / "config.json").exists()
-            convert = from_hugging_face.from_hf if is_hf else from_open_clip.from_open_clip
+            convert = from_hugging_face.from_hf if is_hf else open_clip.from_open_clip
             report = convert(source, folder)
             if not report.ok:
                 folder.rmtree()

@@ -6,7 +6,7 @@ Every function takes any number of images or texts and is lowered for CPUs, CUDA
 parameters lie beside them in one file, since the functions share them (docs/library.md shows their use).
 """
 
-import json
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,12 +39,7 @@ def export_model(
 
     `tokenizer.json` prepares texts. A model without region queries has no `regions.stablehlo`, one without a
     box head no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`. What was
-    written is read back and runs on this machine.
-
-    Args:
-      predictor: the model; the functions' activations have its `dtype`.
-      output: folder; an older export in it is replaced.
-      platforms: what the functions are lowered for, all in one file.
+    written is read back and runs on this machine. Activations have the `dtype` of the predictor.
 
     Returns:
       for each output of each function how far it is from the predictor's (`parity.tolerance`).
@@ -67,10 +62,7 @@ def export_model(
             np.savez(file, **params)
         for name, (program, _) in exported.items():
             (new / f"{name}.stablehlo").write_bytes(program.serialize())
-        for name, content in token_files.items():
-            folder.write_file(new / name, content)
-        description = _description(predictor, exported, missing)
-        (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        folder.write_files(new, token_files | {DESCRIPTION: _description(predictor, exported, missing)})
         return _compare(predictor, new, exported)
 
 
@@ -79,21 +71,12 @@ def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict
     model, dtype, nested = predictor.model, predictor.dtype, tables.nested
     encode_images = jitted.image_program(model, dtype)
     encode_texts = jitted.text_program(model, dtype)
-
-    def regions(params, image):
-        names = ("image_embed", "region_embed", "boxes_xyxy")
-        return dict(zip(names, encode_images(nested(params), image)))
-
-    def image(params, image):
-        return {"image_embed": regions(params, image)["image_embed"]}
-
-    def boxes(params, image, boxes_xyxy):
-        encode_boxes = jitted.image_program(model, dtype, "box_embeddings")
-        return {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
-
-    def text(params, tokens, end):
-        return {"text_embed": encode_texts(nested(params), tokens, end)}
-
+    names = ("image_embed", "region_embed", "boxes_xyxy")
+    encode_boxes = jitted.image_program(model, dtype, "box_embeddings")
+    regions = lambda params, image: dict(zip(names, encode_images(nested(params), image)))
+    image = lambda params, image: {"image_embed": regions(params, image)["image_embed"]}
+    boxes = lambda params, image, boxes_xyxy: {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
+    text = lambda params, tokens, end: {"text_embed": encode_texts(nested(params), tokens, end)}
     size, context = model.image.image_size, model.text.context_length
     b, r, n = jax_export.symbolic_shape("b, r, n")
     rows, length = b, context
@@ -105,7 +88,7 @@ def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict
     functions = {"image": (image, images), "text": (text, texts)}
     if predictor.has_regions:
         functions["regions"] = (regions, images)
-    if model.boxes.kind != "none":
+    if predictor.has_box_head:
         functions["boxes"] = (boxes, images | {"boxes_xyxy": spec((b, r, 4), np.float32)})
     if maps := _maps(predictor):
         embeds = {"text_embed": spec((n, model.embed_dim), np.float32)}
@@ -115,46 +98,41 @@ def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict
 
 def _maps(predictor: inference.Predictor) -> Callable | None:
     """`Predictor.similarity_map` as a function of (flat params, images, text_embed [N, D]), or None."""
-    model, dtype = predictor.model, predictor.dtype
-    has_head = model.boxes.kind != "none"
-    has_patches = has_head or model.tower_pools
-    if not (has_patches or predictor.has_regions):
-        return None
+    program = functools.partial(jitted.image_program, predictor.model, predictor.dtype)
     try:
-        grid = predictor.grid
+        grid = predictor.grid if predictor.has_patches or predictor.has_regions else 0
     except inference.InputError:
-        return None
+        grid = 0
 
     def maps(params, image, text_embed):
         all_maps, params = [], tables.nested(params)
         with jax.default_matmul_precision("highest"):  # of cosines
-            if has_patches:
+            if predictor.has_patches:
                 cells = box_head.token_boxes(grid * grid, 0)
-                boxes = [jnp.broadcast_to(cells, (image.shape[0], *cells.shape))] * has_head
-                head = "box_embeddings" if has_head else "patch_embeddings"
-                patches = jitted.image_program(model, dtype, head)(params, image, *boxes)
+                boxes = [jnp.broadcast_to(cells, (image.shape[0], *cells.shape))] * predictor.has_box_head
+                patches = program("box_embeddings" if boxes else "patch_embeddings")(params, image, *boxes)
                 cosines = jnp.einsum("nd,bpd->bnp", text_embed, patches.astype(np.float32))
                 all_maps.append(cosines.reshape(*cosines.shape[:2], grid, grid))
             if predictor.has_regions:
-                _, embed, corners = jitted.image_program(model, dtype)(params, image)
+                _, embed, corners = program()(params, image)
                 cosines = jnp.einsum("nd,bqd->bnq", text_embed, embed.astype(np.float32))
                 region_map = lambda values, boxes: scores.region_map(values, boxes, grid, jnp)
                 all_maps.append(jax.vmap(region_map)(cosines, corners))
         return {"similarity_map": sum(all_maps) / len(all_maps)}
 
-    return maps
+    return maps if grid else None
 
 
 def _description(predictor: inference.Predictor, exported: Mapping[str, Any], missing: str) -> dict[str, Any]:
     """What `model.json` says, with the arguments of each function; `params` are all arrays of params.npz."""
-    program, tower = exported["image"][0], predictor.model.text
+    tower = predictor.model.text
     end = "not looked at: zeros will do"
     if tower.seeks_end:
         which = "; for CLIP's ids tokens.argmax(1)" if tower.end_id is None else f", the id {tower.end_id}"
         end = f"position of each text's last token{which}"
     return {
         "jax": jax.__version__,
-        "platforms": list(program.platforms),
+        "platforms": list(exported["image"][0].platforms),
         "activations": predictor.dtype,
         "functions": {name: ["params", *inputs] for name, (_, inputs) in exported.items()},
         **describe(predictor, "the function: give it the uint8 values", end, missing),
@@ -164,11 +142,8 @@ def _description(predictor: inference.Predictor, exported: Mapping[str, Any], mi
 def describe(predictor: inference.Predictor, normalised_by: str, end: str, missing: str) -> dict[str, Any]:
     """What a user of exported files must know of images, texts and scores, as values of JSON.
 
-    Args:
-      predictor: the model.
-      normalised_by: who subtracts the mean of pixels and divides by their deviation.
-      end: how the end of a text is known.
-      missing: why there is no tokenizer.json, or "".
+    `normalised_by`: who normalises pixels; `end`: how the end of a text is known; `missing`: why there is no
+    tokenizer.json, or "".
     """
     image, text = predictor.model.image, predictor.model.text
     cleans = "tokenizer.json, which cleans, cuts and pads texts"
@@ -203,15 +178,14 @@ def _compare(
     predictor: inference.Predictor, output: epath.Path, exported: Mapping[str, Any]
 ) -> list[parity.Comparison]:
     """The functions, as they were written, against the predictor, on random images and texts."""
-    image, text = predictor.model.image, predictor.model.text
-    sizes = image.image_size, text.vocab_size, text.context_length
+    tolerance = parity.tolerance(predictor.model, predictor.dtype)
     with (output / "params.npz").open("rb") as file:
         params = jax.device_put(dict(np.load(file)))
-    batch = parity.inputs(*sizes, count=_IMAGES, end_id=text.end_id)
+    batch = parity.inputs_of(predictor.model, count=_IMAGES)
     pixels = np.random.default_rng(0).integers(0, 256, batch.images.shape, np.uint8)
     expected = parity.outputs_of(predictor, batch._replace(images=pixels))
     inputs = {"image": pixels, "tokens": batch.token_ids, "text_embed": expected["text_embed"]}
-    inputs["end"] = text.ends(batch.token_ids).astype(np.int32)
+    inputs["end"] = predictor.model.text.ends(batch.token_ids).astype(np.int32)
     inputs["boxes_xyxy"] = np.repeat(parity.BOXES[None], _IMAGES, axis=0)
     if "maps" in exported:
         texts = [expected["text_embed"]] * _IMAGES
@@ -220,9 +194,7 @@ def _compare(
     for name, (_, names) in exported.items():
         function = jax_export.deserialize(bytearray((output / f"{name}.stablehlo").read_bytes()))
         got: Any = function.call(params, *(inputs[each] for each in names))
-        wanted = {key: expected[key] for key in got}
-        tolerance = parity.tolerance(predictor.model, predictor.dtype)
-        compared = parity.compare(got, wanted, tolerance=tolerance)
+        compared = parity.compare(got, {key: expected[key] for key in got}, tolerance=tolerance)
         comparisons += [c._replace(name=f"{name}: {c.name}") for c in compared]
     return comparisons
 

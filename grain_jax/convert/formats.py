@@ -3,59 +3,34 @@
 A table names modules; their parameters and layouts follow from our names (`rows`).
 """
 
-from collections.abc import Mapping
-
 from grain_jax.convert import tables
 from grain_jax.convert.tables import NamePair
 
-Names = Mapping[str, str]  # our part of a model -> its name elsewhere
+Names = dict[str, str]  # our part of a model -> its name elsewhere
 _TOKENS = ("class_token", "registers", "position_embed")
 # Parts that are one parameter.
 _PARAMETERS = (
     *_TOKENS,
     *("probe", "embedding", "query_embed", "kernel", "bias", "layer_scale_1", "layer_scale_2"),
 )
-# Number of entries for query, key and value -> for each of these (entry, (part, parts of the entry)).
-_QKV = {
-    1: ((0, (0, 3)), (0, (1, 3)), (0, (2, 3))),
-    2: ((0, (0, 1)), (1, (0, 2)), (1, (1, 2))),
-    3: ((0, (0, 1)), (1, (0, 1)), (2, (0, 1))),
-}
-_OPENAI = {
-    "norm_1": "ln_1",
-    "attention": "attn.in_proj_ attn.out_proj",
-    "attention/query_norm": "attn.ln_q",
-    "attention/key_norm": "attn.ln_k",
-    "norm_2": "ln_2",
-    "mlp/in": "mlp.c_fc",
-    "mlp/out": "mlp.c_proj",
-}
-_TIMM = {
-    "norm_1": "norm1",
-    "attention": "attn.qkv attn.proj",
-    "attention/query_norm": "attn.q_norm",
-    "attention/key_norm": "attn.k_norm",
-    "norm_2": "norm2",
-    "mlp/in": "mlp.fc1",
-    "mlp/out": "mlp.fc2",
-}
-_OURS = {"mlp/gate": "mlp.gate", "layer_scale_1": "ls1.gamma", "layer_scale_2": "ls2.gamma"}
-_HF = {
-    "norm_1": "layer_norm1",
-    "attention": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj",
-    "norm_2": "layer_norm2",
-    "mlp/in": "mlp.fc1",
-    "mlp/out": "mlp.fc2",
-}
+
+
+def _block(norms: str, attention: str, mlp: str, qk_norms: str = "") -> Names:
+    """The parts of a layer; {} in `norms` is 1 or 2, and other names have a space between."""
+    names = {"norm_1": norms.format(1), "attention": attention, "norm_2": norms.format(2)}
+    qk_names = zip(("attention/query_norm", "attention/key_norm"), qk_norms.split())
+    return names | dict(qk_names) | dict(zip(("mlp/in", "mlp/out"), mlp.split()))
+
+
+_OPENAI = _block("ln_{}", "attn.in_proj_ attn.out_proj", "mlp.c_fc mlp.c_proj", "attn.ln_q attn.ln_k")
+_TIMM = _block("norm{}", "attn.qkv attn.proj", "mlp.fc1 mlp.fc2", "attn.q_norm attn.k_norm")
+_OURS = {"mlp/gate": "mlp.gate", "layer_scale_1": "ls1", "layer_scale_2": "ls2"}
+_QKV = "{0}.q_proj {0}.k_proj {0}.v_proj "
+_HF = _block("layer_norm{}", _QKV.format("self_attn") + "self_attn.out_proj", "mlp.fc1 mlp.fc2")
 _DINOV3 = {
-    "norm_1": "norm1",
-    "attention": "attention.q_proj attention.k_proj attention.v_proj attention.o_proj",
-    "norm_2": "norm2",
-    "mlp/in": "mlp.up_proj",
+    **_block("norm{}", _QKV.format("attention") + "attention.o_proj", "mlp.up_proj mlp.down_proj"),
     "mlp/gate": "mlp.gate_proj",
-    "mlp/out": "mlp.down_proj",
-    "layer_scale_1": "layer_scale1.lambda1",
-    "layer_scale_2": "layer_scale2.lambda1",
+    **{f"layer_scale_{i}": f"layer_scale{i}.lambda1" for i in (1, 2)},
 }
 
 
@@ -74,14 +49,12 @@ def rows(ours: str, theirs: str, names: Names, tokens: tables.ArrayLayout = tabl
         if last.endswith("attention"):
             out += _attention(ours + part, [theirs + each for each in name.split()])
         elif last in _PARAMETERS:
-            layout = tables.THREE_AXES if last == "probe" else tables.SAME
-            layout = tokens if last in _TOKENS else layout
+            layout = tables.THREE_AXES if last == "probe" else tokens if last in _TOKENS else tables.SAME
             out.append(NamePair(ours + part, theirs + name, layout))
         else:
-            is_norm = "norm" in last
-            layout = tables.PATCHES if last == "patch_embed" else tables.LINEAR
-            layout = tables.SAME if is_norm else layout
-            kernel = "scale" if is_norm else "kernel"
+            kernel, layout = "kernel", tables.PATCHES if last == "patch_embed" else tables.LINEAR
+            if "norm" in last:
+                kernel, layout = "scale", tables.SAME
             out.append(NamePair(f"{ours}{part}/{kernel}", f"{theirs}{name}.weight", layout))
             out.append(NamePair(f"{ours}{part}/bias", f"{theirs}{name}.bias"))
     return out
@@ -89,9 +62,11 @@ def rows(ours: str, theirs: str, names: Names, tokens: tables.ArrayLayout = tabl
 
 def _attention(ours: str, theirs: list[str]) -> list[NamePair]:
     *qkv, projection = theirs
+    counts = {1: (3,), 2: (1, 2), 3: (1, 1, 1)}[len(qkv)]  # how many of the three an entry holds
+    parts = [(entry, (i, count)) for entry, count in zip(qkv, counts) for i in range(count)]
     out = []
-    for name, (entry, part) in zip(("query", "key", "value"), _QKV[len(qkv)]):
-        prefix = qkv[entry] if qkv[entry].endswith("_") else f"{qkv[entry]}."
+    for name, (entry, part) in zip(("query", "key", "value"), parts):
+        prefix = entry if entry.endswith("_") else f"{entry}."
         out.append(NamePair(f"{ours}/{name}/kernel", f"{prefix}weight", tables.HEADS_IN, part))
         out.append(NamePair(f"{ours}/{name}/bias", f"{prefix}bias", tables.HEADS_BIAS, part))
     out.append(NamePair(f"{ours}/out/kernel", f"{projection}.weight", tables.HEADS_OUT))
@@ -144,18 +119,9 @@ def _timm_image(prefix: str, layer: Names) -> list[NamePair]:
     return rows("image/", prefix, names, tables.THREE_AXES) + layers
 
 
-def own_image(prefix: str, *, key_bias: bool) -> list[NamePair]:
-    """Our vision transformer with all of its options, by timm's names: the modeling file's.
-
-    Without key biases, the biases of queries and values have separate entries.
-    """
-    table, layer = _timm_image(prefix, _TIMM | _OURS), prefix + "blocks.{}."
-    if not key_bias:
-        table = [row for row in table if row.theirs != f"{layer}attn.qkv.bias"]
-        for name in ("query", "value"):
-            ours = f"image/blocks/attention/{name}/bias"
-            table.append(NamePair(ours, f"{layer}attn.{name[0]}_bias", tables.HEADS_BIAS))
-    return table
+def own_image(prefix: str) -> list[NamePair]:
+    """Our vision transformer with all of its options, by timm's names: the modeling file's."""
+    return _timm_image(prefix, _TIMM | _OURS)
 
 
 def timm_image_in_open_clip() -> list[NamePair]:

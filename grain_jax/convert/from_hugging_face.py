@@ -5,6 +5,7 @@ the folder runs. Its module is the other side of the parity.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from grain_jax.convert.exits import needs
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
 from grain_jax.core import regular_file
+from grain_jax.models import grain
 
 # model_type of config.json -> how the classes of transformers begin.
 _FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaClip2", "siglip": "Siglip", "dinov3_vit": "DINOv3ViT"}
@@ -52,34 +54,14 @@ def from_hf(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
       config.ConfigError: sizes that no model has, such as heads that do not divide the width.
     """
     path, target = hub.local(str(source)), output.check_free(folder)
-    file = path / "config.json"
-    stated = regular_file.read_json(file, dict[str, Any], "the config.json of transformers")
+    expected = "the config.json of transformers"
+    stated = regular_file.read_json(path / "config.json", dict[str, Any], expected)
     with needing("transformers", path):
-        import transformers
+        import transformers  # noqa: F401
     if stated.get("model_type") == "grain":
-        return _write(path, target, "GrainModel", *_read_grain(path, stated))
-    family = _FAMILIES.get(str(stated.get("model_type")))
-    if family is None:
-        got, known = stated.get("model_type"), ", ".join(_FAMILIES)
-        naflex = f"; {_INSTEAD_OF_NAFLEX}" if got == "siglip2" else ""
-        raise ConvertError(f"{file}: model_type: got {got!r}, expected one of {known}, grain{naflex}")
-    with archives.reading(file, f"a config that {family}Config of transformers takes"):
-        config = getattr(transformers, f"{family}Config").from_dict(_without_steering(stated))
-        stated_towers = (_dinov3 if family == "DINOv3ViT" else _two_towers)(path, family, config)
-    model = towers.model_of(stated_towers)
-    module = _load(path, model, getattr(transformers, f"{family}Model"), config)
-    state = {name: x.numpy() for name, x in module.state_dict().items()}
-    state = {name: x for name, x in state.items() if x.size and name != _MASK_TOKEN}
-    with prefixed(f"{path}: "):
-        imported = towers.build(stated_towers, state)
-
-    return _write(path, target, f"{family}Model", imported, module)
-
-
-def _write(
-    path: epath.Path, target: epath.Path, kind: str, imported: towers.Imported, module: Any
-) -> parity.Report:
-    """Writes the model; the module of transformers is the other side of the parity."""
+        kind, (imported, module) = "GrainModel", _read_grain(path, stated)
+    else:
+        kind, imported, module = _read(path, stated)
 
     def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
         if imported.has_texts:
@@ -88,9 +70,29 @@ def _write(
         return dict(image_embed=(pooled / pooled.norm(dim=-1, keepdim=True)).numpy())
 
     model, params, has_texts = imported
-    packages = ("transformers", "torch")
-    proof = parity.prove(model, params, kind, packages, run, has_texts=has_texts)
+    proof = parity.prove(model, params, kind, ("transformers", "torch"), run, has_texts=has_texts)
     return towers.write("from-hf", path, target, imported, proof)
+
+
+def _read(path: epath.Path, stated: Mapping[str, Any]) -> tuple[str, towers.Imported, Any]:
+    """The class of transformers for a config.json, the model and its module."""
+    import transformers
+
+    file, model_type = path / "config.json", stated.get("model_type")
+    family = _FAMILIES.get(str(model_type))
+    if family is None:
+        naflex = f"; {_INSTEAD_OF_NAFLEX}" if model_type == "siglip2" else ""
+        known = f"expected one of {', '.join(_FAMILIES)}, grain{naflex}"
+        raise ConvertError(f"{file}: model_type: got {model_type!r}, {known}")
+    with archives.reading(file, f"a config that {family}Config of transformers takes"):
+        config = getattr(transformers, f"{family}Config").from_dict(_without_steering(stated))
+        stated_towers = (_dinov3 if family == "DINOv3ViT" else _two_towers)(path, family, config)
+    model = towers.model_of(stated_towers)
+    module = _load(path, model, getattr(transformers, f"{family}Model"), config)
+    state = {name: x.numpy() for name, x in module.state_dict().items()}
+    state = {name: x for name, x in state.items() if x.size and name != _MASK_TOKEN}
+    with prefixed(f"{path}: "):
+        return f"{family}Model", towers.build(stated_towers, state), module
 
 
 def _without_steering(stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,11 +106,13 @@ def _without_steering(stated: Mapping[str, Any]) -> dict[str, Any]:
 def _load(path: epath.Path, model: config_lib.Model, kind: Any, config: Any) -> Any:
     """The module of a class of transformers with the weights in a folder, in float32.
 
-    Raises:
-      ConvertError: weights that are missing, unknown, damaged or of another shape; or the config describes a
-        model that is far larger than the files.
+    Raises ConvertError: weights are missing, unknown, damaged or of another shape; or the config has more
+    values than the files have bytes.
     """
-    towers.check_size(path, model)
+    values = sum(math.prod(shape) for shape in grain.parameter_shapes(model).values())
+    length = sum(regular_file.length(x) or 0 for x in path.iterdir())
+    if values > length:
+        raise ConvertError(f"{path}: its config describes {values:,} values, its files have {length:,} bytes")
     with output.on_disk(path) as local, archives.reading(path, f"what {kind.__name__} takes"):
         module, loading = kind.from_pretrained(
             local,
@@ -118,12 +122,9 @@ def _load(path: epath.Path, model: config_lib.Model, kind: Any, config: Any) -> 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below
         )
-    faults = []
-    for problem, keys in loading.items():
-        for key in sorted(map(str, keys or ())):
-            if _MASK_TOKEN not in key and _REGISTERS not in key:
-                faults.append(f"{path}: {key}: {problem.replace('_', ' ')}")
-    raise_any(faults)
+    faults = [(problem, key) for problem, keys in loading.items() for key in sorted(map(str, keys or ()))]
+    faults = [pair for pair in faults if _MASK_TOKEN not in pair[1] and _REGISTERS not in pair[1]]
+    raise_any([f"{path}: {key}: {problem.replace('_', ' ')}" for problem, key in faults])
     return module.eval()
 
 
@@ -196,10 +197,9 @@ def _dinov3(path: epath.Path, family: str, config: Any) -> towers.Towers:
 
 def _pixels(path: epath.Path, default: Any) -> Any:
     """Mean and standard deviation of the pixels, by the processor beside the weights."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if regular_file.is_one(path / name):
-            expected = "a processor of transformers"
-            stated = regular_file.read_json(path / name, dict[str, Any], expected)
+    for file in (path / "preprocessor_config.json", path / "processor_config.json"):
+        if regular_file.is_one(file):
+            stated = regular_file.read_json(file, dict[str, Any], "a processor of transformers")
             stated = stated.get("image_processor") or stated
             if stated.get("do_normalize") is False:
                 return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -212,8 +212,7 @@ def _read_grain(path: epath.Path, stated: Mapping[str, Any]) -> tuple[towers.Imp
     """The model in a folder of to-hf, and its module."""
     from grain_jax.convert.hf_files import configuration_grain, modeling_grain
 
-    sizes = stated.get("towers")
-    file = path / "config.json"
+    sizes, file = stated.get("towers"), path / "config.json"
     if not isinstance(sizes, dict):
         raise ConvertError(f"{file}: got no sizes under towers, expected the config.json of to-hf")
     with prefixed(f"{file}: "):
@@ -226,10 +225,8 @@ def _read_grain(path: epath.Path, stated: Mapping[str, Any]) -> tuple[towers.Imp
         )
     config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model))
     module = _load(path, model, modeling_grain.GrainModel, config)
-    states: dict[str, dict[str, np.ndarray]] = {"backbone": {}, "decoder": {}}
-    for key, value in module.state_dict().items():
-        part, _, rest = key.partition(".")
-        states[part][rest] = value.numpy()
+    parts = (getattr(module, part).state_dict() for part in ("backbone", "decoder"))
+    backbone, decoder = ({name: x.numpy() for name, x in part.items()} for part in parts)
     with prefixed(f"{path}: "):
-        params = names.to_params(states["backbone"], states["decoder"], model)
+        params = names.to_params(backbone, decoder, model)
     return towers.Imported(model, params, True), module

@@ -6,6 +6,7 @@ safetensors and tokenizers; torch and transformers only run the parity.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint.pretrained import hub
+from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import formats, from_hugging_face, output, parity, tables, towers
-from grain_jax.convert.exits import arrays, needs, tokenizers
 from grain_jax.convert.exits import folder as exits
+from grain_jax.convert.exits import needs, tokenizers
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.tables import Arrays
@@ -41,11 +43,8 @@ def to_hf(
 
     A model without a region decoder becomes transformers' own CLIP or SigLIP where these can hold it.
 
-    Args:
-      source: a workdir (the model card reports its config and metrics), a checkpoint, or a converted folder.
-      folder: new, or an older conversion.
-      repo: ORG/NAME where `push` will publish it; the model card names it.
-      part: "all", or "towers": without the regions that were added to a published model.
+    The model card reports config and metrics of a workdir, and names `repo`, ORG/NAME, where `push` will
+    publish it. `part`: "all", or "towers": without the regions that were added to a published model.
 
     Raises:
       hub.HubError: `push` to that `repo` could not work.
@@ -55,25 +54,22 @@ def to_hf(
     if repo is not None:
         hub.check_push(repo)
     stored = tokenizers.with_end((exits.read_towers if part == "towers" else exits.read)(source))
-    model, kind, lines = stored.model, "AutoModel", []
-    if model.decoder is None:
-        nearest, faults = needs.nearest(model, needs.CLIP, needs.SIGLIP)
-        kind = "AutoModel" if faults else nearest.name
-        keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
-        if faults:
-            lines = [f"for AutoModel with trust_remote_code: {nearest.name} cannot hold {keys}"]
+    model = stored.model
     raise_any(needs.MODELING.faults(model))
     target = output.check_free(folder, exits.MARK)
     token_files, missing = tokenizers.of_transformers(model.text, stored.folder)
-    if kind == "AutoModel":
+    nearest, faults = needs.nearest(model, needs.CLIP, needs.SIGLIP)
+    if faults:
+        kind, use, lines = "AutoModel", _USE_OWN + _USE_REGIONS * (model.decoder is not None), []
+        if model.decoder is None:
+            keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
+            lines = [f"for AutoModel with trust_remote_code: {nearest.name} cannot hold {keys}"]
         states = names.state_dicts(stored.params)
         weights = {f"{part}.{name}": x for part in states for name, x in states[part].items()}
-        files, use = _own_files(model, token_files), _USE_OWN
-        use += "" if model.decoder is None else _USE_REGIONS
+        files = _own_files(model, token_files)
     else:
-        weights = (_clip if kind == "CLIPModel" else _siglip)(stored)
-        use, lines = _USE.format(kind=kind), [_PIXELS]
-        files = _config(model, kind)
+        kind, use, lines = nearest.name, _USE.format(kind=nearest.name), [_PIXELS]
+        weights, files = _weights(model, grain.flat(stored.params), kind), _config(model, kind)
     return exits.write(
         target,
         stored,
@@ -125,7 +121,7 @@ def _own_files(model: config_lib.Model, token_files: dict[str, Any]) -> dict[str
     text = dataclasses.replace(model.text, tokenizer=name)
     kinds = ("AutoModel", "AutoModelForZeroShotImageClassification")
     processor = {"AutoProcessor": "processing_grain.GrainProcessor"}
-    image_processor = {"AutoImageProcessor": "processing_grain.GrainImageProcessor"}
+    both = processor | {"AutoImageProcessor": "processing_grain.GrainImageProcessor"}
     return {
         **{path.name: path.read_text() for path in CODE.glob("*_grain.py")},
         "config.json": {
@@ -138,10 +134,7 @@ def _own_files(model: config_lib.Model, token_files: dict[str, Any]) -> dict[str
             "dtype": "float32",
             "towers": dataclasses.asdict(dataclasses.replace(model, text=text)),
         },
-        "preprocessor_config.json": {
-            **_preprocessor(model.image, "Grain"),
-            "auto_map": image_processor | processor,
-        },
+        "preprocessor_config.json": _preprocessor(model.image, "Grain") | {"auto_map": both},
         "processor_config.json": {
             "processor_class": "GrainProcessor",
             "auto_map": processor,
@@ -191,56 +184,38 @@ def _preprocessor(tower: config_lib.ImageTower, name: str) -> dict[str, Any]:
     }
 
 
-def _clip(source: exits.SourceModel) -> Arrays:
-    """The arrays of CLIPModel, whose patches have no bias."""
-    flat = arrays.without_patch_bias(grain.flat(source.params))
-    for tower in towers.TOWERS:
-        width = getattr(source.model, tower).width
-        flat = arrays.with_projection(flat, tower, width, bias=False)
-    rows = [*formats.hf_image(), *formats.hf_text("text_projection"), *towers.SCALARS]
-    return tables.write(rows, flat)
-
-
-def _siglip(source: exits.SourceModel) -> Arrays:
-    """The arrays of SiglipModel, whose patches have one."""
-    flat = arrays.with_patch_bias(grain.flat(source.params))
-    flat = {"logit_bias": np.zeros((), np.float32), **flat}
-    flat = arrays.with_projection(flat, "text", source.model.text.width, bias=True)
-    rows = [*formats.hf_image(), *formats.hf_text("text_model.head"), *towers.SCALARS]
-    state = tables.write(rows, flat)
+def _weights(model: config_lib.Model, flat: Arrays, kind: str) -> Arrays:
+    """The arrays of CLIPModel, whose patches have no bias, or of SiglipModel, whose patches have one."""
+    if kind == "CLIPModel":
+        flat = tables.without_patch_bias(flat)
+        for tower in towers.TOWERS:
+            flat = tables.with_projection(flat, tower, getattr(model, tower).width, bias=False)
+        return tables.write([*formats.hf_image(), *formats.hf_text("text_projection"), *towers.SCALARS], flat)
+    flat = {"logit_bias": np.zeros((), np.float32), **tables.with_patch_bias(flat)}
+    flat = tables.with_projection(flat, "text", model.text.width, bias=True)
+    state = tables.write([*formats.hf_image(), *formats.hf_text("text_model.head"), *towers.SCALARS], flat)
     return state | {row.theirs: state[row.theirs].reshape(1) for row in towers.SCALARS}
 
 
-def _prove(target: epath.Path, source: exits.SourceModel, kind: str, has_tokenizer: bool) -> parity.Report:
-    """Our model against a class of transformers on the folder, from raw images and texts.
-
-    `AutoModel` is our modeling file, whose processor cleans texts.
-    """
-    options: Any = dict(local_files_only=True)
+def _prove(target: epath.Path, source: Stored, kind: str, has_tokenizer: bool) -> parity.Report:
+    """Our model against a class of transformers; `AutoModel` is our modeling file, whose processor cleans."""
     is_own = kind == "AutoModel"
-    texts = [*tokenizers.TEXTS, *(_UNCLEAN if is_own else ())]
-    ours = {"pixels": exits.our_pixels(source.model.image)}
-    if has_tokenizer:
-        ours |= tokenizers.ours(source, texts, pads_with_end=True)
+    options: Any = dict(local_files_only=True) | (dict(trust_remote_code=True) if is_own else {})
 
-    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+    def opened() -> tuple[Any, Any, Any]:
         import transformers
 
-        of_processor = options | (dict(trust_remote_code=True) if is_own else dict(backend="pil"))
-        of_model = of_processor if is_own else options
-        module = getattr(transformers, kind).from_pretrained(str(target), **of_model).eval()
-        theirs = parity.clip_outputs(module, inputs)
-        load = lambda auto: auto.from_pretrained(str(target), **of_processor)
-        processor = load(transformers.AutoImageProcessor)
-        pixels = processor(exits.raw_images(), return_tensors="pt")["pixel_values"]
-        theirs["pixels"] = pixels.permute(0, 2, 3, 1).numpy()
-        if has_tokenizer:
-            as_ours = dict(truncation=True, padding="max_length", return_tensors="np")
-            ids = load(transformers.AutoProcessor)(text=texts, **as_ours)["input_ids"]
-            cleaned = ids[: len(tokenizers.TEXTS)]
-            images = np.repeat(inputs.images[:1], len(cleaned), axis=0)
-            theirs["encode_text"] = parity.clip_outputs(module, parity.Inputs(images, cleaned))["text_embed"]
-            theirs["token_ids"] = ids
-        return theirs
+        module = getattr(transformers, kind).from_pretrained(str(target), **options).eval()
+        backend = {} if is_own else dict(backend="pil")
+        load = lambda auto: auto.from_pretrained(str(target), **options, **backend)
+        pixels = load(transformers.AutoImageProcessor)
+        as_ours = dict(truncation=True, padding="max_length", return_tensors="np")
+        return (
+            functools.partial(parity.clip_outputs, module),
+            lambda raw: pixels(raw, return_tensors="pt")["pixel_values"].permute(0, 2, 3, 1).numpy(),
+            lambda texts: load(transformers.AutoProcessor)(text=texts, **as_ours)["input_ids"],
+        )
 
-    return parity.prove(source.model, source.params, kind, ("transformers", "torch"), run, ours)
+    texts = [*tokenizers.TEXTS, *_UNCLEAN * is_own] if has_tokenizer else None
+    packages = ("transformers", "torch")
+    return tokenizers.prove(source, kind, packages, opened, texts, pads_with_end=True)

@@ -66,7 +66,7 @@ model's author apply. State a licence before you publish the weights.
 
 def write(
     model: config_lib.Model,
-    folder: epath.Path,
+    folder: epath.PathLike,
     proof: parity.Report,
     use: str,
     missing: str = "",
@@ -76,19 +76,13 @@ def write(
 ) -> str:
     """The text of the card: Markdown with the front matter of the Hugging Face Hub.
 
-    Args:
-      model: the sizes.
-      folder: a checkpoint in its workdir (WORKDIR/checkpoints/STEP), or a converted model.
-      proof: the parity report of the conversion.
-      use: code that loads FOLDER.
-      missing: why the folder has no tokenizer, or "".
-      library: that loads the folder, as the Hub names it.
-      repo: ORG/NAME on the Hub, in place of FOLDER.
+    `folder` is a checkpoint in its workdir (WORKDIR/checkpoints/STEP) or a converted model. `use` is code
+    that loads FOLDER, or `repo`, ORG/NAME, in its place. `missing` says why the folder has no tokenizer.
     """
     notes = ["```", *([f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else [])]
     if missing:
         notes.append(f"The folder has {missing}. Another tokenizer would give other token ids.")
-    training, evaluation = _run(folder)
+    training, evaluation = _run(epath.Path(folder))
     is_proven = proof.verdict != parity.NOT_PROVEN
     return _CARD.format(
         library=library,

@@ -27,9 +27,7 @@ _WRITTEN = re.compile(
 def check_free(path: epath.PathLike, mark: str = "params") -> epath.Path:
     """The folder to write to, where this process may write: commands ask before they work for minutes.
 
-    Args:
-      path: the folder.
-      mark: a file or folder that every conversion of this kind has; a folder with it may be overwritten.
+    Every conversion of this kind has a file or folder `mark`; a folder with it may be overwritten.
 
     Raises:
       ConvertError: `path` is neither new, nor empty, nor an older conversion; it is the current folder,
@@ -56,9 +54,7 @@ def replacing(folder: epath.Path, mark: str = "params") -> Iterator[epath.Path]:
     An error, a kill or a full disk leaves the old folder whole. Between the two renames neither is in place;
     the next call puts the old one back. Object stores cannot rename: a kill leaves part of the new folder.
 
-    Args:
-      folder: as `check_free` returned it.
-      mark: the mark given to `check_free`; an object store gets it first, so that the command can run again.
+    An object store gets the `mark` given to `check_free` first, so that the command can run again.
 
     Raises:
       ConvertError: it cannot be written, or another process writes it.
@@ -154,15 +150,8 @@ def save(
 ) -> None:
     """Writes a model for `grain_jax.load`.
 
-    Args:
-      folder: where to write.
-      model: what is written.
-      params: its parameters.
-      source: where the model comes from; config.json names it.
-      proof: the parity report, whose verdict config.json keeps.
-      model_folder: folder of a model of ours; the tokenizer's file is copied from it.
-      files: contents of other files by name.
-      has_texts: False if the text tower is a placeholder; config.json says so.
+    config.json names the `source`, keeps the verdict of the `proof`, and says if the text tower is a
+    placeholder. A tokenizer's file is copied from `model_folder`; `files` are other contents by name.
 
     Raises:
       ConvertError: the folder cannot be written.

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax import inference
 from grain_jax.checkpoint import files, saved_model
 from grain_jax.convert import output, parity
 
@@ -21,9 +22,7 @@ _TOKENS = "token_embed"
 def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     """pack: a model that `grain_jax.load` reads to a folder that it reads too, in fewer bytes.
 
-    Args:
-      source: a workdir, a checkpoint or a converted folder; the last does not say which tokens were trained.
-      folder: new, or an older conversion.
+    A converted folder as `source` does not say which tokens were trained.
 
     Returns:
       The comparison with the outputs of the float32 model, on texts of trained tokens.
@@ -40,8 +39,8 @@ def pack(source: epath.PathLike, folder: epath.PathLike) -> parity.Report:
     embedding[: len(trained)][~trained] = 0
     inputs = _inputs(model, trained)
     rounded = jax.tree.map(lambda x: x.astype(np.float32), packed)
-    expected = parity.outputs(model, params, inputs)
-    comparisons = parity.compare(parity.outputs(model, rounded, inputs), expected, tolerance=TOLERANCE)
+    ours, expected = (parity.outputs_of(inference.Predictor(model, x), inputs) for x in (rounded, params))
+    comparisons = parity.compare(ours, expected, tolerance=TOLERANCE)
     proof = parity.report(comparisons, f"{read_from} in float32", inputs)
     output.save(folder, model, packed, source, proof, read_from)
     return proof.after(
@@ -56,8 +55,7 @@ def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
     All tokens if none had, if the moments are not stored, as for a frozen tower, or if the run began from
     another text tower (`init.text`).
     """
-    trained = np.zeros(model.text.vocab_size, bool)
-    is_run = (folder / "state").is_dir()
+    trained, is_run = np.zeros(model.text.vocab_size, bool), (folder / "state").is_dir()
     if is_run and config_lib.from_dict(files.read_items(folder).config).init.text is None:
         state = files.read_arrays(folder, only="opt_state")
         for path, moments in jax.tree_util.tree_leaves_with_path(state):
@@ -71,9 +69,7 @@ def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:
     """The inputs of a parity report, with words of trained tokens alone; with ends if no word was trained."""
     inputs = parity.inputs_of(model)
     end = model.text.vocab_size - 1 if model.text.end_id is None else model.text.end_id
-    trained_words = np.setdiff1d(np.flatnonzero(trained), [0, end])
-    trained_words = trained_words if trained_words.size else np.array([end])
-    ids = inputs.token_ids
+    words = np.setdiff1d(np.flatnonzero(trained), [0, end])
+    words, ids = words if words.size else np.array([end]), inputs.token_ids
     is_kept = trained[ids] | (ids == 0) | (ids == end)
-    ids = np.where(is_kept, ids, trained_words[ids % len(trained_words)]).astype(np.int32)
-    return inputs._replace(token_ids=ids)
+    return inputs._replace(token_ids=np.where(is_kept, ids, words[ids % len(words)]).astype(np.int32))

@@ -27,20 +27,16 @@ def tolerance(model: config_lib.Model, dtype: str = "float32") -> float:
     """The largest max|a-b| / max|b| of two programs of a model that differ in the order of their sums alone.
 
     It is 2 eps sqrt(n), since n roundings of random sign grow so, with n on the longest way to an output. In
-    float32 n counts the products in its sums; in bfloat16 the layers, since products are summed in float32.
-
-    Args:
-      model: its sizes.
-      dtype: of the activations, float32 or bfloat16.
+    float32 n counts the products in its sums; in bfloat16 (the `dtype` of activations) the layers, since
+    products are summed in float32.
     """
     image, patches = model.image, (model.image.image_size // model.image.patch_size) ** 2
     decoder = [(model.decoder, patches)] if model.decoder else []
     ways = [(image, patches), *decoder], [(model.text, model.text.context_length)]
-    terms = lambda t, tokens: t.depth * (4 * t.width + t.mlp_dim + tokens)
-    products = max(sum(terms(*part) for part in way) for way in ways)
-    products += 3 * image.patch_size**2 + model.embed_dim
-    depth = max(sum(part.depth for part, _ in way) for way in ways)
-    return 2 * _EPSILON[dtype] * {"float32": products, "bfloat16": depth}[dtype] ** 0.5
+    terms = lambda t, tokens: t.depth * ((4 * t.width + t.mlp_dim + tokens) if dtype == "float32" else 1)
+    count = max(sum(terms(*part) for part in way) for way in ways)
+    count += 3 * image.patch_size**2 + model.embed_dim if dtype == "float32" else 0
+    return 2 * _EPSILON[dtype] * count**0.5
 
 
 class ParityError(errors.UserError):
@@ -81,66 +77,41 @@ class Report(NamedTuple):
         return self._replace(text="\n".join([*lines, "", self.text]))
 
 
-def inputs(
-    image_size: int,
-    vocab_size: int,
-    context_length: int,
-    *,
-    count: int = 4,
-    seed: int = 0,
-    end_id: int | None = None,
-) -> Inputs:
-    """Random images and texts, the same for the same arguments.
+def inputs_of(model: config_lib.Model, *, count: int = 4, seed: int = 0) -> Inputs:
+    """Random images and texts in the sizes of a model, the same for the same arguments.
 
-    Args:
-      image_size: S, pixels.
-      vocab_size: V; the two highest ids start and end a text.
-      context_length: L. The first text is empty, the second fills all of L.
-      count: N.
-      seed: of the random numbers.
-      end_id: ends a text, and is nowhere else; None: the highest id.
+    The two highest ids start and end a text, or the tower's `end_id` ends it, which is nowhere else. The
+    first text is empty, the second fills the whole context.
     """
+    image_size, text = model.image.image_size, model.text
     rng = np.random.default_rng(seed)
     # One value a quarter, plus noise: images differ in coarse and fine structure.
     half = -(-image_size // 2)
     coarse = rng.standard_normal((count, 2, 2, 3)).repeat(half, 1).repeat(half, 2)
     coarse = coarse[:, :image_size, :image_size]
     images = coarse + 0.5 * rng.standard_normal(coarse.shape)
-    ids = rng.integers(1, vocab_size - 2, (count, context_length))
-    lengths = rng.integers(3, context_length + 1, count)
-    lengths[:2] = (2, context_length)[:count]
-    ids[:, 0] = vocab_size - 2
-    if end_id is not None:
-        ids[ids == end_id] = vocab_size - 1
+    ids = rng.integers(1, text.vocab_size - 2, (count, text.context_length))
+    lengths = rng.integers(3, text.context_length + 1, count)
+    lengths[:2] = (2, text.context_length)[:count]
+    ids[:, 0] = text.vocab_size - 2
+    if text.end_id is not None:
+        ids[ids == text.end_id] = text.vocab_size - 1
     for row, length in zip(ids, lengths):
-        row[length - 1], row[length:] = vocab_size - 1 if end_id is None else end_id, 0
+        row[length - 1], row[length:] = text.vocab_size - 1 if text.end_id is None else text.end_id, 0
     return Inputs(images.astype(np.float32), ids.astype(np.int32))
-
-
-def inputs_of(model: config_lib.Model) -> Inputs:
-    """`inputs` in the sizes of a model."""
-    text = model.text
-    sizes = model.image.image_size, text.vocab_size, text.context_length
-    return inputs(*sizes, end_id=text.end_id)
-
-
-def outputs(model: config_lib.Model, params: Any, batch: Inputs) -> dict[str, np.ndarray]:
-    """`outputs_of` a model with its parameters, in float32."""
-    return outputs_of(inference.Predictor(model, params), batch)
 
 
 def outputs_of(predictor: inference.Predictor, batch: Inputs) -> dict[str, np.ndarray]:
     """Our outputs: image_embed, text_embed; region_embed, boxes_xyxy and box_embed if the model has them."""
     out = {"text_embed": predictor.encode_text(batch.token_ids)}
     images = inference_inputs.marked(batch.images, batch.images.dtype == np.float32)
-    if predictor.model.boxes.kind != "none":
+    if predictor.has_box_head:
         boxes = np.repeat(BOXES[None], len(batch.images), axis=0)
         out["box_embed"] = np.stack(predictor.encode_boxes(images, boxes))
     if not predictor.has_regions:
         return out | {"image_embed": predictor.encode_image(images)}
     image_embed, regions = predictor.encode_image_and_regions(images)
-    of_regions = dict(region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy)
-    return out | of_regions | {"image_embed": image_embed}
+    return out | dict(image_embed=image_embed, region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy)
 
 
 def compare(
@@ -154,20 +125,17 @@ def compare(
     faults = [f"parity: {name}: only one side gives it" for name in sorted(ours.keys() ^ theirs.keys())]
     comparisons = []
     for name in sorted(ours.keys() & theirs.keys()):
-        a, b = (np.asarray(side[name]) for side in (ours, theirs))
-        exact = a.dtype.kind in "iu"
-        a, b = a.astype(np.float64), b.astype(np.float64)
+        a, b = (np.atleast_1d(side[name]) for side in (ours, theirs))
         if a.shape != b.shape:
             faults.append(f"parity: {name}: ours has shape {a.shape}, the other side's {b.shape}")
             continue
+        exact, a, b = a.dtype.kind in "iu", a.astype(np.float64), b.astype(np.float64)
         top, difference = np.abs(b).max(initial=0), np.abs(a - b).max(initial=0)
         error = difference / top if top else float(difference and np.inf)
-        a, b = (np.atleast_1d(x) for x in (a, b))
         lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         with np.errstate(invalid="ignore"):  # a value that is not finite fails by its error
-            cosine = (a * b).sum(-1) / np.where(lengths == 0, 1, lengths)
-        cosine = float(cosine.min(initial=1))
-        comparisons.append(Comparison(name, float(error), cosine, 0.0 if exact else tolerance))
+            cosine = ((a * b).sum(-1) / np.where(lengths == 0, 1, lengths)).min(initial=1)
+        comparisons.append(Comparison(name, float(error), float(cosine), 0.0 if exact else tolerance))
     if faults:
         raise ParityError("\n".join(faults))
     return comparisons
@@ -185,11 +153,10 @@ def prove(
     """Compares our model with another side; NOT PROVEN if a package is missing.
 
     Args:
-      model: its sizes.
-      params: its parameters.
+      model, params: ours.
       other_side: its name.
       packages: that run the other side; the report has their versions.
-      outputs_of_other: gives all outputs of `outputs`; maybe `logits`, [images, texts], too.
+      outputs_of_other: gives all outputs of `outputs_of`; maybe `logits`, [images, texts], too.
       more: further outputs of ours.
       has_texts: False if the text tower is a placeholder.
     """
@@ -200,7 +167,7 @@ def prove(
     except ImportError as error:
         reason = str(error).strip().partition("\n")[0]
         return not_proven(f"{reason}; pip install 'grain_jax[interop]'")
-    ours = outputs(model, params, batch)
+    ours = outputs_of(inference.Predictor(model, params), batch)
     if "logits" in theirs:
         scale, bias = np.exp(params["logit_scale"]), params.get("logit_bias", 0)
         ours["logits"] = scale * ours["image_embed"] @ ours["text_embed"].T + bias
@@ -236,13 +203,7 @@ def for_torch(batch: Inputs) -> tuple[Any, Any]:
 
 
 def report(comparisons: list[Comparison], other_side: str, batch: Inputs | None = None) -> Report:
-    """The table of the comparisons, and the verdict as its last line.
-
-    Args:
-      comparisons: at least one.
-      other_side: its name, such as "transformers 5.24.0".
-      batch: the inputs, where they come from `inputs`.
-    """
+    """The table of at least one comparison with `other_side`; the verdict is its last line."""
     counts = f", {len(batch.images)} images and {len(batch.token_ids)} texts" if batch else ""
     lines = [
         f"parity: our outputs against {other_side}{counts}",

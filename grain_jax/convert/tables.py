@@ -6,7 +6,7 @@ parameters. `formats` has the tables of PyTorch's packages.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,33 +60,36 @@ class NamePair(NamedTuple):
         return "{}" in self.theirs
 
 
-def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Arrays:
+def read(
+    rows: Iterable[NamePair],
+    state: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    unused: Collection[str] | None = None,
+) -> Arrays:
     """Our parameters, float32, of the rows whose parameter is in `shapes`.
 
     Args:
       rows: the table.
       state: the checkpoint's arrays.
       shapes: our name -> shape, as `grain.parameter_shapes` gives for a model.
+      unused: entries that no parameter needs; None: any.
 
     Raises:
-      ConvertError: entries that are missing, not finite or of another shape, parameters without a row.
+      ConvertError: entries that are missing, not finite or of another shape, or that nothing needs,
+        parameters without a row.
     """
     out: Arrays = {}
+    faults, known = [], set(state if unused is None else unused)
     rows = [row for row in rows if row.ours in shapes]
-    faults = [
-        f"{row.theirs}: got {shapes[row.ours][0]} layers, expected at most {MAX_LAYERS}"
-        for row in rows
-        if row.layered and shapes[row.ours][0] > MAX_LAYERS
-    ]
-    raise_any(faults[:1])
     for row in rows:
         shape = shapes[row.ours]
         of_layer = shape[1:] if row.layered else shape
         index, count = row.part
         expected = row.layout.shape(of_layer)
         whole = (count * expected[0], *expected[1:]) if count > 1 else expected
-        parts = []
-        for name in row.entries(shape):
+        parts, names = [], row.entries(shape)
+        known.update(names)
+        for name in names:
             array = state.get(name)
             if array is None:
                 faults.append(f"{name}: missing")
@@ -101,6 +104,7 @@ def read(rows: Iterable[NamePair], state: Mapping[str, Any], shapes: Mapping[str
         if not faults:
             out[row.ours] = np.stack(parts) if row.layered else parts[0]
     faults += [f"{name}: missing" for name in sorted(shapes.keys() - {row.ours for row in rows})]
+    faults += [f"{name}: unknown key, shape {state[name].shape}" for name in sorted(state.keys() - known)]
     raise_any(list(dict.fromkeys(faults)))
     return out
 
@@ -112,8 +116,7 @@ def write(rows: Iterable[NamePair], params: Mapping[str, Any]) -> Arrays:
       ValueError: a parameter without a row.
     """
     by_name = {row.ours: row for row in rows}
-    lost = params.keys() - by_name.keys()
-    if lost:
+    if lost := params.keys() - by_name.keys():
         raise ValueError(f"parameters without a name in the format: {', '.join(sorted(lost))}")
     out: dict[str, list[np.ndarray]] = {}
     for row in (row for name, row in by_name.items() if name in params):
@@ -126,11 +129,6 @@ def write(rows: Iterable[NamePair], params: Mapping[str, Any]) -> Arrays:
     return {
         name: np.asarray(x[0] if len(x) == 1 else np.concatenate(x), order="C") for name, x in out.items()
     }
-
-
-def used(rows: Iterable[NamePair], shapes: Mapping[str, Shape]) -> set[str]:
-    """The names of the entries that `read` takes."""
-    return {x for row in rows if row.ours in shapes for x in row.entries(shapes[row.ours])}
 
 
 def nested(params: Mapping[str, Any]) -> dict:
@@ -162,10 +160,6 @@ class Entries:
             raise_any([f"{name}: got shape {shape}, expected {expected} axes"])
         return shape
 
-    def width(self, ours: str) -> int:
-        """The last size of our array, of two axes; raises as `shape`."""
-        return self.shape(ours, 2)[(self._rows[ours].layout.axes or (1,))[-1]]
-
     def depth(self, ours: str) -> int:
         """The number of layers; one after a gap counts, too. Raises ConvertError where there is none."""
         before, after = self._rows[ours].theirs.split("{}")
@@ -174,3 +168,40 @@ class Entries:
         if not layers or max(layers) > MAX_LAYERS:
             raise_any([f"{before}0: no such layer"])
         return 1 + max(layers)
+
+
+# The same function in the arrays that another format has: our flat parameters before their names change.
+
+
+def without_patch_bias(flat: Arrays) -> Arrays:
+    """The bias of the patches as part of their positions, of a tower with a class token."""
+    flat = dict(flat)
+    bias = flat.pop("image/patch_embed/bias", None)
+    if bias is not None:
+        positions = np.array(flat["image/position_embed"])
+        positions[1:] += bias
+        flat["image/position_embed"] = positions
+    return flat
+
+
+def with_patch_bias(flat: Arrays) -> Arrays:
+    """A bias of zeros where the patches have none."""
+    width = flat["image/patch_embed/kernel"].shape[1]
+    return {"image/patch_embed/bias": np.zeros(width, np.float32), **flat}
+
+
+def with_projection(flat: Arrays, tower: str, width: int, *, bias: bool) -> Arrays:
+    """The identity if a tower of that width has no projection and, with `bias`, zeros if it has no bias."""
+    name = f"{tower}_projection"
+    kernel = flat.get(f"{name}/kernel", np.eye(width, dtype=np.float32))
+    zeros = {f"{name}/bias": np.zeros(kernel.shape[1], np.float32)} if bias else {}
+    return {**zeros, **flat, f"{name}/kernel": kernel}
+
+
+def without_class_position(flat: Arrays) -> Arrays:
+    """The position of the class token as part of the token."""
+    if "image/class_token" not in flat:
+        return flat
+    positions = flat["image/position_embed"]
+    token = flat["image/class_token"] + positions[0]
+    return {**flat, "image/class_token": token, "image/position_embed": positions[1:]}

@@ -14,7 +14,7 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.convert import output, parity, tables
-from grain_jax.convert.faults import ConvertError, raise_any
+from grain_jax.convert.faults import raise_any
 from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.core import regular_file
 from grain_jax.models import grain
@@ -68,53 +68,30 @@ def model_of(towers: Towers, scale: Any = 0.0, bias: Any = None) -> config_lib.M
     return config_lib.model_from_dict(dataclasses.asdict(model))
 
 
-def check_size(path: epath.Path, model: config_lib.Model) -> None:
-    """Raises ConvertError where a model has more values than the folder of its weights has bytes."""
-    values = sum(math.prod(shape) for shape in grain.parameter_shapes(model).values())
-    length = sum(regular_file.length(x) or 0 for x in path.iterdir())
-    if values > length:
-        raise ConvertError(f"{path}: its config describes {values:,} values, its files have {length:,} bytes")
-
-
 def build(towers: Towers, state: Mapping[str, np.ndarray]) -> Imported:
-    """The model of a checkpoint.
-
-    Args:
-      towers: what its format says.
-      state: all of its arrays. Logit scale (a logarithm) and bias may have one axis.
+    """The model of a checkpoint, all of its arrays in `state`; logit scale (a logarithm) and bias may be [1].
 
     Raises:
       ConvertError: arrays that are missing, unknown, not finite or of another shape; one line per fault.
       config.ConfigError: sizes that no model has.
     """
     names = {row.ours: row.theirs for row in towers.rows}
-    state = dict(state)
-    for name in (names["logit_scale"], names["logit_bias"]) if towers.text else ():
-        if name in state and state[name].size == 1:
-            state[name] = state[name].reshape(())
-    scale, bias = (state.get(names.get(x, "")) for x in ("logit_scale", "logit_bias"))
+    scalars = [names.get(x, "") for x in ("logit_scale", "logit_bias")]
+    state = {k: x.reshape(()) if k in scalars and x.size == 1 else x for k, x in state.items()}
+    scale, bias = map(state.get, scalars)
     finite = lambda x: x is not None and x.shape == () and np.isfinite(x)
     bias = None if bias is None else bias if finite(bias) else 0.0
     model = model_of(towers, scale if finite(scale) else 0.0, bias)
     shapes = grain.parameter_shapes(model)
     read = {name: x for name, x in shapes.items() if towers.text or name.startswith("image/")}
-    params = tables.read(towers.rows, _with_class_position(state, names, towers.image), read)
-    unknown = sorted(state.keys() - tables.used(towers.rows, read))
-    raise_any([f"{name}: unknown key" for name in unknown])
+    name, image = names.get("image/position_embed", ""), towers.image
+    if image.class_token and name in state:  # without a position, as in big_vision and some models of timm
+        positions, grid = state[name], image.image_size // image.patch_size
+        if positions.shape[-2:-1] == (grid**2,):
+            state[name] = np.concatenate([0 * positions[..., :1, :], positions], axis=-2)
+    params = tables.read(towers.rows, state, read, unused=())
     rest = {name: np.zeros(x, np.float32) for name, x in shapes.items() if name not in read}
     return Imported(model, tables.nested(params | rest), towers.text is not None)
-
-
-def _with_class_position(
-    state: dict[str, np.ndarray], names: Mapping[str, str], image: config_lib.ImageTower
-) -> dict[str, np.ndarray]:
-    """Gives a class token without a position the position 0, as in big_vision and some models of timm."""
-    name = names.get("image/position_embed", "")
-    if image.class_token and name in state:
-        positions = state[name]
-        if positions.shape[-2:-1] == ((image.image_size // image.patch_size) ** 2,):
-            state = {**state, name: np.concatenate([0 * positions[..., :1, :], positions], axis=-2)}
-    return state
 
 
 def text_fields(
@@ -124,19 +101,14 @@ def text_fields(
 
     SigLIP 2 at a fixed size calls itself siglip: its tokenizer differs, or else the size of its vocabulary.
 
-    Args:
-      folder: of the checkpoint.
-      vocab_size: of the tower.
-      siglip: whether the tower is SigLIP's or SigLIP 2's.
-      end_id: the id that ends a text, where it is not the highest.
+    `siglip`: the tower is SigLIP's or SigLIP 2's; `end_id` ends a text, where it is not the highest.
     """
-    config = folder / "tokenizer_config.json"
-    name = ""
+    config, name = folder / "tokenizer_config.json", ""
     if regular_file.is_one(config):
         content = regular_file.read_json(config, dict[str, Any], "a JSON object")
         name = str(content.get("tokenizer_class") or "")
-    first = name.startswith("SiglipTokenizer") if name else vocab_size != GEMMA_VOCABULARY
-    first = siglip and first
+    is_first = name.startswith("SiglipTokenizer") if name else vocab_size != GEMMA_VOCABULARY
+    first = siglip and is_first
     fields = dict(tokenizer="clip", cleaning="lower", pad_id=0, end_id=end_id)
     if siglip:
         fields |= dict(cleaning="siglip", pad_id=1) if first else dict(cleaning="siglip2")
@@ -157,20 +129,10 @@ def write(
     proof: parity.Report,
     *lines: str,
 ) -> parity.Report:
-    """Writes a model, with its tokenizer's file if it lies beside the weights; returns the whole report.
-
-    Args:
-      command: that imported it.
-      source: the file or folder of the weights.
-      folder: to write.
-      imported: the model.
-      proof: the parity.
-      lines: more for the report.
-    """
-    model, params = imported.model, imported.params
-    name, files = model.text.tokenizer, {}
-    lines = (*describe(model), *lines)
-    if not imported.has_texts:
+    """Writes a model, with its tokenizer's file if it lies beside the weights; returns the whole report."""
+    model, params, has_texts = imported
+    name, files, lines = model.text.tokenizer, {}, (*describe(model), *lines)
+    if not has_texts:
         lines += ("no text tower: the model embeds images alone; finetune and init.image read it",)
     elif name != "clip":
         file = (source if source.is_dir() else source.parent) / name
@@ -179,7 +141,7 @@ def write(
             lines += (f"tokenizer {file}, copied",)
         else:
             lines += (f"tokenizer NOT FOUND; copy it to {folder / name}",)
-    output.save(folder, model, params, source, proof, files=files, has_texts=imported.has_texts)
+    output.save(folder, model, params, source, proof, files=files, has_texts=has_texts)
     return proof.after(f"{command}: {source} -> {folder}", *lines)
 
 
@@ -204,27 +166,31 @@ def image_sizes(entries: Entries) -> dict[str, Any]:
         image_size=grid * patch,
         patch_size=patch,
         width=width,
-        depth=entries.depth("image/blocks/norm_1/scale"),
-        mlp_dim=entries.shape("image/blocks/mlp/in/bias", 1)[0],
         qk_norm="image/blocks/attention/query_norm/scale" in entries,
+        pre_norm="image/pre_norm/scale" in entries,
+        patch_bias="image/patch_embed/bias" in entries,
         class_token=class_token,
         projection=_projection(entries, "image_projection"),
-        unroll=1,
+        **block_sizes(entries, "image"),
     )
 
 
 def text_sizes(entries: Entries) -> dict[str, Any]:
-    """The keys of a text tower that shapes of a checkpoint without a config tell; raises as `image_sizes`."""
+    """The keys of a text tower that the shapes of a checkpoint tell; raises as `image_sizes`."""
     vocab_size, width = entries.shape("text/token_embed/embedding", 2)
     return dict(
         context_length=entries.shape("text/position_embed", 2, 3)[-2],
         vocab_size=vocab_size,
         width=width,
-        depth=entries.depth("text/blocks/norm_1/scale"),
-        mlp_dim=entries.shape("text/blocks/mlp/in/bias", 1)[0],
         projection=_projection(entries, "text_projection"),
-        unroll=1,
+        **block_sizes(entries, "text"),
     )
+
+
+def block_sizes(entries: Entries, tower: str) -> dict[str, Any]:
+    """The keys of a tower or decoder that the arrays of its layers tell; raises as `image_sizes`."""
+    depth = entries.depth(f"{tower}/blocks/norm_1/scale")
+    return dict(depth=depth, mlp_dim=entries.shape(f"{tower}/blocks/mlp/in/bias", 1)[0], unroll=1)
 
 
 def _projection(entries: Entries, name: str) -> str:

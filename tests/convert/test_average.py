@@ -1,20 +1,14 @@
 """`convert average`: WiSE-FT and soups, against sums in float64; models that are not equal are refused."""
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import grain_jax
-from grain_jax.checkpoint import saved_model, states
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert.__main__ import main
-from grain_jax.core import low_rank
-from grain_jax.models import grain, lora
-from grain_jax.train import sharding
-from tests import perturbed, tiny
-from tests.convert.test_pack import State
+from grain_jax.models import grain
+from tests import perturbed
 
 DEPTH = dict(image__depth=1, text__depth=1)
 
@@ -32,25 +26,6 @@ def _save(path, seed=0, **changes):
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return [_save(root / str(seed), seed) for seed in range(3)]
-
-
-@pytest.fixture(scope="module")
-def with_factors(tmp_path_factory):
-    """A checkpoint of a run with LoRA, its weights random, of which every one counts."""
-    root, model = tmp_path_factory.mktemp("lora"), perturbed.tiny(**DEPTH)
-    config = tiny.config(optim__lora__rank=3, optim__lora__alpha=4.5)
-    config = dataclasses.replace(config, model=model)
-    shapes = sharding.unbox(jax.eval_shape(lambda: lora.init(config)))
-    weights, rng = grain.flat(perturbed.params(model)), np.random.default_rng(5)
-
-    def draw(path, x):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jnp.asarray(weights.get(name, np.float32(rng.normal(0, 0.2, x.shape))))
-
-    state = State(jnp.int32(1), jax.tree_util.tree_map_with_path(draw, shapes), {})
-    with states.Checkpoints(root, config) as checkpoints:
-        checkpoints.save(state)
-    return str(root)
 
 
 def _flat(path):
@@ -80,20 +55,6 @@ def test_a_soup_is_the_sum(models, tmp_path, capsys):
     for name, x in inputs[1].items():
         np.testing.assert_array_equal(end[name], x, err_msg=name)
         np.testing.assert_allclose(mean[name], (inputs[0][name] + x) / 2, atol=1e-6, err_msg=name)
-
-
-def test_factors_are_folded_in_first(models, with_factors, tmp_path, capsys):
-    stored = saved_model.load_stored(with_factors)
-    assert len(list(low_rank.maps_in(stored.params))) == 12
-    assert _average(tmp_path / "wise", with_factors, models[0], "--weights", "0.25,0.75") == 0
-    assert "LoRA of rank 3 folded in" in capsys.readouterr().out
-    raw, start, got = grain.flat(stored.params), _flat(models[0]), _flat(tmp_path / "wise")
-    name = "text/blocks/attention/out"
-    kernel, a, b = (raw[f"{name}/{x}"].astype(np.float64) for x in ("kernel", "lora_a", "lora_b"))
-    merged = kernel + 1.5 * np.einsum("lhdr,lrw->lhdw", a, b)
-    expected = 0.25 * merged + 0.75 * start[f"{name}/kernel"]
-    np.testing.assert_allclose(got[f"{name}/kernel"], expected, rtol=1e-6, atol=1e-6)
-    assert got.keys() == start.keys()
 
 
 def test_models_that_differ_are_refused_with_a_line_a_difference(models, tmp_path, capsys):

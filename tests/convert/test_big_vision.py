@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from grain_jax.checkpoint import saved_model
+from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.convert.faults import ConvertError
 from tests import foreign
@@ -29,7 +30,7 @@ def _converted(folder, arrays, subtree=""):
 
 
 @pytest.mark.parametrize("which", ["map", "tok"])
-def test_outputs_are_big_visions(which, tmp_path):
+def test_outputs_are_big_visions_and_its_arrays_come_out_as_they_went_in(which, tmp_path, capsys):
     golden = _golden(which)
     model, params = _converted(tmp_path, _params(which))
     theirs = golden["outputs/image_embed"], golden["outputs/text_embed"]
@@ -39,6 +40,13 @@ def test_outputs_are_big_visions(which, tmp_path):
     assert model.image.pool == {"map": "map", "tok": "class"}[which]
     assert model.image.projection == {"map": "none", "tok": "affine"}[which]
     assert (model.image.heads, model.text.pool, model.text.causal) == (2, "last", False)
+    arguments = ["--input", str(tmp_path / "ours"), "--output", str(tmp_path / "out.npz")]
+    assert main(["to-big-vision", *arguments]) == 0
+    assert "for its config: {'image': {'width': 32," in capsys.readouterr().out
+    with np.load(tmp_path / "out.npz") as written:
+        assert set(written) == set(_params(which))
+        for name, array in _params(which).items():
+            np.testing.assert_array_equal(written[name], array, err_msg=name, strict=True)
 
 
 def _stacked(params):
@@ -51,21 +59,17 @@ def _stacked(params):
     return out
 
 
-def test_layers_that_are_stacked_are_the_same_model(tmp_path):
+def test_stacked_layers_and_a_subtree_in_bfloat16_are_the_same_model(tmp_path):
     model, params = _converted(tmp_path, _params("map"))
     other, arrays = _converted(tmp_path, _stacked(_params("map")))
     assert other == model
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), params, arrays)
-
-
-def test_a_subtree_in_bfloat16(tmp_path):
     half = {
         f"model/opt/target{k.removeprefix('params')}": v.astype(jnp.bfloat16).view("V2")
         for k, v in _params("map").items()
     }
-    params = _converted(tmp_path, half, ":model/opt/target")[1]
-    exact = _params("map")["params/img/embedding/kernel"].reshape(-1, 32)
-    np.testing.assert_allclose(params["image"]["patch_embed"]["kernel"], exact, rtol=2**-8)
+    arrays = _converted(tmp_path, half, ":model/opt/target")[1]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8), params, arrays)
 
 
 @pytest.mark.parametrize(

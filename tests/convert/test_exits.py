@@ -16,17 +16,16 @@ from timm.models import _registry, vision_transformer
 import grain_jax
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
+from grain_jax.convert import open_clip as to_open_clip
 from grain_jax.convert import parity, towers
 from grain_jax.convert.__main__ import main
 from grain_jax.convert.big_vision import from_big_vision
 from grain_jax.convert.exits import needs
-from grain_jax.convert.exits import open_clip as to_open_clip
 from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.reference import commands as torch_module
 from grain_jax.convert.reference import names
 from grain_jax.inference.inputs import Normalized
 from tests import foreign, perturbed
-from tests.paths import GOLDENS
 
 pytestmark = pytest.mark.long
 
@@ -327,22 +326,6 @@ def test_no_key_of_a_tower_is_lost_in_silence(exit_name, trunk, tmp_path, capsys
         back = grain_jax.load(tmp_path / f"back{i}")
         for one, other in zip(logits(grain_jax.load(source)), logits(back)):
             foreign.close(one, other)
-
-
-@pytest.mark.parametrize("which", ["map", "tok"])
-def test_big_visions_arrays_come_out_as_they_went_in(which, tmp_path, capsys):
-    """The goldens are of big_vision; its outputs are compared in test_big_vision.py."""
-    with np.load(GOLDENS / f"big_vision_{which}.npz") as stored:
-        theirs = {k: v for k, v in stored.items() if k.startswith("params/")}
-    np.savez(tmp_path / "theirs.npz", **theirs)
-    from_big_vision(tmp_path / "theirs.npz", tmp_path / "ours")
-    arguments = ["--input", str(tmp_path / "ours"), "--output", str(tmp_path / "out.npz")]
-    assert main(["to-big-vision", *arguments]) == 0
-    assert "for its config: {'image': {'width': 32," in capsys.readouterr().out
-    with np.load(tmp_path / "out.npz") as written:
-        assert set(written) == set(theirs)
-        for name, array in theirs.items():
-            np.testing.assert_array_equal(written[name], array, err_msg=name, strict=True)
 
 
 def write_words_with_end(folder, end):

@@ -1,9 +1,10 @@
 """from-open-clip and from-hf: random models of the real packages give the same embeddings; faults."""
 
-import functools
 import json
+from typing import Any
 
 import numpy as np
+import open_clip
 import open_clip.model as library
 import pytest
 import timm
@@ -15,11 +16,10 @@ import grain_jax
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.configs import finetune
-from grain_jax.convert import archives, parity, towers
-from grain_jax.convert.exits.open_clip import to_open_clip
+from grain_jax.convert import parity, towers
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.from_hugging_face import from_hf
-from grain_jax.convert.from_open_clip import from_open_clip, module_outputs
+from grain_jax.convert.open_clip import _outputs, from_open_clip, to_open_clip
 from grain_jax.core import errors
 from grain_jax.train import initialise
 from tests import foreign
@@ -54,23 +54,15 @@ def _changed(folder, **keys):
     (folder / "config.json").write_text(json.dumps(content))
 
 
-def _check(folder, outputs_of):
+def _check(folder, module):
     """The model in a folder, with the outputs of another package, on other inputs than the report's."""
     model, params, _ = saved_model.load_model(folder)
-    size = model.image.image_size
-    inputs = parity.inputs(size, VOCAB, LENGTH, seed=1, end_id=model.text.end_id)
-    theirs = outputs_of(inputs)
+    inputs = parity.inputs_of(model, seed=1)
+    is_hf = isinstance(module, transformers.PreTrainedModel)
+    theirs = (parity.clip_outputs if is_hf else _outputs)(module, inputs)
     theirs = theirs["image_embed"], theirs["text_embed"]
     foreign.close_to_ours(model, params, inputs.images, inputs.token_ids, theirs)
     return model, params
-
-
-def _check_hf(folder, module):
-    return _check(folder, functools.partial(parity.clip_outputs, module))
-
-
-def _check_open_clip(folder, module):
-    return _check(folder, functools.partial(module_outputs, module))
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
@@ -78,7 +70,7 @@ def test_hugging_face(kind, tmp_path):
     module = _hf(kind)
     module.save_pretrained(tmp_path / "theirs", max_shard_size="100kB" if kind == "CLIP" else "1GB")
     report = from_hf(tmp_path / "theirs", tmp_path / "ours")
-    model, params = _check_hf(tmp_path / "ours", module)
+    model, params = _check(tmp_path / "ours", module)
     assert report.verdict == "PROVEN", report.text
     assert (model.image.heads, model.text.heads) == (2, 4)
     assert model.text.packable == (kind == "CLIP")
@@ -104,7 +96,7 @@ def test_metaclip_2_ends_texts_with_an_id_that_is_not_the_highest(pad, tmp_path)
     _changed(tmp_path / "theirs", text_config__pad_token_id=pad)
     report = from_hf(tmp_path / "theirs", tmp_path / "ours")
     assert report.verdict == "PROVEN", report.text
-    text = _check_hf(tmp_path / "ours", module)[0].text
+    text = _check(tmp_path / "ours", module)[0].text
     assert (text.end_id, text.pad_id, text.cleaning, text.packable) == (2, 1, "none", True)
 
 
@@ -164,20 +156,19 @@ def _open_clip(folder, vision, text, kind=library.CLIP, pixels=None, dim=20, **o
     return from_open_clip(folder, folder / "ours"), module
 
 
-def test_a_file_of_openai_needs_no_config(tmp_path):
-    """Heads of 64 and QuickGELU, as its own loader has; three sizes are among its arrays."""
+def test_a_file_without_a_config_needs_the_name_of_its_model(tmp_path, monkeypatch):
+    """As OpenAI's weights: QuickGELU, three sizes among the arrays, names with `module.`."""
     vision = dict(layers=2, width=64, patch_size=PATCH, image_size=SIZE)
-    text = TEXT | dict(width=64, heads=1)
-    module = foreign.perturb(library.CLIP(20, vision, text, quick_gelu=True))
-    state = {f"module.{k}": v for k, v in module.state_dict().items()}
+    config: Any = dict(embed_dim=20, quick_gelu=True, vision_cfg=vision, text_cfg=TEXT)
+    module = foreign.perturb(library.CLIP(20, vision, TEXT, quick_gelu=True))
+    sizes = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.tensor(1))
+    state = {f"module.{k}": v for k, v in (module.state_dict() | sizes).items()}
     torch.save({"state_dict": state}, tmp_path / "m.pt")
     with pytest.raises(ConvertError, match="--model NAME"):
         from_open_clip(tmp_path / "m.pt", tmp_path / "ours")
-    sizes = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.tensor(1))
-    torch.save({"state_dict": state | sizes}, tmp_path / "m.pt")
-    assert from_open_clip(tmp_path / "m.pt", tmp_path / "ours").verdict == "PROVEN"
-    model, _ = _check_open_clip(tmp_path / "ours", module)
-    image = model.image
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
+    assert from_open_clip(tmp_path / "m.pt", tmp_path / "ours", "tiny").verdict == "PROVEN"
+    image = _check(tmp_path / "ours", module)[0].image
     assert (image.activation, image.pre_norm, image.patch_bias) == ("quick_gelu", True, False)
 
 
@@ -189,7 +180,7 @@ def test_the_config_decides_what_arrays_cannot_tell(tmp_path):
     kind = library.CustomTextCLIP
     report, module = _open_clip(tmp_path / "a", vision, text, kind, pixels)
     assert report.verdict == "PROVEN", report.text
-    model, _ = _check_open_clip(tmp_path / "a" / "ours", module)
+    model, _ = _check(tmp_path / "a" / "ours", module)
     image, text_tower = model.image, model.text
     assert (image.pool, image.class_token, image.heads) == ("mean", True, 4)
     assert (image.norm_eps, image.activation, image.mlp_dim) == (1e-2, "gelu_tanh", 128)
@@ -214,7 +205,7 @@ def test_a_trunk_of_timm_with_siglips_texts(tmp_path):
         tmp_path / "a", vision, text, library.CustomTextCLIP, dim=24, init_logit_bias=-10
     )
     assert report.verdict == "PROVEN", report.text
-    model, params = _check_open_clip(tmp_path / "a" / "ours", module)
+    model, params = _check(tmp_path / "a" / "ours", module)
     image = model.image
     assert (image.heads, image.activation, image.pool) == (2, "gelu_tanh", "map")
     assert not model.text.causal and model.text.pool == "last"
@@ -230,31 +221,8 @@ def test_a_worldwide_config_of_open_clip(clean, cleaning, tmp_path):
         text["tokenizer_kwargs"] = dict(clean=clean)
     report, module = _open_clip(tmp_path / "a", VISION, text, quick_gelu=True)
     assert report.verdict == "PROVEN", report.text
-    model, _ = _check_open_clip(tmp_path / "a" / "ours", module)
+    model, _ = _check(tmp_path / "a" / "ours", module)
     assert (model.text.end_id, model.text.cleaning) == (2, cleaning)
     if clean is None:
         report = to_open_clip(tmp_path / "a" / "ours", tmp_path / "back")
         assert report.verdict == "PROVEN", report.text
-
-
-class _Program(torch.nn.Module):
-    """A module with a program of its own, half numbers and a transposed parameter, as OpenAI's files."""
-
-    def __init__(self):
-        super().__init__()
-        self.visual = torch.nn.Sequential(torch.nn.Linear(3, 2).half())
-        self.proj = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
-
-    def forward(self, x):
-        return self.visual(x) + self.proj.sum()
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated")
-def test_the_arrays_of_a_program_are_read(tmp_path):
-    module = _Program()
-    torch.jit.script(module).save(str(tmp_path / "m.pt"))
-    state = archives.read_weights(tmp_path / "m.pt", ())
-    expected = {k: v.float().numpy() for k, v in module.state_dict().items()}
-    assert state.keys() == expected.keys()
-    for name, array in state.items():
-        np.testing.assert_array_equal(array, expected[name])

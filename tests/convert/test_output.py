@@ -76,9 +76,8 @@ def test_a_kill_at_any_moment_leaves_the_old_model_or_the_new_one(tmp_path):
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     killed_runs = json.loads(printed.splitlines()[-1])
     old, new = [["old"], 2], [["new"], 2]
-    assert [status for status, *_ in killed_runs[:-1]] == [-9] * (len(killed_runs) - 1) and len(
-        killed_runs
-    ) > 20
+    count = len(killed_runs)
+    assert [status for status, *_ in killed_runs[:-1]] == [-9] * (count - 1) and count > 20
     assert all(killed in (old, new, [[], 0]) for _, killed, *_ in killed_runs)
     assert sum(killed == [[], 0] for _, killed, *_ in killed_runs) <= 2  # between the two renames
     assert all(after in (old, new) for _, _, after, _ in killed_runs)
@@ -97,7 +96,7 @@ def names_in(folder):
     return {str(path.relative_to(folder)) for path in pathlib.Path(folder).rglob("*") if not path.is_dir()}
 
 
-def test_what_an_older_conversion_wrote_goes_and_the_users_files_stay(tmp_path):
+def test_what_an_older_conversion_wrote_goes_and_the_users_files_stay(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write(out, "onnx.json", "boxes.onnx", "boxes.onnx.data", "spiece.model", "a.txt", ".git/HEAD")
     with output.replacing(output.check_free(out, "onnx.json"), "onnx.json") as new:
@@ -108,6 +107,9 @@ def test_what_an_older_conversion_wrote_goes_and_the_users_files_stay(tmp_path):
     write(out, "metrics.jsonl")
     with pytest.raises(ConvertError, match="out: is a run of grain-jax train; expected a new"):
         output.check_free(out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConvertError, match="is the current folder, expected another one"):
+        output.check_free(".", "out")
 
 
 def test_a_fault_leaves_the_old_folder(tmp_path):
@@ -148,12 +150,6 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, monk
         assert main([*words, "model", "--output", str(out)]) == 1
         said = f"{out}.incomplete: Read-only file system; name a folder that can be written\n"
         assert capsys.readouterr().err == said
-
-
-def test_the_current_folder_is_no_output(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConvertError, match="is the current folder, expected another one"):
-        output.check_free(".")
 
 
 def test_a_store_gets_the_mark_first_and_nothing_of_the_old_folder(tmp_path, monkeypatch):

@@ -78,8 +78,9 @@ def no_such(path: epath.PathLike) -> str:
         return f"{path}: {got}, expected a folder; {command}"
     if re.fullmatch(_FOREIGN, str(path), re.IGNORECASE):
         return (
-            f"{path}: no such folder; of open_clip and OpenAI get the weights, then grain-jax convert"
-            " from-open-clip --input WEIGHTS --output DIR makes a folder of them that loads"
+            f"{path}: no such folder; CLIP of OpenAI is hf://openai/clip-vit-base-patch32; of open_clip get"
+            " the weights, then grain-jax convert from-open-clip --input WEIGHTS --output DIR makes a folder"
+            " of them that loads"
         )
     near = difflib.get_close_matches(str(path), NAMES, n=1)
     meant = f"did you mean {near[0]}? " if near else ""

@@ -3,37 +3,28 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
+from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import model_card, output, parity, tables
 from grain_jax.convert.faults import needing
 from grain_jax.convert.tables import Arrays
-from grain_jax.core import images
 from grain_jax.models import grain
 
 MARK = "converted_from.json"  # in every folder of an export; published with it, so it names no path
 
 
-class SourceModel(NamedTuple):
-    """A model to write."""
-
-    model: config_lib.Model
-    params: Any
-    folder: epath.Path  # that it was read from
-
-
-def read(path: epath.PathLike) -> SourceModel:
+def read(path: epath.PathLike) -> Stored:
     """The model in a workdir, a checkpoint or a converted folder. Raises checkpoint.CheckpointError."""
-    model, params, folder = saved_model.load_model(path)
-    return SourceModel(model, params, epath.Path(folder))
+    stored = saved_model.load_stored(path)
+    return stored._replace(params=stored.merged())
 
 
-def read_towers(path: epath.PathLike) -> SourceModel:
+def read_towers(path: epath.PathLike) -> Stored:
     """As `read`; of a model whose tower pools beside regions its two towers, as they were published."""
     source = read(path)
     if source.model.decoder is None or not source.model.tower_pools:
@@ -41,12 +32,12 @@ def read_towers(path: epath.PathLike) -> SourceModel:
     model = dataclasses.replace(source.model, decoder=None, boxes=config_lib.BoxHead())
     kept = grain.parameter_shapes(model)
     params = {name: x for name, x in grain.flat(source.params).items() if name in kept}
-    return SourceModel(model, tables.nested(params), source.folder)
+    return source._replace(model=model, params=tables.nested(params))
 
 
 def write(
     target: epath.Path,
-    source: SourceModel,
+    source: Stored,
     arrays: tuple[str, Arrays],
     files: Mapping[str, Any],
     prove: Callable[[epath.Path], parity.Report],
@@ -55,14 +46,7 @@ def write(
 ) -> parity.Report:
     """Writes a folder: the weights, other files, the model card, and MARK with the verdict of the parity.
 
-    Args:
-      target: the folder, as `output.check_free` returned it.
-      source: the model.
-      arrays: name of the file of the weights, and its arrays.
-      files: other files by name, as for `write_file`.
-      prove: compares the folder with the model.
-      lines: of the report.
-      card: further arguments of `model_card.write`.
+    The `arrays` have the name of their file, and `card` are further arguments of `model_card.write`.
 
     Raises:
       ConvertError: safetensors is missing, or the folder cannot be written.
@@ -72,30 +56,16 @@ def write(
         import safetensors.numpy
     content = safetensors.numpy.save(state, metadata={"format": "pt"})
     with output.replacing(target, MARK) as new:
-        for file, value in {**files, name: content}.items():
-            write_file(new / file, value)
+        write_files(new, {**files, name: content})
         proof = prove(new)
         text = model_card.write(source.model, source.folder, proof, **card)
-        write_file(new / "README.md", text)
-        write_file(new / MARK, {"parity": proof.verdict})
+        write_files(new, {"README.md": text, MARK: {"parity": proof.verdict}})
     return proof.after(*lines)
 
 
-def write_file(path: epath.Path, content: Any) -> None:
-    """Writes bytes, a text, or another value as JSON."""
-    if not isinstance(content, bytes | str):
-        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def raw_images() -> list[np.ndarray]:
-    """Two random images, uint8 [H, W, 3], of different shapes."""
-    rng = np.random.default_rng(1)
-    return [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
-
-
-def our_pixels(tower: config_lib.ImageTower) -> np.ndarray:
-    """`raw_images` as the model gets them, [N, S, S, 3]."""
-    mean, std = np.array(tower.pixel_mean), np.array(tower.pixel_std)
-    resized = np.stack([images.resize(image, tower.image_size) for image in raw_images()])
-    return (resized / 255 - mean) / std
+def write_files(folder: epath.Path, files: Mapping[str, Any]) -> None:
+    """Writes files by name: bytes, texts, or other values as JSON."""
+    for name, content in files.items():
+        if not isinstance(content, bytes | str):
+            content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())

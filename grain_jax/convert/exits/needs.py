@@ -18,14 +18,12 @@ class Format(NamedTuple):
         """A line for each key that the format cannot express."""
         lines = []
         for key, values in self.values.items():
-            try:
-                got = operator.attrgetter(key)(model)
-            except AttributeError:  # of a part that the model lacks
+            if key.startswith("decoder.") and model.decoder is None:
                 continue
+            got = operator.attrgetter(key)(model)
             if got not in values:
                 shown = got if got is None or isinstance(got, str | int | float | tuple) else "one"
-                has = " or ".join(map(str, values))
-                lines.append(f"model.{key}: got {shown}, {self.name} has {has}")
+                lines.append(f"model.{key}: got {shown}, {self.name} has {' or '.join(map(str, values))}")
         if key := self.rule(model):
             got = operator.attrgetter(key)(model)
             shown = "regions" if key.startswith("decoder") else "another value with the model's other keys"
@@ -110,14 +108,6 @@ BIG_VISION = _format(
     text__activation="gelu_tanh",
     text__norm_eps=1e-6,
 )._replace(rule=lambda m: "image.class_token" if m.image.class_token != _pools_class(m) else "")
-
-
-def _without_regions(model: config_lib.Model) -> str:
-    if model.decoder is None:
-        return "decoder"
-    return "" if model.decoder.queries else "decoder.queries"
-
-
 MODELING = _format("modeling_grain.py", _CODE)
 TORCH = _format(
     "the PyTorch reference",
@@ -140,4 +130,4 @@ TORCH = _format(
     decoder__norm_eps=1e-5,
     decoder__boxes="query",
     decoder__image_pool="query",
-)._replace(rule=_without_regions)
+)._replace(rule=lambda m: "decoder" if m.decoder is None else "" if m.decoder.queries else "decoder.queries")

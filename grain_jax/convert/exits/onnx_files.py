@@ -1,21 +1,20 @@
 """The command to-onnx: ONNX files of a model, which run without torch, JAX and grain_jax."""
 
-import contextlib
-import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from grain_jax import inference
+from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import export, output, parity
 from grain_jax.convert.exits import folder, needs, tokenizers
 from grain_jax.convert.faults import needing, raise_any
 from grain_jax.convert.reference import commands as reference
 from grain_jax.convert.reference import names
+from grain_jax.core import atomic
 from grain_jax.inference.inputs import Normalized
 
 DESCRIPTION = "onnx.json"  # marks the folder
@@ -29,10 +28,6 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     The numbers of images, texts and boxes are free. `onnx.json` says how to prepare images, and
     `tokenizer.json` prepares texts.
 
-    Args:
-      source: a workdir, a checkpoint or a converted folder.
-      path: the folder; new, or an older one of this command.
-
     Raises:
       ConvertError: the torch module cannot express the model, a package is missing, or the folder is in use.
       checkpoint.CheckpointError: `source` cannot be read.
@@ -43,48 +38,34 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     with needing("torch, transformers, onnx or onnxscript", "to-onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
+        import torch
 
         module = reference.make_module(stored.model)
     reference.load_states(module, names.state_dicts(stored.params))
     token_files, missing = tokenizers.alone(stored.model.text, stored.folder)
     with output.replacing(target, DESCRIPTION) as new:
-        with _quiet():
-            module.export_onnx(str(new))
-        for name, content in token_files.items():
-            folder.write_file(new / name, content)
-        described = _description(stored, new, missing)
-        folder.write_file(new / DESCRIPTION, described)
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # the exporter's own warnings, which nobody can act on
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                module.export_onnx(str(new))
+        finally:
+            logging.disable(before)
+        folder.write_files(new, token_files)
+        predictor = inference.Predictor(stored.model, stored.params)
+        described = {
+            "torch": torch.__version__,
+            "files": [f"{part}.onnx" for part in PARTS if (new / f"{part}.onnx").exists()],
+            "sha256": {x.name: atomic.digest(x.read_bytes()) for x in new.iterdir()},
+            **export.describe(predictor, f"you: {_PREPARE}", "found by the file", missing),
+        }
+        folder.write_files(new, {DESCRIPTION: described})
         proof = _prove(new, stored)
-    lines = [f"to-onnx: {stored.folder} -> {target}: {', '.join(described['files'])}"]
-    return proof.after(*lines, *([missing] if missing else []))
+    line = f"to-onnx: {stored.folder} -> {target}: {', '.join(described['files'])}"
+    return proof.after(line, *filter(None, [missing]))
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the exporter's own warnings, which nobody can act on; its errors stay."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _description(source: folder.SourceModel, path: epath.Path, missing: str) -> dict[str, Any]:
-    """What `onnx.json` says of the files in `path`."""
-    import torch
-
-    predictor = inference.Predictor(source.model, source.params)
-    return {
-        "torch": torch.__version__,
-        "files": [f"{part}.onnx" for part in PARTS if (path / f"{part}.onnx").exists()],
-        "sha256": {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in path.iterdir()},
-        **export.describe(predictor, f"you: {_PREPARE}", "found by the file", missing),
-    }
-
-
-def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
+def _prove(target: epath.Path, source: Stored) -> parity.Report:
     """Our model against ONNX Runtime, with other numbers of images, texts and boxes than were traced."""
     inputs, ours = parity.inputs_of(source.model), {}
     if (target / "maps.onnx").exists():
@@ -101,24 +82,22 @@ def _prove(target: epath.Path, source: folder.SourceModel) -> parity.Report:
             "input_ids": inputs.token_ids.astype(np.int64),
             "boxes_xyxy": np.repeat(parity.BOXES[None], len(inputs.images), axis=0),
         }
-        providers = ["CPUExecutionProvider"]
         for file in (target / f"{part}.onnx" for part in PARTS):
             if file.exists():
-                theirs |= _run(onnxruntime.InferenceSession(str(file), providers=providers), feeds)
+                session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+                theirs |= _run(session, feeds)
                 feeds["text_embeds"] = theirs.get("text_embed", np.empty(0))
         return theirs
 
-    packages = ("onnxruntime",)
-    return parity.prove(source.model, source.params, "ONNX files", packages, run, ours)
+    return parity.prove(source.model, source.params, "ONNX files", ("onnxruntime",), run, ours)
 
 
 def _run(session: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The outputs of a file by the names of the parity: of the first three rows, then of the last one."""
     parts = []
     for rows in (slice(3), slice(3, None)):
-        inputs = {x.name: feeds[x.name] for x in session.get_inputs()}
-        inputs = {name: x if name == "text_embeds" else x[rows] for name, x in inputs.items()}
+        names = [x.name for x in session.get_inputs()]
+        inputs = {name: feeds[name] if name == "text_embeds" else feeds[name][rows] for name in names}
         parts.append(session.run(None, inputs))
-    return {
-        x.name.removesuffix("s"): np.concatenate(both) for x, both in zip(session.get_outputs(), zip(*parts))
-    }
+    names = [x.name.removesuffix("s") for x in session.get_outputs()]
+    return {name: np.concatenate(both) for name, both in zip(names, zip(*parts))}

@@ -1,8 +1,9 @@
 """A model's tokenizer in the files of transformers."""
 
 import dataclasses
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from etils import epath
 
 from grain_jax import config as config_lib
 from grain_jax import inference
-from grain_jax.convert.exits.folder import SourceModel
-from grain_jax.convert.faults import ConvertError
+from grain_jax.checkpoint.saved_model import Stored
+from grain_jax.convert import parity
+from grain_jax.convert.faults import ConvertError, needing
+from grain_jax.core import images
 from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 
 # Texts of the parity: nothing that the cleaning of our tokenizers alone would repair.
@@ -23,12 +26,8 @@ def files(
 ) -> tuple[dict[str, Any], str]:
     """The files by name (bytes, or JSON values), and a line that says why there are none, or "".
 
-    CLIP's files pad with the end token.
-
-    Args:
-      tower: the text tower.
-      folder: of the model, where the file of its tokenizer is looked for.
-      fast: a tokenizer.json in every case; else SigLIP's own pieces go out as SiglipTokenizer's.
+    CLIP's files pad with the end token. `fast`: a tokenizer.json in every case; else SigLIP's own pieces go
+    out as SiglipTokenizer's.
 
     Raises:
       UserError: the file of the tokenizer cannot be read.
@@ -75,7 +74,7 @@ def complete(token_files: dict[str, Any], tower: config_lib.TextTower) -> Any:
     return library
 
 
-def with_end(source: SourceModel) -> SourceModel:
+def with_end(source: Stored) -> Stored:
     """The model with the id that ends its texts, if its tower seeks it and its tokenizer's file tells it.
 
     Ours reads a text where its tokenizer ends it; exported files at the first `end_id`, or the highest id.
@@ -145,77 +144,28 @@ def _of_sentencepiece(path: epath.Path, tower: config_lib.TextTower, fast: bool)
 
     {} if the file has no token with the id of the padding.
     """
-    import sentencepiece
-    import tokenizers
-    from tokenizers import AddedToken, Regex, models, normalizers, processors
+    from tokenizers import processors
 
+    with needing("transformers or protobuf", path):
+        library: Any = importlib.import_module("transformers.convert_slow_tokenizer")
+        messages: Any = importlib.import_module("transformers.utils.sentencepiece_model_pb2_new")
     content = tokenizer.content_of(path)
-    library = sentencepiece.SentencePieceProcessor(model_proto=content)
-    size, end, unknown = library.vocab_size(), library.eos_id(), library.unk_id()
-    if tower.pad_id >= size:
+    model = messages.ModelProto.FromString(content)
+    pieces, trained = [(piece.piece, piece.score) for piece in model.pieces], model.trainer_spec
+    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+    if tower.pad_id >= len(pieces):
         return {}
-    pieces, scores = ([library.id_to_piece(i) for i in range(size)], library.get_score([*range(size)]))
-    tokens = dict(eos_token=pieces[end], pad_token=pieces[tower.pad_id])
+    end = trained.eos_piece
+    tokens = dict(eos_token=end, pad_token=pieces[tower.pad_id][0])
     if tower.cleaning == "siglip" and not fast:
-        tokens["unk_token"] = pieces[unknown]
-        stated = _config("SiglipTokenizer", tower, **tokens)
+        stated = _config("SiglipTokenizer", tower, unk_token=trained.unk_piece, **tokens)
         return {"spiece.model": content, "tokenizer_config.json": stated}
-    bytes_too = any(map(library.is_byte, range(size)))
-    message = _message(content)
-    trainer, rules = (_message(message.get(number, [b""])[-1]) for number in (2, 3))
-    says = lambda number: rules.get(number, [1])[-1] != 0
-    if trainer.get(3, [1])[-1] == 2:
-        made: Any = models.BPE(
-            {piece: i for i, piece in enumerate(pieces)},
-            _merges(pieces, scores),
-            unk_token=pieces[unknown],
-            fuse_unk=True,
-            byte_fallback=bytes_too,
-        )
-    else:
-        made = models.Unigram([*zip(pieces, scores)], unknown, byte_fallback=bytes_too)
-    steps: list[Any] = [normalizers.Precompiled(x) for x in rules.get(2, [])[-1:] if x]
-    if says(4):  # remove_extra_whitespaces
-        steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
-    steps += [normalizers.Prepend(" ")] * says(3) + [normalizers.Replace(" ", "\u2581")]
-    made = tokenizers.Tokenizer(made)
-    made.normalizer = normalizers.Sequence(steps)  # a text is one word, in which "\u2581" is a space
-    if tower.cleaning in ("siglip2", "none"):  # the others would clean around them
-        whole = [i for i, x in enumerate(message[1]) if _message(x).get(3) == [4]]  # never split
-        made.add_tokens([AddedToken(pieces[i], normalized=False) for i in whole])
-    single, special = f"$A {pieces[end]}", [(pieces[end], end)]
-    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    made = library.SpmConverter.build_tokenizer_from_spm_proto(
+        model, ids if trained.model_type == trained.BPE else pieces
+    )
+    special = [(end, ids[end])]
+    made.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=special)
     return _fast(made, tower, [], tokens)
-
-
-def _merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Pairs of pieces that are a piece, the best first."""
-    known = set(pieces)
-    splits = lambda piece: ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-    order = sorted(range(len(pieces)), key=lambda i: -scores[i])
-    return [x for i in order for x in splits(pieces[i]) if known.issuperset(x)]
-
-
-def _message(content: bytes) -> dict[int, list[Any]]:
-    """The fields of a message of protocol buffers by number: numbers, and bytes for all else."""
-    fields, position = {}, 0
-
-    def number() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte, position = content[position], position + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while position < len(content):
-        field, kind = divmod(number(), 8)
-        length = 0 if kind == 0 else number() if kind == 2 else {1: 8, 5: 4}[kind]
-        value = number() if kind == 0 else content[position : position + length]
-        fields.setdefault(field, []).append(value)
-        position += length
-    return fields
 
 
 def _of_json(path: epath.Path, tower: config_lib.TextTower) -> dict[str, Any]:
@@ -254,20 +204,47 @@ def _fast(
     }
 
 
-def ours(source: SourceModel, texts: Sequence[str], *, pads_with_end: bool) -> dict[str, np.ndarray]:
-    """Our side of the parity: token ids of texts, int32 [N, L], and embeddings of TEXTS, float32 [N, D].
-
-    Each text is read where our tokenizer ends it.
+def prove(
+    source: Stored,
+    kind: str,
+    packages: Sequence[str],
+    opened: Callable[[], tuple[Callable, Callable, Callable]],
+    texts: Sequence[str] | None,
+    *,
+    pads_with_end: bool = False,
+) -> parity.Report:
+    """The parity of an exported folder: our model from raw images and texts against what a library loads.
 
     Args:
-      source: the model.
-      texts: for the token ids.
+      source: our model.
+      kind, packages: as of `parity.prove`.
+      opened: loads the folder and gives its functions: of `parity.Inputs` to all outputs, of raw images to
+        pixels [N, S, S, 3], of texts to token ids [N, L].
+      texts: begin with TEXTS; None: the folder has no tokenizer.
       pads_with_end: whether the files pad CLIP's texts with the end token; no model reads it.
     """
     tower = source.model.text
-    ids = tokenizer.of_tower(tower, source.folder)(texts, tower.context_length)
-    if pads_with_end and tower.tokenizer == "clip":
-        after = np.arange(tower.context_length) > ids.argmax(axis=1)[:, None]
-        ids = np.where(after, clip_tokenizer.END_OF_TEXT, ids)
-    predictor = inference.Predictor(source.model, source.params, folder=source.folder)
-    return {"token_ids": ids, "encode_text": predictor.encode_text(TEXTS)}
+    mean, std = np.array(source.model.image.pixel_mean), np.array(source.model.image.pixel_std)
+    rng = np.random.default_rng(1)
+    raw = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((37, 53), (300, 200))]
+    resized = np.stack([images.resize(image, source.model.image.image_size) for image in raw])
+    ours = {"pixels": (resized / 255 - mean) / std}
+    if texts is not None:
+        ids = tokenizer.of_tower(tower, source.folder)(texts, tower.context_length)
+        if pads_with_end and tower.tokenizer == "clip":
+            after = np.arange(tower.context_length) > ids.argmax(axis=1)[:, None]
+            ids = np.where(after, clip_tokenizer.END_OF_TEXT, ids)
+        predictor = inference.Predictor(source.model, source.params, folder=source.folder)
+        ours |= {"token_ids": ids, "encode_text": predictor.encode_text(TEXTS)}  # each read where it ends
+
+    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
+        outputs, pixels, token_ids = opened()
+        theirs = outputs(inputs) | {"pixels": pixels(raw)}
+        if texts is not None:
+            theirs["token_ids"] = np.asarray(token_ids(texts))
+            cleaned = theirs["token_ids"][: len(TEXTS)]
+            batch = parity.Inputs(np.repeat(inputs.images[:1], len(cleaned), axis=0), cleaned)
+            theirs["encode_text"] = outputs(batch)["text_embed"]
+        return theirs
+
+    return parity.prove(source.model, source.params, kind, packages, run, ours)

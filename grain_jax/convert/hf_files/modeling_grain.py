@@ -13,18 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .configuration_grain import GrainConfig
-
-LAYER_SCALE = 1e-5  # initial value
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
@@ -37,38 +29,41 @@ def _attend(q, k, v, heads, *, causal=False, mask=None, dropout=0.0):
     return out.transpose(1, 2).flatten(2)
 
 
-class Rope(nn.Module):
-    """Rotary positions of DINOv3: a patch's centre in [-1, 1] times 2 pi; channel i turns with i + half."""
-
-    def __init__(self, tower):
-        super().__init__()
-        self.grid, self.leading = tower["image_size"] // tower["patch_size"], _leading(tower)
-        self.theta, self.head_dim = tower["rope_theta"], tower["width"] // tower["heads"]
-
-    def tables(self, device):
-        """Cosine and sine of each patch and channel, [patches, head_dim]."""
-        cells = torch.arange(self.grid, dtype=torch.float64)  # some devices have no float64
-        quarter = self.head_dim // 4
-        waves = self.theta ** -(torch.arange(quarter, dtype=cells.dtype) / quarter)
-        centres = 2 * math.pi * (2 * (cells + 0.5) / self.grid - 1)
-        y, x = (a.flatten() for a in torch.meshgrid(centres, centres, indexing="ij"))
-        y, x = (a[:, None] * waves for a in (y, x))
-        angles = torch.cat([y, x, y, x], dim=-1)
-        return angles.cos().float().to(device), angles.sin().float().to(device)
-
-    def forward(self, x):
-        """Queries or keys [B, tokens, E], turned but for the leading tokens, in float32."""
-        heads = x.unflatten(-1, (-1, self.head_dim))
-        y = heads[:, self.leading :].float()
-        cos, sin = (table.unsqueeze(-2) for table in self.tables(x.device))
-        first, second = y.chunk(2, dim=-1)
-        turned = (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-        return torch.cat([heads[:, : self.leading], turned], dim=1).flatten(-2)
-
-
 def _leading(tower):
     """The number of tokens before the patches: the class token and the registers."""
     return int(tower["class_token"]) + tower["registers"]
+
+
+def _grid(tower):
+    return tower["image_size"] // tower["patch_size"]
+
+
+def _centres(grid, **kind):
+    """The centres of the patches in [0, 1]: y and x, [patches] each."""
+    centres = (torch.arange(grid, **kind) + 0.5) / grid
+    return [a.flatten() for a in torch.meshgrid(centres, centres, indexing="ij")]
+
+
+def _turned(x, tower):
+    """Queries or keys [B, tokens, E] with the rotary positions of DINOv3; leading tokens have none.
+
+    A patch's centre in [-1, 1] times 2 pi; channel i turns with i + half, in float32.
+    """
+    head_dim, leading = tower["width"] // tower["heads"], _leading(tower)
+    quarter = torch.arange(head_dim // 4, dtype=torch.float64)  # on the CPU: some devices have no float64
+    waves = tower["rope_theta"] ** -(quarter / len(quarter))
+    centres = _centres(_grid(tower), dtype=torch.float64)
+    angles = torch.cat([2 * math.pi * (2 * a[:, None] - 1) * waves for a in centres] * 2, dim=-1)
+    cos, sin = (table.float().to(x.device).unsqueeze(-2) for table in (angles.cos(), angles.sin()))
+    heads = x.unflatten(-1, (-1, head_dim))
+    patches = heads[:, leading:].float()
+    first, second = patches.chunk(2, dim=-1)
+    turned = (patches * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return torch.cat([heads[:, :leading], turned], dim=1).flatten(-2)
+
+
+def _norm(tower):
+    return nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
 
 
 class ImageAttention(nn.Module):
@@ -76,26 +71,19 @@ class ImageAttention(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        width, self.heads = tower["width"], tower["heads"]
-        self.qkv = nn.Linear(width, 3 * width, bias=tower["key_bias"])
-        self.q_bias = self.v_bias = None
-        if not tower["key_bias"]:
-            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
-        self.rope = Rope(tower) if tower["rope"] != "none" else None
-        self.proj = nn.Linear(width, width)
-        self.q_norm = self.k_norm = nn.Identity()
-        if tower["qk_norm"]:
-            self.q_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
-            self.k_norm = nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
+        width, self.heads, self.tower = tower["width"], tower["heads"], tower
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        norm = lambda: nn.LayerNorm(width // self.heads, eps=tower["norm_eps"])
+        self.q_norm, self.k_norm = (norm() if tower["qk_norm"] else nn.Identity() for _ in range(2))
 
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.q_bias is not None:
-            q, v = q + self.q_bias, v + self.v_bias
+        if not self.tower["key_bias"]:
+            k = k - self.qkv.bias.chunk(3)[1]  # zeros, also after training
         q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2)
-        if self.rope is not None:
-            q, k = self.rope(q), self.rope(k)
+        if self.tower["rope"] != "none":
+            q, k = _turned(q, self.tower), _turned(k, self.tower)
         return self.proj(_attend(q, k, v, self.heads))
 
 
@@ -105,7 +93,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
@@ -122,17 +110,17 @@ class MLP(nn.Module):
 
     def __init__(self, tower, names, gated=False):
         super().__init__()
-        width, mlp_dim = tower["width"], tower["mlp_dim"]
-        self.names, self.activation = names, ACTIVATIONS[tower["activation"]]
+        width, mlp_dim, activation = tower["width"], tower["mlp_dim"], tower["activation"]
+        self.names = names
+        self.activation = ACT2FN[{"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)]
         self.add_module(names[0], nn.Linear(width, mlp_dim))
         self.add_module(names[1], nn.Linear(mlp_dim, width))
         self.gate = nn.Linear(width, mlp_dim) if gated else None
 
     def forward(self, x):
         first, second = (getattr(self, name) for name in self.names)
-        if self.gate is None:
-            return second(self.activation(first(x)))
-        return second(self.activation(self.gate(x)) * first(x))
+        x = self.activation(first(x)) if self.gate is None else self.activation(self.gate(x)) * first(x)
+        return second(x)
 
 
 class AttentionPool(nn.Module):
@@ -141,10 +129,9 @@ class AttentionPool(nn.Module):
     def __init__(self, tower):
         super().__init__()
         width = tower["width"]
-        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.probe = nn.Parameter(torch.zeros(1, 1, width))
         self.attention = Attention(width, tower["heads"])
-        self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.mlp = MLP(tower, ("fc1", "fc2"))
+        self.norm, self.mlp = _norm(tower), MLP(tower, ("fc1", "fc2"))
 
     def forward(self, tokens, mask=None):
         """[B, tokens, E] -> [B, E], of the tokens where the mask, bool [B, 1, 1, tokens], is true."""
@@ -152,9 +139,10 @@ class AttentionPool(nn.Module):
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
-def _projection(kind, width, out):
+def _projection(tower, out):
     """The matrix and the bias of a projection "none", "matrix" or "affine"; None for what it lacks."""
-    matrix = None if kind == "none" else nn.Parameter(torch.empty(width, out))
+    kind = tower["projection"]
+    matrix = None if kind == "none" else nn.Parameter(torch.zeros(tower["width"], out))
     return matrix, nn.Parameter(torch.zeros(out)) if kind == "affine" else None
 
 
@@ -163,31 +151,20 @@ def _projected(x, matrix, bias):
     return x if bias is None else x + bias
 
 
-class LayerScale(nn.Module):
-    """A learned factor for each channel."""
-
-    def __init__(self, tower):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((tower["width"],), LAYER_SCALE))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class ImageBlock(nn.Module):
     """Pre-norm attention and MLP; maybe layer scale."""
 
     def __init__(self, tower):
         super().__init__()
-        self.norm1 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
+        self.norm1, self.norm2 = _norm(tower), _norm(tower)
         self.attn = ImageAttention(tower)
-        self.norm2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
         self.mlp = MLP(tower, ("fc1", "fc2"), gated=tower["mlp"] == "gated")
-        self.ls1, self.ls2 = (LayerScale(tower) if tower["layer_scale"] else nn.Identity() for _ in range(2))
+        scale = lambda: nn.Parameter(torch.full((tower["width"],), 1e-5)) if tower["layer_scale"] else 1.0
+        self.ls1, self.ls2 = scale(), scale()
 
     def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1 * self.attn(self.norm1(x))
+        return x + self.ls2 * self.mlp(self.norm2(x))
 
 
 class ImageTower(nn.Module):
@@ -195,22 +172,16 @@ class ImageTower(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        width, patch = tower["width"], tower["patch_size"]
+        width, patch, leading = tower["width"], tower["patch_size"], int(tower["class_token"])
         self.image_size = tower["image_size"]
-        positions = (self.image_size // patch) ** 2 + int(tower["class_token"])
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if tower["class_token"] else None
-        self.pos_embed = self.reg_token = None
-        if tower["positions"]:
-            self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
-        if tower["registers"]:
-            self.reg_token = nn.Parameter(torch.empty(1, tower["registers"], width))
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, patch, patch, bias=tower["patch_bias"])
-        self.norm_pre = nn.Identity()
-        if tower["pre_norm"]:
-            self.norm_pre = nn.LayerNorm(width, eps=tower["norm_eps"])
+        tokens = lambda count: nn.Parameter(torch.zeros(1, count, width)) if count else None
+        self.cls_token, self.reg_token = tokens(leading), tokens(tower["registers"])
+        self.pos_embed = tokens(tower["positions"] * (_grid(tower) ** 2 + leading))
+        patches = nn.Conv2d(3, width, patch, patch, bias=tower["patch_bias"])
+        self.patch_embed = nn.ModuleDict({"proj": patches})
+        self.norm_pre = _norm(tower) if tower["pre_norm"] else nn.Identity()
         self.blocks = nn.ModuleList(ImageBlock(tower) for _ in range(tower["depth"]))
-        self.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+        self.norm = _norm(tower)
 
     def forward(self, pixel_values):
         """[B, 3, S, S] -> [B, tokens, E]."""
@@ -240,9 +211,8 @@ class TextBlock(nn.Module):
     def __init__(self, tower):
         super().__init__()
         self.causal = tower["causal"]
-        self.ln_1 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
+        self.ln_1, self.ln_2 = _norm(tower), _norm(tower)
         self.attn = Attention(tower["width"], tower["heads"])
-        self.ln_2 = nn.LayerNorm(tower["width"], eps=tower["norm_eps"])
         self.mlp = MLP(tower, ("c_fc", "c_proj"))
 
     def forward(self, x, mask=None):
@@ -260,14 +230,12 @@ class Backbone(nn.Module):
         self.visual = ImageTower(towers["image"])
         self.token_embedding = nn.Embedding(text["vocab_size"], text["width"])
         self.context = text["context_length"]
-        self.positional_embedding = nn.Parameter(torch.empty(self.context, text["width"]))
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
-        self.ln_final = nn.LayerNorm(text["width"], eps=text["norm_eps"])
+        self.positional_embedding = nn.Parameter(torch.zeros(self.context, text["width"]))
+        blocks = nn.ModuleList(TextBlock(text) for _ in range(text["depth"]))
+        self.transformer = nn.ModuleDict({"resblocks": blocks})
+        self.ln_final = _norm(text)
         self.text_pool = AttentionPool(text) if text["pool"] == "map" else None
-        self.text_projection, self.text_projection_bias = _projection(
-            text["projection"], text["width"], towers["embed_dim"]
-        )
+        self.text_projection, self.text_projection_bias = _projection(text, towers["embed_dim"])
         self.pool, self.pad_id, self.end_id = text["pool"], text["pad_id"], text["end_id"]
         self.causal, self.mask_padding = text["causal"], text["mask_padding"]
         self.seeks_end = self.mask_padding or self.pool == "end"
@@ -309,10 +277,8 @@ class Backbone(nn.Module):
         x = self.ln_final(x)
         if self.text_pool is not None:
             x = self.text_pool(x, mask)
-        elif self.pool == "mean" and real is None:
-            x = x.mean(dim=1)
         elif self.pool == "mean":
-            x = (x * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
+            x = x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
         return _projected(x, self.text_projection, self.text_projection_bias)
 
 
@@ -321,20 +287,19 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        width, eps = tower["width"], tower["norm_eps"]
+        width = tower["width"]
         self.self_attn = Attention(width, tower["heads"], tower["dropout"])
         self.multihead_attn = Attention(width, tower["heads"], tower["dropout"])
         self.linear1 = nn.Linear(width, tower["mlp_dim"])
         self.linear2 = nn.Linear(tower["mlp_dim"], width)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=eps) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (_norm(tower) for _ in range(3))
         self.dropout = nn.Dropout(tower["dropout"])
 
     def forward(self, x, memory, positions):
         """x [B, Q+1, E], memory [B, tokens, E], positions [Q+1, E], added to queries and keys alone."""
         y = self.norm1(x)
         x = x + self.dropout(self.self_attn(y + positions, y + positions, y))
-        asked = self.multihead_attn(self.norm2(x) + positions, memory, memory)
-        x = x + self.dropout(asked)
+        x = x + self.dropout(self.multihead_attn(self.norm2(x) + positions, memory, memory))
         hidden = self.dropout(F.relu(self.linear1(self.norm3(x))))
         return x + self.dropout(self.linear2(hidden))
 
@@ -345,10 +310,9 @@ class BoxHead(nn.Module):
     def __init__(self, towers):
         super().__init__()
         head, image = towers["boxes"], towers["image"]
-        self.leading, self.grid = _leading(image), image["image_size"] // image["patch_size"]
+        self.leading, self.grid = _leading(image), _grid(image)
         self.bins, self.samples = head["bins"], head["samples"]
-        inputs = image["width"] * self.bins**2
-        self.proj = nn.Parameter(torch.empty(inputs, towers["embed_dim"]))
+        self.proj = nn.Parameter(torch.zeros(image["width"] * self.bins**2, towers["embed_dim"]))
 
     def forward(self, tokens, boxes_xyxy):
         """Image tokens and boxes [B, R, 4], corners in [0, 1] -> [B, R, D].
@@ -363,9 +327,9 @@ class BoxHead(nn.Module):
 
     def patches(self, tokens):
         """Image tokens -> an embedding of the box of each patch, [B, patches, D]."""
-        low = torch.arange(self.grid, device=self.proj.device) / self.grid
-        y, x = (a.flatten() for a in torch.meshgrid(low, low, indexing="ij"))
-        cells = torch.stack([x, y, x + 1 / self.grid, y + 1 / self.grid], dim=-1)
+        y, x = _centres(self.grid, device=self.proj.device)
+        side = torch.full_like(x, 1 / self.grid)
+        cells = _corners(torch.stack([x, y, side, side], dim=-1))
         return self(tokens, cells.expand(tokens.shape[0], -1, -1))
 
     def _share_of_cells(self, start, end):
@@ -386,9 +350,8 @@ class Pointer(nn.Module):
     def __init__(self, towers):
         super().__init__()
         image, width = towers["image"], towers["decoder"]["width"]
-        self.leading, self.grid = _leading(image), image["image_size"] // image["patch_size"]
-        sizes = ((image["width"], width), (width, 5))
-        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+        self.leading, self.grid = _leading(image), _grid(image)
+        self.layers = nn.ModuleList([nn.Linear(image["width"], width), nn.Linear(width, 5)])
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(image["width"], width, bias=False)
 
@@ -397,8 +360,7 @@ class Pointer(nn.Module):
         patches = tokens[:, self.leading :]
         first, second = self.layers
         offset, logit = second(F.relu(first(patches))).float().split([4, 1], dim=-1)
-        centre = (torch.arange(self.grid, device=tokens.device) + 0.5) / self.grid
-        y, x = (a.flatten() for a in torch.meshgrid(centre, centre, indexing="ij"))
+        y, x = _centres(self.grid, device=tokens.device)
         side = torch.full_like(x, 0.38)
         boxes = (offset + torch.stack([x, y, side, side], dim=-1).logit()).sigmoid()
         scores = torch.einsum("tbqe,bpe->tbqp", self.query(queries), self.key(patches)).float()
@@ -406,29 +368,32 @@ class Pointer(nn.Module):
         return torch.einsum("tbqp,bpc->tbqc", scores.softmax(-1), boxes)
 
 
-def _box_head(towers):
-    return BoxHead(towers) if towers["boxes"]["kind"] != "none" else None
-
-
 class PooledImage(nn.Module):
     """The pooled tokens embed the image."""
+
+    tower_pools = True
 
     def __init__(self, towers):
         super().__init__()
         image = towers["image"]
         self.kind, self.leading = image["pool"], _leading(image)
         self.pool = AttentionPool(image) if image["pool"] == "map" else None
-        self.img_proj, self.img_proj_bias = _projection(
-            image["projection"], image["width"], towers["embed_dim"]
-        )
-        self.boxes = _box_head(towers)
+        self.img_proj, self.img_proj_bias = _projection(image, towers["embed_dim"])
+        self.boxes = BoxHead(towers) if towers["boxes"]["kind"] != "none" else None
+
+    @property
+    def embeds_patches(self):
+        """Whether patches have embeddings."""
+        return self.boxes is not None or self.tower_pools
 
     def forward(self, tokens):
         """Image tokens -> image [B, D], and no regions and no boxes."""
         return self._embed(tokens, self.leading), None, None
 
     def patches(self, tokens):
-        """Embeddings of the patches, [B, patches, D]: by the box head, or each pooled alone."""
+        """Embeddings of the patches, [B, patches, D]: by the box head, or each pooled alone; None without."""
+        if not self.embeds_patches:
+            return None
         if self.boxes is not None:
             return self.boxes.patches(tokens)
         patches = tokens[:, self.leading :]
@@ -456,26 +421,23 @@ class Decoder(PooledImage):
         self.tower_pools, self.sums_all = pool == "tower", pool == "all"
         self.proj = nn.Linear(towers["image"]["width"], width, bias=False)
         self.query_embed = nn.Embedding(tower["queries"] + (not self.tower_pools), width)
-        self.transformer = nn.Module()
-        self.transformer.pre_norm = nn.LayerNorm(width, eps=tower["norm_eps"])
-        self.transformer.decoder = nn.Module()
-        layers = (DecoderLayer(tower) for _ in range(tower["depth"]))
-        self.transformer.decoder.layers = nn.ModuleList(layers)
-        self.transformer.decoder.norm = nn.LayerNorm(width, eps=tower["norm_eps"])
+        layers = nn.ModuleList(DecoderLayer(tower) for _ in range(tower["depth"]))
+        decoder = nn.ModuleDict({"layers": layers, "norm": _norm(tower)})
+        self.transformer = nn.ModuleDict({"pre_norm": _norm(tower), "decoder": decoder})
         self.points, self.reads_box = tower.get("boxes") == "pointer", tower.get("reads_box")
         if self.points:
             self.pointer = Pointer(towers)
         else:
-            self.bbox_embed = nn.Module()
-            self.bbox_embed.layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
-        self.obj_proj = nn.Parameter(torch.empty(width, out))
+            layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
+            self.bbox_embed = nn.ModuleDict({"layers": layers})
+        self.obj_proj = nn.Parameter(torch.zeros(width, out))
         self.logit_scale = self.logit_bias = None  # of regions
         if self.tower_pools:
             self.logit_scale = nn.Parameter(torch.zeros(()))
             if towers["logit_bias_init"] is not None:
                 self.logit_bias = nn.Parameter(torch.zeros(()))
         else:
-            self.img_proj = nn.Parameter(torch.empty(width, out))
+            self.img_proj = nn.Parameter(torch.zeros(width, out))
 
     def forward(self, tokens):
         """Image tokens -> image [B, D], regions [B, Q, D], boxes cxcywh of every layer [T, B, Q, 4]."""
@@ -502,10 +464,6 @@ class Decoder(PooledImage):
             image = _unit(image) + _unit(regions).sum(dim=1)
         return image, regions, boxes
 
-    def patches(self, tokens):
-        """As without a decoder; None if neither the tower nor a box head embeds patches."""
-        return super().patches(tokens) if self.tower_pools or self.boxes is not None else None
-
 
 @dataclass
 class GrainRegions(ModelOutput):
@@ -527,8 +485,8 @@ class GrainOutput(ModelOutput):
     boxes_xyxy: torch.FloatTensor | None = None  # [B, Q, 4], corners in [0, 1]
 
 
-class GrainPreTrainedModel(PreTrainedModel):
-    """Loading, saving and the initial weights."""
+class GrainModel(PreTrainedModel):
+    """Embeddings of images, texts and regions, and zero-shot scores."""
 
     config_class = GrainConfig
     base_model_prefix = "grain"
@@ -536,27 +494,6 @@ class GrainPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ImageBlock", "TextBlock", "DecoderLayer"]
     _supports_sdpa = True
     _tied_weights_keys = {}
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        """Normal with standard deviation 0.02, for parameters that a checkpoint lacks."""
-        super()._init_weights(module)
-        towers = self.config.towers
-        constants = {
-            "logit_scale": math.log(towers["logit_scale_init"]),
-            "logit_bias": towers["logit_bias_init"],
-            "gamma": LAYER_SCALE,
-        }
-        is_own = type(module).__module__ == __name__  # with parameters in no layer
-        for name, parameter in module.named_parameters(recurse=False) if is_own else ():
-            if name in constants or name.endswith("bias"):
-                nn.init.constant_(parameter, constants.get(name, 0.0))
-            else:
-                nn.init.normal_(parameter, std=0.02)
-
-
-class GrainModel(GrainPreTrainedModel):
-    """Embeddings of images, texts and regions, and zero-shot scores."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -590,14 +527,12 @@ class GrainModel(GrainPreTrainedModel):
         With a box head, its embedding of the box gives the cosine.
         """
         tokens = self.backbone.visual(pixel_values)
-        regions = self._regions(tokens)
-        embeds = regions.embeds
+        boxes, embeds = self._regions(tokens).values()
         if self.decoder.boxes is not None:
-            embeds = _unit(self.decoder.boxes(tokens, regions.boxes_xyxy))
+            embeds = _unit(self.decoder.boxes(tokens, boxes))
         cosines = _cosines(embeds, _unit(self.get_text_features(input_ids)))  # [B, Q, N]
         score, best = cosines.max(dim=1)
-        index = best[..., None].expand(-1, -1, 4)
-        return regions.boxes_xyxy.gather(1, index), score
+        return boxes.gather(1, best[..., None].expand(-1, -1, 4)), score
 
     def detect(self, pixel_values, input_ids, threshold=0.0, top_k=100):
         """For each image the regions with a text: (boxes_xyxy [n, 4], scores [n], labels [n]), best first.
@@ -647,8 +582,7 @@ class GrainModel(GrainPreTrainedModel):
         """`similarity_maps` of texts [N, D], unit length."""
         tokens = self.backbone.visual(pixel_values)
         _, regions, boxes = self.decoder(tokens)
-        image, maps = self.config.towers["image"], []
-        grid = image["image_size"] // image["patch_size"]
+        grid, maps = _grid(self.config.towers["image"]), []
         if regions is not None and regions.shape[1]:
             corners = _corners(boxes[-1]).clamp(0, 1)
             maps.append(_region_maps(_cosines(texts, _unit(regions)), corners, grid))
@@ -709,15 +643,13 @@ class GrainModel(GrainPreTrainedModel):
         4] -> box_embeds. maps.onnx: pixel_values, text_embeds [N, D] -> similarity_maps [B, N, h, w]. The
         numbers of images, texts and boxes are dynamic. Needs the packages onnx and onnxscript.
         """
-        size = self.config.towers["image"]["image_size"]
-        context = self.config.towers["text"]["context_length"]
+        image, text, of_decoder = (self.config.towers[name] for name in ("image", "text", "decoder"))
+        size, visual, decoder = image["image_size"], self.backbone.visual, self.decoder
         batch, boxes, texts = (torch.export.Dim(name) for name in ("batch", "boxes", "texts"))
         pixels = {"pixel_values": (torch.zeros(2, 3, size, size), {0: batch})}
-        ids = {"input_ids": (torch.zeros(2, context, dtype=torch.long), {0: batch})}
+        ids = {"input_ids": (torch.zeros(2, text["context_length"], dtype=torch.long), {0: batch})}
         corners = {"boxes_xyxy": (torch.rand(2, 3, 4), {0: batch, 1: boxes})}
         asked = {"text_embeds": (torch.rand(3, self.config.towers["embed_dim"]), {0: texts})}
-        visual, decoder = self.backbone.visual, self.decoder
-        of_decoder = self.config.towers["decoder"]
         has_regions = of_decoder is not None and of_decoder["queries"] > 0
 
         def of_images(pixel_values):
@@ -726,24 +658,16 @@ class GrainModel(GrainPreTrainedModel):
                 return _unit(image)
             return _unit(image), _unit(regions), _corners(boxes[-1]).clamp(0, 1)
 
-        def of_texts(input_ids):
-            return _unit(self.backbone.encode_text(input_ids))
-
-        def of_boxes(pixel_values, boxes_xyxy):
-            return _unit(decoder.boxes(visual(pixel_values), boxes_xyxy))
-
-        embeds = ["image_embeds"]
-        if has_regions:
-            embeds += ["region_embeds", "boxes_xyxy"]
+        embeds = ["image_embeds", "region_embeds", "boxes_xyxy"][: 3 if has_regions else 1]
+        of_texts = lambda input_ids: _unit(self.backbone.encode_text(input_ids))
         parts = {  # file -> function, the modules that it calls, inputs, outputs
             "image": (of_images, (visual, decoder), pixels, embeds),
             "text": (of_texts, (self.backbone,), ids, ["text_embeds"]),
         }
         if decoder.boxes is not None:
-            head = (visual, decoder.boxes)
-            parts["boxes"] = (of_boxes, head, pixels | corners, ["box_embeds"])
-        pools = of_decoder is None or decoder.tower_pools
-        if has_regions or pools or decoder.boxes is not None:
+            modules = (visual, decoder.boxes)
+            parts["boxes"] = (self.get_boxes, modules, pixels | corners, ["box_embeds"])
+        if has_regions or decoder.embeds_patches:
             parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training

@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint import saved_model
 from grain_jax.convert import archives, output, parity, towers
-from grain_jax.convert.exits import folder
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
 from grain_jax.convert.reference.names import StateDicts
@@ -27,10 +27,7 @@ def from_torch(
 ) -> parity.Report:
     """from-torch: a file of the reference to a folder for `grain_jax.load`.
 
-    Args:
-      source: the `.pth.tar`.
-      folder: new, or an older conversion.
-      heads: "image", "text", "decoder" -> heads, or None to read or assume them.
+    `heads`: "image", "text", "decoder" -> heads, or None to read or assume them.
 
     Raises:
       ConvertError: the file cannot be converted, or the folder holds something else.
@@ -49,10 +46,6 @@ def from_torch(
 def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     """to-torch: a model that `grain_jax.load` reads to a `.pth.tar` of the reference.
 
-    Args:
-      source: a workdir, a checkpoint or a converted folder.
-      path: the file to write.
-
     Raises:
       ConvertError: the reference's format cannot hold the model, torch is missing, or `path` is a folder.
       checkpoint.CheckpointError: `source` cannot be read.
@@ -60,24 +53,19 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     path = epath.Path(path)
     if path.is_dir():
         raise ConvertError(f"{path}: is a folder; expected a file name such as grain.pth.tar")
-    stored_model = folder.read(source)
-    model, params = stored_model.model, stored_model.params
+    model, params, read_from = saved_model.load_model(source)
     states = names.to_states(model, params)
     with errors.storage_faults_as_one_line(path), needing("torch", path):
         write(path, states)
     proof = prove(model, params, read(path))
-    lines = [f"to-torch: {stored_model.folder} -> {path}"]
-    lines += [_heads_line(tower, getattr(model, tower)) for tower in names.TOWERS]
+    lines = [f"to-torch: {read_from} -> {path}"]
+    for tower in names.TOWERS:  # the file does not hold heads: the reference's code fixes them by the width
+        config = getattr(model, tower)
+        lines.append(f"{tower}: width {config.width}, depth {config.depth}, {config.heads} heads")
+        theirs = names.REFERENCE_HEADS.get((tower, config.width), config.heads)
+        if theirs != config.heads:
+            lines[-1] += f"; ATTENTION: the reference's code has {theirs} and would give other outputs"
     return proof.after(*lines)
-
-
-def _heads_line(tower: str, config: Any) -> str:
-    """The heads, which the file does not hold: the reference's code fixes them by the width."""
-    line = f"{tower}: width {config.width}, depth {config.depth}, {config.heads} heads"
-    theirs = names.REFERENCE_HEADS.get((tower, config.width), config.heads)
-    if theirs != config.heads:
-        line += f"; ATTENTION: the reference's code has {theirs} and would give other outputs"
-    return line
 
 
 def read(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
@@ -105,10 +93,9 @@ def read(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
 
 
 def write(path: epath.PathLike, states: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes the state dicts in the format of the reference's training script.
+    """Writes the state dicts in the format of the reference's training script, as of a run at step 0.
 
-    Names start with `module.`, as in a DDP model; the other keys are of a run at step 0: epoch and iteration
-    0, an empty optimizer.
+    Names start with `module.`, as in a DDP model.
     """
     import torch
 
@@ -119,8 +106,7 @@ def write(path: epath.PathLike, states: Mapping[str, Mapping[str, np.ndarray]]) 
         }
         for module, key in KEYS.items()
     }
-    stored |= {"epoch": 0, "iteration": 0, "best_acc": 0.0}
-    stored |= {"optimizer": {"state": {}, "param_groups": []}}
+    stored |= dict(epoch=0, iteration=0, best_acc=0.0, optimizer={"state": {}, "param_groups": []})
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
@@ -129,11 +115,7 @@ def write(path: epath.PathLike, states: Mapping[str, Mapping[str, np.ndarray]]) 
 
 
 def make_module(model: config_lib.Model) -> Any:
-    """The torch module of a model, in eval mode, with random weights.
-
-    Raises:
-      ImportError: torch or transformers is missing.
-    """
+    """The torch module of a model, in eval mode, with random weights; ImportError without transformers."""
     from grain_jax.convert.hf_files import configuration_grain, modeling_grain
 
     config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model))

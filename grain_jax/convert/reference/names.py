@@ -5,7 +5,7 @@ of projections, the box head; `hf_files/modeling_grain.py` has all. Its "decoder
 image tokens.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ _DECODER = {
 }
 TABLES: dict[str, list[NamePair]] = {  # by state dict
     "backbone": [
-        *formats.own_image("visual.", key_bias=True),
+        *formats.own_image("visual."),
         *formats.openai_text(),
         *formats.rows("", "", {"text_projection/bias": "text_projection_bias"}),
         *formats.rows("text_pool/", "text_pool.", _POOL),
@@ -64,17 +64,6 @@ TABLES: dict[str, list[NamePair]] = {  # by state dict
         NamePair("region_logit_bias", "logit_bias"),
     ],
 }
-_KEY_BIAS = "image/blocks/attention/key/bias"
-
-
-def rows_of(module: str, parameters: Collection[str]) -> list[NamePair]:
-    """The table of a state dict, for a model of these parameters."""
-    if module == "backbone" and _KEY_BIAS not in parameters:
-        others = [row for row in TABLES[module] if not row.ours.startswith("image/")]
-        return [*formats.own_image("visual.", key_bias=False), *others]
-    return TABLES[module]
-
-
 # Entries of the reference that no output of GRAIN depends on.
 UNUSED = {
     "backbone": ("image_projection",),
@@ -100,15 +89,12 @@ def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:
     params: dict[str, np.ndarray] = {}
     faults = []
     for module, state in (("backbone", backbone), ("decoder", decoder)):
-        rows = rows_of(module, shapes)
-        shapes_of_part = {row.ours: shapes[row.ours] for row in rows if row.ours in shapes}
+        shapes_of_part = {x.ours: shapes[x.ours] for x in TABLES[module] if x.ours in shapes}
         try:
             with prefixed(f"{module} "):
-                params |= tables.read(rows, state, shapes_of_part)
+                params |= tables.read(TABLES[module], state, shapes_of_part, UNUSED[module])
         except ConvertError as error:
             faults.append(str(error))
-        unknown = state.keys() - tables.used(rows, shapes_of_part) - set(UNUSED[module])
-        faults += [f"{module} {x}: unknown key, shape {state[x].shape}" for x in sorted(unknown)]
     raise_any(faults)
     return tables.nested(params)
 
@@ -116,25 +102,19 @@ def to_params(backbone: Any, decoder: Any, model: config_lib.Model) -> dict:
 def state_dicts(params: Any) -> dict[str, dict[str, np.ndarray]]:
     """Our parameters (or their gradients), a nested dict, as the two state dicts, without the unused entries.
 
-    Raises:
-      ValueError: a parameter that no row has.
+    The modeling file has biases of keys, zeros where the tower has none. Raises ValueError for a parameter
+    that no row has.
     """
     flat = grain.flat(params)
-    rows = {module: rows_of(module, flat) for module in TABLES}
-    of_backbone = {row.ours for row in rows["backbone"]}
-    parts = {
-        "backbone": {name: x for name, x in flat.items() if name in of_backbone},
-        "decoder": {name: x for name, x in flat.items() if name not in of_backbone},
-    }
-    return {module: tables.write(rows[module], part) for module, part in parts.items()}
+    bias = "image/blocks/attention/{}/bias"
+    flat = {bias.format("key"): np.zeros_like(flat[bias.format("query")]), **flat}
+    backbone = {row.ours: flat.pop(row.ours) for row in TABLES["backbone"] if row.ours in flat}
+    parts = {"backbone": backbone, "decoder": flat}
+    return {module: tables.write(TABLES[module], part) for module, part in parts.items()}
 
 
 def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.ndarray]]:
     """Our parameters as the reference's two state dicts, with zeros for its unused entries.
-
-    Args:
-      model: the sizes.
-      params: nested dict, as `GRAIN.init` gives.
 
     Raises:
       ConvertError: the reference cannot express the model; one line per reason.
@@ -154,11 +134,8 @@ def to_states(model: config_lib.Model, params: Any) -> dict[str, dict[str, np.nd
 def infer(states: StateDicts, heads: Mapping[str, int | None]) -> tuple[config_lib.Model, list[str]]:
     """The model that these state dicts are the parameters of, and a line for each assumption in it.
 
-    The number of heads is in no state dict: it comes by flag, from the size of the qk-norm, or is assumed.
-
-    Args:
-      states: {"backbone": ..., "decoder": ...}.
-      heads: "image", "text", "decoder" -> heads, or None to read or assume them.
+    No state dict has the number of heads: it comes from `heads` ("image", "text", "decoder" -> number or
+    None), from the size of the qk-norm, or is assumed.
 
     Raises:
       ConvertError: an array that gives a size is missing or has another number of axes, or heads do not fit.
@@ -166,18 +143,11 @@ def infer(states: StateDicts, heads: Mapping[str, int | None]) -> tuple[config_l
     backbone, decoder = (Entries(states[module], rows) for module, rows in TABLES.items())
     queries, width = decoder.shape("decoder/query_embed", 2)
     # Norm epsilons and dropout are constants of the reference; the initialisers are not used.
+    own = dict(queries=queries - 1, width=width, dropout=0.1, norm_eps=1e-5)
     sizes: dict[str, dict[str, Any]] = {
         "image": towers.image_sizes(backbone) | dict(norm_eps=1e-6, projection="matrix"),
         "text": towers.text_sizes(backbone) | dict(norm_eps=1e-5),
-        "decoder": dict(
-            queries=queries - 1,
-            width=width,
-            depth=decoder.depth("decoder/blocks/norm_1/scale"),
-            mlp_dim=decoder.shape("decoder/blocks/mlp/in/bias", 1)[0],
-            dropout=0.1,
-            norm_eps=1e-5,
-            unroll=1,
-        ),
+        "decoder": towers.block_sizes(decoder, "decoder") | own,
     }
     assumed, faults = [], []
     for tower, fields in sizes.items():
@@ -197,7 +167,7 @@ def infer(states: StateDicts, heads: Mapping[str, int | None]) -> tuple[config_l
         fields["heads"] = number
     raise_any(faults)
     model = config_lib.Model(
-        embed_dim=backbone.width("text_projection/kernel"),
+        embed_dim=backbone.shape("text_projection/kernel", 2)[1],
         logit_scale_init=1 / 0.07,
         logit_bias_init=None,
         image=config_lib.ImageTower(**sizes["image"]),
