@@ -18,7 +18,6 @@ from grain_jax.data.sources import join
 from grain_jax.input_pipeline import record_folders
 
 _BATCH = 256  # items that are counted together
-_FORMATS = {".json": "coco", ".csv": "csv", ".parquet": "parquet"}  # which only build reads
 _LINES_PER_TASK = 32  # their images are held in memory
 
 
@@ -27,10 +26,6 @@ def inspect(args: Inspect) -> str:
     path = epath.Path(args.set)
     shown = path.parent if path.name == record_folders.VERSION else path
     output = epath.Path(args.output or shown.parent / f"inspect-{shown.stem}")
-    if path.suffix in _FORMATS:
-        flags = f"--source {_FORMATS[path.suffix]} --annotations {path} --output DIR --name NAME"
-        expected = f"A.jsonl or a record set; build it first (grain-jax build {flags}) and inspect DIR/NAME"
-        raise errors.UserError(f"{path}: got {path.suffix}, expected {expected}")
     kind, folder, files, size = "tfds", str(path), (), 1000
     if not path.is_dir():
         kind, folder, files = "annotations", args.images or str(path.parent), (str(path),)
@@ -75,11 +70,9 @@ def _summary(result: dict[str, Any]) -> str:
     ]
     if images["turned"]:
         lines.append(f"turned        {images['turned']:,} images {example.TURNED}")
-    for kind, of_kind in texts.items():
-        tokens, line = of_kind["tokens"], ""
-        if tokens["count"]:
-            line = f"; {tokens['mean']:.1f} tokens (99% up to {tokens['p99']})"
-        lines.append(f"{kind:13} {tokens['count']:,}{line}")
+    for kind, of in texts.items():
+        tokens = f"; {of['mean_tokens']:.1f} tokens (99% up to {of['p99_tokens']})" if of["count"] else ""
+        lines.append(f"{kind:13} {of['count']:,}{tokens}")
     lines.append(f"regions       {regions['count']:,}; {regions['count'] / count:.2f} per image")
     lines.append(f"problems      {len(result['problems']) or 'none'}")
     for problem in result["problems"]:
