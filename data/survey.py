@@ -19,12 +19,11 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from grain_jax.core import atomic, errors, printable
-from grain_jax.core.annotations import Fault
+from grain_jax.core import annotations, atomic, errors, images, printable
+from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data import duplicates, example, job, sources
 from grain_jax.data.arguments import Encoding
-from grain_jax.data.sources import annotations as annotations_source
-from grain_jax.data.sources import base
+from grain_jax.data.sources import base, join
 
 MOST_PRINTED = 20  # faults
 
@@ -77,45 +76,63 @@ def _write_part(
     out, position, digest = [], 0, hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        for line, where, checked in _checked(shard):
-            faults, annotation = tuple(checked.faults), checked.annotation
-            prepared = Prepared(line, where, faults, checked.turned, checked.unknown_keys)
-            if annotation is not None:
-                content = msgspec.msgpack.encode(example.encode(checked, encoding))
+        for prepared, item, image in _checked(shard):
+            if not prepared.faults:
+                content = msgspec.msgpack.encode(example.encode(item, image, encoding))
                 file.write(content)
                 digest.update(content)
-                prepared = prepared._replace(
-                    image=annotation.image,
-                    id=annotation.id,
-                    left_out=tuple(map(_in_words, annotation.left_out)),
-                    counts={
-                        "boxes_clipped": checked.boxes_clipped,
-                        "regions": len(annotation.regions),
-                        "pixel_boxes": sum(max(x.box_xyxy) > base.LARGEST_SHARE for x in annotation.regions),
-                        "negatives": sum(len(x.negatives) for x in annotation.regions),
-                        "left_out": len(annotation.left_out),
-                    },
-                    fingerprint=duplicates.fingerprint(annotation.encoded, checked.image),
-                    span=(position, position + len(content)),
-                )
+                prepared = prepared._replace(span=(position, position + len(content)))
                 position += len(content)
             out.append(prepared)
     return out, digest.hexdigest()
 
 
-def _checked(shard: sources.SourceShard) -> Iterator[tuple[int, str, example.Checked]]:
-    """(number of the line, where it stands, the image) for each image."""
-    if shard.source == "annotations":
-        folder = epath.Path(shard.arguments["file"]).parent
-        for line, name in annotations_source.lines(shard):
-            number, where = int(name.rpartition(":")[2]), str(folder / name)
-            shares = shard.options.get("unit") == "share"
-            yield number, where, example.check_line(line, shard.arguments["images"], shares=shares)
+def _checked(shard: sources.SourceShard) -> Iterator[tuple[Prepared, Any, Any]]:
+    """Of each image what is known of it, and without a fault also its annotation and its pixels."""
+    if shard.source != "annotations":
+        for item in sources.read(shard):
+            yield _check(Prepared(0, item.where), item)
         return
-    for item in sources.read(shard):
-        fault = isinstance(item, Fault)
-        faulty = example.Checked(None, None, [_in_words(item)]) if fault else None
-        yield 0, item.where, faulty or example.check(item)
+    folder = epath.Path(shard.arguments["file"]).parent
+    source: Any = sources.make(shard.source, shard.options)
+    for where, item, faults, unknown_keys in source.checked(shard):
+        # A line with a wrong region is left out whole.
+        faults += [f"{fault.cause}: {fault.detail}" for fault in getattr(item, "left_out", ())]
+        number, keys = int(where.rpartition(":")[2]), tuple(unknown_keys)
+        yield _check(Prepared(number, str(folder / where), tuple(faults), unknown_keys=keys), item)
+
+
+def _check(prepared: Prepared, item: Annotation | Fault) -> tuple[Prepared, Any, Any]:
+    """Checks an image, unless its line names none, and clips its boxes."""
+    faults, turned = list(prepared.faults), False
+    image = join.decode(item) if item.image else None
+    if isinstance(image, Fault):
+        detail = image.detail.removeprefix(f"{image.image}: ")
+        of_line = f"image: got {annotations.show(image.image)}, {detail}"
+        faults.append(of_line if prepared.number else _in_words(image))
+    elif image is not None:
+        turned = images.header(item.encoded).turned
+        if not (faults or item.captions or item.synthetic_caption or item.regions):
+            faults = [annotations.NO_TEXT]
+    if faults:
+        return prepared._replace(faults=tuple(faults), turned=turned), None, None
+    clipped = [annotations.clip_box(region.box_xyxy, *image.size)[0] for region in item.regions]
+    regions = tuple(x._replace(box_xyxy=box) for x, box in zip(item.regions, clipped))
+    prepared = prepared._replace(
+        turned=turned,
+        image=item.image,
+        id=item.id,
+        left_out=tuple(map(_in_words, item.left_out)),
+        counts={
+            "boxes_clipped": sum(x.box_xyxy != box for x, box in zip(item.regions, clipped)),
+            "regions": len(regions),
+            "pixel_boxes": sum(max(box) > base.LARGEST_SHARE for box in clipped),
+            "negatives": sum(len(x.negatives) for x in regions),
+            "left_out": len(item.left_out),
+        },
+        fingerprint=duplicates.fingerprint(item.encoded, image),
+    )
+    return prepared, item._replace(regions=regions), image
 
 
 def _in_words(fault: Fault) -> str:

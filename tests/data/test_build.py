@@ -81,7 +81,7 @@ MALFORMED = {
     "broken JSON": (b'{"image": "00003.png", ', "not JSON: "),
     "no such picture": (changed(image="gone.png"), 'image: got "gone.png", there is no '),
     "truncated": (changed(image="short.png"), 'image: got "short.png", image file is truncated'),
-    "mostly outside": (with_region(box=[12, 0, 24, 8]), "33% of it in the image of 16 x 12"),
+    "mostly outside": (with_region(box=[12, 0, 24, 8]), "at least 50% of it in the image of 16 x 12"),
     "no caption": (changed(caption=None, captions=[" "], synthetic_caption="", regions=[]), "no caption:"),
     "same id": (changed(id="id0"), 'id: got "id0", which line 1 has already'),
 }  # fmt: skip
