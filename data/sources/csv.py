@@ -30,7 +30,6 @@ class Csv(columns.TableOptions, staged.ListedSource):
             rows = _rows(path, self.delimiter)
             _, header = next(rows, ("", []))
             named = self.named(path, header, options)
-            columns.warn_of_boxes(path, header, named)
             for where, cells in rows:
                 if len(cells) != len(header):
                     got = f"got {len(cells)} cells, expected {len(header)} as in the first row"

@@ -22,7 +22,7 @@ from etils import epath
 from grain_jax.core import images, nearest, regular_file
 from grain_jax.data.sources import base, columns, join
 
-_MAX_PART = 255  # bytes of a part of a name: no file system takes more
+_MAX_PART = 240  # bytes of a part of a name: file systems take 255, with the ending of a file in work
 _UNWANTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, half surrogates
 _HEADERS = (  # members that are part of the next one's header, read whole
     tarfile.GNUTYPE_LONGNAME,
