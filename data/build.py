@@ -137,10 +137,8 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(Build, build, argv)
+main = functools.partial(process.console, Build, build)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

@@ -6,6 +6,7 @@ The same command again resumes an interrupted job. Further arguments, from --run
 """
 
 import collections
+import functools
 import logging
 import sys
 import time
@@ -107,10 +108,8 @@ def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping
     return total
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(Annotate, annotate, argv)
+main = functools.partial(process.console, Annotate, annotate)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -83,9 +82,8 @@ class EndpointChat:
             timeout=httpx.Timeout(None, connect=0.9 * args.request_seconds),
             limits=httpx.Limits(keepalive_expiry=IDLE),
         )
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=_serve, args=(self._loop, self._client), daemon=True).start()
-        weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        self._runner = asyncio.Runner()
+        weakref.finalize(self, _close, self._runner, self._client)
         self._next_start = 0.0  # on the monotonic clock: no request starts earlier
 
     def answer(
@@ -99,8 +97,7 @@ class EndpointChat:
         Raises:
           UserError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
-        answers = self._answer(images, prompts)
-        return asyncio.run_coroutine_threadsafe(answers, self._loop).result()
+        return self._runner.run(self._answer(images, prompts))
 
     async def _answer(self, images: Any, prompts: Any) -> list[chat.Answer | chat.Failure]:
         free = asyncio.Semaphore(self._args.concurrency)
@@ -204,8 +201,7 @@ class EndpointChat:
         return chat.one_line(self._without_key(text), limit)
 
 
-def _serve(loop: asyncio.AbstractEventLoop, client: Any) -> None:
-    """Runs the loop until it is stopped, then closes the connections."""
-    loop.run_forever()
-    loop.run_until_complete(client.aclose())
-    loop.close()
+def _close(runner: asyncio.Runner, client: Any) -> None:
+    """Closes the connections, and the event loop that they belong to."""
+    runner.run(client.aclose())
+    runner.close()

@@ -5,8 +5,8 @@
 With --records R, DIR/A.jsonl is also built into TFRecords in R (as `grain-jax build` does).
 """
 
+import functools
 import sys
-from collections.abc import Sequence
 
 from etils import epath
 
@@ -30,9 +30,7 @@ def aviary(args: Aviary) -> str:
     return build.build(Build(annotations=[annotations], **flags))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(Aviary, aviary, argv)
+main = functools.partial(process.console, Aviary, aviary)
 
 
 def _is_built(args: Aviary) -> bool:
@@ -45,4 +43,4 @@ def _is_built(args: Aviary) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

@@ -8,11 +8,11 @@ parts; DIR is a folder that all of them see.
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 
 from etils import epath
 
@@ -131,10 +131,8 @@ def _finish(args: arguments.Embed, result: output.Embeddings, count: int, second
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(arguments.Embed, embed, argv)
+main = functools.partial(process.console, arguments.Embed, embed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

@@ -1,5 +1,6 @@
 """Inspects a dataset: a summary, problems, JSON and a sheet of images (`grain-jax inspect`)."""
 
+import functools
 import itertools
 import json
 import sys
@@ -82,10 +83,8 @@ def _summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(Inspect, inspect, argv)
+main = functools.partial(process.console, Inspect, inspect)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

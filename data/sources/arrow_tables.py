@@ -219,7 +219,7 @@ def _with_image(
         return join.load(annotation._replace(image=path), arguments["images"])
     row = int(where.rpartition(" ")[2])
     name = regular_file.inside(path or ".")
-    if name in ("", ".") or len(name.encode()) > 240:  # file systems take 255
+    if name in ("", ".") or len(name.encode()) > base.MAX_PART:
         name = f"{row:09d}.{'png' if encoded.startswith(_PNG) else 'jpg'}"
     if name in seen or arguments["first_row"]:  # other shards of the file may have that name
         name = f"{row:09d}/{name}"

@@ -37,6 +37,7 @@ CAUSES = (
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _MAX_FILE = 4 << 30  # bytes of a JSON file; LVIS has 1.1 GB
 MAX_NAME = 1024  # bytes of an image's name
+MAX_PART = 240  # bytes of a part of it: file systems take 255, with the ending of a file in work
 MAX_TEXT = 1 << 20  # bytes of a text or a JSON
 T = TypeVar("T")
 Id = int | str  # of public formats
@@ -134,14 +135,16 @@ def read_json(path: epath.PathLike, kind: type[T], expected: str) -> T:
     return regular_file.read_json(path, kind, expected, _MAX_FILE)
 
 
-def items(values: Iterable[msgspec.Raw], kind: type[T], where: str) -> Iterator[tuple[str, T | Fault]]:
-    """(WHERE[NUMBER], the item in the declared form) of a list in a JSON file; else the fault of the item."""
+def items(
+    values: Iterable[msgspec.Raw], kind: type[T], where: str, faults: list[Fault]
+) -> Iterator[tuple[str, T]]:
+    """(WHERE[NUMBER], item) of a list in a JSON file; `faults` gets those of items in another form."""
     for number, value in enumerate(values):
         position = f"{where}[{number}]"
         try:
             yield position, msgspec.json.decode(value, type=kind)
         except (ValueError, RecursionError) as error:
-            yield position, Fault(position, "bad annotation", str(error), position)
+            faults.append(Fault(position, "bad annotation", str(error), position))
 
 
 def xywh(box: Any) -> Any:

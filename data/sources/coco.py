@@ -67,6 +67,7 @@ class Coco(base.BoxUnit, staged.ListedSource):
 
     def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
         by_name: dict[str, Annotation] = {}
+        faults: list[Fault] = []
         for path in options.annotations:
             content = base.read_json(path, File, self.needs)
             names = {x.id: options.described(self.label(x.name)) for x in content.categories}
@@ -75,15 +76,13 @@ class Coco(base.BoxUnit, staged.ListedSource):
                 size = self.drawn_on or (image.width, image.height)
                 new = Annotation(image.file_name, [], regions=[], left_out=[], drawn_on=size)
                 by_id[image.id] = by_name.setdefault(image.file_name, new)
-            for where, item in base.items(content.annotations, Object, f"{path}:annotations"):
-                if isinstance(item, Fault):
-                    yield item
-                elif item.image_id in by_id:
+            for where, item in base.items(content.annotations, Object, f"{path}:annotations", faults):
+                if item.image_id in by_id:
                     _add(by_id[item.image_id], item, names)
                 else:
-                    got = f"got image_id {annotations.show(item.image_id)}"
-                    expected = f"{got}, expected an image of the file"
-                    yield Fault(where, "bad annotation", expected, where)
+                    got = f"got image_id {annotations.show(item.image_id)}, expected an image of the file"
+                    faults.append(Fault(where, "bad annotation", got, where))
+        yield from faults
         yield from by_name.values()
 
     def label(self, name: str) -> str:

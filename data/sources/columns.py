@@ -95,7 +95,7 @@ class RowOptions(base.BoxUnit):
         except ValueError as error:
             reason = str(error).removeprefix(f"{where}: ")
             return image, Fault(where, "bad annotation", reason, where)
-        regions: Any = [(self._xyxy(box), *rest) for box, *rest in zip(boxes, texts, scores)]
+        regions: Any = zip(map(self._xyxy, boxes), texts, scores)
         return image, Annotation(
             where,
             [text for text in (columns.caption, *(columns.captions or ())) if text],
