@@ -10,6 +10,7 @@ Then TFDS's writer makes OUTPUT/NAME/1.0.0 from the parts. After a kill, the sam
 """
 
 import functools
+import io
 import itertools
 import json
 import sys
@@ -39,13 +40,7 @@ def _default_shards(surveyed: survey.Survey, images: np.ndarray) -> int:
 
 
 def build(args: Build) -> str:
-    """Builds the set; returns a line about it.
-
-    Raises:
-      errors.UserError: wrong usage or wrong input.
-      staging.BusyError: another process builds the same set.
-      OSError: the output cannot be written.
-    """
+    """Builds the set; returns a line about it. Raises UserError, or OSError if it cannot be written."""
     start = time.monotonic()
     target = epath.Path(args.output) / args.name / record_folders.VERSION
     with staging.locked(target):
@@ -67,14 +62,14 @@ def build(args: Build) -> str:
 def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.Survey, str]:
     """Writes the set from parts in `output`; returns its images, and a line about it."""
     shards = sources.of_flags(args, str(output.path("lists")), IMAGES_PER_PART)
-    sizes = [x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards]
+    total = sum(x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards)
     known = all("lines" in x.arguments for x in shards)
-    workers = args.workers or ahead.default_processes(sum(sizes) if len(shards) > 1 else 0)
+    workers = args.workers or ahead.default_processes(total if len(shards) > 1 else 0)
     prepare = functools.partial(survey.prepare, output=output, encoding=args.stored)
     surveyed = survey.Survey(args.annotations[0] if args.source == "annotations" else args.source)
     parts = map(surveyed.add, ahead.in_processes(prepare, shards, workers))
     images = itertools.chain.from_iterable(parts)
-    for _ in progress.over(images, total=sum(sizes) if known else None, what="reading"):
+    for _ in progress.over(images, total=total if known else None, what="reading"):
         pass
     _check_faults(surveyed, args, target)
     others = args.exclude_duplicates_of
@@ -88,6 +83,8 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
 
     train = progress.over(surveyed.examples(divided.train, output), total=count, what="writing")
     validation = surveyed.examples(divided.validation, output)
+    np.save(fingerprints := io.BytesIO(), divided.fingerprints)
+    listed = "".join(json.dumps(line) + "\n" for line in divided.duplicates)
     with staging.replacing(target) as folder:
         record_writer.write(
             folder,
@@ -105,10 +102,7 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
                 "duplicates_left_out": len(divided.duplicates),
             },
             negatives=surveyed.counts["negatives"] > 0,
-            files={
-                duplicates.FILE: duplicates.encode(divided.fingerprints),
-                "duplicates.jsonl": "".join(json.dumps(line) + "\n" for line in divided.duplicates).encode(),
-            },
+            files={duplicates.FILE: fingerprints.getvalue(), "duplicates.jsonl": listed.encode()},
         )
     held_out = f" and {len(divided.validation)} held out" if len(divided.validation) else ""
     regions = f"{surveyed.regions_written} regions, {num_shards} shards"

@@ -21,14 +21,8 @@ class BusyError(errors.UserError):
 def locked(target: epath.Path, flag: str = "--name") -> Iterator[None]:
     """Keeps other writers of `target` (OUTPUT/NAME/VERSION of a set) out while the block runs.
 
-    It is a lock of this machine's system, which ends with the process. Object stores have none.
-
-    Args:
-      target: what is written; the lock lies beside it.
-      flag: what to change to write elsewhere.
-
-    Raises:
-      BusyError: another process has it.
+    It is a lock of this machine's system, which ends with the process. Object stores have none. `flag` is
+    what to change to write elsewhere. Raises BusyError: another process has it.
     """
     if "://" in str(target):
         yield

@@ -45,28 +45,20 @@ class Prepared(NamedTuple):
     span: tuple[int, int] = (0, 0)  # first byte in the part, end
 
 
-class Part(NamedTuple):
-    """The images of a shard, and the file with the examples of those without a fault."""
-
-    file: str
-    images: list[Prepared]
-
-
-def prepare(shard: sources.SourceShard, *, output: job.Output, encoding: Encoding) -> Part:
+def prepare(
+    shard: sources.SourceShard, *, output: job.Output, encoding: Encoding
+) -> tuple[str, list[Prepared]]:
     """Checks the images of a shard and writes their examples to its part, unless an earlier build has.
 
-    Args:
-      shard: of the source.
-      output: of the job, whose shards have names of all that they depend on.
-      encoding: of the images.
+    Returns: the file of the part, and its images; those without a fault have examples in it.
     """
     name = atomic.digest(json.dumps([shard, dataclasses.asdict(encoding)]).encode())
     file, record = f"parts/{name}", ("records", f"{name}.record")
     if known := output.whole(*record):
-        return Part(file, msgspec.convert(known["images"], list[Prepared]))
-    images, digest = _write_part(shard, output.path(file), encoding)
-    output.put_record({"digests": {file: digest}, "images": images}, *record)
-    return Part(file, images)
+        return file, msgspec.convert(known["images"], list[Prepared])
+    prepared, digest = _write_part(shard, output.path(file), encoding)
+    output.put_record({"digests": {file: digest}, "images": prepared}, *record)
+    return file, prepared
 
 
 def _write_part(
@@ -162,10 +154,11 @@ class Survey:
         """Images with at least one fault."""
         return self.lines - len(self.ids)
 
-    def add(self, part: Part) -> Iterator[Prepared]:
+    def add(self, part: tuple[str, list[Prepared]]) -> Iterator[Prepared]:
         """Counts the images of the next part and yields them; the first faults go to stderr at once."""
-        self._parts.append(part.file)
-        for image in part.images:
+        file, images = part
+        self._parts.append(file)
+        for image in images:
             self._add(image)
             yield image
 
@@ -215,11 +208,11 @@ class Survey:
         shown = f", {more} of them not shown" if more > 0 else ""
         keys = ", ".join(f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common())
         count = self.counts
+        clipped = f"{count['boxes_clipped']} of {count['regions']} boxes clipped to their image"
         parts = [
             f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults{shown})",
             count["left_out"] and f"{count['left_out']} regions left out",
-            count["boxes_clipped"]
-            and f"{count['boxes_clipped']} of {count['regions']} boxes clipped to their image",
+            count["boxes_clipped"] and clipped,
             keys and f"unknown keys kept out: {keys}",
         ]
         return f"{self.name}: " + "; ".join(filter(None, parts))
@@ -227,8 +220,8 @@ class Survey:
     def write_faults(self, path: epath.Path) -> None:
         """One JSON object per fault: where, fault."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        faults = ({"where": where, "fault": fault} for where, fault in self.faults)
-        atomic.write_text(path, "".join(json.dumps(fault) + "\n" for fault in faults))
+        lines = (json.dumps({"where": where, "fault": fault}) + "\n" for where, fault in self.faults)
+        atomic.write_text(path, "".join(lines))
 
 
 class Splits(NamedTuple):
@@ -245,11 +238,6 @@ def divide(surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[
 
     The split of an image depends on its file only, so it is the same in each run and in each set. A near copy
     of a held-out image is held out too.
-
-    Args:
-      surveyed: the images.
-      holdout: share of the images for validation.
-      exclude_duplicates_of: folders of sets that grain-jax build wrote.
 
     Raises:
       errors.UserError: nothing is left for one of the splits.
