@@ -45,10 +45,6 @@ class Output(NamedTuple):
         atomic.write_bytes(path, content, lasting=lasting)
         return atomic.digest(content)
 
-    def put_json(self, value: Any, *names: str) -> None:
-        """Writes a file with one JSON value."""
-        self.put(json.dumps(value, indent=1) + "\n", *names)
-
     def put_lines(self, lines: Iterable[dict[str, Any]], *names: str) -> str:
         """Writes a file with a JSON object per line; returns its digest."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -119,7 +115,7 @@ class Output(NamedTuple):
                     f"--output {self.folder}: was begun with {key} {json.dumps(old)}, got"
                     f" {json.dumps(new)}; give another --output, or delete this one"
                 )
-        self.put_json(known | settings, SETTINGS)
+        self.put(json.dumps(known | settings, indent=1) + "\n", SETTINGS)
 
     def join(self, kind: str, shards: Iterable[str], name: str) -> None:
         """Writes the file `name`, in which the files of the shards follow one another."""

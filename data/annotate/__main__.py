@@ -7,6 +7,7 @@ The same command again resumes an interrupted job. Further arguments, from --run
 
 import collections
 import functools
+import json
 import logging
 import sys
 import time
@@ -96,7 +97,8 @@ def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping
     for name in names:
         total.update(output.read_record(*passes.record_of(name))["counts"])
     faults = {x.removeprefix(passes.FAULT): n for x, n in total.items() if x.startswith(passes.FAULT)}
-    output.put_json({"total": total, "settings": _settings(args)}, "summary.json")
+    summary = {"total": total, "settings": _settings(args)}
+    output.put(json.dumps(summary, indent=1) + "\n", "summary.json")
     job.check_faults(
         output.path(FAILED),
         faults,
