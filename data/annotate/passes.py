@@ -271,4 +271,3 @@ def unmark_damaged(args: Annotate, output: job.Output, shards: Iterable[str]) ->
 def _region(described: annotations.Region) -> dict[str, Any]:
     """The object of a region in a line; one without negatives has no such key."""
     return {key: x for key, x in zip(annotations.REGION_KEYS, described, strict=True) if x != ()}
-
