@@ -59,7 +59,7 @@ def test_the_table_has_means_and_intervals(tmp_path, monkeypatch, capsys):
             (tmp_path / name).mkdir()
             (tmp_path / name / "results.json").write_text(json.dumps(results[run]))
     monkeypatch.setattr("sys.argv", ["table", str(tmp_path)])
-    runpy.run_module("examples.claim.table", run_name="__main__")
+    runpy.run_path(str(ROOT / "examples/claim/table.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "11 of 72 runs are finished."
     cells = ["; ".join(cell.strip() for cell in line.strip("|").split("|")) for line in lines[4:]]
