@@ -2,11 +2,8 @@
 
   grain-jax build --annotations A.jsonl --images DIR --output DIR --name NAME
 
-With --source, a data source gives the images and their annotations.
-
-A build is a job (`data.job`) over the shards of the source. Its worker processes read each image once: they
-check it and write it as an example to a part (`data.survey`). All faults are named before the set is written.
-Then TFDS's writer makes OUTPUT/NAME/1.0.0 from the parts. After a kill, the same command uses whole parts.
+A build is a job (`data.job`) over the shards of a data source. All faults are named before the set is
+written from the parts of the shards (`data.survey`). After a kill, the same command uses whole parts.
 """
 
 import functools

@@ -38,10 +38,8 @@ def encode(annotation: Annotation, image: PIL.Image.Image, encoding: Encoding) -
 def encode_image(image: PIL.Image.Image, encoded: bytes, encoding: Encoding) -> bytes:
     """The bytes to store. "original" keeps the file if its pixels need no change and training can read it.
 
-    Args:
-      image: as `images.decode_image` gives it; without a format if it was turned, so the file cannot be kept.
-      encoded: the file.
-      encoding: how to store it.
+    `image` is as `images.decode_image` gives it: without a format if it was turned, so its file, `encoded`,
+    cannot be kept.
     """
     fits = not encoding.size or image.size == (encoding.size, encoding.size)
     same_pixels = fits and image.mode in _STORED_AS_THEY_ARE.get(image.format, ())

@@ -100,8 +100,7 @@ class Output(NamedTuple):
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Notes the settings that results depend on; a key that no earlier run noted is added.
 
-        Raises:
-          UserError: an earlier run noted another value.
+        Raises UserError: an earlier run noted another value.
         """
         path, settings = self.path(SETTINGS), json.loads(json.dumps(settings))
         known = regular_file.read_json(path, dict[str, Any], "settings of this job") if path.exists() else {}
@@ -142,8 +141,7 @@ def check_faults(
 ) -> None:
     """Prints how many images have each fault, by cause; `file` names them.
 
-    Raises:
-      UserError: no image is left, or `faulty` of all `images` are more than the share `most`.
+    Raises UserError: no image is left, or `faulty` of all `images` are more than the share `most`.
     """
     for cause, count in sorted(causes.items()):
         print(f"{file}: {count} {printable.plain(cause, 80)}", file=sys.stderr)

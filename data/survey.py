@@ -239,9 +239,7 @@ def divide(surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[
     The split of an image depends on its file only, so it is the same in each run and in each set. A near copy
     of a held-out image is held out too.
 
-    Raises:
-      errors.UserError: nothing is left for one of the splits.
-      data.sources.SourceError: one of the other sets is not there.
+    Raises UserError: nothing is left for one of the splits, or one of the other sets is not there.
     """
     ids, prints = surveyed.ids, np.asarray(surveyed.fingerprints, np.uint64).reshape(-1, 2)
     kept, listed = np.ones(len(ids), bool), []

@@ -60,11 +60,7 @@ class _Response(msgspec.Struct):
 
 
 class EndpointChat:
-    """A client. One thread at a time may use it.
-
-    Raises:
-      UserError: the key is not valid; nothing is asked yet.
-    """
+    """A client, which one thread at a time may use. Raises UserError: the key is not valid."""
 
     def __init__(self, args: Annotate):
         self._args = args

@@ -32,8 +32,7 @@ def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
       auto_class: the class of `transformers` that chooses the model's.
       half: bfloat16 on an accelerator; on the CPU it is always float32.
 
-    Raises:
-      UserError: there is no such model, or the class does not know it.
+    Raises UserError: there is no such model, or the class does not know it.
     """
     # A torch that was built for CUDA names it even on machines that have none: ask first.
     accelerated = torch.accelerator.is_available()
@@ -61,10 +60,7 @@ def in_batches(
 ) -> list[Result | chat.Failure]:
     """One result per item; if the model fails on a batch, it gets the halves, down to single items.
 
-    Returns: the results; a failure if the model raises even for that item alone.
-
-    Raises:
-      UserError: raised by the model, since it concerns every item.
+    An item has a failure if the model raises even for it alone. Raises UserError, which concerns every item.
     """
     results: list[Result | chat.Failure] = []
     for start in range(0, len(items), size):
@@ -89,11 +85,7 @@ def in_batches(
 
 
 class LocalChat:
-    """A chat model that takes an image and a text; it does not sample, so a second run answers the same.
-
-    Raises:
-      UserError: the model cannot be loaded, or has no chat template.
-    """
+    """A chat model that takes an image and a text; it does not sample, so a second run answers the same."""
 
     def __init__(self, args: Annotate):
         name = args.chat or CHAT_MODEL

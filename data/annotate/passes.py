@@ -65,12 +65,7 @@ class Work:
 class Passes:
     """The passes of a job with their models, which a worker process loads once.
 
-    Attributes:
-      args: of the command.
-      chat, detector: None if no pass needs it.
-
-    Raises:
-      UserError: a model cannot be loaded, or an endpoint not be used.
+    `chat` and `detector` are None if no pass needs them. Raises UserError: a model cannot be loaded.
     """
 
     def __init__(self, args: Annotate):
@@ -246,8 +241,7 @@ def record_of(shard: str) -> tuple[str, str]:
 def unmark_damaged(args: Annotate, output: job.Output, shards: Iterable[str]) -> None:
     """Compares the files of shards with their digests; a damaged shard is named on stderr, to be made again.
 
-    Raises:
-      errors.UserError: results of passes that this run does not make are damaged.
+    Raises UserError: results of passes that this run does not make are damaged.
     """
     done = {name: output.done(f"passes/{name}") for name in (*PASSES, "none")}
     for shard in shards:

@@ -43,11 +43,7 @@ class AnnotateShards(beam.DoFn):
 
 
 def run(args: Annotate, shards: Sequence[sources.SourceShard]) -> None:
-    """Runs the passes over the shards that are to be done.
-
-    Raises:
-      errors.UserError: a worker met wrong usage or wrong input.
-    """
+    """Runs the passes over the shards. Raises UserError: a worker met wrong usage or wrong input."""
     options = pipeline_options.PipelineOptions(args.beam)
     # Beam logs the traceback of every error; user errors are printed as one line.
     logging.getLogger(beam.runners.common.__name__).addFilter(lambda record: _MARK not in record.getMessage())

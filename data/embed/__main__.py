@@ -75,12 +75,9 @@ def _embed(args: arguments.Embed, folder: job.Output) -> str:
 
 
 def find(args: arguments.Embed, folder: job.Output) -> tuple[dict[str, str], str, list[sources.SourceShard]]:
-    """Lists the source; `folder` gets the lists of a folder's images, which all processes read.
+    """Settings of the source, the folder that paths of images start from or "", the shards.
 
-    Returns: settings of the source, the folder that paths of images start from or "", the shards.
-
-    Raises:
-      sources.SourceError: there is no such source, or it holds no image.
+    `folder` gets the lists of a folder's images, which all processes read. Raises sources.SourceError.
     """
     path = absolute(args.source)
     kind = sources.of_path(path)
