@@ -90,7 +90,7 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
                 "train": (train, num_shards),
                 "validation": (validation, _default_shards(surveyed, divided.validation)),
             },
-            encoding_format=args.stored.tfds_format,
+            encoding_format=None if args.stored.kind == "original" else args.stored.kind,
             metadata={
                 "store_size": args.stored.size,
                 "encoding": str(args.stored),

@@ -161,8 +161,7 @@ def watched(label: str, total: int, count: Callable[[], int]) -> Iterator[None]:
 
     def show() -> None:
         while not ended.wait(_SECONDS_BETWEEN_LOOKS):
-            if new := count() - int(counter.done):
-                counter.add(new)
+            counter.add(count() - int(counter.done))
         counter.close()
 
     thread = threading.Thread(target=show, daemon=True)

@@ -68,7 +68,7 @@ _WORD = re.compile(
     rf"\b({'|'.join(sorted({w for line_words in _REPLACEMENTS.values() for w in line_words}))})\b",
     re.IGNORECASE,
 )
-_ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)  # right before the exchanged word
+_ARTICLE = re.compile(r"\b(a)n?(?=\s+$)", re.IGNORECASE)  # right before the exchanged word
 
 
 def make(description: str, number: int, *, others: Iterable[str] = ()) -> list[str]:
@@ -99,12 +99,6 @@ def _of_kind(description: str, kind: str) -> Iterator[str]:
             if new in present:  # "white and white stripes"
                 continue
             new = new.upper() if old.isupper() else new.capitalize() if old[0].isupper() else new
-            before = _ARTICLE.sub(
-                lambda article, new=new: _article(article.group(), new), description[: match.start()]
-            )
+            n = "n" if new[0].lower() in "aeiou" else ""  # of "an"
+            before = _ARTICLE.sub(rf"\g<1>{n}", description[: match.start()])
             yield before + new + description[match.end() :]
-
-
-def _article(article: str, word: str) -> str:
-    """ "a" or "an" as it stands before the word, in upper case where it was."""
-    return article[0] + ("n" if word[0].lower() in "aeiou" else "")

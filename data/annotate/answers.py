@@ -1,7 +1,7 @@
 """Parses answers of the chat model: text in another form than the prompt asks for is refused with a cause.
 
-Models wrap a good answer in bullets, numbers, quotes and headings: these are taken off. Models also refuse,
-ramble and repeat themselves: this is kept out of the training texts, and counted.
+Bullets, numbers, quotes and headings are taken off a good answer. Refusals, rambling and repetitions are
+kept out of the training texts, and counted.
 """
 
 import re

@@ -109,7 +109,7 @@ class LocalChat:
         tokenizer = self._processor.tokenizer
         inputs = self._processor(
             images=[image.convert("RGB") for image, _ in batch],
-            text=[self._conversation(prompt) for _, prompt in batch],
+            text=[self._asked(prompt) for _, prompt in batch],
             padding=True,
             return_tensors="pt",
         ).to(self._device, self._model.dtype)
@@ -122,11 +122,8 @@ class LocalChat:
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [chat.Answer(text, cut_off=not end) for text, end in zip(texts, is_end.any(axis=1))]
 
-    def _conversation(self, prompt: str) -> str:
+    def _asked(self, prompt: str) -> str:
         # A prompt can quote an answer; the mark of an image in it would count as an image.
-        mark = getattr(self._processor, "image_token", None)
-        text = prompt.replace(mark, "") if mark else prompt
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        return self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        text = prompt.replace(getattr(self._processor, "image_token", None) or "\0", "")
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        return self._processor.apply_chat_template([turn], add_generation_prompt=True)

@@ -45,7 +45,8 @@ def inspect(args: Inspect) -> str:
                 sample.append(image)
     result = stats.result(str(path), total)
     if not stats.images:
-        raise errors.UserError(f"{path}: none of {total} images could be read; {stats.problems()[0].example}")
+        first = result["problems"][0]["example"]
+        raise errors.UserError(f"{path}: none of {total} images could be read; {first}")
     atomic.write_text(output / "inspect.html", page.render(result, sample))
     atomic.write_text(output / "statistics.json", json.dumps(result, indent=1) + "\n")
     return _summary(result) + f"\n{output}: inspect.html, statistics.json"

@@ -4,7 +4,7 @@ import collections
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,15 +32,6 @@ _ADVICE = {
     f"boxes of {WHOLE:.0%} of their image or more": "drop them if the text is of a part",
     COPIES: "drop them, or merge their texts into one line",
 }
-
-
-class Problem(NamedTuple):
-    """One line of the list of problems."""
-
-    what: str
-    count: int
-    example: str
-    advice: str
 
 
 class Statistics:
@@ -120,22 +111,22 @@ class Statistics:
             elif area >= WHOLE:
                 self._note(f"boxes of {WHOLE:.0%} of their image or more", box)
 
-    def problems(self) -> list[Problem]:
-        """All problems; faults come first."""
+    def problems(self) -> list[dict[str, Any]]:
+        """what, count, example and advice of all problems; faults come first."""
         out = []
         for what, (count, example) in self.issues.items():
             advice = _ADVICE.get(what, "shorten them if many: training cuts long captions")
             if what.startswith("faulty: "):
                 advice = "fix them: grain-jax build leaves such lines out"
             if what != base.ALL_SHARES or count == self.regions:
-                out.append(Problem(what, count, example, advice))
-        out.sort(key=lambda problem: not problem.what.startswith("faulty: "))
+                out.append(dict(what=what, count=count, example=example, advice=advice))
+        out.sort(key=lambda problem: not problem["what"].startswith("faulty: "))
         for kind, texts in self.texts.items():
             for text, count in texts.most_common(1):
                 if count > max(1, COMMON * self.images):
                     what = f"images that share one {kind} text (over {COMMON:.0%} of all)"
                     advice = "drop it if it is a placeholder, or repeats the model's prompt"
-                    out.append(Problem(what, count, repr(text), advice))
+                    out.append(dict(what=what, count=count, example=repr(text), advice=advice))
         return out
 
     def result(self, path: str, total: int) -> dict[str, Any]:
@@ -151,7 +142,7 @@ class Statistics:
             },
             "texts": {kind: _of_tokens(counts) for kind, counts in self.tokens.items()},
             "regions": {"count": self.regions},
-            "problems": [problem._asdict() for problem in self.problems()],
+            "problems": self.problems(),
         }
 
 

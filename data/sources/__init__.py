@@ -1,8 +1,5 @@
 """Data sources: a reader of each public format by its name, and any other as `module:Class`.
 
-  shards(source, options)   the source in pieces that are worked on apart
-  read(shard)               the images of a piece, and the faults of the others
-
 `data/sources/base.py` says what a source is.
 """
 

@@ -1,8 +1,5 @@
 """The protocol of a data source, `Source`, and what readers of public formats share.
 
-A source reads one format. `grain-jax annotate` and `grain-jax build` find it by its name in
-`data/sources/__init__.py`, or as `module:Class`. The fields of the class, a dataclass, are its options.
-
 To write one, subclass `data.sources.staged.ListedSource`. If images come out of larger files, write `shards`
 and `read`, which gives each annotation with its image to `data.sources.join.join`.
 """
@@ -45,9 +42,8 @@ Scalar = bool | int | float | str | None
 Box = list[Scalar] | None  # in a file: `join` leaves a wrong one out, and its image stays
 WHOLE = 1.0  # the score of regions that people drew: the formats have none
 SHARES = (1, 1)  # Annotation.drawn_on, if boxes are shares of width and height
-LARGEST_SHARE = (
-    1.5  # such boxes overhang a little; no file has all its boxes in the first pixels of its images
-)
+# Such boxes overhang a little; no file has all its boxes in the first pixels of its images.
+LARGEST_SHARE = 1.5
 ALL_SHARES = "boxes that all lie in [0, 1], as shares of width and height do"
 AS_SHARES = "--option unit=share of grain-jax build reads them"
 
@@ -96,7 +92,7 @@ class BoxUnit:
 
 
 class Source(Protocol):
-    """A reader of one format, as a class that is made from its own options alone.
+    """A reader of one format, as a class that is made from its own options alone: fields of a dataclass.
 
     The machine that starts a job asks one instance for `shards`; each worker makes another one and `read`s.
     Workers share no memory, so all that `read` needs stands in the shard or in the source's options.
@@ -106,11 +102,7 @@ class Source(Protocol):
     # `needs_images = False`: the source can do without `Options.images`.
 
     def shards(self, options: Options) -> list[SourceShard]:
-        """The source in pieces, in order; the same again as long as its files are the same.
-
-        Raises:
-          SourceError: the files are not as expected.
-        """
+        """The pieces, in order; the same again as long as the files are the same. Raises SourceError."""
         ...
 
     def read(self, shard: SourceShard) -> Iterator[Annotation | Fault]:
