@@ -1,8 +1,8 @@
 """A job over the shards of a data source; after a kill the same command does what is missing.
 
-A job has a folder. The folder notes the settings that results depend on, and refuses a run with others. A
-worker writes the files of a shard whole, and last the record that marks it as done, with their digests. One
-run at a time has the folder. build, annotate and embed are such jobs.
+Its folder notes the settings that results depend on, and refuses a run with others. A worker writes the
+files of a shard whole, and last the record that marks it as done, with their digests. One run at a time has
+the folder. build, annotate and embed are such jobs.
 """
 
 import contextlib

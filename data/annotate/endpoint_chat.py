@@ -148,17 +148,15 @@ class EndpointChat:
                         raise ValueError(f"got more than {MAX_BYTES} bytes, expected an answer")
         except (httpx.TransportError, OSError, OverflowError, ValueError) as error:
             if response is None or response.is_success:  # else the status says enough
-                return self._failure(error), 0.0
+                if isinstance(error, TimeoutError | httpx.TimeoutException):
+                    late = f"timed out after {self._args.request_seconds:g} s"
+                    return chat.Failure(TIME_OUT, late), 0.0
+                cause = CONNECTION if isinstance(error, httpx.TransportError | OSError) else NO_ANSWER
+                *_, first = errors.causes(error)  # what the system said
+                return chat.Failure(cause, self._line(f"{type(first).__name__}: {first}")), 0.0
         if response.is_success:
             return self._parsed(content)
         return self._refused(response.status_code, response.headers, content)
-
-    def _failure(self, error: Exception) -> chat.Failure:
-        if isinstance(error, TimeoutError | httpx.TimeoutException):
-            return chat.Failure(TIME_OUT, f"timed out after {self._args.request_seconds:g} s")
-        cause = CONNECTION if isinstance(error, httpx.TransportError | OSError) else NO_ANSWER
-        *_, first = errors.causes(error)  # what the system said
-        return chat.Failure(cause, self._line(f"{type(first).__name__}: {first}"))
 
     def _parsed(self, content: bytes | bytearray) -> _Result:
         try:

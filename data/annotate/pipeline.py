@@ -1,7 +1,6 @@
 """The passes on Apache Beam. One element is one shard of the source: a few hundred images, or a tar of them.
 
-A worker writes each shard as soon as it is done, and a restarted job skips it. A GroupByKey would lose this:
-batch runners finish all work before one, so a killed job would have no results.
+There is no GroupByKey, before which batch runners finish all work: a killed job would have no results.
 """
 
 import contextlib

@@ -103,11 +103,9 @@ class Source(Protocol):
 
     def shards(self, options: Options) -> list[SourceShard]:
         """The pieces, in order; the same again as long as the files are the same. Raises SourceError."""
-        ...
 
     def read(self, shard: SourceShard) -> Iterator[Annotation | Fault]:
         """The images of a piece in order, and a fault for each that cannot be used; needs no other piece."""
-        ...
 
 
 def shard_name(number: int, content: bytes) -> str:

@@ -183,8 +183,7 @@ class _Member(tarfile.TarInfo):
 def _samples(path: epath.Path, prefix: str) -> Iterator[tuple[str, dict[str, Any]] | base.Fault]:
     """(PREFIX/KEY, ending -> bytes) of each sample, the tar read once; at last what is wrong with it.
 
-    Only a sample's texts and its first image are read; the bytes are None if they are too many, or the
-    files. Links, devices and sparse files are no part of a sample.
+    Only a sample's texts and its first image are read; the bytes are None if they are too many.
     """
     try:
         length = regular_file.length(path)
