@@ -16,11 +16,6 @@ class Encoding:
     quality: int = 0
     size: int = 0
 
-    @property
-    def tfds_format(self) -> str | None:
-        """The format of TFDS's Image feature; None if the set may hold both formats."""
-        return None if self.kind == "original" else self.kind
-
     def __str__(self) -> str:
         return f"jpeg:{self.quality}" if self.kind == "jpeg" else self.kind
 

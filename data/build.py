@@ -2,14 +2,12 @@
 
   grain-jax build --annotations A.jsonl --images DIR --output DIR --name NAME
 
-With --source, a data source gives the images and their annotations.
-
-A build is a job (`data.job`) over the shards of the source. Its worker processes read each image once: they
-check it and write it as an example to a part (`data.survey`). All faults are named before the set is written.
-Then TFDS's writer makes OUTPUT/NAME/1.0.0 from the parts. After a kill, the same command uses whole parts.
+A build is a job (`data.job`) over the shards of a data source. All faults are named before the set is
+written from the parts of the shards (`data.survey`). After a kill, the same command uses whole parts.
 """
 
 import functools
+import io
 import itertools
 import json
 import sys
@@ -39,13 +37,7 @@ def _default_shards(surveyed: survey.Survey, images: np.ndarray) -> int:
 
 
 def build(args: Build) -> str:
-    """Builds the set; returns a line about it.
-
-    Raises:
-      errors.UserError: wrong usage or wrong input.
-      staging.BusyError: another process builds the same set.
-      OSError: the output cannot be written.
-    """
+    """Builds the set; returns a line about it. Raises UserError, or OSError if it cannot be written."""
     start = time.monotonic()
     target = epath.Path(args.output) / args.name / record_folders.VERSION
     with staging.locked(target):
@@ -67,14 +59,14 @@ def build(args: Build) -> str:
 def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.Survey, str]:
     """Writes the set from parts in `output`; returns its images, and a line about it."""
     shards = sources.of_flags(args, str(output.path("lists")), IMAGES_PER_PART)
-    sizes = [x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards]
+    total = sum(x.arguments.get("lines", x.arguments.get("rows", IMAGES_PER_PART)) for x in shards)
     known = all("lines" in x.arguments for x in shards)
-    workers = args.workers or ahead.default_processes(sum(sizes) if len(shards) > 1 else 0)
+    workers = args.workers or ahead.default_processes(total if len(shards) > 1 else 0)
     prepare = functools.partial(survey.prepare, output=output, encoding=args.stored)
     surveyed = survey.Survey(args.annotations[0] if args.source == "annotations" else args.source)
     parts = map(surveyed.add, ahead.in_processes(prepare, shards, workers))
     images = itertools.chain.from_iterable(parts)
-    for _ in progress.over(images, total=sum(sizes) if known else None, what="reading"):
+    for _ in progress.over(images, total=total if known else None, what="reading"):
         pass
     _check_faults(surveyed, args, target)
     others = args.exclude_duplicates_of
@@ -88,6 +80,8 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
 
     train = progress.over(surveyed.examples(divided.train, output), total=count, what="writing")
     validation = surveyed.examples(divided.validation, output)
+    np.save(fingerprints := io.BytesIO(), divided.fingerprints)
+    listed = "".join(json.dumps(line) + "\n" for line in divided.duplicates)
     with staging.replacing(target) as folder:
         record_writer.write(
             folder,
@@ -96,7 +90,7 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
                 "train": (train, num_shards),
                 "validation": (validation, _default_shards(surveyed, divided.validation)),
             },
-            encoding_format=args.stored.tfds_format,
+            encoding_format=None if args.stored.kind == "original" else args.stored.kind,
             metadata={
                 "store_size": args.stored.size,
                 "encoding": str(args.stored),
@@ -105,10 +99,7 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
                 "duplicates_left_out": len(divided.duplicates),
             },
             negatives=surveyed.counts["negatives"] > 0,
-            files={
-                duplicates.FILE: duplicates.encode(divided.fingerprints),
-                "duplicates.jsonl": "".join(json.dumps(line) + "\n" for line in divided.duplicates).encode(),
-            },
+            files={duplicates.FILE: fingerprints.getvalue(), "duplicates.jsonl": listed.encode()},
         )
     held_out = f" and {len(divided.validation)} held out" if len(divided.validation) else ""
     regions = f"{surveyed.regions_written} regions, {num_shards} shards"
@@ -123,8 +114,8 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
     print(printable.plain(surveyed.summary()), file=sys.stderr)
     if not surveyed.lines:
         raise errors.UserError(f"{surveyed.name}: got no images, expected some")
-    if files := [file for file, count in surveyed.pixel_boxes.items() if not count]:
-        names = ", ".join(file or ", ".join(args.annotations) or surveyed.name for file in files)
+    if surveyed.counts["regions"] and not surveyed.counts["pixel_boxes"]:
+        names = ", ".join(args.annotations) or surveyed.name
         advice = f"{sources.base.AS_SHARES}; no records were written"
         raise errors.UserError(f"{names}: got {sources.base.ALL_SHARES}, expected pixels; {advice}")
     if surveyed.faulty_lines <= args.max_faults * surveyed.lines and surveyed.ids:
@@ -137,10 +128,8 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(Build, build, argv)
+main = functools.partial(process.console, Build, build)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

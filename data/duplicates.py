@@ -36,13 +36,6 @@ def fingerprint(encoded: bytes, image: PIL.Image.Image) -> Fingerprint:
     return int.from_bytes(exact), int.from_bytes(near)
 
 
-def encode(fingerprints: np.ndarray) -> bytes:
-    """The content of FILE."""
-    out = io.BytesIO()
-    np.save(out, fingerprints)
-    return out.getvalue()
-
-
 def of_set(folder: epath.PathLike) -> np.ndarray:
     """Fingerprints of the images of a set of grain-jax build, all splits: uint64 [N, 2].
 

@@ -1,8 +1,8 @@
 """A job over the shards of a data source; after a kill the same command does what is missing.
 
-A job has a folder. The folder notes the settings that results depend on, and refuses a run with others. A
-worker writes the files of a shard whole, and last the record that marks it as done, with their digests. One
-run at a time has the folder. build, annotate and embed are such jobs.
+Its folder notes the settings that results depend on, and refuses a run with others. A worker writes the
+files of a shard whole, and last the record that marks it as done, with their digests. One run at a time has
+the folder. build, annotate and embed are such jobs.
 """
 
 import contextlib
@@ -44,10 +44,6 @@ class Output(NamedTuple):
             content = content.encode("utf-8", "backslashreplace")
         atomic.write_bytes(path, content, lasting=lasting)
         return atomic.digest(content)
-
-    def put_json(self, value: Any, *names: str) -> None:
-        """Writes a file with one JSON value."""
-        self.put(json.dumps(value, indent=1) + "\n", *names)
 
     def put_lines(self, lines: Iterable[dict[str, Any]], *names: str) -> str:
         """Writes a file with a JSON object per line; returns its digest."""
@@ -104,8 +100,7 @@ class Output(NamedTuple):
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Notes the settings that results depend on; a key that no earlier run noted is added.
 
-        Raises:
-          UserError: an earlier run noted another value.
+        Raises UserError: an earlier run noted another value.
         """
         path, settings = self.path(SETTINGS), json.loads(json.dumps(settings))
         known = regular_file.read_json(path, dict[str, Any], "settings of this job") if path.exists() else {}
@@ -119,7 +114,7 @@ class Output(NamedTuple):
                     f"--output {self.folder}: was begun with {key} {json.dumps(old)}, got"
                     f" {json.dumps(new)}; give another --output, or delete this one"
                 )
-        self.put_json(known | settings, SETTINGS)
+        self.put(json.dumps(known | settings, indent=1) + "\n", SETTINGS)
 
     def join(self, kind: str, shards: Iterable[str], name: str) -> None:
         """Writes the file `name`, in which the files of the shards follow one another."""
@@ -146,8 +141,7 @@ def check_faults(
 ) -> None:
     """Prints how many images have each fault, by cause; `file` names them.
 
-    Raises:
-      UserError: no image is left, or `faulty` of all `images` are more than the share `most`.
+    Raises UserError: no image is left, or `faulty` of all `images` are more than the share `most`.
     """
     for cause, count in sorted(causes.items()):
         print(f"{file}: {count} {printable.plain(cause, 80)}", file=sys.stderr)
@@ -167,8 +161,7 @@ def watched(label: str, total: int, count: Callable[[], int]) -> Iterator[None]:
 
     def show() -> None:
         while not ended.wait(_SECONDS_BETWEEN_LOOKS):
-            if new := count() - int(counter.done):
-                counter.add(new)
+            counter.add(count() - int(counter.done))
         counter.close()
 
     thread = threading.Thread(target=show, daemon=True)

@@ -5,6 +5,7 @@ list, as in NegCLIP (Yuksekgonul et al., ICLR 2023). FG-OVD (Bianchi et al., CVP
 with a language model. Rules see no image: they are right if a description says one thing about one object.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -67,18 +68,14 @@ _WORD = re.compile(
     rf"\b({'|'.join(sorted({w for line_words in _REPLACEMENTS.values() for w in line_words}))})\b",
     re.IGNORECASE,
 )
-_ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)  # right before the exchanged word
+_ARTICLE = re.compile(r"\b(a)n?(?=\s+$)", re.IGNORECASE)  # right before the exchanged word
 
 
 def make(description: str, number: int, *, others: Iterable[str] = ()) -> list[str]:
     """Up to `number` texts that differ from the description in one word, which makes them wrong.
 
     The kinds of words take turns. The result depends on the arguments; fewer negatives are the first of more.
-
-    Args:
-      description: of a region.
-      number: of texts, at most. A description without a word of the lists has none.
-      others: the other descriptions of the image; no negative equals one, in lower case.
+    None equals one of `others`, the other descriptions of the image, in lower case.
     """
     rng = random.Random(f"negatives 0/{description}")
     by_kind = {kind: list(_of_kind(description, kind)) for kind in KINDS}
@@ -86,18 +83,11 @@ def make(description: str, number: int, *, others: Iterable[str] = ()) -> list[s
     rng.shuffle(order)
     for kind in order:
         rng.shuffle(by_kind[kind])
-    taken = {annotations.plain(text) for text in (description, *others)}
-    made: list[str] = []
-    while order:
-        for kind in list(order):
-            if not by_kind[kind]:
-                order.remove(kind)
-                continue
-            text = by_kind[kind].pop()
-            if annotations.plain(text) not in taken and len(made) < number:
-                taken.add(annotations.plain(text))
-                made.append(text)
-    return made
+    made = {annotations.plain(text): "" for text in (description, *others)}
+    for turn in itertools.zip_longest(*(by_kind[kind][::-1] for kind in order), fillvalue=description):
+        for text in turn:
+            made.setdefault(annotations.plain(text), text)
+    return list(filter(None, made.values()))[:number]
 
 
 def _of_kind(description: str, kind: str) -> Iterator[str]:
@@ -109,12 +99,6 @@ def _of_kind(description: str, kind: str) -> Iterator[str]:
             if new in present:  # "white and white stripes"
                 continue
             new = new.upper() if old.isupper() else new.capitalize() if old[0].isupper() else new
-            before = _ARTICLE.sub(
-                lambda article, new=new: _article(article.group(), new), description[: match.start()]
-            )
+            n = "n" if new[0].lower() in "aeiou" else ""  # of "an"
+            before = _ARTICLE.sub(rf"\g<1>{n}", description[: match.start()])
             yield before + new + description[match.end() :]
-
-
-def _article(article: str, word: str) -> str:
-    """ "a" or "an" as it stands before the word, in upper case where it was."""
-    return article[0] + ("n" if word[0].lower() in "aeiou" else "")

@@ -21,14 +21,8 @@ class BusyError(errors.UserError):
 def locked(target: epath.Path, flag: str = "--name") -> Iterator[None]:
     """Keeps other writers of `target` (OUTPUT/NAME/VERSION of a set) out while the block runs.
 
-    It is a lock of this machine's system, which ends with the process. Object stores have none.
-
-    Args:
-      target: what is written; the lock lies beside it.
-      flag: what to change to write elsewhere.
-
-    Raises:
-      BusyError: another process has it.
+    It is a lock of this machine's system, which ends with the process. Object stores have none. `flag` is
+    what to change to write elsewhere. Raises BusyError: another process has it.
     """
     if "://" in str(target):
         yield
@@ -51,7 +45,7 @@ def locked(target: epath.Path, flag: str = "--name") -> Iterator[None]:
 
 def recover(target: epath.Path) -> None:
     """Undoes an interrupted exchange: puts the old set of `target` (OUTPUT/NAME/VERSION) back."""
-    old = _old(target)
+    old = target.parent / f"incomplete.old_{target.name}"
     if old.exists() and not target.exists():
         old.rename(target)
 
@@ -60,25 +54,17 @@ def recover(target: epath.Path) -> None:
 def replacing(target: epath.Path) -> Iterator[epath.Path]:
     """Gives a folder to write NAME/VERSION in, which replaces `target`, OUTPUT/NAME/VERSION, at the end.
 
-    Left-overs of killed builds of the same set are deleted first. If the block raises, `target` stays as
-    it was.
+    Left-overs of killed builds of the same set are deleted. If the block raises, `target` stays as it was.
     """
-    name, version = target.parent.name, target.name
+    new, old = (target.parent / f"incomplete.{x}_{target.name}" for x in ("new", "old"))
     recover(target)
-    new, old = target.parent / f"incomplete.new_{version}", _old(target)
-    for left_over in (new, old):
-        left_over.rmtree(missing_ok=True)
+    new.rmtree(missing_ok=True)
+    old.rmtree(missing_ok=True)
     new.mkdir(parents=True)
     try:
         yield new
-        try:
-            atomic.replace(new / name / version, target, old)
-        finally:
-            recover(target)
-        old.rmtree(missing_ok=True)
+        atomic.replace(new / target.parent.name / target.name, target, old)
     finally:
+        recover(target)
         new.rmtree(missing_ok=True)
-
-
-def _old(target: epath.Path) -> epath.Path:
-    return target.parent / f"incomplete.old_{target.name}"
+        old.rmtree(missing_ok=True)

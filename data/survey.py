@@ -19,12 +19,11 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from grain_jax.core import atomic, errors, printable
-from grain_jax.core.annotations import Fault
+from grain_jax.core import annotations, atomic, errors, images, printable
+from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data import duplicates, example, job, sources
 from grain_jax.data.arguments import Encoding
-from grain_jax.data.sources import annotations as annotations_source
-from grain_jax.data.sources import base
+from grain_jax.data.sources import base, join
 
 MOST_PRINTED = 20  # faults
 
@@ -46,28 +45,20 @@ class Prepared(NamedTuple):
     span: tuple[int, int] = (0, 0)  # first byte in the part, end
 
 
-class Part(NamedTuple):
-    """The images of a shard, and the file with the examples of those without a fault."""
-
-    file: str
-    images: list[Prepared]
-
-
-def prepare(shard: sources.SourceShard, *, output: job.Output, encoding: Encoding) -> Part:
+def prepare(
+    shard: sources.SourceShard, *, output: job.Output, encoding: Encoding
+) -> tuple[str, list[Prepared]]:
     """Checks the images of a shard and writes their examples to its part, unless an earlier build has.
 
-    Args:
-      shard: of the source.
-      output: of the job, whose shards have names of all that they depend on.
-      encoding: of the images.
+    Returns: the file of the part, and its images; those without a fault have examples in it.
     """
     name = atomic.digest(json.dumps([shard, dataclasses.asdict(encoding)]).encode())
     file, record = f"parts/{name}", ("records", f"{name}.record")
     if known := output.whole(*record):
-        return Part(file, msgspec.convert(known["images"], list[Prepared]))
-    images, digest = _write_part(shard, output.path(file), encoding)
-    output.put_record({"digests": {file: digest}, "images": images}, *record)
-    return Part(file, images)
+        return file, msgspec.convert(known["images"], list[Prepared])
+    prepared, digest = _write_part(shard, output.path(file), encoding)
+    output.put_record({"digests": {file: digest}, "images": prepared}, *record)
+    return file, prepared
 
 
 def _write_part(
@@ -77,45 +68,63 @@ def _write_part(
     out, position, digest = [], 0, hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        for line, where, checked in _checked(shard):
-            faults, annotation = tuple(checked.faults), checked.annotation
-            prepared = Prepared(line, where, faults, checked.turned, checked.unknown_keys)
-            if annotation is not None:
-                content = msgspec.msgpack.encode(example.encode(checked, encoding))
+        for prepared, item, image in _checked(shard):
+            if not prepared.faults:
+                content = msgspec.msgpack.encode(example.encode(item, image, encoding))
                 file.write(content)
                 digest.update(content)
-                prepared = prepared._replace(
-                    image=annotation.image,
-                    id=annotation.id,
-                    left_out=tuple(map(_in_words, annotation.left_out)),
-                    counts={
-                        "boxes_clipped": checked.boxes_clipped,
-                        "regions": len(annotation.regions),
-                        "pixel_boxes": sum(max(x.box_xyxy) > base.LARGEST_SHARE for x in annotation.regions),
-                        "negatives": sum(len(x.negatives) for x in annotation.regions),
-                        "left_out": len(annotation.left_out),
-                    },
-                    fingerprint=duplicates.fingerprint(annotation.encoded, checked.image),
-                    span=(position, position + len(content)),
-                )
+                prepared = prepared._replace(span=(position, position + len(content)))
                 position += len(content)
             out.append(prepared)
     return out, digest.hexdigest()
 
 
-def _checked(shard: sources.SourceShard) -> Iterator[tuple[int, str, example.Checked]]:
-    """(number of the line, where it stands, the image) for each image."""
-    if shard.source == "annotations":
-        folder = epath.Path(shard.arguments["file"]).parent
-        for line, name in annotations_source.lines(shard):
-            number, where = int(name.rpartition(":")[2]), str(folder / name)
-            shares = shard.options.get("unit") == "share"
-            yield number, where, example.check_line(line, shard.arguments["images"], shares=shares)
+def _checked(shard: sources.SourceShard) -> Iterator[tuple[Prepared, Any, Any]]:
+    """Of each image what is known of it, and without a fault also its annotation and its pixels."""
+    if shard.source != "annotations":
+        for item in sources.read(shard):
+            yield _check(Prepared(0, item.where), item)
         return
-    for item in sources.read(shard):
-        fault = isinstance(item, Fault)
-        faulty = example.Checked(None, None, [_in_words(item)]) if fault else None
-        yield 0, item.where, faulty or example.check(item)
+    folder = epath.Path(shard.arguments["file"]).parent
+    source: Any = sources.make(shard.source, shard.options)
+    for where, item, faults, unknown_keys in source.checked(shard):
+        # A line with a wrong region is left out whole.
+        faults += [f"{fault.cause}: {fault.detail}" for fault in getattr(item, "left_out", ())]
+        number, keys = int(where.rpartition(":")[2]), tuple(unknown_keys)
+        yield _check(Prepared(number, str(folder / where), tuple(faults), unknown_keys=keys), item)
+
+
+def _check(prepared: Prepared, item: Annotation | Fault) -> tuple[Prepared, Any, Any]:
+    """Checks an image, unless its line names none, and clips its boxes."""
+    faults, turned = list(prepared.faults), False
+    image = join.decode(item) if item.image else None
+    if isinstance(image, Fault):
+        detail = image.detail.removeprefix(f"{image.image}: ")
+        of_line = f"image: got {annotations.show(image.image)}, {detail}"
+        faults.append(of_line if prepared.number else _in_words(image))
+    elif image is not None:
+        turned = images.header(item.encoded).turned
+        if not (faults or item.captions or item.synthetic_caption or item.regions):
+            faults = [annotations.NO_TEXT]
+    if faults:
+        return prepared._replace(faults=tuple(faults), turned=turned), None, None
+    clipped = [annotations.clip_box(region.box_xyxy, *image.size)[0] for region in item.regions]
+    regions = tuple(x._replace(box_xyxy=box) for x, box in zip(item.regions, clipped))
+    prepared = prepared._replace(
+        turned=turned,
+        image=item.image,
+        id=item.id,
+        left_out=tuple(map(_in_words, item.left_out)),
+        counts={
+            "boxes_clipped": sum(x.box_xyxy != box for x, box in zip(item.regions, clipped)),
+            "regions": len(regions),
+            "pixel_boxes": sum(max(box) > base.LARGEST_SHARE for box in clipped),
+            "negatives": sum(len(x.negatives) for x in regions),
+            "left_out": len(item.left_out),
+        },
+        fingerprint=duplicates.fingerprint(item.encoded, image),
+    )
+    return prepared, item._replace(regions=regions), image
 
 
 def _in_words(fault: Fault) -> str:
@@ -133,7 +142,6 @@ class Survey:
         self.lines = self.turned = 0  # of all images
         self.regions_written = 0
         self.counts: collections.Counter[str] = collections.Counter()  # as Prepared.counts
-        self.pixel_boxes: collections.Counter[str] = collections.Counter()  # of each file with boxes
         self.unknown_keys: collections.Counter[str] = collections.Counter()
         self.fingerprints = array.array("Q")  # exact and near
         self.spans = array.array("Q")  # number of the part, and as Prepared.span
@@ -145,10 +153,11 @@ class Survey:
         """Images with at least one fault."""
         return self.lines - len(self.ids)
 
-    def add(self, part: Part) -> Iterator[Prepared]:
+    def add(self, part: tuple[str, list[Prepared]]) -> Iterator[Prepared]:
         """Counts the images of the next part and yields them; the first faults go to stderr at once."""
-        self._parts.append(part.file)
-        for image in part.images:
+        file, images = part
+        self._parts.append(file)
+        for image in images:
             self._add(image)
             yield image
 
@@ -176,8 +185,6 @@ class Survey:
         self._number_of_id[identity] = number
         self.ids.append(identity)
         self.counts.update(image.counts)
-        if image.counts["regions"]:
-            self.pixel_boxes[image.where.rpartition(":")[0]] += image.counts["pixel_boxes"]
         self.fingerprints.extend(image.fingerprint)
         self.spans.extend((len(self._parts) - 1, *image.span))
 
@@ -198,11 +205,11 @@ class Survey:
         shown = f", {more} of them not shown" if more > 0 else ""
         keys = ", ".join(f"{printable.plain(key, 60)} ({n})" for key, n in self.unknown_keys.most_common())
         count = self.counts
+        clipped = f"{count['boxes_clipped']} of {count['regions']} boxes clipped to their image"
         parts = [
             f"{self.faulty_lines} of {self.lines} lines faulty ({len(self.faults)} faults{shown})",
             count["left_out"] and f"{count['left_out']} regions left out",
-            count["boxes_clipped"]
-            and f"{count['boxes_clipped']} of {count['regions']} boxes clipped to their image",
+            count["boxes_clipped"] and clipped,
             keys and f"unknown keys kept out: {keys}",
         ]
         return f"{self.name}: " + "; ".join(filter(None, parts))
@@ -210,8 +217,8 @@ class Survey:
     def write_faults(self, path: epath.Path) -> None:
         """One JSON object per fault: where, fault."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        faults = ({"where": where, "fault": fault} for where, fault in self.faults)
-        atomic.write_text(path, "".join(json.dumps(fault) + "\n" for fault in faults))
+        lines = (json.dumps({"where": where, "fault": fault}) + "\n" for where, fault in self.faults)
+        atomic.write_text(path, "".join(lines))
 
 
 class Splits(NamedTuple):
@@ -229,14 +236,7 @@ def divide(surveyed: Survey, *, holdout: float, exclude_duplicates_of: Sequence[
     The split of an image depends on its file only, so it is the same in each run and in each set. A near copy
     of a held-out image is held out too.
 
-    Args:
-      surveyed: the images.
-      holdout: share of the images for validation.
-      exclude_duplicates_of: folders of sets that grain-jax build wrote.
-
-    Raises:
-      errors.UserError: nothing is left for one of the splits.
-      data.sources.SourceError: one of the other sets is not there.
+    Raises UserError: nothing is left for one of the splits, or one of the other sets is not there.
     """
     ids, prints = surveyed.ids, np.asarray(surveyed.fingerprints, np.uint64).reshape(-1, 2)
     kept, listed = np.ones(len(ids), bool), []

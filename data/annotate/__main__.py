@@ -6,6 +6,8 @@ The same command again resumes an interrupted job. Further arguments, from --run
 """
 
 import collections
+import functools
+import json
 import logging
 import sys
 import time
@@ -21,10 +23,7 @@ from grain_jax.data.annotate import LINES, chat, local_models, passes
 from grain_jax.data.annotate.arguments import Annotate
 
 FAILED = "failed.jsonl"
-SOURCE_SETTINGS = (
-    *("source", "option", "images", "annotations", "split", "label_text"),
-    *("shard_size", "min_side", "max_side"),
-)
+_OF_SOURCE = "source option images annotations split label_text shard_size min_side max_side".split()
 
 
 def annotate(args: Annotate) -> str:
@@ -52,8 +51,7 @@ def annotate(args: Annotate) -> str:
         done = output.done(*marks)
         todo = [shard for shard in shards if shard.name not in done]
         if todo:
-            first = args.passes[0] if args.passes else ""
-            needed = passes.NEEDS.get(first)
+            needed = passes.NEEDS.get(args.passes[0]) if args.passes else None
             if needed and (missing := {x.name for x in todo} - output.done(f"passes/{needed}")):
                 raise errors.UserError(
                     f"--passes {','.join(args.passes)}: {len(missing)} shards have no results of"
@@ -78,12 +76,11 @@ def _settings(args: Annotate) -> dict[str, dict[str, Any]]:
     """The settings of the source and of each pass, which results depend on."""
     model = args.chat or local_models.CHAT_MODEL
     settings: dict[str, dict[str, Any]] = {
-        "source": {name: getattr(args, name) for name in SOURCE_SETTINGS},
+        "source": {name: getattr(args, name) for name in _OF_SOURCE},
         "ground": {"detector": args.detector, "threshold": args.threshold},
         "negatives": {"rules": negatives.VERSION, "negatives": args.negatives},
     }
-    for name in ("caption", "describe"):
-        settings[name] = {"model": model, "prompt": chat.prompt(name)}
+    settings |= {x: {"model": model, "prompt": chat.prompt(x)} for x in ("caption", "describe")}
     return {name: settings[name] for name in ("source", *args.passes)}
 
 
@@ -95,7 +92,8 @@ def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping
     for name in names:
         total.update(output.read_record(*passes.record_of(name))["counts"])
     faults = {x.removeprefix(passes.FAULT): n for x, n in total.items() if x.startswith(passes.FAULT)}
-    output.put_json({"total": total, "settings": _settings(args)}, "summary.json")
+    summary = {"total": total, "settings": _settings(args)}
+    output.put(json.dumps(summary, indent=1) + "\n", "summary.json")
     job.check_faults(
         output.path(FAILED),
         faults,
@@ -107,10 +105,8 @@ def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping
     return total
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(Annotate, annotate, argv)
+main = functools.partial(process.console, Annotate, annotate)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

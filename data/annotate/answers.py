@@ -1,7 +1,7 @@
 """Parses answers of the chat model: text in another form than the prompt asks for is refused with a cause.
 
-Models wrap a good answer in bullets, numbers, quotes and headings: these are taken off. Models also refuse,
-ramble and repeat themselves: this is kept out of the training texts, and counted.
+Bullets, numbers, quotes and headings are taken off a good answer. Refusals, rambling and repetitions are
+kept out of the training texts, and counted.
 """
 
 import re
@@ -44,9 +44,7 @@ class Refused(NamedTuple):
 def parse_caption(text: str, *, cut_off: bool = False) -> dict[str, str] | Refused:
     """The texts of "subject" and "caption" in an answer of two lines, `Subject: ...` and `Caption: ...`.
 
-    Args:
-      text: the model's answer.
-      cut_off: whether the limit of tokens ended it.
+    `cut_off` says whether the limit of tokens ended it.
     """
     if refused := _refused(text, cut_off):
         return refused
@@ -74,15 +72,10 @@ def parse_caption(text: str, *, cut_off: bool = False) -> dict[str, str] | Refus
 
 
 def parse_descriptions(text: str, *, cut_off: bool = False) -> list[str] | Refused:
-    """The descriptions of an answer with one per line, no two the same but for case.
+    """At most MAX_DESCRIPTIONS descriptions of an answer with one per line, no two the same but for case.
 
-    Args:
-      text: the model's answer. The first MAX_DESCRIPTIONS are kept: the most striking come first.
-      cut_off: whether the limit of tokens ended it; the last line is then left out.
-
-    Returns:
-      The descriptions. The answer is refused if the model declined, or if no line is left (with the cause of
-      the first dropped one).
+    If the limit of tokens ended it (`cut_off`), the last line is left out. The answer is refused if the model
+    declined, or if no line is left (with the cause of the first dropped one).
     """
     lines = text.splitlines()
     if refused := _refused(text, cut_off and len(lines) < 2):

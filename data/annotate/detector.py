@@ -24,11 +24,7 @@ MERGE_IOU = 0.5  # if two boxes of a description overlap more, the better one st
 
 
 class Detector:
-    """Grounds descriptions in images.
-
-    Raises:
-      UserError: the model cannot be loaded, or is no OWLv2.
-    """
+    """Grounds descriptions in images. Raises UserError: the model cannot be loaded, or is no OWLv2."""
 
     def __init__(self, args: Annotate):
         self._model, self._processor, self._device = local_models.load(
@@ -50,10 +46,8 @@ class Detector:
           images: of any size and mode.
           descriptions: at least one per image.
 
-        Returns:
-          Per image its boxes above the threshold, each with the one description that it fits best. Boxes are
-          in pixels of the image as it is passed, clipped to it, duplicates merged. Or why there are none:
-          "out of memory", "model error".
+        Returns: per image its boxes above the threshold, each with the one description that it fits best. Or
+          why there are none: "out of memory", "model error". Boxes are in pixels of the image, clipped to it.
         """
         pairs = list(zip(images, descriptions, strict=True))
         return local_models.in_batches(self._ground, pairs, self._batch_size)
@@ -97,13 +91,9 @@ def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
 def merged(
     scored: Iterable[tuple[float, Sequence[float], str]], width: int, height: int
 ) -> list[annotations.Region]:
-    """Clips boxes to their image; of the boxes of a description that overlap, the best stays.
+    """Clips boxes to their image of that size; of the boxes of a description that overlap, the best stays.
 
-    Args:
-      scored: score, box_xyxy in pixels, description.
-      width, height: of the image.
-
-    Returns: the regions, best first.
+    `scored` has score, box_xyxy in pixels, description. Returns the regions, best first.
     """
     regions: list[annotations.Region] = []
     for score, (x1, y1, x2, y2), description in sorted(scored, key=lambda entry: -entry[0]):

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -61,11 +60,7 @@ class _Response(msgspec.Struct):
 
 
 class EndpointChat:
-    """A client. One thread at a time may use it.
-
-    Raises:
-      UserError: the key is not valid; nothing is asked yet.
-    """
+    """A client, which one thread at a time may use. Raises UserError: the key is not valid."""
 
     def __init__(self, args: Annotate):
         self._args = args
@@ -83,9 +78,8 @@ class EndpointChat:
             timeout=httpx.Timeout(None, connect=0.9 * args.request_seconds),
             limits=httpx.Limits(keepalive_expiry=IDLE),
         )
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=_serve, args=(self._loop, self._client), daemon=True).start()
-        weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        self._runner = asyncio.Runner()
+        weakref.finalize(self, _close, self._runner, self._client)
         self._next_start = 0.0  # on the monotonic clock: no request starts earlier
 
     def answer(
@@ -99,8 +93,7 @@ class EndpointChat:
         Raises:
           UserError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
-        answers = self._answer(images, prompts)
-        return asyncio.run_coroutine_threadsafe(answers, self._loop).result()
+        return self._runner.run(self._answer(images, prompts))
 
     async def _answer(self, images: Any, prompts: Any) -> list[chat.Answer | chat.Failure]:
         free = asyncio.Semaphore(self._args.concurrency)
@@ -155,17 +148,15 @@ class EndpointChat:
                         raise ValueError(f"got more than {MAX_BYTES} bytes, expected an answer")
         except (httpx.TransportError, OSError, OverflowError, ValueError) as error:
             if response is None or response.is_success:  # else the status says enough
-                return self._failure(error), 0.0
+                if isinstance(error, TimeoutError | httpx.TimeoutException):
+                    late = f"timed out after {self._args.request_seconds:g} s"
+                    return chat.Failure(TIME_OUT, late), 0.0
+                cause = CONNECTION if isinstance(error, httpx.TransportError | OSError) else NO_ANSWER
+                *_, first = errors.causes(error)  # what the system said
+                return chat.Failure(cause, self._line(f"{type(first).__name__}: {first}")), 0.0
         if response.is_success:
             return self._parsed(content)
         return self._refused(response.status_code, response.headers, content)
-
-    def _failure(self, error: Exception) -> chat.Failure:
-        if isinstance(error, TimeoutError | httpx.TimeoutException):
-            return chat.Failure(TIME_OUT, f"timed out after {self._args.request_seconds:g} s")
-        cause = CONNECTION if isinstance(error, httpx.TransportError | OSError) else NO_ANSWER
-        *_, first = errors.causes(error)  # what the system said
-        return chat.Failure(cause, self._line(f"{type(first).__name__}: {first}"))
 
     def _parsed(self, content: bytes | bytearray) -> _Result:
         try:
@@ -204,8 +195,7 @@ class EndpointChat:
         return chat.one_line(self._without_key(text), limit)
 
 
-def _serve(loop: asyncio.AbstractEventLoop, client: Any) -> None:
-    """Runs the loop until it is stopped, then closes the connections."""
-    loop.run_forever()
-    loop.run_until_complete(client.aclose())
-    loop.close()
+def _close(runner: asyncio.Runner, client: Any) -> None:
+    """Closes the connections, and the event loop that they belong to."""
+    runner.run(client.aclose())
+    runner.close()

@@ -32,8 +32,7 @@ def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
       auto_class: the class of `transformers` that chooses the model's.
       half: bfloat16 on an accelerator; on the CPU it is always float32.
 
-    Raises:
-      UserError: there is no such model, or the class does not know it.
+    Raises UserError: there is no such model, or the class does not know it.
     """
     # A torch that was built for CUDA names it even on machines that have none: ask first.
     accelerated = torch.accelerator.is_available()
@@ -61,10 +60,7 @@ def in_batches(
 ) -> list[Result | chat.Failure]:
     """One result per item; if the model fails on a batch, it gets the halves, down to single items.
 
-    Returns: the results; a failure if the model raises even for that item alone.
-
-    Raises:
-      UserError: raised by the model, since it concerns every item.
+    An item has a failure if the model raises even for it alone. Raises UserError, which concerns every item.
     """
     results: list[Result | chat.Failure] = []
     for start in range(0, len(items), size):
@@ -89,11 +85,7 @@ def in_batches(
 
 
 class LocalChat:
-    """A chat model that takes an image and a text; it does not sample, so a second run answers the same.
-
-    Raises:
-      UserError: the model cannot be loaded, or has no chat template.
-    """
+    """A chat model that takes an image and a text; it does not sample, so a second run answers the same."""
 
     def __init__(self, args: Annotate):
         name = args.chat or CHAT_MODEL
@@ -117,7 +109,7 @@ class LocalChat:
         tokenizer = self._processor.tokenizer
         inputs = self._processor(
             images=[image.convert("RGB") for image, _ in batch],
-            text=[self._conversation(prompt) for _, prompt in batch],
+            text=[self._asked(prompt) for _, prompt in batch],
             padding=True,
             return_tensors="pt",
         ).to(self._device, self._model.dtype)
@@ -130,11 +122,8 @@ class LocalChat:
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [chat.Answer(text, cut_off=not end) for text, end in zip(texts, is_end.any(axis=1))]
 
-    def _conversation(self, prompt: str) -> str:
+    def _asked(self, prompt: str) -> str:
         # A prompt can quote an answer; the mark of an image in it would count as an image.
-        mark = getattr(self._processor, "image_token", None)
-        text = prompt.replace(mark, "") if mark else prompt
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        return self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        text = prompt.replace(getattr(self._processor, "image_token", None) or "\0", "")
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        return self._processor.apply_chat_template([turn], add_generation_prompt=True)

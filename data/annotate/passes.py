@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import itertools
 import sys
 import threading
@@ -31,8 +30,6 @@ from grain_jax.data.sources import join
 BATCH_PIXELS = 1 << 27  # 400 MB as RGB; 64 photographs of 24 MP would be 4.6 GB
 # Images per request that an endpoint answers at a time, so that none waits long for a slow one.
 IMAGES_PER_REQUEST = 4
-# The name of an image can be the reason of these: a part of it is too long, or is another image's file.
-_NO_NAME = (NotADirectoryError, IsADirectoryError, FileExistsError)
 FAULT = "fault: "  # begins the counter of a cause
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the job ends
 # A pass -> the one whose results it takes. Negatives are of the source's regions, too, and come last.
@@ -68,12 +65,7 @@ class Work:
 class Passes:
     """The passes of a job with their models, which a worker process loads once.
 
-    Attributes:
-      args: of the command.
-      chat, detector: None if no pass needs it.
-
-    Raises:
-      UserError: a model cannot be loaded, or an endpoint not be used.
+    `chat` and `detector` are None if no pass needs them. Raises UserError: a model cannot be loaded.
     """
 
     def __init__(self, args: Annotate):
@@ -104,7 +96,9 @@ class Passes:
             for work in batch:
                 image, line = {"image": work.item.image}, self._line(work)
                 lines += [] if line is None else [line]
-                for stage, cause, detail in _faults(work):
+                faults = [("region", x.cause, x.detail) for x in getattr(work.item, "left_out", ())]
+                faults += [(x, *work.faults[x]) for x in ("image", *PASSES) if x in work.faults]
+                for stage, cause, detail in faults:
                     fault = {"stage": stage, "cause": cause, "detail": detail}
                     failed.append(image | fault | {"kept": line is not None})
                 results.append(image | {"results": work.results, "faults": work.faults})
@@ -126,16 +120,9 @@ class Passes:
 
     def _run(self, name: str, batch: list[Work]) -> None:
         """Runs a pass over the images of a batch that have its inputs and lack its results."""
-        needed = NEEDS.get(name)
-        todo = [
-            work
-            for work in batch
-            if work.image is not None
-            and name not in work.results
-            and (needed is None or needed in work.results)
-        ]
-        if not todo:
-            return
+        todo = [work for work in batch if work.image is not None and name not in work.results]
+        if needed := NEEDS.get(name):
+            todo = [work for work in todo if needed in work.results]
         with self._turn:
             for work, result in zip(todo, getattr(self, f"_{name}")(todo), strict=True):
                 work.faults.pop(name, None)  # of an earlier run
@@ -182,29 +169,33 @@ class Passes:
         """The line of A.jsonl; None if the image has neither text nor region, or cannot be read or stored."""
         if "image" in work.faults:
             return None
-        item = work.item
+        item, regions = work.item, work.regions()
         synthetic = work.results.get("caption", {}).get("caption", item.synthetic_caption)
-        line = _line(item._replace(synthetic_caption=synthetic))
-        line |= {"regions": work.regions()}
-        if not (item.captions or synthetic or line["regions"]):
+        single = len(item.captions) == 1
+        line = {
+            "image": item.image,
+            "caption": item.captions[0] if single else None,
+            "captions": None if single else item.captions or None,
+            "synthetic_caption": synthetic or None,
+            "regions": regions,
+            "phrases": item.phrases,
+            "id": item.id,
+        }
+        if not (item.captions or synthetic or regions):
             if not work.faults and not item.left_out:
                 detail = "got neither caption nor regions, expected one of them"
                 work.faults["image"] = ["no caption", detail]
             return None
-        names = ("images", item.image)
+        path = self.output.path("images", item.image)
         try:
-            path = self.output.path(*names)
-            if self.args.keep_images and not (
-                regular_file.is_one(path) and path.read_bytes() == item.encoded
-            ):
-                self.output.put(item.encoded, *names, lasting=False)
-        except OSError as error:
-            if not isinstance(error, _NO_NAME) and error.errno != errno.ENAMETOOLONG:
-                raise
+            keep = self.args.keep_images
+            if keep and not (regular_file.is_one(path) and path.read_bytes() == item.encoded):
+                self.output.put(item.encoded, "images", item.image, lasting=False)
+        except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:  # another image's
             detail = f"{error.strerror}: cannot be written as a file below {path.parent}"
             work.faults["image"] = ["bad annotation", detail]
             return None
-        return line
+        return {key: value for key, value in line.items() if value is not None}
 
 
 def _work(item: sources.Image | sources.Fault, known: dict[str, Any], args: Annotate) -> Work:
@@ -221,15 +212,6 @@ def _work(item: sources.Image | sources.Fault, known: dict[str, Any], args: Anno
         got = f"got {image.width} x {image.height} pixels, expected {bounds}"
         faults["image"] = ["too small" if min(image.size) < args.min_side else "too large", got]
     return work
-
-
-def _faults(work: Work) -> Iterator[tuple[str, str, str]]:
-    """(stage, cause, detail) of each fault of an image and its regions."""
-    for fault in getattr(work.item, "left_out", ()):
-        yield "region", fault.cause, fault.detail
-    for stage in ("image", *PASSES):
-        if stage in work.faults:
-            yield stage, *work.faults[stage]
 
 
 def batches(works: Iterable[Work], size: int) -> Iterator[list[Work]]:
@@ -259,8 +241,7 @@ def record_of(shard: str) -> tuple[str, str]:
 def unmark_damaged(args: Annotate, output: job.Output, shards: Iterable[str]) -> None:
     """Compares the files of shards with their digests; a damaged shard is named on stderr, to be made again.
 
-    Raises:
-      errors.UserError: results of passes that this run does not make are damaged.
+    Raises UserError: results of passes that this run does not make are damaged.
     """
     done = {name: output.done(f"passes/{name}") for name in (*PASSES, "none")}
     for shard in shards:
@@ -284,20 +265,3 @@ def unmark_damaged(args: Annotate, output: job.Output, shards: Iterable[str]) ->
 def _region(described: annotations.Region) -> dict[str, Any]:
     """The object of a region in a line; one without negatives has no such key."""
     return {key: x for key, x in zip(annotations.REGION_KEYS, described, strict=True) if x != ()}
-
-
-def _line(item: annotations.Annotation) -> dict[str, Any]:
-    """The object of an image's line."""
-    out: dict[str, Any] = {"image": item.image}
-    if len(item.captions) == 1:
-        out["caption"] = item.captions[0]
-    elif item.captions:
-        out["captions"] = list(item.captions)
-    if item.synthetic_caption:
-        out["synthetic_caption"] = item.synthetic_caption
-    out["regions"] = list(map(_region, item.regions))
-    if item.phrases is not None:
-        out["phrases"] = list(map(list, item.phrases))
-    if item.id is not None:
-        out["id"] = item.id
-    return out

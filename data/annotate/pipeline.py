@@ -1,7 +1,6 @@
 """The passes on Apache Beam. One element is one shard of the source: a few hundred images, or a tar of them.
 
-A worker writes each shard as soon as it is done, and a restarted job skips it. A GroupByKey would lose this:
-batch runners finish all work before one, so a killed job would have no results.
+There is no GroupByKey, before which batch runners finish all work: a killed job would have no results.
 """
 
 import contextlib
@@ -43,11 +42,7 @@ class AnnotateShards(beam.DoFn):
 
 
 def run(args: Annotate, shards: Sequence[sources.SourceShard]) -> None:
-    """Runs the passes over the shards that are to be done.
-
-    Raises:
-      errors.UserError: a worker met wrong usage or wrong input.
-    """
+    """Runs the passes over the shards. Raises UserError: a worker met wrong usage or wrong input."""
     options = pipeline_options.PipelineOptions(args.beam)
     # Beam logs the traceback of every error; user errors are printed as one line.
     logging.getLogger(beam.runners.common.__name__).addFilter(lambda record: _MARK not in record.getMessage())

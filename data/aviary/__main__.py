@@ -5,13 +5,12 @@
 With --records R, DIR/A.jsonl is also built into TFRecords in R (as `grain-jax build` does).
 """
 
+import functools
 import sys
-from collections.abc import Sequence
 
 from etils import epath
 
 from grain_jax.cli import process
-from grain_jax.data import staging
 from grain_jax.data.arguments import Build
 from grain_jax.data.aviary import generate
 from grain_jax.data.aviary.arguments import Aviary
@@ -21,28 +20,19 @@ from grain_jax.input_pipeline import record_folders
 def aviary(args: Aviary) -> str:
     """Writes the dataset, and its records if they are asked for; returns a line. Raises UserError."""
     made = generate.write(args.output, args.settings, processes=args.processes)
-    if not args.records or (not made and _is_built(args)):
+    records = args.records and epath.Path(args.records) / args.name / record_folders.VERSION
+    if not records or (not made and records.exists()):  # it exists only after a complete build
         return f"{args.output}: " + ("written" if made else "already complete")
     from grain_jax.data import build  # its imports take seconds
 
     flags = dict(images=args.output, output=args.records, name=args.name, workers=args.processes)
     annotations = str(epath.Path(args.output) / "A.jsonl")
-    return build.build(Build(annotations=[annotations], **flags))
+    # The build may find a set that another one, which was killed, had put aside.
+    return build.build(Build(annotations=[annotations], overwrite=not made, **flags))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(Aviary, aviary, argv)
-
-
-def _is_built(args: Aviary) -> bool:
-    """Whether the records are there: the folder of a set exists only after a complete build."""
-    target = epath.Path(args.records) / args.name / record_folders.VERSION
-    if not target.exists():
-        with staging.locked(target):
-            staging.recover(target)
-    return target.exists()
+main = functools.partial(process.console, Aviary, aviary)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

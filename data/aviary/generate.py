@@ -66,13 +66,8 @@ def record_of(settings: Settings, task: Task, drawn: drawing.Drawing) -> dict | 
 def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: int = 1) -> bool:
     """Writes the dataset to the folder `output` (local or remote); its README.md describes the files.
 
-    With more than one process the main module of the caller must be importable (they are spawned).
-
-    Returns:
-        False if `output` already holds the complete dataset of these settings.
-
-    Raises:
-        ValueError: settings out of range, or `output` holds something else.
+    With more than one process the main module of the caller must be importable (they are spawned). Returns
+    False if `output` holds the complete dataset of these settings. Raises UserError: it holds another.
     """
     output = epath.Path(output)
     aviary = species_of(settings)

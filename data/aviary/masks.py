@@ -15,12 +15,11 @@ from grain_jax.data.aviary.drawing import Drawing
 from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
 
 FOLDER = "segmentation"  # below the dataset
-GROUPS = ("seen", "unseen")  # of species
 CLASSES = ("background", *(", ".join([part, *(trait.phrase for trait in TRAITS[part])]) for part in PARTS))
 TEMPLATES = "templates.txt"  # the prompt for all classes: the phrase alone
 
 
-def begin(output: epath.Path, groups: Iterable[str] = GROUPS) -> None:
+def begin(output: epath.Path, groups: Iterable[str]) -> None:
     """Makes the folders, the lists of classes and the prompt, below the dataset `output`."""
     for group in groups:
         folder = output / FOLDER / group

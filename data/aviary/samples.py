@@ -23,13 +23,9 @@ class Bird(NamedTuple):
 def birds(count: int = 4, *, seen: bool = False, seed: int = 0, size: int = 64) -> list[Bird]:
     """Draws birds of `count` species of the aviary with the default settings, the species of `aviary-tiny`.
 
-    The images are in none of the sets that `grain_jax.data.aviary` writes.
-
-    Args:
-      count: birds; species take turns.
-      seen: of the species that training shows and names; otherwise of those that it never does.
-      seed: which species and which images.
-      size: side of the images in pixels.
+    The images are in none of the sets that `grain_jax.data.aviary` writes. They are `size` pixels wide.
+    `seen` birds are of species that training shows and names, others of those that it never does. `seed`
+    decides which species and which images. Species take turns.
     """
     settings = Settings(size=size)
     aviary = species_of(settings)

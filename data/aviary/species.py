@@ -54,13 +54,9 @@ def distance(first: Species, second: Species) -> int:
 
 @functools.lru_cache(maxsize=4)
 def species_of(settings: Settings) -> AllSpecies:
-    """Draws the species of a dataset.
+    """Draws the species of a dataset. Any two differ in at least min(3, parts_changed) parts.
 
-    Any two differ in at least min(3, parts_changed) parts; `parts_changed` = 8 makes the parts of a species
-    independent of its genus.
-
-    Raises:
-      errors.UserError: so many different species cannot be made.
+    Raises UserError: so many different species cannot be made.
     """
     rng = random.Random(f"aviary species {settings.seed}")
     count = settings.genera * settings.species_per_genus
@@ -101,20 +97,16 @@ def _add(made, names, traits, genera, parts_changed, rng):
 
 
 def invent_names(count: int, rng: random.Random) -> list[str]:
-    """`count` pronounceable words of two syllables that mean nothing, e.g. "wumbel".
-
-    The first 750 or so differ from each other in two letters or more.
-    """
+    """`count` words of two syllables that mean nothing and differ in two letters or more, e.g. "wumbel"."""
     possible = list(map("".join, itertools.product(_ONSETS, "aeiou", _MIDDLES, _ENDINGS)))
     rng.shuffle(possible)
-    chosen, alike, taken = [], [], set(_WORDS)
+    chosen, taken = [], set(_WORDS)
     for name in possible:
         # "?umbel", "w?mbel", ...: two names that share one differ in a single letter.
         masked = {name[:position] + "?" + name[position + 1 :] for position in range(len(name))} | {name}
-        (alike if masked & taken else chosen).append(name)
         if not masked & taken:
             taken |= masked
-    names = chosen + [name for name in alike if name not in _WORDS]
-    if count > len(names):
-        raise errors.UserError(f"species: got {count}, expected at most {len(names)}")
-    return names[:count]
+            chosen.append(name)
+    if count > len(chosen):
+        raise errors.UserError(f"species: got {count}, expected at most {len(chosen)}")
+    return chosen[:count]

@@ -72,11 +72,7 @@ def _wordings() -> dict[str, tuple[Trait, int, bool]]:
 
 
 def hard_negatives(description: str) -> list[tuple[str, Trait]]:
-    """The description with another colour, or another shape (or pattern) of the part; each with its trait.
-
-    Args:
-      description: a phrase or paraphrase of a trait.
-    """
+    """The phrase or paraphrase with another colour or shape (or pattern) of the part; each with its trait."""
     trait, template, reworded = _wordings()[description]
     others = [dataclasses.replace(trait, colour=colour) for colour in COLOUR_SYNONYMS]
     others += [Trait(part, shape, trait.colour) for part, shape in _LOOKS if part == trait.part]

@@ -8,11 +8,11 @@ parts; DIR is a folder that all of them see.
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 
 from etils import epath
 
@@ -75,12 +75,9 @@ def _embed(args: arguments.Embed, folder: job.Output) -> str:
 
 
 def find(args: arguments.Embed, folder: job.Output) -> tuple[dict[str, str], str, list[sources.SourceShard]]:
-    """Lists the source; `folder` gets the lists of a folder's images, which all processes read.
+    """Settings of the source, the folder that paths of images start from or "", the shards.
 
-    Returns: settings of the source, the folder that paths of images start from or "", the shards.
-
-    Raises:
-      sources.SourceError: there is no such source, or it holds no image.
+    `folder` gets the lists of a folder's images, which all processes read. Raises sources.SourceError.
     """
     path = absolute(args.source)
     kind = sources.of_path(path)
@@ -131,10 +128,8 @@ def _finish(args: arguments.Embed, result: output.Embeddings, count: int, second
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(arguments.Embed, embed, argv)
+main = functools.partial(process.console, arguments.Embed, embed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

@@ -43,13 +43,9 @@ class Part(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """The folder of a job.
+    """The folder of a job: `settings` are what the embeddings are made of, `parts` the shards of the source.
 
-    Attributes:
-      folder: where the files lie.
-      settings: what the embeddings are made of.
-      parts: shards of the source.
-      images: folder that the paths of images start from, or "".
+    The paths of images start from the folder `images`, or "".
     """
 
     folder: job.Output

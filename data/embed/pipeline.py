@@ -59,15 +59,8 @@ def prepare(item: sources.Image | sources.Fault, size: int) -> output.Row | sour
 def run(job: output.Embeddings, mine: Sequence[int], encode: Encode, *, size: int, threads: int) -> int:
     """Embeds the parts with the numbers `mine` and writes their files; returns the number of images.
 
-    Args:
-      job: the output.
-      mine: numbers of the parts.
-      encode: the model, which gets images of `size` x `size` pixels.
-      size: see `encode`.
-      threads: that decode.
-
-    Raises:
-      inference.InputError: the model gives numbers that are not finite.
+    `encode`, the model, gets images of `size` x `size` pixels, which `threads` decode. Raises
+    inference.InputError: the model gives numbers that are not finite.
     """
     batch_size = batches.MAX_BATCH * jax.local_device_count()
     count, rows, faults = 0, [], []

@@ -1,5 +1,6 @@
 """Inspects a dataset: a summary, problems, JSON and a sheet of images (`grain-jax inspect`)."""
 
+import functools
 import itertools
 import json
 import sys
@@ -18,7 +19,6 @@ from grain_jax.data.sources import join
 from grain_jax.input_pipeline import record_folders
 
 _BATCH = 256  # items that are counted together
-_FORMATS = {".json": "coco", ".csv": "csv", ".parquet": "parquet"}  # which only build reads
 _LINES_PER_TASK = 32  # their images are held in memory
 
 
@@ -27,10 +27,6 @@ def inspect(args: Inspect) -> str:
     path = epath.Path(args.set)
     shown = path.parent if path.name == record_folders.VERSION else path
     output = epath.Path(args.output or shown.parent / f"inspect-{shown.stem}")
-    if path.suffix in _FORMATS:
-        flags = f"--source {_FORMATS[path.suffix]} --annotations {path} --output DIR --name NAME"
-        expected = f"A.jsonl or a record set; build it first (grain-jax build {flags}) and inspect DIR/NAME"
-        raise errors.UserError(f"{path}: got {path.suffix}, expected {expected}")
     kind, folder, files, size = "tfds", str(path), (), 1000
     if not path.is_dir():
         kind, folder, files = "annotations", args.images or str(path.parent), (str(path),)
@@ -49,7 +45,8 @@ def inspect(args: Inspect) -> str:
                 sample.append(image)
     result = stats.result(str(path), total)
     if not stats.images:
-        raise errors.UserError(f"{path}: none of {total} images could be read; {stats.problems()[0].example}")
+        first = result["problems"][0]["example"]
+        raise errors.UserError(f"{path}: none of {total} images could be read; {first}")
     atomic.write_text(output / "inspect.html", page.render(result, sample))
     atomic.write_text(output / "statistics.json", json.dumps(result, indent=1) + "\n")
     return _summary(result) + f"\n{output}: inspect.html, statistics.json"
@@ -75,11 +72,9 @@ def _summary(result: dict[str, Any]) -> str:
     ]
     if images["turned"]:
         lines.append(f"turned        {images['turned']:,} images {example.TURNED}")
-    for kind, of_kind in texts.items():
-        tokens, line = of_kind["tokens"], ""
-        if tokens["count"]:
-            line = f"; {tokens['mean']:.1f} tokens (99% up to {tokens['p99']})"
-        lines.append(f"{kind:13} {tokens['count']:,}{line}")
+    for kind, of in texts.items():
+        tokens = f"; {of['mean_tokens']:.1f} tokens (99% up to {of['p99_tokens']})" if of["count"] else ""
+        lines.append(f"{kind:13} {of['count']:,}{tokens}")
     lines.append(f"regions       {regions['count']:,}; {regions['count'] / count:.2f} per image")
     lines.append(f"problems      {len(result['problems']) or 'none'}")
     for problem in result["problems"]:
@@ -89,10 +84,8 @@ def _summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    return process.console(Inspect, inspect, argv)
+main = functools.partial(process.console, Inspect, inspect)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

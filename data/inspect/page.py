@@ -1,6 +1,6 @@
 """inspect.html: one self-contained file with the problems and a sheet of images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import PIL.Image
@@ -19,29 +19,21 @@ td { overflow-wrap: anywhere; } b.number { color: white; padding: 0 .35rem; }
 
 def render(result: dict[str, Any], sample: Sequence[annotations.Annotation]) -> str:
     """The HTML of the page: what `statistics.Statistics.result` returns, and some images."""
-    rows = [
-        (problem["what"], f"{problem['count']:,}", problem["example"], problem["advice"])
-        for problem in result["problems"]
-    ]
-    titles = ("what", "count", "first example", "what to do")
+    header = ("what", "count", "first example", "what to do")
+    rows = [(x["what"], f"{x['count']:,}", x["example"], x["advice"]) for x in result["problems"]]
+    lines = ("".join(f"<td>{html.text(cell)}</td>" for cell in row) for row in (header, *rows))
+    table = f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
     count = f"{len(sample)} of {result['images']['count']:,} images"
     figures = f'<div class="sheet">{"".join(map(_figure, sample))}</div>'
     return html.document(
         title=result["set"]["path"],
         header=f"<style>{_STYLE}</style><h1>{html.text(result['set']['path'])}</h1>",
         sections=[
-            html.Section("problems", "Problems", _table(titles, rows) if rows else "None."),
+            html.Section("problems", "Problems", table if rows else "None."),
             html.Section("images", count, figures),
         ],
         files=[],
     )
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of plain texts."""
-    lines = ("".join(f"<td>{html.text(cell)}</td>" for cell in row) for row in rows)
-    head = "".join(f"<th>{html.text(cell)}</th>" for cell in header)
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _figure(item: annotations.Annotation) -> str:

@@ -3,8 +3,8 @@
 import collections
 import hashlib
 import itertools
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,9 @@ KINDS = {"web": 77, "synthetic": 77, "description": 24}  # of texts, with the to
 TINY = 0.001  # share of the image: 7 x 7 pixels of 224 x 224, a fifth of a patch
 WHOLE = 0.95  # share of the image
 COMMON = 0.1  # a text is a problem if it is in more of the images
-TOP = 3  # most frequent texts and sizes
 MOST_HELD = 250_000  # copies are sought among this number of different texts or images
 
+COPIES = "images that are copies, byte by byte, of earlier ones"
 # Problem -> advice; faults and texts that are too long have others.
 _ADVICE = {
     "images without any caption": "nothing, if they have regions: the caption loss leaves them out",
@@ -30,57 +30,20 @@ _ADVICE = {
     f"boxes under {TINY:.1%} of their image": "drop them: at 224 pixels they are less than 7 x 7",
     base.ALL_SHARES: f"pixels are expected; {base.AS_SHARES}",
     f"boxes of {WHOLE:.0%} of their image or more": "drop them if the text is of a part",
+    COPIES: "drop them, or merge their texts into one line",
 }
 
 
-class Problem(NamedTuple):
-    """One line of the list of problems."""
-
-    what: str
-    count: int
-    example: str
-    advice: str
-
-
-class Numbers(collections.Counter[int]):
-    """Exact statistics of integers with few different values."""
-
-    def result(self) -> dict[str, Any]:
-        """count; if there are some: mean, min, median, p99, max."""
-        if not self:
-            return {"count": 0}
-        values, counts = np.array(sorted(self.items())).T
-        ends, total = np.cumsum(counts), int(counts.sum())
-        shares = dict(min=0.0, median=0.5, p99=0.99, max=1.0)
-        quantiles = {k: int(values[np.searchsorted(ends, x * total)]) for k, x in shares.items()}
-        return {"count": total, "mean": float((values * counts).sum() / total), **quantiles}
-
-
-class Copies(collections.Counter[Hashable]):
-    """Counts the first MOST_HELD different items, and how many items are copies of one of them."""
-
-    copies = 0
-    example = ""  # the first copy
-
-    def add(self, item: Hashable, where: str) -> None:
-        """Counts an item; `where` names it."""
-        if item in self:
-            self.copies += 1
-            self.example = self.example or where
-        if item in self or len(self) < MOST_HELD:
-            self[item] += 1
-
-
 class Statistics:
-    """Call `add` with batches of items, then `result` and `problems`."""
+    """Call `add` with batches of items, then `result`."""
 
     def __init__(self):
-        self.images = self.image_bytes = self.turned = 0
+        self.images = self.image_bytes = self.turned = self.regions = 0
         self.issues: dict[str, tuple[int, str]] = {}  # problem -> its count and its first example
-        self.sizes, self.copies = Copies(), Copies()
-        self.area, self.regions = Numbers(), Numbers()
-        self.tokens = {kind: Numbers() for kind in KINDS}
-        self.texts = {kind: Copies() for kind in KINDS}  # an image counts once for each text
+        self.sizes: collections.Counter[str] = collections.Counter()
+        self.digests: set[bytes] = set()  # of images
+        self.tokens = {kind: collections.Counter[int]() for kind in KINDS}
+        self.texts = {kind: collections.Counter[str]() for kind in KINDS}  # an image counts once for each
         self._tokenizer = tokenizer.ClipTokenizer()
 
     def _note(self, problem: str, example: str) -> None:
@@ -108,8 +71,12 @@ class Statistics:
             self.images += 1
             self.image_bytes += len(item.encoded)
             self.turned += header.turned
-            self.sizes.add(f"{header.size[0]} x {header.size[1]}", where)
-            self.copies.add(hashlib.blake2b(item.encoded, digest_size=8).digest(), where)
+            self.sizes[f"{header.size[0]} x {header.size[1]}"] += 1
+            digest = hashlib.blake2b(item.encoded, digest_size=8).digest()
+            if digest in self.digests:
+                self._note(COPIES, where)
+            elif len(self.digests) < MOST_HELD:
+                self.digests.add(digest)
             self._add_texts(where, of_image, list(itertools.islice(lengths, len(of_image))))
             self._add_regions(item, header.size, where)
         return [item for item, _ in headers]
@@ -124,12 +91,13 @@ class Statistics:
             if kind != "web" and answers.is_refusal(tokenizer.clean(text)):
                 self._note("refusals of a model", example)
         for kind, plain in dict.fromkeys((kind, tokenizer.clean(text).lower()) for kind, text in texts):
-            self.texts[kind].add(plain, where)
+            if plain in self.texts[kind] or len(self.texts[kind]) < MOST_HELD:
+                self.texts[kind][plain] += 1
         if not any(kind != "description" for kind, _ in texts):
             self._note("images without any caption", where)
 
     def _add_regions(self, item: Annotation, size: tuple[int, int], where: str) -> None:
-        self.regions[len(item.regions)] += 1
+        self.regions += len(item.regions)
         if not item.regions:
             self._note("images without regions", where)
         for region in item.regions:
@@ -142,29 +110,23 @@ class Statistics:
                 self._note(f"boxes under {TINY:.1%} of their image", box)
             elif area >= WHOLE:
                 self._note(f"boxes of {WHOLE:.0%} of their image or more", box)
-            self.area[round(1000 * area)] += 1
 
-    def problems(self) -> list[Problem]:
-        """All problems; faults come first."""
+    def problems(self) -> list[dict[str, Any]]:
+        """what, count, example and advice of all problems; faults come first."""
         out = []
         for what, (count, example) in self.issues.items():
-            if what == base.ALL_SHARES and count < self.area.total():
-                continue
             advice = _ADVICE.get(what, "shorten them if many: training cuts long captions")
             if what.startswith("faulty: "):
                 advice = "fix them: grain-jax build leaves such lines out"
-            out.append(Problem(what, count, example, advice))
-        out.sort(key=lambda problem: not problem.what.startswith("faulty: "))
-        if self.copies.copies:
-            advice = "drop them, or merge their texts into one line"
-            what = "images that are copies, byte by byte, of earlier ones"
-            out.append(Problem(what, self.copies.copies, self.copies.example, advice))
+            if what != base.ALL_SHARES or count == self.regions:
+                out.append(dict(what=what, count=count, example=example, advice=advice))
+        out.sort(key=lambda problem: not problem["what"].startswith("faulty: "))
         for kind, texts in self.texts.items():
             for text, count in texts.most_common(1):
                 if count > max(1, COMMON * self.images):
                     what = f"images that share one {kind} text (over {COMMON:.0%} of all)"
                     advice = "drop it if it is a placeholder, or repeats the model's prompt"
-                    out.append(Problem(what, count, repr(text), advice))
+                    out.append(dict(what=what, count=count, example=repr(text), advice=advice))
         return out
 
     def result(self, path: str, total: int) -> dict[str, Any]:
@@ -176,31 +138,28 @@ class Statistics:
                 "left_out": total - self.images,
                 "bytes": self.image_bytes,
                 "turned": self.turned,
-                "sizes": list(map(list, self.sizes.most_common(TOP))),
-                "copies": self.copies.copies,
+                "sizes": list(map(list, self.sizes.most_common(3))),
             },
-            "texts": {
-                kind: {
-                    "tokens": self.tokens[kind].result(),
-                    "different": len(texts),
-                    "most_frequent": list(map(list, texts.most_common(TOP))),
-                }
-                for kind, texts in self.texts.items()
-            },
-            "regions": {
-                "count": self.area.total(),
-                "per_image": self.regions.result(),
-                "area_per_mille": self.area.result(),
-            },
-            "problems": [problem._asdict() for problem in self.problems()],
+            "texts": {kind: _of_tokens(counts) for kind, counts in self.tokens.items()},
+            "regions": {"count": self.regions},
+            "problems": self.problems(),
         }
+
+
+def _of_tokens(counts: collections.Counter[int]) -> dict[str, float]:
+    """The number of texts; if there are some, the mean of their tokens, and the most that 99% have."""
+    if not counts:
+        return {"count": 0}
+    lengths, numbers = np.array(sorted(counts.items())).T
+    ends, total = np.cumsum(numbers), counts.total()
+    p99 = lengths[np.searchsorted(ends, 0.99 * total)]
+    return {"count": total, "mean_tokens": float((lengths * numbers).sum() / total), "p99_tokens": int(p99)}
 
 
 def texts_of(item: Annotation) -> list[tuple[str, str]]:
     """(kind, text) of all texts; an empty synthetic caption means that there is none."""
-    synthetic = [("synthetic", item.synthetic_caption)] if item.synthetic_caption else []
     return [
         *(("web", text) for text in item.captions),
-        *synthetic,
+        *(("synthetic", text) for text in (item.synthetic_caption,) if text),
         *(("description", region.description) for region in item.regions),
     ]

@@ -1,8 +1,5 @@
 """Data sources: a reader of each public format by its name, and any other as `module:Class`.
 
-  shards(source, options)   the source in pieces that are worked on apart
-  read(shard)               the images of a piece, and the faults of the others
-
 `data/sources/base.py` says what a source is.
 """
 
@@ -45,14 +42,11 @@ SOURCES = {
 def make(source: str, options: Mapping[str, str] | None = None) -> Source:
     """The source of that name, or `module:Class`.
 
-    Args:
-      source: the name.
-      options: texts of its own options: fields of the class, a dataclass, that are str, int, float or bool.
+    Its own options are texts: fields of the class, a dataclass, that are str, int, float or bool.
 
     Raises:
       errors.UserError: there is no such source; the line lists what there is.
-      SourceError: there is no such option, or a value is of another type or refused by the class (a
-        ValueError of its `__post_init__`).
+      SourceError: there is no such option, or its value is refused.
     """
     name = f"{__name__}.{SOURCES[source]}" if source in SOURCES else source
     with named.importing():  # the name is the user's, from the command line
@@ -94,10 +88,7 @@ def shards(source: str, options: Options, own_options: Mapping[str, str] | None 
     """The source's shards, in order; the same again as long as the source is the same.
 
     Reads whole annotation files if the source has such, and writes lists of their images to
-    `options.scratch`, which workers must be able to read. `own` are the source's own options.
-
-    Raises:
-      errors.UserError: as `make`; the source's files are not as expected.
+    `options.scratch`, which workers must be able to read. Raises UserError, also as `make`.
     """
     made = make(source, own_options)
     if not options.images and getattr(made, "needs_images", True):

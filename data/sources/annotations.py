@@ -41,25 +41,26 @@ class AnnotationLines(base.BoxUnit):
 
     def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
         """The part's images; a line with a fault is left out whole, as grain-jax build does."""
-        for line, where in lines(shard):
-            parsed = annotations.parse_line(line, text_required=False)
-            if parsed.annotation is None:
-                detail = "; ".join(parsed.faults)
-                yield base.Fault(parsed.image or where, "bad annotation", detail, where)
-            else:
-                annotation = parsed.annotation._replace(where=where, drawn_on=self.drawn_on)
-                yield join.load(annotation, shard.arguments["images"])
+        for where, item, faults, _ in self.checked(shard):
+            wrong = base.Fault(item.image or where, "bad annotation", "; ".join(faults), where)
+            yield wrong if faults else item
 
-
-def lines(shard: base.SourceShard) -> Iterator[tuple[bytes, str]]:
-    """The lines of a part that are not blank, and where each stands, FILE:LINE."""
-    path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
-    with path.open("rb") as file:
-        position = shard.arguments["start"]
-        file.seek(position)  # TensorFlow's files return None
-        for number, line in enumerate(file, shard.arguments["first_line"]):
-            position += len(line)
-            if line.strip():
-                yield line, f"{path.name}:{number}"
-            if position >= stop:
-                return
+    def checked(
+        self, shard: base.SourceShard
+    ) -> Iterator[tuple[str, base.Annotation | base.Fault, list[str], list[str]]]:
+        """Of each line that is not blank FILE:LINE, its image, faults of what it says, unknown keys."""
+        path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
+        with path.open("rb") as file:
+            position = shard.arguments["start"]
+            file.seek(position)  # TensorFlow's files return None
+            for number, line in enumerate(file, shard.arguments["first_line"]):
+                position += len(line)
+                if line.strip():
+                    where = f"{path.name}:{number}"
+                    parsed = annotations.parse_line(line, text_required=False)
+                    item = parsed.annotation or base.Annotation(parsed.image)
+                    item = item._replace(where=where, drawn_on=self.drawn_on)
+                    item = join.load(item, shard.arguments["images"]) if item.image else item
+                    yield where, item, parsed.faults, parsed.unknown_keys
+                if position >= stop:
+                    return

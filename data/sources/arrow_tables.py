@@ -6,7 +6,6 @@ bytes, or the Hub's struct of both. Numbers as labels have their names in the fi
 
 import contextlib
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -22,16 +21,8 @@ _PNG = b"\x89PNG"
 _NOTE = b"huggingface"  # the metadata in which `datasets` keeps the types of columns
 
 
-class _DataFile(msgspec.Struct):
-    filename: str
-
-
 class _State(msgspec.Struct):
-    data_files: list[_DataFile] = msgspec.field(name="_data_files")
-
-
-class _Splits(msgspec.Struct):
-    splits: list[str]
+    data_files: list[dict[str, str]] = msgspec.field(name="_data_files")
 
 
 def pyarrow() -> Any:
@@ -57,9 +48,7 @@ class _Tables(columns.TableOptions):
     images_are_files: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False  # if the bytes of all stand in the table
     form: ClassVar[str] = ""  # of the files
-
-    def _schema(self, reader: Any) -> Any:
-        return reader.schema
+    schema: ClassVar[str] = "schema"  # the reader's attribute
 
     def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
         """Parts of a file: the arguments of its shards, with the number of the first row."""
@@ -70,10 +59,7 @@ class _Tables(columns.TableOptions):
         stems = [path.stem for path in files]
         for index, path in enumerate(files):
             with self._opened(path) as reader:
-                known = self._schema(reader).names
-                named = self.named(path, known, options)
-                if not index:
-                    columns.warn_of_boxes(path, known, named)
+                self.named(path, getattr(reader, self.schema).names, options)  # raises if one is missing
                 parts = self._groups(reader, options.shard_size)
             # If there are several files, names of images begin with the file's.
             name = f"{index:05d}-{path.stem}" if stems.count(path.stem) > 1 else path.stem
@@ -94,13 +80,13 @@ class _Tables(columns.TableOptions):
         """What reads a file, local or in an object store. Raises SourceError: anything fails inside."""
         pa = pyarrow()
         try:
-            with contextlib.ExitStack() as stack:
-                if "://" in str(path):
-                    filesystem, name = pa.fs.FileSystem.from_uri(str(path))
-                    file = filesystem.open_input_file(name)
-                else:  # a map of a file gives no more bytes than there are, whatever a message claims
-                    file = pa.memory_map(str(path))
-                yield stack.enter_context(self._reader(stack.enter_context(file)))
+            if "://" in str(path):
+                filesystem, name = pa.fs.FileSystem.from_uri(str(path))
+                file = filesystem.open_input_file(name)
+            else:  # a map of a file gives no more bytes than there are, whatever a message claims
+                file = pa.memory_map(str(path))
+            with file, self._reader(file) as reader:
+                yield reader
         except (OSError, pa.ArrowException, UnicodeError, MemoryError) as error:
             reason = f"damaged ({printable.plain(' '.join(str(error).split()), 200)})"
             if isinstance(error, OSError) and error.errno is not None:
@@ -112,24 +98,20 @@ class _Tables(columns.TableOptions):
         arguments, seen = shard.arguments, set()
         options = base.Options(arguments["images"], label_text=arguments["label_text"])
         with self._opened(arguments["file"]) as reader:
-            schema = self._schema(reader)
+            schema = getattr(reader, self.schema)
             named = self.named(arguments["file"], schema.names, options)
             if "labels" in named.paths:
                 names = _label_names(schema, named.paths["labels"], arguments["file"])
                 named = named._replace(names=names)
             read = list(dict.fromkeys(path[0] for path in named.paths.values()))
-            rows = map(_rows, self._batches(reader, read, arguments))
-            rows = itertools.chain.from_iterable(rows)
-            for number, row in enumerate(rows, arguments["first_row"]):
-                where = f"{arguments['file']}:row {number}"
-                image, annotation = self.annotation(where, row, named)
-                fault = isinstance(annotation, base.Fault)
-                yield annotation if fault else _with_image(image, annotation, arguments, seen)
-
-
-def _rows(batch: Any) -> list[dict[str, Any]]:
-    batch.validate(full=True)  # texts that are no UTF-8; offsets that lead anywhere
-    return batch.to_pylist()
+            first = arguments["first_row"]
+            for batch in self._batches(reader, read, arguments):
+                batch.validate(full=True)  # texts that are no UTF-8; offsets that lead anywhere
+                for number, row in enumerate(batch.to_pylist(), first):
+                    image, annotation = self.annotation(f"{arguments['file']}:row {number}", row, named)
+                    fault = isinstance(annotation, base.Fault)
+                    yield annotation if fault else _with_image(image, annotation, arguments, seen)
+                first += batch.num_rows
 
 
 class HfDataset(_Tables):
@@ -144,26 +126,25 @@ class HfDataset(_Tables):
         if len(options.annotations) != 1:
             raise base.SourceError(f"got no --annotations, or several, expected {self.form}")
         folder = epath.Path(options.annotations[0])
-        splits = folder / "dataset_dict.json"
+        splits, split = folder / "dataset_dict.json", options.split
         if splits.exists():
-            split = options.split or "train"
-            known = regular_file.read_json(splits, _Splits, self.form).splits
+            known = regular_file.read_json(splits, dict[str, list[str]], self.form).get("splits", ())
+            split = split or "train"
             base.check_split(splits, split, known)
             folder = regular_file.below(folder, split, str(splits))
         else:
-            base.check_split(folder, options.split, ())
+            base.check_split(folder, split, ())
         where = str(folder / "state.json")
         state = regular_file.read_json(where, _State, self.form)
-        return [regular_file.below(folder, x.filename, where) for x in state.data_files]
+        return [regular_file.below(folder, x.get("filename", ""), where) for x in state.data_files]
 
     def _reader(self, file: Any) -> Any:
         return pyarrow().ipc.open_stream(file)
 
     def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
         for batch in reader:
-            batch = batch.select(names)
             for first in range(0, batch.num_rows, _ROWS):
-                yield batch.slice(first, _ROWS)
+                yield batch.select(names).slice(first, _ROWS)
 
 
 class Parquet(_Tables):
@@ -173,6 +154,7 @@ class Parquet(_Tables):
     """
 
     form = "a Parquet file; fetch it again, or write it again in fewer groups of rows"
+    schema = "schema_arrow"
 
     def _files(self, options: base.Options) -> list[epath.Path]:
         if not options.annotations:
@@ -186,20 +168,16 @@ class Parquet(_Tables):
     def _reader(self, file: Any) -> Any:
         return pyarrow().parquet.ParquetFile(file, page_checksum_verification=True)
 
-    def _schema(self, reader: Any) -> Any:
-        return reader.schema_arrow
-
     def _groups(self, reader: Any, shard_size: int) -> list[dict[str, Any]]:
         """Groups of rows that follow each other, with at least `shard_size` rows."""
-        parts = []
+        parts, first = [], 0
         for group in range(reader.num_row_groups):
+            if not parts or parts[-1]["rows"] >= shard_size:
+                parts.append({"groups": [], "first_row": first, "rows": 0})
             rows = reader.metadata.row_group(group).num_rows
-            if parts and parts[-1]["rows"] < shard_size:
-                parts[-1]["groups"].append(group)
-                parts[-1]["rows"] += rows
-            else:
-                first = parts[-1]["first_row"] + parts[-1]["rows"] if parts else 0
-                parts.append({"groups": [group], "first_row": first, "rows": rows})
+            parts[-1]["groups"].append(group)
+            parts[-1]["rows"] += rows
+            first += rows
         return parts
 
     def _batches(self, reader: Any, names: list[str], arguments: Mapping[str, Any]) -> Iterator:
@@ -229,24 +207,21 @@ def _with_image(
 ) -> base.Annotation | base.Fault:
     """A row with its image: `image` is its path, its bytes, or a dict of both; `seen` are the names."""
     where = annotation.where
-    is_bytes = isinstance(image, bytes)
-    both = image if isinstance(image, Mapping) else {"bytes" if is_bytes else "path": image}
-    path, encoded = both.get("path"), both.get("bytes")
-    if not isinstance(encoded, bytes | None) or not isinstance(path, str | None):
-        encoded = path = None
+    if not isinstance(image, Mapping):
+        image = {"bytes" if isinstance(image, bytes) else "path": image}
+    path, encoded = image.get("path"), image.get("bytes")
+    if not isinstance(encoded, bytes | None) or not isinstance(path, str | None) or not (encoded or path):
+        return base.Fault(where, "no image", "expected the bytes of an image or its path", where)
     if encoded is None:
-        if not path:
-            return base.Fault(where, "no image", "expected the bytes of an image or its path", where)
         if not arguments["images"]:
             got = f"got a path and no --images, expected the folder of {path:.200}"
             return base.Fault(where, "no such file", got, where)
         return join.load(annotation._replace(image=path), arguments["images"])
     row = int(where.rpartition(" ")[2])
-    name = regular_file.inside(path) if path else ""
-    if not name or name == "." or len(name) > base.MAX_NAME:
+    name = regular_file.inside(path or ".")
+    if name in ("", ".") or len(name.encode()) > base.MAX_PART:
         name = f"{row:09d}.{'png' if encoded.startswith(_PNG) else 'jpg'}"
     if name in seen or arguments["first_row"]:  # other shards of the file may have that name
         name = f"{row:09d}/{name}"
     seen.add(name)
-    name = arguments["prefix"] + name
-    return join.join(annotation._replace(image=name, encoded=encoded))
+    return join.join(annotation._replace(image=arguments["prefix"] + name, encoded=encoded))

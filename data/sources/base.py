@@ -1,8 +1,5 @@
 """The protocol of a data source, `Source`, and what readers of public formats share.
 
-A source reads one format. `grain-jax annotate` and `grain-jax build` find it by its name in
-`data/sources/__init__.py`, or as `module:Class`. The fields of the class, a dataclass, are its options.
-
 To write one, subclass `data.sources.staged.ListedSource`. If images come out of larger files, write `shards`
 and `read`, which gives each annotation with its image to `data.sources.join.join`.
 """
@@ -37,6 +34,7 @@ CAUSES = (
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _MAX_FILE = 4 << 30  # bytes of a JSON file; LVIS has 1.1 GB
 MAX_NAME = 1024  # bytes of an image's name
+MAX_PART = 240  # bytes of a part of it: file systems take 255, with the ending of a file in work
 MAX_TEXT = 1 << 20  # bytes of a text or a JSON
 T = TypeVar("T")
 Id = int | str  # of public formats
@@ -44,9 +42,8 @@ Scalar = bool | int | float | str | None
 Box = list[Scalar] | None  # in a file: `join` leaves a wrong one out, and its image stays
 WHOLE = 1.0  # the score of regions that people drew: the formats have none
 SHARES = (1, 1)  # Annotation.drawn_on, if boxes are shares of width and height
-LARGEST_SHARE = (
-    1.5  # such boxes overhang a little; no file has all its boxes in the first pixels of its images
-)
+# Such boxes overhang a little; no file has all its boxes in the first pixels of its images.
+LARGEST_SHARE = 1.5
 ALL_SHARES = "boxes that all lie in [0, 1], as shares of width and height do"
 AS_SHARES = "--option unit=share of grain-jax build reads them"
 
@@ -95,7 +92,7 @@ class BoxUnit:
 
 
 class Source(Protocol):
-    """A reader of one format, as a class that is made from its own options alone.
+    """A reader of one format, as a class that is made from its own options alone: fields of a dataclass.
 
     The machine that starts a job asks one instance for `shards`; each worker makes another one and `read`s.
     Workers share no memory, so all that `read` needs stands in the shard or in the source's options.
@@ -105,16 +102,10 @@ class Source(Protocol):
     # `needs_images = False`: the source can do without `Options.images`.
 
     def shards(self, options: Options) -> list[SourceShard]:
-        """The source in pieces, in order; the same again as long as its files are the same.
-
-        Raises:
-          SourceError: the files are not as expected.
-        """
-        ...
+        """The pieces, in order; the same again as long as the files are the same. Raises SourceError."""
 
     def read(self, shard: SourceShard) -> Iterator[Annotation | Fault]:
         """The images of a piece in order, and a fault for each that cannot be used; needs no other piece."""
-        ...
 
 
 def shard_name(number: int, content: bytes) -> str:
@@ -134,14 +125,16 @@ def read_json(path: epath.PathLike, kind: type[T], expected: str) -> T:
     return regular_file.read_json(path, kind, expected, _MAX_FILE)
 
 
-def items(values: Iterable[msgspec.Raw], kind: type[T], where: str) -> Iterator[tuple[str, T | Fault]]:
-    """(WHERE[NUMBER], the item in the declared form) of a list in a JSON file; else the fault of the item."""
+def items(
+    values: Iterable[msgspec.Raw], kind: type[T], where: str, faults: list[Fault]
+) -> Iterator[tuple[str, T]]:
+    """(WHERE[NUMBER], item) of a list in a JSON file; `faults` gets those of items in another form."""
     for number, value in enumerate(values):
         position = f"{where}[{number}]"
         try:
             yield position, msgspec.json.decode(value, type=kind)
         except (ValueError, RecursionError) as error:
-            yield position, Fault(position, "bad annotation", str(error), position)
+            faults.append(Fault(position, "bad annotation", str(error), position))
 
 
 def xywh(box: Any) -> Any:

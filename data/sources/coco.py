@@ -5,7 +5,7 @@ A region is an object: its description is the category's name. Boxes around crow
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -27,9 +27,7 @@ class ImageItem(msgspec.Struct):
         self.file_name = self.file_name or "/".join(self.coco_url.split("/")[-2:])
 
 
-class Category(msgspec.Struct):
-    """An item of `categories`."""
-
+class _Category(msgspec.Struct):
     id: base.Id
     name: str
 
@@ -52,7 +50,7 @@ class File(msgspec.Struct):
 
     images: list[ImageItem]
     annotations: list[msgspec.Raw]
-    categories: list[Category] = []
+    categories: list[_Category] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,31 +62,27 @@ class Coco(base.BoxUnit, staged.ListedSource):
     """
 
     needs = "COCO's captions or instances, or a benchmark of FG-OVD"
+    space: ClassVar[str] = " "  # in the names of categories
 
     def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
         by_name: dict[str, Annotation] = {}
+        faults: list[Fault] = []
         for path in options.annotations:
             content = base.read_json(path, File, self.needs)
-            names = {x.id: options.described(self.label(x.name)) for x in content.categories}
+            names = {x.id: options.described(x.name.replace(self.space, " ")) for x in content.categories}
             by_id = {}
             for image in content.images:
                 size = self.drawn_on or (image.width, image.height)
                 new = Annotation(image.file_name, [], regions=[], left_out=[], drawn_on=size)
                 by_id[image.id] = by_name.setdefault(image.file_name, new)
-            for where, item in base.items(content.annotations, Object, f"{path}:annotations"):
-                if isinstance(item, Fault):
-                    yield item
-                elif item.image_id in by_id:
+            for where, item in base.items(content.annotations, Object, f"{path}:annotations", faults):
+                if item.image_id in by_id:
                     _add(by_id[item.image_id], item, names)
                 else:
-                    got = f"got image_id {annotations.show(item.image_id)}"
-                    expected = f"{got}, expected an image of the file"
-                    yield Fault(where, "bad annotation", expected, where)
+                    got = f"got image_id {annotations.show(item.image_id)}, expected an image of the file"
+                    faults.append(Fault(where, "bad annotation", got, where))
+        yield from faults
         yield from by_name.values()
-
-    def label(self, name: str) -> str:
-        """The name of a category as people write it."""
-        return name
 
 
 def _add(image: Any, item: Object, names: dict[base.Id, str]) -> None:
@@ -111,6 +105,4 @@ class Lvis(Coco):
     """
 
     needs = "lvis_v1_train.json or lvis_v1_val.json"
-
-    def label(self, name: str) -> str:
-        return name.replace("_", " ")
+    space = "_"

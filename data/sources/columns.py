@@ -5,8 +5,6 @@ A column's default name is its option's: `image`, `caption`, `captions`, `boxes`
 """
 
 import dataclasses
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -19,11 +17,6 @@ from grain_jax.data.sources.base import Annotation, Fault, Region
 OF_REGIONS = ("labels", "descriptions", "scores")
 NAMES = ("image", "caption", "captions", "boxes", *OF_REGIONS, "id")
 MAX_LINE = 4 << 20  # bytes of a line of text
-_LIKE_BOXES = re.compile(  # names of a column with boxes, or with one side of a box
-    r"b?box(es)?|objects|regions"
-    r"|(b?box[_.]?)?([xy][12]|[xy]_?(min|max|center)|c[xy]|left|top|right|bottom)",
-    re.IGNORECASE,
-)
 _Text = Annotated[str, msgspec.Meta(max_length=base.MAX_TEXT)]
 
 
@@ -102,7 +95,7 @@ class RowOptions(base.BoxUnit):
         except ValueError as error:
             reason = str(error).removeprefix(f"{where}: ")
             return image, Fault(where, "bad annotation", reason, where)
-        regions: Any = [(self._xyxy(box), *rest) for box, *rest in zip(boxes, texts, scores)]
+        regions: Any = zip(map(self._xyxy, boxes), texts, scores)
         return image, Annotation(
             where,
             [text for text in (columns.caption, *(columns.captions or ())) if text],
@@ -126,15 +119,6 @@ class TableOptions(RowOptions):
     """The options of a table."""
 
     image: str = ""
-
-
-def warn_of_boxes(where: object, known: Sequence[str], named: Named) -> None:
-    """Says on stderr which columns of the table look like boxes, if none is read as boxes."""
-    looking = [] if "boxes" in named.paths else list(filter(_LIKE_BOXES.fullmatch, known))
-    if looking:
-        got = f"the columns {', '.join(looking)} look like boxes and are not read"
-        advice = "--option boxes=COLUMN descriptions=COLUMN (or labels=COLUMN) reads lists"
-        print(printable.plain(f"{where}: {got}; {advice}"), file=sys.stderr)
 
 
 def _pick(value: Any, path: Sequence[str]) -> Any:

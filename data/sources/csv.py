@@ -30,14 +30,12 @@ class Csv(columns.TableOptions, staged.ListedSource):
             rows = _rows(path, self.delimiter)
             _, header = next(rows, ("", []))
             named = self.named(path, header, options)
-            columns.warn_of_boxes(path, header, named)
             for where, cells in rows:
                 if len(cells) != len(header):
                     got = f"got {len(cells)} cells, expected {len(header)} as in the first row"
                     yield base.Fault(where, "bad annotation", got, where)
                     continue
-                row = self._row(dict(zip(header, cells)), named)
-                image, annotation = self.annotation(where, row, named)
+                image, annotation = self.annotation(where, _row(dict(zip(header, cells)), named), named)
                 if isinstance(annotation, base.Fault):
                     yield annotation
                 elif image:
@@ -45,14 +43,15 @@ class Csv(columns.TableOptions, staged.ListedSource):
                 else:
                     yield base.Fault(where, "bad annotation", "got no image, expected a path", where)
 
-    def _row(self, cells: Mapping[str, str], named: columns.Named) -> dict[str, Any]:
-        """The cells; lists are JSON. What is no JSON stays as it is: the row's form says what is wrong."""
-        row: dict[str, Any] = {column: text or None for column, text in cells.items()}
-        for name in named.paths.keys() - {"image", "caption", "id"}:
-            column = named.paths[name][0]
-            with contextlib.suppress(msgspec.DecodeError):
-                row[column] = msgspec.json.decode(cells[column]) if cells[column] else None
-        return row
+
+def _row(cells: Mapping[str, str], named: columns.Named) -> dict[str, Any]:
+    """The cells; lists are JSON. What is no JSON stays as it is: the row's form says what is wrong."""
+    row: dict[str, Any] = {column: text or None for column, text in cells.items()}
+    for name in named.paths.keys() - {"image", "caption", "id"}:
+        column = named.paths[name][0]
+        with contextlib.suppress(msgspec.DecodeError):
+            row[column] = msgspec.json.decode(cells[column] or "null")
+    return row
 
 
 def _rows(path: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:

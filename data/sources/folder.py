@@ -3,7 +3,6 @@
 So are the files that img2dataset writes by default: 00000/000000012.jpg and 000000012.txt.
 """
 
-import os
 from collections.abc import Iterator
 
 from etils import epath
@@ -17,11 +16,10 @@ class Folder(staged.ListedSource):
     """The folder's images, in the order of their names."""
 
     def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
-        return _entries(epath.Path(options.images), "", set())
+        return _entries(epath.Path(options.images), "")
 
 
-def _entries(folder: epath.Path, below: str, seen: set[str]) -> Iterator[Annotation | Fault]:
-    seen.add(os.path.realpath(folder))
+def _entries(folder: epath.Path, below: str) -> Iterator[Annotation | Fault]:
     if not folder.is_dir():
         raise base.SourceError(f"--images {folder}: no such folder, expected images")
     paths = sorted(folder.iterdir(), key=lambda path: path.name)
@@ -40,8 +38,4 @@ def _entries(folder: epath.Path, below: str, seen: set[str]) -> Iterator[Annotat
                     continue
             yield Annotation(image, (caption,))
         elif path.is_dir():
-            if os.path.realpath(path) in seen or len(image) > base.MAX_NAME:
-                got = "a folder that was read already, or too deep a one"
-                yield Fault(image, "unreadable", f"got {got}, expected folders without links")
-            else:
-                yield from _entries(path, image + "/", seen)
+            yield from _entries(path, image + "/")

@@ -55,7 +55,7 @@ def join(annotation: Annotation) -> Annotation | Fault:
             return Fault(image, "another size", got, where)
         scale = size if drawn_on == base.SHARES else (1, 1)
         for position, values in enumerate(annotation.regions):
-            region = _region(*values, size=size, scale=scale)
+            region = _region(Region(*values), size, scale)
             if isinstance(region, Region):
                 kept[position] = len(regions)
                 regions.append(region)
@@ -98,16 +98,9 @@ def _unreadable(image: str, error: Exception, where: str) -> Fault:
     return Fault(image, cause, reason, where)
 
 
-def _region(
-    box: Any,
-    description: Any,
-    score: Any,
-    negatives: Any = (),
-    *,
-    size: tuple[int, int],
-    scale: tuple[int, int],
-) -> Region | tuple[str, str]:
+def _region(values: Any, size: tuple[int, int], scale: tuple[int, int]) -> Region | tuple[str, str]:
     """The region, or (cause, detail)."""
+    box, description, score, negatives = values
     got = f"got box {annotations.show(box)}"
     if fault := annotations.box_fault(box):
         return "bad box", f"{got}, {fault}"

@@ -46,13 +46,11 @@ class FineHard(staged.ListedSource):
     needs = "jsonfiles, a folder of FineHARD's .json: f_path, caption, bbox_info"
 
     def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
+        faults: list[Fault] = []
         for path in map(epath.Path, options.annotations):
             for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
                 values = base.read_json(file, list[msgspec.Raw], self.needs)
-                for _, item in base.items(values, _FineHardItem, str(file)):
-                    if isinstance(item, Fault):
-                        yield item
-                        continue
+                for _, item in base.items(values, _FineHardItem, str(file), faults):
                     yield Annotation(
                         item.f_path.lstrip("/"),
                         [item.short_caption or ""],
@@ -60,6 +58,7 @@ class FineHard(staged.ListedSource):
                         [region.region() for region in item.bbox_info],
                         drawn_on=base.SHARES,
                     )
+        yield from faults
 
 
 class _Sentence(msgspec.Struct):
@@ -104,11 +103,6 @@ class _GenomeRegion(msgspec.Struct):
     height: base.Scalar = None
     phrase: base.Scalar = None
 
-    def region(self) -> Region:
-        phrase: Any = self.phrase
-        box = base.xywh([self.x, self.y, self.width, self.height])
-        return Region(box, phrase, base.WHOLE)
-
 
 class _GenomeItem(msgspec.Struct):
     """In region_descriptions.json: `id` or `image_id`, `regions`; in image_data.json the rest."""
@@ -129,19 +123,19 @@ class VisualGenome(staged.ListedSource):
     needs = "Visual Genome's region_descriptions.json or image_data.json"
 
     def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
-        described, sizes = [], {}
+        described: list[Any] = []
+        sizes, faults = {}, []
         for path in options.annotations:
             values = base.read_json(path, list[msgspec.Raw], self.needs)
-            for _, item in base.items(values, _GenomeItem, path):
-                if isinstance(item, Fault):
-                    yield item
-                elif item.regions is not None:
+            for _, item in base.items(values, _GenomeItem, path, faults):
+                if item.regions is not None:
                     described.append(item)
                 else:
                     sizes[item.image_id] = (item.width, item.height)
         if not described:
             named_files = ", ".join(options.annotations)
             raise base.SourceError(f"{named_files}: expected region_descriptions.json among them")
+        yield from faults
         root = epath.Path(options.images)
         files = {
             path.stem: path.relative_to(root).as_posix()
@@ -153,5 +147,6 @@ class VisualGenome(staged.ListedSource):
         for item in described:
             identity = item.image_id if item.id is None else item.id
             image = files.get(str(identity), f"{identity}.jpg")
-            regions = [region.region() for region in item.regions]
+            boxes = (base.xywh([x.x, x.y, x.width, x.height]) for x in item.regions)
+            regions = [Region(box, x.phrase, base.WHOLE) for x, box in zip(item.regions, boxes)]
             yield Annotation(image, regions=regions, drawn_on=sizes.get(identity))

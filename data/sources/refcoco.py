@@ -50,25 +50,22 @@ class RefCoco(staged.ListedSource):
         content, refs = base.read_json(paths[0], coco.File, self.needs), _load(paths[1], self.needs)
         base.check_split(paths[1], options.split, {ref.split for ref in refs})
         images = {image.id: image for image in content.images}
-        boxes: dict[base.Id | None, coco.Object] = {}
-        for _, item in base.items(content.annotations, coco.Object, f"{paths[0]}:annotations"):
-            if isinstance(item, Fault):
-                yield item
-            else:
-                boxes[item.id] = item
+        faults: list[Fault] = []
+        items = base.items(content.annotations, coco.Object, f"{paths[0]}:annotations", faults)
+        boxes = {item.id: item for _, item in items}
         sentences: dict[base.Id, list[tuple[Any, str]]] = collections.defaultdict(list)
         for number, ref in enumerate(refs):
             if options.split not in ("", ref.split):
                 continue
             item, where = boxes.get(ref.ann_id), f"{paths[1]}[{number}]"
             if item is None or item.image_id != ref.image_id or ref.image_id not in images:
-                got = f"got image_id {ref.image_id}, ann_id {ref.ann_id}"
-                detail = f"{got}, expected both in instances.json"
-                yield Fault(where, "bad annotation", detail, where)
+                got = f"got image_id {ref.image_id}, ann_id {ref.ann_id}, expected both in instances.json"
+                faults.append(Fault(where, "bad annotation", got, where))
                 continue
             box = base.xywh(item.bbox)
             box = tuple(box) if isinstance(box, list | tuple) else box
             sentences[ref.image_id] += ((box, sentence.sent) for sentence in ref.sentences)
+        yield from faults
         for identity, pairs in sentences.items():
             image, by_box = images[identity], collections.defaultdict(list)
             for box, text in dict.fromkeys(pairs):

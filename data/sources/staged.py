@@ -1,7 +1,6 @@
 """Sources whose images are files and whose annotations are a few large files, or none: cut into lists.
 
-The annotations are read once, in the process that starts the job; a worker reads a list of some images. So a
-worker needs neither COCO's 500 MB nor the time to find its part of them.
+The annotations are read once, in the process that starts the job; a worker reads a list of some images.
 """
 
 import abc
@@ -21,9 +20,7 @@ class ListedSource(abc.ABC):
 
     Your class may lie in any module that Python finds: `--source module:Class`. If it is a frozen dataclass,
     its fields are options: `--option KEY=VALUE` sets one, and a ValueError of `__post_init__` is one line.
-
-    Attributes:
-      needs: what --annotations must name; "" for a source that has no such files.
+    `needs` says what --annotations must name; "" for a source that has no such files.
     """
 
     images_are_files: ClassVar[bool] = True

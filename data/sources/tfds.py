@@ -42,7 +42,7 @@ class Tfds:
         ]
 
     def read(self, shard: base.SourceShard) -> Iterator[base.Annotation | base.Fault]:
-        """The range's images, as they are stored. Raises SourceError if its features cannot be read."""
+        """The range's images, as they are stored. Raises SourceError: its features cannot be read."""
         split, start, stop = (shard.arguments[name] for name in ("split", "start", "stop"))
         folder = shard.arguments["directory"]
         try:

@@ -9,7 +9,6 @@ tar; its images are called TAR/MEMBER, since keys may be repeated in another tar
 import dataclasses
 import itertools
 import json
-import math
 import re
 import tarfile
 import urllib.parse
@@ -22,15 +21,7 @@ from etils import epath
 from grain_jax.core import images, nearest, regular_file
 from grain_jax.data.sources import base, columns, join
 
-_MAX_PART = 255  # bytes of a part of a name: no file system takes more
 _UNWANTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, half surrogates
-_HEADERS = (  # members that are part of the next one's header, read whole
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
 
 
 class Tars:
@@ -66,23 +57,20 @@ class Tars:
     def _image(
         self, name: str, files: dict[str, Any], seen: set[str], options: base.Options
     ) -> base.Annotation | base.Fault:
-        """A sample's image; `seen` are the names of those before it, and then its own too."""
+        """A sample's image; `seen` are the names of those before it."""
         ending = next(filter(_is_image, files), None)
         if ending is None:
             got = ", ".join(files)
             return base.Fault(name, "no image", f"got {got:.200}, expected an image beside it")
         image = f"{name}.{ending}"
-        fault = _name_fault(image, seen)
-        seen.add(image)
-        if not fault and None in files.values():
-            most = f"{images.MAX_BYTES:,} bytes, and {base.MAX_TEXT:,} of a text"
-            return base.Fault(image, "too large", f"expected an image of at most {most}")
         try:
-            annotation = None if fault else self.entry(image, files, options)
-        except ValueError as error:
-            fault = str(error)
-        if fault:
-            return base.Fault(image, "bad annotation", fault)
+            _check_name(image, seen)
+            if None in files.values():
+                most = f"{images.MAX_BYTES:,} bytes, and {base.MAX_TEXT:,} of a text"
+                return base.Fault(image, "too large", f"expected an image of at most {most}")
+            annotation = self.entry(image, files, options)
+        except (ValueError, OverflowError) as error:
+            return base.Fault(image, "bad annotation", str(error))
         return join.join(annotation._replace(encoded=files[ending]))
 
     def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
@@ -149,23 +137,21 @@ class Grit(Tars):
             )
         regions = []
         for start, end, x1, y1, x2, y2, score in spans:
-            if not (math.isfinite(start) and math.isfinite(end)):
-                raise ValueError(f"got characters {start} to {end}, expected finite numbers")
             text = item.caption[int(start) : int(end)]
             regions.append(base.Region((x1, y1, x2, y2), text, score))
         return base.Annotation(image, (item.caption,), regions=regions, drawn_on=base.SHARES)
 
 
-def _name_fault(image: str, seen: set[str]) -> str:
-    """What is wrong with an image's name; "" if nothing is."""
+def _check_name(image: str, seen: set[str]) -> None:
+    """Raises ValueError: the name cannot be a file's, or is one of `seen`, which then has it."""
     if image in seen:
-        return "the name is there twice, expected it once"
+        raise ValueError("the name is there twice, expected it once")
+    seen.add(image)
     parts = image.split("/")
     if _UNWANTED.search(image) or ".." in parts:
-        return "expected a name in UTF-8 without control characters and without .."
-    if len(image.encode()) > base.MAX_NAME or max(len(x.encode()) for x in parts) > _MAX_PART:
-        return f"expected a name of at most {base.MAX_NAME} bytes, {_MAX_PART} for each part"
-    return ""
+        raise ValueError("expected a name in UTF-8 without control characters and without ..")
+    if len(image.encode()) > base.MAX_NAME or max(len(x.encode()) for x in parts) > base.MAX_PART:
+        raise ValueError(f"expected a name of at most {base.MAX_NAME} bytes, {base.MAX_PART} for each part")
 
 
 def metadata(files: dict[str, bytes]) -> dict[str, Any]:
@@ -188,7 +174,8 @@ class _Member(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error}, expected a member or the tar's end") from None
-        if member.size < 0 or (member.type in _HEADERS and member.size > base.MAX_TEXT):
+        # Members that are no file are part of the next one's header, which is read whole.
+        if member.size < 0 or (not member.isreg() and member.size > base.MAX_TEXT):
             raise tarfile.ReadError(f"a header says {member.size} bytes")
         return member
 
@@ -196,8 +183,7 @@ class _Member(tarfile.TarInfo):
 def _samples(path: epath.Path, prefix: str) -> Iterator[tuple[str, dict[str, Any]] | base.Fault]:
     """(PREFIX/KEY, ending -> bytes) of each sample, the tar read once; at last what is wrong with it.
 
-    Only a sample's texts and its first image are read; the bytes are None if they are too many, or the
-    files. Links, devices and sparse files are no part of a sample.
+    Only a sample's texts and its first image are read; the bytes are None if they are too many.
     """
     try:
         length = regular_file.length(path)
@@ -213,8 +199,6 @@ def _samples(path: epath.Path, prefix: str) -> Iterator[tuple[str, dict[str, Any
                         fits = 0 <= member.size <= most
                         files[ending] = tar.extractfile(member).read() if fits else None
                 yield f"{prefix}/{key}", files
-    except FileNotFoundError:
-        yield base.Fault(f"{prefix}.tar", "no such file", f"there is no {path}")
     except Exception as error:  # tarfile also raises ValueError, IndexError, RecursionError
         lost = "the sample before it and all behind it are lost"
         detail = f"{error or type(error).__name__}; {lost}"

@@ -1,6 +1,6 @@
 """The data of the comparison: an aviary or your folder, divided into classes for validation and the test.
 
-    python -m examples.claim.data --output runs/claim/data [--poses | --source DIR]
+    python -m examples.claim.data --output runs/claim/data [--source DIR]
 
 DIR has these files:
 
@@ -14,58 +14,27 @@ import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
-from typing import Any
 
-from grain_jax.core import errors
 from grain_jax.data import build
 from grain_jax.data.aviary import __main__ as aviary
 from grain_jax.input_pipeline import record_folders
 
 PARTS = ("A.jsonl", "seen", "unseen", "unseen.json", "test/A.jsonl", "test/unseen.jsonl")
 NAME = "claim"  # of the record set
-# Easier poses, and the demo's.
-AVIARY: Mapping[str, str] = dict(
-    pair.split("=")
-    for pair in "seed=23 images=16000 test_images=400 seen_per_species=10 unseen_per_species=15"
-    " held_out_genera=20 scale_from=0.95 turn=3 shift=0.02 least_parts=8 most_parts=8 caption_parts=4"
-    " wrong_descriptions=0.05 wrong_names=0.03 missing_names=0.02 caption_errors=0.05".split()
-)
-POSES: Mapping[str, Any] = dict(scale_from=0.8, turn=6.0, shift=0.04, mirrored=0.5)
-
-
-def draw(folder: pathlib.Path, options: Mapping[str, Any]) -> None:
-    """Draws an aviary with these options of `grain-jax aviary`, unless it is there."""
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    if aviary.main([f"--output={folder}", *flags]):
-        raise errors.UserError(f"{folder}: could not be drawn")
-
-
-def prepare(source: pathlib.Path, output: pathlib.Path) -> None:
-    """Builds the records of the folder `source` and divides its classes; does again only what is missing.
-
-    Raises:
-      UserError: a part of the folder is missing, or its annotations have faults.
-    """
-    missing = [part for part in PARTS if not (source / part).exists()]
-    if missing:
-        raise errors.UserError(f"--source: {source} has no {', '.join(missing)}; --help says what it needs")
-    records = output / "records"
-    if not (records / NAME / record_folders.VERSION).exists():  # moved there when it is complete
-        flags = [f"--annotations={source / 'A.jsonl'}", f"--images={source}"]
-        if build.main([*flags, f"--output={records}", f"--name={NAME}"]):
-            raise errors.UserError(f"{source}: its records could not be built")
-    divide(source, output)
+BIRDS = (  # flags of `grain-jax aviary`
+    "--seed=23 --images=16000 --test-images=400 --seen-per-species=10 --unseen-per-species=15"
+    " --held-out-genera=20 --scale-from=0.95 --turn=3 --shift=0.02 --least-parts=8 --most-parts=8"
+    " --caption-parts=4 --wrong-descriptions=0.05 --wrong-names=0.03 --missing-names=0.02"
+    " --caption-errors=0.05"
+).split()
 
 
 def divide(source: pathlib.Path, output: pathlib.Path) -> None:
     """Links images of seen classes, in turns, and held-out ones, by halves, into folders for each split."""
     described = json.loads((source / "unseen.json").read_text())
-    names = list(described)  # the order of the file keeps related classes together
-    halves = {"validation": names[: len(names) // 2], "test": names[len(names) // 2 :]}
-    for split, classes in halves.items():
-        for name in classes:
-            link(source / "unseen" / name, output / f"unseen_{split}" / name)
+    for number, name in enumerate(described):  # the order of the file keeps related classes together
+        split = "validation" if number < len(described) // 2 else "test"
+        link(source / "unseen" / name, output / f"unseen_{split}" / name)
     for folder in sorted((source / "seen").iterdir()):
         for number, image in enumerate(sorted(folder.iterdir())):
             split = ("validation", "test")[number % 2]
@@ -84,21 +53,23 @@ def link(target: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def main() -> int:
-    """Parses the command line; returns the exit status."""
+    """Makes what is missing; returns the exit status."""
     raw, name = argparse.RawDescriptionHelpFormatter, "python -m examples.claim.data"
     parser = argparse.ArgumentParser(name, None, __doc__, formatter_class=raw)
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--source", type=pathlib.Path, metavar="DIR", help="your own data")
-    which.add_argument("--poses", action="store_true", help="draw harder poses")
+    parser.add_argument("--source", type=pathlib.Path, metavar="DIR", help="your own data")
     args = parser.parse_args()
-    try:
-        if not (source := args.source):
-            draw(source := args.output / "aviary", {**AVIARY, **(POSES if args.poses else {})})
-        prepare(source, args.output)
-    except errors.UserError as error:
-        print(f"examples.claim.data: {error}", file=sys.stderr)
-        return error.status
+    source, records = args.source or args.output / "aviary", args.output / "records"
+    if not args.source and aviary.main([f"--output={source}", *BIRDS]):
+        return 2
+    if missing := [part for part in PARTS if not (source / part).exists()]:
+        print(f"--source: {source} has no {', '.join(missing)}; --help says what it needs", file=sys.stderr)
+        return 2
+    if not (records / NAME / record_folders.VERSION).exists():  # moved there when it is complete
+        flags = [f"--annotations={source / 'A.jsonl'}", f"--images={source}"]
+        if build.main([*flags, f"--output={records}", f"--name={NAME}"]):
+            return 2
+    divide(source, args.output)
     return 0
 
 

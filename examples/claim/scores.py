@@ -15,11 +15,10 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TEMPERATURES = (0.02, 0.05, 0.1)  # of log-sum-exp over queries, in cosines
 
 
-def grid_boxes(cells: int, side: int) -> np.ndarray:
-    """All boxes that are `side` of `cells` wide and high, xyxy [n, 4] in [0, 1]."""
-    first = np.arange(cells - side + 1)
-    y, x = (each.ravel() for each in np.meshgrid(first, first, indexing="ij"))
-    return np.stack([x, y, x + side, y + side], axis=1) / cells
+def grid_boxes(cells: int, *sides: int) -> np.ndarray:
+    """All boxes that are one of `sides` of `cells` wide and high, xyxy [n, 4] in [0, 1]."""
+    every = [(x, y, s) for s in sides for y in range(cells - s + 1) for x in range(cells - s + 1)]
+    return np.array([(x, y, x + s, y + s) for x, y, s in every]) / cells
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +28,7 @@ class Scores(zeroshot.ZeroShot):
     shown = ("image/alpha_1.0/top1",)
     kind: str = "scores"
     names: bool = False
-
-    @property
-    def needs(self):
-        """Nothing: a model without regions has the score of the image, and of fixed boxes."""
-        return ()
+    needs = ()  # a model without regions has the score of the image, and of fixed boxes
 
     def evaluate(self, predictor):
         """Per score and share of the global score `SCORE/alpha_A/top1`.
@@ -43,21 +38,17 @@ class Scores(zeroshot.ZeroShot):
         """
         test_set = self.open()
         texts = encode.encode_texts(predictor, self.described(test_set))
-        features = scores.class_features(texts)
-        fixed = {}
+        features, fixed = scores.class_features(texts), {}
         if predictor.has_box_head:
-            windows = [grid_boxes(predictor.grid, side) for side in (2, 3)]
-            fixed["windows"] = np.concatenate(windows)
-            fixed["parts"] = np.concatenate([grid_boxes(side, 1) for side in (1, 2, 3)])
+            fixed["windows"] = grid_boxes(predictor.grid, 2, 3)
+            fixed["parts"] = np.concatenate([grid_boxes(cells, 1) for cells in (1, 2, 3)])
 
         def answers(batch):
             seen = encode.embed(predictor, batch, regions=predictor.has_regions)
             by = {"image": scores.global_scores(seen["image_embed"], features)}
             if predictor.has_regions:
-                for how in ("mean", "best"):
-                    by[how] = scores.region_scores(seen["embed"], texts, how)
-                for t in TEMPERATURES:
-                    by[f"logsumexp_{t}"] = soft_best(seen["embed"], texts, t)
+                by |= {how: scores.region_scores(seen["embed"], texts, how) for how in ("mean", "best")}
+                by |= {f"logsumexp_{t}": soft_best(seen["embed"], texts, t) for t in TEMPERATURES}
             for name, boxes in fixed.items():
                 embeds = predictor.encode_boxes(batch.pixels, [boxes] * len(batch.index))
                 by[name] = scores.region_scores(np.stack(embeds), texts, "best")
@@ -67,9 +58,8 @@ class Scores(zeroshot.ZeroShot):
                 hits[f"{name}/alpha_{alpha}"] = rates.topk_hits(score, batch.labels, 1)
             return hits
 
-        prepare = encode.resizing(predictor)
         read = dict(label=self.kind, batch_size=self.batch_size)
-        arrays, unreadable = encode.over_images(test_set, prepare, answers, **read)
+        arrays, unreadable = encode.over_images(test_set, encode.resizing(predictor), answers, **read)
         counts = rates.counts_of_classes(arrays.pop("target"), list(test_set.classes))
         result = {"kind": self.kind, **counts, **encode.report_unreadable(unreadable)}
         for name, hits in arrays.items():

@@ -181,10 +181,12 @@ def test_pictures_depend_on_seed_and_number_only(small, tmp_path):
     assert (tmp_path / "other" / "A.jsonl").read_text().splitlines() == lines[:50]
 
 
-def test_complete_folder_is_left_alone_and_another_is_refused(small, capsys):
+def test_complete_folder_is_left_alone_and_another_is_refused(small, tmp_path, capsys):
     assert not generate.write(small, SMALL)
-    with pytest.raises(ValueError, match="holds another dataset"):
-        generate.write(small, dataclasses.replace(SMALL, seed=1))
+    (tmp_path / "A.jsonl").write_text("{}\n")
+    for folder in (small, tmp_path):
+        with pytest.raises(ValueError, match="holds another dataset"):
+            generate.write(folder, dataclasses.replace(SMALL, seed=1))
     assert main(["--output", str(small)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -214,45 +216,31 @@ def test_a_kill_before_any_write_is_made_good_by_the_same_command(tmp_path, monk
             generate.write(tmp_path / str(number), settings)
         assert generate.write(tmp_path / str(number), settings)
         assert _hashes(tmp_path / str(number)) == _hashes(tmp_path / "whole")
-    for name in ("settings.json", "A.jsonl"):  # another dataset's
-        folder = tmp_path / f"other {name}"
-        folder.mkdir()
-        (folder / name).write_text("{}\n")
-        with pytest.raises(ValueError, match="holds another dataset"):
-            generate.write(folder, settings)
 
 
 TWO = "--images 2 --seen-per-species 0 --unseen-per-species 0 --test-images 0 --genera 2"
 TWO += " --species-per-genus 1 --held-out-genera 0 --processes 1"
 
 
-def test_records_of_a_build_that_was_cut_off_are_built_again(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(build, "build", lambda flags: asked.append(flags) or "")
+def test_records_are_built_unless_they_are_whole_or_another_process_has_them(tmp_path, monkeypatch, capsys):
+    asked, target = [], epath.Path(tmp_path / "r" / "birds" / "1.0.0")
     arguments = ["--output", str(tmp_path / "x"), "--records", str(tmp_path / "r")]
     arguments += ["--name", "birds", "--size=160", *TWO.split()]
-    assert main(arguments) == 0 and len(asked) == 1
-    with Image.open(tmp_path / "x" / "images" / "000001.jpg") as image:
-        assert image.size == (160, 160) and image.format == "JPEG"
-    (tmp_path / "r" / "birds" / "incomplete.new_1.0.0").mkdir(parents=True)
-    (tmp_path / "r" / "birds" / "faults.jsonl").write_text("")
-    assert main(arguments) == 0 and len(asked) == 2
-    (tmp_path / "r" / "birds" / "1.0.0").mkdir()
-    assert main(arguments) == 0 and len(asked) == 2
-
-
-def test_records_that_another_process_exchanges_are_left_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build, "build", lambda flags: pytest.fail("it was built"))
-    assert main(["--output", str(tmp_path / "x"), *TWO.split()]) == 0
-    target = epath.Path(tmp_path / "r" / "birds" / "1.0.0")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "build", lambda flags: asked.append(flags) or "")
+        assert main(arguments) == 0 and len(asked) == 1
+        with Image.open(tmp_path / "x" / "images" / "000001.jpg") as image:
+            assert image.size == (160, 160) and image.format == "JPEG"
+        (target.parent / "incomplete.new_1.0.0").mkdir(parents=True)  # of a build that was cut off
+        assert main(arguments) == 0 and len(asked) == 2
+    old = target.parent / "incomplete.old_1.0.0"
     with staging.locked(target):
-        old = target.parent / "incomplete.old_1.0.0"
         old.mkdir()  # between the two renames of a build
-        capsys.readouterr()
-        arguments = ["--output", str(tmp_path / "x"), "--records", str(tmp_path / "r")]
-        assert main([*arguments, "--name", "birds", *TWO.split()]) == 2
-        assert old.exists() and not target.exists()
+        assert main(arguments) == 2 and old.exists() and not target.exists()
     assert f"{target}: in use by another process; " in capsys.readouterr().err
+    assert main(arguments) == 0 and (target / "dataset_info.json").exists() and not old.exists()
+    monkeypatch.setattr(build, "build", lambda flags: pytest.fail("it was built"))
+    assert main(arguments) == 0
 
 
 def test_an_image_stays_the_same_to_the_bit(aviary):

@@ -34,16 +34,3 @@ def test_a_shard_is_done_when_all_its_files_are_there(output):
     assert output.done("c") == set()
     output.join("a", ["2", "1"], "A.jsonl")
     assert lines_of(output, "A.jsonl") == [{"in": "a/2"}, {"in": "a/1"}]
-
-
-def test_a_record_shows_damage_to_itself_and_to_the_files_of_its_shard(output):
-    record = {"digests": {"a/1": output.put("\u00e9", "a", "1")}, "image": "\udcff.jpg"}
-    output.put_record(record, "r", "1")
-    assert output.read_record("r", "1") == record and output.check(record) is None
-    for name, damage in (("a/1", b""), ("r/1", b"{}"), ("r/1", None), ("a/1", None)):
-        path = output.path(name)
-        path.unlink() if damage is None else path.write_bytes(damage)
-        reason = "No such file or directory" if damage is None else "damaged, not what was written"
-        with pytest.raises(job.Damaged) as error:
-            output.read_record("r", "1") if name[0] == "r" else output.check(record)
-        assert str(error.value) == f"{path}: {reason}"

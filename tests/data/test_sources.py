@@ -95,38 +95,25 @@ def folder_sample(folder):
     return options(folder)
 
 
-def webdataset_sample(folder):
+def grit_sample(folder):
     for shard in range(2):
         members = []
         for number in range(shard * COUNT // 2, (shard + 1) * COUNT // 2):
-            key = f"{shard:05d}{number:04d}"
-            item = {"caption": caption(number), "url": "http://x", "key": key, "status": "success"}
-            members += [
-                (f"{key}.jpg", encoded(number)),
-                (f"{key}.txt", caption(number).encode()),
-                (f"{key}.json", json.dumps(item).encode()),
-            ]
+            text, spans, key = caption(number), [], f"{shard:05d}{number:04d}"
+            for box, description in regions(number):
+                start = text.index(description)
+                spans.append([start, start + len(description), *shares(box), 0.75])
+            # As img2dataset writes them: numbers of such a column are all floats.
+            item = {"caption": text, "key": key, "ref_exps": [list(map(float, span)) for span in spans]}
+            item["noun_chunks"] = item["ref_exps"][:1]
+            for ending, content in (("json", json.dumps(item)), ("txt", text)):
+                members.append((f"{key}.{ending}", content.encode()))
+            members.insert(-2, (f"{key}.jpg", encoded(number)))
         write_tar(folder / f"images/{shard:05d}.tar", members)
     return options(folder)
 
 
-def grit_sample(folder):
-    members = []
-    for number in range(COUNT):
-        text, spans = caption(number), []
-        for box, description in regions(number):
-            start = text.index(description)
-            spans.append([start, start + len(description), *shares(box), 0.75])
-        # As img2dataset writes them: numbers of such a column are all floats.
-        item = {"caption": text, "ref_exps": [list(map(float, span)) for span in spans]}
-        item["noun_chunks"] = item["ref_exps"][:1]
-        members += [
-            (f"{number:09d}.jpg", encoded(number)),
-            (f"{number:09d}.json", json.dumps(item).encode()),
-            (f"{number:09d}.txt", text.encode()),
-        ]
-    write_tar(folder / "images/00000.tar", members)
-    return options(folder)
+webdataset_sample = grit_sample  # which has more in its JSON
 
 
 def write_objects(path, image=lambda n: {"file_name": f"{n:012d}.jpg"}, negatives=False):

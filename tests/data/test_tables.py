@@ -1,6 +1,5 @@
 """Tables as sources: the same records whatever file says it, columns by name, sets without captions."""
 
-import contextlib
 import json
 import shutil
 import unicodedata
@@ -167,21 +166,3 @@ def test_a_fault_of_a_source_names_the_file_and_its_line(tmp_path, capsys):
     flags = ["--source=csv", "--annotations", path, "--max-faults=0.9"]
     status, lines = run_build(tmp_path, capsys, *flags)
     assert status == 0 and sorted(lines[:2]) == [f"{path}:4: {cells}", f"{path}:5: {gone}"]
-
-
-def test_columns_that_look_like_boxes_are_named_where_none_is_read(tmp_path, capsys):
-    box = {"xmin": 1, "ymin": 1, "xmax": 9, "ymax": 9}
-    look = "look like boxes and are not read; --option boxes=COLUMN descriptions=COLUMN"
-    for name, columns, expected in (
-        ("four", box, f"xmin, ymin, xmax, ymax {look}"),
-        ("list", {"objects": [[1, 1, 9, 9]]}, f"objects {look}"),
-        ("size", {"width": 9, "height": 9}, ""),
-    ):
-        table = pa.table({"image": ["a.jpg"]} | {x: [value] for x, value in columns.items()})
-        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-        (tmp_path / f"{name}.csv").write_text(f"image,{','.join(columns)}\n")
-        for file in (tmp_path / f"{name}.csv", tmp_path / f"{name}.parquet"):
-            with contextlib.suppress(sources.SourceError):  # the CSV file has no row
-                sources.shards(file.suffix[1:], options(tmp_path, file))
-            said = capsys.readouterr().err
-            assert said.startswith(f"{file}: the columns {expected}") if expected else not said

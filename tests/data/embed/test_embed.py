@@ -263,7 +263,7 @@ def test_a_damaged_part_is_made_again(many, tmp_path, capsys):
     flipped = lambda whole: whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
     for kind, damage in (
         ("region_emb", lambda whole: whole[:-1]),
-        ("done", None),  # also a kill after the files were written
+        *(("img_emb", None), ("done", None)),  # also a kill after the files were written
         *((kind, flipped) for kind in ("img_emb", "region_emb", "metadata", "done")),
     ):
         path = job.path(kind, 2)
@@ -272,8 +272,9 @@ def test_a_damaged_part_is_made_again(many, tmp_path, capsys):
         if damage:
             path.write_bytes(damage(whole))
         assert sorted(job.done()) == [0, 1, 3, 4, 5, 6, 7]
-        named = capsys.readouterr().err.count("damaged, not what was written; its shard is made again")
-        assert named == (damage is not None)
+        reason = "damaged, not what was written" if damage else "No such file or directory"
+        named = capsys.readouterr().err.count(f"{path}: {reason}; its shard is made again")
+        assert named == (damage is not None or kind != "done")
         assert go(job) == 4 and job.path(kind, 2).read_bytes() == whole
     assert_whole(tmp_path / "out")
 
