@@ -7,10 +7,13 @@ from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.core import schema
 from grain_jax.runtime import ending
-from grain_jax.train import forward, train_step
+from grain_jax.train import forward, sharding, train_step
 from tests import runs
 
 SHALLOW = {f"model__{tower}__depth": 1 for tower in ("image", "text", "decoder")}
+# Towers alone: the decoder takes longest to compile.
+TWO_TOWERS = {"model__decoder": None, "model__image__pool": "mean", "input__max_regions": 0}
+TWO_SHALLOW = TWO_TOWERS | {"model__image__depth": 1, "model__text__depth": 1}
 
 
 class EndsAt(ending.PreemptionHandler):
@@ -54,6 +57,18 @@ def config(**overrides) -> config_lib.Config:
 def small(**overrides) -> config_lib.Config:
     """`config` with as little to compile, to step and to store as there can be."""
     return config(**{k.replace(".", "__"): v for k, v in runs.SMALL.items()} | overrides)
+
+
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """The mesh of the first devices."""
+    axes = config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor)
+    return sharding.make_mesh(axes, jax.devices()[: data * fsdp * tensor])
+
+
+def program(c: config_lib.Config, devices: int | None = None) -> train_step.Program:
+    """The program of a run of 10 steps on so many devices, or all."""
+    place = sharding.make_mesh(c.mesh, jax.devices()[:devices])
+    return train_step.build(c, place, total_steps=10, steps_per_epoch=1)
 
 
 def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:

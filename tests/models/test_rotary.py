@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
-from grain_jax.models import attention, grain, layers, placement, rotary, vit
+from grain_jax.models import grain, vit
 from grain_jax.train import flops, optim
 from tests import foreign, tiny
-from tests.models.test_attention import _loss
 
 SIZES: dict[str, Any] = dict(
     patch_size=8, width=48, depth=2, heads=3, mlp_dim=64, qk_norm=False, norm_eps=1e-5
@@ -83,51 +81,6 @@ def test_dinov3_of_transformers(size, gated):
     tower = _tower(image_size=size, **DINOV3, **kind)  # another size: rope follows
     tokens = lambda images: module(images).last_hidden_state
     _same_as(module, tokens, tower, formats.hf_dinov3("model."))
-
-
-def _attention(program, qk_norm, key_bias):
-    init = layers.normal(0.3)
-    return attention.Attention(
-        48,
-        4,
-        jnp.dtype("float32"),
-        init,
-        init,
-        init,
-        1e-6 if qk_norm else None,
-        program=program,
-        key_bias=key_bias,
-    )
-
-
-@pytest.mark.parametrize("program,qk_norm,mesh_shape", [("pallas", False, (2, 2, 2)), ("cudnn", True, None)])
-def test_every_attention_program_rotates(monkeypatch, program, qk_norm, mesh_shape):
-    real = jax.nn.dot_product_attention
-    of_xla = lambda *qkv, implementation, **seen: real(*qkv, implementation="xla", **seen)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", of_xla)  # a CPU has no cuDNN
-    x = jax.random.normal(jax.random.key(0), (8, 10, 48))
-    weight = jax.random.normal(jax.random.key(2), x.shape)
-    xla, other = (_attention(name, qk_norm, not qk_norm) for name in ("xla", program))
-    params, again = (
-        jax.jit(lambda layer=layer: layer.init(jax.random.key(3), x, x, x))() for layer in (xla, other)
-    )
-    jax.tree.map(np.testing.assert_array_equal, params, again)
-    rotation = rotary.of_grid(3, theta=100.0, head_dim=12, leading=1)
-    expected = _loss(xla, None, weight, rotation)(params, x)
-    unrotated = _loss(xla, None, weight)(params, x)
-    assert abs(unrotated[0] - expected[0]) > 1e-2
-    mesh = None
-    if mesh_shape is not None:
-        mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
-        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
-    with placement.on(mesh, ("data", "fsdp") if mesh else ()):
-        got = _loss(other, None, weight, rotation)(params, x)
-    jax.tree.map(lambda a, b: foreign.close(np.asarray(a), np.asarray(b)), got, expected)
-    grads = [grain.flat(result[1][0]["params"]) for result in (expected, unrotated)]
-    assert ("key/bias" in grads[0]) != qk_norm
-    if not qk_norm:  # without rotation it has no gradient
-        of_rotated, of_other = (np.abs(x["key/bias"]).max() for x in grads)
-        assert of_rotated > 1 > 1e4 * of_other
 
 
 def test_registers_follow_the_class_token_and_have_no_position():

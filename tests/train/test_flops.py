@@ -116,9 +116,6 @@ def test_losses_by_hand():
     assert boxes == count() + 5 * 2 * (2048 * 5) * 512
 
 
-_TWO_TOWERS = dict(model__decoder=None, model__image__pool="mean")
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -144,7 +141,7 @@ def test_the_backward_pass_has_two_products_for_one(config):
     "boxes",
     [
         dict(model__boxes__kind="roi_align", model__boxes__bins=3),
-        dict(model__boxes__kind="roi_align", **_TWO_TOWERS),
+        dict(model__boxes__kind="roi_align", model__decoder=None, model__image__pool="mean"),
     ],
     ids=["roi_align", "no decoder"],
 )

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from grain_jax.core import metrics_file
-from grain_jax.train import goodput, run
-from tests import tiny
+from grain_jax.train import goodput
 
 
 @pytest.fixture
@@ -86,20 +85,3 @@ def test_the_slowest_process_is_named(monkeypatch):
     )
     assert goodput.warning(numbers | {"process/slowest_step_seconds": 0.5}) is None
     assert goodput.warning({}) is None
-
-
-def test_a_run_that_resumes_has_the_time_of_both(tmp_path, one_device):
-    c = tiny.small(total_steps=4, checkpoint_every=2)
-    with pytest.raises(SystemExit):
-        run.train(c, tmp_path, handler=tiny.EndsAt(3))
-    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert first["step"] == 3 and first["time/restore"] == 0
-    run.train(c, tmp_path)
-    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines] == [1, 2, 3, 4]
-    for line in lines:
-        assert sum(line[f"time/{kind}"] for kind in goodput.KINDS) == pytest.approx(1, abs=1e-6)
-    last = lines[-1]
-    assert last[goodput.SECONDS] > first[goodput.SECONDS] and last["time/restore"] > 0
-    assert last["time/compile"] * last[goodput.SECONDS] > 0
-    assert last[goodput.REPEATED] == 0

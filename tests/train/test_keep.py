@@ -11,19 +11,14 @@ from torch.nn import functional as F
 from examples.loss import smoothness
 from grain_jax.core import errors, schema
 from grain_jax.models import grain
-from grain_jax.train import flops, forward, sharding, train_step
+from grain_jax.train import flops, forward, train_step
 from tests import perturbed, tiny
 from tests.models.test_towers import Colours
 
 pytestmark = pytest.mark.long
 
 SIDE, PATCH = 4, 8
-TWO_TOWERS = {
-    "model__decoder": None,
-    "model__image__pool": "mean",
-    "model__image__image_size": SIDE * PATCH,
-    "input__max_regions": 0,
-}
+TWO_TOWERS = tiny.TWO_TOWERS | {"model__image__image_size": SIDE * PATCH}
 BOXES = {"model__boxes__kind": "roi_align", "loss__box_description": 1.0, "input__max_regions": 5}
 
 
@@ -161,7 +156,6 @@ def test_flops_are_those_of_the_kept_tokens():
 )  # fmt: skip
 def test_what_sees_all_patches_is_a_line(changes, message):
     c = config(model__image__keep=0.5, **changes)
-    mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     with pytest.raises(errors.UserError, match=rf"^model\.image\.keep: got .*{message}"):
-        program = train_step.build(c, mesh, total_steps=2, steps_per_epoch=1)
+        program = tiny.program(c, 1)
         program.step.lower(program.state, program.batch)

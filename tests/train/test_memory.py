@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from grain_jax.core import errors
-from grain_jax.train import memory_check, run, sharding, train_step
+from grain_jax.train import memory_check, run
 from tests import tiny
 
 pytestmark = pytest.mark.long
@@ -17,10 +17,7 @@ KEYS = ("--config.microbatches", "--config.remat=full", "--config.mesh.fsdp")
 
 @pytest.fixture(scope="module")
 def sizes():
-    config = CONFIG
-    mesh = sharding.make_mesh(config.mesh)
-    program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=1.0)
-    return memory_check.state_bytes(program)
+    return memory_check.state_bytes(tiny.program(CONFIG))
 
 
 @pytest.mark.parametrize("room, part", [(-1, "parameters, moments"), (0, "(state and batch")])

@@ -55,15 +55,6 @@ def test_texts_are_counted_from_line_to_line():
         counts.check(10, lambda: "more rows")
 
 
-def test_lines_beyond_the_restored_step_are_removed(tmp_path):
-    _write(tmp_path, 0, {step: step for step in range(1, 6)})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # killed in the middle of a line
-    _write(tmp_path, 3, {4: 40})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
-
-
 @pytest.mark.parametrize("term", ["loss_uniform", "grad_norm"])
 def test_the_first_bad_term_is_named(term):
     said = f"^{term} is nan at step 9; it was finite at step 5"
@@ -112,20 +103,14 @@ def test_what_the_line_shows_adds_up_to_its_loss(now, capsys):
     assert sum(math.prod(map(float, x)) for x in products) == pytest.approx(float(loss), abs=3e-3)
 
 
-@pytest.fixture
-def object_store(tmp_path, monkeypatch):
-    """A folder that is treated as an object store."""
-    (tmp_path / "store" / "tensorboard").mkdir(parents=True)
-    monkeypatch.setattr(metrics_writer, "is_object_store", lambda path: True)
-    return tmp_path / "store"
-
-
 def _steps(file):
     return [json.loads(line)["step"] for line in file.read_text().splitlines()]
 
 
-def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(object_store):
-    store = object_store
+def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(tmp_path, monkeypatch):
+    store = tmp_path / "store"  # a folder that is treated as one
+    (store / "tensorboard").mkdir(parents=True)
+    monkeypatch.setattr(metrics_writer, "is_object_store", lambda path: True)
     first = metrics_writer.MetricsWriter(store, 0)
     for step in range(1, 8):
         first.write(step, {"loss": 1.0})
@@ -162,18 +147,20 @@ def _scalars(folder):
     return scalars, purges
 
 
-def test_tensorboard_has_each_step_at_once_and_forgets_those_beyond_a_restart(tmp_path):
+def test_a_restart_forgets_the_steps_beyond_it_and_tensorboard_has_each_at_once(tmp_path):
     first = metrics_writer.MetricsWriter(tmp_path, 0)
     for step in range(1, 6):
         first.write(step, {"loss": float(step), "eval/birds/top1": 0.5})
-    folder = tmp_path / "tensorboard"
+    folder, file = tmp_path / "tensorboard", tmp_path / "metrics.jsonl"
     expected = [(s, {"loss": float(s), "eval/birds/top1": 0.5}) for s in range(1, 6)]
     assert _scalars(folder) == (expected, [1])  # before it is closed: a kill loses nothing
     first.close()
-    second = metrics_writer.MetricsWriter(tmp_path, 3)
-    second.write(4, {"loss": 40.0})
-    second.close()
+    with file.open("a") as lines:
+        lines.write('{"step": 6, "lo')  # killed in the middle of a line
+    _write(tmp_path, 3, {4: 40})
     assert _scalars(folder) == ([*expected, (4, {"loss": 40.0})], [1, 4])
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
 class _Run:

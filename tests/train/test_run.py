@@ -15,7 +15,7 @@ from grain_jax.core import errors, progress
 from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending
-from grain_jax.train import faults, metrics_writer, run, set_up
+from grain_jax.train import faults, goodput, metrics_writer, run, set_up
 from tests import runs, tiny
 from tests.paths import ROOT
 
@@ -29,6 +29,10 @@ TOKENIZER = {"model__text__vocab_size": 49408}
 
 def _config(**changes):
     return tiny.small(**{k.replace(".", "__"): v for k, v in RUN.items()} | changes)
+
+
+def raw_lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def test_workdir_holds_what_the_contract_says(finished):
         assert (finished / name).exists(), name
     assert not (finished / "checkpoints" / "2").exists()  # checkpoint_keep = 4
     assert config.from_dict(json.loads((finished / "config.json").read_text())) == _config()
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = raw_lines(finished)
     assert [line["step"] for line in lines] == list(range(1, 11))
     terms = [f"loss_{term}" for term in ("image_caption", "region_description", "box")]
     texts = ("texts_dropped", "texts_dropped_share", "texts_too_long_share")
@@ -154,6 +158,7 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, t
     assert "compiling the training step, usually under a minute for a small model" in said
     assert "saved at step 1 of 10" in said
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    (first,) = raw_lines(tmp_path)
     handler = ending.PreemptionHandler()
     handler.tell(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
@@ -161,6 +166,13 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, t
     assert end.value.code == ending.PREEMPTED == 75
     run.train(_config(), tmp_path)
     assert runs.lines(tmp_path) == runs.lines(finished)
+    lines = raw_lines(tmp_path)  # with the time of all three
+    for line in lines:
+        assert sum(line[f"time/{kind}"] for kind in goodput.KINDS) == pytest.approx(1, abs=1e-6)
+    last = lines[-1]
+    assert first["time/restore"] == 0 < last["time/restore"]
+    assert last[goodput.SECONDS] > first[goodput.SECONDS] and last["time/compile"] > 0
+    assert last[goodput.REPEATED] == 0
 
 
 def test_an_object_store_has_the_lines_of_a_checkpoint_before_it(tmp_path, monkeypatch):
@@ -178,15 +190,6 @@ def test_an_object_store_has_the_lines_of_a_checkpoint_before_it(tmp_path, monke
     assert there == [2, 4, 6, 8, 10]
 
 
-@pytest.fixture
-def workdir(finished, tmp_path):
-    """The same run, as it was at step 4."""
-    shutil.copytree(finished, tmp_path / "run")
-    for step in (6, 8, 10):
-        shutil.rmtree(tmp_path / "run/checkpoints" / str(step))
-    return tmp_path / "run"
-
-
 def _assert_goes_on(finished, workdir):
     before, after = runs.lines(finished), runs.lines(workdir)
     assert [line["step"] for line in after] == list(range(1, 11))
@@ -195,7 +198,11 @@ def _assert_goes_on(finished, workdir):
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
 
 
-def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, workdir):
+def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for step in (6, 8, 10):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
     command = runs.command(workdir, RUN | runs.SMALL, processes=2, devices=4)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
