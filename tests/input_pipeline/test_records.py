@@ -92,8 +92,8 @@ def _built_again(folder, lines):
 
 
 @pytest.fixture(scope="module")
-def output_with_gaps(tmp_path_factory):
-    """A set whose records lack a web caption, a synthetic one or regions."""
+def with_gaps(tmp_path_factory):
+    """(a set, its lines); some lack a web caption, a synthetic one or regions, that have 0 to 4 negatives."""
     folder = tmp_path_factory.mktemp("gaps")
     lines = record_sets.write_annotations(folder / "in", 16, size=(16, 16))
     for number, line in enumerate(lines):
@@ -101,15 +101,18 @@ def output_with_gaps(tmp_path_factory):
             del line["caption"], line["captions"]
         if number % 5 == 2:
             line["synthetic_caption"] = ""
-    return _built_again(folder, lines)
+        for i, region in enumerate(line["regions"]):
+            negatives = (len(line["regions"]) * 2 + i) % 5
+            region["negatives"] = [f"the lower part {i} of {n}" for n in range(100, 100 + negatives)]
+    return _built_again(folder, lines), lines
 
 
 @pytest.mark.parametrize("captions,best", [(1, 2), (3, 1)])
-def test_several_captions_of_an_image(output_with_gaps, captions, best):
+def test_several_captions_of_an_image(with_gaps, captions, best):
     keys = dict(captions_per_image=captions, descriptions_in_captions=best, max_regions=2)
     keys |= dict(pack_rows=6, synthetic_caption_rate=1.0)
-    config = record_sets.config(output_with_gaps, **keys)
-    single = record_sets.config(output_with_gaps, synthetic_caption_rate=0.0)
+    config = record_sets.config(with_gaps[0], **keys)
+    single = record_sets.config(with_gaps[0], synthetic_caption_rate=0.0)
     gaps = 0
     for batch, of_single in zip(take(config, 2), take(single, 2)):
         assert batch.caption_at.shape == (8, captions, 2)
@@ -136,20 +139,8 @@ def test_several_captions_of_an_image(output_with_gaps, captions, best):
     assert captions == 1 or gaps > 2
 
 
-@pytest.fixture(scope="module")
-def output_with_negatives(tmp_path_factory):
-    """A set whose regions have 0 to 4 negatives."""
-    folder = tmp_path_factory.mktemp("negatives")
-    lines = record_sets.write_annotations(folder / "in", 16, size=(16, 16))
-    for line in lines:
-        for i, region in enumerate(line["regions"]):
-            number = (len(line["regions"]) * 2 + i) % 5
-            region["negatives"] = [f"the lower part {i} of {n}" for n in range(100, 100 + number)]
-    return _built_again(folder, lines), lines
-
-
-def test_negatives_stay_with_their_regions(output_with_negatives):
-    output, lines = output_with_negatives
+def test_negatives_stay_with_their_regions(with_gaps):
+    output, lines = with_gaps
     sizes = dict(max_regions=2, pack_rows=8)
     config = record_sets.config(output, negatives_per_region=3, **sizes)
     seen = {}

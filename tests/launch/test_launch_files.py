@@ -175,6 +175,14 @@ TPU_JOBSET = ("gke.yaml", dict(ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x8
 GPU_JOBSET = ("gke_gpu.yaml", dict(ACCELERATOR="nvidia-h100-80gb"))
 
 
+CAUSES = {  # in the message of a Job that Kubernetes ended by its podFailurePolicy
+    "failed with exit code 2 matching": "FailJobSet",
+    "failed with exit code 75 matching": "RestartJobSetAndIgnoreMaxRestarts",
+    "failed with exit code 134 matching": "RestartJobSetAndIgnoreMaxRestarts",
+    "has condition DisruptionTarget matching": "RestartJobSetAndIgnoreMaxRestarts",
+}
+
+
 @pytest.mark.parametrize("file, values", [TPU_JOBSET, GPU_JOBSET])
 def test_a_jobset_as_rendered_not_run(file, values):
     jobset, replicated, job, arguments = _jobset(file, **values)
@@ -196,19 +204,8 @@ def test_a_jobset_as_rendered_not_run(file, values):
     assert values["ACCELERATOR"] in pod["nodeSelector"].values()
     (limit,) = container["resources"]["limits"].values()
     assert (limit, container["args"]) == (4, [command])
-
-
-CAUSES = {  # in the message of a Job that Kubernetes ended by its podFailurePolicy
-    "failed with exit code 2 matching": "FailJobSet",
-    "failed with exit code 75 matching": "RestartJobSetAndIgnoreMaxRestarts",
-    "failed with exit code 134 matching": "RestartJobSetAndIgnoreMaxRestarts",
-    "has condition DisruptionTarget matching": "RestartJobSetAndIgnoreMaxRestarts",
-}
-
-
-@pytest.mark.parametrize("file, values", [TPU_JOBSET, GPU_JOBSET])
-def test_wrong_input_ends_a_jobset_and_a_preemption_starts_it_again(file, values):
-    policy = _jobset(file, **values)[0]["spec"]["failurePolicy"]
+    # Wrong input ends it, and a preemption starts it again.
+    policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 3  # of a Job that ended for another reason
     assert all(rule["onJobFailureReasons"] == ["PodFailurePolicy"] for rule in policy["rules"])
     for cause, action in CAUSES.items():

@@ -273,8 +273,7 @@ def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, g
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=atol, err_msg=str(path))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_streamed_losses_equal_their_plain_forms(devices):
+def test_streamed_losses_equal_their_plain_forms():
     """Losses and gradients; query j has box j, so that the matching is known."""
     c = tiny.config(input__captions_per_image=2, loss__deep_supervision=False)
     batch, outputs = tiny.batch(c), random_outputs(c)
@@ -301,11 +300,9 @@ def test_streamed_losses_equal_their_plain_forms(devices):
             case "box_description":
                 return contrastive.plain_box_description(flat(o.box_embed), texts, ids, scale)
 
-    mesh = sharding.make_mesh(c.mesh) if devices == 8 else None
-    axes = sharding.BATCH_AXES if mesh else ()
     every = ("image_caption", "image_description", "region_description", "box_description")
     config = dataclasses.replace(c.loss, **dict.fromkeys(every, 1.0))
-    streamed = lambda o: losses.total_loss(o, batch, config, mesh=mesh, batch_axes=axes).terms
+    streamed = lambda o: losses.total_loss(o, batch, config).terms
     (got, got_gradient), (expected, gradient) = (
         jax.jit(lambda o, f=f: (f(o), jax.grad(lambda o: sum(f(o)[x] for x in every))(o)))(outputs)
         for f in (streamed, lambda o: {name: plain(o, name) for name in every})
@@ -391,5 +388,3 @@ def test_no_gradient_flows_through_the_matching():
     cost = np.random.default_rng(0).normal(size=(2, 5, 5)).astype(np.float32)
     grad = jax.grad(lambda c: matching.match(c, np.ones((2, 5), bool)).query_index.astype(float).sum())(cost)
     assert not np.any(grad)
-
-

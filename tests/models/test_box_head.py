@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 
+from grain_jax.core import boxes as boxes_lib
 from grain_jax.models import box_head, grain
 from tests import perturbed, tiny
 
@@ -68,8 +69,7 @@ def test_a_box_has_an_embedding_of_its_own_and_leaves_the_rest_of_the_model_alon
     params = perturbed.params(c.model)
     plain = grain.GRAIN(tiny.small().model, "float32")
     kept = {k: v for k, v in params.items() if k not in ("box_head", "box_projection")}
-    centre, size = batch.region_boxes_cxcywh[..., :2], batch.region_boxes_cxcywh[..., 2:]
-    corners = np.concatenate([centre - size / 2, centre + size / 2], axis=-1)
+    corners = boxes_lib.cxcywh_to_xyxy(batch.region_boxes_cxcywh)
 
     @jax.jit
     def run(params):
@@ -86,3 +86,30 @@ def test_a_box_has_an_embedding_of_its_own_and_leaves_the_rest_of_the_model_alon
     assert without.box_embed is None
     for name in ("image_embed", "text_embed", "region_embed", "region_text_embed"):
         np.testing.assert_allclose(getattr(out, name), getattr(without, name), atol=1e-6)
+
+
+def test_boxes_and_queries_of_an_image_of_another_size():
+    """They read its 9 patches, not the 25 of the config."""
+    model = perturbed.tiny(boxes__kind="roi_align", image__depth=1, decoder__depth=1)
+    params, module = perturbed.params(model), grain.GRAIN(model)
+    images = np.random.default_rng(1).normal(size=(2, 24, 24, 3)).astype(np.float32)
+    boxes = np.array([[[0.1, 0.2, 0.7, 0.8], [0, 0, 1, 1]]] * 2, np.float32)
+
+    def all_of(module):
+        tokens = module.image_tokens(images)
+        return tokens, module.embeddings(tokens), module.box_embeddings(tokens, boxes)
+
+    run = jax.jit(lambda params: module.apply({"params": params}, method=all_of))
+    tokens, (image_embed, regions, *_), box_embed = run(params)
+    assert tokens.shape == (2, 10, 48)
+    assert image_embed.shape == (2, 28) and regions.shape == (2, 3, 28)
+    np.testing.assert_allclose(np.linalg.norm(box_embed, axis=-1), np.ones((2, 2)), atol=1e-5)
+    head = model.boxes
+    features = torch.tensor(np.asarray(tokens[:, 1:])).reshape(2, 3, 3, 48).permute(0, 3, 1, 2)
+    aligned = torchvision.ops.roi_align(
+        features, list(torch.tensor(boxes * 3)), head.bins, 1.0, head.samples, aligned=True
+    )
+    rows = aligned.permute(0, 2, 3, 1).reshape(2, 2, -1).numpy()
+    expected = rows @ np.asarray(grain.flat(params)["box_projection/kernel"])
+    expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(box_embed, expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The options of DINOv3, against transformers: rotary positions, registers, layer scale."""
+"""Positions of the image tower and the options of DINOv3, against transformers; images of other sizes."""
 
 from typing import Any
 
@@ -6,9 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
+from transformers.models.clip import modeling_clip
+from transformers.models.siglip import modeling_siglip
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
+from grain_jax.core import errors
 from grain_jax.models import grain, vit
 from grain_jax.train import flops, optim
 from tests import foreign, tiny
@@ -39,8 +44,6 @@ def _same_as(module, tokens_of, tower, rows, size=None):
 
     The images have the tower's size, or `size`.
     """
-    import torch
-
     parameters = dict(module.named_parameters())
     params = tables.read(rows, {k: v.detach().numpy() for k, v in parameters.items()}, _shapes(tower))
     images = _images(size or tower.image_size)
@@ -69,8 +72,6 @@ def _same_as(module, tokens_of, tower, rows, size=None):
 
 @pytest.mark.parametrize("size,gated", [(32, False), (48, True)])
 def test_dinov3_of_transformers(size, gated):
-    import transformers
-
     config = transformers.DINOv3ViTConfig(
         image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3
     )
@@ -108,7 +109,7 @@ def test_registers_follow_the_class_token_and_have_no_position():
 
 def test_flops_count_what_the_options_add():
     """17 tokens of width 32: registers, the gate of an MLP of 64; 2 layers."""
-    count = lambda **changes: flops.per_image(tiny.config(**changes)).image
+    count = lambda **changes: flops.per_image(tiny.config(**tiny.TWO_TOWERS | changes)).image
     width, mlp, depth = 32, 64, 2
     tokens = 1 + (16 // tiny.config().model.image.patch_size) ** 2
     of_token = 2 * depth * width * (4 * width + 2 * mlp)
@@ -118,3 +119,37 @@ def test_flops_count_what_the_options_add():
     added = 3 * of_token + pairs(tokens + 3) - pairs(tokens)
     assert count(model__image__registers=3) - plain == added
     assert count(model__image__rope="centres", model__image__layer_scale=True) == plain
+
+
+@pytest.mark.parametrize("side,leading,grid", [(7, 1, 3), (4, 0, 7), (14, 1, 6), (5, 1, 1), (2, 0, 3)])
+def test_positions_are_resized_as_by_transformers(side, leading, grid):
+    """With CLIP's class token, and without one as SigLIP."""
+    rng = np.random.default_rng(side)
+    positions = rng.normal(size=(leading + side**2, 6)).astype(np.float32)
+    name = ("Siglip", "CLIP")[leading]
+    config = getattr(transformers, f"{name}VisionConfig")
+    config = config(hidden_size=6, num_attention_heads=1, image_size=2 * side, patch_size=2)
+    modeling = (modeling_siglip, modeling_clip)[leading]
+    module = getattr(modeling, f"{name}VisionEmbeddings")(config)
+    theirs = module.position_embedding.weight
+    theirs.data = torch.tensor(positions)
+    tokens = torch.zeros(1, leading + grid**2, 6)
+    expected = module.interpolate_pos_encoding(tokens, 2 * grid, 2 * grid)[0]
+    cotangent = rng.normal(size=expected.shape).astype(np.float32)
+    expected.backward(torch.tensor(cotangent))
+    resized, pull = jax.vjp(lambda x: vit.resized_positions(x, leading, grid), positions)
+    np.testing.assert_allclose(resized, expected.detach(), atol=2e-6)
+    np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], theirs.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("position_init", ["normal", "sincos2d"])
+def test_parameters_are_those_of_the_configured_size(position_init):
+    module = vit.ImageTransformer(_tower(image_size=32, position_init=position_init), jnp.dtype("float32"))
+    init = jax.jit(module.init)
+    same, other = (init(jax.random.key(0), _images(size)) for size in (32, 24))
+    jax.tree.map(np.testing.assert_array_equal, same, other)
+    assert grain.flat(same["params"])["position_embed"].shape == (17, 48)
+    with pytest.raises(errors.UserError, match="image: got 36 x 36 pixels, expected a square of"):
+        module.apply(same, _images(36))
+    with pytest.raises(errors.UserError, match="got 24 x 32 pixels"):
+        module.apply(same, _images(32)[:, :24])

@@ -40,8 +40,7 @@ DECODER = dict(
 CONFIGS = {
     "decoder": DECODER,
     "terms": tiny.TWO_SHALLOW | dict(loss__terms=terms.ENTRIES, optim__name="muon"),
-    "lora": tiny.TWO_SHALLOW
-    | dict(optim__lora__rank=4, optim__lora__alpha=6.0, optim__learning_rate=0.02),
+    "lora": tiny.TWO_SHALLOW | dict(optim__lora__rank=4, optim__lora__alpha=6.0, optim__learning_rate=0.02),
 }
 ONE = dict(mesh__data=1)
 EIGHT = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, microbatches=2, loss__tile=7)
