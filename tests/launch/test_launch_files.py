@@ -128,26 +128,16 @@ def test_tpu_vm_creates_and_waits(stand_in, tmp_path):
     assert _run("launch/tpu_vm.sh", "create", **TPU, **kind).returncode == 1
 
 
-@pytest.fixture
-def worker(stand_in, tmp_path):
-    """The home of a worker; returns what puts a script in the place of its Python."""
+def test_tpu_vm_runs_on_all_workers_with_the_words_intact_and_does_not_wait(stand_in, tmp_path):
     # The stand-in does what ssh does: a shell takes the command apart, in the worker's home.
     home = tmp_path / "home"
-    (home / "grain" / ".venv" / "bin").mkdir(parents=True)
+    python = home / "grain" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
     in_shell = f'cd {home} && HOME={home} bash -c "${{last#--command=}}"'
     stand_in("gcloud", f'last="${{@: -1}}"; {in_shell}')
-
-    def python(script):
-        path = home / "grain" / ".venv" / "bin" / "python"
-        path.write_text(f"#!/bin/bash\n{script}\n")
-        path.chmod(0o755)
-        return home
-
-    return python
-
-
-def test_tpu_vm_runs_on_all_workers_with_the_words_intact_and_does_not_wait(stand_in, worker):
-    home = worker('printf "%s\\n" "$@" >~/words; echo $$ >~/pid.new; mv ~/pid.new ~/pid; exec sleep 60')
+    script = 'printf "%s\\n" "$@" >~/words; echo $$ >~/pid.new; mv ~/pid.new ~/pid; exec sleep 60'
+    python.write_text(f"#!/bin/bash\n{script}\n")
+    python.chmod(0o755)
     began = time.monotonic()
     done = _run("launch/tpu_vm.sh", "run", "--config", "a b.py", "--config.x='y'", **TPU)
     took = time.monotonic() - began  # until its output is closed

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, progress; lost texts and losses."""
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, progress, its time; lost texts, losses."""
 
 import json
 import math
@@ -7,10 +7,12 @@ import struct
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from grain_jax import losses
-from grain_jax.train import faults, metrics_writer, rates
+from grain_jax.core import metrics_file
+from grain_jax.train import faults, goodput, metrics_writer, rates
 from tests import tiny
 
 pytestmark = pytest.mark.quick
@@ -65,9 +67,10 @@ def test_the_first_bad_term_is_named(term):
 
 @pytest.fixture
 def now(monkeypatch):
-    """What the clock says: now[0]."""
+    """What the clocks say: now[0] seconds, and as many after 1000 in the time of day."""
     now = [0.0]
-    monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(goodput.time, "time", lambda: 1000 + now[0])
     return now
 
 
@@ -196,3 +199,72 @@ def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monk
     assert options["id"] == again["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
     assert options["project"] == "birds" and options["name"] == tmp_path.name
     assert options["resume"] == "allow" and options["config"]["batch_size"] == 16
+
+
+def _line_of(step, clock):
+    values = {"step": step, **clock.numbers()}
+    return metrics_file.Line(step, values, json.dumps(values))
+
+
+def _seconds(clock):
+    numbers = clock.numbers()
+    total = numbers[goodput.SECONDS]
+    return {k: round(numbers[f"time/{k}"] * total, 6) for k in goodput.KINDS if numbers[f"time/{k}"]}
+
+
+def test_two_kills_are_counted_by_hand(now):
+    clock = goodput.Clock()
+    now[0] = 2.0  # other
+    with clock.spend("compile"):
+        now[0] = 12.0
+    lines = []
+    with clock.spend("steps"):
+        for step in (1, 2, 3):
+            with clock.spend("input"):
+                now[0] += 1.0
+            now[0] += 9.0
+            lines.append(_line_of(step, clock))
+    assert _seconds(clock) == dict(other=2, compile=10, steps=27, input=3)
+    now[0] = 50.0  # killed at 42, after step 3; the checkpoint has step 1
+    clock = goodput.Clock()
+    clock.resume_from(lines, 1)
+    assert _seconds(clock) == dict(other=2, compile=10, steps=9, input=1, repeated=20, stopped=8)
+    with clock.spend("steps"):
+        now[0] += 10.0
+        again = _line_of(2, clock)
+    assert clock.numbers()[goodput.REPEATED] == 2
+    lines = [lines[0], again]
+    now[0] = 61.0
+    clock = goodput.Clock()  # killed again; nothing was saved
+    clock.resume_from(lines, 0)
+    expected = dict(other=2, compile=10, repeated=40, stopped=9)
+    assert _seconds(clock) == expected and clock.numbers()[goodput.REPEATED] == 4
+    assert sum(clock.numbers()[f"time/{kind}"] for kind in goodput.KINDS) == pytest.approx(1)
+    assert clock.words() == "steps lost by a restart 65.6%, compiling 16.4%, stopped 14.8%, other 3.3%"
+
+
+def test_a_clock_that_goes_on_without_lines_is_new(now):
+    clock = goodput.Clock()
+    clock.resume_from([metrics_file.Line(3, {"step": 3, "loss": 1.0}, "")], 3)
+    now[0] = 5.0
+    assert _seconds(clock) == dict(other=5)
+
+
+def test_the_slowest_process_is_named(monkeypatch):
+    rows = np.array([[0.1, np.nan, np.nan], [1.6, 5e9, 6e9]])
+    monkeypatch.setattr(goodput.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(goodput.multihost_utils, "process_allgather", lambda own: rows)
+    numbers = goodput.of_processes(goodput.Own(0.1, np.nan, np.nan))
+    assert numbers == {
+        "memory_bytes": 5e9,
+        "memory_peak_bytes": 6e9,
+        "process/slowest": 1,
+        "process/slowest_step_seconds": 1.6,
+        "process/fastest_step_seconds": 0.1,
+    }
+    said = goodput.warning(numbers)
+    assert said == (
+        "process 1 is slow: 1.60 s per step beside the wait for devices, the fastest process 0.10 s"
+    )
+    assert goodput.warning(numbers | {"process/slowest_step_seconds": 0.5}) is None
+    assert goodput.warning({}) is None

@@ -36,14 +36,6 @@ def _params(c):
     return sharding.unbox(jax.eval_shape(init))
 
 
-def test_matrices_alone_decay_by_default():
-    flat = grain.flat(optim.decay_mask(_params(tiny.config())))
-    for name, decays in flat.items():
-        assert decays == name.endswith("/kernel"), name
-    assert {"logit_scale", "image/class_token", "decoder/query_embed"} <= set(flat)
-    assert flat["image/blocks/attention/query/kernel"]
-
-
 def _orthogonal(m):
     """Five Newton-Schulz iterations of Muon on a matrix, in float64 (Jordan 2024)."""
     x = m.T if m.shape[0] > m.shape[1] else m
@@ -139,11 +131,12 @@ def test_the_rounding_of_an_element_depends_on_its_place_alone():
         assert up.mean() == pytest.approx(expected, abs=0.03)
 
 
-def _layer(name, depth):
-    """How many layers lie above, and of which layer, by the name of a parameter: written down once more."""
+def _layers_above(name, model):
+    """How many layers lie above each layer of a parameter, by its name: written down once more."""
     tower, _, rest = name.partition("/")
     if tower not in ("image", "text") or rest.startswith("norm/"):
         return [0]
+    depth = getattr(model, tower).depth
     return list(range(depth, 0, -1)) if rest.startswith("blocks/") else [depth + 1]
 
 
@@ -153,7 +146,7 @@ def _layer(name, depth):
 def test_the_update_is_torchs_adamw_with_a_group_a_layer(decay, frozen, clip):
     torch = pytest.importorskip("torch")
     keys = dict(optim__layer_decay=decay, optim__frozen=frozen, optim__clip_norm=clip)
-    c = tiny.config(**keys, model__text__vocab_size=500)
+    c = tiny.config(**keys, model__text__vocab_size=500, model__text__depth=4)
     rng = np.random.default_rng(0)
     draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
     params = jax.tree.map(draw, _params(c))
@@ -161,7 +154,7 @@ def test_the_update_is_torchs_adamw_with_a_group_a_layer(decay, frozen, clip):
     state = tx.init(params)
     theirs, groups = {}, []
     for name, x in grain.flat(params).items():
-        above = _layer(name, depth=2)
+        above = _layers_above(name, c.model)
         layers = x if len(above) > 1 else x[None]
         theirs[name] = [torch.nn.Parameter(torch.tensor(a, dtype=torch.float64)) for a in layers]
         if not any(re.fullmatch(pattern, name) for pattern in frozen):
@@ -185,18 +178,6 @@ def test_the_update_is_torchs_adamw_with_a_group_a_layer(decay, frozen, clip):
     for name, x in grain.flat(params).items():
         theirs_now = np.stack([p.detach().numpy() for p in theirs[name]]).reshape(x.shape)
         np.testing.assert_allclose(x, theirs_now, rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-def test_layer_decay_counts_each_towers_own_layers():
-    c = tiny.config(model__text__depth=4)
-    scales = grain.flat(optim.layer_scales(_params(c), 0.5))
-    np.testing.assert_array_equal(scales["image/blocks/mlp/in/bias"], [[0.25], [0.5]])
-    np.testing.assert_array_equal(scales["text/blocks/mlp/in/kernel"].ravel(), [0.0625, 0.125, 0.25, 0.5])
-    expected = {"image/class_token": 0.125, "image/position_embed": 0.125}
-    expected |= {"image/patch_embed/bias": 0.125, "text/token_embed/embedding": 0.03125}
-    ones = ("image/norm/scale", "text_norm/bias", "text_projection/kernel", "decoder/query_embed")
-    for name, scale in (expected | dict.fromkeys((*ones, "logit_scale"), 1)).items():
-        assert scales[name] == scale, name
 
 
 def test_layer_decay_that_is_off_leaves_the_states_form():
