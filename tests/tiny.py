@@ -111,15 +111,20 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
     return batch._replace(negative_at=negative_at, negative_mask=negative_mask)
 
 
-def state(program: train_step.Program) -> train_step.TrainState:
-    """Step 0 with random parameters, as NumPy arrays: to compile `init` takes longer than a step."""
+def params(shapes, spread: float = 0.1):
+    """Random parameters of these shapes, as NumPy arrays: to compile `init` takes longer than a step."""
     rng = np.random.default_rng(0)
 
     def draw(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         value = {"logit_scale": np.log(1 / 0.07)}.get(name, float(name.endswith("/scale")))
-        return np.float32(value + (name != "logit_scale") * rng.normal(0, 0.1, x.shape))
+        return np.float32(value + (name != "logit_scale") * rng.normal(0, spread, x.shape))
 
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def state(program: train_step.Program) -> train_step.TrainState:
+    """Step 0 with random parameters, as NumPy arrays."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.state)
-    params = jax.tree_util.tree_map_with_path(draw, program.state.params)
-    return zeros._replace(params=params, ema_params=params if program.state.ema_params else {})
+    drawn = params(program.state.params)
+    return zeros._replace(params=drawn, ema_params=drawn if program.state.ema_params else {})

@@ -150,21 +150,6 @@ def test_tpu_vm_runs_on_all_workers_with_the_words_intact_and_does_not_wait(stan
     assert "tpu-vm ssh pod --zone=us-central1-a --worker=all --command=" in stand_in.called()[0]
 
 
-def _jobset(file, **values):
-    """The JobSet of a file of launch/ with these values, which are all that it takes, and its one Job."""
-    text = (LAUNCH / file).read_text()
-    values |= dict(NAME="grain", IMAGE="r/grain:1", HOSTS="8", CHIPS="4")
-    values |= dict(ARGS="--config demo --workdir gs://b/r: # --config.optim.b1=0.9")
-    assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values)
-    jobset = yaml.safe_load(re.sub(r"\$\{(\w+)\}", lambda name: values[name[1]], text))
-    (replicated,) = jobset["spec"]["replicatedJobs"]
-    return jobset, replicated, replicated["template"]["spec"], values["ARGS"]
-
-
-TPU_JOBSET = ("gke.yaml", dict(ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x8", SLICES="2"))
-GPU_JOBSET = ("gke_gpu.yaml", dict(ACCELERATOR="nvidia-h100-80gb"))
-
-
 CAUSES = {  # in the message of a Job that Kubernetes ended by its podFailurePolicy
     "failed with exit code 2 matching": "FailJobSet",
     "failed with exit code 75 matching": "RestartJobSetAndIgnoreMaxRestarts",
@@ -173,9 +158,21 @@ CAUSES = {  # in the message of a Job that Kubernetes ended by its podFailurePol
 }
 
 
-@pytest.mark.parametrize("file, values", [TPU_JOBSET, GPU_JOBSET])
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("gke.yaml", dict(ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x8", SLICES="2")),
+        ("gke_gpu.yaml", dict(ACCELERATOR="nvidia-h100-80gb")),
+    ],
+)
 def test_a_jobset_as_rendered_not_run(file, values):
-    jobset, replicated, job, arguments = _jobset(file, **values)
+    """The file with these values, which are all that it takes."""
+    text, arguments = (LAUNCH / file).read_text(), "--config demo --workdir gs://b/r: # --config.optim.b1=0.9"
+    values = values | dict(NAME="grain", IMAGE="r/grain:1", HOSTS="8", CHIPS="4", ARGS=arguments)
+    assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values)
+    jobset = yaml.safe_load(re.sub(r"\$\{(\w+)\}", lambda name: values[name[1]], text))
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
     assert jobset["metadata"]["name"] == "grain"
     assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", 8, 8)
     exits, disrupted = job["podFailurePolicy"]["rules"]

@@ -197,30 +197,7 @@ EVERY = dict(
     loss__image_description=0.7,
     loss__box_description=0.9,
 )
-
-
 BY_DESCRIPTION = dict(loss__match_description=1.0, loss__match_l1=0, loss__match_giou=0)
-
-
-def _case(contrast, changes):
-    """(config, batch with all that is rare, outputs), with every loss."""
-    bias = dict(model__logit_bias_init=-2.0) if contrast == "sigmoid" else {}
-    c = tiny.config(**EVERY | changes | bias, loss__contrast=contrast)
-    batch = tiny.batch(c)
-    outputs = learnt(random_outputs(c), batch)._replace(
-        scales=schema.Scales(*map(np.float32, (12, -2, 9, -1)))
-    )
-    batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
-    batch.region_mask[4:8] = False  # a group, or a device, without regions
-    mask = batch.caption_mask.copy()
-    mask[8:11] = mask[30] = False  # images without captions
-    batch.description_id[1, 0] = batch.description_id[30, 0]  # one text on two devices
-    batch.caption_id[1, 0] = batch.caption_id[29, -1]
-    outputs.box_embed[2, :2] = 0  # boxes without a kept patch
-    negative_mask = batch.negative_mask & batch.region_mask[..., None]
-    caption_id = np.where(mask, batch.caption_id, 0)
-    batch = batch._replace(caption_mask=mask, caption_id=caption_id, negative_mask=negative_mask)
-    return c, batch, outputs
 
 
 @pytest.mark.parametrize(
@@ -237,12 +214,27 @@ def _case(contrast, changes):
     ],
 )
 def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, gather, changes):
-    """Values and measures; on a mesh also the gradients, which one device gives, too.
+    """Values and measures of every loss; on a mesh also the gradients, which one device gives, too.
 
     Padded regions and captions hold random values, which the replica never reads.
     """
-    keys = dict(loss__group_size=group_size, loss__mask_duplicates=masked)
-    c, batch, outputs = _case(contrast, keys | dict(input__captions_per_image=captions) | changes)
+    keys = dict(loss__group_size=group_size, loss__mask_duplicates=masked, input__captions_per_image=captions)
+    bias = dict(model__logit_bias_init=-2.0) if contrast == "sigmoid" else {}
+    c = tiny.config(**EVERY | keys | changes | bias, loss__contrast=contrast)
+    batch = tiny.batch(c)
+    outputs = learnt(random_outputs(c), batch)._replace(
+        scales=schema.Scales(*map(np.float32, (12, -2, 9, -1)))
+    )
+    batch.region_boxes_cxcywh[3, 1, 2] = 0  # a box without area
+    batch.region_mask[4:8] = False  # a group, or a device, without regions
+    mask = batch.caption_mask.copy()
+    mask[8:11] = mask[30] = False  # images without captions
+    batch.description_id[1, 0] = batch.description_id[30, 0]  # one text on two devices
+    batch.caption_id[1, 0] = batch.caption_id[29, -1]
+    outputs.box_embed[2, :2] = 0  # boxes without a kept patch
+    negative_mask = batch.negative_mask & batch.region_mask[..., None]
+    caption_id = np.where(mask, batch.caption_id, 0)
+    batch = batch._replace(caption_mask=mask, caption_id=caption_id, negative_mask=negative_mask)
     options = {}
     if sizes is not None:
         axes = dict(zip(("data", "fsdp", "tensor"), sizes))

@@ -56,9 +56,8 @@ def not_keyword(shard: losses.Shard, power: int = 1) -> losses.Mean:
     return losses.Mean(jnp.float32(power), jnp.float32(1))
 
 
-def _loss(name, weight=1.0, loss=None, **options):
-    entry = {"term": f"{__name__}:{name}", "weight": weight, **options}
-    return dataclasses.replace(loss or tiny.config().loss, terms={"mine": entry})
+def _mine(name, **options):
+    return {"mine": {"term": f"{__name__}:{name}", "weight": 1.0, **options}}
 
 
 @pytest.mark.parametrize("devices,group_size", [(1, 4), (8, 4), (8, 1)])
@@ -66,9 +65,9 @@ def test_terms_over_the_batch_and_over_groups(devices, group_size):
     c = tiny.config(loss__group_size=group_size)
     batch, outputs = tiny.batch(c), random_outputs(c)
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
-    loss = _loss("Variance", 2.0, c.loss, floor=0.5)
     other = {"term": f"{__name__}:distance", "weight": -1.0, "power": 3}
-    loss = dataclasses.replace(loss, terms=loss.terms | {"other": other})
+    terms = _mine("Variance", weight=2.0, floor=0.5) | {"other": other}
+    loss = dataclasses.replace(c.loss, terms=terms)
     run = functools.partial(losses.total_loss, mesh=mesh, batch_axes=sharding.BATCH_AXES)
     values = jax.jit(lambda o, b: run(o, b, loss))(outputs, batch)
     x, y = (np.asarray(v, np.float64) for v in (outputs.image_embed, outputs.text_embed[:, 0]))
@@ -78,10 +77,6 @@ def test_terms_over_the_batch_and_over_groups(devices, group_size):
     np.testing.assert_allclose(values.terms["other"], distances, rtol=1e-5)
     plain = sum(values.terms[name] for name in losses.TERMS if name in values.terms)
     np.testing.assert_allclose(values.total, plain + 2 * variance - distances, rtol=1e-5)
-
-
-def _mine(name, **options):
-    return {"mine": {"term": f"{__name__}:{name}", "weight": 1.0, **options}}
 
 
 @pytest.mark.parametrize(
@@ -127,8 +122,9 @@ def test_an_unknown_name_lists_the_terms_of_the_package():
 )
 def test_what_a_term_returns_is_checked(name, fault):
     c = tiny.config()
+    loss = dataclasses.replace(c.loss, terms=_mine(name))
     with pytest.raises(errors.UserError, match=f"loss term 'mine': .*{fault}"):
-        jax.eval_shape(lambda o, b: losses.total_loss(o, b, _loss(name)), random_outputs(c), tiny.batch(c))
+        jax.eval_shape(lambda o, b: losses.total_loss(o, b, loss), random_outputs(c), tiny.batch(c))
 
 
 def test_a_config_with_a_term_reads_back_the_same():

@@ -32,26 +32,25 @@ def _images(size):
     return np.random.default_rng(1).normal(size=(2, size, size, 3)).astype(np.float32)
 
 
-def _shapes(tower):
-    module = vit.ImageTransformer(tower, jnp.dtype("float32"))
-    images = _images(tower.image_size)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-    return {f"image/{name}": x.shape for name, x in grain.flat(boxed).items()}
-
-
-def _same_as(module, tokens_of, tower, rows, size=None):
-    """Tokens, and the gradients of their weighted sum by every parameter, are the same as in a torch module.
-
-    The images have the tower's size, or `size`.
-    """
-    parameters = dict(module.named_parameters())
-    params = tables.read(rows, {k: v.detach().numpy() for k, v in parameters.items()}, _shapes(tower))
-    images = _images(size or tower.image_size)
-    theirs = tokens_of(foreign.torch_images(images))
+@pytest.mark.parametrize("size,gated", [(32, False), (48, True)])
+def test_dinov3_of_transformers(size, gated):
+    """Tokens, and the gradients of their weighted sum by every parameter; at another size rope follows."""
+    config = transformers.DINOv3ViTConfig(
+        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3
+    )
+    config.update(dict(intermediate_size=64, num_register_tokens=3, use_gated_mlp=gated))
+    config.hidden_act = "silu" if gated else "gelu"
+    module = foreign.perturb(transformers.DINOv3ViTModel(config))
+    kind = dict(mlp="gated", activation="silu") if gated else {}
+    rows = formats.hf_dinov3("model.")
+    ours = vit.ImageTransformer(_tower(image_size=size, **DINOV3, **kind), jnp.dtype("float32"), remat="qkv")
+    images, parameters = _images(size), dict(module.named_parameters())
+    boxed = jax.eval_shape(ours.init, jax.random.key(0), images)["params"]
+    shapes = {f"image/{name}": x.shape for name, x in grain.flat(boxed).items()}
+    params = tables.read(rows, {k: v.detach().numpy() for k, v in parameters.items()}, shapes)
+    theirs = module(foreign.torch_images(images)).last_hidden_state
     weight = np.random.default_rng(2).normal(size=theirs.shape).astype(np.float32)
     (theirs * torch.from_numpy(weight)).sum().backward()
-
-    ours = vit.ImageTransformer(tower, jnp.dtype("float32"), remat="qkv")
 
     def scalar(params):
         tokens = ours.apply({"params": tables.nested(params)["image"]}, images)
@@ -68,20 +67,6 @@ def _same_as(module, tokens_of, tower, rows, size=None):
             assert np.abs(grad).max() < 1e-6 * most, name
         else:
             foreign.close(grad.reshape(theirs.shape), theirs)
-
-
-@pytest.mark.parametrize("size,gated", [(32, False), (48, True)])
-def test_dinov3_of_transformers(size, gated):
-    config = transformers.DINOv3ViTConfig(
-        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3
-    )
-    config.update(dict(intermediate_size=64, num_register_tokens=3, use_gated_mlp=gated))
-    config.hidden_act = "silu" if gated else "gelu"
-    module = foreign.perturb(transformers.DINOv3ViTModel(config))
-    kind = dict(mlp="gated", activation="silu") if gated else {}
-    tower = _tower(image_size=size, **DINOV3, **kind)  # another size: rope follows
-    tokens = lambda images: module(images).last_hidden_state
-    _same_as(module, tokens, tower, formats.hf_dinov3("model."))
 
 
 def test_registers_follow_the_class_token_and_have_no_position():

@@ -257,14 +257,6 @@ PLAIN = dict(batch_size=32, text__pack_group=4, text__pack_rows=8, mesh__data=8)
 SLACK = {"flops": 1.001, "bytes_accessed": 1.05, "temporary_bytes": 1.05, "collective_bytes": 1.01}
 
 
-def compiled_step(name):
-    """The step of `decoder` on eight devices, or of a plain model whose batch is cut in eight."""
-    if name == "all_axes":
-        return program_of("decoder", True)[2]
-    program = tiny.program(tiny.config(**PLAIN))
-    return program.step.lower(program.state, program.batch).compile()
-
-
 @pytest.mark.parametrize("name", [pytest.param("data", marks=pytest.mark.slow), "all_axes"])
 def test_the_step_costs_no_more_than_recorded(name):
     """FLOPs, bytes, temporaries and collectives in the compiler's output with the flags of `tests.compiling`.
@@ -272,7 +264,12 @@ def test_the_step_costs_no_more_than_recorded(name):
     goldens/step_cost.json has them for one version of JAX. After a change that is meant to cost,
     UPDATE_GOLDENS=1 rewrites them, and the commit says why.
     """
-    step, version = compiled_step(name), metadata.version("jaxlib")
+    if name == "all_axes":
+        step = program_of("decoder", True)[2]
+    else:  # a plain model whose batch is cut in eight
+        program = tiny.program(tiny.config(**PLAIN))
+        step = program.step.lower(program.state, program.batch).compile()
+    version = metadata.version("jaxlib")
     module = hlo.parse(step.as_text())
     costs = {
         "flops": hlo_work.dot_flops(module),

@@ -48,17 +48,9 @@ def _model(c):
     return grain.GRAIN(c.model, c.dtype, c.remat, c.optim.lora.scale)
 
 
-def _params(c, scale=0.2):
+def _params(c):
     """Random parameters of step 0, B too."""
-    shapes = sharding.unbox(jax.eval_shape(lambda: lora.init(c)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, x):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        value = float(name.endswith("scale"))
-        return np.float32(value + rng.normal(0, scale, x.shape))
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return tiny.params(sharding.unbox(jax.eval_shape(lambda: lora.init(c))), spread=0.2)
 
 
 def _applied(c, params):

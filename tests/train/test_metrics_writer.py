@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, progress, its time; lost texts, losses."""
+"""What a run tells: metrics.jsonl, TensorBoard, traces, Weights & Biases, progress, its time; lost texts."""
 
 import json
 import math
@@ -7,12 +7,14 @@ import struct
 import sys
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grain_jax import losses
 from grain_jax.core import metrics_file
-from grain_jax.train import faults, goodput, metrics_writer, rates
+from grain_jax.train import faults, goodput, metrics_writer, profiling, rates
 from tests import tiny
 
 pytestmark = pytest.mark.quick
@@ -268,3 +270,44 @@ def test_the_slowest_process_is_named(monkeypatch):
     )
     assert goodput.warning(numbers | {"process/slowest_step_seconds": 0.5}) is None
     assert goodput.warning({}) is None
+
+
+def _trace(workdir, ran, start, steps):
+    trace = profiling.StepTrace(workdir, start, steps)
+    for step in ran:
+        trace.begin(step)
+        outputs = jnp.arange(8) * step
+        trace.end(step, outputs)
+    trace.close()
+
+
+def _traced(file):
+    """The steps that the trace marks, as XProf finds them."""
+    found = []
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                if event.name == "train":
+                    found.append(dict(event.stats)["step_num"])
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "ran,traced",
+    [
+        (range(1, 8), [3, 4]),
+        (range(4, 6), [4]),  # resumed inside the range: the rest of it
+    ],
+)
+def test_the_chosen_steps_are_in_the_trace(tmp_path, ran, traced):
+    _trace(tmp_path, ran, 3, 2)
+    folders = list((tmp_path / "tensorboard" / "plugins" / "profile").glob("*"))
+    (folder,) = folders
+    assert folder.name == f"step_{traced[0]}"
+    assert _traced(folder / "process_00000.xplane.pb") == traced
+    assert (folder / "process_00000.trace.json.gz").exists()
+
+
+def test_nothing_is_traced_unless_asked_for(tmp_path):
+    _trace(tmp_path, range(4), 0, 3)
+    assert not list(tmp_path.iterdir())

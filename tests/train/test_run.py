@@ -35,6 +35,13 @@ def raw_lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def _change_batches(monkeypatch, change):
+    """The synthetic source gives `change(step, batch)`."""
+    real = synthetic.Synthetic.batches
+    changed = lambda *args, **options: (change(*x) for x in enumerate(real(*args, **options), 1))
+    monkeypatch.setattr(synthetic.Synthetic, "batches", changed)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of 10 steps on a (8, 1, 1) mesh."""
@@ -84,16 +91,15 @@ def test_workdir_holds_what_the_contract_says(finished):
 def test_a_run_whose_texts_do_not_fit_ends_and_saves_nothing(tmp_path, monkeypatch):
     """The counts are those of batches with fewer rows: the step is that of the other runs."""
     few = synthetic.batches(_config(text__pack_group=2, text__pack_rows=2))
-    real = synthetic.Synthetic.batches
 
-    def with_lost_texts(*args, **options):
-        for batch, lost in zip(real(*args, **options), few):
-            counts = {name: getattr(batch, name) * 0 for name in ("texts_dropped", "text_counts")}
-            for name, x in counts.items():
-                x[: len(getattr(lost, name))] = getattr(lost, name)
-            yield batch._replace(**counts)
+    def with_lost_texts(step, batch):
+        lost = next(few)
+        counts = {name: getattr(batch, name) * 0 for name in ("texts_dropped", "text_counts")}
+        for name, x in counts.items():
+            x[: len(getattr(lost, name))] = getattr(lost, name)
+        return batch._replace(**counts)
 
-    monkeypatch.setattr(synthetic.Synthetic, "batches", with_lost_texts)
+    _change_batches(monkeypatch, with_lost_texts)
     with pytest.raises(faults.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"):
         run.train(_config(log_every=2), tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -109,14 +115,11 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
 
 
 def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
-    real = synthetic.Synthetic.batches
+    def with_endless_boxes(step, batch):
+        boxes = batch.region_boxes_cxcywh * np.float32(1e30 if step == 4 else 1)
+        return batch._replace(region_boxes_cxcywh=boxes)
 
-    def with_endless_boxes(*args, **options):
-        for step, batch in enumerate(real(*args, **options), 1):
-            boxes = batch.region_boxes_cxcywh * np.float32(1e30 if step == 4 else 1)
-            yield batch._replace(region_boxes_cxcywh=boxes)
-
-    monkeypatch.setattr(synthetic.Synthetic, "batches", with_endless_boxes)
+    _change_batches(monkeypatch, with_endless_boxes)
     said = r"loss_box is (nan|inf) at step 4; it was finite at step 3"
     with pytest.raises(faults.NotFinite, match=said):
         run.train(_config(), tmp_path)
