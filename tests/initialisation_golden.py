@@ -1,4 +1,4 @@
-"""Records what the reference's parameters start from: goldens/initialisation.json, which test_init.py reads.
+"""Records what the reference's parameters start from: goldens/initialisation.json.
 
 COMMAND   python -m tests.initialisation_golden CHECKOUT   (github.com/shaunak27/grain-clip, commit c6bf85e)
 

@@ -118,13 +118,3 @@ def write_shard(path, records):
     with tf.io.TFRecordWriter(str(path)) as writer:
         for record in records:
             writer.write(record)
-
-
-def with_cut_picture(record):
-    """A serialized record whose image is cut off."""
-    import tensorflow as tf
-
-    example = tf.train.Example.FromString(record)
-    picture = example.features.feature["image"].bytes_list
-    picture.value[0] = picture.value[0][:50]
-    return example.SerializeToString()

@@ -7,10 +7,13 @@ from grain_jax import config as config_lib
 from grain_jax.config import recipe
 from grain_jax.core import schema
 from grain_jax.runtime import ending
-from grain_jax.train import forward, train_step
+from grain_jax.train import forward, sharding, train_step
 from tests import runs
 
 SHALLOW = {f"model__{tower}__depth": 1 for tower in ("image", "text", "decoder")}
+# Towers alone: the decoder takes longest to compile.
+TWO_TOWERS = {"model__decoder": None, "model__image__pool": "mean", "input__max_regions": 0}
+TWO_SHALLOW = TWO_TOWERS | {"model__image__depth": 1, "model__text__depth": 1}
 
 
 class EndsAt(ending.PreemptionHandler):
@@ -56,6 +59,18 @@ def small(**overrides) -> config_lib.Config:
     return config(**{k.replace(".", "__"): v for k, v in runs.SMALL.items()} | overrides)
 
 
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """The mesh of the first devices."""
+    axes = config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor)
+    return sharding.make_mesh(axes, jax.devices()[: data * fsdp * tensor])
+
+
+def program(c: config_lib.Config, devices: int | None = None) -> train_step.Program:
+    """The program of a run of 10 steps on so many devices, or all."""
+    place = sharding.make_mesh(c.mesh, jax.devices()[:devices])
+    return train_step.build(c, place, total_steps=10, steps_per_epoch=1)
+
+
 def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
     """Random images, boxes, masks and packed texts of 7 tokens; some are equal, some negatives masked."""
     rng = np.random.default_rng(seed)
@@ -96,15 +111,20 @@ def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:
     return batch._replace(negative_at=negative_at, negative_mask=negative_mask)
 
 
-def state(program: train_step.Program) -> train_step.TrainState:
-    """Step 0 with random parameters, as NumPy arrays: to compile `init` takes longer than a step."""
+def params(shapes, spread: float = 0.1):
+    """Random parameters of these shapes, as NumPy arrays: to compile `init` takes longer than a step."""
     rng = np.random.default_rng(0)
 
     def draw(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         value = {"logit_scale": np.log(1 / 0.07)}.get(name, float(name.endswith("/scale")))
-        return np.float32(value + (name != "logit_scale") * rng.normal(0, 0.1, x.shape))
+        return np.float32(value + (name != "logit_scale") * rng.normal(0, spread, x.shape))
 
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def state(program: train_step.Program) -> train_step.TrainState:
+    """Step 0 with random parameters, as NumPy arrays."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.state)
-    params = jax.tree_util.tree_map_with_path(draw, program.state.params)
-    return zeros._replace(params=params, ema_params=params if program.state.ema_params else {})
+    drawn = params(program.state.params)
+    return zeros._replace(params=drawn, ema_params=drawn if program.state.ema_params else {})

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are kept, damaged ones, a full disk, what a mismatch says."""
+"""Checkpoints on disk: which are kept, damaged ones, a full disk, what a mismatch says; digests."""
 
 import dataclasses
 import json
@@ -6,15 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from grain_jax.checkpoint import digests, states
 from grain_jax.checkpoint import files as checkpoint_files
-from grain_jax.checkpoint import states
 from grain_jax.core import errors
 from tests import tiny
 from tests.paths import ROOT
@@ -37,8 +39,7 @@ def state(step, width=8):
 
 
 def abstract(like):
-    mesh = jax.make_mesh((jax.device_count(),), ("all",))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    place = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), PartitionSpec())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
 
 
@@ -96,12 +97,6 @@ def _largest(folder):
     return max(files, key=lambda p: p.stat().st_size)
 
 
-def _remove(folder):
-    for path in folder.iterdir():
-        path.unlink() if path.is_file() else _remove(path)
-    folder.rmdir()
-
-
 def _flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -115,7 +110,7 @@ DAMAGE = {
     "metadata cut": lambda f: (f / "state/_METADATA").write_text('{"tree_metadata": {'),
     "config gone": lambda f: (f / "_CHECKPOINT_METADATA").unlink(),
     "config cut": lambda f: (f / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"co'),
-    "empty": lambda f: [p.unlink() if p.is_file() else _remove(p) for p in f.iterdir()],
+    "empty": lambda f: [p.unlink() if p.is_file() else shutil.rmtree(p) for p in f.iterdir()],
 }
 
 
@@ -265,3 +260,40 @@ def test_a_full_disk_for_real(tmp_path):
         assert kept(tmp_path) == list(range(1, last + 2))
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def _placed(mesh, params):
+    spec = {"a": PartitionSpec("fsdp", None, "tensor"), "b": PartitionSpec(("data", "fsdp"))}
+    put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
+    placed = {k: put(v, spec[k]) for k, v in params.items()}
+    return State(jnp.int32(0), placed, {"m": placed["a"]}, {})
+
+
+def test_a_states_digest_is_that_of_plain_integers_on_any_mesh():
+    rng = np.random.default_rng(0)
+    params = {
+        "a": rng.normal(size=(4, 3, 2)).astype(np.float32),
+        "b": rng.normal(size=8).astype(jax.numpy.bfloat16),
+    }
+    total = 0
+    for name, x in params.items():
+        keys = []
+        for axis, size in enumerate(x.shape):
+            stream = np.random.Philox(key=(zlib.crc32(f"['{name}']".encode()) << 8) + axis)
+            keys.append([int(k) | 1 for k in stream.random_raw(size)])
+        bits = x.view(f"u{x.dtype.itemsize}")
+        for index in np.ndindex(x.shape):
+            term = int(bits[index])
+            for axis, i in enumerate(index):
+                term *= keys[axis][i]
+            total += term
+    for sizes in ((8, 1, 1), (2, 2, 2), (1, 1, 1)):
+        mesh = tiny.mesh(*sizes)
+        found = digests.of_state(_placed(mesh, params))
+        assert found["params"] == f"{total % 2**64:016x}", sizes
+        assert sorted(found) == ["opt_state", "params", "step"]
+    assert digests.of_arrays(params) == found["params"]
+    changed = {k: v.copy() for k, v in params.items()}
+    changed["a"][[0, 1]] = changed["a"][[1, 0]]  # rows exchanged
+    other = digests.of_state(_placed(mesh, changed))
+    assert other["params"] != found["params"] and other["opt_state"] != found["opt_state"]

@@ -13,7 +13,7 @@ from grain_jax.losses.local import Parameters
 from grain_jax.train import run
 from tests import tiny
 from tests.losses import fake
-from tests.train.terms import TWO_TOWERS
+from tests.tiny import TWO_SHALLOW as TWO_TOWERS
 
 NAME, DECAY = "distillation", 0.75
 ENTRY = {"term": "examples.self_distillation.term:SelfDistillation", "weight": 0.5, "decay": DECAY}

@@ -19,16 +19,11 @@ from tests import record_sets, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of TFDS
 
-OPEN = dict(input__lanes=None, text__pack_group=None, text__pack_rows=None)
-CLIP_ROW = dict(model__text__context_length=77)
+OPEN = dict(input__lanes=None, text__pack_group=None, text__pack_rows=None, model__text__context_length=77)
 
 
 def open_config(**overrides):
-    values = tiny.dictionary().unlock()
-    values.update_from_flattened_dict(
-        {k.replace("__", "."): v for k, v in (CLIP_ROW | OPEN | overrides).items()}
-    )
-    return config_lib.from_dict(values)
+    return tiny.config(**OPEN | overrides)
 
 
 def numbers(config):

@@ -1,25 +1,25 @@
+"""Batches of the synthetic source, and what a device is given of them, in time."""
+
 import itertools
 import threading
 import time
 
 import jax
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grain_jax.input_pipeline import device, synthetic
-from tests import record_sets
+from tests import record_sets, tiny
 
 
 @pytest.fixture
 def sharding():
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(tiny.mesh(2, 2, 2), PartitionSpec(("data", "fsdp")))
 
 
-def source(count):
-    return itertools.islice(synthetic.batches(record_sets.config("", source="synthetic")), count)
+def source(count, *, seed=0, **arguments):
+    config = record_sets.config("", source="synthetic", seed=seed)
+    return itertools.islice(synthetic.batches(config, **arguments), count)
 
 
 def threads():
@@ -62,3 +62,16 @@ def test_depth_and_close(sharding):
     assert closed == [True] and not threads()
     with pytest.raises(StopIteration):
         next(batches)
+
+
+@pytest.mark.quick
+def test_batches_are_a_function_of_seed_and_step():
+    whole = [*source(4)]
+    for got, expected in zip(source(2, start_step=2), whole[2:], strict=True):
+        record_sets.assert_batches_equal(got, expected)
+    parts = [[*source(4, lanes=lanes)] for lanes in ((0, 1), (2, 3))]
+    for step, expected in enumerate(whole):
+        joined = record_sets.join([part[step] for part in parts])
+        record_sets.assert_batches_equal(joined, expected)
+    assert (whole[0].image != whole[1].image).any()
+    assert (next(source(1, seed=1)).image != whole[0].image).any()

@@ -22,7 +22,7 @@ from grain_jax.convert.hf_files import processing_grain
 from grain_jax.core import errors
 from grain_jax.input_pipeline import clip_tokenizer, text_cleaning, tokenizer
 from grain_jax.input_pipeline.clip_tokenizer import END_OF_TEXT, START_OF_TEXT
-from tests import tiny
+from tests import perturbed, tiny
 from tests.paths import ROOT
 
 GOLDENS = json.loads((ROOT / "tests/goldens/tokenizer.json").read_text("utf-8"))["strings"]
@@ -114,21 +114,9 @@ def json_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
     """A SentencePiece model with SigLIP's special ids: padding and end 1, unknown 2."""
-    sentencepiece = pytest.importorskip("sentencepiece")
     folder = tmp_path_factory.mktemp("spm")
-    (folder / "corpus.txt").write_text("\n".join([" ".join(WORDS)] * 50))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"),
-        model_prefix=str(folder / "m"),
-        vocab_size=40,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return folder / "m.model"
+    perturbed.write_sentencepiece(folder)
+    return folder / "siglip.model"
 
 
 def test_tokenizer_json(json_file):

@@ -128,26 +128,16 @@ def test_tpu_vm_creates_and_waits(stand_in, tmp_path):
     assert _run("launch/tpu_vm.sh", "create", **TPU, **kind).returncode == 1
 
 
-@pytest.fixture
-def worker(stand_in, tmp_path):
-    """The home of a worker; returns what puts a script in the place of its Python."""
+def test_tpu_vm_runs_on_all_workers_with_the_words_intact_and_does_not_wait(stand_in, tmp_path):
     # The stand-in does what ssh does: a shell takes the command apart, in the worker's home.
     home = tmp_path / "home"
-    (home / "grain" / ".venv" / "bin").mkdir(parents=True)
+    python = home / "grain" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
     in_shell = f'cd {home} && HOME={home} bash -c "${{last#--command=}}"'
     stand_in("gcloud", f'last="${{@: -1}}"; {in_shell}')
-
-    def python(script):
-        path = home / "grain" / ".venv" / "bin" / "python"
-        path.write_text(f"#!/bin/bash\n{script}\n")
-        path.chmod(0o755)
-        return home
-
-    return python
-
-
-def test_tpu_vm_runs_on_all_workers_with_the_words_intact_and_does_not_wait(stand_in, worker):
-    home = worker('printf "%s\\n" "$@" >~/words; echo $$ >~/pid.new; mv ~/pid.new ~/pid; exec sleep 60')
+    script = 'printf "%s\\n" "$@" >~/words; echo $$ >~/pid.new; mv ~/pid.new ~/pid; exec sleep 60'
+    python.write_text(f"#!/bin/bash\n{script}\n")
+    python.chmod(0o755)
     began = time.monotonic()
     done = _run("launch/tpu_vm.sh", "run", "--config", "a b.py", "--config.x='y'", **TPU)
     took = time.monotonic() - began  # until its output is closed
@@ -160,24 +150,29 @@ def test_tpu_vm_runs_on_all_workers_with_the_words_intact_and_does_not_wait(stan
     assert "tpu-vm ssh pod --zone=us-central1-a --worker=all --command=" in stand_in.called()[0]
 
 
-def _jobset(file, **values):
-    """The JobSet of a file of launch/ with these values, which are all that it takes, and its one Job."""
-    text = (LAUNCH / file).read_text()
-    values |= dict(NAME="grain", IMAGE="r/grain:1", HOSTS="8", CHIPS="4")
-    values |= dict(ARGS="--config demo --workdir gs://b/r: # --config.optim.b1=0.9")
+CAUSES = {  # in the message of a Job that Kubernetes ended by its podFailurePolicy
+    "failed with exit code 2 matching": "FailJobSet",
+    "failed with exit code 75 matching": "RestartJobSetAndIgnoreMaxRestarts",
+    "failed with exit code 134 matching": "RestartJobSetAndIgnoreMaxRestarts",
+    "has condition DisruptionTarget matching": "RestartJobSetAndIgnoreMaxRestarts",
+}
+
+
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("gke.yaml", dict(ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x8", SLICES="2")),
+        ("gke_gpu.yaml", dict(ACCELERATOR="nvidia-h100-80gb")),
+    ],
+)
+def test_a_jobset_as_rendered_not_run(file, values):
+    """The file with these values, which are all that it takes."""
+    text, arguments = (LAUNCH / file).read_text(), "--config demo --workdir gs://b/r: # --config.optim.b1=0.9"
+    values = values | dict(NAME="grain", IMAGE="r/grain:1", HOSTS="8", CHIPS="4", ARGS=arguments)
     assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values)
     jobset = yaml.safe_load(re.sub(r"\$\{(\w+)\}", lambda name: values[name[1]], text))
     (replicated,) = jobset["spec"]["replicatedJobs"]
-    return jobset, replicated, replicated["template"]["spec"], values["ARGS"]
-
-
-TPU_JOBSET = ("gke.yaml", dict(ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x8", SLICES="2"))
-GPU_JOBSET = ("gke_gpu.yaml", dict(ACCELERATOR="nvidia-h100-80gb"))
-
-
-@pytest.mark.parametrize("file, values", [TPU_JOBSET, GPU_JOBSET])
-def test_a_jobset_as_rendered_not_run(file, values):
-    jobset, replicated, job, arguments = _jobset(file, **values)
+    job = replicated["template"]["spec"]
     assert jobset["metadata"]["name"] == "grain"
     assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", 8, 8)
     exits, disrupted = job["podFailurePolicy"]["rules"]
@@ -196,19 +191,8 @@ def test_a_jobset_as_rendered_not_run(file, values):
     assert values["ACCELERATOR"] in pod["nodeSelector"].values()
     (limit,) = container["resources"]["limits"].values()
     assert (limit, container["args"]) == (4, [command])
-
-
-CAUSES = {  # in the message of a Job that Kubernetes ended by its podFailurePolicy
-    "failed with exit code 2 matching": "FailJobSet",
-    "failed with exit code 75 matching": "RestartJobSetAndIgnoreMaxRestarts",
-    "failed with exit code 134 matching": "RestartJobSetAndIgnoreMaxRestarts",
-    "has condition DisruptionTarget matching": "RestartJobSetAndIgnoreMaxRestarts",
-}
-
-
-@pytest.mark.parametrize("file, values", [TPU_JOBSET, GPU_JOBSET])
-def test_wrong_input_ends_a_jobset_and_a_preemption_starts_it_again(file, values):
-    policy = _jobset(file, **values)[0]["spec"]["failurePolicy"]
+    # Wrong input ends it, and a preemption starts it again.
+    policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 3  # of a Job that ended for another reason
     assert all(rule["onJobFailureReasons"] == ["PodFailurePolicy"] for rule in policy["rules"])
     for cause, action in CAUSES.items():

@@ -24,6 +24,7 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.long
 
 RATES = (1e-3, 2e-3)
+PREPARED = dict(input__source="records", input__name="birds", input__prepare="data.aviary --name {name}")
 
 
 def test_helpers_make_points():
@@ -223,9 +224,7 @@ def test_a_missing_dataset_is_made_once_before_the_runs(tmp_path, monkeypatch):
         return types.SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(sweep.subprocess, "run", make_it)
-    prepared = dict(input__source="records", input__prepare="data.aviary --name {name}")
-    where = dict(input__data_dir=str(tmp_path), input__name="birds")
-    runs = make(tmp_path, [{"seed": 0}, {"seed": 1}], **prepared, **where)
+    runs = make(tmp_path, [{"seed": 0}, {"seed": 1}], **PREPARED, input__data_dir=str(tmp_path))
     sweep.train_here(runs, epath.Path(tmp_path), 1)
     assert called == [["data.aviary", "--name", "birds"], "runs"]
 
@@ -254,9 +253,7 @@ def test_slurm_gets_an_array_of_the_unfinished_runs(tmp_path):
     with pytest.raises(errors.UserError, match="expected arguments without blanks"):
         sweep_clusters.write("slurm", make(tmp_path, [{"input.name": "a b"}]), workdir, 4)
     # Clusters do not make a dataset many times.
-    prepared = dict(input__source="records", input__prepare="data.aviary --name {name}")
-    where = dict(input__data_dir=str(tmp_path), input__name="birds")
-    runs = make(tmp_path, [{"seed": 0}], **prepared, **where)
+    runs = make(tmp_path, [{"seed": 0}], **PREPARED, input__data_dir=str(tmp_path))
     with pytest.raises(errors.UserError, match="python -m data.aviary --name birds"):
         sweep_clusters.write("slurm", runs, epath.Path(tmp_path), None)
 

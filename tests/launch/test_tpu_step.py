@@ -15,8 +15,9 @@ TOKENS, LENGTH = 197, 77  # of an image of B/16, of a row of texts
 IMAGES = 8  # of a chip
 
 
-def compiled():
-    """The step of a narrow, shallow model with the tokens of B/16, for v5e:8x8."""
+@pytest.mark.slow
+def test_the_hops_of_the_ring_run_beside_products_and_no_scores_lie_in_hbm():
+    """Of a narrow, shallow model with the tokens of B/16, for v5e:8x8."""
     c = tiny.config(
         batch_size=CHIPS * IMAGES,
         dtype="bfloat16",
@@ -35,43 +36,20 @@ def compiled():
         model__embed_dim=128,
     )
     lengths = dict(total_steps=10, steps_per_epoch=5.0)
-    return compiler.compile_step(c, chips.parse_topology("v5e:8x8"), **lengths)
-
-
-def _check_ring(module):
-    """Every hop is a pair, in a loop, with work between its start and its end."""
+    module = hlo.parse(compiler.compile_step(c, chips.parse_topology("v5e:8x8"), **lengths).hlo)
+    # Every hop is a pair, in a loop, with work between its start and its end.
     rows = hlo_collectives.collectives(module)
     permutes = [row for row in rows if row.kind == "collective-permute"]
     assert all(row.overlapped and row.in_loop and row.work.flops > 0 for row in permutes)
     assert all(row.group_size == CHIPS for row in permutes)
     assert sum(row.count for row in permutes) == HOPS
-
-
-def _in_hbm(module, size):
-    """Shapes in HBM that have two axes of that size, as the scores of an attention do."""
-    return {
-        str(shape)
-        for computation in module.computations.values()
-        if computation.name not in module.fused
-        for instruction in computation.instructions.values()
-        for shape in instruction.shapes
-        if shape.dims.count(size) > 1 and shape.in_hbm
-    }
-
-
-def _check_attention(module):
-    """The kernel runs in both towers, forward and backward, and no scores are written to HBM."""
+    # The kernel of attention runs in both towers of two layers, and no scores are written to HBM.
     times = {"attention_forward": 0, "attention_backward": 0}
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
             if instruction.target == "tpu_custom_call":
                 times[instruction.name.split(".")[0]] += module.times[computation.name]
-    assert times == {"attention_forward": 4, "attention_backward": 4}  # two towers of two layers
-    assert not _in_hbm(module, TOKENS) and not _in_hbm(module, LENGTH)
-
-
-@pytest.mark.slow
-def test_the_hops_of_the_ring_run_beside_products_and_no_scores_lie_in_hbm():
-    module = hlo.parse(compiled().hlo)
-    _check_ring(module)
-    _check_attention(module)
+            if computation.name not in module.fused:
+                in_hbm = [shape.dims for shape in instruction.shapes if shape.in_hbm]
+                assert not [x for x in in_hbm for n in (TOKENS, LENGTH) if x.count(n) > 1], instruction
+    assert times == {"attention_forward": 4, "attention_backward": 4}

@@ -63,15 +63,6 @@ def test_random_masks_equal_scipy(queries, regions):
 
 
 @pytest.mark.quick
-def test_permuting_regions_permutes_the_answer():
-    rng = np.random.default_rng(0)
-    cost, mask = rng.normal(size=(8, 5, 5)).astype(np.float32), rng.random((8, 5)) < 0.7
-    order = rng.permutation(5)
-    plain, permuted = match(cost, mask), match(cost[:, :, order], mask[:, order])
-    np.testing.assert_array_equal(plain.query_index[:, order], permuted.query_index)
-
-
-@pytest.mark.quick
 @pytest.mark.parametrize(
     "queries,regions,broken", [(5, 5, np.inf), (3, 5, -np.inf), (8, 8, np.nan), (7, 9, np.inf)]
 )

@@ -135,8 +135,10 @@ def test_groups_that_cross_devices_are_refused():
 PER_DEVICE, WIDTH = 2 * 13, 19  # no other product of sizes of the losses has these primes
 
 
-def _config_of_gradient(gather, captions):
-    return tiny.config(
+@pytest.mark.parametrize("gather,captions", [pytest.param(2, 1, marks=pytest.mark.slow), (2, 3)])
+def test_memory_of_the_losses_does_not_hold_the_global_batch(gather, captions):
+    """No buffer of the gradient is as large as the batch (one ring: tests/train/test_train_step.py)."""
+    c = tiny.config(
         batch_size=8 * PER_DEVICE,
         loss__gather=gather,
         loss__tile=32,
@@ -146,30 +148,14 @@ def _config_of_gradient(gather, captions):
         model__embed_dim=WIDTH,
         model__boxes__kind="roi_align",
     )
-
-
-def _program_of_gradient(c):
-    """The compiled gradient of the losses on 8 devices."""
-    mesh = sharding.make_mesh(c.mesh)
-    outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_outputs(c, width=WIDTH))
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(c))
+    mesh, slots = sharding.make_mesh(c.mesh), c.input.max_regions
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    outputs, batch = jax.tree.map(shape, (random_outputs(c, width=WIDTH), tiny.batch(c)))
     by_batch = sharding.batch_sharding(mesh)
     cut = jax.tree.map(lambda x: by_batch if x.ndim else None, outputs)
-    step = jax.jit(
-        jax.grad(
-            lambda o, b: losses.total_loss(o, b, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES).total
-        ),
-        in_shardings=(cut, by_batch),
-        out_shardings=cut,
-    )
-    return step.lower(outputs, batch).compile().as_text()
-
-
-@pytest.mark.parametrize("gather,captions", [pytest.param(2, 1, marks=pytest.mark.slow), (2, 3)])
-def test_memory_of_the_losses_does_not_hold_the_global_batch(gather, captions):
-    """No buffer of the gradient is as large as the batch (one ring: tests/train/test_train_step.py)."""
-    c = _config_of_gradient(gather, captions)
-    text, slots = _program_of_gradient(c), c.input.max_regions
+    of_loss = lambda *x: losses.total_loss(*x, c.loss, mesh=mesh, batch_axes=sharding.BATCH_AXES).total
+    step = jax.jit(jax.grad(of_loss), in_shardings=(cut, by_batch), out_shardings=cut)
+    text = step.lower(outputs, batch).compile().as_text()
     sizes = [
         math.prod(int(n) for n in shape.split(",") if n)
         for shape in re.findall(r"\b(?:f32|bf16|s32|pred)\[([\d,]*)\]", text)

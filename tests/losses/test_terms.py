@@ -56,9 +56,8 @@ def not_keyword(shard: losses.Shard, power: int = 1) -> losses.Mean:
     return losses.Mean(jnp.float32(power), jnp.float32(1))
 
 
-def _loss(name, weight=1.0, loss=None, **options):
-    entry = {"term": f"{__name__}:{name}", "weight": weight, **options}
-    return dataclasses.replace(loss or tiny.config().loss, terms={"mine": entry})
+def _mine(name, **options):
+    return {"mine": {"term": f"{__name__}:{name}", "weight": 1.0, **options}}
 
 
 @pytest.mark.parametrize("devices,group_size", [(1, 4), (8, 4), (8, 1)])
@@ -66,9 +65,9 @@ def test_terms_over_the_batch_and_over_groups(devices, group_size):
     c = tiny.config(loss__group_size=group_size)
     batch, outputs = tiny.batch(c), random_outputs(c)
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
-    loss = _loss("Variance", 2.0, c.loss, floor=0.5)
     other = {"term": f"{__name__}:distance", "weight": -1.0, "power": 3}
-    loss = dataclasses.replace(loss, terms=loss.terms | {"other": other})
+    terms = _mine("Variance", weight=2.0, floor=0.5) | {"other": other}
+    loss = dataclasses.replace(c.loss, terms=terms)
     run = functools.partial(losses.total_loss, mesh=mesh, batch_axes=sharding.BATCH_AXES)
     values = jax.jit(lambda o, b: run(o, b, loss))(outputs, batch)
     x, y = (np.asarray(v, np.float64) for v in (outputs.image_embed, outputs.text_embed[:, 0]))
@@ -81,25 +80,30 @@ def test_terms_over_the_batch_and_over_groups(devices, group_size):
 
 
 @pytest.mark.parametrize(
-    "name,options,fault",
+    "entries,fault",
     [
-        ("nothing", {}, "tests.losses.test_terms has no 'nothing', expected one of: Variance,"),
-        ("Variance", {"flor": 1.0}, "loss.terms.mine.flor: no such key; did you mean loss.terms.mine.floor?"),
-        ("distance", {}, "loss.terms.mine.power: missing; it has no default"),
-        ("not_keyword", {}, "it has the parameter power: int = 1, expected (shard, *, option: type"),
-        ("ROOT", {}, "expected a function of a losses.Shard, a frozen dataclass"),
+        (_mine("nothing"), "tests.losses.test_terms has no 'nothing', expected one of: Variance,"),
+        (_mine("Variance", flor=1.0), "mine.flor: no such key; did you mean loss.terms.mine.floor?"),
+        (_mine("distance"), "loss.terms.mine.power: missing; it has no default"),
+        (_mine("not_keyword"), "it has the parameter power: int = 1, expected (shard, *, option: type"),
+        (_mine("ROOT"), "expected a function of a losses.Shard, a frozen dataclass"),
+        ({"box": {"term": "a:b", "weight": 1.0}}, "loss.terms.box: expected a name of letters"),
+        ({"x": {"term": "a:b", "weight": "1"}}, "loss.terms.x.weight: got '1', expected a finite"),
+        ({"x": 1.0}, "loss.terms.x: got 1.0, expected a group of keys"),
     ],
-)  # fmt: skip
-def test_a_term_that_cannot_be_built_is_one_line(name, options, fault):
-    with pytest.raises(errors.UserError) as error:
-        losses.terms_of(_loss(name, **options))
-    assert fault in str(error.value) and "\n" not in str(error.value)
-    assert str(error.value).startswith("loss.terms.mine")
+)
+def test_a_term_that_cannot_be_built_is_one_line(entries, fault):
+    """The config says so when it is read; of a term of a right form, the losses do too."""
     keys = tiny.dictionary().to_dict()
-    keys["loss"]["terms"] = {"mine": {"term": f"{__name__}:{name}", "weight": 1.0, **options}}
-    with pytest.raises(config.ConfigError) as again:  # a config says so when it is read
+    keys["loss"]["terms"] = entries
+    with pytest.raises(config.ConfigError) as error:
         config.from_dict(keys)
-    assert fault in str(again.value)
+    assert fault in str(error.value)
+    if "mine" in entries:
+        with pytest.raises(errors.UserError) as again:
+            losses.terms_of(dataclasses.replace(tiny.config().loss, terms=entries))
+        assert fault in str(again.value) and "\n" not in str(again.value)
+        assert str(again.value).startswith("loss.terms.mine")
 
 
 def test_an_unknown_name_lists_the_terms_of_the_package():
@@ -118,24 +122,9 @@ def test_an_unknown_name_lists_the_terms_of_the_package():
 )
 def test_what_a_term_returns_is_checked(name, fault):
     c = tiny.config()
+    loss = dataclasses.replace(c.loss, terms=_mine(name))
     with pytest.raises(errors.UserError, match=f"loss term 'mine': .*{fault}"):
-        jax.eval_shape(lambda o, b: losses.total_loss(o, b, _loss(name)), random_outputs(c), tiny.batch(c))
-
-
-@pytest.mark.parametrize(
-    "entries,fault",
-    [
-        ({"box": {"term": "a:b", "weight": 1.0}}, "loss.terms.box: expected a name of letters"),
-        ({"x": {"term": "a:b", "weight": "1"}}, "loss.terms.x.weight: got '1', expected a finite"),
-        ({"x": 1.0}, "loss.terms.x: got 1.0, expected a group of keys"),
-    ],
-)
-def test_entries_are_checked_when_a_config_is_read(entries, fault):
-    keys = tiny.dictionary().to_dict()
-    keys["loss"]["terms"] = entries
-    with pytest.raises(config.ConfigError) as error:
-        config.from_dict(keys)
-    assert fault in str(error.value)
+        jax.eval_shape(lambda o, b: losses.total_loss(o, b, loss), random_outputs(c), tiny.batch(c))
 
 
 def test_a_config_with_a_term_reads_back_the_same():

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
-from grain_jax.models import attention, attention_kernel, layers, placement, text, vit
-from tests import tiny
+from grain_jax.models import attention, attention_kernel, grain, layers, placement, rotary, text, vit
+from tests import foreign, tiny
 
 pytestmark = pytest.mark.long
 
@@ -132,45 +132,61 @@ def _loss(layer, mask, weight, rotation=None):
     return jax.jit(jax.value_and_grad(run, (0, 1)))
 
 
-def _assert_near(got, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
-
-
-def _layer(program, heads, qk_norm, width=32):
-    init = layers.normal(0.3 if width == 32 else 0.05)
-    eps, dtype = 1e-6 if qk_norm else None, jnp.dtype("float32")
-    return attention.Attention(width, heads, dtype, init, init, init, eps, program=program)
-
-
 @pytest.mark.parametrize(
-    "mesh_shape,qk_norm,width", [(None, False, 256), ((2, 2, 2), True, 256), ((1, 1, 8), False, 32)]
+    "program,mesh_shape,qk_norm,width,rotated",
+    [
+        ("pallas", None, False, 256, False),
+        ("pallas", (2, 2, 2), True, 256, False),
+        ("pallas", (1, 1, 8), False, 32, False),
+        ("pallas", (2, 2, 2), False, 48, True),
+        ("cudnn", None, True, 48, True),
+    ],
 )
-def test_layer_is_the_same_by_each_program(mesh_shape, qk_norm, width):
+def test_layer_is_the_same_by_each_program(monkeypatch, program, mesh_shape, qk_norm, width, rotated):
     """The same parameters and their gradients; cut by a tensor axis where that divides the heads.
 
     At width 256 the kernel takes queries, keys and values as the result of one product.
     """
-    heads = 4
+    real = jax.nn.dot_product_attention
+    of_xla = lambda *qkv, implementation, **seen: real(*qkv, implementation="xla", **seen)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", of_xla)  # a CPU has no cuDNN
+    init, eps, heads = layers.normal(0.05 if width == 256 else 0.3), 1e-6 if qk_norm else None, 4
     x = jax.random.normal(jax.random.key(0), (8, 10, width))
     ids = jnp.sort(jax.random.randint(jax.random.key(1), (8, 10), 0, 3))
-    within = None if qk_norm else attention.CausalWithin(ids)
+    within = None if qk_norm or rotated else attention.CausalWithin(ids)
     weight = jax.random.normal(jax.random.key(2), x.shape)
-    xla, pallas = (_layer(program, heads, qk_norm, width) for program in ("xla", "pallas"))
+    xla, other = (
+        attention.Attention(
+            *(width, heads, jnp.dtype("float32"), init, init, init, eps),
+            program=name,
+            key_bias=not (rotated and qk_norm),
+        )
+        for name in ("xla", program)
+    )
     mask = within and within.mask()
-    params = jax.jit(lambda: xla.init(jax.random.key(3), x, x, x, mask))()
-    again = jax.jit(lambda: pallas.init(jax.random.key(3), x, x, x, within))()
+    params, again = (
+        jax.jit(lambda layer=layer, seen=seen: layer.init(jax.random.key(3), x, x, x, seen))()
+        for layer, seen in ((xla, mask), (other, within))
+    )
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
-    expected = _loss(xla, mask, weight)(params, x)
-    if mesh_shape is None:
-        got = _loss(pallas, within, weight)(params, x)
-    else:
-        mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
-        axes = ("data", "fsdp")
-        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(axes)))
-        with placement.on(mesh, axes):
-            got = _loss(pallas, within, weight)(params, x)
-    _assert_near(got, expected)
+    rotation = rotary.of_grid(3, theta=100.0, head_dim=width // heads, leading=1) if rotated else None
+    expected = _loss(xla, mask, weight, rotation)(params, x)
+    mesh = mesh_shape and tiny.mesh(*mesh_shape)
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))) if mesh else x
+    with placement.on(mesh, ("data", "fsdp") if mesh else ()):
+        got = _loss(other, within, weight, rotation)(params, placed)
+    if not rotated:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, expected)
+        return
+    jax.tree.map(lambda a, b: foreign.close(np.asarray(a), np.asarray(b)), got, expected)
+    unrotated = _loss(xla, None, weight)(params, x)
+    assert abs(unrotated[0] - expected[0]) > 1e-2
+    grads = [grain.flat(result[1][0]["params"]) for result in (expected, unrotated)]
+    assert ("key/bias" in grads[0]) != qk_norm
+    if not qk_norm:  # without rotation it has no gradient
+        of_rotated, of_other = (np.abs(x["key/bias"]).max() for x in grads)
+        assert of_rotated > 1 > 1e4 * of_other
 
 
 @pytest.mark.parametrize("heads,width", [(6, 64), (8, 32), (4, 96), (2, 128)])
@@ -193,7 +209,7 @@ def test_one_array_is_the_same_as_three(heads, width):
 
 def test_heads_that_fill_no_tiles_stay_three_arrays():
     assert not attention_kernel.arranges(6, 32) and attention_kernel.arranges(6, 64)
-    with placement.on(Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor")), ("data",)):
+    with placement.on(tiny.mesh(2, 1, 4), ("data",)):
         assert not attention_kernel.arranges(4, 64)  # one head per device
 
 
@@ -214,9 +230,8 @@ def _tower(kind):
     return text.TextTransformer, config, tuple(jnp.asarray(x, jnp.int32) for x in args), {}
 
 
-@pytest.mark.parametrize("mesh_shape", [None, (2, 2, 2)])
 @pytest.mark.parametrize("kind", ["image", "image kept", "causal", "masked", "padding seen"])
-def test_towers_fill_their_rows_for_cudnn(monkeypatch, kind, mesh_shape):
+def test_towers_fill_their_rows_for_cudnn(monkeypatch, kind):
     """cuDNN has no backward pass of odd lengths; what fills a row is not seen, and does not come out."""
     lengths, real = [], jax.nn.dot_product_attention
 
@@ -238,13 +253,12 @@ def test_towers_fill_their_rows_for_cudnn(monkeypatch, kind, mesh_shape):
         return jax.jit(jax.value_and_grad(run))(params)
 
     expected = loss("xla")
-    mesh = None
-    if mesh_shape is not None:
-        mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
-    with placement.on(mesh, ("data", "fsdp") if mesh else ()):
-        got = loss("cudnn")
-    assert set(lengths) == {{"image": 18, "image kept": 10}.get(kind, 32)}
-    assert _worst(got, expected) < 2e-5
+    for mesh in (None, tiny.mesh(2, 2, 2)):
+        lengths.clear()
+        with placement.on(mesh, ("data", "fsdp") if mesh else ()):
+            got = loss("cudnn")
+        assert set(lengths) == {{"image": 18, "image kept": 10}.get(kind, 32)}
+        assert _worst(got, expected) < 2e-5
 
 
 @pytest.mark.parametrize("masked,rate", [(False, 0.0), (True, 0.0), (False, 0.4)])
@@ -273,7 +287,7 @@ def test_few_queries_absorb_the_maps_of_keys_and_values(masked, rate):
 def test_auto_is_xla_without_a_mesh_and_on_a_cpu():
     bfloat16 = jnp.dtype("bfloat16")
     assert attention.choose("auto", bfloat16, 8) == "xla"
-    with placement.on(Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp")), ("data",)):
+    with placement.on(tiny.mesh(), ("data",)):
         assert attention.choose("auto", bfloat16, 8) == "xla"
         assert attention.choose("pallas", bfloat16, 8) == "pallas"
 
@@ -294,6 +308,5 @@ def test_kernels_whose_results_are_kept_stand_in_no_loop():
     assert unrolled(deep(12), "none", "xla") == unrolled(deep(12), "full", "pallas") == 1
     assert unrolled(deep(32), "none", "pallas") == 1
     assert unrolled(deep(12, 3), "none", "pallas") == 3
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
-    with placement.on(mesh, ("data", "fsdp")):  # gathers
+    with placement.on(tiny.mesh(2, 4), ("data", "fsdp")):  # gathers
         assert unrolled(deep(12), "none", "pallas") == 1

@@ -10,7 +10,6 @@ import torch
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grain_jax import config as config_lib
 from grain_jax.models import layers, placement, tower_layer, vit
 from grain_jax.train import sharding
 from tests import tiny
@@ -120,7 +119,7 @@ def test_what_an_image_block_keeps_for_the_backward_pass():
 def test_the_gradient_of_a_lookup_is_numpys_and_is_summed_in_the_dtype(draw, dtype, tolerance, axes):
     ids = np.random.default_rng(1).integers(0, 4, (8, 500))  # a thousand positions of each of four tokens
     table, d = draw(12, 8), draw(8, 500, 8)
-    mesh = sharding.make_mesh(config_lib.Mesh(**axes)) if axes else None
+    mesh = tiny.mesh(**axes) if axes else None
 
     def gradient(table, ids, d):
         with placement.on(mesh, sharding.BATCH_AXES if axes else ()):

@@ -1,4 +1,4 @@
-"""The options of DINOv3, against transformers: rotary positions, registers, layer scale."""
+"""Positions of the image tower and the options of DINOv3, against transformers; images of other sizes."""
 
 from typing import Any
 
@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import torch
+import transformers
+from transformers.models.clip import modeling_clip
+from transformers.models.siglip import modeling_siglip
 
 from grain_jax import config as config_lib
 from grain_jax.convert import formats, tables
-from grain_jax.models import attention, grain, layers, placement, rotary, vit
+from grain_jax.core import errors
+from grain_jax.models import grain, vit
 from grain_jax.train import flops, optim
 from tests import foreign, tiny
-from tests.models.test_attention import _loss
 
 SIZES: dict[str, Any] = dict(
     patch_size=8, width=48, depth=2, heads=3, mlp_dim=64, qk_norm=False, norm_eps=1e-5
@@ -29,28 +32,25 @@ def _images(size):
     return np.random.default_rng(1).normal(size=(2, size, size, 3)).astype(np.float32)
 
 
-def _shapes(tower):
-    module = vit.ImageTransformer(tower, jnp.dtype("float32"))
-    images = _images(tower.image_size)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-    return {f"image/{name}": x.shape for name, x in grain.flat(boxed).items()}
-
-
-def _same_as(module, tokens_of, tower, rows, size=None):
-    """Tokens, and the gradients of their weighted sum by every parameter, are the same as in a torch module.
-
-    The images have the tower's size, or `size`.
-    """
-    import torch
-
-    parameters = dict(module.named_parameters())
-    params = tables.read(rows, {k: v.detach().numpy() for k, v in parameters.items()}, _shapes(tower))
-    images = _images(size or tower.image_size)
-    theirs = tokens_of(foreign.torch_images(images))
+@pytest.mark.parametrize("size,gated", [(32, False), (48, True)])
+def test_dinov3_of_transformers(size, gated):
+    """Tokens, and the gradients of their weighted sum by every parameter; at another size rope follows."""
+    config = transformers.DINOv3ViTConfig(
+        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3
+    )
+    config.update(dict(intermediate_size=64, num_register_tokens=3, use_gated_mlp=gated))
+    config.hidden_act = "silu" if gated else "gelu"
+    module = foreign.perturb(transformers.DINOv3ViTModel(config))
+    kind = dict(mlp="gated", activation="silu") if gated else {}
+    rows = formats.hf_dinov3("model.")
+    ours = vit.ImageTransformer(_tower(image_size=size, **DINOV3, **kind), jnp.dtype("float32"), remat="qkv")
+    images, parameters = _images(size), dict(module.named_parameters())
+    boxed = jax.eval_shape(ours.init, jax.random.key(0), images)["params"]
+    shapes = {f"image/{name}": x.shape for name, x in grain.flat(boxed).items()}
+    params = tables.read(rows, {k: v.detach().numpy() for k, v in parameters.items()}, shapes)
+    theirs = module(foreign.torch_images(images)).last_hidden_state
     weight = np.random.default_rng(2).normal(size=theirs.shape).astype(np.float32)
     (theirs * torch.from_numpy(weight)).sum().backward()
-
-    ours = vit.ImageTransformer(tower, jnp.dtype("float32"), remat="qkv")
 
     def scalar(params):
         tokens = ours.apply({"params": tables.nested(params)["image"]}, images)
@@ -67,67 +67,6 @@ def _same_as(module, tokens_of, tower, rows, size=None):
             assert np.abs(grad).max() < 1e-6 * most, name
         else:
             foreign.close(grad.reshape(theirs.shape), theirs)
-
-
-@pytest.mark.parametrize("size,gated", [(32, False), (48, True)])
-def test_dinov3_of_transformers(size, gated):
-    import transformers
-
-    config = transformers.DINOv3ViTConfig(
-        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3
-    )
-    config.update(dict(intermediate_size=64, num_register_tokens=3, use_gated_mlp=gated))
-    config.hidden_act = "silu" if gated else "gelu"
-    module = foreign.perturb(transformers.DINOv3ViTModel(config))
-    kind = dict(mlp="gated", activation="silu") if gated else {}
-    tower = _tower(image_size=size, **DINOV3, **kind)  # another size: rope follows
-    tokens = lambda images: module(images).last_hidden_state
-    _same_as(module, tokens, tower, formats.hf_dinov3("model."))
-
-
-def _attention(program, qk_norm, key_bias):
-    init = layers.normal(0.3)
-    return attention.Attention(
-        48,
-        4,
-        jnp.dtype("float32"),
-        init,
-        init,
-        init,
-        1e-6 if qk_norm else None,
-        program=program,
-        key_bias=key_bias,
-    )
-
-
-@pytest.mark.parametrize("program,qk_norm,mesh_shape", [("pallas", False, (2, 2, 2)), ("cudnn", True, None)])
-def test_every_attention_program_rotates(monkeypatch, program, qk_norm, mesh_shape):
-    real = jax.nn.dot_product_attention
-    of_xla = lambda *qkv, implementation, **seen: real(*qkv, implementation="xla", **seen)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", of_xla)  # a CPU has no cuDNN
-    x = jax.random.normal(jax.random.key(0), (8, 10, 48))
-    weight = jax.random.normal(jax.random.key(2), x.shape)
-    xla, other = (_attention(name, qk_norm, not qk_norm) for name in ("xla", program))
-    params, again = (
-        jax.jit(lambda layer=layer: layer.init(jax.random.key(3), x, x, x))() for layer in (xla, other)
-    )
-    jax.tree.map(np.testing.assert_array_equal, params, again)
-    rotation = rotary.of_grid(3, theta=100.0, head_dim=12, leading=1)
-    expected = _loss(xla, None, weight, rotation)(params, x)
-    unrotated = _loss(xla, None, weight)(params, x)
-    assert abs(unrotated[0] - expected[0]) > 1e-2
-    mesh = None
-    if mesh_shape is not None:
-        mesh = Mesh(np.array(jax.devices()).reshape(mesh_shape), ("data", "fsdp", "tensor"))
-        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
-    with placement.on(mesh, ("data", "fsdp") if mesh else ()):
-        got = _loss(other, None, weight, rotation)(params, x)
-    jax.tree.map(lambda a, b: foreign.close(np.asarray(a), np.asarray(b)), got, expected)
-    grads = [grain.flat(result[1][0]["params"]) for result in (expected, unrotated)]
-    assert ("key/bias" in grads[0]) != qk_norm
-    if not qk_norm:  # without rotation it has no gradient
-        of_rotated, of_other = (np.abs(x["key/bias"]).max() for x in grads)
-        assert of_rotated > 1 > 1e4 * of_other
 
 
 def test_registers_follow_the_class_token_and_have_no_position():
@@ -155,7 +94,7 @@ def test_registers_follow_the_class_token_and_have_no_position():
 
 def test_flops_count_what_the_options_add():
     """17 tokens of width 32: registers, the gate of an MLP of 64; 2 layers."""
-    count = lambda **changes: flops.per_image(tiny.config(**changes)).image
+    count = lambda **changes: flops.per_image(tiny.config(**tiny.TWO_TOWERS | changes)).image
     width, mlp, depth = 32, 64, 2
     tokens = 1 + (16 // tiny.config().model.image.patch_size) ** 2
     of_token = 2 * depth * width * (4 * width + 2 * mlp)
@@ -165,3 +104,37 @@ def test_flops_count_what_the_options_add():
     added = 3 * of_token + pairs(tokens + 3) - pairs(tokens)
     assert count(model__image__registers=3) - plain == added
     assert count(model__image__rope="centres", model__image__layer_scale=True) == plain
+
+
+@pytest.mark.parametrize("side,leading,grid", [(7, 1, 3), (4, 0, 7), (14, 1, 6), (5, 1, 1), (2, 0, 3)])
+def test_positions_are_resized_as_by_transformers(side, leading, grid):
+    """With CLIP's class token, and without one as SigLIP."""
+    rng = np.random.default_rng(side)
+    positions = rng.normal(size=(leading + side**2, 6)).astype(np.float32)
+    name = ("Siglip", "CLIP")[leading]
+    config = getattr(transformers, f"{name}VisionConfig")
+    config = config(hidden_size=6, num_attention_heads=1, image_size=2 * side, patch_size=2)
+    modeling = (modeling_siglip, modeling_clip)[leading]
+    module = getattr(modeling, f"{name}VisionEmbeddings")(config)
+    theirs = module.position_embedding.weight
+    theirs.data = torch.tensor(positions)
+    tokens = torch.zeros(1, leading + grid**2, 6)
+    expected = module.interpolate_pos_encoding(tokens, 2 * grid, 2 * grid)[0]
+    cotangent = rng.normal(size=expected.shape).astype(np.float32)
+    expected.backward(torch.tensor(cotangent))
+    resized, pull = jax.vjp(lambda x: vit.resized_positions(x, leading, grid), positions)
+    np.testing.assert_allclose(resized, expected.detach(), atol=2e-6)
+    np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], theirs.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("position_init", ["normal", "sincos2d"])
+def test_parameters_are_those_of_the_configured_size(position_init):
+    module = vit.ImageTransformer(_tower(image_size=32, position_init=position_init), jnp.dtype("float32"))
+    init = jax.jit(module.init)
+    same, other = (init(jax.random.key(0), _images(size)) for size in (32, 24))
+    jax.tree.map(np.testing.assert_array_equal, same, other)
+    assert grain.flat(same["params"])["position_embed"].shape == (17, 48)
+    with pytest.raises(errors.UserError, match="image: got 36 x 36 pixels, expected a square of"):
+        module.apply(same, _images(36))
+    with pytest.raises(errors.UserError, match="got 24 x 32 pixels"):
+        module.apply(same, _images(32)[:, :24])

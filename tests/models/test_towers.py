@@ -111,3 +111,11 @@ def test_a_class_that_is_no_tower_is_a_line():
 def test_flops_of_towers_without_formulas():
     count = flops.per_image(config_lib.from_dict(dictionary()))
     assert (count.image, count.text) == (2 * 3 * 32 + 2 * 32 * 16, 2 * 32 * 16)
+
+
+def test_a_tower_of_a_user_that_takes_its_own_size_alone_says_so():
+    model = grain.GRAIN(config_lib.from_dict(dictionary()).model)
+    said = "Colours got an image of 8 x 8 pixels, expected model.image.image_size = 16; a"
+    with pytest.raises(errors.UserError, match=said) as error:
+        model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)), method="image_tokens")
+    assert "\n" not in str(error.value)

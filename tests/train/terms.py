@@ -79,14 +79,6 @@ class Bare(local.LocalTerm):
         return local.LocalOutput(local.PerImage(loss, jnp.ones(len(loss))))
 
 
-# Towers alone: the decoder takes longest to compile.
-TWO_TOWERS = {
-    "model__decoder": None,
-    "model__image__pool": "mean",
-    "input__max_regions": 0,
-    "model__image__depth": 1,
-    "model__text__depth": 1,
-}
 ENTRIES = {
     name.lower(): {"term": f"{__name__}:{name}", "weight": weight, "factor": 1.5}
     for name, weight in (("Smooth", 0.3), ("Average", 0.7))

@@ -31,12 +31,6 @@ def recipe(size: str = "B/16", **overrides) -> config_lib.Config:
     return derived.planned(unplanned(size, **overrides), derived.Limits())[0]
 
 
-def one_group(**overrides) -> config_lib.Config:
-    """B/16 with 8 images, which share 5 rows of text as 64 share 40."""
-    few = dict(batch_size=8, input__lanes=1, text__pack_group=8, text__pack_rows=5)
-    return recipe(**few, **overrides)
-
-
 def shapes(config):
     """(the config's model, shapes of its parameters, shapes of its batch)."""
     model = GRAIN(config.model, config.dtype, config.remat)
@@ -116,9 +110,6 @@ def test_losses_by_hand():
     assert boxes == count() + 5 * 2 * (2048 * 5) * 512
 
 
-_TWO_TOWERS = dict(model__decoder=None, model__image__pool="mean")
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -144,7 +135,7 @@ def test_the_backward_pass_has_two_products_for_one(config):
     "boxes",
     [
         dict(model__boxes__kind="roi_align", model__boxes__bins=3),
-        dict(model__boxes__kind="roi_align", **_TWO_TOWERS),
+        dict(model__boxes__kind="roi_align", model__decoder=None, model__image__pool="mean"),
     ],
     ids=["roi_align", "no decoder"],
 )
@@ -195,7 +186,8 @@ def test_train_step_is_xlas_own_count():
         return jax.jit(lambda params, batch: step(params, batch, None)).lower(params, batch)
 
     few = {f"model__{t}__{key}": 2 for t in ("image", "text", "decoder") for key in ("depth", "unroll")}
-    shallow = one_group(**few)
+    # 8 images share 5 rows of text as 64 share 40.
+    shallow = recipe(batch_size=8, input__lanes=1, text__pack_group=8, text__pack_rows=5, **few)
     lowered = lower(shallow)
     assert 0.98 < ratio(lowered, shallow) < 1.02  # before XLA's passes
     assert 0.98 < ratio(lowered.compile(), shallow) < 1.02

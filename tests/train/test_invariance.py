@@ -39,10 +39,8 @@ DECODER = dict(
 )
 CONFIGS = {
     "decoder": DECODER,
-    "terms": terms.TWO_TOWERS | dict(loss__terms=terms.ENTRIES, optim__name="muon"),
-    "lora": tiny.SHALLOW
-    | terms.TWO_TOWERS
-    | dict(optim__lora__rank=4, optim__lora__alpha=6.0, optim__learning_rate=0.02),
+    "terms": tiny.TWO_SHALLOW | dict(loss__terms=terms.ENTRIES, optim__name="muon"),
+    "lora": tiny.TWO_SHALLOW | dict(optim__lora__rank=4, optim__lora__alpha=6.0, optim__learning_rate=0.02),
 }
 ONE = dict(mesh__data=1)
 EIGHT = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, microbatches=2, loss__tile=7)
@@ -55,8 +53,7 @@ def program_of(name, on_eight):
     if on_eight and name == "decoder":
         mesh |= dict(loss__gather=2)
     c = tiny.config(**CONFIGS[name] | mesh, ema_decay=0.9, optim__clip_norm=0.0)
-    devices = jax.devices()[: 8 if on_eight else 1]
-    program = train_step.build(c, sharding.make_mesh(c.mesh, devices), total_steps=10, steps_per_epoch=1)
+    program = tiny.program(c, 8 if on_eight else 1)
     return c, program, program.step.lower(program.state, program.batch).compile()
 
 
@@ -161,9 +158,7 @@ def test_lora_moves_the_factors_alone():
 def test_a_run_without_regions_trains_on_captions_alone():
     """The CLIP baseline: no region is read."""
     c = tiny.small(input__max_regions=0, loss__box=0.0, loss__region_description=0.0)
-    shapes = train_step.build(
-        c, sharding.make_mesh(c.mesh, jax.devices()[:1]), total_steps=10, steps_per_epoch=1
-    )
+    shapes = tiny.program(c, 1)
     _, metrics = jax.eval_shape(shapes.step, shapes.state, shapes.batch)
     of_regions = ("query", "region", "matched_iou50")
     assert not [name for name in metrics if name.startswith(of_regions)]
@@ -215,14 +210,14 @@ def test_parameters_of_terms_are_sharded_averaged_and_counted():
     assert [np.abs(x).max() > 0 for k, x in gradients(c, state).items() if of_bias in k] == [True]
     boxed = jax.eval_shape(forward.Forward(c).init)["terms"]["smooth"]["map"]["kernel"]
     assert boxed.names == ("width", "vector")
-    with_terms, without = (flops.per_image(x) for x in (c, tiny.config(**terms.TWO_TOWERS)))
+    with_terms, without = (flops.per_image(x) for x in (c, tiny.config(**tiny.TWO_SHALLOW)))
     assert with_terms.image == without.image and with_terms.terms > without.image  # a second view
     assert with_terms.train > without.train + with_terms.terms
 
 
 def test_a_fresh_state_does_not_depend_on_the_terms():
     """The model has the parameters of a run without terms; a term's depend on its name alone."""
-    c, plain = program_of("terms", False)[0], tiny.config(**terms.TWO_TOWERS)
+    c, plain = program_of("terms", False)[0], tiny.config(**tiny.TWO_SHALLOW)
     with_terms, without = (jax.jit(forward.Forward(x).init)() for x in (c, plain))
     jax.tree.map(np.testing.assert_array_equal, forward.without_terms(with_terms), dict(without))
     kernel = sharding.unbox(with_terms)["terms"]["smooth"]["map"]["kernel"]
@@ -262,15 +257,6 @@ PLAIN = dict(batch_size=32, text__pack_group=4, text__pack_rows=8, mesh__data=8)
 SLACK = {"flops": 1.001, "bytes_accessed": 1.05, "temporary_bytes": 1.05, "collective_bytes": 1.01}
 
 
-def compiled_step(name):
-    """The step of `decoder` on eight devices, or of a plain model whose batch is cut in eight."""
-    if name == "all_axes":
-        return program_of("decoder", True)[2]
-    c = tiny.config(**PLAIN)
-    program = train_step.build(c, sharding.make_mesh(c.mesh), total_steps=10, steps_per_epoch=1)
-    return program.step.lower(program.state, program.batch).compile()
-
-
 @pytest.mark.parametrize("name", [pytest.param("data", marks=pytest.mark.slow), "all_axes"])
 def test_the_step_costs_no_more_than_recorded(name):
     """FLOPs, bytes, temporaries and collectives in the compiler's output with the flags of `tests.compiling`.
@@ -278,7 +264,12 @@ def test_the_step_costs_no_more_than_recorded(name):
     goldens/step_cost.json has them for one version of JAX. After a change that is meant to cost,
     UPDATE_GOLDENS=1 rewrites them, and the commit says why.
     """
-    step, version = compiled_step(name), metadata.version("jaxlib")
+    if name == "all_axes":
+        step = program_of("decoder", True)[2]
+    else:  # a plain model whose batch is cut in eight
+        program = tiny.program(tiny.config(**PLAIN))
+        step = program.step.lower(program.state, program.batch).compile()
+    version = metadata.version("jaxlib")
     module = hlo.parse(step.as_text())
     costs = {
         "flops": hlo_work.dot_flops(module),

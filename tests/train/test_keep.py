@@ -1,29 +1,26 @@
 """A share of the patches in training: what is kept, and its gradient."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torchvision
-from torch.nn import functional as F
 
 from examples.loss import smoothness
-from grain_jax.core import errors, schema
+from grain_jax.core import boxes as boxes_lib
+from grain_jax.core import errors
 from grain_jax.models import grain
-from grain_jax.train import flops, forward, sharding, train_step
+from grain_jax.train import flops, forward, train_step
 from tests import perturbed, tiny
 from tests.models.test_towers import Colours
 
 pytestmark = pytest.mark.long
 
 SIDE, PATCH = 4, 8
-TWO_TOWERS = {
-    "model__decoder": None,
-    "model__image__pool": "mean",
-    "model__image__image_size": SIDE * PATCH,
-    "input__max_regions": 0,
-}
+TWO_TOWERS = tiny.TWO_TOWERS | {"model__image__image_size": SIDE * PATCH}
 BOXES = {"model__boxes__kind": "roi_align", "loss__box_description": 1.0, "input__max_regions": 5}
 
 
@@ -48,90 +45,65 @@ def test_random_patches_of_an_image():
     assert draw(0.01).shape == (64, 1)
 
 
-def _tower_in_torch(p, pixels, kept):
-    """The image tower in float64: embeddings of images whose patches are `at`, and the tokens of these."""
-    weight = lambda name: p[f"image/{name}"]
-    norm = lambda x, name: F.layer_norm(
-        x, x.shape[-1:], weight(f"{name}/scale"), weight(f"{name}/bias"), 1e-6
-    )
-    b, width = len(pixels), weight("class_token").shape[0]
-    x = pixels.reshape(b, SIDE, PATCH, SIDE, PATCH, 3).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(b, SIDE**2, -1) @ weight("patch_embed/kernel") + weight("patch_embed/bias")
-    x = torch.stack([image[i] + weight("position_embed")[1 + i] for image, i in zip(x, kept)])
-    first = weight("class_token") + weight("position_embed")[0]
-    x = torch.cat([first.expand(b, 1, width), x], 1)
-    layer = lambda name: weight(f"blocks/{name}")[0]
-    of_layer = lambda x, name: F.layer_norm(
-        x, x.shape[-1:], layer(f"{name}/scale"), layer(f"{name}/bias"), 1e-6
-    )
-    y = of_layer(x, "norm_1")
-    q, k, v = (
-        torch.einsum("bne,ekd->bknd", y, layer(f"attention/{name}/kernel"))
-        + layer(f"attention/{name}/bias")[:, None]
-        for name in ("query", "key", "value")
-    )
-    y = F.scaled_dot_product_attention(q, k, v)
-    out = layer("attention/out/kernel")
-    x = x + torch.einsum("bknd,kde->bne", y, out) + layer("attention/out/bias")
-    y = of_layer(x, "norm_2") @ layer("mlp/in/kernel") + layer("mlp/in/bias")
-    x = x + F.gelu(y) @ layer("mlp/out/kernel") + layer("mlp/out/bias")
-    tokens = norm(x, "norm")[:, 1:]
-    embed = F.normalize(tokens.mean(1) @ p["image_projection/kernel"], dim=-1)
-    return embed, tokens
+def _box_weights(boxes_cxcywh):
+    """torchvision's weights of the patches in RoIAlign: [B, R, P]."""
+    corners = torch.tensor(np.asarray(boxes_lib.cxcywh_to_xyxy(boxes_cxcywh)) * SIDE)
+    one_hot = torch.eye(SIDE**2).reshape(1, SIDE**2, SIDE, SIDE).expand(len(corners), -1, -1, -1)
+    weights = torchvision.ops.roi_align(one_hot, list(corners), 1, 1.0, 4, aligned=True)
+    return weights.reshape(*corners.shape[:2], SIDE**2).numpy()
 
 
-def _boxes_in_torch(p, tokens, kept, corners):
-    """RoIAlign of the kept tokens: torchvision's weights of each patch over their sum; 0 without any."""
-    one_hot = torch.eye(SIDE**2, dtype=torch.float64).reshape(1, SIDE**2, SIDE, SIDE)
-    means = []
-    for image, i, boxes in zip(tokens, kept, corners):
-        weights = torchvision.ops.roi_align(one_hot, [boxes * SIDE], 1, 1.0, 4, aligned=True)
-        weights = weights.flatten(1)[:, i]
-        means.append(weights @ image / weights.sum(1, keepdim=True).clamp(min=1e-12))
-    return F.normalize(torch.stack(means) @ p["box_projection/kernel"], dim=-1)
+def _of_smaller_images(model, params, batch, kept, weights):
+    """Embeddings of images and boxes: an image of the kept patches alone, which have their old positions.
+
+    A box has the mean of its kept patches by their weights; 0 without any.
+    """
+    side, images = int(kept.shape[1] ** 0.5), np.arange(len(kept))[:, None]
+    image = dataclasses.replace(model.image, image_size=side * PATCH, keep=1.0)
+    module = grain.GRAIN(dataclasses.replace(model, image=image))
+    patches = batch.image.reshape(-1, SIDE, PATCH, SIDE, PATCH, 3).swapaxes(2, 3)
+    chosen = patches.reshape(-1, SIDE**2, PATCH, PATCH, 3)[images, kept]
+    small = chosen.reshape(-1, side, side, PATCH, PATCH, 3).swapaxes(2, 3)
+    small = small.reshape(-1, side * PATCH, side * PATCH, 3)
+    weights = np.take_along_axis(weights, kept[:, None], axis=2)
+    weights = weights / weights.sum(-1, keepdims=True).clip(1e-12)
+    positions = params["image"]["position_embed"]
+
+    def of_image(image, kept, weights):
+        rows = positions[jnp.append(0, 1 + kept)]
+        own = params | {"image": params["image"] | {"position_embed": rows}}
+        tokens = module.apply({"params": own}, image[None], method="image_tokens")
+        (embed,) = module.apply({"params": own}, tokens, method="embeddings")[0]
+        return embed, grain.normalize(weights @ tokens[0, 1:] @ params["box_projection"]["kernel"])
+
+    return jax.vmap(of_image)(small, kept, weights)
 
 
-@pytest.fixture(scope="module")
-def case():
-    """(config, parameters, batch, keys, kept patches)."""
-    c = config(model__image__keep=0.5, model__image__qk_norm=False, **BOXES)
-    keys = keys_of(8)
-    kept = forward.draw_kept(forward.folded(keys, forward.KEEP), SIDE**2, 8)
-    return c, perturbed.params(c.model), tiny.batch(c), keys, np.asarray(kept)
-
-
-def test_the_gradient_is_that_of_the_kept_patches(case):
-    c, params, batch, keys, kept = case
-    of_run = forward.Forward(c)
-    rng = np.random.default_rng(0)
+def test_the_gradient_is_that_of_the_kept_patches():
+    c, rng = config(model__image__keep=0.25, **BOXES), np.random.default_rng(0)
+    params, batch, keys = perturbed.params(c.model), tiny.batch(c), keys_of(8)
+    kept = np.asarray(forward.draw_kept(forward.folded(keys, forward.KEEP), SIDE**2, 4))
+    of_run = lambda params: forward.Forward(c)(params, batch, keys)
     read = lambda out: (out.image_embed, out.box_embed)
-    shapes = jax.eval_shape(lambda: read(of_run(params, batch, keys)))
-    ahead = [rng.normal(size=x.shape).astype(np.float32) for x in shapes]
+    ahead = [
+        rng.normal(size=x.shape).astype(np.float32) for x in jax.eval_shape(lambda: read(of_run(params)))
+    ]
 
-    @jax.jit
-    def ours(params):
-        embeds = read(of_run(params, batch, keys))
-        return sum((x * a).sum() for x, a in zip(embeds, ahead)), embeds
+    def with_gradients(embeddings):
+        def total(params):
+            embeds = embeddings(params)
+            return sum((x * a).sum() for x, a in zip(embeds, ahead)), embeds
 
-    grads, embeds = jax.grad(ours, has_aux=True)(params)
+        return jax.jit(jax.grad(total, has_aux=True))(params)
 
-    theirs = {
-        name: torch.tensor(np.asarray(x, np.float64), requires_grad=True)
-        for name, x in grain.flat(params).items()
-    }
-    pixels = torch.tensor((batch.image / 255 - schema.IMAGE_MEAN) / schema.IMAGE_STD)
-    kept = torch.tensor(kept).long()
-    embed, tokens = _tower_in_torch(theirs, pixels.double(), kept)
-    centre, half = np.split(batch.region_boxes_cxcywh * np.array([1, 1, 0.5, 0.5]), 2, -1)
-    corners = torch.tensor(np.concatenate([centre - half, centre + half], -1)).double()
-    expected = embed, _boxes_in_torch(theirs, tokens, kept, corners)
-    sum((x * torch.tensor(a)).sum() for x, a in zip(expected, ahead)).backward()
-    for ours_now, other in zip(embeds, expected):
-        np.testing.assert_allclose(ours_now, other.detach(), atol=2e-6)
-    of_images = {k: v for k, v in grain.flat(grads).items() if not k.startswith(("text", "logit"))}
-    most = max(abs(theirs[name].grad.numpy()).max() for name in of_images)
-    for name, grad in of_images.items():
-        other = theirs[name].grad.numpy()  # 0 for the biases of keys
+    grads, embeds = with_gradients(lambda params: read(of_run(params)))
+    rest = batch, kept, _box_weights(batch.region_boxes_cxcywh)
+    expected, theirs = with_gradients(lambda params: _of_smaller_images(c.model, params, *rest))
+    for ours, other in zip(embeds, theirs, strict=True):
+        np.testing.assert_allclose(ours, other, atol=2e-6)
+    most = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    for name, grad in grain.flat(grads).items():
+        other = grain.flat(expected)[name]  # 0 for the biases of keys, and for texts
         np.testing.assert_allclose(grad, other, rtol=1e-5, atol=1e-6 * most, err_msg=name)
 
 
@@ -161,7 +133,6 @@ def test_flops_are_those_of_the_kept_tokens():
 )  # fmt: skip
 def test_what_sees_all_patches_is_a_line(changes, message):
     c = config(model__image__keep=0.5, **changes)
-    mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])
     with pytest.raises(errors.UserError, match=rf"^model\.image\.keep: got .*{message}"):
-        program = train_step.build(c, mesh, total_steps=2, steps_per_epoch=1)
+        program = tiny.program(c, 1)
         program.step.lower(program.state, program.batch)

@@ -1,21 +1,25 @@
-"""LoRA against torch, full fine-tuning and its own folded form; what it does not compute; its errors."""
+"""LoRA against torch, full fine-tuning and its own folded form; what it does not compute; errors; a run."""
 
 import dataclasses
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grain_jax
 from grain_jax import config as config_lib
 from grain_jax import inference
+from grain_jax.checkpoint import files, saved_model
+from grain_jax.convert.__main__ import main
 from grain_jax.core import errors, low_rank
 from grain_jax.inference.inputs import InputError
 from grain_jax.models import grain, layers, lora
-from grain_jax.train import flops, forward, optim, sharding, train_step
+from grain_jax.train import flops, forward, optim, run, sharding, train_step
 from tests import tiny
+
+pytestmark = pytest.mark.long
 
 RANK, ALPHA = 4, 6.0
 FACTORS = dict(optim__lora__rank=RANK, optim__lora__alpha=ALPHA)
@@ -23,8 +27,7 @@ FACTORS = dict(optim__lora__rank=RANK, optim__lora__alpha=ALPHA)
 UNLIKE = dict(
     model__image__width=48, model__image__mlp_dim=80, model__text__width=40, model__text__mlp_dim=72
 )
-# Two towers compile and trace sooner.
-TWO = dict(model__decoder=None, model__image__pool="mean", input__max_regions=0)
+TWO = tiny.TWO_TOWERS
 BOTH = "(image|text)/blocks/(attention|mlp)/(query|key|value|out|in)"
 # With the options of DINOv3: a gated MLP, rotary positions, registers, layer scale.
 ROTARY = dict(
@@ -45,17 +48,9 @@ def _model(c):
     return grain.GRAIN(c.model, c.dtype, c.remat, c.optim.lora.scale)
 
 
-def _params(c, scale=0.2):
+def _params(c):
     """Random parameters of step 0, B too."""
-    shapes = sharding.unbox(jax.eval_shape(lambda: lora.init(c)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, x):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        value = float(name.endswith("scale"))
-        return np.float32(value + rng.normal(0, scale, x.shape))
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return tiny.params(sharding.unbox(jax.eval_shape(lambda: lora.init(c))), spread=0.2)
 
 
 def _applied(c, params):
@@ -133,12 +128,10 @@ def test_gradients_of_a_map_are_torchs(inputs, outputs, side_by_side):
     params |= {low_rank.A: draw(*inputs, 2), low_rank.B: draw(2, *outputs)}
     x = draw(5, n) if side_by_side else draw(5, *inputs)
     weight = draw(5, m)
-    init = layers.normal(1.0)
+    axes, init = (("a",) * len(inputs), ("b",) * len(outputs)), layers.normal(1.0)
     if side_by_side:
-        axes = ("a",) * len(inputs), ("b",) * len(outputs)
         module = layers.Affine(inputs, outputs, *axes, np.dtype("float32"), init, lora=1.5)
     else:
-        axes = ("a",) * len(inputs), ("b",) * len(outputs)
         module = layers.dense(outputs, *axes, dtype=np.dtype("float32"), kernel_init=init, lora=1.5)
 
     def loss(params, x):
@@ -199,22 +192,24 @@ def test_a_predictor_refuses_factors():
     "changes,line",
     [
         (
-            {"modules": ("image/blocks/mlp/fc1",)},
+            dict(lora__modules=("image/blocks/mlp/fc1",)),
             "optim.lora.modules: 'image/blocks/mlp/fc1' matches no module; expected",
         ),
         (
-            {"modules": (BOTH, "image/blocks/.*")},
-            "'image/blocks/.\\*' matches image/blocks/\\w+/?\\w*; expected dense",
+            dict(lora__modules=(BOTH, "image/blocks/.*")),
+            r"'image/blocks/.\*' matches image/blocks/\w+/?\w*; expected dense",
         ),
-        ({"modules": (".*/query",)}, "'.\\*/query' matches decoder/\\S+query; expected"),
+        (dict(lora__modules=(".*/query",)), r"'.\*/query' matches decoder/\S+query; expected"),
         (
-            {"rank": 33},
-            "optim.lora.rank: got 33, expected at most 32, the smaller side of image/\\S+, which maps 32 to",
+            dict(lora__rank=33),
+            r"optim.lora.rank: got 33, expected at most 32, the smaller side of image/\S+, which maps 32 to",
         ),
+        (dict(frozen=("image/.*",)), r"'image/\.\*' freezes image/blocks/\S+lora_a, which optim.lora trains"),
+        (dict(frozen=(".*/lora_b",)), r"'\.\*/lora_b' freezes image/\S+lora_b, which optim.lora trains"),
     ],
 )
 def test_what_has_no_factors_is_one_line(changes, line):
-    c = tiny.small(**{f"optim__lora__{k}": v for k, v in (dict(rank=2) | changes).items()})
+    c = tiny.small(**{f"optim__{k}": v for k, v in (dict(lora__rank=2) | changes).items()})
     with pytest.raises(errors.UserError, match=line) as error:
         jax.eval_shape(lambda: lora.init(c))
     assert "\n" not in str(error.value)
@@ -258,14 +253,6 @@ def test_towers_of_users_have_no_factors():
         lora.maps_of(model, c.optim.lora, shapes)
 
 
-@pytest.mark.parametrize("pattern,factor", [("image/.*", "lora_a"), (".*/lora_b", "lora_b")])
-def test_a_factor_that_is_frozen_is_one_line(pattern, factor):
-    c = tiny.small(**FACTORS, optim__frozen=(pattern,))
-    message = f"'{re.escape(pattern)}' freezes image/blocks/\\S+{factor}, which optim.lora trains"
-    with pytest.raises(errors.UserError, match=message):
-        jax.eval_shape(lambda: lora.init(c))
-
-
 def test_what_is_frozen_beside_the_factors():
     image = ("image/blocks/attention/query",)
     two = dict(model__decoder=None, model__image__pool="map", input__max_regions=0)
@@ -286,3 +273,45 @@ def test_what_is_frozen_beside_the_factors():
             part = name.partition("/")[0]
             assert is_frozen == (part in frozen and "lora_" not in name), name
             assert part in frozen | trained | {"box_mlp", "region_projection"}
+
+
+RUN = FACTORS | TWO | dict(ema_decay=0.9, total_steps=2, checkpoint_every=1, checkpoint_keep=4)
+RUN |= dict(optim__learning_rate=0.02)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, one_device):
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    run.train(tiny.small(**RUN), workdir)
+    return workdir
+
+
+def test_it_does_not_go_on_with_another_scale(finished):
+    message = "optim.lora.alpha: the run has 6.0, got 8.0\n.* use another --workdir"
+    with pytest.raises(files.CheckpointError, match=message):
+        run.train(tiny.small(**RUN | dict(optim__lora__alpha=8.0)), finished)
+
+
+def test_it_is_loaded_and_merged_as_it_was_trained(finished, tmp_path, capsys):
+    stored = saved_model.load_stored(finished)
+    assert len(list(low_rank.maps_in(stored.params))) == 12
+    predictor = grain_jax.load(finished)
+    names = grain.parameter_shapes(predictor.model)
+    assert grain.flat(predictor.params).keys() == names.keys()
+    base = grain.flat(stored.params)["image/blocks/mlp/in/kernel"]
+    a, b = (grain.flat(stored.params)[f"image/blocks/mlp/in/lora_{x}"] for x in "ab")
+    expected = base.astype(np.float64) + 1.5 * a.astype(np.float64) @ b.astype(np.float64)
+    np.testing.assert_allclose(
+        predictor.params["image"]["blocks"]["mlp"]["in"]["kernel"], expected, rtol=1e-5, atol=1e-6
+    )
+    assert np.abs(1.5 * a @ b).max() > 1e-4
+    batch = tiny.batch(tiny.small(**RUN))
+    apart = jax.jit(grain.GRAIN(stored.model, lora=1.5).apply)({"params": stored.params}, batch)
+    folded = jax.jit(grain.GRAIN(stored.model).apply)({"params": predictor.params}, batch)
+    for name in ("image_embed", "text_embed"):
+        np.testing.assert_allclose(getattr(folded, name), getattr(apart, name), atol=1e-5)
+    out = tmp_path / "merged"
+    assert main(["average", str(finished), "--output", str(out)]) == 0
+    assert "LoRA of rank 4 folded in" in capsys.readouterr().out
+    for name, x in grain.flat(saved_model.load_model(out)[1]).items():
+        np.testing.assert_array_equal(x, grain.flat(predictor.params)[name], err_msg=name)

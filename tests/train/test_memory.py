@@ -1,10 +1,12 @@
 """Out of memory is one line with what to set."""
 
+from unittest import mock
+
 import jax
 import pytest
 
 from grain_jax.core import errors
-from grain_jax.train import memory_check, run, sharding, train_step
+from grain_jax.train import memory_check, run
 from tests import tiny
 
 pytestmark = pytest.mark.long
@@ -17,10 +19,7 @@ KEYS = ("--config.microbatches", "--config.remat=full", "--config.mesh.fsdp")
 
 @pytest.fixture(scope="module")
 def sizes():
-    config = CONFIG
-    mesh = sharding.make_mesh(config.mesh)
-    program = train_step.build(config, mesh, total_steps=10, steps_per_epoch=1.0)
-    return memory_check.state_bytes(program)
+    return memory_check.state_bytes(tiny.program(CONFIG))
 
 
 @pytest.mark.parametrize("room, part", [(-1, "parameters, moments"), (0, "(state and batch")])
@@ -37,11 +36,7 @@ def test_a_run_that_does_not_fit_ends_before_the_first_step(sizes, tmp_path, mon
     assert all(key in line for key in KEYS)
 
 
-class _ResourceExhaustedError(Exception):
-    """TensorFlow's."""
-
-
-_ResourceExhaustedError.__name__ = "ResourceExhaustedError"
+OfTensorFlow = type("ResourceExhaustedError", (Exception,), {})
 
 
 @pytest.mark.parametrize(
@@ -50,7 +45,7 @@ _ResourceExhaustedError.__name__ = "ResourceExhaustedError"
         (jax.errors.JaxRuntimeError(XLA), "(Out of memory allocating 315363503480 bytes); "),
         (jax.errors.JaxRuntimeError(LIBTPU), "(Ran out of memory in memory space hbm. Used"),
         (MemoryError("Unable to allocate 3.64 TiB"), "(Unable to allocate 3.64 TiB); "),
-        (_ResourceExhaustedError("OOM when allocating tensor with shape[10]"), "(OOM when alloc"),
+        (OfTensorFlow("OOM when allocating tensor with shape[10]"), "(OOM when alloc"),
     ],
 )
 def test_every_allocator_has_its_line(error, line):
@@ -75,15 +70,12 @@ def test_the_container_counts(tmp_path):
     assert memory_check.host_bytes(tmp_path) == 2000
 
 
-def _runs_out(*_, **__):
-    raise jax.errors.JaxRuntimeError(XLA)
-
-
 def test_what_the_allocator_refuses_in_training_names_the_keys(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(run.distributed, "keep_compiled_programs", lambda: None)
     monkeypatch.setattr(run.ending.PreemptionHandler, "listen", lambda self: None)
-    monkeypatch.setattr(run, "train", _runs_out)
+    refuse = mock.Mock(side_effect=jax.errors.JaxRuntimeError(XLA))
+    monkeypatch.setattr(run, "train", refuse)
     with pytest.raises(errors.OutOfMemory) as caught:
         run.main(["--config=tests/run_config.py", f"--workdir={tmp_path}"])
     line = str(caught.value)

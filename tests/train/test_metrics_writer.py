@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, progress; lost texts and losses."""
+"""What a run tells: metrics.jsonl, TensorBoard, traces, Weights & Biases, progress, its time; lost texts."""
 
 import json
 import math
@@ -7,10 +7,14 @@ import struct
 import sys
 import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from grain_jax import losses
-from grain_jax.train import faults, metrics_writer, rates
+from grain_jax.core import metrics_file
+from grain_jax.train import faults, goodput, metrics_writer, profiling, rates
 from tests import tiny
 
 pytestmark = pytest.mark.quick
@@ -55,15 +59,6 @@ def test_texts_are_counted_from_line_to_line():
         counts.check(10, lambda: "more rows")
 
 
-def test_lines_beyond_the_restored_step_are_removed(tmp_path):
-    _write(tmp_path, 0, {step: step for step in range(1, 6)})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # killed in the middle of a line
-    _write(tmp_path, 3, {4: 40})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
-
-
 @pytest.mark.parametrize("term", ["loss_uniform", "grad_norm"])
 def test_the_first_bad_term_is_named(term):
     said = f"^{term} is nan at step 9; it was finite at step 5"
@@ -74,9 +69,10 @@ def test_the_first_bad_term_is_named(term):
 
 @pytest.fixture
 def now(monkeypatch):
-    """What the clock says: now[0]."""
+    """What the clocks say: now[0] seconds, and as many after 1000 in the time of day."""
     now = [0.0]
-    monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(goodput.time, "time", lambda: 1000 + now[0])
     return now
 
 
@@ -112,20 +108,14 @@ def test_what_the_line_shows_adds_up_to_its_loss(now, capsys):
     assert sum(math.prod(map(float, x)) for x in products) == pytest.approx(float(loss), abs=3e-3)
 
 
-@pytest.fixture
-def object_store(tmp_path, monkeypatch):
-    """A folder that is treated as an object store."""
-    (tmp_path / "store" / "tensorboard").mkdir(parents=True)
-    monkeypatch.setattr(metrics_writer, "is_object_store", lambda path: True)
-    return tmp_path / "store"
-
-
 def _steps(file):
     return [json.loads(line)["step"] for line in file.read_text().splitlines()]
 
 
-def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(object_store):
-    store = object_store
+def test_an_object_store_has_the_lines_at_each_checkpoint_and_at_the_end(tmp_path, monkeypatch):
+    store = tmp_path / "store"  # a folder that is treated as one
+    (store / "tensorboard").mkdir(parents=True)
+    monkeypatch.setattr(metrics_writer, "is_object_store", lambda path: True)
     first = metrics_writer.MetricsWriter(store, 0)
     for step in range(1, 8):
         first.write(step, {"loss": 1.0})
@@ -162,18 +152,20 @@ def _scalars(folder):
     return scalars, purges
 
 
-def test_tensorboard_has_each_step_at_once_and_forgets_those_beyond_a_restart(tmp_path):
+def test_a_restart_forgets_the_steps_beyond_it_and_tensorboard_has_each_at_once(tmp_path):
     first = metrics_writer.MetricsWriter(tmp_path, 0)
     for step in range(1, 6):
         first.write(step, {"loss": float(step), "eval/birds/top1": 0.5})
-    folder = tmp_path / "tensorboard"
+    folder, file = tmp_path / "tensorboard", tmp_path / "metrics.jsonl"
     expected = [(s, {"loss": float(s), "eval/birds/top1": 0.5}) for s in range(1, 6)]
     assert _scalars(folder) == (expected, [1])  # before it is closed: a kill loses nothing
     first.close()
-    second = metrics_writer.MetricsWriter(tmp_path, 3)
-    second.write(4, {"loss": 40.0})
-    second.close()
+    with file.open("a") as lines:
+        lines.write('{"step": 6, "lo')  # killed in the middle of a line
+    _write(tmp_path, 3, {4: 40})
     assert _scalars(folder) == ([*expected, (4, {"loss": 40.0})], [1, 4])
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
 class _Run:
@@ -209,3 +201,113 @@ def test_wandb_gets_a_restart_under_the_same_id_and_no_step_twice(tmp_path, monk
     assert options["id"] == again["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
     assert options["project"] == "birds" and options["name"] == tmp_path.name
     assert options["resume"] == "allow" and options["config"]["batch_size"] == 16
+
+
+def _line_of(step, clock):
+    values = {"step": step, **clock.numbers()}
+    return metrics_file.Line(step, values, json.dumps(values))
+
+
+def _seconds(clock):
+    numbers = clock.numbers()
+    total = numbers[goodput.SECONDS]
+    return {k: round(numbers[f"time/{k}"] * total, 6) for k in goodput.KINDS if numbers[f"time/{k}"]}
+
+
+def test_two_kills_are_counted_by_hand(now):
+    clock = goodput.Clock()
+    now[0] = 2.0  # other
+    with clock.spend("compile"):
+        now[0] = 12.0
+    lines = []
+    with clock.spend("steps"):
+        for step in (1, 2, 3):
+            with clock.spend("input"):
+                now[0] += 1.0
+            now[0] += 9.0
+            lines.append(_line_of(step, clock))
+    assert _seconds(clock) == dict(other=2, compile=10, steps=27, input=3)
+    now[0] = 50.0  # killed at 42, after step 3; the checkpoint has step 1
+    clock = goodput.Clock()
+    clock.resume_from(lines, 1)
+    assert _seconds(clock) == dict(other=2, compile=10, steps=9, input=1, repeated=20, stopped=8)
+    with clock.spend("steps"):
+        now[0] += 10.0
+        again = _line_of(2, clock)
+    assert clock.numbers()[goodput.REPEATED] == 2
+    lines = [lines[0], again]
+    now[0] = 61.0
+    clock = goodput.Clock()  # killed again; nothing was saved
+    clock.resume_from(lines, 0)
+    expected = dict(other=2, compile=10, repeated=40, stopped=9)
+    assert _seconds(clock) == expected and clock.numbers()[goodput.REPEATED] == 4
+    assert sum(clock.numbers()[f"time/{kind}"] for kind in goodput.KINDS) == pytest.approx(1)
+    assert clock.words() == "steps lost by a restart 65.6%, compiling 16.4%, stopped 14.8%, other 3.3%"
+
+
+def test_a_clock_that_goes_on_without_lines_is_new(now):
+    clock = goodput.Clock()
+    clock.resume_from([metrics_file.Line(3, {"step": 3, "loss": 1.0}, "")], 3)
+    now[0] = 5.0
+    assert _seconds(clock) == dict(other=5)
+
+
+def test_the_slowest_process_is_named(monkeypatch):
+    rows = np.array([[0.1, np.nan, np.nan], [1.6, 5e9, 6e9]])
+    monkeypatch.setattr(goodput.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(goodput.multihost_utils, "process_allgather", lambda own: rows)
+    numbers = goodput.of_processes(goodput.Own(0.1, np.nan, np.nan))
+    assert numbers == {
+        "memory_bytes": 5e9,
+        "memory_peak_bytes": 6e9,
+        "process/slowest": 1,
+        "process/slowest_step_seconds": 1.6,
+        "process/fastest_step_seconds": 0.1,
+    }
+    said = goodput.warning(numbers)
+    assert said == (
+        "process 1 is slow: 1.60 s per step beside the wait for devices, the fastest process 0.10 s"
+    )
+    assert goodput.warning(numbers | {"process/slowest_step_seconds": 0.5}) is None
+    assert goodput.warning({}) is None
+
+
+def _trace(workdir, ran, start, steps):
+    trace = profiling.StepTrace(workdir, start, steps)
+    for step in ran:
+        trace.begin(step)
+        outputs = jnp.arange(8) * step
+        trace.end(step, outputs)
+    trace.close()
+
+
+def _traced(file):
+    """The steps that the trace marks, as XProf finds them."""
+    found = []
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                if event.name == "train":
+                    found.append(dict(event.stats)["step_num"])
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "ran,traced",
+    [
+        (range(1, 8), [3, 4]),
+        (range(4, 6), [4]),  # resumed inside the range: the rest of it
+    ],
+)
+def test_the_chosen_steps_are_in_the_trace(tmp_path, ran, traced):
+    _trace(tmp_path, ran, 3, 2)
+    folders = list((tmp_path / "tensorboard" / "plugins" / "profile").glob("*"))
+    (folder,) = folders
+    assert folder.name == f"step_{traced[0]}"
+    assert _traced(folder / "process_00000.xplane.pb") == traced
+    assert (folder / "process_00000.trace.json.gz").exists()
+
+
+def test_nothing_is_traced_unless_asked_for(tmp_path):
+    _trace(tmp_path, range(4), 0, 3)
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from grain_jax.core import errors, progress
 from grain_jax.evaluate import kinds
 from grain_jax.input_pipeline import synthetic
 from grain_jax.runtime import ending
-from grain_jax.train import faults, metrics_writer, run, set_up
+from grain_jax.train import faults, goodput, metrics_writer, run, set_up
 from tests import runs, tiny
 from tests.paths import ROOT
 
@@ -29,6 +29,17 @@ TOKENIZER = {"model__text__vocab_size": 49408}
 
 def _config(**changes):
     return tiny.small(**{k.replace(".", "__"): v for k, v in RUN.items()} | changes)
+
+
+def raw_lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _change_batches(monkeypatch, change):
+    """The synthetic source gives `change(step, batch)`."""
+    real = synthetic.Synthetic.batches
+    changed = lambda *args, **options: (change(*x) for x in enumerate(real(*args, **options), 1))
+    monkeypatch.setattr(synthetic.Synthetic, "batches", changed)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +76,7 @@ def test_workdir_holds_what_the_contract_says(finished):
         assert (finished / name).exists(), name
     assert not (finished / "checkpoints" / "2").exists()  # checkpoint_keep = 4
     assert config.from_dict(json.loads((finished / "config.json").read_text())) == _config()
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = raw_lines(finished)
     assert [line["step"] for line in lines] == list(range(1, 11))
     terms = [f"loss_{term}" for term in ("image_caption", "region_description", "box")]
     texts = ("texts_dropped", "texts_dropped_share", "texts_too_long_share")
@@ -80,16 +91,15 @@ def test_workdir_holds_what_the_contract_says(finished):
 def test_a_run_whose_texts_do_not_fit_ends_and_saves_nothing(tmp_path, monkeypatch):
     """The counts are those of batches with fewer rows: the step is that of the other runs."""
     few = synthetic.batches(_config(text__pack_group=2, text__pack_rows=2))
-    real = synthetic.Synthetic.batches
 
-    def with_lost_texts(*args, **options):
-        for batch, lost in zip(real(*args, **options), few):
-            counts = {name: getattr(batch, name) * 0 for name in ("texts_dropped", "text_counts")}
-            for name, x in counts.items():
-                x[: len(getattr(lost, name))] = getattr(lost, name)
-            yield batch._replace(**counts)
+    def with_lost_texts(step, batch):
+        lost = next(few)
+        counts = {name: getattr(batch, name) * 0 for name in ("texts_dropped", "text_counts")}
+        for name, x in counts.items():
+            x[: len(getattr(lost, name))] = getattr(lost, name)
+        return batch._replace(**counts)
 
-    monkeypatch.setattr(synthetic.Synthetic, "batches", with_lost_texts)
+    _change_batches(monkeypatch, with_lost_texts)
     with pytest.raises(faults.TextsLost, match=r"^step 2: 25\.\d% of the texts .* ends the run"):
         run.train(_config(log_every=2), tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -105,14 +115,11 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
 
 
 def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
-    real = synthetic.Synthetic.batches
+    def with_endless_boxes(step, batch):
+        boxes = batch.region_boxes_cxcywh * np.float32(1e30 if step == 4 else 1)
+        return batch._replace(region_boxes_cxcywh=boxes)
 
-    def with_endless_boxes(*args, **options):
-        for step, batch in enumerate(real(*args, **options), 1):
-            boxes = batch.region_boxes_cxcywh * np.float32(1e30 if step == 4 else 1)
-            yield batch._replace(region_boxes_cxcywh=boxes)
-
-    monkeypatch.setattr(synthetic.Synthetic, "batches", with_endless_boxes)
+    _change_batches(monkeypatch, with_endless_boxes)
     said = r"loss_box is (nan|inf) at step 4; it was finite at step 3"
     with pytest.raises(faults.NotFinite, match=said):
         run.train(_config(), tmp_path)
@@ -154,6 +161,7 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, t
     assert "compiling the training step, usually under a minute for a small model" in said
     assert "saved at step 1 of 10" in said
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    (first,) = raw_lines(tmp_path)
     handler = ending.PreemptionHandler()
     handler.tell(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
@@ -161,6 +169,13 @@ def test_told_to_end_it_saves_and_goes_on_as_if_nothing_had_happened(finished, t
     assert end.value.code == ending.PREEMPTED == 75
     run.train(_config(), tmp_path)
     assert runs.lines(tmp_path) == runs.lines(finished)
+    lines = raw_lines(tmp_path)  # with the time of all three
+    for line in lines:
+        assert sum(line[f"time/{kind}"] for kind in goodput.KINDS) == pytest.approx(1, abs=1e-6)
+    last = lines[-1]
+    assert first["time/restore"] == 0 < last["time/restore"]
+    assert last[goodput.SECONDS] > first[goodput.SECONDS] and last["time/compile"] > 0
+    assert last[goodput.REPEATED] == 0
 
 
 def test_an_object_store_has_the_lines_of_a_checkpoint_before_it(tmp_path, monkeypatch):
@@ -178,15 +193,6 @@ def test_an_object_store_has_the_lines_of_a_checkpoint_before_it(tmp_path, monke
     assert there == [2, 4, 6, 8, 10]
 
 
-@pytest.fixture
-def workdir(finished, tmp_path):
-    """The same run, as it was at step 4."""
-    shutil.copytree(finished, tmp_path / "run")
-    for step in (6, 8, 10):
-        shutil.rmtree(tmp_path / "run/checkpoints" / str(step))
-    return tmp_path / "run"
-
-
 def _assert_goes_on(finished, workdir):
     before, after = runs.lines(finished), runs.lines(workdir)
     assert [line["step"] for line in after] == list(range(1, 11))
@@ -195,7 +201,11 @@ def _assert_goes_on(finished, workdir):
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-3)
 
 
-def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, workdir):
+def test_two_processes_go_on_to_the_end_and_one_from_what_they_saved(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for step in (6, 8, 10):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
     command = runs.command(workdir, RUN | runs.SMALL, processes=2, devices=4)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

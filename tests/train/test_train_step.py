@@ -5,33 +5,22 @@ import math
 import jax
 import jax.extend
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from grain_jax import losses
 from grain_jax.launch import hlo
 from grain_jax.models import grain
-from grain_jax.train import sharding, train_step
+from grain_jax.train import train_step
 from tests import tiny
-
-
-def _build(c):
-    n = np.prod([c.mesh.data, c.mesh.fsdp, c.mesh.tensor])
-    mesh = sharding.make_mesh(c.mesh, jax.devices()[:n])
-    return train_step.build(c, mesh, total_steps=c.total_steps, steps_per_epoch=1)
-
-
-def _config(mesh, **overrides):
-    data, fsdp, tensor = mesh
-    return tiny.config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **overrides)
 
 
 @pytest.fixture(scope="module")
 def large():
     """(config, program, [(instruction, whether it runs in a loop) of the compiled step]), every switch on."""
     # 26 images on each part of a device, 19 values an embedding: no other product of sizes has these factors.
-    c = _config(
-        (2, 4, 1),
+    c = tiny.config(
+        mesh__data=2,
+        mesh__fsdp=4,
         batch_size=8 * 3 * 26,
         model__embed_dim=19,
         loss__tile=64,
@@ -39,7 +28,7 @@ def large():
         remat="full",
         ema_decay=0.9,
     )
-    program = _build(c)
+    program = tiny.program(c)
     module = hlo.parse(program.step.lower(program.state, program.batch).compile().as_text())
     computations = module.computations.items()
     placed = [(i, name in module.in_loop) for name, x in computations for i in x.instructions.values()]
@@ -78,8 +67,7 @@ def test_fsdp_gathers_a_layer_at_a_time(large):
 
 
 def test_products_of_the_losses_are_float32_at_highest_precision():
-    c = tiny.config(dtype="bfloat16", mesh__data=8)
-    program = _build(c)
+    program = tiny.program(tiny.config(dtype="bfloat16", mesh__data=8))
     jaxpr = jax.make_jaxpr(program.step)(program.state, program.batch)
     products = []
 
