@@ -48,8 +48,7 @@ def data(tmp_path_factory):
         tfds_sets.write(folder, name, version, "test", pictures, own, labels, kind)
     names["products2023"] = ["air fryer", "e bike"]
     for i, (label, _) in enumerate(PRODUCTS):
-        product = ("air_fryer", "e_bike")[label]
-        write_picture(folder / "products2023" / product / f"{i}.png", 60 + i)
+        write_picture(folder / "products2023" / ("air_fryer", "e_bike")[label] / f"{i}.png", 60 + i)
     (folder / "templates.txt").write_text("a {}\n")
     return folder, names
 
@@ -83,13 +82,11 @@ def suite(data, tmp_path, monkeypatch):
         run.predictor.asked.clear()
         monkeypatch.setattr(inference, "load", lambda path, **_: run.predictor)
         monkeypatch.setattr("grain_jax.checkpoint.saved_model.find", lambda path: path)
-        status = command.main(
-            ["suite", "--checkpoint", "RUN", "--config", str(ROOT / "configs" / "eval.py")]
-            + [f"--config.data_dir={folder}", f"--config.folders={folder}"]
-            + [f"--config.descriptions={tmp_path}/descriptions", "--config.alphas=(1.0, 0.5, 0.0)"]
-            + [f"--config.templates={folder}/templates.txt"]
-            + ["--output", str(tmp_path / "out.json"), *arguments]
-        )
+        keys = dict(data_dir=folder, folders=folder, templates=folder / "templates.txt")
+        keys |= dict(descriptions=tmp_path / "descriptions", alphas="(1.0, 0.5, 0.0)")
+        flags = [f"--config.{key}={value}" for key, value in keys.items()]
+        flags += [f"--config={ROOT}/configs/eval.py", f"--output={tmp_path / 'out.json'}"]
+        status = command.main(["suite", "--checkpoint=RUN", *flags, *arguments])
         return status, json.loads((tmp_path / "out.json").read_text())
 
     run.predictor, run.folder = _predictor(names), tmp_path

@@ -178,9 +178,8 @@ def test_regions_are_the_models_last_layer(predictor):
     regions = predictor.encode_regions(few, normalized=True)
     close(regions.embed, region)
     close(predictor.encode_image(few, normalized=True), image)
-    cx, cy, w, h = np.moveaxis(np.asarray(boxes[:, -1]), -1, 0)
-    corners = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=-1)
-    close(regions.boxes_xyxy, corners.clip(0, 1))
+    centre, half = np.asarray(boxes[:, -1, :, :2]), np.asarray(boxes[:, -1, :, 2:]) / 2
+    close(regions.boxes_xyxy, np.concatenate([centre - half, centre + half], axis=-1).clip(0, 1))
 
 
 def test_texts_keep_their_order_whatever_their_length(predictor):
@@ -210,10 +209,8 @@ def test_classify_names_and_descriptions(predictor):
         got = predictor.classify(FEW, CLASSES if described else list(CLASSES))
         assert got.shape == (3, 2) and got.dtype == np.float32
         close(got, expected)
-    region = np.empty((3, 2))
-    for c, descriptions in enumerate(CLASSES.values()):
-        similarity = regions.embed @ predictor.encode_text(descriptions).T
-        region[:, c] = similarity.max(axis=2).mean(axis=1)
+    cosines = [regions.embed @ predictor.encode_text(each).T for each in CLASSES.values()]
+    region = np.stack([x.max(axis=2).mean(axis=1) for x in cosines], axis=1)
     close(predictor.classify(FEW, CLASSES, alpha=0.25), 0.25 * expected + 0.75 * region)
     close(predictor.classify(FEW, predictor.class_features(CLASSES), alpha=0.0), region)
     assert np.abs(scores.unit(means) - np.stack(means)).max() > 1e-3  # the mean is not renormalised
