@@ -1,8 +1,7 @@
 """What a build does with each image, and what it knows about all of them before it writes the set.
 
-A worker takes a shard. It reads each image once, checks and encodes it, and writes the examples to a file, a
-part. A record beside it has what the build needs to know about each image: `Prepared`. The build adds these
-up in a `Survey`, divides the images into train and validation, and leaves out duplicates of other sets.
+A worker takes a shard, checks and encodes its images, and writes the examples to a file, a part. A record
+beside it has what the build needs to know about each image: `Prepared`.
 """
 
 import array
@@ -56,27 +55,19 @@ def prepare(
     file, record = f"parts/{name}", ("records", f"{name}.record")
     if known := output.whole(*record):
         return file, msgspec.convert(known["images"], list[Prepared])
-    prepared, digest = _write_part(shard, output.path(file), encoding)
-    output.put_record({"digests": {file: digest}, "images": prepared}, *record)
-    return file, prepared
-
-
-def _write_part(
-    shard: sources.SourceShard, path: epath.Path, encoding: Encoding
-) -> tuple[list[Prepared], str]:
-    """Writes the part of a shard; returns its images and the digest of the file."""
     out, position, digest = [], 0, hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    output.path("parts").mkdir(parents=True, exist_ok=True)
+    with output.path(file).open("wb") as part:
         for prepared, item, image in _checked(shard):
             if not prepared.faults:
                 content = msgspec.msgpack.encode(example.encode(item, image, encoding))
-                file.write(content)
+                part.write(content)
                 digest.update(content)
                 prepared = prepared._replace(span=(position, position + len(content)))
                 position += len(content)
             out.append(prepared)
-    return out, digest.hexdigest()
+    output.put_record({"digests": {file: digest.hexdigest()}, "images": out}, *record)
+    return file, out
 
 
 def _checked(shard: sources.SourceShard) -> Iterator[tuple[Prepared, Any, Any]]:

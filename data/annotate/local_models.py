@@ -27,11 +27,8 @@ Result = TypeVar("Result")
 def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
     """Loads a model for inference, on the accelerator if there is one, else on the CPU.
 
-    Args:
-      name: a folder (local or remote) as `save_pretrained` writes it, or a name on the Hub.
-      auto_class: the class of `transformers` that chooses the model's.
-      half: bfloat16 on an accelerator; on the CPU it is always float32.
-
+    `name` is a folder (local or remote) as `save_pretrained` writes it, or a name on the Hub. `auto_class` of
+    `transformers` chooses the model's class. `half` is bfloat16 on an accelerator; the CPU has float32.
     Raises UserError: there is no such model, or the class does not know it.
     """
     # A torch that was built for CUDA names it even on machines that have none: ask first.

@@ -96,14 +96,14 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
             group = "training" if task.split == "training" else group_of(settings, task.species)
             lines[group].append(record)
     both = sorted(lines["seen"] + lines["unseen"], key=lambda line: line["image"])
-    write_lines(output / "test" / "A.jsonl", both)
+    _write_lines(output / "test" / "A.jsonl", both)
     for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
-        write_lines(output / "test" / f"{name}.jsonl", lines[name])
+        _write_lines(output / "test" / f"{name}.jsonl", lines[name])
         descriptions = {species.name: species.descriptions for species in group}
         (output / f"{name}.json").write_text(_json(descriptions))
     made_by = f"# Aviary\n\nMade by `grain-jax aviary`, seed {settings.seed}. {_LICENCE}\n\n"
     (output / "README.md").write_text(made_by + package.__doc__)
-    write_lines(output / "A.jsonl", lines["training"])
+    _write_lines(output / "A.jsonl", lines["training"])
     return True
 
 
@@ -163,7 +163,6 @@ def _json(value):
     return json.dumps(value, indent=1) + "\n"
 
 
-def write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one record per line, and the folders above the file."""
+def _write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, "".join(json.dumps(record) + "\n" for record in records))

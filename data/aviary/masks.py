@@ -1,8 +1,7 @@
 """Label images of the test images, for `evaluate segmentation`: the part of the bird that each pixel shows.
 
-Each group of species has a folder: images/ has NAME.png (or .jpg above 128 pixels), masks/ label images of 8
-bits, and classes.txt a class per line, from number 0 on. No text of the dataset names a part alone, so its
-line also has all phrases of its looks, with commas between.
+Each group of species has a folder with images/, masks/ (8 bits) and classes.txt, a class per line, from
+number 0 on. No text of the dataset names a part alone, so its line also has all phrases of its looks.
 """
 
 import io

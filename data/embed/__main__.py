@@ -106,11 +106,8 @@ def _finish(args: arguments.Embed, result: output.Embeddings, count: int, second
             f"--output {args.output}: {result.path('done', missing[0])} is missing, one of"
             f" {len(missing)} files; give the same command again"
         )
-    faults = [
-        fault | {"file": result.path("metadata", index).name}
-        for index, part in sorted(done.items())
-        for fault in part.faults
-    ]
+    files = {index: {"file": result.path("metadata", index).name} for index in done}
+    faults = [fault | files[index] for index, part in done.items() for fault in part.faults]
     result.folder.put_lines(faults, FAULTS)
     rows = sum(part.rows for part in done.values())
     job.check_faults(

@@ -39,7 +39,7 @@ def pyarrow() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tables(columns.TableOptions):
+class _Tables(columns.RowOptions):
     """A `base.Source` of tables of Arrow's types; a shard is a part of a file.
 
     A subclass has `_files(options)`, `_reader(open file)`, `_batches(reader, columns, arguments of a shard)`.

@@ -1,7 +1,6 @@
 """Joins a reader's annotation with its image: the one place where texts and boxes of readers are checked.
 
-Most public sets have a few boxes that are empty or lie outside. Such a region is left out with its cause; its
-image stays.
+A region that is empty or lies outside is left out with its cause; its image stays.
 """
 
 from typing import Any

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from etils import epath
 
+from grain_jax.core import regular_file
 from grain_jax.data.sources import base, join, staged
 from grain_jax.data.sources.base import Annotation, Fault, Region
 
@@ -49,7 +50,7 @@ class FineHard(staged.ListedSource):
         faults: list[Fault] = []
         for path in map(epath.Path, options.annotations):
             for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-                values = base.read_json(file, list[msgspec.Raw], self.needs)
+                values = regular_file.read_json(file, list[msgspec.Raw], self.needs, base.MAX_FILE)
                 for _, item in base.items(values, _FineHardItem, str(file), faults):
                     yield Annotation(
                         item.f_path.lstrip("/"),
@@ -87,7 +88,7 @@ class Karpathy(staged.ListedSource):
 
     def entries(self, options: base.Options) -> Iterator[Annotation]:
         path, *_ = options.annotations
-        images = base.read_json(path, _KarpathyFile, self.needs).images
+        images = regular_file.read_json(path, _KarpathyFile, self.needs, base.MAX_FILE).images
         base.check_split(path, options.split, {image.split for image in images})
         for image in images:
             if options.split in ("", image.split):
@@ -126,7 +127,7 @@ class VisualGenome(staged.ListedSource):
         described: list[Any] = []
         sizes, faults = {}, []
         for path in options.annotations:
-            values = base.read_json(path, list[msgspec.Raw], self.needs)
+            values = regular_file.read_json(path, list[msgspec.Raw], self.needs, base.MAX_FILE)
             for _, item in base.items(values, _GenomeItem, path, faults):
                 if item.regions is not None:
                     described.append(item)

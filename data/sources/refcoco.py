@@ -47,7 +47,8 @@ class RefCoco(staged.ListedSource):
         if [path.suffix for path in paths] != [".json", ".p"]:
             got = ", ".join(options.annotations)
             raise base.SourceError(f"got --annotations {got}, expected {self.needs}")
-        content, refs = base.read_json(paths[0], coco.File, self.needs), _load(paths[1], self.needs)
+        content = regular_file.read_json(paths[0], coco.File, self.needs, base.MAX_FILE)
+        refs = _load(paths[1], self.needs)
         base.check_split(paths[1], options.split, {ref.split for ref in refs})
         images = {image.id: image for image in content.images}
         faults: list[Fault] = []

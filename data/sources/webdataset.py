@@ -1,9 +1,8 @@
 """Tar shards as img2dataset and webdataset write them (CC3M, CC12M): KEY.jpg with KEY.txt, KEY.json.
 
-`--option boxes=KEY labels=KEY` reads boxes of the JSON; the other options stand in `data/sources/columns.py`.
-
-Members of one sample stand next to each other and share the name up to its first dot. A shard is one
-tar; its images are called TAR/MEMBER, since keys may be repeated in another tar.
+The options, `boxes=KEY labels=KEY` and so on, name keys of the JSON (`data/sources/columns.py`). Members of
+one sample stand next to each other and share the name up to its first dot. A shard is one tar; its images
+are called TAR/MEMBER.
 """
 
 import dataclasses
@@ -91,7 +90,7 @@ class WebDataset(columns.RowOptions, Tars):
 
     def _columns(self, options: base.Options) -> tuple[list[str], columns.Named]:
         """The keys of the JSON that the options name, and as columns."""
-        keys = [x.split(".")[0] for name in columns.NAMES if (x := getattr(self, name, ""))]
+        keys = [x.split(".")[0] for name in columns.NAMES if (x := getattr(self, name))]
         return keys, self.named("webdataset", ["image", "caption", *keys], options)
 
     def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
