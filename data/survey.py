@@ -146,9 +146,8 @@ class Survey:
 
     def add(self, part: tuple[str, list[Prepared]]) -> Iterator[Prepared]:
         """Counts the images of the next part and yields them; the first faults go to stderr at once."""
-        file, images = part
-        self._parts.append(file)
-        for image in images:
+        self._parts.append(part[0])
+        for image in part[1]:
             self._add(image)
             yield image
 

@@ -18,7 +18,6 @@ with epy.lazy_imports():  # slow to start, and not needed with an endpoint
     import transformers
 
 CHAT_MODEL = "llava-hf/llava-v1.6-mistral-7b-hf"
-OUT_OF_MEMORY, MODEL_ERROR = "out of memory", "model error"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -74,7 +73,7 @@ def in_batches(
         if memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(batch) == 1:
-            results.append(chat.Failure(OUT_OF_MEMORY if memory else MODEL_ERROR, detail))
+            results.append(chat.Failure("out of memory" if memory else "model error", detail))
         else:
             logging.warning("a batch of %d images failed; now its halves: %s", len(batch), detail)
             results += in_batches(model, batch, -(-len(batch) // 2))

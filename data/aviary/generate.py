@@ -17,7 +17,6 @@ from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
 
-_LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)."
 STAMP = "settings.json"  # written first; A.jsonl is written last, and says that the dataset is complete
 
 
@@ -101,7 +100,8 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
         _write_lines(output / "test" / f"{name}.jsonl", lines[name])
         descriptions = {species.name: species.descriptions for species in group}
         (output / f"{name}.json").write_text(_json(descriptions))
-    made_by = f"# Aviary\n\nMade by `grain-jax aviary`, seed {settings.seed}. {_LICENCE}\n\n"
+    made_by = f"# Aviary\n\nMade by `grain-jax aviary`, seed {settings.seed}."
+    made_by += " CC0 1.0 (drawn by a program; no rights reserved).\n\n"
     (output / "README.md").write_text(made_by + package.__doc__)
     _write_lines(output / "A.jsonl", lines["training"])
     return True

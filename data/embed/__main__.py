@@ -1,6 +1,4 @@
-"""Images to files of embeddings (docs/embed.md).
-
-  grain-jax embed SOURCE --checkpoint MODEL --output DIR
+"""Images to files of embeddings (docs/embed.md): grain-jax embed SOURCE --checkpoint MODEL --output DIR
 
 The same command again goes on after a kill. Several processes (grain-jax local, SLURM, TPU slices) share the
 parts; DIR is a folder that all of them see.

@@ -38,10 +38,9 @@ class _FineHardItem(msgspec.Struct):
 class FineHard(staged.ListedSource):
     """FineHARD (qihoo360/FineHARD): jsonfiles/*.json, each a list of images with described boxes.
 
-    `f_path` is below the images' folder, `caption` long and written by a model. `bbox` has x1, y1, x2, y2 as
-    shares of the image, then a score. The short expression is the description; if `flag_short_neg` is 1,
-    `short_expr_negs`, a dict of texts, has its negatives. Source of these names: 360CVGroup/FG-CLIP,
-    fgclip2/train/train_fgclip2.py and data/data.md at b1af1cd.
+    `bbox` has x1, y1, x2, y2 as shares of the image, then a score. `short_expr` is the description; with a
+    `flag_short_neg` of 1, `short_expr_negs`, a dict of texts, has its negatives. Source of these names:
+    360CVGroup/FG-CLIP, fgclip2/train/train_fgclip2.py and data/data.md at b1af1cd.
     """
 
     needs = "jsonfiles, a folder of FineHARD's .json: f_path, caption, bbox_info"
@@ -80,8 +79,8 @@ class _KarpathyFile(msgspec.Struct):
 class Karpathy(staged.ListedSource):
     """Karpathy's splits of Flickr30k and COCO, for retrieval: dataset_flickr30k.json, dataset_coco.json.
 
-    All captions of an image are taken (mostly five), as people wrote them. `split` is train, restval, val or
-    test. The images of COCO start in train2014/ and val2014/.
+    All captions of an image are taken, as people wrote them. `split` is train, restval, val or test. COCO's
+    images start in train2014/ and val2014/.
     """
 
     needs = "dataset_flickr30k.json or dataset_coco.json of Karpathy's splits"

@@ -1,8 +1,7 @@
 """RefCOCO, RefCOCO+, RefCOCOg: refs(unc).p, a pickle, with instances.json.
 
 A region is an object with one of its expressions. Each sentence is a phrase to be grounded, also if two
-people gave the same one: lichengunc/MAttNet (eval_dets_utils.py) counts every sentence with its own box.
-`split` is a split of the refs (train, val, testA, ...). The sets have no captions.
+people gave the same one, as lichengunc/MAttNet (eval_dets_utils.py) counts. `split` is one of the refs.
 """
 
 import collections
@@ -63,8 +62,7 @@ class RefCoco(staged.ListedSource):
                 got = f"got image_id {ref.image_id}, ann_id {ref.ann_id}, expected both in instances.json"
                 faults.append(Fault(where, "bad annotation", got, where))
                 continue
-            box = base.xywh(item.bbox)
-            box = tuple(box) if isinstance(box, list | tuple) else box
+            box = tuple(x) if isinstance(x := base.xywh(item.bbox), list | tuple) else x
             sentences[ref.image_id] += ((box, sentence.sent) for sentence in ref.sentences)
         yield from faults
         for identity, pairs in sentences.items():

@@ -119,9 +119,9 @@ class _Item(msgspec.Struct):
 class Grit(Tars):
     """GRIT (zzliang/GRIT): tars of img2dataset with the columns `noun_chunks` and `ref_exps` in the JSON.
 
-    Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. An entry is [start, end,
-    x1, y1, x2, y2, score]: the characters from start to end of the caption are the description. The box is in
-    shares of the image, so img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
+    Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. An entry is [start, end, x1,
+    y1, x2, y2, score]: characters start to end of the caption describe the box, in shares of the image. So
+    img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
     """
 
     def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
