@@ -133,6 +133,7 @@ class Survey:
         self.lines = self.turned = 0  # of all images
         self.regions_written = 0
         self.counts: collections.Counter[str] = collections.Counter()  # as Prepared.counts
+        self.pixel_boxes: collections.Counter[str] = collections.Counter()  # of each file with boxes
         self.unknown_keys: collections.Counter[str] = collections.Counter()
         self.fingerprints = array.array("Q")  # exact and near
         self.spans = array.array("Q")  # number of the part, and as Prepared.span
@@ -175,6 +176,8 @@ class Survey:
         self._number_of_id[identity] = number
         self.ids.append(identity)
         self.counts.update(image.counts)
+        if image.counts["regions"]:
+            self.pixel_boxes[image.where.rpartition(":")[0]] += image.counts["pixel_boxes"]
         self.fingerprints.extend(image.fingerprint)
         self.spans.extend((len(self._parts) - 1, *image.span))
 

@@ -79,7 +79,7 @@ class EndpointChat:
             limits=httpx.Limits(keepalive_expiry=IDLE),
         )
         self._runner = asyncio.Runner()
-        weakref.finalize(self, _close, self._runner, self._client)
+        weakref.finalize(self, _close, self._runner, self._client).atexit = False
         self._next_start = 0.0  # on the monotonic clock: no request starts earlier
 
     def answer(

@@ -17,8 +17,6 @@ from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
 
-STAMP = "settings.json"  # written first; A.jsonl is written last, and says that the dataset is complete
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -71,7 +69,7 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     output = epath.Path(output)
     aviary = species_of(settings)
     values = _json(dataclasses.asdict(settings))
-    stamp, complete = output / STAMP, (output / "A.jsonl").exists()
+    stamp, complete = output / "settings.json", (output / "A.jsonl").exists()  # written first, and last
     if stamp.read_text() != values if stamp.exists() else complete:
         raise errors.UserError(
             f"{output}: holds another dataset, expected an empty folder or one made with the same settings;"

@@ -44,7 +44,7 @@ def join(annotation: Annotation) -> Annotation | Fault:
     kept: dict[int, int] = {}  # position of a region in `found` -> in the result
     if annotation.regions:
         try:
-            size = images.header(annotation.encoded).size
+            size = images.header(annotation.encoded, image).size
         except images.ImageError as error:
             return _unreadable(image, error, where)
         drawn_on = tuple(annotation.drawn_on or size)

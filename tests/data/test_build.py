@@ -122,11 +122,11 @@ SHARES = {  # source -> its file, with a box in shares of width and height
 
 @pytest.mark.parametrize("source", SHARES)
 def test_boxes_that_are_all_shares_are_an_error_that_names_the_option(source, tmp_path, capsys):
-    record_sets.write_annotations(tmp_path, 1)
+    record_sets.write_annotations(tmp_path, 4)  # A.jsonl has pixels
     (tmp_path / "shares").write_text(SHARES[source])
     flags = [f"--source={source}", f"--images={tmp_path}", "--name=x", f"--output={tmp_path}/out"]
     flags += ["--annotations", f"{tmp_path}/shares"]
-    assert build.main(flags) == 2
+    assert build.main([*flags, *[f"{tmp_path}/A.jsonl"] * (source == "annotations")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"{tmp_path}/shares: got boxes that all lie in [0, 1], as shares")
     assert "; --option unit=share " in line and not (tmp_path / "out/x/1.0.0").exists()
