@@ -218,7 +218,7 @@ def _with_image(
     row = int(where.rpartition(" ")[2])
     name = regular_file.inside(path or ".")
     if name in ("", ".") or len(name.encode()) > base.MAX_PART:
-        name = f"{row:09d}.{'png' if encoded.startswith(b'\x89PNG') else 'jpg'}"
+        name = f"{row:09d}.{'png' if encoded[1:4] == b'PNG' else 'jpg'}"
     if name in seen or arguments["first_row"]:  # other shards of the file may have that name
         name = f"{row:09d}/{name}"
     seen.add(name)
