@@ -114,8 +114,8 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
     print(printable.plain(surveyed.summary()), file=sys.stderr)
     if not surveyed.lines:
         raise errors.UserError(f"{surveyed.name}: got no images, expected some")
-    if surveyed.counts["regions"] and not surveyed.counts["pixel_boxes"]:
-        names = ", ".join(args.annotations) or surveyed.name
+    if files := [file for file, count in surveyed.pixel_boxes.items() if not count]:
+        names = ", ".join(file or ", ".join(args.annotations) or surveyed.name for file in files)
         advice = f"{sources.base.AS_SHARES}; no records were written"
         raise errors.UserError(f"{names}: got {sources.base.ALL_SHARES}, expected pixels; {advice}")
     if surveyed.faulty_lines <= args.max_faults * surveyed.lines and surveyed.ids:

@@ -24,8 +24,7 @@ Fingerprint = tuple[int, int]  # exact, near: 64 bits each
 def fingerprint(encoded: bytes, image: PIL.Image.Image) -> Fingerprint:
     """The fingerprints of a file and of the image in it.
 
-    `near` has a bit for each of 8 x 8 points of the resized grey image. It says whether the point is darker
-    than its right neighbour.
+    `near` says of 8 x 8 points of the resized grey image whether each is darker than its right neighbour.
     """
     exact = hashlib.sha256(encoded).digest()[:8]
     grey = image.convert("RGB").convert("L")

@@ -1,8 +1,7 @@
 """Hard negatives by rules: texts that differ from a description in one word, which makes them wrong.
 
-A word of a list (colour, material, pattern, number, size, side, part) is exchanged for another word of its
-list, as in NegCLIP (Yuksekgonul et al., ICLR 2023). FG-OVD (Bianchi et al., CVPR 2024) does so by attribute
-with a language model. Rules see no image: they are right if a description says one thing about one object.
+A word of a list is exchanged for another word of its list, as in NegCLIP (Yuksekgonul et al., ICLR 2023).
+Rules see no image: they are right if a description says one thing about one object.
 """
 
 import itertools

@@ -1,8 +1,7 @@
 """What a build does with each image, and what it knows about all of them before it writes the set.
 
-A worker takes a shard. It reads each image once, checks and encodes it, and writes the examples to a file, a
-part. A record beside it has what the build needs to know about each image: `Prepared`. The build adds these
-up in a `Survey`, divides the images into train and validation, and leaves out duplicates of other sets.
+A worker takes a shard, checks and encodes its images, and writes the examples to a file, a part. A record
+beside it has what the build needs to know about each image: `Prepared`.
 """
 
 import array
@@ -56,27 +55,19 @@ def prepare(
     file, record = f"parts/{name}", ("records", f"{name}.record")
     if known := output.whole(*record):
         return file, msgspec.convert(known["images"], list[Prepared])
-    prepared, digest = _write_part(shard, output.path(file), encoding)
-    output.put_record({"digests": {file: digest}, "images": prepared}, *record)
-    return file, prepared
-
-
-def _write_part(
-    shard: sources.SourceShard, path: epath.Path, encoding: Encoding
-) -> tuple[list[Prepared], str]:
-    """Writes the part of a shard; returns its images and the digest of the file."""
     out, position, digest = [], 0, hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    output.path("parts").mkdir(parents=True, exist_ok=True)
+    with output.path(file).open("wb") as part:
         for prepared, item, image in _checked(shard):
             if not prepared.faults:
                 content = msgspec.msgpack.encode(example.encode(item, image, encoding))
-                file.write(content)
+                part.write(content)
                 digest.update(content)
                 prepared = prepared._replace(span=(position, position + len(content)))
                 position += len(content)
             out.append(prepared)
-    return out, digest.hexdigest()
+    output.put_record({"digests": {file: digest.hexdigest()}, "images": out}, *record)
+    return file, out
 
 
 def _checked(shard: sources.SourceShard) -> Iterator[tuple[Prepared, Any, Any]]:
@@ -142,6 +133,7 @@ class Survey:
         self.lines = self.turned = 0  # of all images
         self.regions_written = 0
         self.counts: collections.Counter[str] = collections.Counter()  # as Prepared.counts
+        self.pixel_boxes: collections.Counter[str] = collections.Counter()  # of each file with boxes
         self.unknown_keys: collections.Counter[str] = collections.Counter()
         self.fingerprints = array.array("Q")  # exact and near
         self.spans = array.array("Q")  # number of the part, and as Prepared.span
@@ -155,9 +147,8 @@ class Survey:
 
     def add(self, part: tuple[str, list[Prepared]]) -> Iterator[Prepared]:
         """Counts the images of the next part and yields them; the first faults go to stderr at once."""
-        file, images = part
-        self._parts.append(file)
-        for image in images:
+        self._parts.append(part[0])
+        for image in part[1]:
             self._add(image)
             yield image
 
@@ -185,6 +176,8 @@ class Survey:
         self._number_of_id[identity] = number
         self.ids.append(identity)
         self.counts.update(image.counts)
+        if image.counts["regions"]:
+            self.pixel_boxes[image.where.rpartition(":")[0]] += image.counts["pixel_boxes"]
         self.fingerprints.extend(image.fingerprint)
         self.spans.extend((len(self._parts) - 1, *image.span))
 

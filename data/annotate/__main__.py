@@ -1,7 +1,5 @@
 """Images -> captions, descriptions and boxes of an MLLM and a detector, on Apache Beam (docs/annotate.md).
 
-  grain-jax annotate --images FOLDER_OR_SHARDS --output DIR [--passes caption,describe] ...
-
 The same command again resumes an interrupted job. Further arguments, from --runner on, go to Beam.
 """
 

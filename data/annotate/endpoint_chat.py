@@ -1,8 +1,8 @@
 """A chat model behind an OpenAI-compatible endpoint, as vLLM, SGLang and `transformers serve` offer.
 
-httpx follows the proxies of the environment (HTTP_PROXY and so on) and no redirects. It bounds neither time
-nor bytes of a whole response, so requests run in an event loop, whose timers end them. A worker has one
-client. A request ends in an answer, a failure with a fixed name, or UserError, and none of them has the key.
+httpx bounds neither time nor bytes of a whole response, so requests run in an event loop, whose timers end
+them. It follows no redirects. A request ends in an answer, a failure with a fixed name, or UserError, and
+none of them has the key.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class EndpointChat:
             limits=httpx.Limits(keepalive_expiry=IDLE),
         )
         self._runner = asyncio.Runner()
-        weakref.finalize(self, _close, self._runner, self._client)
+        weakref.finalize(self, _close, self._runner, self._client).atexit = False
         self._next_start = 0.0  # on the monotonic clock: no request starts earlier
 
     def answer(

@@ -18,7 +18,6 @@ with epy.lazy_imports():  # slow to start, and not needed with an endpoint
     import transformers
 
 CHAT_MODEL = "llava-hf/llava-v1.6-mistral-7b-hf"
-OUT_OF_MEMORY, MODEL_ERROR = "out of memory", "model error"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,11 +26,8 @@ Result = TypeVar("Result")
 def load(name: str, auto_class: str, *, half: bool) -> tuple[Any, Any, str]:
     """Loads a model for inference, on the accelerator if there is one, else on the CPU.
 
-    Args:
-      name: a folder (local or remote) as `save_pretrained` writes it, or a name on the Hub.
-      auto_class: the class of `transformers` that chooses the model's.
-      half: bfloat16 on an accelerator; on the CPU it is always float32.
-
+    `name` is a folder (local or remote) as `save_pretrained` writes it, or a name on the Hub. `auto_class` of
+    `transformers` chooses the model's class. `half` is bfloat16 on an accelerator; the CPU has float32.
     Raises UserError: there is no such model, or the class does not know it.
     """
     # A torch that was built for CUDA names it even on machines that have none: ask first.
@@ -77,7 +73,7 @@ def in_batches(
         if memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(batch) == 1:
-            results.append(chat.Failure(OUT_OF_MEMORY if memory else MODEL_ERROR, detail))
+            results.append(chat.Failure("out of memory" if memory else "model error", detail))
         else:
             logging.warning("a batch of %d images failed; now its halves: %s", len(batch), detail)
             results += in_batches(model, batch, -(-len(batch) // 2))

@@ -52,14 +52,9 @@ class Work:
 
     def regions(self) -> list[dict[str, Any]]:
         """The regions of the source and of the pass ground, with negatives."""
-        texts = self.results.get("negatives", {})
+        made = {x: {"negatives": texts} for x, texts in self.results.get("negatives", {}).items() if texts}
         regions = [*map(_region, self.item.regions), *self.results.get("ground", [])]
-        return [
-            region | {"negatives": texts[region["description"]]}
-            if "negatives" not in region and texts.get(region["description"])
-            else region
-            for region in regions
-        ]
+        return [x if "negatives" in x else x | made.get(x["description"], {}) for x in regions]
 
 
 class Passes:

@@ -1,8 +1,6 @@
 """Generates the aviary dataset: drawn birds of invented species, with annotations.
 
-  grain-jax aviary --output DIR [--images N --seed S --size 64 --processes P ...]
-
-With --records R, DIR/A.jsonl is also built into TFRecords in R (as `grain-jax build` does).
+grain-jax aviary --output DIR [--records R --images N --seed S --size 64 --processes P ...]
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The words and boxes of an image: exact, or with the noise of web text, an MLLM and a detector.
 
-Every kind of noise draws from its own random stream, and draws the same numbers at every rate.  So
-a higher rate keeps the errors of a lower one, adds more, and changes no other kind of noise.
+Every kind of noise draws from its own random stream, and draws the same numbers at every rate. So a higher
+rate keeps the errors of a lower one, adds more, and changes no other kind of noise.
 """
 
 import collections
@@ -74,11 +74,10 @@ def synthetic_caption(species: Species, drawing: Drawing, key: str, noise: Noise
 def regions(
     species: Species, drawing: Drawing, key: str, noise: Noise, *, least: int = 3, most: int = 5
 ) -> list[dict]:
-    """Regions of `least` to `most` visible parts, without the missed ones.
+    """Regions of `least` to `most` visible parts, without the missed ones: box, description and score.
 
-    Each has a box, a description and a score. `box` is [x1, y1, x2, y2] in pixels, inside the
-    image. As with a detector, the score falls with the error of the box and with a wrong
-    description; it stays in [0.3, 0.99].
+    `box` is [x1, y1, x2, y2] in pixels, inside the image. As with a detector, the score falls with the error
+    of the box and with a wrong description; it stays in [0.3, 0.99].
     """
     rng = random.Random(key + "/parts")
     chosen = visible_parts(drawing)

@@ -6,8 +6,6 @@ from grain_jax.cli.flags import flag
 from grain_jax.cli.parser import Command
 from grain_jax.data.aviary.settings import Settings
 
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 
 class Aviary(Command, name="aviary"):
     """Draws the embedded dataset: birds of invented species, with annotations.
@@ -27,5 +25,5 @@ class Aviary(Command, name="aviary"):
     output: str
     records: str | None = None
     name: str = "aviary"
-    processes: int = flag(_CORES, high=1024)
+    processes: int = flag(os.cpu_count() or 1, high=1024)
     settings: Settings = Settings()

@@ -1,8 +1,7 @@
 """The shapes of the bird, in hundredths of the side of the image; it looks towards +x, y is down.
 
 A *layer* is (outline, tone); tones are names of shades made from one colour (see `drawing.tones`).
-`PART_LAYERS[part, shape]` holds the layers of a part from back to front; `bird_layers` combines them
-with the body and the eye.
+`PART_LAYERS[part, shape]` holds the layers of a part from back to front.
 """
 
 # Coordinates read better in rows.

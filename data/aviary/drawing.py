@@ -1,8 +1,7 @@
 """Draws a bird of a species in a scene: an image, the exact box of each part and the part of each pixel.
 
-The foreground is drawn as polygons on a supersampled canvas of palette indices, which is then
-averaged down.  Every index belongs to one part (or none), so the canvas tells which pixels show which part.
-Boxes enclose the visible pixels of a part, not its whole shape.
+The foreground is drawn as polygons on a supersampled canvas of palette indices, which is then averaged down.
+Every index belongs to one part (or none). Boxes enclose the visible pixels of a part, not its whole shape.
 """
 
 import dataclasses
@@ -41,10 +40,7 @@ class Drawing:
 
 
 class _Canvas:
-    """Polygons on a canvas of palette indices; 0 is see-through.
-
-    Units are hundredths of the side.
-    """
+    """Polygons on a canvas of palette indices, 0 is see-through; units are hundredths of the side."""
 
     def __init__(self, size, supersampling):
         self.supersampling, self._side = supersampling, size * supersampling
@@ -78,10 +74,8 @@ class _Canvas:
                 continue
             mask = mask[rows[0] : rows[-1] + 1]
             columns = np.flatnonzero(mask.any(0))
-            boxes[part] = tuple(
-                float(edge) / self.supersampling
-                for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-            )
+            edges = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+            boxes[part] = tuple(float(edge) / self.supersampling for edge in edges)
             areas[part] = np.count_nonzero(mask) / self._side**2
         return boxes, areas, shown
 
@@ -89,8 +83,7 @@ class _Canvas:
 def draw(species: Species, *, rng: random.Random, size: int = 64, pose: Pose = DEFAULT.pose) -> Drawing:
     """Draws one bird of `species`, `size` x `size` pixels; all random numbers come from `rng`.
 
-    Every species draws the same number of them, so that another look of a part changes only
-    that part.
+    Every species draws the same number of them, so that another look of a part changes only that part.
     """
     supersampling = 4 if size <= 96 else 3 if size <= 256 else 2
     canvas = _Canvas(size, supersampling)

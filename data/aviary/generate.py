@@ -17,9 +17,6 @@ from grain_jax.data.aviary.annotations import EXACT
 from grain_jax.data.aviary.settings import DEFAULT, TEST_NEGATIVES, Settings
 from grain_jax.data.aviary.species import Species, species_of
 
-_LICENCE = "CC0 1.0 (drawn by a program; no rights reserved)."
-STAMP = "settings.json"  # written first; A.jsonl is written last, and says that the dataset is complete
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -72,7 +69,7 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
     output = epath.Path(output)
     aviary = species_of(settings)
     values = _json(dataclasses.asdict(settings))
-    stamp, complete = output / STAMP, (output / "A.jsonl").exists()
+    stamp, complete = output / "settings.json", (output / "A.jsonl").exists()  # written first, and last
     if stamp.read_text() != values if stamp.exists() else complete:
         raise errors.UserError(
             f"{output}: holds another dataset, expected an empty folder or one made with the same settings;"
@@ -96,14 +93,15 @@ def write(output: epath.PathLike, settings: Settings = DEFAULT, *, processes: in
             group = "training" if task.split == "training" else group_of(settings, task.species)
             lines[group].append(record)
     both = sorted(lines["seen"] + lines["unseen"], key=lambda line: line["image"])
-    write_lines(output / "test" / "A.jsonl", both)
+    _write_lines(output / "test" / "A.jsonl", both)
     for name, group in (("seen", aviary.training), ("unseen", aviary.held_out)):
-        write_lines(output / "test" / f"{name}.jsonl", lines[name])
+        _write_lines(output / "test" / f"{name}.jsonl", lines[name])
         descriptions = {species.name: species.descriptions for species in group}
         (output / f"{name}.json").write_text(_json(descriptions))
-    made_by = f"# Aviary\n\nMade by `grain-jax aviary`, seed {settings.seed}. {_LICENCE}\n\n"
+    made_by = f"# Aviary\n\nMade by `grain-jax aviary`, seed {settings.seed}."
+    made_by += " CC0 1.0 (drawn by a program; no rights reserved).\n\n"
     (output / "README.md").write_text(made_by + package.__doc__)
-    write_lines(output / "A.jsonl", lines["training"])
+    _write_lines(output / "A.jsonl", lines["training"])
     return True
 
 
@@ -163,7 +161,6 @@ def _json(value):
     return json.dumps(value, indent=1) + "\n"
 
 
-def write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one record per line, and the folders above the file."""
+def _write_lines(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, "".join(json.dumps(record) + "\n" for record in records))

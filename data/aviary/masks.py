@@ -1,8 +1,7 @@
 """Label images of the test images, for `evaluate segmentation`: the part of the bird that each pixel shows.
 
-Each group of species has a folder: images/ has NAME.png (or .jpg above 128 pixels), masks/ label images of 8
-bits, and classes.txt a class per line, from number 0 on. No text of the dataset names a part alone, so its
-line also has all phrases of its looks, with commas between.
+Each group of species has a folder with images/, masks/ (8 bits) and classes.txt, a class per line, from
+number 0 on. No text of the dataset names a part alone, so its line also has all phrases of its looks.
 """
 
 import io
@@ -16,7 +15,6 @@ from grain_jax.data.aviary.vocabulary import PARTS, TRAITS
 
 FOLDER = "segmentation"  # below the dataset
 CLASSES = ("background", *(", ".join([part, *(trait.phrase for trait in TRAITS[part])]) for part in PARTS))
-TEMPLATES = "templates.txt"  # the prompt for all classes: the phrase alone
 
 
 def begin(output: epath.Path, groups: Iterable[str]) -> None:
@@ -26,7 +24,7 @@ def begin(output: epath.Path, groups: Iterable[str]) -> None:
         for part in ("images", "masks"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / "classes.txt").write_text("".join(name + "\n" for name in CLASSES))
-    (output / FOLDER / TEMPLATES).write_text("{}\n")
+    (output / FOLDER / "templates.txt").write_text("{}\n")  # the prompt for all classes: the phrase alone
 
 
 def save(output: epath.Path, group: str, name: str, encoded: bytes, drawn: Drawing) -> None:

@@ -1,8 +1,7 @@
 """Species of the aviary: genera that share parts, and invented names.
 
-A genus is one trait for each of the 8 parts; each of its species changes `parts_changed` of them.
-Held-out species are made in the same way from other genera, with traits that some training species
-has. So their names and combinations are new, and their parts and words are not.
+A genus is one trait for each of the 8 parts; each of its species changes `parts_changed` of them. Held-out
+species are of other genera, with traits that some training species has.
 """
 
 import dataclasses

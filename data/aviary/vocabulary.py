@@ -1,8 +1,7 @@
 """The traits that a bird of the aviary can have, and the words for them.
 
-A *trait* is one look of one part: ``Trait("beak", "hooked", "red")``.  The 8 parts have 101 traits
-together (vocabulary.tsv); each has one plain phrase ("a hooked red beak") and some paraphrases.  No
-phrase mentions left or right, so mirroring an image never contradicts its words.
+A *trait* is one look of one part: ``Trait("beak", "hooked", "red")``. Each has one plain phrase ("a hooked
+red beak") and some paraphrases. None mentions left or right, so a mirrored image has the same words.
 """
 
 import dataclasses

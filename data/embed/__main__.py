@@ -1,6 +1,4 @@
-"""Images to files of embeddings (docs/embed.md).
-
-  grain-jax embed SOURCE --checkpoint MODEL --output DIR
+"""Images to files of embeddings (docs/embed.md): grain-jax embed SOURCE --checkpoint MODEL --output DIR
 
 The same command again goes on after a kill. Several processes (grain-jax local, SLURM, TPU slices) share the
 parts; DIR is a folder that all of them see.
@@ -106,11 +104,8 @@ def _finish(args: arguments.Embed, result: output.Embeddings, count: int, second
             f"--output {args.output}: {result.path('done', missing[0])} is missing, one of"
             f" {len(missing)} files; give the same command again"
         )
-    faults = [
-        fault | {"file": result.path("metadata", index).name}
-        for index, part in sorted(done.items())
-        for fault in part.faults
-    ]
+    files = {index: {"file": result.path("metadata", index).name} for index in done}
+    faults = [fault | files[index] for index, part in done.items() for fault in part.faults]
     result.folder.put_lines(faults, FAULTS)
     rows = sum(part.rows for part in done.values())
     job.check_faults(

@@ -1,7 +1,7 @@
 """Images to embeddings: threads decode while the device works.
 
-Memory holds a few batches of images and the embeddings of a part, whatever the number of images. A batch may
-hold images of several parts, so that small tars leave the device no batch that is not full.
+Memory holds a few batches of images and the embeddings of a part. A batch may hold images of several parts,
+so that small tars leave the device no batch that is not full.
 """
 
 import itertools

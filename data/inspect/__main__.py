@@ -29,8 +29,8 @@ def inspect(args: Inspect) -> str:
     output = epath.Path(args.output or shown.parent / f"inspect-{shown.stem}")
     kind, folder, files, size = "tfds", str(path), (), 1000
     if not path.is_dir():
-        kind, folder, files = "annotations", args.images or str(path.parent), (str(path),)
-        size = _LINES_PER_TASK
+        folder, files = args.images or str(path.parent), (str(path),)
+        kind, size = "annotations", _LINES_PER_TASK
     shards = sources.shards(kind, sources.Options(folder, files, shard_size=size))
     output.mkdir(parents=True, exist_ok=True)  # early, in case that it may not be written
     total = sum(x.arguments["lines"] if files else x.arguments["stop"] - x.arguments["start"] for x in shards)

@@ -11,6 +11,7 @@ from grain_jax.data.inspect import statistics
 
 SIDE = 300  # pixels of the longer side of an image on the sheet
 SHOWN_REGIONS = 10
+_COLOURS = html.REGION_COLOURS * 2  # by the number of a region, from 1
 _STYLE = """
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1.5rem; }
 td { overflow-wrap: anywhere; } b.number { color: white; padding: 0 .35rem; }
@@ -49,15 +50,11 @@ def _figure(item: annotations.Annotation) -> str:
         if kind != "description":
             lines.append(f"<small>{kind}: {html.text(text)}</small>")
     for number, region in enumerate(best, 1):
-        badge = f'<b class="number" style="background:{_colour(number)}">{number}</b>'
+        badge = f'<b class="number" style="background:{_COLOURS[number - 1]}">{number}</b>'
         lines.append(f"{badge} {html.text(region.description)} <small>{region.score:.2f}</small>")
         if region.negatives:
             lines.append(f"<small>not: {html.text(', '.join(region.negatives))}</small>")
     return f"<figure>{shown}{''.join(f'<p>{line}</p>' for line in lines)}</figure>"
-
-
-def _colour(number: int) -> str:
-    return html.REGION_COLOURS[(number - 1) % len(html.REGION_COLOURS)]
 
 
 def _drawn(item: annotations.Annotation, regions: Sequence[annotations.Region]) -> PIL.Image.Image:
@@ -68,6 +65,6 @@ def _drawn(item: annotations.Annotation, regions: Sequence[annotations.Region]) 
     pen = PIL.ImageDraw.Draw(image)
     for number, region in reversed([*enumerate(regions, 1)]):  # the best on top
         x1, y1, x2, y2 = (edge * scale for edge in region.box_xyxy)
-        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=_colour(number), width=2)
+        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=_COLOURS[number - 1], width=2)
         pen.text((x1 + 2, y1), str(number), fill="white", stroke_width=2, stroke_fill="black")
     return image

@@ -17,8 +17,6 @@ from grain_jax.core import printable, regular_file
 from grain_jax.data.sources import base, columns, join
 
 _ROWS = 16  # that become Python's values at a time
-_PNG = b"\x89PNG"
-_NOTE = b"huggingface"  # the metadata in which `datasets` keeps the types of columns
 
 
 class _State(msgspec.Struct):
@@ -39,7 +37,7 @@ def pyarrow() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tables(columns.TableOptions):
+class _Tables(columns.RowOptions):
     """A `base.Source` of tables of Arrow's types; a shard is a part of a file.
 
     A subclass has `_files(options)`, `_reader(open file)`, `_batches(reader, columns, arguments of a shard)`.
@@ -191,7 +189,7 @@ class Parquet(_Tables):
 
 def _label_names(schema: Any, path: Sequence[str], where: str) -> list[str]:
     """The names of labels that `datasets` wrote beside the table (`ClassLabel`); none if it did not."""
-    content = (schema.metadata or {}).get(_NOTE, b"{}")
+    content = (schema.metadata or {}).get(b"huggingface", b"{}")
     value: Any = regular_file.from_json(content, dict[str, Any], where, "the note of datasets")
     for part in ("info", "features", *path, None):
         while isinstance(value, list) or (isinstance(value, dict) and "feature" in value):
@@ -220,7 +218,7 @@ def _with_image(
     row = int(where.rpartition(" ")[2])
     name = regular_file.inside(path or ".")
     if name in ("", ".") or len(name.encode()) > base.MAX_PART:
-        name = f"{row:09d}.{'png' if encoded.startswith(_PNG) else 'jpg'}"
+        name = f"{row:09d}.{'png' if encoded[1:4] == b'PNG' else 'jpg'}"
     if name in seen or arguments["first_row"]:  # other shards of the file may have that name
         name = f"{row:09d}/{name}"
     seen.add(name)

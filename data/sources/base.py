@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
-from etils import epath
 
-from grain_jax.core import errors, regular_file
+from grain_jax.core import errors
 from grain_jax.core.annotations import Annotation, Fault, Region
 
 CAUSES = (
@@ -32,7 +31,7 @@ CAUSES = (
 """Every cause that a source gives; annotation adds those of its checks and models."""
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_MAX_FILE = 4 << 30  # bytes of a JSON file; LVIS has 1.1 GB
+MAX_FILE = 4 << 30  # bytes of a JSON file; LVIS has 1.1 GB
 MAX_NAME = 1024  # bytes of an image's name
 MAX_PART = 240  # bytes of a part of it: file systems take 255, with the ending of a file in work
 MAX_TEXT = 1 << 20  # bytes of a text or a JSON
@@ -120,11 +119,6 @@ def check_split(path: object, split: str, known: Iterable[str]) -> None:
         raise SourceError(f"{path}: got --split {split}, expected one of: {options}")
 
 
-def read_json(path: epath.PathLike, kind: type[T], expected: str) -> T:
-    """A JSON file in the declared form. Raises regular_file.FileError."""
-    return regular_file.read_json(path, kind, expected, _MAX_FILE)
-
-
 def items(
     values: Iterable[msgspec.Raw], kind: type[T], where: str, faults: list[Fault]
 ) -> Iterator[tuple[str, T]]:
@@ -147,10 +141,9 @@ def xywh(box: Any) -> Any:
 
 
 def taking_turns(groups: Iterable[Iterable[Any]]) -> Iterator[Any]:
-    """The first of each group, then the second of each, ...
+    """The first of each group, then the second of each: regions of boxes that have several descriptions.
 
-    It is the order of regions if a box has several descriptions: training keeps the first few regions of
-    equal score, and these should have different boxes.
+    Training keeps the first few regions of equal score, and these should have different boxes.
     """
     turns = ((turn, item) for group in groups for turn, item in enumerate(group))
     return (item for _, item in sorted(turns, key=operator.itemgetter(0)))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from grain_jax.core import annotations
+from grain_jax.core import annotations, regular_file
 from grain_jax.data.sources import base, staged
 from grain_jax.data.sources.base import Annotation, Fault, Region
 
@@ -68,7 +68,7 @@ class Coco(base.BoxUnit, staged.ListedSource):
         by_name: dict[str, Annotation] = {}
         faults: list[Fault] = []
         for path in options.annotations:
-            content = base.read_json(path, File, self.needs)
+            content = regular_file.read_json(path, File, self.needs, base.MAX_FILE)
             names = {x.id: options.described(x.name.replace(self.space, " ")) for x in content.categories}
             by_id = {}
             for image in content.images:
@@ -76,32 +76,26 @@ class Coco(base.BoxUnit, staged.ListedSource):
                 new = Annotation(image.file_name, [], regions=[], left_out=[], drawn_on=size)
                 by_id[image.id] = by_name.setdefault(image.file_name, new)
             for where, item in base.items(content.annotations, Object, f"{path}:annotations", faults):
-                if item.image_id in by_id:
-                    _add(by_id[item.image_id], item, names)
-                else:
+                image: Any = by_id.get(item.image_id)  # its fields are lists
+                if image is None:
                     got = f"got image_id {annotations.show(item.image_id)}, expected an image of the file"
                     faults.append(Fault(where, "bad annotation", got, where))
+                elif item.caption is not None:
+                    image.captions.append(item.caption)
+                elif item.iscrowd:
+                    image.left_out.append(Fault(image.image, "crowd", f"box {annotations.show(item.bbox)}"))
+                else:
+                    name: Any = names.get(item.category_id)
+                    negatives = tuple(names[i] for i in item.neg_category_ids if i in names)
+                    image.regions.append(Region(base.xywh(item.bbox), name, item.score, negatives))
         yield from faults
         yield from by_name.values()
-
-
-def _add(image: Any, item: Object, names: dict[base.Id, str]) -> None:
-    """Adds an item of `annotations` to its image, whose fields are lists; `names` are the categories'."""
-    if item.caption is not None:
-        image.captions.append(item.caption)
-    elif item.iscrowd:
-        image.left_out.append(Fault(image.image, "crowd", f"box {annotations.show(item.bbox)}"))
-    else:
-        name: Any = names.get(item.category_id)
-        negatives = tuple(names[i] for i in item.neg_category_ids if i in names)
-        image.regions.append(Region(base.xywh(item.bbox), name, item.score, negatives))
 
 
 class Lvis(Coco):
     """LVIS: lvis_v1_train.json, lvis_v1_val.json. The images are COCO's, below train2017/ and val2017/.
 
-    A description is the category's name, `bow_(weapon)` as "bow (weapon)". If an image has several objects of
-    a category, not all of them need have a box.
+    An image may have further objects of a category, without a box. `bow_(weapon)` becomes "bow (weapon)".
     """
 
     needs = "lvis_v1_train.json or lvis_v1_val.json"

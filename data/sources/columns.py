@@ -1,7 +1,7 @@
 """What the columns of a table say about an image: the options that name them, and the form of a row.
 
-A column's default name is its option's: `image`, `caption`, `captions`, `boxes`, `labels`, `descriptions`,
-`scores`, `id`. A name with dots, `objects.bbox`, is a field of a struct, or of each struct of a list.
+A column's default name is its option's. A name with dots, `objects.bbox`, is a field of a struct, or of each
+struct of a list.
 """
 
 import dataclasses
@@ -42,8 +42,9 @@ class Named(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RowOptions(base.BoxUnit):
-    """The options of rows beside their image: the names of columns, the form of boxes."""
+    """The options of rows: the names of columns, the form of boxes."""
 
+    image: str = ""
     caption: str = ""
     captions: str = ""
     boxes: str = ""
@@ -57,7 +58,7 @@ class RowOptions(base.BoxUnit):
         """Finds the columns in the table `where`. Raises SourceError: one is missing."""
         paths, missing = {}, []
         for name in NAMES:
-            column = getattr(self, name, "") or (name if name in known else "")
+            column = getattr(self, name) or (name if name in known else "")
             if column:
                 paths[name] = [column] if column in known else column.split(".")
                 missing += [] if paths[name][0] in known else [column]
@@ -112,13 +113,6 @@ class RowOptions(base.BoxUnit):
             x, y, width, height = box
             box = x - width / 2, y - height / 2, width, height
         return base.xywh(box)
-
-
-@dataclasses.dataclass(frozen=True)
-class TableOptions(RowOptions):
-    """The options of a table."""
-
-    image: str = ""
 
 
 def _pick(value: Any, path: Sequence[str]) -> Any:

@@ -1,7 +1,6 @@
 """CSV files, one row per image; the options that name the columns: `data/sources/columns.py`.
 
-The image is a path below --images. A cell that holds a list (captions; boxes, labels, descriptions, scores of
-an image) is JSON: `[[12, 30, 80, 64]]`.
+The image is a path below --images. A cell that holds a list is JSON: `[[12, 30, 80, 64]]`.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from grain_jax.data.sources import base, columns, staged
 
 
 @dataclasses.dataclass(frozen=True)
-class Csv(columns.TableOptions, staged.ListedSource):
+class Csv(columns.RowOptions, staged.ListedSource):
     """Images of CSV files in UTF-8, with a row of names first."""
 
     delimiter: Annotated[str, msgspec.Meta(pattern=r'\A[^\r\n"]\Z')] = ","

@@ -1,9 +1,8 @@
 """Flickr30k Entities: Sentences/ID.txt and Annotations/ID.xml; images are ID.jpg.
 
 A region is a box with a phrase of its coreference chain. A phrase to be grounded is one place in one
-sentence, with all boxes of its chain: what ashkamath/mdetr (flickr_eval.py) counts. Source of the files'
-form: the README and flickr30k_entities_utils.py of BryanPlummer/flickr30k_entities; `split` reads its
-train.txt, val.txt or test.txt (a list of ids).
+sentence, with all boxes of its chain: what ashkamath/mdetr (flickr_eval.py) counts. Source: README and
+flickr30k_entities_utils.py of BryanPlummer/flickr30k_entities; `split` reads its lists, such as train.txt.
 """
 
 import re

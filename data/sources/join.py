@@ -1,7 +1,6 @@
 """Joins a reader's annotation with its image: the one place where texts and boxes of readers are checked.
 
-Most public sets have a few boxes that are empty or lie outside. Such a region is left out with its cause; its
-image stays.
+A region that is empty or lies outside is left out with its cause; its image stays.
 """
 
 from typing import Any
@@ -45,7 +44,7 @@ def join(annotation: Annotation) -> Annotation | Fault:
     kept: dict[int, int] = {}  # position of a region in `found` -> in the result
     if annotation.regions:
         try:
-            size = images.header(annotation.encoded).size
+            size = images.header(annotation.encoded, image).size
         except images.ImageError as error:
             return _unreadable(image, error, where)
         drawn_on = tuple(annotation.drawn_on or size)

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from etils import epath
 
+from grain_jax.core import regular_file
 from grain_jax.data.sources import base, join, staged
 from grain_jax.data.sources.base import Annotation, Fault, Region
 
@@ -37,10 +38,9 @@ class _FineHardItem(msgspec.Struct):
 class FineHard(staged.ListedSource):
     """FineHARD (qihoo360/FineHARD): jsonfiles/*.json, each a list of images with described boxes.
 
-    `f_path` is below the images' folder, `caption` long and written by a model. `bbox` has x1, y1, x2, y2 as
-    shares of the image, then a score. The short expression is the description; if `flag_short_neg` is 1,
-    `short_expr_negs`, a dict of texts, has its negatives. Source of these names: 360CVGroup/FG-CLIP,
-    fgclip2/train/train_fgclip2.py and data/data.md at b1af1cd.
+    `bbox` has x1, y1, x2, y2 as shares of the image, then a score. `short_expr` is the description; with a
+    `flag_short_neg` of 1, `short_expr_negs`, a dict of texts, has its negatives. Source of these names:
+    360CVGroup/FG-CLIP, fgclip2/train/train_fgclip2.py and data/data.md at b1af1cd.
     """
 
     needs = "jsonfiles, a folder of FineHARD's .json: f_path, caption, bbox_info"
@@ -49,7 +49,7 @@ class FineHard(staged.ListedSource):
         faults: list[Fault] = []
         for path in map(epath.Path, options.annotations):
             for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-                values = base.read_json(file, list[msgspec.Raw], self.needs)
+                values = regular_file.read_json(file, list[msgspec.Raw], self.needs, base.MAX_FILE)
                 for _, item in base.items(values, _FineHardItem, str(file), faults):
                     yield Annotation(
                         item.f_path.lstrip("/"),
@@ -79,15 +79,15 @@ class _KarpathyFile(msgspec.Struct):
 class Karpathy(staged.ListedSource):
     """Karpathy's splits of Flickr30k and COCO, for retrieval: dataset_flickr30k.json, dataset_coco.json.
 
-    All captions of an image are taken (mostly five), as people wrote them. `split` is train, restval, val or
-    test. The images of COCO start in train2014/ and val2014/.
+    All captions of an image are taken, as people wrote them. `split` is train, restval, val or test. COCO's
+    images start in train2014/ and val2014/.
     """
 
     needs = "dataset_flickr30k.json or dataset_coco.json of Karpathy's splits"
 
     def entries(self, options: base.Options) -> Iterator[Annotation]:
         path, *_ = options.annotations
-        images = base.read_json(path, _KarpathyFile, self.needs).images
+        images = regular_file.read_json(path, _KarpathyFile, self.needs, base.MAX_FILE).images
         base.check_split(path, options.split, {image.split for image in images})
         for image in images:
             if options.split in ("", image.split):
@@ -126,7 +126,7 @@ class VisualGenome(staged.ListedSource):
         described: list[Any] = []
         sizes, faults = {}, []
         for path in options.annotations:
-            values = base.read_json(path, list[msgspec.Raw], self.needs)
+            values = regular_file.read_json(path, list[msgspec.Raw], self.needs, base.MAX_FILE)
             for _, item in base.items(values, _GenomeItem, path, faults):
                 if item.regions is not None:
                     described.append(item)

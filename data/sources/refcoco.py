@@ -1,8 +1,7 @@
 """RefCOCO, RefCOCO+, RefCOCOg: refs(unc).p, a pickle, with instances.json.
 
 A region is an object with one of its expressions. Each sentence is a phrase to be grounded, also if two
-people gave the same one: lichengunc/MAttNet (eval_dets_utils.py) counts every sentence with its own box.
-`split` is a split of the refs (train, val, testA, ...). The sets have no captions.
+people gave the same one, as lichengunc/MAttNet (eval_dets_utils.py) counts. `split` is one of the refs.
 """
 
 import collections
@@ -47,7 +46,8 @@ class RefCoco(staged.ListedSource):
         if [path.suffix for path in paths] != [".json", ".p"]:
             got = ", ".join(options.annotations)
             raise base.SourceError(f"got --annotations {got}, expected {self.needs}")
-        content, refs = base.read_json(paths[0], coco.File, self.needs), _load(paths[1], self.needs)
+        content = regular_file.read_json(paths[0], coco.File, self.needs, base.MAX_FILE)
+        refs = _load(paths[1], self.needs)
         base.check_split(paths[1], options.split, {ref.split for ref in refs})
         images = {image.id: image for image in content.images}
         faults: list[Fault] = []
@@ -62,8 +62,7 @@ class RefCoco(staged.ListedSource):
                 got = f"got image_id {ref.image_id}, ann_id {ref.ann_id}, expected both in instances.json"
                 faults.append(Fault(where, "bad annotation", got, where))
                 continue
-            box = base.xywh(item.bbox)
-            box = tuple(box) if isinstance(box, list | tuple) else box
+            box = tuple(x) if isinstance(x := base.xywh(item.bbox), list | tuple) else x
             sentences[ref.image_id] += ((box, sentence.sent) for sentence in ref.sentences)
         yield from faults
         for identity, pairs in sentences.items():

@@ -1,7 +1,6 @@
 """A TFDS set in a folder, also one of grain-jax build; a shard is a range of its examples.
 
-Captions are the features `caption`, `captions` and `text` (`captions/text` as in COCO's set); regions are
-read from sets with the features of data/SCHEMA.md.
+Captions are the features `caption`, `captions` and `text`; regions are read as data/SCHEMA.md has them.
 """
 
 import json

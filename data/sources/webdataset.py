@@ -1,9 +1,8 @@
 """Tar shards as img2dataset and webdataset write them (CC3M, CC12M): KEY.jpg with KEY.txt, KEY.json.
 
-`--option boxes=KEY labels=KEY` reads boxes of the JSON; the other options stand in `data/sources/columns.py`.
-
-Members of one sample stand next to each other and share the name up to its first dot. A shard is one
-tar; its images are called TAR/MEMBER, since keys may be repeated in another tar.
+The options, `boxes=KEY labels=KEY` and so on, name keys of the JSON (`data/sources/columns.py`). Members of
+one sample stand next to each other and share the name up to its first dot. A shard is one tar; its images
+are called TAR/MEMBER.
 """
 
 import dataclasses
@@ -91,7 +90,7 @@ class WebDataset(columns.RowOptions, Tars):
 
     def _columns(self, options: base.Options) -> tuple[list[str], columns.Named]:
         """The keys of the JSON that the options name, and as columns."""
-        keys = [x.split(".")[0] for name in columns.NAMES if (x := getattr(self, name, ""))]
+        keys = [x.split(".")[0] for name in columns.NAMES if (x := getattr(self, name))]
         return keys, self.named("webdataset", ["image", "caption", *keys], options)
 
     def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
@@ -120,9 +119,9 @@ class _Item(msgspec.Struct):
 class Grit(Tars):
     """GRIT (zzliang/GRIT): tars of img2dataset with the columns `noun_chunks` and `ref_exps` in the JSON.
 
-    Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. An entry is [start, end,
-    x1, y1, x2, y2, score]: the characters from start to end of the caption are the description. The box is in
-    shares of the image, so img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
+    Download with `--save_additional_columns '["id","noun_chunks","ref_exps"]'`. An entry is [start, end, x1,
+    y1, x2, y2, score]: characters start to end of the caption describe the box, in shares of the image. So
+    img2dataset must neither crop nor pad it (`--resize_mode no` or `keep_ratio`).
     """
 
     def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:

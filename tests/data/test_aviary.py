@@ -108,16 +108,12 @@ def _regions(drawn, repeats=10, **noise):
     ]
 
 
-def _part_of(species, description):
-    return next((species for species in species.traits if species.phrase == description), None)
-
-
 def test_exact_annotations_and_the_rate_of_misses(drawn):
     regions = _regions(drawn)
     assert len(regions) / 1000 == pytest.approx(4, abs=0.1)  # 3 to 5 parts
     for species, picture, region in regions:
-        trait = _part_of(species, region["description"])
-        assert region["box"] == list(picture.boxes_xyxy[trait.part])
+        (part,) = (x.part for x in species.traits if x.phrase == region["description"])
+        assert region["box"] == list(picture.boxes_xyxy[part])
     assert len(_regions(drawn, misses=0.3)) / len(regions) == pytest.approx(0.7, abs=0.03)
 
 

@@ -59,46 +59,31 @@ def test_two_builds_write_the_same_bytes(tmp_path):
             assert record == example.SerializeToString(deterministic=True)
 
 
-def good_line():
-    return record_sets.annotation(3)
-
-
 def changed(**fields):
-    return json.dumps(good_line() | fields).encode()
+    return json.dumps(record_sets.annotation(3) | fields).encode()
 
 
-def with_region(**fields):
-    region = {"box": [0, 0, 8, 8], "description": "a part", "score": 0.5} | fields
-    return changed(regions=[{k: v for k, v in region.items() if v is not ...}])
-
-
+OUTSIDE = [{"box": [12, 0, 24, 8], "description": "a part", "score": 0.5}]
 MALFORMED = {
     "broken JSON": (b'{"image": "00003.png", ', "not JSON: "),
     "no such picture": (changed(image="gone.png"), 'image: got "gone.png", there is no '),
     "truncated": (changed(image="short.png"), 'image: got "short.png", image file is truncated'),
-    "mostly outside": (with_region(box=[12, 0, 24, 8]), "at least 50% of it in the image of 16 x 12"),
+    "mostly outside": (changed(regions=OUTSIDE), "at least 50% of it in the image of 16 x 12"),
     "no caption": (changed(caption=None, captions=[" "], synthetic_caption="", regions=[]), "no caption:"),
     "same id": (changed(id="id0"), 'id: got "id0", which line 1 has already'),
 }  # fmt: skip
 
 
-def write_malformed(folder):
-    """100 good lines and, in the places returned, the malformed ones."""
-    record_sets.write_annotations(folder, 100)
-    whole = (folder / "00003.png").read_bytes()
-    (folder / "short.png").write_bytes(whole[: len(whole) * 2 // 3])
-    lines = (folder / "A.jsonl").read_bytes().splitlines()
-    line_numbers = {}
+def test_every_fault_is_named_with_its_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(survey, "MOST_PRINTED", 5)
+    record_sets.write_annotations(tmp_path / "in", 100)
+    whole = (tmp_path / "in/00003.png").read_bytes()
+    (tmp_path / "in/short.png").write_bytes(whole[: len(whole) * 2 // 3])
+    lines, line_numbers = (tmp_path / "in/A.jsonl").read_bytes().splitlines(), {}
     for number, (name, (line, _)) in enumerate(MALFORMED.items()):
         line_numbers[name] = 10 + 2 * number
         lines.insert(line_numbers[name] - 1, line.replace(b'"id3"', b'"bad%d"' % number))
-    (folder / "A.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
-    return line_numbers, len(lines)
-
-
-def test_every_fault_is_named_with_its_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(survey, "MOST_PRINTED", 5)
-    line_numbers, total = write_malformed(tmp_path / "in")
+    (tmp_path / "in/A.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
     assert record_sets.build_set(tmp_path / "in", tmp_path / "out") == 2
     assert "more than --max-faults 0.01 allows" in capsys.readouterr().err.splitlines()[-1]
     assert [p.name for p in (tmp_path / "out/tiny_set").iterdir()] == ["faults.jsonl"]
@@ -113,7 +98,7 @@ def test_every_fault_is_named_with_its_line(tmp_path, capsys, monkeypatch):
         assert expected in faults[f"{file}:{line_numbers[name]}"], name
     assert out[:5] == [f"{where}: {fault}" for where, fault in faults.items()][:5]
     count = f"{bad} faults, {bad - 5} of them not shown"
-    assert out[5:] == [f"{file}: {bad} of {total} lines faulty ({count})"]
+    assert out[5:] == [f"{file}: {bad} of {len(lines)} lines faulty ({count})"]
     _, examples = read_back(tmp_path / "out")
     assert sorted(examples) == sorted(f"id{i}" for i in range(100))
 
@@ -137,11 +122,11 @@ SHARES = {  # source -> its file, with a box in shares of width and height
 
 @pytest.mark.parametrize("source", SHARES)
 def test_boxes_that_are_all_shares_are_an_error_that_names_the_option(source, tmp_path, capsys):
-    record_sets.write_annotations(tmp_path, 1)
+    record_sets.write_annotations(tmp_path, 4)  # A.jsonl has pixels
     (tmp_path / "shares").write_text(SHARES[source])
     flags = [f"--source={source}", f"--images={tmp_path}", "--name=x", f"--output={tmp_path}/out"]
     flags += ["--annotations", f"{tmp_path}/shares"]
-    assert build.main(flags) == 2
+    assert build.main([*flags, *[f"{tmp_path}/A.jsonl"] * (source == "annotations")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"{tmp_path}/shares: got boxes that all lie in [0, 1], as shares")
     assert "; --option unit=share " in line and not (tmp_path / "out/x/1.0.0").exists()
@@ -215,7 +200,15 @@ def test_a_set_is_replaced_only_on_request_and_only_by_a_whole_one(tmp_path, mon
     assert len(read_back(tmp_path / "out")[1]) == 3 and faults.read_text() == ""
     assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 0
     assert len(read_back(tmp_path / "out")[1]) == 5 and faults.read_text()
-    assert sorted(p.name for p in (tmp_path / "out/tiny_set").iterdir()) == ["1.0.0", "faults.jsonl"]
+    target = tmp_path / "out/tiny_set/1.0.0"
+    old = target.rename(target.with_name("incomplete.old_1.0.0"))  # as a kill between the two renames
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out") == 2
+    assert len(read_back(tmp_path / "out")[1]) == 5
+    old.mkdir()  # as a kill after them
+    old.with_name("incomplete.ABC123_2.0.0").mkdir()  # of another version's build
+    assert record_sets.build_set(tmp_path / "in", tmp_path / "out", *arguments) == 0
+    names = sorted(path.name for path in target.parent.iterdir())
+    assert names == ["1.0.0", "faults.jsonl", "incomplete.ABC123_2.0.0"]
 
 
 @pytest.mark.parametrize(
@@ -261,11 +254,6 @@ def ids_of(output):
         split: sorted(e["id"].decode() for e in tfds.as_numpy(builder.as_dataset(split=split)))
         for split in builder.info.splits
     }
-
-
-def duplicates_of(output):
-    lines = (output / "tiny_set/1.0.0/duplicates.jsonl").read_text().splitlines()
-    return [tuple(json.loads(x).values()) for x in lines]
 
 
 @pytest.mark.parametrize("bits", [(), (3, 4, 5), (0, 16, 63), (0, 16, 32, 48), (3, 4, 5, 6)])
@@ -316,7 +304,8 @@ def test_pictures_of_another_set_are_left_out(tmp_path, capsys):
     assert "A.jsonl: 6 of 27 images are of other sets and left out" in error
     expected = sorted([*map(str, range(20, 40)), "flat.png"])
     assert ids_of(tmp_path / "new") == {"train": expected}
-    assert duplicates_of(tmp_path / "new") == [
+    lines = (tmp_path / "new/tiny_set/1.0.0/duplicates.jsonl").read_text().splitlines()
+    assert [tuple(json.loads(x).values()) for x in lines] == [
         *((str(number), "exact", str(other)) for number in range(15, 20)),
         ("copy.jpg", "near", str(other)),
     ]
@@ -328,15 +317,15 @@ def test_a_killed_build_goes_on_with_its_whole_parts(tmp_path, monkeypatch, caps
     record_sets.write_annotations(tmp_path / "in", 6)
     monkeypatch.setattr(build, "IMAGES_PER_PART", 2)
     assert record_sets.build_set(tmp_path / "in", tmp_path / "whole") == 0
-    made, write_part = [], survey._write_part
+    made, checked = [], survey._checked
 
-    def kill_in_the_third(shard, *arguments):
+    def kill_in_the_third(shard):
         made.append(shard.arguments["first_line"])
         if len(made) == 3:
             raise KeyboardInterrupt
-        return write_part(shard, *arguments)
+        return checked(shard)
 
-    monkeypatch.setattr(survey, "_write_part", kill_in_the_third)
+    monkeypatch.setattr(survey, "_checked", kill_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         record_sets.build_set(tmp_path / "in", tmp_path / "out")
     with pytest.raises(tfds.core.DatasetNotFoundError):  # nothing looks complete

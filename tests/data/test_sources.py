@@ -291,20 +291,16 @@ def parquet_sample(folder):
     return options(folder, folder / "a.parquet")
 
 
-def save_to_disk(table, folder):
-    """The folder that `datasets.Dataset.save_to_disk` writes: Arrow's stream format, and two JSON files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file:
+def hf_dataset_sample(folder):
+    """What `datasets.DatasetDict.save_to_disk` writes: Arrow's stream format, and JSON files."""
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
+    write_json(folder / "saved/train/state.json", state | {"_fingerprint": "0123456789abcdef"})
+    write_json(folder / "saved/train/dataset_info.json", {"features": {}})
+    write_json(folder / "saved/dataset_dict.json", {"splits": ["train"]})
+    table = table_of_pictures()
+    with pa.OSFile(str(folder / "saved/train/data-00000-of-00001.arrow"), "wb") as file:
         with pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table, max_chunksize=7)
-    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
-    write_json(folder / "state.json", state | {"_fingerprint": "0123456789abcdef"})
-    write_json(folder / "dataset_info.json", {"features": {}})
-
-
-def hf_dataset_sample(folder):
-    save_to_disk(table_of_pictures(), folder / "saved" / "train")
-    write_json(folder / "saved" / "dataset_dict.json", {"splits": ["train"]})
     return options(folder, folder / "saved")
 
 

@@ -42,9 +42,7 @@ class Reply(NamedTuple):
     def encode(self) -> bytes:
         """The response."""
         choice = {"message": {"content": self.text}, "finish_reason": self.finish_reason}
-        value = {"choices": [choice]}
-        if self.status != 200:
-            value = {"error": {"message": self.text}}
+        value = {"choices": [choice]} if self.status == 200 else {"error": {"message": self.text}}
         data = json.dumps(value).encode() if self.body is None else self.body
         lines = [f"Content-Length: {len(data)}", "Connection: close"]  # else a quick retry meets a closed one
         if self.retry_after is not None:
@@ -60,17 +58,11 @@ def annotator(asked: Asked) -> Reply:
 
 
 class Endpoint(sockets.Server):
-    """A server that runs.
-
-    Attributes:
-      asked: the requests so far, in the order of their arrival.
-      busiest: the most requests that were open at one time.
-      reply: chooses what to do with a request.
-    """
+    """A server that runs."""
 
     def __init__(self, reply: Callable[[Asked], Reply]):
-        self.asked: list[Asked] = []
-        self.busiest = self.open = 0
+        self.asked: list[Asked] = []  # in the order of their arrival
+        self.busiest = self.open = 0  # requests at one time
         self.reply = reply
         self.lock = threading.Lock()
         super().__init__(None)
@@ -99,10 +91,6 @@ class Endpoint(sockets.Server):
 
 @contextlib.contextmanager
 def serve(reply: Callable[[Asked], Reply] = annotator) -> Iterator[Endpoint]:
-    """A server on a free port, until the block ends.
-
-    Args:
-      reply: chooses what to do with a request; called with one request at a time.
-    """
+    """A server on a free port, until the block ends; `reply` is called with one request at a time."""
     with sockets.running(Endpoint(reply)) as server:
         yield server

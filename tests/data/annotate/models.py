@@ -2,9 +2,12 @@
 
 import pathlib
 
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, models, pre_tokenizers
 
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 characters in byte-level vocabularies
 # Threads of a model this small only wait for each other, and for the other processes of a machine.
 torch.set_num_threads(1)
 
@@ -35,7 +38,9 @@ def owlv2(folder: pathlib.Path, *, size: int = 96) -> str:
     model.class_head.logit_shift.weight.data *= 0.1
     model.class_head.logit_scale.weight.data.zero_()
     model.class_head.logit_scale.bias.data.fill_(5)
-    return _save(model, processor, folder)
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    return str(folder)
 
 
 def llava_next(folder: pathlib.Path) -> str:
@@ -80,27 +85,14 @@ def llava_next(folder: pathlib.Path) -> str:
             "{% endfor %} [/INST]{% endfor %}"
         ),
     )
-    return _save(model, processor, folder)
-
-
-def _save(model, processor, folder: pathlib.Path) -> str:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    for part in (model, processor):
+        part.save_pretrained(folder)
     return str(folder)
 
 
-def _bytes() -> list[str]:
-    """The 256 characters that stand for bytes in byte-level vocabularies."""
-    from tokenizers import pre_tokenizers
-
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
 def _byte_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *_bytes()])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *BYTES])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
@@ -115,7 +107,7 @@ def _byte_tokenizer():
 
 def _clip_tokenizer():
     # As the real one: "!" is id 0 and pads, and the end has the highest id, by which the tower finds it.
-    letters = ["!", *(letter for letter in _bytes() if letter != "!")]
+    letters = ["!", *(letter for letter in BYTES if letter != "!")]
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return transformers.CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=[], pad_token="!", model_max_length=16

@@ -2,14 +2,13 @@
 
 import shutil
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 
 from grain_jax.core import errors
 from grain_jax.data.annotate import chat, local_models
 from grain_jax.data.annotate.arguments import Annotate
+from tests import record_sets
 from tests.data.annotate import models
 
 
@@ -22,17 +21,10 @@ def load(folder, **args):
     return local_models.LocalChat(Annotate(images="", output="", chat=str(folder), **args))
 
 
-def _pictures(*sizes):
-    generator = np.random.default_rng(0)
-    return [
-        PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
-        for width, height in sizes
-    ]
-
-
 def test_a_batch_gives_what_each_picture_gives_alone(folder, caplog, monkeypatch):
     monkeypatch.setattr(chat, "MAX_TOKENS", 12)
-    pictures = _pictures((60, 30), (30, 90), (28, 28), (200, 20), (57, 33))
+    sizes = [(60, 30), (30, 90), (28, 28), (200, 20), (57, 33)]
+    pictures = [record_sets.picture(10 * i, size) for i, size in enumerate(sizes)]
     prompts = ["a", "what is in this image? " * 4, "list", "list", "say a few words"]
     alone, together = load(folder, batch_size=1), load(folder, batch_size=5)
     expected = alone.answer(pictures, prompts)
