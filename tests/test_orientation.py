@@ -35,11 +35,6 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def model():
-    return grain_jax.load("aviary-tiny")
-
-
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -122,7 +117,8 @@ def test_inspect_counts_them(folder, tmp_path, capsys):
     assert "EXIF" not in capsys.readouterr().out
 
 
-def test_the_library(folder, model):
+def test_the_library(folder):
+    model = grain_jax.load("aviary-tiny")
     names = [line["image"] for line in lines_of(folder / "turned" / "A.jsonl")]
     got, expected = (
         model.encode_image_and_regions(PIL.Image.open(folder / which / name) for name in names)

@@ -105,13 +105,12 @@ def siglip(tmp_path_factory):
 def _siglip(path, **overrides):
     """A tiny run with the golden's towers, whose images and texts are larger than there."""
     c = tiny.dictionary()
-    c.model.image.update(siglip_keys.IMAGE)
-    c.model.text.update(siglip_keys.TEXT)
-    c.text.packing = False
-    c.model.image.update(image_size=48, patch_size=8, width=32, heads=2, mlp_dim=128, depth=2)
-    c.model.text.update(vocab_size=300, context_length=24, width=32, heads=2, mlp_dim=128, depth=2)
-    c.model.text.update(projection="affine", pad_id=0)
-    c.model.embed_dim = 32
+    sizes = dict(heads=2, mlp_dim=128)
+    c.model.image.update(siglip_keys.IMAGE | sizes | dict(image_size=48, patch_size=8))
+    c.model.text.update(
+        siglip_keys.TEXT | sizes | dict(vocab_size=300, context_length=24, width=32, pad_id=0)
+    )
+    c.text.packing, c.model.embed_dim = False, 32
     c.update_from_flattened_dict({"init.image": str(path), "init.text": str(path), **overrides})
     return c
 
