@@ -5,10 +5,8 @@
       --workdir runs/claim/runs
     python -m examples.claim.table runs/claim/runs
 
-The commands run in a checkout. A run takes about five minutes of one core, the whole grid some six hours.
-The second command may be stopped and started again, and the third tells what is finished so far.
-
-With your own data, in a folder that `python -m examples.claim.data --help` describes, and a larger config:
+A run takes about five minutes of one core, the whole grid some six hours. The second command may be stopped
+and started again. With your own data (`python -m examples.claim.data --help`) and a larger config:
 
     python -m examples.claim.data --source DIR --output runs/mine
     grain-jax sweep --config examples/claim/config.py:runs/mine,grain_vitb16_cc3m --workdir runs/mine/runs \\
@@ -66,10 +64,7 @@ def sweep() -> Iterator[dict[str, Any]]:
 
 
 def get_config(argument: str = "runs/claim/data"):
-    """The baseline of all arms, of "FOLDER[,CONFIG]": GRAIN, one caption, the image query.
-
-    FOLDER is what `python -m examples.claim.data` wrote.
-    """
+    """The baseline of all arms, of "FOLDER[,CONFIG]" (FOLDER: of the first command): GRAIN, one caption."""
     folder, _, name = argument.partition(",")
     c = importlib.import_module(f"grain_jax.configs.{name or 'demo'}").get_config()
     if not name:  # another config has its own settings

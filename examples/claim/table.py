@@ -19,6 +19,7 @@ from grain_jax.launch import sweep_runs
 
 OURS = "grain_pooled"  # its lead over every other arm is shown
 Row = Mapping[str, float]  # key of results.json without "eval/" -> number
+REGIONS = ("unseen_test/alpha_0.5", "grounding/", "detection/")  # CLIP's arms train nothing for these
 COLUMNS = {  # heading -> key, factor
     "seen by name": ("seen_test/alpha_1.0/top1", 100),
     "unseen, alpha .5": ("unseen_test/alpha_0.5/top1", 100),
@@ -86,6 +87,8 @@ def table(results: Mapping[Run, Row]) -> str:
     for arm, (rate, rows) in chosen.items():
         values, ours = unseen[arm], unseen.get(OURS, {})
         leads = [ours[seed] - value for seed, value in values.items() if arm != OURS and seed in ours]
+        if arm.startswith("clip"):
+            rows = [{key: x for key, x in row.items() if not key.startswith(REGIONS)} for row in rows]
         cells = [ARMS[arm][0], f"{rate:g}", ", ".join(f"{x:.1f}" for x in values.values())]
         cells += [interval([*values.values()]), interval(leads, "+") if leads else "", *means(rows)]
         lines.append(cells)
@@ -94,6 +97,8 @@ def table(results: Mapping[Run, Row]) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m examples.claim.table WORKDIR, the folder of the sweep")
     every, workdir = runs(), pathlib.Path(sys.argv[1])
     names = sweep_runs.name_points(list(every.values()))
     finished = {run: row for run, name in zip(every, names) if (row := read(workdir / name))}
