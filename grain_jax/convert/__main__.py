@@ -7,7 +7,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import huggingface, parity
 from grain_jax.convert.arguments import Convert
 from grain_jax.convert.average import average
@@ -25,7 +24,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], parity.Report]] = {
         args.input, args.output, {tower: getattr(args, f"{tower}_heads") for tower in TOWERS}
     ),
     "to-torch": lambda args: reference.to_torch(args.input, args.output),
-    "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.push, args.part),
+    "to-hf": lambda args: huggingface.to_hf(args.input, args.output, args.part),
     "to-open-clip": lambda args: to_open_clip(args.input, args.output),
     "to-big-vision": lambda args: to_big_vision(args.input, args.output),
     "to-onnx": lambda args: to_onnx(args.input, args.output),
@@ -41,8 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one conversion and returns the exit status; prints faults on stderr, one line each."""
     try:
         args = Convert.parse(arguments)
-        if getattr(args, "private", False) and not args.push:
-            raise errors.UserError("--private: expected --push ORG/NAME with it")
     except errors.UserError as error:
         print(error, file=sys.stderr)
         return error.status
@@ -64,16 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not report.ok:
         print(f"{args.output}: was written, but its outputs differ; see above", file=sys.stderr)
         return 1
-    if getattr(args, "push", None):
-        if report.verdict != parity.PROVEN:
-            line = f"{args.output}: was written, not pushed to {args.push}: the parity is {report.verdict}"
-            print(f"{line}; install what it needs, and convert again", file=sys.stderr)
-            return 0
-        try:
-            print("pushed to", hub.push(args.output, args.push, huggingface.FILES, args.private))
-        except hub.HubError as error:
-            print(f"{error}\n{args.output}: was written, not pushed", file=sys.stderr)
-            return 2
     return 0
 
 

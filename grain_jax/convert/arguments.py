@@ -75,15 +75,9 @@ class ToHf(_OfCheckpoint, name="convert to-hf"):
 
     what is written:
       --part all|towers  towers: a published model without the regions that were added to it
-
-    the Hugging Face Hub:
-      --push ORG/NAME   upload the folder to this repository, which is made if it is not there
-      --[no-]private    a new repository is a private one
     """
 
     part: str = flag("all", choices=("all", "towers"))
-    push: str | None = None
-    private: bool = False
 
 
 class ToOpenClip(_OfCheckpoint, name="convert to-open-clip"):

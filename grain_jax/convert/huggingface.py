@@ -13,7 +13,6 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.checkpoint.pretrained import hub
 from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import formats, from_hugging_face, output, parity, tables, towers
 from grain_jax.convert.exits import folder as exits
@@ -24,8 +23,6 @@ from grain_jax.convert.tables import Arrays
 from grain_jax.models import grain
 
 WEIGHTS = "model.safetensors"
-# Patterns of the names of all files of such a folder, its model card included.
-FILES = ("*.json", WEIGHTS, "*_grain.py", "spiece.model", "README.md")
 CODE = epath.Path(__file__).parent / "hf_files"
 # Tokenizer files; `grain_jax.load` reads the first two.
 _TOKENIZER = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
@@ -36,23 +33,18 @@ _PIXELS = (
 )
 
 
-def to_hf(
-    source: epath.PathLike, folder: epath.PathLike, repo: str | None = None, part: str = "all"
-) -> parity.Report:
+def to_hf(source: epath.PathLike, folder: epath.PathLike, part: str = "all") -> parity.Report:
     """to-hf: a model that `grain_jax.load` reads to a folder for `AutoModel` and `AutoProcessor`.
 
     A model without a region decoder becomes transformers' own CLIP or SigLIP where these can hold it.
 
-    The model card reports config and metrics of a workdir, and names `repo`, ORG/NAME, where `push` will
-    publish it. `part`: "all", or "towers": without the regions that were added to a published model.
+    The model card reports config and metrics of a workdir. `part`: "all", or "towers": without the regions
+    that were added to a published model.
 
     Raises:
-      hub.HubError: `push` to that `repo` could not work.
       ConvertError: a tower is of another package, or the folder holds something else.
       checkpoint.CheckpointError: `source` cannot be read.
     """
-    if repo is not None:
-        hub.check_push(repo)
     stored = tokenizers.with_end((exits.read_towers if part == "towers" else exits.read)(source))
     model = stored.model
     raise_any(needs.MODELING.faults(model))
@@ -79,7 +71,6 @@ def to_hf(
         [f"to-hf: {stored.folder} -> {target}, {kind}", *lines, *filter(None, [missing])],
         use=use,
         missing=missing,
-        repo=repo,
     )
 
 

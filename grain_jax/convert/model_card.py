@@ -70,24 +70,20 @@ def write(
     proof: parity.Report,
     use: str,
     missing: str = "",
-    *,
     library: str = "transformers",
-    repo: str | None = None,
 ) -> str:
     """The text of the card: Markdown with the front matter of the Hugging Face Hub.
 
     `folder` is a checkpoint in its workdir (WORKDIR/checkpoints/STEP) or a converted model. `use` is code
-    that loads FOLDER, or `repo`, ORG/NAME, in its place. `missing` says why the folder has no tokenizer.
+    that loads FOLDER. `missing` says why the folder has no tokenizer.
     """
-    notes = ["```", *([f'In JAX: `grain_jax.load("hf://{repo}")`.'] if repo else [])]
-    if missing:
-        notes.append(f"The folder has {missing}. Another tokenizer would give other token ids.")
+    note = f"\nThe folder has {missing}. Another tokenizer would give other token ids." if missing else ""
     training, evaluation = _run(epath.Path(folder))
     is_proven = proof.verdict != parity.NOT_PROVEN
     return _CARD.format(
         library=library,
         title="Image and text towers" if model.decoder is None else "GRAIN",
-        use="\n".join([use.strip().replace("FOLDER", repo or "FOLDER"), *notes]),
+        use=f"{use.strip()}\n```{note}",
         model="\n".join(towers.describe(model)),
         training=training,
         evaluation=evaluation,

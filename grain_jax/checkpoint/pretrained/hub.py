@@ -1,8 +1,8 @@
-"""The Hugging Face Hub, by huggingface_hub: downloads models, publishes folders of `convert to-hf`."""
+"""Downloads models from the Hugging Face Hub, by huggingface_hub."""
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -67,43 +67,6 @@ def download(reference: str) -> epath.Path:
 def local(path: str) -> epath.Path:
     """A path as it is, or the downloaded folder of a name on the Hub."""
     return download(path) if is_reference(path) else epath.Path(path)
-
-
-def check_push(repo: str) -> None:
-    """Raises HubError where `push` could not work: the form of the name, a missing package or token."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise HubError(f"--push {repo}: expected ORG/NAME")
-    with _asking(f"--push {repo}") as library:
-        token = library.get_token()
-    if not token:
-        raise HubError(f"--push {repo}: no token; run hf auth login, or set HF_TOKEN")
-
-
-def push(folder: epath.PathLike, repo: str, files: Sequence[str], private: bool) -> str:
-    """Makes the repository ORG/NAME if it is not there, and uploads files of a folder as one commit.
-
-    Args:
-      folder: local.
-      repo: ORG/NAME.
-      files: their names in the folder; nothing else is uploaded.
-      private: of a new repository; one that exists keeps its own.
-
-    Returns:
-      The address of the repository.
-
-    Raises:
-      HubError: it is refused, or the Hub cannot be reached.
-    """
-    with _asking(f"--push {repo}") as library:
-        # None: the default of the organisation.
-        address = library.create_repo(repo, private=private or None, exist_ok=True)
-        library.upload_folder(
-            repo_id=repo,
-            folder_path=str(folder),
-            allow_patterns=list(files),
-            commit_message="grain_jax.convert to-hf",
-        )
-    return str(address)
 
 
 @contextlib.contextmanager
