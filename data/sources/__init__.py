@@ -1,7 +1,4 @@
-"""Data sources: a reader of each public format by its name, and any other as `module:Class`.
-
-`data/sources/base.py` says what a source is.
-"""
+"""Data sources (base.py says what one is): a reader for each public format, others as `module:Class`."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -43,10 +40,7 @@ def make(source: str, options: Mapping[str, str] | None = None) -> Source:
     """The source of that name, or `module:Class`.
 
     Its own options are texts: fields of the class, a dataclass, that are str, int, float or bool.
-
-    Raises:
-      errors.UserError: there is no such source; the line lists what there is.
-      SourceError: there is no such option, or its value is refused.
+    Raises UserError: no such source, or SourceError: no such option, or its value is refused.
     """
     name = f"{__name__}.{SOURCES[source]}" if source in SOURCES else source
     with named.importing():  # the name is the user's, from the command line

@@ -3,6 +3,7 @@
 So are the files that img2dataset writes by default: 00000/000000012.jpg and 000000012.txt.
 """
 
+import os
 from collections.abc import Iterator
 
 from etils import epath
@@ -16,10 +17,11 @@ class Folder(staged.ListedSource):
     """The folder's images, in the order of their names."""
 
     def entries(self, options: base.Options) -> Iterator[Annotation | Fault]:
-        return _entries(epath.Path(options.images), "")
+        return _entries(epath.Path(options.images), "", set())
 
 
-def _entries(folder: epath.Path, below: str) -> Iterator[Annotation | Fault]:
+def _entries(folder: epath.Path, below: str, seen: set[str]) -> Iterator[Annotation | Fault]:
+    seen.add(os.path.realpath(folder))
     if not folder.is_dir():
         raise base.SourceError(f"--images {folder}: no such folder, expected images")
     paths = sorted(folder.iterdir(), key=lambda path: path.name)
@@ -38,4 +40,8 @@ def _entries(folder: epath.Path, below: str) -> Iterator[Annotation | Fault]:
                     continue
             yield Annotation(image, (caption,))
         elif path.is_dir():
-            yield from _entries(path, image + "/")
+            if os.path.realpath(path) in seen or len(image) > base.MAX_NAME:
+                got = "a folder that was read already, or too deep a one"
+                yield Fault(image, "unreadable", f"got {got}, expected folders without links")
+            else:
+                yield from _entries(path, image + "/", seen)
