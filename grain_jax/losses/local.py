@@ -54,9 +54,7 @@ class Seen(NamedTuple):
 
     batch: schema.Batch  # all fields, also images, tokens and where texts lie
     tokens: Array  # [B, N, E] of the image tower, after the last norm
-    text_features: (
-        Array  # [G, rows, L, E] of every text token, before the last norm; [G, rows, E] of a pooled tower
-    )
+    text_hidden: Array  # [G, rows, L, E] of the text tower, before the last norm; [G, rows, E] if it pools
     outputs: schema.Outputs  # the embeddings, of unit length
     leading: int  # tokens that stand for no place in the image
     keys: Array  # PRNG keys [B] of the images for this term and step, the same on every mesh

@@ -202,16 +202,16 @@ class GRAIN(nn.Module):
 
     def text_features(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
         """Rows [G, rows, L] -> for each `at` ([B, ..., 2]) the projected features of its texts."""
-        features = self.text(tokens, positions, segments)
-        return tuple(self._read_texts(features, segments, a) for a in at)
+        hidden = self.text(tokens, positions, segments)
+        return tuple(self._read_texts(hidden, segments, a) for a in at)
 
-    def _read_texts(self, features: jax.Array, segments: jax.Array, end_at: jax.Array) -> jax.Array:
-        """The projected features of texts, from the features of every position."""
+    def _read_texts(self, hidden: jax.Array, segments: jax.Array, end_at: jax.Array) -> jax.Array:
+        """The projected features of texts, from the vectors of all tokens."""
         config = self.config.text
         if self.text.pooled:  # one vector per row
-            x = text.gather_texts(features[:, :, None], end_at * np.array([1, 0]))
+            x = text.gather_texts(hidden[:, :, None], end_at * np.array([1, 0]))
         elif config.pool in ("map", "mean"):
-            rows, real = text.rows_of_texts(self.text_norm(features), segments, end_at)
+            rows, real = text.rows_of_texts(self.text_norm(hidden), segments, end_at)
             real = real if config.mask_padding else jnp.ones_like(real)
             if config.pool == "map":
                 pooled = self.text_pool(rows, real[:, None, None])
@@ -220,8 +220,8 @@ class GRAIN(nn.Module):
             x = pooled.reshape(*end_at.shape[:-1], pooled.shape[-1])
         else:
             if config.pool == "last" and not config.mask_padding:
-                end_at = jnp.asarray(end_at).at[..., 1].set(features.shape[2] - 1)
-            x = self.text_norm(text.gather_texts(features, end_at))
+                end_at = jnp.asarray(end_at).at[..., 1].set(hidden.shape[2] - 1)
+            x = self.text_norm(text.gather_texts(hidden, end_at))
         return x if config.projection == "none" else self.text_projection(x)
 
     def encode_text(self, tokens, positions, segments, *at: jax.Array) -> tuple[jax.Array, ...]:
@@ -243,8 +243,8 @@ class GRAIN(nn.Module):
             corners = boxes_lib.cxcywh_to_xyxy(batch.region_boxes_cxcywh)
             box_embed = self.box_embeddings(tokens, corners, kept)
         b, captions, _ = batch.caption_at.shape
-        text_features = self.text(batch.text_tokens, batch.text_positions, batch.text_segments)
-        embed = lambda at: normalize(self._read_texts(text_features, batch.text_segments, at))
+        hidden = self.text(batch.text_tokens, batch.text_positions, batch.text_segments)
+        embed = lambda at: normalize(self._read_texts(hidden, batch.text_segments, at))
         # Flat, since an axis of one caption would be padded to a register's eight rows.
         text_embed = embed(batch.caption_at.reshape(b * captions, 2)).reshape(b, captions, -1)
         own = self.config.regions_have_scale
@@ -264,7 +264,7 @@ class GRAIN(nn.Module):
             token_boxes=token_boxes,
             negative_text_embed=None if batch.negative_at is None else embed(batch.negative_at),
         )
-        return outputs, schema.Features(tokens, text_features)
+        return outputs, schema.Features(tokens, hidden)
 
 
 def leading_tokens(config: config_lib.Model) -> int:

@@ -203,7 +203,7 @@ class Forward:
             return local.Seen(
                 batch=batch,
                 tokens=features.tokens,
-                text_features=features.text,
+                text_hidden=features.text,
                 outputs=outputs,
                 leading=grain.leading_tokens(self.config.model),
                 keys=folded(for_draws, name),

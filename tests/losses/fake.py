@@ -32,7 +32,7 @@ def seen(config, leading=0, seed=0) -> Seen:
     return Seen(
         batch=batch,
         tokens=rng.normal(size=(b, leading + patches, model.image.width)).astype(np.float32),
-        text_features=None,
+        text_hidden=None,
         outputs=outputs,
         leading=leading,
         keys=jax.vmap(jax.random.key)(jnp.arange(b, dtype=jnp.uint32)),

@@ -37,7 +37,7 @@ class Smooth(local.LocalTerm):
         centred = patches - seen.state["centre"] + 0.1 * noise[:, None]
         other = seen.apply("image_tokens", seen.batch.image[:, ::-1])
         loss = self.options.factor * jnp.square(centred).sum((1, 2)) + other.mean((1, 2))
-        of_groups = seen.text_features.mean((1, 2, 3))
+        of_groups = seen.text_hidden.mean((1, 2, 3))
         loss = loss + jnp.repeat(of_groups, len(loss) // len(of_groups))
         count = 1 + seen.batch.caption_id[:, 0] % 3  # ints, as the sum of a mask is
         return local.LocalOutput(
