@@ -1,7 +1,7 @@
 """Cycles of the Pallas kernels by libtpu's schedule, no chip: python -m benchmarks.kernels --topology v5e:2x2
 
-A layer of B/16 with 128 images, forward and backward: bundles of a head and stores that spill
-registers; `products` is the share of the time that padded products alone would keep the matrix units busy.
+A layer of B/16 with 128 images, forward and backward: bundles of a head and stores that spill registers.
+`products` is the share of the time that padded products alone would keep the matrix units busy.
 JAX's splash attention stands beside ours; its norms, layouts and padding are outside. A share above 100%
 means that its schedule hides how often a loop runs: then the products alone take longer than the bundles.
 """

@@ -71,7 +71,7 @@ def prepare(
 
 
 def _checked(shard: sources.SourceShard) -> Iterator[tuple[Prepared, Any, Any]]:
-    """Of each image what is known of it, and without a fault also its annotation and its pixels."""
+    """What is known of each image, and its annotation and pixels unless it has a fault."""
     if shard.source != "annotations":
         for item in sources.read(shard):
             yield _check(Prepared(0, item.where), item)

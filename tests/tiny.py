@@ -67,8 +67,8 @@ def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
 
 def program(c: config_lib.Config, devices: int | None = None) -> train_step.Program:
     """The program of a run of 10 steps on so many devices, or all."""
-    place = sharding.make_mesh(c.mesh, jax.devices()[:devices])
-    return train_step.build(c, place, total_steps=10, steps_per_epoch=1)
+    of_run = sharding.make_mesh(c.mesh, jax.devices()[:devices])
+    return train_step.build(c, of_run, total_steps=10, steps_per_epoch=1)
 
 
 def batch(c: config_lib.Config, seed: int = 0) -> schema.Batch:

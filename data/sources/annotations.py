@@ -48,7 +48,7 @@ class AnnotationLines(base.BoxUnit):
     def checked(
         self, shard: base.SourceShard
     ) -> Iterator[tuple[str, base.Annotation | base.Fault, list[str], list[str]]]:
-        """Of each line that is not blank FILE:LINE, its image, faults of what it says, unknown keys."""
+        """FILE:LINE, image, faults and unknown keys of each line that is not blank."""
         path, stop = epath.Path(shard.arguments["file"]), shard.arguments["stop"]
         with path.open("rb") as file:
             position = shard.arguments["start"]

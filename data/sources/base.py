@@ -122,7 +122,7 @@ def check_split(path: object, split: str, known: Iterable[str]) -> None:
 def items(
     values: Iterable[msgspec.Raw], kind: type[T], where: str, faults: list[Fault]
 ) -> Iterator[tuple[str, T]]:
-    """(WHERE[NUMBER], item) of a list in a JSON file; `faults` gets those of items in another form."""
+    """(WHERE[NUMBER], item) of a list in a JSON file; items in another form become `faults`."""
     for number, value in enumerate(values):
         position = f"{where}[{number}]"
         try:

@@ -110,8 +110,8 @@ def tensors_to_float32(path: epath.Path, named: Mapping[Any, Any]) -> dict[str, 
     """The tensors of a state dict as float32 arrays, without its other entries; names without `module.`.
 
     Raises:
-      ConvertError: they take more bytes than the file `path` explains, since tensors may share storage; one
-        is not of plain numbers, or its name is there twice; one line per fault.
+      ConvertError: one line per fault. They take more bytes than the file `path` explains, since tensors may
+        share storage; one is not of plain numbers; or its name is there twice.
     """
     import torch
 

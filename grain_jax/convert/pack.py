@@ -69,7 +69,7 @@ def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:
     """The inputs of a parity report, with words of trained tokens alone; with ends if no word was trained."""
     inputs = parity.inputs_of(model)
     end = model.text.vocab_size - 1 if model.text.end_id is None else model.text.end_id
-    words = np.setdiff1d(np.flatnonzero(trained), [0, end])
-    words, ids = words if words.size else np.array([end]), inputs.token_ids
+    known = np.setdiff1d(np.flatnonzero(trained), [0, end])
+    known, ids = known if known.size else np.array([end]), inputs.token_ids
     is_kept = trained[ids] | (ids == 0) | (ids == end)
-    return inputs._replace(token_ids=np.where(is_kept, ids, words[ids % len(words)]).astype(np.int32))
+    return inputs._replace(token_ids=np.where(is_kept, ids, known[ids % len(known)]).astype(np.int32))

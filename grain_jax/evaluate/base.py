@@ -18,8 +18,8 @@ TEMPLATES = "File of prompts, one per line; default: inference/templates.txt."
 def option(default: Any, help: str, metavar: str = "", **declared: Any) -> Any:
     """A key that `grain-jax evaluate KIND` has as a flag; `metavar` names its value, "" for a bool.
 
-    `declared` is as in `keys.key`, and may have `name`, of the flag; `required`, for data without which
-    nothing is measured; and `parse`, which makes the value from a text, or raises ValueError.
+    `declared` is as in `keys.key`, and may have more. `name` is the flag's; `required` marks data without
+    which nothing is measured; `parse` makes the value from a text, or raises ValueError.
     """
     return key(default, help, metavar=metavar, **declared)
 

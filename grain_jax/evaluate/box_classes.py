@@ -51,8 +51,8 @@ class Boxes(AnnotatedImages):
 
         Returns: counts; `chance`, `chance_top5`; and the rates of `rates.of_classes` by `box_head`, `region`
           and `image`, as the model has them. `groups` has the same for each group of the class file. Region
-          queries add `best_iou`, the mean IoU of the box and the box of the query that overlaps it most, and
-          `found`, the share with an IoU of at least boxes.FOUND_IOU.
+          queries add `best_iou`, the mean IoU with the query that overlaps the box most, and `found`, the
+          share with an IoU of at least boxes.FOUND_IOU.
         """
         templates = prompts.load_templates(self.templates)
         lines = None if self.classes is None else class_names.read(self.classes)
@@ -79,8 +79,8 @@ class Boxes(AnnotatedImages):
 
         of_queries: dict[str, Any] = {}
         if seen.iou is not None:
-            found = rates.rate("found", seen.iou[use] >= boxes.FOUND_IOU)
-            of_queries = {"best_iou": float(seen.iou[use].mean()), **found}
+            share = rates.rate("found", seen.iou[use] >= boxes.FOUND_IOU)
+            of_queries = {"best_iou": float(seen.iou[use].mean()), **share}
         group = np.array([line.group for line in lines])[target]
         return {
             **seen.counts,
@@ -186,8 +186,8 @@ def encode_boxes(entry: AnnotatedImages, predictor: Any) -> GivenBoxes:
     """The annotated boxes that lie in their images, embedded; arguments and errors as in `entry.gather`."""
 
     boxes_of = lambda record, size: grounding.described_boxes([record], [size]).boxes_xyxy
-    given = boxes_of if predictor.has_box_head else None
-    records, seen, counts = entry.gather(predictor, regions=predictor.has_regions, boxes_of=given)
+    embedded = boxes_of if predictor.has_box_head else None
+    records, seen, counts = entry.gather(predictor, regions=predictor.has_regions, boxes_of=embedded)
     described = grounding.described_boxes(records, seen.sizes)
     embeds, iou = {}, None
     if predictor.has_box_head:

@@ -73,8 +73,8 @@ def over_images(
     """
     mine = processes.share(len(images))
     if isinstance(images, Sequence):
-        given = images[mine.start : mine.stop]
-        stretch = (x if isinstance(x, test_sets.Image) else test_sets.of_path(x) for x in given)
+        its_share = images[mine.start : mine.stop]
+        stretch = (x if isinstance(x, test_sets.Image) else test_sets.of_path(x) for x in its_share)
     else:
         stretch = images.images(mine)
     silent, times = processes.process_info()[0] > 0, len(images) / max(len(mine), 1)
@@ -106,9 +106,9 @@ def over_images(
         failure = error
     batched, unread, lengths = zip(*processes.agree(failure, (len(parts), unreadable, len(images))))
     if len(set(lengths)) > 1:
-        found = ", ".join(map(str, lengths))
+        counts = ", ".join(map(str, lengths))
         raise InputError(
-            f"{label}: the processes found {found} images, expected the same files on all machines"
+            f"{label}: the processes found {counts} images, expected the same files on all machines"
         )
     unreadable = {name: reason for part in unread for name, reason in part.items()}
     if not any(batched):

@@ -169,8 +169,8 @@ def find_tfds(name: str, data_dir: str | None, get: str | None = None) -> epath.
     """The folder of a prepared TFDS set: of the version that `name` gives, or the newest; or MissingData."""
     base = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
     path, _, version = name.partition(":")
-    found = (base / path).glob(f"{version or '*.*.*'}/dataset_info.json")
-    versions = [x.parent for x in found if re.fullmatch(r"\d+\.\d+\.\d+", x.parent.name)]
+    infos = (base / path).glob(f"{version or '*.*.*'}/dataset_info.json")
+    versions = [x.parent for x in infos if re.fullmatch(r"\d+\.\d+\.\d+", x.parent.name)]
     if not versions:
         looked = f"{base / path}/{version or 'VERSION'}/dataset_info.json"
         prepare = f"tfds.builder({name!r}, data_dir={str(base)!r}).download_and_prepare()"

@@ -179,8 +179,8 @@ def read_descriptions(
 ) -> list[list[str]]:
     """Reads the descriptions of each class from a file {"class name": ["description", ...]}.
 
-    A class is found by its name (`_` = space), then by the letters and digits of the name, then by those of
-    its stem (see `class_names.stems`), which comes first if two classes have the same name. With `names` a
+    A class is found by its name (`_` = space), then by the letters and digits of the name, then of its stem
+    (see `class_names.stems`). The stem comes first if two classes have the same name. With `names` a
     list may be empty, as in published files. Raises errors.UserError, also at a class without description.
     """
     path = epath.Path(path).expanduser()

@@ -30,10 +30,10 @@ class BatchRunner:
         """The results of `program` on all images, as numpy."""
         parts = [self.run(program, batch) for batch in self.batches(images)]
         if not parts:  # no image: the shapes alone
-            one = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.uint8)
+            image = jax.ShapeDtypeStruct((1, self._image_size, self._image_size, 3), np.uint8)
             if isinstance(images, Tokens):
-                one = jax.ShapeDtypeStruct((1, *images.values.shape[1:]), images.values.dtype)
-            shapes = jax.eval_shape(program, self.params, one)
+                image = jax.ShapeDtypeStruct((1, *images.values.shape[1:]), images.values.dtype)
+            shapes = jax.eval_shape(program, self.params, image)
             parts = [jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), shapes)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 

@@ -88,8 +88,8 @@ class LoadedModel:
     @property
     def region_logit_bias(self) -> float | None:
         """What a sigmoid model adds to the scaled cosines of regions; None for others."""
-        own = "region_logit_scale" in self.params
-        bias = self.params.get("region_logit_bias" if own else "logit_bias")
+        has_scale = "region_logit_scale" in self.params
+        bias = self.params.get("region_logit_bias" if has_scale else "logit_bias")
         return None if bias is None else float(bias)
 
     @property

@@ -94,7 +94,7 @@ def embed_classes(
 ) -> np.ndarray:
     """Classes as `class_texts` -> `scores.class_features`, float32 [C, D].
 
-    `descriptions` has those of each class; one without any is described by its name.
+    A class without `descriptions` is described by its name.
     """
     described = descriptions or [None] * len(names)
     texts = [class_texts(name, templates, its_own or None) for name, its_own in zip(names, described)]

@@ -60,14 +60,14 @@ def test_values_are_those_of_transformers(kind, tmp_path):
     """MaskCLIP's maps of CLIP and of SigLIP, whose pooling attends to one patch alone."""
     module: Any
     if kind == "clip":
-        words = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299).to_dict()
+        texts = transformers.CLIPTextConfig(**WORDS, projection_dim=24, eos_token_id=299).to_dict()
         sight = transformers.CLIPVisionConfig(**VISION, projection_dim=24).to_dict()
-        config = transformers.CLIPConfig(text_config=words, vision_config=sight, projection_dim=24)
+        config = transformers.CLIPConfig(text_config=texts, vision_config=sight, projection_dim=24)
         module = transformers.CLIPModel(config)
     else:
-        words = transformers.SiglipTextConfig(**WORDS, projection_size=32).to_dict()
+        texts = transformers.SiglipTextConfig(**WORDS, projection_size=32).to_dict()
         sight = transformers.SiglipVisionConfig(**VISION).to_dict()
-        module = transformers.SiglipModel(transformers.SiglipConfig(text_config=words, vision_config=sight))
+        module = transformers.SiglipModel(transformers.SiglipConfig(text_config=texts, vision_config=sight))
     ours = _ours(module.eval(), tmp_path)
     pixels = np.random.default_rng(1).normal(size=(2, 40, 40, 3)).astype(np.float32)
     with torch.no_grad():

@@ -71,9 +71,9 @@ def _of_smaller_images(model, params, batch, kept, weights):
 
     def of_image(image, kept, weights):
         rows = positions[jnp.append(0, 1 + kept)]
-        own = params | {"image": params["image"] | {"position_embed": rows}}
-        tokens = module.apply({"params": own}, image[None], method="image_tokens")
-        (embed,) = module.apply({"params": own}, tokens, method="embeddings")[0]
+        resized = params | {"image": params["image"] | {"position_embed": rows}}
+        tokens = module.apply({"params": resized}, image[None], method="image_tokens")
+        (embed,) = module.apply({"params": resized}, tokens, method="embeddings")[0]
         return embed, grain.normalize(weights @ tokens[0, 1:] @ params["box_projection"]["kernel"])
 
     return jax.vmap(of_image)(small, kept, weights)

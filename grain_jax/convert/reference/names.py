@@ -143,11 +143,11 @@ def infer(states: StateDicts, heads: Mapping[str, int | None]) -> tuple[config_l
     backbone, decoder = (Entries(states[module], rows) for module, rows in TABLES.items())
     queries, width = decoder.shape("decoder/query_embed", 2)
     # Norm epsilons and dropout are constants of the reference; the initialisers are not used.
-    own = dict(queries=queries - 1, width=width, dropout=0.1, norm_eps=1e-5)
+    more = dict(queries=queries - 1, width=width, dropout=0.1, norm_eps=1e-5)
     sizes: dict[str, dict[str, Any]] = {
         "image": towers.image_sizes(backbone) | dict(norm_eps=1e-6, projection="matrix"),
         "text": towers.text_sizes(backbone) | dict(norm_eps=1e-5),
-        "decoder": towers.block_sizes(decoder, "decoder") | own,
+        "decoder": towers.block_sizes(decoder, "decoder") | more,
     }
     assumed, faults = [], []
     for tower, fields in sizes.items():

@@ -112,8 +112,8 @@ def _cards(predictor: Any, entry: Any) -> list[Card]:
             best = int(row.argmax())
             right = right_text[query] == best if query in right_text else None
             boxes.append(Box(box.tolist(), texts[best], float(row[best]), query, right))
-        own = described.image == i
-        for rank, (box, text) in enumerate(zip(described.boxes_xyxy[own], described.text[own])):
+        of_image = described.image == i
+        for rank, (box, text) in enumerate(zip(described.boxes_xyxy[of_image], described.text[of_image])):
             colour = queries[rank] if rank < len(queries) else -1
             boxes.append(Box(box.tolist(), described.texts[text], None, colour))
         small = images.to_rgb(files[seen.index[i]].load())
