@@ -72,9 +72,9 @@ def _summary(result: dict[str, Any]) -> str:
     ]
     if images["turned"]:
         lines.append(f"turned        {images['turned']:,} images {example.TURNED}")
-    for kind, each in texts.items():
-        tokens = f"; {each['mean_tokens']:.1f} tokens (99% up to {each['p99_tokens']})" if each["count"] else ""
-        lines.append(f"{kind:13} {each['count']:,}{tokens}")
+    for kind, x in texts.items():
+        tokens = f"; {x['mean_tokens']:.1f} tokens (99% up to {x['p99_tokens']})" if x["count"] else ""
+        lines.append(f"{kind:13} {x['count']:,}{tokens}")
     lines.append(f"regions       {regions['count']:,}; {regions['count'] / count:.2f} per image")
     lines.append(f"problems      {len(result['problems']) or 'none'}")
     for problem in result["problems"]:
