@@ -30,7 +30,7 @@ def _too_late(*_, **__):
         ({"init__image": "/nope/tower.npz:params/img"}, "init.image: /nope/tower.npz:params/img: "),
         ({"init__decoder": "/nope"}, "init.decoder: /nope: no such folder"),
         ({"wandb__mode": "online"}, "needs the package wandb"),
-        ({"workdir": "a file"}, "--workdir: .*expected a folder that can be written"),
+        ({"workdir": "a file"}, "--workdir: .*expected a writable folder"),
     ],
 )
 def test_what_needs_no_data_is_said_before_the_data_set_is_made(tmp_path, monkeypatch, overrides, message):

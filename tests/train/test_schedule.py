@@ -1,5 +1,7 @@
 """Which steps are logged, evaluated and saved."""
 
+import dataclasses
+
 import pytest
 
 from grain_jax.core import errors
@@ -31,8 +33,12 @@ def test_a_preempted_step_is_saved_and_not_evaluated():
 
 
 def test_evaluations_are_saved_where_they_choose_the_best_checkpoint():
-    assert _due(checkpoint_best_metric="loss")[2] == [5, 10, 12]
-    assert _due(checkpoint_best_metric="eval/birds/top1")[2] == [4, 5, 8, 10, 12]
+    config = tiny.config(eval_every=4, checkpoint_every=5)
+    for metric, expected in (("loss", [5, 10, 12]), ("eval/birds/top1", [4, 5, 8, 10, 12])):
+        config = dataclasses.replace(config, checkpoint_best_metric=metric)
+        due = schedule.Schedule(config, 12, has_evals=True).due
+        steps = (s for s in range(1, 13) if due(s, preempted=False).save)
+        assert list(steps) == expected
 
 
 def test_the_clock_is_asked_only_where_it_decides():
