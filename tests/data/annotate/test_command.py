@@ -50,9 +50,9 @@ def test_each_picture_is_there_once_after_faults_and_a_kill(tmp_path, kill):
         ask = ["--passes=caption,describe", f"--endpoint={server.url}", "--chat=tiny"]
         flags.append("--max-faults=1")
         if kill:
-            command = [sys.executable, "-m", "grain_jax.data.annotate", *flags, *ask, "--concurrency=1"]
+            annotate = [sys.executable, "-m", "grain_jax.data.annotate", *flags, *ask, "--concurrency=1"]
             done = output / "passes/describe"
-            with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            with subprocess.Popen(annotate, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
                 while process.poll() is None and len(list(done.glob("*.done"))) < 2:
                     time.sleep(0.01)
                 process.kill()
