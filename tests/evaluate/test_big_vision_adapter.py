@@ -98,6 +98,15 @@ def test_texts_of_another_tokenizer(other):
         close(predict(state, {"labels": shorter})[1], ztxt)
 
 
+def test_a_text_ends_at_its_end_token_whatever_pads_it(tmp_path):
+    changes: dict = dict(text__tokenizer="tokenizer.json", text__pad_id=1, text__end_id=9, text__causal=False)
+    perturbed.saved(tmp_path, **changes, text__mask_padding=True)
+    predict, state = made(str(tmp_path))
+    ids = np.array([[2, 4, 9, *[-1] * 29]], np.int32)
+    padded = predict(state, {"labels": np.where(ids < 0, 1, ids)})[1]
+    close(padded, predict(state, {"labels": ids})[1])
+
+
 def test_pictures_are_resized_as_ours(clip):
     op = big_vision.grain_image(clip)
     picture = np.random.default_rng(1).integers(0, 256, (50, 70, 3)).astype(np.uint8)

@@ -94,7 +94,7 @@ def test_a_key_that_the_server_repeats_is_written_nowhere(tmp_path, monkeypatch,
     with sockets.serve(behave) as server:
         args = [f"--images={tmp_path / 'images'}", f"--output={tmp_path / 'out'}", "--chat=tiny"]
         args += [f"--endpoint={server.url}", "--passes=caption", "--tries=1", "--max-faults=1"]
-        command.main([*args, "--request-seconds=2"])
+        command.main([*args, "--request-seconds=20"])
     texts = [*capfd.readouterr()]
     texts += [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not any("sk-v" in text.lower() or "very" in text for text in texts)
