@@ -11,10 +11,7 @@ from tests import compiling
 
 TIMINGS = ("images_per_second", "input_wait_fraction", "model_flops_per_second", "mfu")
 # Settings of tests/run_config.py: as little to compile as there can be.
-SMALL = {
-    "model.text.vocab_size": 600,
-    **{f"model.{tower}.depth": 1 for tower in ("image", "text", "decoder")},
-}
+SMALL = {"model.text.vocab_size": 600} | {f"model.{x}.depth": 1 for x in ("image", "text", "decoder")}
 
 
 def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -38,13 +35,8 @@ def command(
 
 def on_one_device(compiled: pathlib.Path) -> dict[str, str]:
     """The environment of a command with one CPU device, whose programs are kept in that folder."""
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": compiling.FLAGS,
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    cache = dict(JAX_COMPILATION_CACHE_DIR=str(compiled), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.FLAGS, **cache}
 
 
 def forge_config(workdir: pathlib.Path, config: Any) -> None:

@@ -50,8 +50,6 @@ EXTRAS = {
 }
 # They import us.
 HOSTS = {"big_vision"}
-
-
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BASE: list = PROJECT["project"]["dependencies"]
 EXTRA: dict = PROJECT["project"]["optional-dependencies"]

@@ -32,16 +32,10 @@ class EndsAt(ending.PreemptionHandler):
 def dictionary(**overrides):
     """A ConfigDict of a very small run on the synthetic source; keys as flattened paths with `__` for `.`."""
     c = recipe.base("tiny")
-    c.total_steps = 10
+    c.update(total_steps=10, batch_size=16, dtype="float32", log_every=1, checkpoint_every=4)
     c.optim.warmup_steps = 2
-    c.batch_size = 16
-    c.dtype = "float32"
-    c.log_every = 1
-    c.checkpoint_every = 4
-    c.input.source = "synthetic"
-    c.input.lanes = 4
-    c.text.pack_group = 2
-    c.text.pack_rows = 8
+    c.input.update(source="synthetic", lanes=4)
+    c.text.update(pack_group=2, pack_rows=8)
     c.model.image.update(image_size=16, width=32, depth=2, unroll=1, mlp_dim=64)
     c.model.text.update(width=32, depth=2, unroll=1, mlp_dim=64, context_length=32)
     c.model.decoder.update(width=32, depth=2, unroll=1, mlp_dim=64)

@@ -18,16 +18,10 @@ from grain_jax.config import recipe
 
 def get_config():
     c = recipe.base("tiny")
-    c.total_steps = 4
+    c.update(total_steps=4, batch_size=8, dtype="float32", log_every=2, checkpoint_every=2)
     c.optim.warmup_steps = 1
-    c.batch_size = 8
-    c.dtype = "float32"
-    c.log_every = 2
-    c.checkpoint_every = 2
-    c.input.source = "synthetic"
-    c.input.lanes = 2
-    c.text.pack_group = 4
-    c.text.pack_rows = 6
+    c.input.update(source="synthetic", lanes=2)
+    c.text.update(pack_group=4, pack_rows=6)
     c.model.image.update(image_size=16, width=32, depth=1, mlp_dim=64, unroll=1)
     c.model.text.update(width=32, depth=1, mlp_dim=64, unroll=1)
     c.model.decoder.update(width=32, depth=1, mlp_dim=64, unroll=1)
