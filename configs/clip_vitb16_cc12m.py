@@ -13,7 +13,6 @@ from grain_jax.configs import grain_vitb16_cc12m
 
 def get_config():
     c = grain_vitb16_cc12m.get_config()
-    c.loss.region_description = 0.0
-    c.loss.box = 0.0
+    c.loss.update(region_description=0.0, box=0.0)
     c.input.max_regions = 0
     return c

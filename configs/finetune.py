@@ -19,8 +19,7 @@ from grain_jax.configs.own import own_images
 
 def get_config(source="aviary-tiny"):
     c = own_images()
-    c.batch_size = 128
-    c.total_epochs = 10.0
+    c.update(batch_size=128, total_epochs=10.0)
     c.optim.warmup_epochs = 1.0
     # Learning rate of the new parts (decoder and heads). The last layer of a tower has 0.75 of it, and each
     # layer below 0.75 of the one above.

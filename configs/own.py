@@ -22,11 +22,8 @@ def get_config(size="tiny"):
     c.total_epochs = 50.0
     c.optim.warmup_epochs = 2.0
     if size == "tiny":  # as configs/demo.py, for a narrow model
-        c.model.image.block_init = "torch"
-        c.model.image.position_init = "sincos2d"
-        c.model.image.position_period = 16.0
-        c.model.decoder.dropout = 0.0
-        c.model.decoder.qkv_init_gain = 2.5
+        c.model.image.update(block_init="torch", position_init="sincos2d", position_period=16.0)
+        c.model.decoder.update(dropout=0.0, qkv_init_gain=2.5)
     return c
 
 
@@ -34,12 +31,8 @@ def own_images(size="B/16"):
     """What this config shares with configs/finetune.py: a user's images on one machine."""
     c = with_pointer(base(size))
     c.dtype = "auto"  # a CPU computes bfloat16 slowly
-    c.log_every = 10
-    c.checkpoint_every = 0
-    c.checkpoint_every_minutes = 10.0
-    c.report_images = 12
-    c.input.flip_rate = 0.5
-    c.input.crop_min_area = 0.5
+    c.update(log_every=10, checkpoint_every=0, checkpoint_every_minutes=10.0, report_images=12)
+    c.input.update(flip_rate=0.5, crop_min_area=0.5)
     # As many queries as an image has described regions: set both.
     c.model.decoder.queries = 8
     c.input.max_regions = 8
