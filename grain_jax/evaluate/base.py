@@ -47,8 +47,9 @@ class Evaluator(abc.ABC):
 
     @property
     def data(self) -> tuple[str | None, ...]:
-        """Paths that have to be there: what the required options name; None and "" are left out."""
-        return tuple(getattr(self, x.name) for x in dataclasses.fields(self) if x.metadata.get("required"))
+        """Paths that have to be there: required options, annotations, training images; not None and ""."""
+        is_data = lambda x: x.metadata.get("required") or x.name in ("annotations", "train")
+        return tuple(getattr(self, x.name) for x in dataclasses.fields(self) if is_data(x))
 
     @property
     def files(self) -> tuple[Any, ...]:

@@ -92,9 +92,8 @@ class Calibrate(AnnotatedImages):
                     continue
                 p, of_class, blind = special.expit(logits["after"][fits]), {}, []
                 common = best_threshold(p, right)
-                for name, x, p_class, y in zip(pairs.classes, cosines[fits].T, p.T, right.T):
-                    if self.thresholds == "common":
-                        break
+                columns = zip(pairs.classes, cosines[fits].T, p.T, right.T)
+                for name, x, p_class, y in columns if self.thresholds == "class" else ():
                     if not y.any():
                         of_class[name] = common
                     elif y.all() or x[y].mean() <= x[~y].mean():

@@ -13,7 +13,7 @@ from etils import epath
 from grain_jax import config
 from grain_jax.config import recipe
 from grain_jax.core import errors, named
-from grain_jax.evaluate import base, encode, kinds, suite, tables, zeroshot
+from grain_jax.evaluate import base, calibrate, encode, kinds, suite, tables, zeroshot
 from grain_jax.runtime import processes
 from tests import tiny
 from tests.evaluate.stub import StubPredictor, annotate, measure, region, write_picture
@@ -109,6 +109,7 @@ def test_check_finds_every_fault_before_there_is_a_model(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     good = zeroshot.ZeroShot(images=str(tmp_path / "classes"), alphas=(1.0, 0.5))
     good.check()  # alpha 0.5 does not count without descriptions
+    assert calibrate.Calibrate(images="i", annotations="A.jsonl").data == ("i", "A.jsonl")
 
     faults = functools.partial(_check, good)
     no_folder = "no/such: no such folder; expected one with a sub-folder per class"
