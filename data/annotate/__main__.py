@@ -92,14 +92,9 @@ def _finish(args: Annotate, output: job.Output, names: Sequence[str]) -> Mapping
     faults = {x.removeprefix(passes.FAULT): n for x, n in total.items() if x.startswith(passes.FAULT)}
     summary = {"total": total, "settings": _settings(args)}
     output.put(json.dumps(summary, indent=1) + "\n", "summary.json")
-    job.check_faults(
-        output.path(FAILED),
-        faults,
-        images=total["images"],
-        faulty=total["faulty"],
-        left=total["annotated"],
-        most=args.max_faults,
-    )
+    images, faulty, left = (total[name] for name in ("images", "faulty", "annotated"))
+    file, most = output.path(FAILED), args.max_faults
+    job.check_faults(file, faults, images=images, faulty=faulty, left=left, most=most)
     return total
 
 

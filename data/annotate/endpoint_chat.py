@@ -7,13 +7,13 @@ none of them has the key.
 
 import asyncio
 import base64
+import functools
 import io
 import json
 import os
 import random
 import re
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -60,7 +60,7 @@ class _Response(msgspec.Struct):
 
 
 class EndpointChat:
-    """A client, which one thread at a time may use. Raises UserError: the key is not valid."""
+    """A client, which one thread at a time may use, to be closed. Raises UserError: the key is not valid."""
 
     def __init__(self, args: Annotate):
         self._args = args
@@ -72,14 +72,14 @@ class EndpointChat:
         forms = (rf"(?:\\?{re.escape(x)}|\\u{ord(x):04x}|%{ord(x):02x})" for x in key)
         self._key = re.compile("".join(forms) or "(?!)", re.IGNORECASE)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        self._client = httpx.AsyncClient(
+        self._connect = functools.partial(
+            httpx.AsyncClient,
             headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}),
             # httpcore leaves a socket open if a handshake is cancelled, so connecting must end earlier.
             timeout=httpx.Timeout(None, connect=0.9 * args.request_seconds),
             limits=httpx.Limits(keepalive_expiry=IDLE),
         )
-        self._runner = asyncio.Runner()
-        weakref.finalize(self, _close, self._runner, self._client).atexit = False
+        self._runner, self._client = asyncio.Runner(), self._connect()
         self._next_start = 0.0  # on the monotonic clock: no request starts earlier
 
     def answer(
@@ -94,6 +94,12 @@ class EndpointChat:
           UserError: the endpoint refuses the key, knows neither the address nor the model, or redirects.
         """
         return self._runner.run(self._answer(images, prompts))
+
+    def close(self) -> None:
+        """Closes the event loop and its connections; `answer` makes others. A finalizer could deadlock."""
+        self._runner.run(self._client.aclose())
+        self._runner.close()
+        self._runner, self._client = asyncio.Runner(), self._connect()
 
     async def _answer(self, images: Any, prompts: Any) -> list[chat.Answer | chat.Failure]:
         free = asyncio.Semaphore(self._args.concurrency)
@@ -193,9 +199,3 @@ class EndpointChat:
     def _line(self, text: str, limit: int = 200) -> str:
         """What a server sent, on one line and without the key."""
         return chat.one_line(self._without_key(text), limit)
-
-
-def _close(runner: asyncio.Runner, client: Any) -> None:
-    """Closes the connections, and the event loop that they belong to."""
-    runner.run(client.aclose())
-    runner.close()

@@ -28,8 +28,7 @@ from grain_jax.data.annotate.arguments import Annotate
 from grain_jax.data.sources import join
 
 BATCH_PIXELS = 1 << 27  # 400 MB as RGB; 64 photographs of 24 MP would be 4.6 GB
-# Images per request that an endpoint answers at a time, so that none waits long for a slow one.
-IMAGES_PER_REQUEST = 4
+IMAGES_PER_REQUEST = 4  # that an endpoint answers at a time, so that none waits long for a slow one
 FAULT = "fault: "  # begins the counter of a cause
 FAILURES_IN_A_ROW = 50  # of a model: then it is not the images' fault, and the job ends
 # A pass -> the one whose results it takes. Negatives are of the source's regions, too, and come last.
@@ -113,6 +112,12 @@ class Passes:
         for mark in marks(args):
             output.put("", mark, f"{shard.name}.done")
 
+    def close(self) -> None:
+        """Closes the connections to an endpoint, which another thread that needs some opens again."""
+        with self._turn:
+            if isinstance(self.chat, endpoint_chat.EndpointChat):
+                self.chat.close()
+
     def _run(self, name: str, batch: list[Work]) -> None:
         """Runs a pass over the images of a batch that have its inputs and lack its results."""
         todo = [work for work in batch if work.image is not None and name not in work.results]
@@ -151,8 +156,7 @@ class Passes:
     def _ground(self, works: list[Work]) -> Iterator:
         texts = [work.results["describe"] for work in works]
         for result in self.detector.detect([work.image for work in works], texts):
-            is_list = isinstance(result, list)
-            yield list(map(_region, result)) if is_list else result
+            yield list(map(_region, result)) if isinstance(result, list) else result
 
     def _negatives(self, works: list[Work]) -> Iterator:
         for work in works:
@@ -215,10 +219,7 @@ def batches(works: Iterable[Work], size: int) -> Iterator[list[Work]]:
 
     def take() -> list[Work]:
         batch, pixels = [], 0
-        while len(batch) < size and pixels < BATCH_PIXELS:
-            work = next(works, None)
-            if work is None:
-                break
+        while len(batch) < size and pixels < BATCH_PIXELS and (work := next(works, None)):
             batch.append(work)
             pixels += work.image.width * work.image.height if work.image else 0
         return batch

@@ -40,6 +40,9 @@ class AnnotateShards(beam.DoFn):
             with _marking_user_errors():
                 self._passes.annotate(shard)
 
+    def teardown(self):
+        self._passes.close()
+
 
 def run(args: Annotate, shards: Sequence[sources.SourceShard]) -> None:
     """Runs the passes over the shards. Raises UserError: a worker met wrong usage or wrong input."""

@@ -10,7 +10,7 @@ import pytest
 from grain_jax.core import errors
 from grain_jax.data.annotate import __main__ as command
 from grain_jax.data.annotate import chat, endpoint_chat
-from grain_jax.data.annotate.arguments import Annotate
+from tests.data.annotate import endpoint
 from tests.hostile import sockets
 
 PICTURE = PIL.Image.new("RGB", (20, 20), "teal")
@@ -36,19 +36,12 @@ ROWS = [  # name; what the server does; the cause of the failure or the text of 
 ]  # fmt: skip
 
 
-def _ask(url: str, seconds: float = SECONDS, tries: int = 1) -> chat.Answer | chat.Failure:
-    args = Annotate(images="", output="", endpoint=url, chat="tiny")
-    args.request_seconds, args.tries = seconds, tries
-    (result,) = endpoint_chat.EndpointChat(args).answer([PICTURE], ["List."])
-    return result
-
-
 @pytest.mark.parametrize("behave, cause, detail", [x[1:] for x in ROWS], ids=[x[0] for x in ROWS])
 def test_a_response_is_an_answer_or_a_failure_with_its_cause_in_time(behave, cause, detail):
     seconds = SECONDS if cause == LATE else 40 * SECONDS  # a busy machine: other bounds need more
     start = time.monotonic()
     with sockets.serve(behave) as server:
-        result = _ask(server.url, seconds)
+        result = endpoint.ask(server.url, request_seconds=seconds, tries=1)
     assert time.monotonic() - start < seconds + SLACK
     if isinstance(result, chat.Answer):
         assert result.text == cause
@@ -66,7 +59,7 @@ def test_the_key_goes_to_no_other_address(monkeypatch, status, location):
         redirect = sent(head(f"Location: {location}", status=f"{status} Moved"))
         with sockets.serve(redirect) as server:
             with pytest.raises(errors.UserError) as refused:
-                _ask(server.url, tries=3)
+                endpoint.ask(server.url, request_seconds=SECONDS, tries=3)
             assert len(server.requests) == 1 and KEY.encode() in server.requests[0]
         assert other.requests == []
     assert f"redirects to {location} (status {status})" in str(refused.value)
@@ -110,9 +103,7 @@ def test_a_worker_has_one_client_whose_connection_serves_all_its_requests():
             connection.sendall(head(LONG) + ANSWER)
             sockets.request(connection)
 
-    with sockets.serve(connect) as server:
-        args = Annotate(images="", output="", endpoint=server.url, chat="tiny", concurrency=1)
-        client = endpoint_chat.EndpointChat(args)
+    with sockets.serve(connect) as server, endpoint.client(server.url, concurrency=1) as client:
         for _ in range(2):
             (result,) = client.answer([PICTURE], ["List."])
             assert result.text == "a beak"

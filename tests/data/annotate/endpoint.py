@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 
+from grain_jax.data.annotate import chat, endpoint_chat
+from grain_jax.data.annotate.arguments import Annotate
 from tests.hostile import sockets
 
+PICTURE = PIL.Image.new("RGB", (60, 40), (200, 30, 30))
 SUBJECT = "Subject: a small bird\n"
 CAPTION = "Caption: a small bird with a red wing sits on a branch."
 DESCRIPTIONS = ("a short orange beak\n", "red wing feathers\n", "a white belly\n", "thin grey legs")
@@ -94,3 +97,15 @@ def serve(reply: Callable[[Asked], Reply] = annotator) -> Iterator[Endpoint]:
     """A server on a free port, until the block ends; `reply` is called with one request at a time."""
     with sockets.running(Endpoint(reply)) as server:
         yield server
+
+
+def client(url: str, **args: Any) -> contextlib.closing[endpoint_chat.EndpointChat]:
+    """A client with these flags, for a with block."""
+    args = Annotate(images="", output="", endpoint=url, chat="tiny", **args)
+    return contextlib.closing(endpoint_chat.EndpointChat(args))
+
+
+def ask(url: str, **args: Any) -> chat.Answer | chat.Failure:
+    """The answer about PICTURE."""
+    with client(url, **args) as one:
+        return one.answer([PICTURE], ["List."])[0]
