@@ -36,7 +36,7 @@ def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, A
 
     from benchmarks import torch_step
     from grain_jax.convert.reference import commands as torch_module
-    from grain_jax.convert.reference.names import to_states
+    from grain_jax.convert.reference import names
 
     run.keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -45,8 +45,8 @@ def torch_side(size: str, batch: int, compiled: bool, steps: int) -> dict[str, A
     tx = optim.optimizer(config.optim, lambda step: 0.0)
     with jax.default_device(jax.devices("cpu")[0]):
         params = jax.jit(lambda: sharding.unbox(init_state(config, tx)).params)()
-    module = torch_module.make_module(config.model)
-    torch_module.load_states(module, to_states(config.model, jax.tree.map(np.asarray, params)))
+    state = names.reference_state(config.model, jax.tree.map(np.asarray, params))
+    module = torch_module.make_module(config.model, state)
     autocast = torch.bfloat16 if cuda else None
     module = module.to("cuda" if cuda else "cpu")
     step = torch_step.TorchStep(module, compiled=compiled, autocast=autocast)

@@ -12,8 +12,7 @@ import numpy as np
 from benchmarks.parity.comparison import read_npz
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
-from grain_jax.convert.reference import names as torch_names
-from grain_jax.convert.reference.names import infer, to_params
+from grain_jax.convert.reference import names
 from grain_jax.core import boxes, schema
 from grain_jax.input_pipeline import packing
 from grain_jax.models import grain
@@ -36,13 +35,23 @@ def below(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
 
 
+def state_of(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the reference under their names in `convert.reference.names`."""
+    return {name.replace("/", ".", 1): x for name, x in below(arrays, "params/").items()}
+
+
+def named(params: Any) -> dict[str, Any]:
+    """Our parameters, or their gradients, under the goldens' names."""
+    return {name.replace(".", "/", 1): x for name, x in names.state_dict(params).items()}
+
+
 @functools.cache
 def goldens() -> Goldens:
     """Reads and converts grain_public.npz."""
     arrays = read_npz("grain_public.npz")
-    states = {module: below(arrays, f"params/{module}/") for module in ("backbone", "decoder")}
-    model, _ = infer(states, HEADS)
-    params = to_params(states["backbone"], states["decoder"], model)
+    state = state_of(arrays)
+    model, _ = names.infer(state, HEADS)
+    params = names.to_params(state, model)
     meta = json.loads(str(arrays["meta_json"]))
     return Goldens(arrays, meta, model, jax.tree.map(jnp.asarray, params))
 
@@ -106,8 +115,7 @@ def run(which: str = "", *, packed: bool = False):
     """(losses, gradients, gradients by the reference's names) of the batch `which`: "" or "degenerate/"."""
     g = goldens()
     terms, grads = _loss_and_grads(g.params, batch(g.arrays[f"{which}inputs/boxes"], packed=packed))
-    named = torch_names.state_dicts(grads)
-    return terms, grads, {f"{m}/{name}": array for m in named for name, array in named[m].items()}
+    return terms, grads, named(grads)
 
 
 @functools.cache

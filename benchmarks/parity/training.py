@@ -8,9 +8,9 @@ import numpy as np
 import optax
 
 from benchmarks.parity.comparison import GOLDENS, Comparison, gradient, relative
-from benchmarks.parity.goldens import batch, below, config, goldens, outputs, run
+from benchmarks.parity.goldens import batch, below, config, goldens, named, outputs, run
 from grain_jax import losses as losses_lib
-from grain_jax.convert.reference import names as torch_names
+from grain_jax.convert.reference import names
 from grain_jax.train import optim
 
 
@@ -44,11 +44,10 @@ def decay_groups() -> Iterator[Comparison]:
     g = goldens()
     mask = optim.decay_mask(g.params, reference=True)
     ours = jax.tree.map(lambda p, decayed: np.full(p.shape, decayed, bool), g.params, mask)
-    named = torch_names.state_dicts(ours)
     groups = json.loads((GOLDENS / "grain_public_param_groups.json").read_text())
-    unused = {f"{m}/{name}" for m, names in torch_names.UNUSED.items() for name in names}
+    unused = {name.replace(".", "/", 1) for name in names.UNUSED}
     for group, decayed in (("decay", True), ("no_decay", False)):
-        decayed_names = {f"{m}/{n}" for m in named for n, a in named[m].items() if (a == decayed).all()}
+        decayed_names = {name for name, x in named(ours).items() if (x == decayed).all()}
         yield Comparison(group, float(len(decayed_names ^ (set(groups[group]) - unused))), 0.0)
 
 
@@ -63,22 +62,19 @@ def adamw() -> Iterator[Comparison]:
         updates, _ = tx.update(grads, tx.init(params), params)
         return optim.clip_logit_scales(optax.apply_updates(params, updates))
 
-    named = torch_names.state_dicts(step(g.params, run()[1]))
     checksums = g.meta["adamw_checksum_after_[sum,sumabs]"]
-    for module, entries in named.items():
-        for key, ours in entries.items():
-            name = f"{module}/{key}"
-            bad = g.arrays.get(f"adamw/unreliable/{name}", np.zeros(ours.shape, bool))
-            sums = np.array([ours.sum(dtype=np.float64), np.abs(ours).sum(dtype=np.float64)])
-            unreliable = g.meta["grad_f32_vs_f64"][name]["n_unreliable"]
-            error = float(np.abs(sums - checksums[name]).max())
-            yield Comparison(f"{name} checksum", error, 1e-3 * unreliable + 1e-6 * ours.size)
-            reference = g.arrays.get(f"adamw/after/{name}")
-            if reference is not None:
-                if ours.ndim:  # of the token table the goldens keep the last rows only
-                    ours, bad = ours[-len(reference) :], bad[-len(reference) :]
-                error = np.abs(ours - reference)
-                yield Comparison(name, float(np.max(error, where=~bad, initial=0.0)), 3e-6)
+    for name, ours in named(step(g.params, run()[1])).items():
+        bad = g.arrays.get(f"adamw/unreliable/{name}", np.zeros(ours.shape, bool))
+        sums = np.array([ours.sum(dtype=np.float64), np.abs(ours).sum(dtype=np.float64)])
+        unreliable = g.meta["grad_f32_vs_f64"][name]["n_unreliable"]
+        error = float(np.abs(sums - checksums[name]).max())
+        yield Comparison(f"{name} checksum", error, 1e-3 * unreliable + 1e-6 * ours.size)
+        reference = g.arrays.get(f"adamw/after/{name}")
+        if reference is not None:
+            if ours.ndim:  # of the token table the goldens keep the last rows only
+                ours, bad = ours[-len(reference) :], bad[-len(reference) :]
+            error = np.abs(ours - reference)
+            yield Comparison(name, float(np.max(error, where=~bad, initial=0.0)), 3e-6)
 
 
 def schedule() -> Iterator[Comparison]:

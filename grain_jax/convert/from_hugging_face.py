@@ -225,8 +225,7 @@ def _read_grain(path: epath.Path, stated: Mapping[str, Any]) -> tuple[towers.Imp
         )
     config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model))
     module = _load(path, model, modeling_grain.GrainModel, config)
-    parts = (getattr(module, part).state_dict() for part in ("backbone", "decoder"))
-    backbone, decoder = ({name: x.numpy() for name, x in part.items()} for part in parts)
+    state = {name: x.numpy() for name, x in module.state_dict().items()}
     with prefixed(f"{path}: "):
-        params = names.to_params(backbone, decoder, model)
+        params = names.to_params(state, model)
     return towers.Imported(model, params, True), module

@@ -56,9 +56,7 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, part: str = "all") -> 
         if model.decoder is None:
             keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
             lines = [f"for AutoModel with trust_remote_code: {nearest.name} cannot hold {keys}"]
-        states = names.state_dicts(stored.params)
-        weights = {f"{part}.{name}": x for part in states for name, x in states[part].items()}
-        files = _own_files(model, token_files)
+        weights, files = names.state_dict(stored.params), _own_files(model, token_files)
     else:
         kind, use, lines = nearest.name, _USE.format(kind=nearest.name), [_PIXELS]
         weights, files = _weights(model, grain.flat(stored.params), kind), _config(model, kind)

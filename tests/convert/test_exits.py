@@ -313,7 +313,7 @@ def test_no_key_of_a_tower_is_lost_in_silence(exit_name, trunk, tmp_path, capsys
     for i, model in enumerate(written_models(base, faults_of)):
         params = perturbed.params(model)
         if exit_name in ("to-hf, decoder", "to-hf, pooled"):
-            proof = torch_module.prove(model, params, names.state_dicts(params))
+            proof = torch_module.prove(model, params, names.state_dict(params))
             assert proof.verdict == "PROVEN", proof.text
             continue
         source, out = tmp_path / f"ours{i}", tmp_path / f"out{i}.npz"

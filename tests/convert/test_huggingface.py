@@ -119,8 +119,7 @@ def test_its_files_need_no_jax_and_give_our_outputs(converted, processor):
 
 def as_stored(folder):
     """The arrays of a folder of ours under transformers' names."""
-    states = names.state_dicts(saved_model.load_model(folder)[1])
-    return {f"{m}.{name}": array for m, state in states.items() for name, array in state.items()}
+    return names.state_dict(saved_model.load_model(folder)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

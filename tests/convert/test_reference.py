@@ -21,20 +21,21 @@ FLAGS = ["--image-heads", "3", "--text-heads", "5", "--decoder-heads", "6"]
 
 
 def made_up():
-    """State dicts of random values; not the goldens' sizes, and no two alike."""
+    """Entries of random values; not the goldens' sizes, and no two alike."""
     model = perturbed.tiny(
         **dict(image__width=36, image__heads=3, image__depth=3, image__mlp_dim=108),
         **dict(text__width=40, text__heads=5, text__depth=1, text__mlp_dim=120),
         **dict(decoder__width=48, decoder__heads=6, decoder__mlp_dim=144),
         image__qk_norm=True,
     )
-    return names.to_states(model, perturbed.params(model))
+    return names.reference_state(model, perturbed.params(model))
 
 
-def save(path, states, prefix="module."):
+def save(path, state, prefix="module."):
     stored = {"epoch": 4, "best_acc": 12.5, "iteration": 99, "optimizer": {"state": {}}}
-    for module, key in files.KEYS.items():
-        stored[key] = {prefix + name: torch.from_numpy(array) for name, array in states[module].items()}
+    for part, key in files.KEYS.items():
+        arrays = goldens_parity.below(state, f"{part}.")
+        stored[key] = {prefix + name: torch.from_numpy(array) for name, array in arrays.items()}
     torch.save(stored, path)
     return str(path)
 
@@ -66,21 +67,20 @@ def test_heads_that_are_not_given(tmp_path, capsys):
 
 
 def test_every_wrong_entry_is_a_line(tmp_path, capsys):
-    states = made_up()
-    backbone, decoder = states["backbone"], states["decoder"]
-    del backbone["ln_final.bias"]
-    del decoder["transformer.decoder.layers.1.self_attn.in_proj_weight"]
-    backbone["visual.blocks.1.mlp.fc1.weight"] = np.zeros((107, 36), np.float32)
-    decoder["bbox_embed.layers.1.bias"][3] = np.nan
-    decoder["adapter.weight"] = np.zeros((2, 2), np.float32)
-    path = save(tmp_path / "x.pth.tar", states)
+    state = made_up()
+    del state["backbone.ln_final.bias"]
+    del state["decoder.transformer.decoder.layers.1.self_attn.in_proj_weight"]
+    state["backbone.visual.blocks.1.mlp.fc1.weight"] = np.zeros((107, 36), np.float32)
+    state["decoder.bbox_embed.layers.1.bias"][3] = np.nan
+    state["decoder.adapter.weight"] = np.zeros((2, 2), np.float32)
+    path = save(tmp_path / "x.pth.tar", state)
     assert main(["from-torch", "--input", path, "--output", str(tmp_path / "out"), *FLAGS]) == 2
     assert capsys.readouterr().err.strip().split("\n") == [
-        f"{path}: backbone visual.blocks.1.mlp.fc1.weight: got shape (107, 36), expected (108, 36)",
-        f"{path}: backbone ln_final.bias: missing",
-        f"{path}: decoder transformer.decoder.layers.1.self_attn.in_proj_weight: missing",
-        f"{path}: decoder bbox_embed.layers.1.bias: holds values that are not finite",
-        f"{path}: decoder adapter.weight: unknown key, shape (2, 2)",
+        f"{path}: backbone.visual.blocks.1.mlp.fc1.weight: got shape (107, 36), expected (108, 36)",
+        f"{path}: backbone.ln_final.bias: missing",
+        f"{path}: decoder.transformer.decoder.layers.1.self_attn.in_proj_weight: missing",
+        f"{path}: decoder.bbox_embed.layers.1.bias: holds values that are not finite",
+        f"{path}: decoder.adapter.weight: unknown key, shape (2, 2)",
         "5 faults; nothing was written",
     ]
     assert not (tmp_path / "out").exists()
@@ -122,10 +122,10 @@ BAD = {  # what is in the file, which makes folders at `marker` if it is run; th
 def test_bad_files_are_one_line(tmp_path, capsys, case):
     (build, said), path, marker = BAD[case], tmp_path / "x.pth.tar", tmp_path / "executed"
     if case in ("sizes", "cut"):
-        states = made_up()
+        state = made_up()
         if case == "sizes":
-            states["backbone"]["visual.pos_embed"] = np.zeros((1, 24, 36), np.float32)
-        save(path, states)
+            state["backbone.visual.pos_embed"] = np.zeros((1, 24, 36), np.float32)
+        save(path, state)
         path.write_bytes(path.read_bytes()[: 5000 if case == "cut" else None])
     elif build:
         torch.save(build(str(marker)), path)
@@ -143,10 +143,6 @@ def golden():
     return goldens_parity.goldens()
 
 
-def golden_states(golden):
-    return {x: goldens_parity.below(golden.arrays, f"params/{x}/") for x in ("backbone", "decoder")}
-
-
 def test_golden_to_jax_and_back_is_identical(golden, tmp_path, capsys):
     saved_model.save_model(tmp_path / "model", golden.model, golden.params)
     path = tmp_path / "x.pth.tar"
@@ -156,23 +152,22 @@ def test_golden_to_jax_and_back_is_identical(golden, tmp_path, capsys):
     stored = torch.load(path, weights_only=True)
     assert set(stored) == {"epoch", "iteration", "best_acc", "optimizer", "state_dict", "backbone_state_dict"}
     assert all(name.startswith("module.") for name in stored["state_dict"])
-    written, original = files.read(path), golden_states(golden)
-    for which, state in original.items():
-        assert written[which].keys() == state.keys()  # the reference loads strictly
-        for name, array in state.items():
-            if name in names.UNUSED[which]:
-                assert not written[which][name].any()
-            else:
-                np.testing.assert_array_equal(written[which][name], array)
-                assert written[which][name].shape == array.shape
-    assert written["decoder"]["class_embed.weight"].shape == (22048, 64)
-    assert written["decoder"]["pos_embed"].shape == (1, 513, 64)
-    assert written["backbone"]["image_projection"].shape == (48, 512)
+    written, original = files.read(path), goldens_parity.state_of(golden.arrays)
+    assert written.keys() == original.keys()  # the reference loads strictly
+    for name, array in original.items():
+        if name in names.UNUSED:
+            assert not written[name].any()
+        else:
+            np.testing.assert_array_equal(written[name], array)
+            assert written[name].shape == array.shape
+    assert written["decoder.class_embed.weight"].shape == (22048, 64)
+    assert written["decoder.pos_embed"].shape == (1, 513, 64)
+    assert written["backbone.image_projection"].shape == (48, 512)
 
 
 def test_the_torch_module_gives_the_references_outputs(golden):
-    a, module = golden.arrays, files.make_module(golden.model)
-    files.load_states(module, golden_states(golden))
+    a = golden.arrays
+    module = files.make_module(golden.model, goldens_parity.state_of(a))
     with torch.no_grad():
         tokens = module.backbone.visual(torch.tensor(a["inputs/images"]))
         image, regions, boxes = module.decoder(tokens)

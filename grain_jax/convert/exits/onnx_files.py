@@ -40,8 +40,7 @@ def to_onnx(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
         import onnxscript  # noqa: F401
         import torch
 
-        module = reference.make_module(stored.model)
-    reference.load_states(module, names.state_dicts(stored.params))
+        module = reference.make_module(stored.model, names.state_dict(stored.params))
     token_files, missing = tokenizers.alone(stored.model.text, stored.folder)
     with output.replacing(target, DESCRIPTION) as new:
         before = logging.root.manager.disable

@@ -8,7 +8,6 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
@@ -16,7 +15,7 @@ from grain_jax.checkpoint import saved_model
 from grain_jax.convert import archives, output, parity, towers
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
-from grain_jax.convert.reference.names import StateDicts
+from grain_jax.convert.tables import Arrays
 from grain_jax.core import atomic, errors, regular_file
 
 KEYS = {"backbone": "backbone_state_dict", "decoder": "state_dict"}
@@ -33,11 +32,11 @@ def from_torch(
       ConvertError: the file cannot be converted, or the folder holds something else.
     """
     folder = output.check_free(folder)
-    states = read(source)
+    state = read(source)
     with prefixed(f"{source}: "):
-        model, assumed = names.infer(states, heads)
-        params = names.to_params(states["backbone"], states["decoder"], model)
-    proof = prove(model, params, states)
+        model, assumed = names.infer(state, heads)
+        params = names.to_params(state, model)
+    proof = prove(model, params, state)
     output.save(folder, model, params, source, proof)
     lines = [*towers.describe(model), *assumed]
     return proof.after(f"from-torch: {source} -> {folder}", *lines)
@@ -54,9 +53,9 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     if path.is_dir():
         raise ConvertError(f"{path}: is a folder; expected a file name such as grain.pth.tar")
     model, params, read_from = saved_model.load_model(source)
-    states = names.to_states(model, params)
+    state = names.reference_state(model, params)
     with errors.storage_faults_as_one_line(path), needing("torch", path):
-        write(path, states)
+        write(path, state)
     proof = prove(model, params, read(path))
     lines = [f"to-torch: {read_from} -> {path}"]
     for tower in names.TOWERS:  # the file does not hold heads: the reference's code fixes them by the width
@@ -68,8 +67,8 @@ def to_torch(source: epath.PathLike, path: epath.PathLike) -> parity.Report:
     return proof.after(*lines)
 
 
-def read(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
-    """The two state dicts as float32 arrays, {"backbone": ..., "decoder": ...}; names without `module.`.
+def read(path: epath.PathLike) -> Arrays:
+    """The two state dicts as float32 arrays, "backbone.NAME" and "decoder.NAME"; names without `module.`.
 
     Raises:
       ConvertError: no such file, not a checkpoint, or one that asks to run code; nothing in it is executed.
@@ -86,26 +85,24 @@ def read(path: epath.PathLike) -> dict[str, dict[str, np.ndarray]]:
         lacking = [key for key in KEYS.values() if not isinstance(stored.get(key), Mapping)]
         raise_any([f"no state dict {key!r}; the file has {keys}" for key in lacking])
         out = {}
-        for module, key in KEYS.items():
-            with prefixed(f"{module} "):
-                out[module] = archives.tensors_to_float32(path, stored[key])
+        for part, key in KEYS.items():
+            with prefixed(f"{part} "):
+                arrays = archives.tensors_to_float32(path, stored[key])
+            out |= {f"{part}.{name}": array for name, array in arrays.items()}
         return out
 
 
-def write(path: epath.PathLike, states: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes the state dicts in the format of the reference's training script, as of a run at step 0.
+def write(path: epath.PathLike, state: Arrays) -> None:
+    """Writes what `read` gives in the format of the reference's training script, as of a run at step 0.
 
     Names start with `module.`, as in a DDP model.
     """
     import torch
 
-    stored: dict[str, Any] = {
-        key: {
-            f"module.{name}": torch.tensor(array)  # a copy: each entry has its own storage
-            for name, array in states[module].items()
-        }
-        for module, key in KEYS.items()
-    }
+    stored: dict[str, Any] = {key: {} for key in KEYS.values()}
+    for name, array in state.items():
+        part, _, rest = name.partition(".")
+        stored[KEYS[part]][f"module.{rest}"] = torch.tensor(array)  # a copy: each entry has its own storage
     stored |= dict(epoch=0, iteration=0, best_acc=0.0, optimizer={"state": {}, "param_groups": []})
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,34 +111,19 @@ def write(path: epath.PathLike, states: Mapping[str, Mapping[str, np.ndarray]]) 
     atomic.write_bytes(path, file.getvalue())
 
 
-def make_module(model: config_lib.Model) -> Any:
-    """The torch module of a model, in eval mode, with random weights; ImportError without transformers."""
+def make_module(model: config_lib.Model, state: Arrays) -> Any:
+    """The torch module of a model in eval mode, with these entries; ImportError without transformers."""
+    import torch
+
     from grain_jax.convert.hf_files import configuration_grain, modeling_grain
 
     config = configuration_grain.GrainConfig(towers=dataclasses.asdict(model))
-    return modeling_grain.GrainModel(config).eval()
+    module = modeling_grain.GrainModel(config).eval()
+    module.load_state_dict({name: torch.tensor(x) for name, x in state.items() if name not in names.UNUSED})
+    return module
 
 
-def load_states(module: Any, states: StateDicts) -> None:
-    """Loads the reference's state dicts into the torch module, strictly except for its unused entries."""
-    import torch
-
-    module.load_state_dict(
-        {
-            f"{part}.{name}": torch.tensor(array)
-            for part, state in states.items()
-            for name, array in state.items()
-            if name not in names.UNUSED.get(part, ())
-        }
-    )
-
-
-def prove(model: config_lib.Model, params: Any, states: StateDicts) -> parity.Report:
-    """Compares our model with `params` and the torch module with `states`, the arrays of the file."""
-
-    def run(inputs: parity.Inputs) -> dict[str, np.ndarray]:
-        module = make_module(model)
-        load_states(module, states)
-        return parity.clip_outputs(module, inputs)
-
+def prove(model: config_lib.Model, params: Any, state: Arrays) -> parity.Report:
+    """Compares our model with `params` and the torch module with `state`, the arrays of the file."""
+    run = lambda inputs: parity.clip_outputs(make_module(model, state), inputs)
     return parity.prove(model, params, "the torch module", ("transformers", "torch"), run)
