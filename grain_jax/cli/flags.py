@@ -17,7 +17,6 @@ def flag(default: Any = dataclasses.MISSING, **options: Any) -> Any:
         low, high: least and largest number; a whole number is at least 1 by default.
         parse: text -> value; raises ValueError with what was got and expected.
         choices: the values that it may have.
-        union: the values, which are tuples, of a flag that is given several times are joined, each once.
         name: of the flag, by default the field's.
         also: another name of the flag, which no help shows.
         unless: a switch; without it the flag must be given.

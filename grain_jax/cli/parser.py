@@ -279,11 +279,8 @@ class Parser:
             values = [_value(shown, text) for text in texts]
         except ValueError as error:
             self._error(f"{shown.name}: {error}")
-        before = parsed.get(field.name, ())
         if typing.get_origin(field.type) is list:
-            parsed[field.name] = [*before, *values]
-        elif field.metadata.get("union"):
-            parsed[field.name] = tuple(dict.fromkeys((*before, *values[0])))
+            parsed[field.name] = [*parsed.get(field.name, ()), *values]
         else:
             (parsed[field.name],) = values
 

@@ -34,7 +34,7 @@ def faults_of(part: Config | Model) -> list[str]:
     if isinstance(part, Model):
         return [_line(part, *fault) for fault in _model(part)]
     of_model = [_line(part.model, *fault) for fault in _model(part.model)]
-    checks = (_run, _data, _regions, _loss, _optim, _terms, _text_rows, _divisions)
+    checks = (_run, _data, _regions, _loss, _terms, _text_rows, _divisions)
     return of_model + [_line(part, *fault) for check in checks for fault in check(part)]
 
 
@@ -125,7 +125,9 @@ def _run(config: Config) -> Iterator[Fault]:
                 yield f"optim.{key}", f"regular expressions ({pattern!r}: {error})"
     if config.mesh.data == 0:
         yield "mesh.data", "at least 1, or -1 for all devices that the other axes leave"
-    if config.optim.lora.rank and config.optim.layer_decay != 1:
+    if optim.name == "muon" and optim.moment_dtype != "float32":
+        yield "optim.moment_dtype", "float32 with optim.name=muon"
+    if optim.lora.rank and optim.layer_decay != 1:
         yield "optim.layer_decay", "1 with optim.lora, which freezes the layers of the towers"
 
 
@@ -170,11 +172,6 @@ def _loss(config: Config) -> Iterator[Fault]:
         yield "loss.box_description", f"0 with {with_these}: it needs a box head and regions"
     if head != "none" and not (loss.box_description or loss.hard_negative or loss.terms):
         yield "loss.box_description", f"more than 0 with model.boxes.kind={head}: nothing trains it"
-
-
-def _optim(config: Config) -> Iterator[Fault]:
-    if config.optim.name == "muon" and config.optim.moment_dtype != "float32":
-        yield "optim.moment_dtype", "float32 with optim.name=muon"
 
 
 def _terms(config: Config) -> Iterator[Fault]:

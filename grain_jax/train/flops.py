@@ -115,12 +115,12 @@ def per_image(config: Config) -> FlopsPerImage:
     params = sharding.unbox(jax.eval_shape(forward.init))
     apply = lambda params, batch: forward(params, batch)
 
-    for name, count in _by_module(_traced(apply, params, batch)).items():
+    for name, count in _by_module(jax.make_jaxpr(apply)(params, batch).jaxpr).items():
         parts[_field(name, model)] += count / config.batch_size
     counted = None
     if config.optim.lora.rank or forward.terms:
         total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
-        both = _by_module(_traced(jax.value_and_grad(total), params, batch))
+        both = _by_module(jax.make_jaxpr(jax.value_and_grad(total))(params, batch).jaxpr)
         counted = both.total() / config.batch_size
     return FlopsPerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
 
@@ -170,12 +170,7 @@ def matmul_flops(function, *arguments: Any) -> int:
     Raises:
       NotImplementedError: matrix products in a loop that ends on a condition.
     """
-    return sum(_by_module(_traced(function, *arguments)).values())
-
-
-def _traced(function, *arguments: Any):
-    """The jaxpr of a function."""
-    return jax.make_jaxpr(function)(*arguments).jaxpr
+    return _by_module(jax.make_jaxpr(function)(*arguments).jaxpr).total()
 
 
 def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
@@ -188,16 +183,13 @@ def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
         within = f"{scope}/{equation.source_info.name_stack}"
         module = next((x for x in within.split("/") if x and not x.startswith("GRAIN")), "")
         name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            depth = math.prod(left[axis] for axis in contracted)
-            total[module] += 2 * math.prod(equation.outvars[0].aval.shape) * depth
-            continue
-        if name == "conv_general_dilated":
-            # The kernel has the input features of one group.
-            kernel, (out, *_) = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
-            depth = math.prod(kernel) // kernel[out]
+        if name in ("dot_general", "conv_general_dilated"):
+            left, right = (x.aval.shape for x in equation.invars)
+            if name == "dot_general":
+                (contracted, _), _ = params["dimension_numbers"]
+                depth = math.prod(left[axis] for axis in contracted)
+            else:  # the kernel has the input features of one group
+                depth = math.prod(right) // right[params["dimension_numbers"].rhs_spec[0]]
             total[module] += 2 * math.prod(equation.outvars[0].aval.shape) * depth
             continue
         if name == "pallas_call":  # its body is one program of many: what the kernel says of itself
@@ -211,11 +203,8 @@ def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
             branches = (_by_module(branch.jaxpr, within) for branch in params["branches"])
             total += max(branches, key=lambda counts: counts.total())
             continue
-        times = 1
-        if name == "scan":
-            times = params["length"]
-        elif name == "shard_map":
-            # The body has one device's shapes, because all mesh axes are manual.
+        times = params["length"] if name == "scan" else 1
+        if name == "shard_map":  # the body has one device's shapes, because all mesh axes are manual
             times = params["mesh"].size
         for part in jaxprs(params):
             for key, count in _by_module(part, within).items():

@@ -12,12 +12,6 @@ import jax
 from etils import epath
 
 
-def start_server(port: int) -> None:
-    """Starts JAX's profiler server, for "capture profile" in TensorBoard; 0: none."""
-    if port:
-        jax.profiler.start_server(port)
-
-
 class StepTrace:
     """Traces `steps` steps from `start` on, and the next after `ask`; each step calls `begin` and `end`.
 

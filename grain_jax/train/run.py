@@ -87,7 +87,8 @@ def _train(
     """`train`, in a workdir that is locked."""
     # 1. Devices, data and programs.
     clock = goodput.Clock()
-    profiling.start_server(config.profile_port)
+    if config.profile_port:  # for "capture profile" in TensorBoard
+        jax.profiler.start_server(config.profile_port)
     run = set_up.set_up(config, workdir)
     with clock.spend("compile"):
         run = layer_trials.choose(run, workdir)
