@@ -110,19 +110,13 @@ class Parser:
 
     Flags are spelled with hyphens; underscores are accepted. `--flag VALUE` and `--flag=VALUE` are the same.
     Nothing is abbreviated. Wrong usage raises UserError: one line, with the nearest flag or value if any.
-
-    Attributes:
-      about: one line about the command.
-      more: paragraphs about it.
-      example: lines of a command to copy.
-      groups: title -> the flags and positional arguments, in the order of the help.
     """
 
     def __init__(self, declared: type[Command]):
         text, sections = _sections(declared)
         self.prog, self.about = declared.prog, declared.about()
-        self.more = text.partition("\n\n")[2]
-        self.example = inspect.cleandoc("\n" + sections.pop("Example", ""))
+        self.more = text.partition("\n\n")[2]  # paragraphs
+        self.example = inspect.cleandoc("\n" + sections.pop("Example", ""))  # lines of a command to copy
         self._declared = declared
         # By each spelling that the help shows; None for those that ask for help.
         self._flags: dict[str, Flag | None] = {"--help": None}
@@ -130,6 +124,7 @@ class Parser:
         # The fields for keys of a config, for flags of none of the others, and for the command behind "--".
         self._overrides = self._unknown = self._command = ""
         fields = {_name_of(field): field for field in _fields(declared)}
+        # Title -> the flags and positional arguments, in the order of the help.
         self.groups: dict[str, list[Flag]] = {}
         for title, entries in sections.items():
             for entry in _ENTRY.finditer(entries):

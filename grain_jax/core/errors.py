@@ -14,13 +14,9 @@ from grain_jax.core import printable
 
 
 class UserError(ValueError):
-    """Wrong usage or wrong input; the message has a line per fault: what, where, got, expected, what to do.
+    """Wrong usage or wrong input; the message has a line per fault: what, where, got, expected, to do."""
 
-    Attributes:
-      status: the exit status of the command.
-    """
-
-    status = 2
+    status = 2  # of the command, when it ends
 
     def __str__(self) -> str:
         """The message, without control characters of file names and texts in it."""

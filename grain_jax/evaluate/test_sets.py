@@ -35,11 +35,6 @@ class ClassFolders:
       classes: class file with the folder names as labels (see class_names); None: the folders' names.
       get: how to get the data, for errors.MissingData.
 
-    Attributes:
-      classes: names, in the order of the labels.
-      stems: second names of the classes, for files of descriptions (class_names.stems).
-      paths, labels: the images, and their classes, int [N].
-
     Raises:
       errors.MissingData: no such folder.
       InputError: fewer than two class folders, two of one name (`a_b` and `a b`, or NFC and NFD), or a class
@@ -70,8 +65,8 @@ class ClassFolders:
         if faults:
             raise InputError("\n".join(f"{folder}: {fault}" for fault in faults))
         self.paths = [path for paths in images for path in paths]
-        self.labels = np.repeat(np.arange(len(names)), list(map(len, images)))
-        self.stems = class_names.stems(names, classes)
+        self.labels = np.repeat(np.arange(len(names)), list(map(len, images)))  # int [N], of the images
+        self.stems = class_names.stems(names, classes)  # second names, for files of descriptions
         if classes is not None:
             self.classes = class_names.for_labels(names, len(names), classes)
 

@@ -25,16 +25,11 @@ DEVIATIONS = 3.0  # a group may have so many more tokens than the mean group
 
 
 class Limits(NamedTuple):
-    """The devices, processes and data that the numbers must suit.
+    """The devices, processes and data that the numbers must suit."""
 
-    Attributes:
-      parts: shards of the batch (data x fsdp).
-      lanes: the number of lanes is a multiple of this (`sharding.lanes_needed`).
-      shards: name of each dataset -> number of its shards; {}: not known, or any number of lanes will do.
-    """
-
-    parts: int = 1
-    lanes: int = 1
+    parts: int = 1  # shards of the batch (data x fsdp)
+    lanes: int = 1  # the number of lanes is a multiple of this (`sharding.lanes_needed`)
+    # Name of each dataset -> number of its shards; {}: not known, or any number of lanes will do.
     shards: Mapping[str, int] = {}
 
 

@@ -26,13 +26,10 @@ class Prefetch:
       batches: of this process, numpy.
       sharding: of the leading axis.
       depth: batches ahead; each holds device memory.
-
-    Attributes:
-      wait_seconds: sum of the waits of the consumer for a batch.
     """
 
     def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = DEPTH):
-        self.wait_seconds = 0.0
+        self.wait_seconds = 0.0  # sum of the waits of the consumer for a batch
         self._batches, self._sharding = batches, sharding
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._closed = threading.Event()

@@ -36,25 +36,18 @@ class TextArrays(NamedTuple):
 
 
 class TextLayout(NamedTuple):
-    """Where the texts of a batch stand.
+    """Where the texts of a batch stand."""
 
-    Attributes:
-      ends: i32[..., 2], (row within the group of the image, position of the end token); (0, 0) for a text
-        that does not exist or was dropped.
-      lengths: i32, after drops and cuts; zero if a text does not exist or was dropped.
-      misfits: bool, texts dropped because their group overflowed (a description goes with its region), and
-        captions cut because the captions of a group alone overflowed.
-      pack_group: images per group.
-      rows: rows per group.
-      row_length: tokens per row, L.
-    """
-
+    # i32[..., 2], (row within the group of the image, position of the end token); (0, 0) for a text that does
+    # not exist or was dropped.
     ends: TextArrays
-    lengths: TextArrays
+    lengths: TextArrays  # i32, after drops and cuts; zero if a text does not exist or was dropped
+    # Bool, texts dropped because their group overflowed (a description goes with its region), and captions
+    # cut because the captions of a group alone overflowed.
     misfits: TextArrays
-    pack_group: int
-    rows: int
-    row_length: int
+    pack_group: int  # images per group
+    rows: int  # per group
+    row_length: int  # tokens per row, L
 
 
 def pack(

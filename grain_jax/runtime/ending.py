@@ -119,13 +119,10 @@ class PreemptionHandler:
     A first signal in training asks all processes to save and end after a step. A signal outside training ends
     the process at once: there is nothing to save. So does a second signal more than a second after the first,
     even if the main thread hangs.
-
-    Attributes:
-      status: exit status of a run that was told to end: PREEMPTED or INTERRUPTED.
     """
 
     def __init__(self):
-        self.status = PREEMPTED
+        self.status = PREEMPTED  # exit status of a run that was told to end: PREEMPTED or INTERRUPTED
         self._told = self._training = False
         self._usr2: Callable[[], None] | None = None
         self._first = 0.0  # when the first signal of the training came
@@ -206,13 +203,10 @@ class Watchdog:
 
     Args:
       stall_seconds: the longest time without a step; 0: no limit.
-
-    Attributes:
-      late: seconds in which the process stood still: stopped by a signal, or without a core.
     """
 
     def __init__(self, stall_seconds: int = 0):
-        self.late = 0.0
+        self.late = 0.0  # seconds in which the process stood still: stopped by a signal, or without a core
         self._limit = stall_seconds
         self._idle = self._step = self._paused = 0
         self._activity = "waiting for the devices (a step)"

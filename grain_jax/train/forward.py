@@ -73,15 +73,10 @@ def draw_kept(keys: jax.Array, patches: int, count: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """The forward pass of a run.
-
-    Attributes:
-      config: of the run.
-      mesh: that the activations lie on, or None on one device.
-    """
+    """The forward pass of a run."""
 
     config: Config
-    mesh: Mesh | None = None
+    mesh: Mesh | None = None  # that the activations lie on; None on one device
 
     @functools.cached_property
     def model(self) -> grain.GRAIN:
