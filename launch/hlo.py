@@ -116,29 +116,18 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program, with how often a step runs each computation.
+    """A program, with how often a step runs each computation."""
 
-    Attributes:
-      computations: by name, callees before callers.
-      entry: the name of the one that is the program.
-      times: runs of each computation a step (loops multiplied; each branch of a conditional counts as taken).
-      in_loop: computations that a loop runs, directly or not.
-      fused: computations that a fusion or an asynchronous wrapper runs as one instruction.
-      partitions: chips that the program is cut over; of TPU slices that the data-centre network joins, the
-        chips of one slice.
-      across_slices: whether it is such a program, in which sends through the host leave the slice.
-      trips: of each loop, by the name of its instruction; None if unknown: its body counts once.
-      kernels: of Pallas kernels by name, the FLOPs that take their time at peak (`schedule.price`).
-    """
-
-    computations: dict[str, Computation]
-    entry: str
+    computations: dict[str, Computation]  # by name, callees before callers
+    entry: str  # the name of the one that is the program
+    # Runs of each computation a step: loops multiply; each branch of a conditional counts as taken.
     times: dict[str, int]
-    in_loop: frozenset[str]
-    fused: frozenset[str]
-    partitions: int
-    across_slices: bool
-    trips: dict[str, int | None]
+    in_loop: frozenset[str]  # computations that a loop runs, directly or not
+    fused: frozenset[str]  # computations that a fusion or an asynchronous wrapper runs as one instruction
+    partitions: int  # chips that the program is cut over; across slices, the chips of one slice
+    across_slices: bool  # whether sends through the host leave the TPU slice, over the data-centre network
+    trips: dict[str, int | None]  # of each loop, by its instruction; None if unknown: its body counts once
+    # Of Pallas kernels by name, the FLOPs that take their time at peak (`schedule.price`).
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def running(self) -> Iterator[tuple[Computation, Instruction, int]]:

@@ -64,24 +64,15 @@ def slots(count: int) -> list[Slot]:
 
 @dataclasses.dataclass
 class Runner:
-    """Runs jobs until each has finished or failed.
+    """Runs jobs until each has finished or failed."""
 
-    Attributes:
-      jobs: in the order in which they start.
-      free: as many jobs run at a time, each on one of these.
-      screen: gets a line whenever a job starts or ends, and the progress.
-      environment: of the jobs.
-      done, failed: names of jobs.
-      stopped_by: the signal that ended them all, or None.
-    """
-
-    jobs: list[LocalJob]
-    free: list[Slot]
-    screen: progress.ProgressLine
-    environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
-    done: list[str] = dataclasses.field(default_factory=list)
+    jobs: list[LocalJob]  # in the order in which they start
+    free: list[Slot]  # as many jobs run at a time, each on one of these
+    screen: progress.ProgressLine  # gets a line whenever a job starts or ends, and the progress
+    environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)  # of the jobs
+    done: list[str] = dataclasses.field(default_factory=list)  # names of jobs
     failed: list[str] = dataclasses.field(default_factory=list)
-    stopped_by: int | None = None
+    stopped_by: int | None = None  # the signal that ended them all
 
     def __post_init__(self):
         self._began: dict[str, float] = {}  # when each running job was started
