@@ -167,13 +167,13 @@ def parse_topology(text: str) -> Topology:
     chip = CHIPS[match[1]]
     shape = tuple(int(n) for n in match[2].split("x"))
     slices = int(match[3] or 1)
+    good = min(*shape, slices) > 0
     if chip.gpu is None:
-        good = len(shape) == chip.axes and min(shape) > 0 and slices > 0
+        good &= len(shape) == chip.axes
         expected = f"{chip.axes} numbers, such as {chip.name}:{'x'.join('448'[: chip.axes])}"
     else:
         node = chip.gpu.node
-        good = match[3] is None and len(shape) <= 2 and 0 < shape[0] <= node
-        good = good and min(shape) > 0
+        good &= match[3] is None and len(shape) <= 2 and shape[0] <= node
         expected = f"at most {node} GPUs per node x nodes, such as {chip.name}:{node}x2"
         shape, slices = shape[:1], math.prod(shape[1:])
     if not good:

@@ -28,9 +28,8 @@ class Collective(NamedTuple):
     # (all-reduce, reduce-scatter, all-to-all, permutation: the operand; all-gather: the result).
     bytes: float
     ways: int = 1  # permutations of one loop, which go over different links or the two directions of one
-    # What the schedule runs between their starts and ends; transfers that overlap share it. None: unknown,
-    # and assumed to hide them.
-    work: hlo_work.Work | None = None
+    # What the schedule runs between their starts and ends; transfers that overlap share it.
+    work: hlo_work.Work = hlo_work.Work(math.inf, math.inf)
 
 
 def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:

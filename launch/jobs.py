@@ -75,8 +75,7 @@ class Runner:
     stopped_by: int | None = None  # the signal that ended them all
 
     def __post_init__(self):
-        self._began: dict[str, float] = {}  # when each running job was started
-        self._processes: dict[str, subprocess.Popen] = {}
+        self._running: dict[str, tuple[subprocess.Popen, float]] = {}  # and when it was started
         self._took: list[float] = []  # seconds of each whole run that has finished
         self._slots = len(self.free)
 
@@ -99,12 +98,12 @@ class Runner:
         """Runs a job until it is not preempted any more."""
         slot, status = self.free.pop(0), PREEMPTED
         while status == PREEMPTED and not self.stopped_by:
-            self._began[job.name] = time.monotonic()
             status = self._try(job, slot)
         self.free.append(slot)
 
     def _try(self, job: LocalJob, slot: Slot) -> int:
         """Runs a job once; returns its status."""
+        began = time.monotonic()
         job.log.parent.mkdir(parents=True, exist_ok=True)
         self.screen.say(f"{job.name}: started")
         with job.log.open("a") as log:
@@ -118,12 +117,12 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it once: by `_stop`
             )
-        self._processes[job.name] = process
+        self._running[job.name] = process, began
         if self.stopped_by:  # the signal came while it was being started
             process.send_signal(self.stopped_by)
         status = process.wait()
-        del self._processes[job.name]
-        seconds = time.monotonic() - self._began.pop(job.name)
+        del self._running[job.name]
+        seconds = time.monotonic() - began
         took = progress.duration(seconds)
         if status == 0:
             self.done.append(job.name)
@@ -144,16 +143,16 @@ class Runner:
     def _stop(self, number: int, _) -> None:
         """Passes a signal on to the jobs, and starts no more."""
         self.stopped_by = number
-        for process in list(self._processes.values()):
+        for process, _ in list(self._running.values()):
             process.send_signal(number)
 
     def _show(self) -> None:
-        running = dict(self._began)
+        running = dict(self._running)
         eta, ended = "", len(self.done) + len(self.failed)
         # Seconds of whole runs: steps do not show compiling, evaluating and the report.
         if self._took:
             left = fmean(self._took) * (len(self.jobs) - ended)
-            left -= sum(time.monotonic() - began for began in running.values())
+            left -= sum(time.monotonic() - began for _, began in running.values())
             eta = f", ETA {progress.duration(max(left, 0.0) / self._slots)}"
         counts = f"{len(self.done)} of {len(self.jobs)} runs finished"
         self.screen.show(f"{counts}{eta}; running: {', '.join(running)}")
