@@ -48,9 +48,8 @@ def roofline(flops: float, hbm_bytes: float, collectives: Iterable[Collective], 
         within, across = seconds(collective, chip)
         interconnect_s += within
         dcn_s += across
-        beside = max(
-            collective.work.flops / chip.bf16_flops, collective.work.bytes / chip.hbm_bytes_per_second
-        )
+        work = collective.work
+        beside = max(work.flops / chip.bf16_flops, work.bytes / chip.hbm_bytes_per_second)
         exposed_s += max(within + across - (beside if collective.overlapped else 0.0), 0.0)
     parts = {"compute": compute_s, "HBM": hbm_s, "interconnect": interconnect_s}
     parts["network between slices"] = dcn_s

@@ -211,13 +211,10 @@ def parse(text: str) -> Module:
 
 def _callees(instruction: Instruction) -> list[str]:
     """The computations that it runs; functions of one element (`to_apply`) are left out."""
-    keys = {"while": "body", "call": "to_apply"}.get(instruction.opcode, "calls")
-    if instruction.opcode == "conditional":
-        branches = instruction.find(r"branch_computations=\{([^}]*)\}") or ""
-        return re.findall(r"%([^\s,]+)", branches) + re.findall(
-            r"(?:true|false)_computation=%([^\s,]+)", instruction.rest
-        )
-    return re.findall(rf"\b{keys}=%([^\s,]+)", instruction.rest)
+    keys = {"while": "body", "call": "to_apply", "conditional": "(?:true|false)_computation"}
+    key = keys.get(instruction.opcode, "calls")
+    branches = instruction.find(r"branch_computations=\{([^}]*)\}") or ""
+    return re.findall(r"%([^\s,]+)", branches) + re.findall(rf"\b{key}=%([^\s,]+)", instruction.rest)
 
 
 def _value(computations, computation, name, inputs) -> int | None:

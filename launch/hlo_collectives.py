@@ -38,7 +38,7 @@ def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:
     pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", rest)
     if pairs:
         return [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,\s]+)\}", pairs[1])]
-    if re.search(r"replica_groups=\{\}", rest) or "replica_groups=" not in rest:
+    if "replica_groups={}" in rest or "replica_groups=" not in rest:
         return [list(range(partitions))]
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest)
     if iota:
@@ -211,14 +211,12 @@ def _shares(module, computation, transfers) -> list[hlo_work.Work]:
     """The work beside each transfer; transfers share work in proportion to their payloads."""
     under_way = Counter()
     for _, payload, between in transfers:
-        for instruction in between:
-            under_way[instruction.name] += payload
-    work_by_name = {
-        n: hlo_work.work_of(module, computation, [computation.instructions[n]]) for n in under_way
-    }
+        under_way.update({i.name: payload for i in between})
+    instructions = computation.instructions
+    work = {n: hlo_work.work_of(module, computation, [instructions[n]]) for n in under_way}
     shares = []
     for _, payload, between in transfers:
-        parts = [(work_by_name[i.name], payload / max(under_way[i.name], 1)) for i in between]
+        parts = [(work[i.name], payload / max(under_way[i.name], 1)) for i in between]
         shares.append(hlo_work.Work(*(sum(part * w[n] for w, part in parts) for n in range(2))))
     return shares
 

@@ -96,9 +96,9 @@ class Runner:
 
     def _run(self, job: LocalJob) -> None:
         """Runs a job until it is not preempted any more."""
-        slot, status = self.free.pop(0), PREEMPTED
-        while status == PREEMPTED and not self.stopped_by:
-            status = self._try(job, slot)
+        slot = self.free.pop(0)
+        while not self.stopped_by and self._try(job, slot) == PREEMPTED:
+            pass
         self.free.append(slot)
 
     def _try(self, job: LocalJob, slot: Slot) -> int:

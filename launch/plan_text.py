@@ -100,11 +100,9 @@ def _work(plan: dict[str, Any]) -> Rows:
         ("model", amount(model, "FLOP"), "forward and backward, nothing computed twice"),
         ("compiled", amount(compiled, "FLOP"), f"{model / compiled:.0%} of the work is the model's"),
     ]
-    if loops := plan["unknown_loops"]:
-        rows += [
-            ("", str(loops), "loop(s) of unknown length were counted once: the figures here are too low")
-        ]
-    return rows
+    note = "loop(s) of unknown length were counted once: the figures here are too low"
+    loops = plan["unknown_loops"]
+    return [*rows, ("", str(loops), note)] if loops else rows
 
 
 def _collectives(collectives: dict[str, Any]) -> Rows:

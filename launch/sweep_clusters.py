@@ -17,12 +17,11 @@ HERE = epath.Path(__file__).parent
 
 def _check(runs: Sequence[SweepRun]) -> None:
     for run in runs:
-        for argument in run.arguments:
-            if shlex.quote(argument) != argument:
-                raise errors.UserError(
-                    f"{run.name}: got {argument!r}, expected arguments without blanks, quotes and brackets,"
-                    " which clusters take apart"
-                )
+        if bad := [argument for argument in run.arguments if shlex.quote(argument) != argument]:
+            raise errors.UserError(
+                f"{run.name}: got {bad[0]!r}, expected arguments without blanks, quotes and brackets,"
+                " which clusters take apart"
+            )
         if command := makes_dataset(run):
             raise errors.UserError(
                 f"{run.name}: no dataset yet, and every run would make it (input.prepare); make it first:"

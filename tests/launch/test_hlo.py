@@ -124,10 +124,7 @@ def test_trips_of_a_loop():
 
 
 def test_metadata_on_lines_of_its_own():
-    """JAX's splash attention has such; what follows is part of the instruction, and of the computation.
-
-    A computation with one instruction looks similar.
-    """
+    """JAX's splash attention has such; a computation with one instruction only looks like it."""
     metadata = 'frontend_attributes={kernel_metadata={\n"block_q": 256\n}}, backend_config={"body":"b"}'
     kernel = '  %k = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", ' + metadata
     one = "%one () -> s32[] {\n  ROOT %i = s32[] iota(), iota_dimension=0\n}\n"
