@@ -66,33 +66,20 @@ device_description_str: "{name}"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of a chip and its share of its machine; bandwidths are bytes per second, one way.
+    """One device of a chip and its share of its machine; bandwidths are bytes per second, one way."""
 
-    Attributes:
-      name: as in a topology, "v5e".
-      device_kind: as `jax.Device.device_kind` has it.
-      memory: GiB; of a TPU what a program may use, of a GPU what is printed.
-      hbm_bytes_per_second: of its own memory.
-      link_bytes_per_second: what it sends to one neighbour: one link of the torus; on a GPU all of NVLink.
-      dcn_bytes_per_second: its share of the machine's network between slices, or between GPU nodes.
-      axes: axes of its torus: 2 or 3; of GPUs 0.
-      libtpu: its name in TPU_ACCELERATOR_TYPE, and what that counts of a chip (2 TensorCores, or itself).
-      devices: of a chip. A ring runs through both, so that a link of the chip carries one hop of it.
-      clock_ghz: of a TPU.
-      gpu: what XLA must know of a GPU; None of TPUs.
-    """
-
-    name: str
-    device_kind: str
-    memory: float
-    hbm_bytes_per_second: float
-    link_bytes_per_second: float
-    dcn_bytes_per_second: float
-    axes: int = 0
+    name: str  # as in a topology, "v5e"
+    device_kind: str  # as `jax.Device.device_kind` has it
+    memory: float  # GiB; of a TPU what a program may use, of a GPU what is printed
+    hbm_bytes_per_second: float  # of its own memory
+    link_bytes_per_second: float  # to one neighbour: one link of the torus; on a GPU all of NVLink
+    dcn_bytes_per_second: float  # share of the machine's network between slices, or between GPU nodes
+    axes: int = 0  # of its torus: 2 or 3; of GPUs 0
+    # Its name in TPU_ACCELERATOR_TYPE, and what that counts of a chip (2 TensorCores, or itself).
     libtpu: tuple[str, int] = ("", 0)
-    devices: int = 1
-    clock_ghz: float = 0.0
-    gpu: Gpu | None = None
+    devices: int = 1  # of a chip. A ring runs through both, so that a link of the chip carries one hop of it.
+    clock_ghz: float = 0.0  # of a TPU
+    gpu: Gpu | None = None  # what XLA must know of a GPU; None of TPUs
 
     @property
     def is_tpu(self) -> bool:
@@ -180,13 +167,13 @@ def parse_topology(text: str) -> Topology:
     chip = CHIPS[match[1]]
     shape = tuple(int(n) for n in match[2].split("x"))
     slices = int(match[3] or 1)
+    good = min(*shape, slices) > 0
     if chip.gpu is None:
-        good = len(shape) == chip.axes and min(shape) > 0 and slices > 0
+        good &= len(shape) == chip.axes
         expected = f"{chip.axes} numbers, such as {chip.name}:{'x'.join('448'[: chip.axes])}"
     else:
         node = chip.gpu.node
-        good = match[3] is None and len(shape) <= 2 and 0 < shape[0] <= node
-        good = good and min(shape) > 0
+        good &= match[3] is None and len(shape) <= 2 and shape[0] <= node
         expected = f"at most {node} GPUs per node x nodes, such as {chip.name}:{node}x2"
         shape, slices = shape[:1], math.prod(shape[1:])
     if not good:

@@ -46,26 +46,17 @@ class CompilerFailed(errors.UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """The result of compiling a step; bytes are of one chip.
+    """The result of compiling a step; bytes are of one chip."""
 
-    Attributes:
-      state_bytes: of the arguments by kind: parameters, moments, ema, batch (before padding to tiles).
-      memory: `memory_analysis`: arguments, output, aliased, temporaries, code, peak; empty if out of memory.
-      out_of_memory: the compiler's message, or None.
-      program: hash of the StableHLO that was compiled.
-      hlo: the compiled program as text; empty if out of memory.
-      cycles: of Pallas kernels for which libtpu wrote a schedule, by name.
-      mesh: sizes of the mesh's axes.
-      versions: of JAX and of the compilers that are installed.
-    """
-
-    state_bytes: dict[str, int]
+    state_bytes: dict[str, int]  # arguments: parameters, moments, ema, batch (before padding to tiles)
+    # `memory_analysis`: arguments, output, aliased, temporaries, code, peak; empty if out of memory.
     memory: dict[str, int]
-    out_of_memory: str | None
-    program: str
-    hlo: str
-    mesh: dict[str, int]
-    versions: dict[str, str]
+    out_of_memory: str | None  # the compiler's message
+    program: str  # hash of the StableHLO that was compiled
+    hlo: str  # the compiled program as text; empty if out of memory
+    mesh: dict[str, int]  # sizes of its axes
+    versions: dict[str, str]  # of JAX and of the compilers that are installed
+    # Of Pallas kernels for which libtpu wrote a schedule, by name.
     cycles: dict[str, int] = dataclasses.field(default_factory=dict)
 
 

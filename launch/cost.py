@@ -11,7 +11,6 @@ Assumptions; all but the second err on the fast side:
 - A transfer takes at least LATENCY_SECONDS.
 """
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -49,19 +48,11 @@ def roofline(flops: float, hbm_bytes: float, collectives: Iterable[Collective], 
         within, across = seconds(collective, chip)
         interconnect_s += within
         dcn_s += across
-        hidden = 0.0
-        if collective.overlapped:
-            work = collective.work
-            hidden = math.inf  # behind work that is unknown
-            if work is not None:
-                hidden = max(work.flops / chip.bf16_flops, work.bytes / chip.hbm_bytes_per_second)
-        exposed_s += max(within + across - hidden, 0.0)
-    parts = {
-        "compute": compute_s,
-        "HBM": hbm_s,
-        "interconnect": interconnect_s,
-        "network between slices": dcn_s,
-    }
+        work = collective.work
+        beside = max(work.flops / chip.bf16_flops, work.bytes / chip.hbm_bytes_per_second)
+        exposed_s += max(within + across - (beside if collective.overlapped else 0.0), 0.0)
+    parts = {"compute": compute_s, "HBM": hbm_s, "interconnect": interconnect_s}
+    parts["network between slices"] = dcn_s
     step_s = max(max(compute_s, hbm_s) + exposed_s, interconnect_s, dcn_s)
     return Roofline(*parts.values(), exposed_s, max(parts, key=parts.get), step_s)
 

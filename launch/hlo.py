@@ -26,6 +26,11 @@ FREE = frozenset(
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", DONE, "Sharding")
 ASYNC = re.compile(r"(copy|slice)-start|send|recv|.*-done")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \([^\n]*\) -> [^\n]* \{\n(.*?)^\}", re.M | re.S)
+# Name, result, opcode, operands (those of a constant may have parentheses inside), attributes.
+_INSTRUCTION = re.compile(r"(?:ROOT )?%?(\S+) = (.*?) ([\w-]+)\(((?:[^()]|\([^()]*\))*)\)(.*)")
+
+
+_MOST_TRIPS = 100_000  # a loop of more has an unknown length
 
 
 class Shape(NamedTuple):
@@ -111,29 +116,18 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program, with how often a step runs each computation.
+    """A program, with how often a step runs each computation."""
 
-    Attributes:
-      computations: by name, callees before callers.
-      entry: the name of the one that is the program.
-      times: runs of each computation a step (loops multiplied; each branch of a conditional counts as taken).
-      in_loop: computations that a loop runs, directly or not.
-      fused: computations that a fusion or an asynchronous wrapper runs as one instruction.
-      partitions: chips that the program is cut over; of TPU slices that the data-centre network joins, the
-        chips of one slice.
-      across_slices: whether it is such a program, in which sends through the host leave the slice.
-      trips: of each loop, by the name of its instruction; None if unknown: its body counts once.
-      kernels: of Pallas kernels by name, the FLOPs that take their time at peak (`schedule.price`).
-    """
-
-    computations: dict[str, Computation]
-    entry: str
+    computations: dict[str, Computation]  # by name, callees before callers
+    entry: str  # the name of the one that is the program
+    # Runs of each computation a step: loops multiply; each branch of a conditional counts as taken.
     times: dict[str, int]
-    in_loop: frozenset[str]
-    fused: frozenset[str]
-    partitions: int
-    across_slices: bool
-    trips: dict[str, int | None]
+    in_loop: frozenset[str]  # computations that a loop runs, directly or not
+    fused: frozenset[str]  # computations that a fusion or an asynchronous wrapper runs as one instruction
+    partitions: int  # chips that the program is cut over; across slices, the chips of one slice
+    across_slices: bool  # whether sends through the host leave the TPU slice, over the data-centre network
+    trips: dict[str, int | None]  # of each loop, by its instruction; None if unknown: its body counts once
+    # Of Pallas kernels by name, the FLOPs that take their time at peak (`schedule.price`).
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def running(self) -> Iterator[tuple[Computation, Instruction, int]]:
@@ -155,34 +149,17 @@ class Module:
         return self.computations[name] if name else None
 
 
-def _balanced(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if not depth:
-            return index + 1
-    raise ValueError(f"HLO: no closing parenthesis in {text[:120]!r}")
-
-
 def _parse_instruction(line: str) -> Instruction:
-    name, _, text = line.removeprefix("ROOT ").partition(" = ")
-    end = _balanced(text, 0) if text[0] == "(" else text.index(" ")
-    opening = text.index("(", end)
-    closing = _balanced(text, opening)
-    inside = text[opening + 1 : closing - 1]
-    shapes = re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", text[:end])
-    return Instruction(
-        name=name.removeprefix("%"),
-        opcode=text[end:opening].strip(),
-        shapes=tuple(
-            Shape(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), layout)
-            for dtype, dims, layout in shapes
-        ),
-        operands=tuple(re.findall(r"%([^\s,()]+)", inside)),
-        literal=inside,
-        rest=text[closing:],
+    match = _INSTRUCTION.fullmatch(line)
+    if not match:
+        raise ValueError(f"HLO: no instruction in {line[:120]!r}")
+    name, result, opcode, inside, rest = match.groups()
+    shapes = (
+        Shape(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), layout)
+        for dtype, dims, layout in re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", result)
     )
+    operands = tuple(re.findall(r"%([^\s,()]+)", inside))
+    return Instruction(name, opcode, tuple(shapes), operands, literal=inside, rest=rest)
 
 
 def parse(text: str) -> Module:
@@ -193,10 +170,9 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry = ""
-    one_line = re.sub(
-        r"\{\n([^\n]*)\n\}", r"{\1}", text
-    )  # metadata of a kernel may stand on lines of its own
-    for is_entry, name, body in _COMPUTATION.findall(re.sub(r"/\*.*?\*/", "", one_line)):
+    # A kernel's metadata may stand on lines of its own, unlike the one instruction of a computation.
+    text = re.sub(r"\{\n(?! *(?:ROOT )?%)([^\n]*)\n\}", r"{\1}", text)
+    for is_entry, name, body in _COMPUTATION.findall(re.sub(r"/\*.*?\*/", "", text)):
         lines = [line.strip() for line in body.splitlines() if " = " in line]
         parsed = [_parse_instruction(line) for line in lines]
         root = next((i for i, x in zip(parsed, lines) if x.startswith("ROOT ")), parsed[-1])
@@ -235,73 +211,59 @@ def parse(text: str) -> Module:
 
 def _callees(instruction: Instruction) -> list[str]:
     """The computations that it runs; functions of one element (`to_apply`) are left out."""
-    keys = {"while": "body", "call": "to_apply"}.get(instruction.opcode, "calls")
-    if instruction.opcode == "conditional":
-        branches = instruction.find(r"branch_computations=\{([^}]*)\}") or ""
-        return re.findall(r"%([^\s,]+)", branches) + re.findall(
-            r"(?:true|false)_computation=%([^\s,]+)", instruction.rest
-        )
-    return re.findall(rf"\b{keys}=%([^\s,]+)", instruction.rest)
+    keys = {"while": "body", "call": "to_apply", "conditional": "(?:true|false)_computation"}
+    key = keys.get(instruction.opcode, "calls")
+    branches = instruction.find(r"branch_computations=\{([^}]*)\}") or ""
+    return re.findall(r"%([^\s,]+)", branches) + re.findall(rf"\b{key}=%([^\s,]+)", instruction.rest)
 
 
-class _Value(NamedTuple):
-    """A loop counter, as far as known: entry `slot` of the loop's state (None: a constant) plus `offset`."""
+def _value(computations, computation, name, inputs) -> int | None:
+    """What a scalar instruction computes, if known.
 
-    slot: int | None
-    offset: int
-
-
-def _value(computations, computation, name, arguments=None) -> _Value | None:
-    """Follows copies, sums and fusions to constants and the state; `arguments` are a fusion's operands."""
+    `inputs` are the parameters: values of a fusion's operands, or a loop's state, a function of the index.
+    """
     instruction = computation.instructions[name]
-    opcode = instruction.opcode
+    opcode, operands = instruction.opcode, instruction.operands
     if opcode == "constant":
-        return _Value(None, int(instruction.literal)) if instruction.literal.isdigit() else None
+        return int(instruction.literal) if instruction.literal.isdigit() else None
     if opcode == "parameter":
-        return arguments[int(instruction.literal)] if arguments else None
+        return inputs[int(instruction.literal)] if inputs else None
     if opcode == "get-tuple-element":
-        source = computation.instructions[instruction.operands[0]]
-        index = int(instruction.find(r"index=(\d+)"))
-        return _Value(index, 0) if source.opcode == "parameter" else None
-    inputs = [_value(computations, computation, n, arguments) for n in instruction.operands]
+        source = computation.instructions[operands[0]]
+        entry = inputs[int(source.literal)] if inputs and source.opcode == "parameter" else None
+        return entry(int(instruction.find(r"index=(\d+)"))) if callable(entry) else None
+    values = [_value(computations, computation, n, inputs) for n in operands]
     if opcode == "fusion":
         inner = computations[instruction.find(r"\bcalls=%([^\s,]+)")]
-        return _value(computations, inner, inner.root.name, inputs)
+        return _value(computations, inner, inner.root.name, values)
     if opcode in ("copy", "bitcast", "convert", "reshape"):
-        return inputs[0]
-    if opcode == "add" and None not in inputs:
-        for value, other in (inputs, inputs[::-1]):
-            if other.slot is None:
-                return _Value(value.slot, value.offset + other.offset)
-    return None
+        return values[0]
+    if None in values:
+        return None
+    if opcode == "compare" and instruction.find(r"direction=(LT)"):
+        return values[0] < values[1]
+    return sum(values) if opcode == "add" else None
 
 
 def _trips(computations, caller: Computation, loop: Instruction) -> int | None:
-    """Trips of a loop: as XLA noted them, or from a counter's start, step and limit; None if unknown."""
+    """Trips of a loop: as XLA noted them, or counted by running what its condition needs; None if unknown."""
     known = loop.find(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
         return int(known)
     condition, body = (computations[loop.find(rf"\b{part}=%([^\s,]+)")] for part in ("condition", "body"))
-    state = caller.instructions[loop.operands[0]]
-    test, inputs = condition.root, None
-    if test.opcode == "fusion":
-        inputs = [_value(computations, condition, n) for n in test.operands]
-        condition = computations[test.find(r"\bcalls=%([^\s,]+)")]
-        test = condition.root
-    if not (test.opcode == "compare" and test.find(r"direction=(LT)")):
-        return None
-    counter, limit = (_value(computations, condition, n, inputs) for n in test.operands)
-    if not (counter and limit and counter.slot is not None and limit.slot is None):
-        return None
-    if not state.opcode == body.root.opcode == "tuple":
-        return None
-    start = _value(computations, caller, state.operands[counter.slot])
-    following = _value(computations, body, body.root.operands[counter.slot])
-    if not (start and start.slot is None and following and following.slot == counter.slot):
-        return None
-    if following.offset <= 0:
-        return None
-    return max(0, math.ceil((limit.offset - counter.offset - start.offset) / following.offset))
+
+    def entries(computation, state, inputs):
+        operands = state.operands if state.opcode == "tuple" else ()
+        value = functools.partial(_value, computations, computation, inputs=inputs)
+        return functools.cache(lambda index: value(operands[index]) if operands else None)
+
+    state = entries(caller, caller.instructions[loop.operands[0]], None)
+    for trips in range(_MOST_TRIPS):
+        goes_on = _value(computations, condition, condition.root.name, [state])
+        if not goes_on:
+            return None if goes_on is None else trips
+        state = entries(body, body.root, [state])
+    return None
 
 
 def is_continued(computation: Computation, instruction: Instruction) -> bool:

@@ -15,33 +15,21 @@ _SMALL = 1024  # bytes: an instruction on less than this hides nothing
 
 
 class Collective(NamedTuple):
-    """Collectives of one sort, summed over a step.
+    """Collectives of one sort, summed over a step."""
 
-    Attributes:
-      kind: one of hlo.KINDS.
-      overlapped: whether the schedule runs other work between its start and its end.
-      in_loop: whether a loop repeats it.
-      group_size: chips that take part together (of a permutation: length of the ring).
-      slices: slices that a group spans; above 1 it goes over the data-centre network.
-      axes: mesh axes that it runs along, if the mesh is known.
-      count: runs a step.
-      bytes: payload of one chip, all runs together: the array that all chips of a group hold together at its
-        largest (all-reduce, reduce-scatter, all-to-all, permutation: the operand; all-gather: the result).
-      ways: different permutations of one loop, which go over different links or the two directions of one.
-      work: what the schedule runs between their starts and ends; transfers that overlap share it. None:
-        unknown, and assumed to hide them.
-    """
-
-    kind: str
-    overlapped: bool
-    in_loop: bool
-    group_size: int
-    slices: int
-    axes: tuple[str, ...]
-    count: int
+    kind: str  # one of hlo.KINDS
+    overlapped: bool  # whether the schedule runs other work between its start and its end
+    in_loop: bool  # whether a loop repeats it
+    group_size: int  # chips that take part together (of a permutation: length of the ring)
+    slices: int  # that a group spans; above 1 it goes over the data-centre network
+    axes: tuple[str, ...]  # mesh axes that it runs along, if the mesh is known
+    count: int  # runs a step
+    # Payload of one chip, all runs together: the array that all chips of a group hold together at its largest
+    # (all-reduce, reduce-scatter, all-to-all, permutation: the operand; all-gather: the result).
     bytes: float
-    ways: int = 1
-    work: hlo_work.Work | None = None
+    ways: int = 1  # permutations of one loop, which go over different links or the two directions of one
+    # What the schedule runs between their starts and ends; transfers that overlap share it.
+    work: hlo_work.Work = hlo_work.Work(math.inf, math.inf)
 
 
 def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:
@@ -50,7 +38,7 @@ def _groups(instruction: Instruction, partitions: int) -> list[list[int]]:
     pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", rest)
     if pairs:
         return [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,\s]+)\}", pairs[1])]
-    if re.search(r"replica_groups=\{\}", rest) or "replica_groups=" not in rest:
+    if "replica_groups={}" in rest or "replica_groups=" not in rest:
         return [list(range(partitions))]
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest)
     if iota:
@@ -175,15 +163,9 @@ def collectives(
         times = module.times.get(computation.name, 0)
         if not times or computation.name in module.fused:
             continue
-        in_loop = computation.name in module.in_loop
-        ways = _ways(module, computation) if in_loop else 1
-        transfers = []
-        for instruction in computation.instructions.values():
-            if instruction.opcode == "send" and "_xla_megascale_transfer_type=" in instruction.rest:
-                transfer = _across(module, computation, instruction, in_loop, slices)
-            else:
-                transfer = _within(module, computation, instruction, in_loop, ways, per_slice, mesh)
-            transfers += [transfer] if transfer else []
+        instructions = computation.instructions.values()
+        issued = (_transfer(module, computation, i, slices, per_slice, mesh) for i in instructions)
+        transfers = [transfer for transfer in issued if transfer]
         for (sort, payload, _), work in zip(transfers, _shares(module, computation, transfers)):
             sums[sort] += times * np.array([1.0, payload, *work])
     rows = [
@@ -197,34 +179,30 @@ def collectives(
 _Transfer = tuple[Collective, float, list[Instruction]]
 
 
-def _across(module, computation, send, in_loop, slices) -> _Transfer:
-    """The transfer of a `send` through the host to other slices."""
-    kind = send.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
-    kind = kind.replace("one-to-one", "collective-permute")
-    listed = send.find(r'_xla_megascale_target="\{([\d,]+)\}x')
-    size = len(listed.split(",")) if listed else slices
-    payload = computation.instructions[send.operands[0]].shapes[0].bytes
-    between = _between(module, computation, send)
-    sort = Collective(kind, bool(between), in_loop, size, size, (), 0, 0.0)
-    return sort, payload * (size if kind == "all-gather" else 1), between
-
-
-def _within(module, computation, instruction, in_loop, ways, per_slice, mesh) -> _Transfer | None:
-    """The transfer of an instruction that issues a collective of several chips; `ways` of permutations."""
-    issued = _issued(module, computation, instruction)
-    if issued is None:
-        return None
-    kind, collective, where, asynchronous = issued
-    groups = _groups(collective, module.partitions)
-    size = _ring(groups) if kind == "collective-permute" else len(groups[0])
-    if size == 1:
-        return None
-    spans = max(len({chip // per_slice for chip in group}) for group in groups)
-    inputs = [where.instructions[name].shapes for name in collective.operands]
-    payload = sum(s.bytes for shapes in inputs for s in shapes)
+def _transfer(module, computation, instruction, slices, per_slice, mesh) -> _Transfer | None:
+    """The transfer that an instruction issues: a collective of several chips, or a `send` to other slices."""
+    in_loop, ways, axes = computation.name in module.in_loop, 1, ()
+    across = instruction.find(r'_xla_megascale_transfer_type="(\w+)"')
+    if across and instruction.opcode == "send":
+        kind = across.lower().replace("_", "-").replace("one-to-one", "collective-permute")
+        listed = instruction.find(r'_xla_megascale_target="\{([\d,]+)\}x')
+        size = spans = len(listed.split(",")) if listed else slices
+        payload, asynchronous = computation.instructions[instruction.operands[0]].shapes[0].bytes, True
+    else:
+        issued = _issued(module, computation, instruction)
+        if issued is None:
+            return None
+        kind, collective, where, asynchronous = issued
+        groups = _groups(collective, module.partitions)
+        size = len(groups[0])
+        if kind == "collective-permute":
+            size, ways = _ring(groups), _ways(module, computation) if in_loop else 1
+        if size == 1:
+            return None
+        spans = max(len({chip // per_slice for chip in group}) for group in groups)
+        payload = sum(s.bytes for name in collective.operands for s in where.instructions[name].shapes)
+        axes = _axes(groups, mesh) if mesh else ()
     between = _between(module, computation, instruction) if asynchronous else []
-    ways = ways if kind == "collective-permute" else 1
-    axes = _axes(groups, mesh) if mesh else ()
     sort = Collective(kind, bool(between), in_loop, size, spans, axes, 0, 0.0, ways)
     return sort, payload * (size if kind == "all-gather" else 1), between
 
@@ -233,14 +211,12 @@ def _shares(module, computation, transfers) -> list[hlo_work.Work]:
     """The work beside each transfer; transfers share work in proportion to their payloads."""
     under_way = Counter()
     for _, payload, between in transfers:
-        for instruction in between:
-            under_way[instruction.name] += payload
-    work_by_name = {
-        n: hlo_work.work_of(module, computation, [computation.instructions[n]]) for n in under_way
-    }
+        under_way.update({i.name: payload for i in between})
+    instructions = computation.instructions
+    work = {n: hlo_work.work_of(module, computation, [instructions[n]]) for n in under_way}
     shares = []
     for _, payload, between in transfers:
-        parts = [(work_by_name[i.name], payload / max(under_way[i.name], 1)) for i in between]
+        parts = [(work[i.name], payload / max(under_way[i.name], 1)) for i in between]
         shares.append(hlo_work.Work(*(sum(part * w[n] for w, part in parts) for n in range(2))))
     return shares
 

@@ -171,7 +171,8 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
         inner = module.called(instruction)
         if inner.root.target in hlo.FREE_CALLS:
             return 0.0
-        read = [_read_of_parameter(module, inner, n) for n, shapes in enumerate(operands) if shapes[0].in_hbm]
+        in_hbm = [n for n, shapes in enumerate(operands) if shapes[0].in_hbm]
+        read = [_read(module, inner, inner.parameters[n]) for n in in_hbm]
         return sum(read) + _written(module, inner, instruction.shapes)
     if opcode in _SLICES:
         return sum(s.stored_bytes * (s.in_hbm + i.in_hbm) for s, i in zip(results, inputs))
@@ -181,23 +182,18 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
     return sum(s.stored_bytes for s in [*inputs, *results] if s.in_hbm)
 
 
-def _read_of_parameter(module: Module, computation: Computation, number: int) -> float:
-    """Bytes that a fused computation reads of the operand of that number."""
-    parameter = computation.parameters.get(number)
-    return _read(module, computation, parameter.name) if parameter else 0.0
-
-
-def _read(module: Module, computation: Computation, name: str) -> float:
-    """Bytes that a fused computation reads of a value in memory."""
-    whole = computation.instructions[name].shapes[0].stored_bytes
+def _read(module: Module, computation: Computation, value: Instruction) -> float:
+    """Bytes that a fused computation reads of a value in memory, such as one of its parameters."""
+    name, whole = value.name, value.shapes[0].stored_bytes
     total = 0.0
     for user in computation.users[name]:
         if user.opcode in _SLICES and user.operands[0] == name:
             total += user.shapes[0].stored_bytes
         elif user.opcode == "bitcast":
-            total += _read(module, computation, user.name)
+            total += _read(module, computation, user)
         elif user.opcode == "fusion":
-            total += _read_of_parameter(module, module.called(user), user.operands.index(name))
+            inner = module.called(user)
+            total += _read(module, inner, inner.parameters[user.operands.index(name)])
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue  # updated in place
         elif user.opcode == "tuple" or hlo.is_continued(computation, user):

@@ -64,28 +64,18 @@ def slots(count: int) -> list[Slot]:
 
 @dataclasses.dataclass
 class Runner:
-    """Runs jobs until each has finished or failed.
+    """Runs jobs until each has finished or failed."""
 
-    Attributes:
-      jobs: in the order in which they start.
-      free: as many jobs run at a time, each on one of these.
-      screen: gets a line whenever a job starts or ends, and the progress.
-      environment: of the jobs.
-      done, failed: names of jobs.
-      stopped_by: the signal that ended them all, or None.
-    """
-
-    jobs: list[LocalJob]
-    free: list[Slot]
-    screen: progress.ProgressLine
-    environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
-    done: list[str] = dataclasses.field(default_factory=list)
+    jobs: list[LocalJob]  # in the order in which they start
+    free: list[Slot]  # as many jobs run at a time, each on one of these
+    screen: progress.ProgressLine  # gets a line whenever a job starts or ends, and the progress
+    environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)  # of the jobs
+    done: list[str] = dataclasses.field(default_factory=list)  # names of jobs
     failed: list[str] = dataclasses.field(default_factory=list)
-    stopped_by: int | None = None
+    stopped_by: int | None = None  # the signal that ended them all
 
     def __post_init__(self):
-        self._began: dict[str, float] = {}  # when each running job was started
-        self._processes: dict[str, subprocess.Popen] = {}
+        self._running: dict[str, tuple[subprocess.Popen, float]] = {}  # and when it was started
         self._took: list[float] = []  # seconds of each whole run that has finished
         self._slots = len(self.free)
 
@@ -106,14 +96,14 @@ class Runner:
 
     def _run(self, job: LocalJob) -> None:
         """Runs a job until it is not preempted any more."""
-        slot, status = self.free.pop(0), PREEMPTED
-        while status == PREEMPTED and not self.stopped_by:
-            self._began[job.name] = time.monotonic()
-            status = self._try(job, slot)
+        slot = self.free.pop(0)
+        while not self.stopped_by and self._try(job, slot) == PREEMPTED:
+            pass
         self.free.append(slot)
 
     def _try(self, job: LocalJob, slot: Slot) -> int:
         """Runs a job once; returns its status."""
+        began = time.monotonic()
         job.log.parent.mkdir(parents=True, exist_ok=True)
         self.screen.say(f"{job.name}: started")
         with job.log.open("a") as log:
@@ -127,12 +117,12 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it once: by `_stop`
             )
-        self._processes[job.name] = process
+        self._running[job.name] = process, began
         if self.stopped_by:  # the signal came while it was being started
             process.send_signal(self.stopped_by)
         status = process.wait()
-        del self._processes[job.name]
-        seconds = time.monotonic() - self._began.pop(job.name)
+        del self._running[job.name]
+        seconds = time.monotonic() - began
         took = progress.duration(seconds)
         if status == 0:
             self.done.append(job.name)
@@ -153,16 +143,16 @@ class Runner:
     def _stop(self, number: int, _) -> None:
         """Passes a signal on to the jobs, and starts no more."""
         self.stopped_by = number
-        for process in list(self._processes.values()):
+        for process, _ in list(self._running.values()):
             process.send_signal(number)
 
     def _show(self) -> None:
-        running = dict(self._began)
+        running = dict(self._running)
         eta, ended = "", len(self.done) + len(self.failed)
         # Seconds of whole runs: steps do not show compiling, evaluating and the report.
         if self._took:
             left = fmean(self._took) * (len(self.jobs) - ended)
-            left -= sum(time.monotonic() - began for began in running.values())
+            left -= sum(time.monotonic() - began for _, began in running.values())
             eta = f", ETA {progress.duration(max(left, 0.0) / self._slots)}"
         counts = f"{len(self.done)} of {len(self.jobs)} runs finished"
         self.screen.show(f"{counts}{eta}; running: {', '.join(running)}")

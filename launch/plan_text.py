@@ -39,8 +39,7 @@ def page(plan: dict[str, Any]) -> str:
             (f"{e['count']} x {e['shape']}", f"{gigabytes(e['bytes'])} each", e["where"][-44:])
             for e in largest
         ]
-        title = "The largest arrays that a step makes"
-        parts.append(_section(title, rows))
+        parts.append(_section("The largest arrays that a step makes", rows))
     if plan["roofline"] is not None:
         parts += [
             _section("Matrix products of a step, all chips", _work(plan)),
@@ -101,10 +100,9 @@ def _work(plan: dict[str, Any]) -> Rows:
         ("model", amount(model, "FLOP"), "forward and backward, nothing computed twice"),
         ("compiled", amount(compiled, "FLOP"), f"{model / compiled:.0%} of the work is the model's"),
     ]
-    if loops := plan["unknown_loops"]:
-        note = "loop(s) of unknown length were counted once: the figures here are too low"
-        rows.append(("", str(loops), note))
-    return rows
+    note = "loop(s) of unknown length were counted once: the figures here are too low"
+    loops = plan["unknown_loops"]
+    return [*rows, ("", str(loops), note)] if loops else rows
 
 
 def _collectives(collectives: dict[str, Any]) -> Rows:
@@ -124,13 +122,10 @@ def _times(plan: dict[str, Any]) -> Rows:
     rate = f"{plan['images_per_second_at_most']:,.0f}"
     kernels = plan["kernels"]
     runs = ", ".join(f"{count} by {source}" for source, count in kernels["runs"].items())
+    compute = f"matrix products at the chip's printed peak{', and kernels' * bool(runs)}"
     row = ("  kernels", f"{kernels['seconds'] * 1e3:.3g} ms", f"of it: {runs}")
     return [
-        (
-            "compute",
-            time("compute_s"),
-            f"matrix products at the chip's printed peak{', and kernels' * bool(runs)}",
-        ),
+        ("compute", time("compute_s"), compute),
         *([row] if runs else []),
         ("HBM", time("hbm_s"), traffic),
         ("interconnect", time("interconnect_s"), "between the chips of a slice or node"),

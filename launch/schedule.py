@@ -4,6 +4,7 @@ A schedule has a bundle of instructions for each cycle. A chip may wait longer, 
 """
 
 import base64
+import functools
 import math
 import re
 from collections import Counter
@@ -116,7 +117,9 @@ def padded_flops(body: str) -> float:
         if name.endswith("tpu.matmul"):
             rows, lanes = ir.ShapedType(operation.results[0].type).shape
             depth = math.prod(ir.ShapedType(operation.operands[0].type).shape) // rows
-            flops = 2.0 * times * _up(rows, 8) * _up(depth, 128) * _up(lanes, 128)
+            flops = (
+                2.0 * times * math.prod(-(-n // t) * t for n, t in ((rows, 8), (depth, 128), (lanes, 128)))
+            )
         blocks = (block for region in operation.regions for block in region.blocks)
         return flops + sum(flops_of(o.operation, times) for block in blocks for o in block.operations)
 
@@ -138,10 +141,6 @@ def _number(value) -> int:
     return sum(map(_number, made.operands))
 
 
-def _up(size: int, tile: int) -> int:
-    return -(-size // tile) * tile
-
-
 def price(module: Module, scheduled: dict[str, int], chip: Chip) -> tuple[dict[str, float], Counter[str]]:
     """The kernels by name, as the FLOPs that take their time at the chip's peak; and runs by count.
 
@@ -152,16 +151,15 @@ def price(module: Module, scheduled: dict[str, int], chip: Chip) -> tuple[dict[s
     """
     kernels = {i.name: i for _, i, _ in module.running() if i.target == "tpu_custom_call"}
     same = {_kind(kernels[name]): count for name, count in scheduled.items() if name in kernels}
-    padded: dict[str, float] = {}
+    padded_of = functools.cache(padded_flops)
     priced, counts = {}, Counter()
     for _, i, times in module.running():
         if i.name not in kernels:
             continue
-        body = i.find(r'"body":"([^"]*)"') or ""
-        padded[body] = padded[body] if body in padded else padded_flops(body)
+        padded = padded_of(i.find(r'"body":"([^"]*)"') or "")
         by_schedule = same.get(_kind(i), 0) / (chip.clock_ghz * 1e9) * chip.bf16_flops
-        priced[i.name] = max(by_schedule, padded[body])
-        counts[SCHEDULE if by_schedule >= padded[body] else PADDED] += times
+        priced[i.name] = max(by_schedule, padded)
+        counts[SCHEDULE if by_schedule >= padded else PADDED] += times
     return priced, counts
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shlex
+import string
 from collections.abc import Sequence
 
 from etils import epath
@@ -16,12 +17,11 @@ HERE = epath.Path(__file__).parent
 
 def _check(runs: Sequence[SweepRun]) -> None:
     for run in runs:
-        for argument in run.arguments:
-            if shlex.quote(argument) != argument:
-                raise errors.UserError(
-                    f"{run.name}: got {argument!r}, expected arguments without blanks, quotes and brackets,"
-                    " which clusters take apart"
-                )
+        if bad := [argument for argument in run.arguments if shlex.quote(argument) != argument]:
+            raise errors.UserError(
+                f"{run.name}: got {bad[0]!r}, expected arguments without blanks, quotes and brackets,"
+                " which clusters take apart"
+            )
         if command := makes_dataset(run):
             raise errors.UserError(
                 f"{run.name}: no dataset yet, and every run would make it (input.prepare); make it first:"
@@ -42,13 +42,13 @@ def render(run: SweepRun, template: str) -> str:
       UserError: a variable of the template that is not set.
     """
     values = {**os.environ, "NAME": jobset_name(run), "ARGS": " ".join(run.arguments)}
-    variable = re.compile(r"\$\{(\w+)\}")
-    if missing := {name: None for name in variable.findall(template) if name not in values}:
+    filled = string.Template(template)
+    if missing := [name for name in filled.get_identifiers() if name not in values]:
         raise errors.UserError(
             f"the JobSet: set {', '.join(missing)} in the environment; the head of its file (grain-jax"
             " launch-files) says what they are"
         )
-    return variable.sub(lambda name: values[name[1]], template)
+    return filled.safe_substitute(values)  # $(NAME) is for Kubernetes
 
 
 def write(launcher: str, runs: Sequence[SweepRun], workdir: epath.Path, parallel: int | None) -> str:

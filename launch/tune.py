@@ -26,17 +26,12 @@ Keys = dict[str, Any]  # key of a config -> value
 
 
 class Tuner:
-    """What is measured, and what is fastest so far.
-
-    Attributes:
-      best: the keys of the fastest step.
-      seconds: per step with them; infinite before a step ran.
-    """
+    """What is measured, and what is fastest so far."""
 
     def __init__(self, file: str, overrides: Sequence[str]):
         self._file, self._overrides = file, list(overrides)
-        self.best: Keys = {}
-        self.seconds = math.inf
+        self.best: Keys = {}  # of the fastest step
+        self.seconds = math.inf  # per step with them; infinite before a step ran
         self._state: Any = None
         self._compiled: Any = None  # the fastest step
         self._source: sources.DataSource | None = None
@@ -88,11 +83,11 @@ class Tuner:
         images = config.batch_size // shards
         fixed = {word.removeprefix("--config.").split("=")[0] for word in self._overrides}
         attention = (config.model.attention, *programs_of_attention)
-        groups = [[{"model.attention": x} for x in attention]]
         depths = {f"model.{name}.unroll": getattr(model, name).depth for name in ("image", "text")}
         now = {f"model.{name}.unroll": getattr(model, name).unroll for name in ("image", "text")}
         unrolled = [depths] if max(depths.values()) <= UNROLLED else []
-        groups += [
+        groups = [
+            [{"model.attention": x} for x in attention],
             [{"remat": x} for x in (config.remat, *config_lib.REMAT_POLICIES)],
             [now, dict.fromkeys(depths, 1), *unrolled],
             [{"microbatches": n} for n in (config.microbatches, 1, 2, 4) if images % n == 0],
@@ -123,8 +118,7 @@ class Tuner:
         except Exception as fault:  # memory, or whatever a compiler raises
             self._state = None  # it was given to the step
             return (str(fault).strip() or repr(fault)).splitlines()[0]
-        better = seconds < GAIN * self.seconds
-        if better:
+        if better := seconds < GAIN * self.seconds:
             self.best, self.seconds, self._compiled = keys, seconds, compiled
         rate = self.config.batch_size / seconds
         return f"{seconds * 1e3:.4g} ms, {rate:.4g} images/s{', fastest so far' * better}"

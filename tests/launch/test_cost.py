@@ -45,8 +45,6 @@ def test_a_transfer_hides_behind_what_runs_beside_it():
     assert line.exposed_s == pytest.approx(1e-3) and line.step_s == pytest.approx(11e-3)
     both_ways = half._replace(ways=2)
     assert cost.roofline(1.97e12, 0.0, [both_ways], V5E).exposed_s == pytest.approx(0, abs=1e-12)
-    unknown = hops._replace(work=None)
-    assert cost.roofline(1.97e12, 0.0, [unknown], V5E).exposed_s == 0
 
 
 def test_step_is_never_shorter_than_its_slowest_link():

@@ -124,10 +124,12 @@ def test_trips_of_a_loop():
 
 
 def test_metadata_on_lines_of_its_own():
-    """JAX's splash attention has such; what follows is part of the instruction, and of the computation."""
+    """JAX's splash attention has such; a computation with one instruction only looks like it."""
     metadata = 'frontend_attributes={kernel_metadata={\n"block_q": 256\n}}, backend_config={"body":"b"}'
     kernel = '  %k = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", ' + metadata
-    module = entry(f"  %p = f32[4]{{0}} parameter(0)\n{kernel}\n  ROOT %c = f32[4]{{0}} copy(%k)")
+    one = "%one () -> s32[] {\n  ROOT %i = s32[] iota(), iota_dimension=0\n}\n"
+    module = entry(f"  %p = f32[4]{{0}} parameter(0)\n{kernel}\n  ROOT %c = f32[4]{{0}} copy(%k)", one)
+    assert module.computations["one"].root.name == "i"
     assert list(module.computations["main"].instructions) == ["p", "k", "c"]
     assert module.computations["main"].instructions["k"].find(r'"body":"([^"]*)"') == "b"
 
@@ -230,7 +232,7 @@ def test_traffic_and_roofline_of_compiled_programs(name, slices, chip, expected)
 
 
 GEMM = """
-  %q = DTYPE[6,200,64]{2,1,0} parameter(0)
+  %q = f32[6,200,64]{2,1,0} parameter(0)
   %call = (f32[6,200,200]{2,1,0}, s8[4194304]{0}) custom-call(%q, %q), \
 custom_call_target="__cublas$lt$matmul", \
 backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"]},\
@@ -241,8 +243,7 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting
 
 @pytest.mark.parametrize(("precision", "as_bfloat16"), [("DEFAULT", 2), ("HIGHEST", 16)])
 def test_products_of_cublas(precision, as_bfloat16):
-    text = GEMM.replace("DTYPE", "f32").replace("PRECISION", precision).replace("\\\n", "")
-    module = entry(text)
+    module = entry(GEMM.replace("PRECISION", precision))
     product = 2 * 6 * 200 * 200 * 64
     assert hlo_work.dot_flops(module, passes=True) == as_bfloat16 * product
     # the scratch memory of 4 MiB is not counted
@@ -255,7 +256,7 @@ def test_attention_of_cudnn():
   ROOT %call = (bf16[8,4,66,24]{3,1,2,0}, u8[64]{0}) custom-call(%q, %q, %q), \
 custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": \
 {"intermediate_tensor_shape": {"dimensions": ["8", "4", "66", "66"]}}}
-""".replace("\\\n", "")
+"""
     assert hlo_work.dot_flops(entry(call)) == 2 * 2 * 8 * 4 * 66 * 66 * 24
 
 
