@@ -9,7 +9,6 @@ import jax
 from etils import epath
 
 from grain_jax import config as config_lib
-from grain_jax.cli import process
 from grain_jax.config import loading
 from grain_jax.core import atomic, errors, progress
 from grain_jax.input_pipeline import derived, device, sources, synthetic
@@ -201,7 +200,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     all_flags = " ".join([f"--config {args.config}", *args.overrides, f"$(cat {args.output})"])
     print(f"train with it: grain-jax train {all_flags} --workdir DIR")
     return status
-
-
-if __name__ == "__main__":
-    process.run(main)

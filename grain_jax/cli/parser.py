@@ -123,7 +123,7 @@ class Parser:
         self._also: dict[str, str] = {}
         # The fields for keys of a config, for flags of none of the others, and for the command behind "--".
         self._overrides = self._unknown = self._command = ""
-        fields = {_name_of(field): field for field in _fields(declared)}
+        fields = {x.metadata.get("name", x.name).replace("_", "-"): x for x in _fields(declared)}
         # Title -> the flags and positional arguments, in the order of the help.
         self.groups: dict[str, list[Flag]] = {}
         for title, entries in sections.items():
@@ -249,7 +249,7 @@ class Parser:
             hint = f"did you mean {near}?" if near else f"{self.prog} --help lists them"
             self._error(f"{spelled}: no such flag; {hint}")
         shown = self._flags[flag]
-        if shown is not None and _is_switch(shown):
+        if shown is not None and shown.field.type is bool:  # a switch
             truth = _TRUTH.get(value.lower()) if equals else True
             if truth is None:
                 self._error(f"{flag}: got {value!r}, expected true or false, or {flag} alone")
@@ -339,17 +339,8 @@ def _fields(declared: type) -> Iterator[dataclasses.Field]:
         yield from _fields(_kind_of(field)) if _is_group(field) else [field]
 
 
-def _is_switch(flag: Flag | None) -> bool:
-    """Whether a flag takes no value, as those for help (None) do."""
-    return flag is None or flag.field.type is bool
-
-
 def _is_group(field: dataclasses.Field) -> bool:
     return dataclasses.is_dataclass(_kind_of(field)) and "parse" not in field.metadata
-
-
-def _name_of(field: dataclasses.Field) -> str:
-    return field.metadata.get("name", field.name).replace("_", "-")
 
 
 def _kind_of(field: dataclasses.Field) -> Any:

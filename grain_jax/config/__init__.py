@@ -23,7 +23,6 @@ from grain_jax.config.fields import (
 )
 from grain_jax.config.keys import NoOptions, OpenGroup, flatten, select, without_defaults
 from grain_jax.config.model_fields import (
-    ACTIVATIONS,
     MAPS_BY,
     PATCH_FEATURES,
     TOWER_MODULES,

@@ -213,7 +213,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = parity.report(compared, "the predictor")
     print(report.text)
     return 0 if report.ok else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -101,7 +101,8 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
             f"{kind} {name!r}: {reason}; expected module:Name of a module on Python's path"
         ) from error
     if not hasattr(module, attribute):
-        known = [key for key, value in vars(module).items() if _is_own(module_name, key, value)]
+        own = (x for x, value in vars(module).items() if getattr(value, "__module__", None) == module_name)
+        known = [x for x in own if not x.startswith("_")]
         raise errors.UserError(
             f"{kind} {name!r}: {module_name} has no {attribute!r}, expected one of:"
             f" {', '.join(known) or 'nothing is defined there'}"
@@ -116,8 +117,3 @@ def _cause(error: BaseException) -> str:
         return text
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {text}"
-
-
-def _is_own(module_name: str, key: str, value: Any) -> bool:
-    """Whether a name is public and defined in the module, not imported into it."""
-    return not key.startswith("_") and getattr(value, "__module__", None) == module_name
