@@ -78,7 +78,7 @@ def spots(points: np.ndarray, spacing: float, radius: float, angle: float = 0) -
     rows = np.arange(first, high[1], spacing * 0.87)
     for row, y in enumerate(rows):
         for x in np.arange(low[0] + (row % 2) * spacing / 2, high[0], spacing):
-            if _inside(inner, x, y):
+            if np.sum(_crossings(inner, y) < x) % 2:  # inside
                 made.append(place(ellipse(x, y, radius, count=12), angle=angle))
     return made
 
@@ -114,7 +114,3 @@ def _extent(points, y):
         middle = points[:, 0].mean()
         return middle, middle
     return crossings[0], crossings[-1]
-
-
-def _inside(points, x, y):
-    return np.sum(_crossings(points, y) < x) % 2 == 1

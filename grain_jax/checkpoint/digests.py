@@ -72,11 +72,7 @@ def _of_block(values: np.ndarray, name: str, shape: tuple[int, ...], index: tupl
     """The sum of `values`, the part at `index` of an array of that name and shape."""
     values = values.view(f"uint{8 * values.dtype.itemsize}")
     for axis in reversed(range(values.ndim)):
-        keys = _keys(name, axis, shape[axis])[index[axis]]
-        values = np.einsum("...i,i->...", values, keys, dtype=np.uint64, casting="unsafe")
+        stream = np.random.Philox(key=(zlib.crc32(name.encode()) << 8) + axis)
+        keys = stream.random_raw(shape[axis]) | 1  # numpy never changes the raw stream of a bit generator
+        values = np.einsum("...i,i->...", values, keys[index[axis]], dtype=np.uint64, casting="unsafe")
     return int(values)
-
-
-def _keys(name: str, axis: int, size: int) -> np.ndarray:
-    """Odd numbers, uint64 [size]; numpy never changes the raw stream of a bit generator."""
-    return np.random.Philox(key=(zlib.crc32(name.encode()) << 8) + axis).random_raw(size) | 1

@@ -17,6 +17,7 @@ def flag(default: Any = dataclasses.MISSING, **options: Any) -> Any:
         low, high: least and largest number; a whole number is at least 1 by default.
         parse: text -> value; raises ValueError with what was got and expected.
         choices: the values that it may have.
+        union: the values, which are tuples, of a flag that is given several times are joined, each once.
         name: of the flag, by default the field's.
         also: another name of the flag, which no help shows.
         unless: a switch; without it the flag must be given.
@@ -51,3 +52,14 @@ def number(kind: type[int] | type[float], low: float, high: float | None = None)
         return value
 
     return parse
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "0.5,1" -> (0.5, 1.0). Raises ValueError: got, expected."""
+    try:
+        parsed = tuple(map(float, text.split(",")))
+    except ValueError:
+        parsed = (math.nan,)
+    if not all(map(math.isfinite, parsed)):
+        raise ValueError(f"got {text[:40]!r}, expected numbers with commas between, as 0.5,1")
+    return parsed

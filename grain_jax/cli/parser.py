@@ -240,7 +240,8 @@ class Parser:
     def _take(self, word: str, rest: list[str], parsed: dict[str, Any]) -> None:
         """Puts a flag's values, which stand in the word or in `rest`, into `parsed`."""
         spelled, equals, value = word.partition("=")
-        flag = self._declared_as(spelled)
+        flag = spelled.replace("_", "-")
+        flag = self._also.get(flag, flag)
         if flag not in self._flags:
             near = nearest.find(flag, self.flags())
             if self._unknown and (near is None or nearest.likeness(flag, near) < 0.8):
@@ -274,8 +275,11 @@ class Parser:
             values = [_value(shown, text) for text in texts]
         except ValueError as error:
             self._error(f"{shown.name}: {error}")
+        before = parsed.get(field.name, ())
         if typing.get_origin(field.type) is list:
-            parsed[field.name] = [*parsed.get(field.name, ()), *values]
+            parsed[field.name] = [*before, *values]
+        elif field.metadata.get("union"):
+            parsed[field.name] = tuple(dict.fromkeys((*before, *values[0])))
         else:
             (parsed[field.name],) = values
 
@@ -304,11 +308,6 @@ class Parser:
             names = ", ".join(f"{flag.name} {flag.metavar}".strip() for flag in missing)
             all_of = f"{self.prog} --help says what they are"
             self._error(f"{names}: missing; {missing[0].help if len(missing) == 1 else all_of}")
-
-    def _declared_as(self, spelled: str) -> str:
-        """The flag as it is declared; one that is not, with hyphens."""
-        flag = spelled.replace("_", "-")
-        return self._also.get(flag, flag)
 
     def _error(self, message: str) -> NoReturn:
         raise errors.UserError(f"{self.prog}: {message}")

@@ -1,21 +1,8 @@
 """The flags of `grain-jax convert KIND` and `grain-jax export`."""
 
-import math
-
-from grain_jax.cli.flags import flag, many
+from grain_jax.cli.flags import flag, many, numbers
 from grain_jax.cli.parser import Command
 from grain_jax.config import DTYPES
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    """ "0.5,0.5" -> (0.5, 0.5). Raises ValueError: got, expected."""
-    try:
-        numbers = tuple(map(float, text.split(",")))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"got {text[:40]!r}, expected numbers with commas between, as 0.5,0.5")
-    return numbers
 
 
 class _OfCheckpoint(Command):
@@ -158,7 +145,7 @@ class Average(Command, name="convert average"):
     """
 
     model: list[str] = many()
-    weights: tuple[float, ...] = flag((), parse=_numbers)
+    weights: tuple[float, ...] = flag((), parse=numbers)
     output: str
 
 

@@ -69,7 +69,9 @@ class Calibrate(AnnotatedImages):
         text_embeds = calibration.embed_texts(encode_all, pairs.classes, templates)
         model_logits = {"image": (predictor.logit_scale, predictor.logit_bias)}
         model_logits |= {"regions": (predictor.region_logit_scale, predictor.region_logit_bias)}
-        fits = np.array([_is_below(name, self.share) for name in pairs.names])
+        # By the hash of its name an image is always on the same side.
+        hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") for name in pairs.names]
+        fits = np.array(hashes) < self.share * 2**48
         right = pairs.present[fits]
         if fits.all() or not right.any() or right.all():
             got = f"{fits.sum()} images to fit and {(~fits).sum()} to measure"
@@ -152,11 +154,6 @@ class Calibrate(AnnotatedImages):
             except OSError as error:
                 reason = error.strerror or str(error)
         return f"not stored beside the model ({folder}: {reason}); `calibration` of --output has it"
-
-
-def _is_below(name: str, share: float) -> bool:
-    """Whether the hash of a name, in [0, 1), is below a share: so an image is always on the same side."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") < share * 2**48
 
 
 def fit(cosines: np.ndarray, present: np.ndarray) -> tuple[float, float]:

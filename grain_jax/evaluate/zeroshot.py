@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from etils import epy
 
 from grain_jax import config
+from grain_jax.cli import flags
 from grain_jax.core import errors
 from grain_jax.evaluate.base import option
 from grain_jax.evaluate.evaluators import LabelledImages, WithPrompts, faults_of
@@ -29,14 +30,6 @@ with epy.lazy_imports():
     from grain_jax.inference import prompts, scores
 
 
-def _parse_alphas(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        expected = "a number from 0 to 1, or several with commas between"
-        raise ValueError(f"got {text!r}, expected {expected}") from None
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroShot(WithPrompts, LabelledImages):
     """Classifies a folder with one sub-folder per class."""
@@ -48,7 +41,7 @@ class ZeroShot(WithPrompts, LabelledImages):
         "Shares of the global score, such as 0.5,1; default: 1, with descriptions 1,0.5.",
         "A",
         name="alpha",
-        parse=_parse_alphas,
+        parse=flags.numbers,
     )
     names: bool = option(True, "Whether class names are used; else a class is its descriptions alone.")
     class_score: str = option(

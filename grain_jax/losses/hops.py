@@ -20,7 +20,9 @@ def along_links(rings: np.ndarray) -> tuple[int, ...]:
     """
     if any(getattr(device, "coords", None) is None for device in rings.flat):
         return ()
-    coordinates = np.array([[_place(device) for device in ring] for ring in rings])
+    index = lambda device, name: getattr(device, name, 0) or 0
+    place = lambda x: (index(x, "slice_index"), *x.coords, index(x, "core_on_chip"))
+    coordinates = np.array([[place(device) for device in ring] for ring in rings])
     path = []
     for number in np.unique(coordinates[0, :, 0]):
         in_slice = np.flatnonzero(coordinates[0, :, 0] == number)
@@ -30,12 +32,6 @@ def along_links(rings: np.ndarray) -> tuple[int, ...]:
             return ()
         path += loop
     return tuple(path)
-
-
-def _place(device) -> tuple[int, ...]:
-    """(slice, coordinates of the chip, core)."""
-    slice_index = getattr(device, "slice_index", 0) or 0
-    return (slice_index, *device.coords, getattr(device, "core_on_chip", 0) or 0)
 
 
 def _closed_path(coordinates: np.ndarray) -> np.ndarray:

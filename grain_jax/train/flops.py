@@ -115,12 +115,12 @@ def per_image(config: Config) -> FlopsPerImage:
     params = sharding.unbox(jax.eval_shape(forward.init))
     apply = lambda params, batch: forward(params, batch)
 
-    for name, count in _by_module(jax.make_jaxpr(apply)(params, batch).jaxpr).items():
+    for name, count in by_module(jax.make_jaxpr(apply)(params, batch).jaxpr).items():
         parts[_field(name, model)] += count / config.batch_size
     counted = None
     if config.optim.lora.rank or forward.terms:
         total = lambda *given: sum(x.sum() for x in jax.tree.leaves(apply(*given)))
-        both = _by_module(jax.make_jaxpr(jax.value_and_grad(total))(params, batch).jaxpr)
+        both = by_module(jax.make_jaxpr(jax.value_and_grad(total))(params, batch).jaxpr)
         counted = both.total() / config.batch_size
     return FlopsPerImage(**parts, losses=of_losses(config), frozen=_frozen(config), counted=counted)
 
@@ -160,23 +160,13 @@ def _field(name: str, model: config_lib.Model) -> str:
     return {"scale": "", "boxes": "decoder"}.get(part, part)
 
 
-def matmul_flops(function, *arguments: Any) -> int:
-    """FLOPs of one call on all devices together, counted in the jaxpr of the function with loops unrolled.
+def by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
+    """FLOPs of a jaxpr, on all devices together, by the module of GRAIN that they are named after; "": none.
 
-    Args:
-      function: what to trace.
-      *arguments: arrays or `jax.ShapeDtypeStruct`s.
+    The names of Flax are scopes: GRAIN/GRAIN.image_tokens/image/blocks/attention/query.
 
     Raises:
       NotImplementedError: matrix products in a loop that ends on a condition.
-    """
-    return _by_module(jax.make_jaxpr(function)(*arguments).jaxpr).total()
-
-
-def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
-    """FLOPs of a jaxpr by the module of GRAIN that they are named after; "" for what is in none.
-
-    The names of Flax are scopes: GRAIN/GRAIN.image_tokens/image/blocks/attention/query.
     """
     total: collections.Counter[str] = collections.Counter()
     for equation in jaxpr.eqns:
@@ -196,18 +186,18 @@ def _by_module(jaxpr, scope: str = "") -> collections.Counter[str]:
             total[module] += params["cost_estimate"].flops
             continue
         if name == "while":
-            if any(_by_module(part) for part in jaxprs(params)):
+            if any(by_module(part) for part in jaxprs(params)):
                 raise NotImplementedError("matrix products in a loop whose trips are not known")
             continue
         if name == "cond":
-            branches = (_by_module(branch.jaxpr, within) for branch in params["branches"])
+            branches = (by_module(branch.jaxpr, within) for branch in params["branches"])
             total += max(branches, key=lambda counts: counts.total())
             continue
         times = params["length"] if name == "scan" else 1
         if name == "shard_map":  # the body has one device's shapes, because all mesh axes are manual
             times = params["mesh"].size
         for part in jaxprs(params):
-            for key, count in _by_module(part, within).items():
+            for key, count in by_module(part, within).items():
                 total[key] += times * count
     return total
 

@@ -68,7 +68,7 @@ def test_what_cannot_be_saved_is_shown(folder, capsys, monkeypatch):
 FAULTS = {
     "": "expected a kind first: zeroshot, linear-probe, retrieval, grounding, boxes",
     "zeroshot --checkpoint x": "--images DIR, --output OUT.json: missing",
-    "zeroshot --alpha half": "got 'half', expected a number from 0 to 1",
+    "zeroshot --alpha half": "got 'half', expected numbers with commas between",
     "zeroshot --alpha 0.5 {rest}": "expected a file (D.json) for alpha 0.5",
     "grounding --annotations no.jsonl {rest}": "no.jsonl: no such file",
 }
