@@ -28,8 +28,6 @@ ASYNC = re.compile(r"(copy|slice)-start|send|recv|.*-done")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \([^\n]*\) -> [^\n]* \{\n(.*?)^\}", re.M | re.S)
 # Name, result, opcode, operands (those of a constant may have parentheses inside), attributes.
 _INSTRUCTION = re.compile(r"(?:ROOT )?%?(\S+) = (.*?) ([\w-]+)\(((?:[^()]|\([^()]*\))*)\)(.*)")
-
-
 _MOST_TRIPS = 100_000  # a loop of more has an unknown length
 
 

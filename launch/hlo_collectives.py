@@ -201,7 +201,9 @@ def _transfer(module, computation, instruction, slices, per_slice, mesh) -> _Tra
             return None
         spans = max(len({chip // per_slice for chip in group}) for group in groups)
         payload = sum(s.bytes for name in collective.operands for s in where.instructions[name].shapes)
-        axes = _axes(groups, mesh) if mesh else ()
+        mesh = mesh or {}
+        positions = np.unravel_index(groups, tuple(mesh.values())) if mesh else ()  # [axis][group, member]
+        axes = tuple(name for name, index in zip(mesh, positions) if (index != index[:, :1]).any())
     between = _between(module, computation, instruction) if asynchronous else []
     sort = Collective(kind, bool(between), in_loop, size, spans, axes, 0, 0.0, ways)
     return sort, payload * (size if kind == "all-gather" else 1), between
@@ -231,9 +233,3 @@ def _ways(module: Module, computation: Computation) -> int:
     pairs = sum(len(permutation) for permutation in permutations)
     disjoint = len(frozenset().union(*permutations)) == pairs
     return max(len(permutations), 1) if disjoint else 1
-
-
-def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes along which chips of one group differ."""
-    positions = np.asarray(np.unravel_index(groups, tuple(mesh.values())))  # [axis, group, member]
-    return tuple(name for name, index in zip(mesh, positions) if (index != index[:, :1]).any())

@@ -1,7 +1,6 @@
 """The table of the PyTorch reference, and the sizes that its entries tell.
 
 It has two state dicts: the names of the towers' entries begin with "backbone." here, others with "decoder.".
-
 What it lacks has other names: `pre_norm`, registers, gates, layer scale, `logit_bias`, pooling heads, biases
 of projections, the box head; `hf_files/modeling_grain.py` has all. Its "decoder" of two towers pools the
 image tokens.
@@ -20,7 +19,6 @@ from grain_jax.convert.tables import Arrays, Entries, NamePair
 from grain_jax.models import grain
 
 TOWERS = ("image", "text", "decoder")
-
 _POOL = formats.pool("attention.in_proj_ attention.out_proj")
 _DECODER = {
     "norm_1": "norm1",
