@@ -101,8 +101,8 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Any:
             f"{kind} {name!r}: {reason}; expected module:Name of a module on Python's path"
         ) from error
     if not hasattr(module, attribute):
-        own = (x for x, value in vars(module).items() if getattr(value, "__module__", None) == module_name)
-        known = [x for x in own if not x.startswith("_")]
+        of = lambda value: getattr(value, "__module__", None)
+        known = [x for x, value in vars(module).items() if of(value) == module_name and x[0] != "_"]
         raise errors.UserError(
             f"{kind} {name!r}: {module_name} has no {attribute!r}, expected one of:"
             f" {', '.join(known) or 'nothing is defined there'}"

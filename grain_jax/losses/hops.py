@@ -21,8 +21,8 @@ def along_links(rings: np.ndarray) -> tuple[int, ...]:
     if any(getattr(device, "coords", None) is None for device in rings.flat):
         return ()
     index = lambda device, name: getattr(device, name, 0) or 0
-    place = lambda x: (index(x, "slice_index"), *x.coords, index(x, "core_on_chip"))
-    coordinates = np.array([[place(device) for device in ring] for ring in rings])
+    numbers = lambda x: (index(x, "slice_index"), *x.coords, index(x, "core_on_chip"))
+    coordinates = np.array([[numbers(device) for device in ring] for ring in rings])
     path = []
     for number in np.unique(coordinates[0, :, 0]):
         in_slice = np.flatnonzero(coordinates[0, :, 0] == number)

@@ -46,7 +46,7 @@ _HEADS = {
 
 
 def _part(part: str, *rows: NamePair) -> list[NamePair]:
-    """The rows with the name of their state dict before that of the entry."""
+    """Puts the name of a state dict before its entries'."""
     return [row._replace(theirs=f"{part}.{row.theirs}") for row in rows]
 
 

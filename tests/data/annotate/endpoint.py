@@ -107,5 +107,5 @@ def client(url: str, **args: Any) -> contextlib.closing[endpoint_chat.EndpointCh
 
 def ask(url: str, **args: Any) -> chat.Answer | chat.Failure:
     """The answer about PICTURE."""
-    with client(url, **args) as one:
-        return one.answer([PICTURE], ["List."])[0]
+    with client(url, **args) as asked:
+        return asked.answer([PICTURE], ["List."])[0]
