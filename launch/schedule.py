@@ -117,9 +117,8 @@ def padded_flops(body: str) -> float:
         if name.endswith("tpu.matmul"):
             rows, lanes = ir.ShapedType(operation.results[0].type).shape
             depth = math.prod(ir.ShapedType(operation.operands[0].type).shape) // rows
-            flops = (
-                2.0 * times * math.prod(-(-n // t) * t for n, t in ((rows, 8), (depth, 128), (lanes, 128)))
-            )
+            sizes = (rows, 8), (depth, 128), (lanes, 128)  # with the sides of the tiles that they fill
+            flops = 2.0 * times * math.prod(-(-size // tile) * tile for size, tile in sizes)
         blocks = (block for region in operation.regions for block in region.blocks)
         return flops + sum(flops_of(o.operation, times) for block in blocks for o in block.operations)
 
