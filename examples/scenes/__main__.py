@@ -15,7 +15,7 @@ phrase that has three or more, and pairs of things that training never shows tog
     test/masks, test/classes.txt       for `grain-jax evaluate segmentation`
     test/instances.json                for `grain-jax evaluate detection`
     quiet/CLASS, seen/CLASS            images of a thing among others, for `grain-jax evaluate zeroshot`
-    validation/quiet, validation/seen  other images of the same, to choose settings on
+    validation/                        other images of all this, to choose settings on
     quiet.json, seen.json              their phrases
 """
 
@@ -112,16 +112,16 @@ class Scenes:
         regions = [dict(box=box, description=phrase, score=1.0) for phrase, box in boxed]
         return {"image": name, "regions": regions}
 
-    def write_test(self) -> None:
-        """Writes test/: groups whose first two things are a pair that training never shows."""
-        folder, lines, objects = self.args.output / "test", [], []
+    def write_test(self, split: str) -> None:
+        """Writes test/ or validation/: groups whose first two things are a pair that training never shows."""
+        folder, lines, objects = self.args.output / split, [], []
         ids = {x: i for i, x in enumerate(self.loud, 1)}
         pairs = {x: [y for y in self.loud if frozenset((x, y)) in self.held_out] for x in self.loud}
         common = [x for x, partners in pairs.items() if len(partners) >= GROUP + self.args.objects[1]]
         if not common:
             sys.exit(f"got {len(self.loud)} loud phrases, expected more: test scenes need held-out pairs")
         for group in range(self.args.test // GROUP):
-            rng = random.Random(f"{self.args.seed} test {group}")
+            rng = random.Random(f"{self.args.seed} {split} {group}")
             second, more = rng.choice(common), max(0, rng.randint(*self.args.objects) - 2)
             firsts = rng.sample(pairs[second], GROUP)
             rest = [x for x in self.loud if x not in (second, *firsts)]
@@ -129,7 +129,7 @@ class Scenes:
             scenes = [[x, *others] for x in firsts]
             for phrases, scene in zip(scenes, self.draw(rng, "test", *scenes)):
                 number, caption = len(lines), SYNTHETIC[0].format(things.listed(phrases))
-                lines.append(self.line("test", number, phrases, scene) | dict(caption=caption))
+                lines.append(self.line(split, number, phrases, scene) | dict(caption=caption))
                 id_of = np.array([0, *(ids[x] for x in phrases)], np.uint16)
                 save(Image.fromarray(id_of[scene.mask]), folder / "masks" / f"{number:06}.png")
                 for x, (x1, y1, x2, y2) in zip(phrases, scene.boxes_xyxy):
@@ -210,7 +210,8 @@ def main() -> None:
     scenes = Scenes(parse())
     print(f"{len(scenes.loud)} loud and {len(scenes.quiet)} quiet phrases")
     scenes.write_classes()
-    scenes.write_test()
+    scenes.write_test("test")
+    scenes.write_test("validation")
     numbers = progress.over(range(scenes.args.train), total=scenes.args.train, what="scenes")
     lines = [scenes.training_line(number) for number in numbers]
     write(scenes.args.output / "train" / "A.jsonl", *lines)

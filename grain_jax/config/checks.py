@@ -66,6 +66,10 @@ def _model(model: Model) -> Iterator[Fault]:
         to_joint_space = name == "text" or model.tower_pools
         if to_joint_space and tower.projection == "none" and model.embed_dim != tower.width:
             yield "model.embed_dim", f"{tower.width}, since model.{name}.projection=none"
+    if model.boxes.proposals and model.boxes.kind == "none":
+        yield "model.boxes.proposals", "False, or a box head (model.boxes.kind=roi_align)"
+    if model.boxes.proposals and not model.patches_predict_boxes:
+        yield "model.boxes.proposals", "False, or model.decoder.boxes=pointer, or model.decoder=None"
     yield from _pooling(model)
     for name, value in (("pixel_mean", image.pixel_mean), ("pixel_std", image.pixel_std)):
         if len(value) != 3 or (name == "pixel_std" and min(value) <= 0):
@@ -170,6 +174,8 @@ def _loss(config: Config) -> Iterator[Fault]:
     if loss.box_description and (head == "none" or not regions):
         with_these = f"model.boxes.kind={head} and input.max_regions={regions}"
         yield "loss.box_description", f"0 with {with_these}: it needs a box head and regions"
+    if config.model.boxes.proposals and not loss.box:
+        yield "loss.box", "more than 0 with model.boxes.proposals: nothing else trains the boxes of patches"
     if head != "none" and not (loss.box_description or loss.hard_negative or loss.terms):
         yield "loss.box_description", f"more than 0 with model.boxes.kind={head}: nothing trains it"
 

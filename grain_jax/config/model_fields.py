@@ -155,6 +155,10 @@ class BoxHead:
     kind: str = key("none", "Head that embeds given boxes.", choices=("none", "roi_align"))
     bins: int = count(1, "Parts per side of a box, each with its own weights.", low=1, high=64)
     samples: int = count(4, "Sampled points per side of such a part.", low=1, high=64)
+    proposals: bool = key(
+        False, "Whether the regions are boxes that patches predict; a decoder then needs boxes=pointer."
+    )
+    object_weight: float = key(0.05, "Factor of log P(object) beside a proposal's cosine.", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +184,11 @@ class Model:
         """Whether the image embedding is the image tower's own, by `image.pool` and `image.projection`."""
         return self.decoder is None or self.decoder.image_pool == "tower"
 
+    @property
+    def patches_predict_boxes(self) -> bool:
+        """Whether patches predict boxes, and whether they show an object (models/region_decoder.py)."""
+        return self.boxes.proposals if self.decoder is None else self.decoder.boxes == "pointer"
+
     def modules(self, tower: str) -> tuple[str, ...]:
         """The top levels of the parameters of the "image" or "text" tower, with its own projection."""
         own = (f"{tower}_projection",) if tower == "text" or self.tower_pools else ()
@@ -190,7 +199,7 @@ class Model:
         top = name.partition("/")[0]
         if "logit_" in top:
             return "scale"
-        if top in ("box_head", "box_projection"):
+        if top in ("box_head", "box_projection") or (top == "pointer" and self.decoder is None):
             return "boxes"
         return next((tower for tower in TOWER_MODULES if top in self.modules(tower)), "decoder")
 

@@ -56,9 +56,7 @@ class GRAIN(nn.Module):
             self.text_projection = project(c.text.width, c.text.projection)
         if c.decoder is not None:
             self.decoder = region_decoder.QueryDecoder(c.decoder, dtype, self.remat)
-            if c.decoder.boxes == "pointer":
-                self.pointer = region_decoder.Pointer(c.decoder.width, dtype)
-            else:
+            if c.decoder.boxes == "query":
                 self.box_mlp = region_decoder.BoxMLP(c.decoder.width, dtype)
             self.region_projection = project(c.decoder.width, "matrix")
             if not c.tower_pools:
@@ -68,6 +66,9 @@ class GRAIN(nn.Module):
                 self.image_pool = tower_layer.AttentionPool(c.image, dtype)
             if c.image.projection != "none":
                 self.image_projection = project(c.image.width, c.image.projection)
+        if c.patches_predict_boxes:
+            width = c.image.width if c.decoder is None else c.decoder.width
+            self.pointer = region_decoder.Pointer(width, dtype)
         if c.boxes.kind != "none":
             self.box_head = box_head.RoIAlign(c.boxes, c.image, dtype)
             self.box_projection = layers.dense(
@@ -130,20 +131,21 @@ class GRAIN(nn.Module):
         """The embeddings and boxes of images from their tokens; `kept` as of `image_tokens`.
 
         Returns:
-          (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [B, T, Q, 4], a pointer's boxes of
-          patches). Without a decoder Q is 0 and T is 1.
+          (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [B, T, Q, 4], the boxes that patches
+          predict, or None). Without a decoder Q is 0 and T is 1.
         """
-        decoder, batch, token_boxes = self.config.decoder, tokens.shape[0], None
+        decoder, batch, regions, boxes, token_boxes = self.config.decoder, tokens.shape[0], None, None, None
+        if decoder is not None:
+            hidden = self.decoder(tokens, dropout_keys)
+            regions = hidden[:, :, : decoder.queries]
+        if self.config.patches_predict_boxes:
+            patches = tokens[:, self.image.leading_tokens(self.config.image) :]
+            boxes, token_boxes = self.pointer(regions, patches, self._patch_centres(patches, kept))
+        elif decoder is not None:
+            boxes = self.box_mlp(regions)
         if decoder is None:
             no_regions = jnp.zeros((batch, 0, self.config.embed_dim)), jnp.zeros((batch, 1, 0, 4))
             return normalize(self._pooled_image(tokens)), *no_regions, token_boxes
-        hidden = self.decoder(tokens, dropout_keys)
-        regions = hidden[:, :, : decoder.queries]
-        if decoder.boxes == "pointer":
-            patches = tokens[:, self.image.leading_tokens(self.config.image) :]
-            boxes, token_boxes = self.pointer(regions, patches, self._patch_centres(patches, kept))
-        else:
-            boxes = self.box_mlp(regions)
         if decoder.image_pool == "tower":
             image_embed = normalize(self._pooled_image(tokens))
         else:
@@ -233,7 +235,11 @@ class GRAIN(nn.Module):
         return self.outputs_and_features(batch, dropout_keys)[0]
 
     def outputs_and_features(
-        self, batch: schema.Batch, dropout_keys: jax.Array | None = None, kept: jax.Array | None = None
+        self,
+        batch: schema.Batch,
+        dropout_keys: jax.Array | None = None,
+        kept: jax.Array | None = None,
+        box_jitter: float = 0.0,
     ) -> tuple[schema.Outputs, schema.Features]:
         """As a call, and what local loss terms see (losses/local.py); `kept` as of `image_tokens`."""
         tokens = self.image_tokens(batch.image, kept)
@@ -241,6 +247,8 @@ class GRAIN(nn.Module):
         box_embed = None
         if self.config.boxes.kind != "none":
             corners = boxes_lib.cxcywh_to_xyxy(batch.region_boxes_cxcywh)
+            if box_jitter and dropout_keys is not None:
+                corners = _jittered(corners, batch.region_boxes_cxcywh[..., 2:], dropout_keys, box_jitter)
             box_embed = self.box_embeddings(tokens, corners, kept)
         b, captions, _ = batch.caption_at.shape
         hidden = self.text(batch.text_tokens, batch.text_positions, batch.text_segments)
@@ -265,6 +273,20 @@ class GRAIN(nn.Module):
             negative_text_embed=None if batch.negative_at is None else embed(batch.negative_at),
         )
         return outputs, schema.Features(tokens, hidden)
+
+
+def _jittered(corners, sides, keys, most):
+    """Half of the boxes [B, R, 4] with every edge moved by up to `most` of its side [B, R, 2]; keys [B]."""
+
+    def of_image(key, corners, sides):
+        coin, shift = jax.random.split(jax.random.fold_in(key, 77))
+        moved = corners + jax.random.uniform(shift, corners.shape, minval=-most, maxval=most) * jnp.tile(
+            sides, 2
+        )
+        moves = jax.random.bernoulli(coin, 0.5, (corners.shape[0], 1))
+        return jnp.where(moves, jnp.clip(moved, 0, 1), corners)
+
+    return jax.vmap(of_image)(keys, corners, sides)
 
 
 def leading_tokens(config: config_lib.Model) -> int:

@@ -138,7 +138,8 @@ class Pointer(nn.Module):
     """Boxes of queries, as means of boxes of patches (docs/method.md, Pointer).
 
     Each patch predicts whether it shows an object, and the object's box relative to its own place (FCOS, Tian
-    et al. 2019). A query points at patches by a softmax. So no query has to learn where boxes are.
+    et al. 2019). A query points at patches by a softmax. So no query has to learn where boxes are. A model
+    without a decoder has the boxes of patches alone.
     """
 
     width: int
@@ -149,12 +150,12 @@ class Pointer(nn.Module):
         """The boxes of queries and of patches.
 
         Args:
-          hidden: [T, B, Q, E], the queries after each layer.
+          hidden: [T, B, Q, E], the queries after each layer; None: there are none.
           patches: [B, P, E_image].
           centre_xy: float32 [B, P, 2], the centres of the patches in [0, 1].
 
         Returns:
-          (float32 boxes_cxcywh [T, B, Q, 4], schema.TokenBoxes).
+          (float32 boxes_cxcywh [T, B, Q, 4] or None, schema.TokenBoxes).
         """
         dense = lambda features, name, use_bias=True: layers.dense(
             features,
@@ -169,10 +170,13 @@ class Pointer(nn.Module):
         offset, logit = jnp.split(out.astype(jnp.float32), [4], axis=-1)
         anchor = jnp.concatenate([centre_xy, jnp.full_like(centre_xy, ANCHOR_SIDE)], axis=-1)
         boxes = nn.sigmoid(offset + jnp.log(anchor / (1 - anchor)))
+        token_boxes = schema.TokenBoxes(boxes, logit[..., 0], centre_xy)
+        if hidden is None:
+            return None, token_boxes
         query = dense(self.width, "query", use_bias=False)(hidden)
         key = dense(self.width, "key", use_bias=False)(patches)
         logits = jnp.einsum("tbqe,bpe->tbqp", query, key).astype(jnp.float32)
         logits = logits * (SHARPNESS * self.width**-0.5) + logit[..., 0][:, None]
         weights = jax.nn.softmax(logits, axis=-1)
         of_queries = jnp.einsum("tbqp,bpc->tbqc", weights, boxes, precision=jax.lax.Precision.HIGHEST)
-        return of_queries, schema.TokenBoxes(boxes, logit[..., 0], centre_xy)
+        return of_queries, token_boxes

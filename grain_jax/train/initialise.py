@@ -126,7 +126,9 @@ def _names(part: str, config: config_lib.Config, stored: config_lib.Model, shape
     model, init = config.model, config.init
     parts = {part}
     if part == "decoder":  # with a box head where both have the same
-        parts |= {"scale", "boxes"} if stored.boxes == model.boxes else {"scale"}
+        free = {"proposals": False, "object_weight": 0.0}  # of scores alone
+        shaped = lambda boxes: dataclasses.replace(boxes, **free)
+        parts |= {"scale", "boxes"} if shaped(stored.boxes) == shaped(model.boxes) else {"scale"}
     names = [name for name in shapes if model.part(name) in parts]
     if part == "text" and model.tower_pools and init.image == init.text and not init.decoder:
         names += [name for name in _SCALE if name in shapes]
