@@ -16,9 +16,10 @@ from grain_jax.core import ahead, images, progress
 from grain_jax.data import sources
 from grain_jax.data.embed import output
 from grain_jax.data.sources import join
-from grain_jax.inference import batches
+from grain_jax.inference import batches, scores
 from grain_jax.runtime import processes
 
+MOST_REGIONS = 16  # of the boxes of an image's patches
 _AT_DEVICE = 2  # batches on their way to a device: while one is computed, the next is sent
 _BATCHES_READ = 2  # beside those, in threads
 
@@ -32,9 +33,11 @@ def encoder(predictor: Any) -> Encode:
         pixels = np.stack([row.pixels for row in batch])
         regions = [(None, None)] * len(batch)
         if predictor.has_regions:
-            embeds, (boxes_xyxy, region_embeds) = predictor.encode_image_and_regions(pixels)
-            batches.check_finite(region_embeds)
-            regions = zip(boxes_xyxy, region_embeds)
+            embeds, of_images = predictor.encode_image_and_regions(pixels)
+            if predictor.has_proposals:
+                of_images = scores.likeliest(of_images, MOST_REGIONS)
+            batches.check_finite(of_images.embed)
+            regions = zip(of_images.boxes_xyxy, of_images.embed)
         else:
             embeds = predictor.encode_image(pixels)
         batches.check_finite(embeds)

@@ -11,9 +11,9 @@
     python -m examples.claim.scenes runs/scenes    # tables, and runs/scenes/scenes.tsv, which it also reads
 
 All arms train L_ic and L_id on two captions. `clip` is two towers with attention pooling, the start of
-`regions`, without boxes. `clip_boxes` adds the box head, `clip_patches` also boxes that patches predict, which
-are its regions; both have the FLOPs of `grain`, whose queries point at patches and read the box head. The
-regions of `grain`, and of `regions`, its decoder on the frozen `clip` of its seed, are boxes of patches, too.
+`regions`, without boxes. `clip_boxes` adds the box head, `clip_patches` also boxes that patches predict,
+which are its regions; both have the FLOPs of `grain`, whose queries point at patches and read the box head.
+The regions of `grain`, and of `regions`, its decoder on the frozen `clip` of its seed, are boxes of patches.
 
 Two numbers decide: top-1 of quiet phrases, and images that find their caption in groups of four. Validation
 images choose the score and alpha of each arm, and its `model.boxes.object_weight`: the weight with the
@@ -42,7 +42,7 @@ ARMS = {
     "grain": "GRAIN",
     "regions": "`regions:` on CLIP",
 }
-# At least as many FLOPs as `grain` has by flops.per_image, 258 MFLOP a step and image; these have 237 and 241.
+# At least the FLOPs of `grain`: by flops.per_image, an image has 258 MFLOP there, in these 237 and 241.
 LONGER = {"clip_boxes": 1.15, "clip_patches": 1.08}
 _RUN = ("boxes", "arm", "seed")
 

@@ -37,7 +37,7 @@ def export_model(
 ) -> list[parity.Comparison]:
     """Writes the `.stablehlo` of `image`, `text`, `regions`, `boxes` and `maps`, `params.npz`, `model.json`.
 
-    `tokenizer.json` prepares texts. A model without region queries has no `regions.stablehlo`, one without a
+    `tokenizer.json` prepares texts. A model without regions has no `regions.stablehlo`, one without a
     box head no `boxes.stablehlo`, one whose images have no grid of patches no `maps.stablehlo`. What was
     written is read back and runs on this machine. Activations have the `dtype` of the predictor.
 
@@ -71,9 +71,12 @@ def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict
     model, dtype, nested = predictor.model, predictor.dtype, tables.nested
     encode_images = jitted.image_program(model, dtype)
     encode_texts = jitted.text_program(model, dtype)
-    names = ("image_embed", "region_embed", "boxes_xyxy")
     encode_boxes = jitted.image_program(model, dtype, "box_embeddings")
-    regions = lambda params, image: dict(zip(names, encode_images(nested(params), image)))
+
+    def regions(params, image):
+        image_embed, (boxes_xyxy, embed, prior) = encode_images(nested(params), image)
+        return dict(image_embed=image_embed, region_embed=embed, boxes_xyxy=boxes_xyxy, region_prior=prior)
+
     image = lambda params, image: {"image_embed": regions(params, image)["image_embed"]}
     boxes = lambda params, image, boxes_xyxy: {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}
     text = lambda params, tokens, end: {"text_embed": encode_texts(nested(params), tokens, end)}
@@ -114,8 +117,8 @@ def _maps(predictor: inference.Predictor) -> Callable | None:
                 cosines = jnp.einsum("nd,bpd->bnp", text_embed, patches.astype(np.float32))
                 all_maps.append(cosines.reshape(*cosines.shape[:2], grid, grid))
             if predictor.has_regions:
-                _, embed, corners = program()(params, image)
-                cosines = jnp.einsum("nd,bqd->bnq", text_embed, embed.astype(np.float32))
+                _, (corners, embed, prior) = program()(params, image)
+                cosines = jnp.einsum("nd,bqd->bnq", text_embed, embed.astype(np.float32)) + prior[:, None]
                 region_map = lambda values, boxes: scores.region_map(values, boxes, grid, jnp)
                 all_maps.append(jax.vmap(region_map)(cosines, corners))
         return {"similarity_map": sum(all_maps) / len(all_maps)}

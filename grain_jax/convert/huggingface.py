@@ -52,7 +52,11 @@ def to_hf(source: epath.PathLike, folder: epath.PathLike, part: str = "all") -> 
     token_files, missing = tokenizers.of_transformers(model.text, stored.folder)
     nearest, faults = needs.nearest(model, needs.CLIP, needs.SIGLIP)
     if faults:
-        kind, use, lines = "AutoModel", _USE_OWN + _USE_REGIONS * (model.decoder is not None), []
+        kind, use, lines = (
+            "AutoModel",
+            _USE_OWN + _USE_REGIONS * bool(model.decoder or model.boxes.proposals),
+            [],
+        )
         if model.decoder is None:
             keys = ", ".join(fault.partition(":")[0].removeprefix("model.") for fault in faults)
             lines = [f"for AutoModel with trust_remote_code: {nearest.name} cannot hold {keys}"]
@@ -85,7 +89,7 @@ with torch.no_grad():
     texts = [processor(text=[f"a photo of a {c}"])["input_ids"] for c in ("wren", "owl")]
     scores = model.zero_shot_logits(pixels, model.class_features(texts))
 """
-_USE_REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds\n"
+_USE_REGIONS = "    regions = model.get_regions(pixels)  # .boxes_xyxy in [0, 1], .embeds, .priors\n"
 
 _USE = """
 import torch

@@ -102,7 +102,7 @@ def inputs_of(model: config_lib.Model, *, count: int = 4, seed: int = 0) -> Inpu
 
 
 def outputs_of(predictor: inference.Predictor, batch: Inputs) -> dict[str, np.ndarray]:
-    """Our outputs: image_embed, text_embed; region_embed, boxes_xyxy and box_embed if the model has them."""
+    """Our outputs: image_embed, text_embed, and what the model has of regions, proposals and a box head."""
     out = {"text_embed": predictor.encode_text(batch.token_ids)}
     images = inference_inputs.marked(batch.images, batch.images.dtype == np.float32)
     if predictor.has_box_head:
@@ -110,8 +110,9 @@ def outputs_of(predictor: inference.Predictor, batch: Inputs) -> dict[str, np.nd
         out["box_embed"] = np.stack(predictor.encode_boxes(images, boxes))
     if not predictor.has_regions:
         return out | {"image_embed": predictor.encode_image(images)}
-    image_embed, regions = predictor.encode_image_and_regions(images)
-    return out | dict(image_embed=image_embed, region_embed=regions.embed, boxes_xyxy=regions.boxes_xyxy)
+    image_embed, (boxes_xyxy, embed, prior) = predictor.encode_image_and_regions(images)
+    out |= dict(image_embed=image_embed, region_embed=embed, boxes_xyxy=boxes_xyxy)
+    return out | ({"region_prior": prior} if predictor.has_proposals else {})
 
 
 def compare(
@@ -188,6 +189,8 @@ def clip_outputs(module: Any, batch: Inputs) -> dict[str, np.ndarray]:
         theirs["logits"] = out.logits_per_image
         if out.get("region_embeds") is not None and out.region_embeds.shape[1]:
             theirs |= dict(region_embed=out.region_embeds, boxes_xyxy=out.boxes_xyxy)
+            if out.get("region_priors") is not None:
+                theirs["region_prior"] = out.region_priors
         if hasattr(module, "decoder") and module.decoder.boxes is not None:
             boxes = images.new_tensor(BOXES).expand(len(images), -1, -1)
             theirs["box_embed"] = module.get_boxes(images, boxes)

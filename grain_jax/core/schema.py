@@ -108,7 +108,9 @@ class Features(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """Result of `encode_regions`: the boxes and embeddings of the region queries."""
+    """Result of `encode_regions`: of the region queries, or with `model.boxes.proposals` of all P patches."""
 
     boxes_xyxy: Array  # float32 [B, Q, 4] in [0, 1]
     embed: Array  # float32 [B, Q, D], unit length
+    # float32 [B, Q], what a region's score adds to its cosine: 0, or `object_weight` * log P(object)
+    prior: Array

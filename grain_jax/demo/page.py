@@ -19,9 +19,11 @@ import PIL.Image
 from gradio import themes
 
 from grain_jax import inference
-from grain_jax.core import errors, images
+from grain_jax.core import errors, images, schema
 from grain_jax.demo import class_lists
 from grain_jax.inference import scores
+
+_PROPOSALS = 5  # of the boxes of an image's patches
 
 
 class Views:
@@ -57,7 +59,10 @@ class Views:
         ]
         if not has_regions:
             return rows, None
-        regions = self.predictor.encode_regions(image)
+        regions = self.predictor.encode_regions([image])
+        if self.predictor.has_proposals:
+            regions = scores.likeliest(regions, _PROPOSALS)
+        regions = schema.Regions(*(x[0] for x in regions))
         labels = [f"region {q + 1}" for q in range(len(regions.embed))]
         if texts:
             each = regions.embed @ np.concatenate(features.descriptions or ()).T  # [Q, texts]

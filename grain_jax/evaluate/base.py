@@ -42,7 +42,7 @@ class Evaluator(abc.ABC):
 
     @property
     def needs(self) -> Sequence[str]:
-        """Parts of a model, "decoder" or "boxes", of which it must have one; () where it need not."""
+        """Of "regions", which a model finds, and "boxes", a box head, the ones of which it must have one."""
         return ()
 
     @property

@@ -59,7 +59,8 @@ class Model:
         Returns:
           (zimg [B, D], ztxt [N, D], out): embeddings of unit length, or None. `out` has "img/normalized",
           "txt/normalized", "t" (the logit scale, [1]), its logarithm "t/parameter", and for a sigmoid loss
-          "b" (the logit bias, [1]).
+          "b" (the logit bias, [1]). Of images also the fields of schema.Regions, "regions/boxes_xyxy" and so
+          on, which are empty for a model without regions.
         """
         (model, _), params = _stored(self.checkpoint), variables["params"]
         scale = jnp.asarray(params["logit_scale"])[None]
@@ -68,7 +69,9 @@ class Model:
             out["b"] = jnp.asarray(params["logit_bias"])[None]
         if image is not None:
             encode = jitted.image_program(model, "float32")
-            out["img/normalized"] = zimg = encode(params, jnp.asarray(image))[0]
+            zimg, regions = encode(params, jnp.asarray(image))
+            out["img/normalized"] = zimg
+            out |= {f"regions/{name}": value for name, value in regions._asdict().items()}
         if text is not None:
             out["txt/normalized"] = ztxt = self._encode_text(model, params, jnp.asarray(text))
         return zimg, ztxt, out

@@ -39,7 +39,7 @@ class Boxes(AnnotatedImages):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return "decoder", "boxes"
+        return "regions", "boxes"
 
     def check(self, model: Any = None) -> int:
         classes = lambda: self.classes and class_names.read(self.classes)

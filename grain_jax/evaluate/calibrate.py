@@ -33,7 +33,9 @@ class Pairs(NamedTuple):
     names: list[str]  # of N images
     classes: list[str]  # C
     present: np.ndarray  # bool [N, C]
-    embeds: dict[str, np.ndarray]  # "image" [N, D], and "regions" [N, Q, D] if the model has them
+    embeds: dict[
+        str, tuple[np.ndarray, ...]
+    ]  # "image" [N, D]; "regions", if it has some, [N, Q, D] and prior
     counts: dict[str, Any]  # for the result
 
 
@@ -84,7 +86,7 @@ class Calibrate(AnnotatedImages):
             note = f"{len(without)} classes without images to fit have the common threshold: "
             notes = [note + test_sets.listed(without)] if without else []
             for way, embeds in pairs.embeds.items():
-                cosines = calibration.cosines(embeds, text_embeds).astype(np.float64)
+                cosines = calibration.cosines(embeds[0], text_embeds, *embeds[1:]).astype(np.float64)
                 fitted = fit(cosines[fits], right)
                 ways = {"before": model_logits[way]} | ({"after": fitted} if fitted[0] else {})
                 logits = {k: scale * cosines + (bias or 0) for k, (scale, bias) in ways.items()}
@@ -125,7 +127,7 @@ class Calibrate(AnnotatedImages):
             names = ["/".join(folders.paths[i].parts[-2:]) for i in seen.index]
             present = seen.labels[:, None] == np.arange(len(folders.classes))
             counts = {"images": len(names), **encode.report_unreadable(seen.unreadable)}
-            return Pairs(names, folders.classes, present, {"image": seen.image_embed}, counts)
+            return Pairs(names, folders.classes, present, {"image": (seen.image_embed,)}, counts)
         records, seen, counts = self.gather(predictor, regions=predictor.has_regions)
         owner = np.repeat(np.arange(len(records)), [len(x.regions) for x in records])
         every = [region.description for record in records for region in record.regions]
@@ -133,8 +135,8 @@ class Calibrate(AnnotatedImages):
         present = np.zeros((len(records), len(texts)), bool)
         present[owner, text] = True
         kept = np.sort(np.argsort(-present.sum(axis=0), kind="stable")[:MAX_CLASSES])
-        embeds = {"image": seen.image_embed}
-        embeds |= {"regions": seen.regions.embed} if predictor.has_regions else {}
+        embeds: dict[str, tuple[np.ndarray, ...]] = {"image": (seen.image_embed,)}
+        embeds |= {"regions": seen.regions[1:]} if predictor.has_regions else {}
         counts["classes_left_out"] = len(texts) - len(kept)
         names = [record.image for record in records]
         return Pairs(names, [texts[i] for i in kept], present[:, kept], embeds, counts)

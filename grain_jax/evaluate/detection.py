@@ -88,11 +88,11 @@ class Detection(Evaluator):
     annotations: str | None = option(None, "JSON of COCO, LVIS or Objects365.", "FILE", required=True)
     templates: str | None = option(None, TEMPLATES, "FILE")
     seen: str | None = option(None, "File of seen classes; adds results for seen and unseen ones.", "FILE")
-    proposals: str | None = option(None, "COCO's results (JSON); default: the queries' boxes.", "FILE")
+    proposals: str | None = option(None, "COCO's results (JSON); default: the model's own regions.", "FILE")
 
     @property
     def needs(self) -> Sequence[str]:
-        return ("decoder",) if self.proposals is None else ()
+        return ("regions",) if self.proposals is None else ()
 
     def read(self) -> Dataset:
         """The files. Raises errors.UserError: a file or folder is missing, or is not what it should be."""
@@ -188,7 +188,7 @@ def _detect(predictor: Any, batch: encode.Batch, dataset: Dataset, features: np.
     images = [dataset.images[i] for i in batch.index]
     sizes = [(x.width or w, x.height or h) * 2 for x, (w, h) in zip(images, batch.sizes.tolist())]
     if dataset.proposals is None:
-        _, (shares, embeds) = predictor.encode_image_and_regions(batch.pixels)
+        shares, embeds, priors = predictor.encode_regions(batch.pixels)
         weights = np.ones(shares.shape[:2])
     else:
         items = [dataset.proposals.get(x.id, []) for x in images]
@@ -196,10 +196,11 @@ def _detect(predictor: Any, batch: encode.Batch, dataset: Dataset, features: np.
         shares = [np.c_[x[:, :2], x[:, :2] + x[:, 2:]] / size for x, size in zip(xywh, sizes)]
         embeds = predictor.encode_boxes(batch.pixels, [np.clip(x, 0, 1) for x in shares])
         weights = [np.array([x.score for x in each]) for each in items]
+        priors = [0.0] * len(items)
     batches.check_finite(*embeds)
     parts, most = [], dataset.limits[-1]
-    for i, embed, share, weight, size in zip(batch.index, embeds, shares, weights, sizes):
-        score = np.reshape(weight, (-1, 1)) * predictor.text_scores(embed, features)  # [n, K]
+    for i, embed, prior, share, weight, size in zip(batch.index, embeds, priors, shares, weights, sizes):
+        score = np.reshape(weight, (-1, 1)) * predictor.text_scores(embed, features, prior)  # [n, K]
         own = share if dataset.proposals is None else None
         box, category = scores.best_pairs(score, own, most)
         bbox = np.take(share, box, axis=0) * np.array(size, np.float64)

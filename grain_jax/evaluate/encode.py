@@ -45,7 +45,7 @@ class Encoded(NamedTuple):
     sizes: np.ndarray
     labels: np.ndarray
     image_embed: np.ndarray  # float32 [N, D]
-    regions: schema.Regions  # boxes_xyxy [N, Q, 4] and embed [N, Q, D]; without regions Q is 0
+    regions: schema.Regions  # of N images; without regions Q is 0
     box_embed: np.ndarray  # float32 [M, D], image by image; without boxes M is 0
     unreadable: dict[str, str]  # name -> reason for each image that was left out
 
@@ -141,18 +141,18 @@ def embed(
       predicted_boxes: whether the box head embeds the boxes of the regions instead.
     """
     if regions:
-        image_embed, (boxes_xyxy, region_embed) = predictor.encode_image_and_regions(batch.pixels)
+        image_embed, of_regions = predictor.encode_image_and_regions(batch.pixels)
     else:
         image_embed = np.asarray(predictor.encode_image(batch.pixels))
-        widths = 4, image_embed.shape[1]
-        boxes_xyxy, region_embed = (np.zeros((len(image_embed), 0, n), np.float32) for n in widths)
-    boxes = boxes_xyxy if predicted_boxes else None
+        shapes = (0, 4), (0, image_embed.shape[1]), (0,)
+        of_regions = schema.Regions(*(np.zeros((len(image_embed), *x), np.float32) for x in shapes))
+    boxes = of_regions.boxes_xyxy if predicted_boxes else None
     if boxes_of is not None:
         boxes = [boxes_of(*pair) for pair in zip(batch.index.tolist(), batch.sizes.tolist())]
     box_embed = np.zeros((0, image_embed.shape[1]), np.float32)
     if boxes is not None:
         box_embed = np.concatenate(predictor.encode_boxes(batch.pixels, boxes))
-    arrays = dict(image_embed=image_embed, boxes_xyxy=boxes_xyxy, embed=region_embed, box_embed=box_embed)
+    arrays = dict(image_embed=image_embed, **of_regions._asdict(), box_embed=box_embed)
     batches.check_finite(*arrays.values())
     return arrays | dict(index=batch.index, sizes=batch.sizes, labels=batch.labels)
 
@@ -172,8 +172,8 @@ def gather_images(
     function = functools.partial(embed, predictor, **embedded)
     prepare = resizing(predictor)
     arrays, unreadable = over_images(images, prepare, function, label=label, batch_size=batch_size)
-    of_queries = schema.Regions(arrays.pop("boxes_xyxy"), arrays.pop("embed"))
-    return Encoded(**arrays, regions=of_queries, unreadable=unreadable)
+    of_regions = schema.Regions(*(arrays.pop(name) for name in schema.Regions._fields))
+    return Encoded(**arrays, regions=of_regions, unreadable=unreadable)
 
 
 def encode_texts(predictor: inference.Predictor, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:

@@ -1,10 +1,11 @@
 """Evaluation of regions: box IoU, Acc@0.5, region-to-description R@1, phrase grounding.
 
-Queries are matched to the described boxes of an image by the matching cost of training, always with the
-paper's weights. If an image has more boxes than queries, those with the highest scores are used, as there.
+The regions of a model, of its queries or with `model.boxes.proposals` of all patches, are matched to the
+described boxes of an image by the matching cost of training, always with the paper's weights. If an image has
+more boxes than regions, those with the highest scores are used, as there.
 
 Every entry of `phrases` in A.jsonl is one phrase with its own boxes; without that key, each described box is.
-A phrase is found if the IoU of the best-scoring query and its box is at least `boxes.FOUND_IOU`, as for
+A phrase is found if the IoU of the best-scoring region and its box is at least `boxes.FOUND_IOU`, as for
 RefCOCO (lichengunc/MAttNet, lib/models/eval_dets_utils.py). For phrases with several boxes there are the two
 protocols of Flickr30k Entities (ashkamath/mdetr, datasets/flickr_eval.py): "any box" takes the largest IoU
 with one of the boxes, "merged boxes" the IoU with the smallest box around all of them.
@@ -43,13 +44,14 @@ class Grounding(AnnotatedImages):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("decoder",)
+        return ("regions",)
 
     def evaluate(self, predictor: Any) -> dict[str, Any]:
         """Compares predicted regions with the described boxes of each image.
 
         Returns: counts, and
-          `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5;
+          `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5; of the many boxes
+            of patches, the matched ones are nearly the best ones;
           `chance_box_iou`: the same, with boxes of other images in place of the predicted ones;
           `region_to_description_r1`: share of matched regions whose own description is the nearest of all
             distinct descriptions of the file;
@@ -60,8 +62,9 @@ class Grounding(AnnotatedImages):
           if `phrases_of_several_boxes` is not 0: `phrase_acc50_any_box`, `phrase_iou_merged_box`,
             `phrase_acc50_merged_box`.
         """
-        records, seen, counts = self.gather(predictor, regions=True, predicted_boxes=predictor.has_box_head)
-        pred_boxes_xyxy, region_embed = seen.regions
+        by_box_head = predictor.grounding_head == "regions_by_box_head"
+        records, seen, counts = self.gather(predictor, regions=True, predicted_boxes=by_box_head)
+        pred_boxes_xyxy, region_embed, _ = seen.regions
         described = described_boxes(records, seen.sizes)
         if not len(described.image):
             raise errors.UserError(f"{self.annotations}: every box lies outside its image")
@@ -95,14 +98,14 @@ def _of_phrases(seen: encode.Encoded, described: Described, text_embed: np.ndarr
     members = np.concatenate(described.phrases)  # [K], the boxes of one phrase after another
     first = np.cumsum(counts) - counts
     image, text = described.image[members[first]], described.text[members[first]]
-    boxes_xyxy, embeds = seen.regions.boxes_xyxy, seen.regions.embed
+    boxes_xyxy, embeds, prior = seen.regions
     if len(seen.box_embed):  # by a box head
         embeds = seen.box_embed.reshape(embeds.shape)
     true_xyxy = described.boxes_xyxy[members]
 
     def any_box_and_share(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of the queries of each phrase's image [P, Q]: best IoU with its boxes, chance to be the answer."""
-        similarity = np.einsum("pqd,pd->pq", scores.unit(embeds[images]), text_embed[text])
+        similarity = np.einsum("pqd,pd->pq", scores.unit(embeds[images]), text_embed[text]) + prior[images]
         best = similarity >= similarity.max(axis=1, keepdims=True) - rates.TIE
         each = _iou(np.repeat(boxes_xyxy[images], counts, axis=0), true_xyxy[:, None])  # [K, Q]
         share = best / best.sum(axis=1, keepdims=True)  # of several best ones, one at random
@@ -158,9 +161,10 @@ class Described(NamedTuple):
 
 def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, np.ndarray]:
     """Matches pred_boxes_xyxy [N, Q, 4] to the described boxes; also the texts of matched boxes, int [n]."""
-    shape = pred_boxes_xyxy.shape[:2]
+    images, regions = pred_boxes_xyxy.shape[:2]
+    use = described.rank < regions
+    shape = images, min(regions, described.rank.max(initial=0) + 1)
     true_boxes_xyxy, mask = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool)
-    use = described.rank < shape[1]
     image, rank = described.image[use], described.rank[use]
     true_boxes_xyxy[image, rank], mask[image, rank] = described.boxes_xyxy[use], True
 

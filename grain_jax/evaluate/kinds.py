@@ -74,7 +74,8 @@ def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = No
     """
     evaluators, faults, has = {}, [], []
     if model is not None:
-        has = ["decoder"] * bool(model.decoder) + ["boxes"] * (model.boxes.kind != "none")
+        has = ["regions"] * bool(model.decoder or model.boxes.proposals)
+        has += ["boxes"] * (model.boxes.kind != "none")
     for name, entry in entries.items():
         path = f"evals.{name}"
         try:
@@ -86,7 +87,7 @@ def from_entries(entries: Mapping[str, Any], model: config_lib.Model | None = No
         needs = evaluators[name].needs
         if model is not None and needs and not set(has).intersection(needs):
             faults.append(
-                f"{path}.kind: got {evaluators[name].kind}, which needs regions, but model.decoder is None;"
+                f"{path}.kind: got {evaluators[name].kind}, which needs regions, but the model finds none;"
                 " take out the entry, or set alphas=(1.0,) in one of kind=zeroshot"
             )
     config_lib.raise_faults(faults)

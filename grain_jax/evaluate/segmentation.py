@@ -87,7 +87,7 @@ class Segmentation(WithPrompts):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("decoder",) if self.by in ("regions", "both") else ()
+        return ("regions",) if self.by in ("regions", "both") else ()
 
     @property
     def files(self) -> tuple[Any, ...]:

@@ -54,7 +54,7 @@ class ZeroShot(WithPrompts, LabelledImages):
 
     @property
     def needs(self) -> Sequence[str]:
-        return ("decoder",) if self.descriptions and any(alpha < 1 for alpha in self.alphas) else ()
+        return ("regions",) if self.descriptions and any(alpha < 1 for alpha in self.alphas) else ()
 
     def checked_alphas(self) -> list[float]:
         """The alphas to evaluate; without descriptions 1 alone. Raises errors.UserError."""
@@ -98,7 +98,8 @@ class ZeroShot(WithPrompts, LabelledImages):
         def answers(batch: encode.Batch) -> dict[str, np.ndarray]:
             part = {"target": batch.labels}
             arrays = encode.embed(predictor, batch, regions=scorer.with_regions)
-            for way, cosines in scorer.of_images(arrays["image_embed"], arrays["embed"]).items():
+            regions = arrays["embed"], arrays["prior"]
+            for way, cosines in scorer.of_images(arrays["image_embed"], *regions).items():
                 part |= {f"{way} top{k}": rates.topk_hits(cosines, batch.labels, k) for k in (1, 5)}
             return part
 
@@ -156,11 +157,13 @@ class Scorer(NamedTuple):
     descriptions: int  # how many all classes have together
     class_score: str  # of `scores.region_scores`
 
-    def of_images(self, image_embed: np.ndarray, region_embed: np.ndarray) -> dict[str, np.ndarray]:
-        """Embeddings [B, D] and [B, Q, D] -> for each way the scores [B, C]."""
+    def of_images(
+        self, image_embed: np.ndarray, region_embed: np.ndarray, prior: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Embeddings [B, D] and [B, Q, D], priors [B, Q] -> for each way the scores [B, C]."""
         regions, out = None, {}
         if self.with_regions:
-            regions = scores.region_scores(region_embed, self.description_embeds, self.class_score)
+            regions = scores.region_scores(region_embed, self.description_embeds, self.class_score, prior)
         for way, features in self.features.items():
             alpha = float(way.rpartition("_")[2])
             out[way] = scores.combine(scores.global_scores(image_embed, features), regions, alpha)

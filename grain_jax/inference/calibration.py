@@ -54,8 +54,12 @@ def embed_texts(encode: prompts.Encode, texts: Sequence[str], templates: Sequenc
     return prompts.embed_classes(encode, texts, templates, unit_length=True)
 
 
-def cosines(image_embeds: np.ndarray, text_embeds: np.ndarray) -> np.ndarray:
-    """Cosines of images [B, D], or the largest of regions [B, Q, D], with texts [N, D]: float32 [B, N]."""
+def cosines(image_embeds: np.ndarray, text_embeds: np.ndarray, prior: np.ndarray | None = None) -> np.ndarray:
+    """Cosines of images [B, D], or the largest of regions [B, Q, D], with texts [N, D]: float32 [B, N].
+
+    `prior` [B, Q] is added to those of regions; None: 0.
+    """
     of_regions = image_embeds.reshape(len(image_embeds), -1, image_embeds.shape[-1])
-    best = lambda part: [(scores.unit(part) @ text_embeds.T).max(axis=1)]
-    return scores.in_parts(best, of_regions)[0]
+    prior = np.zeros(of_regions.shape[:2], np.float32) if prior is None else prior
+    best = lambda part, prior: [(scores.unit(part) @ text_embeds.T + prior[..., None]).max(axis=1)]
+    return scores.in_parts(best, of_regions, prior)[0]

@@ -29,8 +29,8 @@ class Encoder(LoadedModel):
         size = self.model.image.image_size
         blank = np.zeros((images, size, size, 3), np.uint8)
         self._encode(blank)
-        if self.has_regions and self.has_box_head:
-            self._encode(blank, "regions_by_box_head")
+        if self.has_regions and self.grounding_head != "embeddings":
+            self._encode(blank, self.grounding_head)
         self.encode_text(["a"])
 
     def _encode(self, images: inputs.OneOrMany, head: str = "embeddings") -> Any:
@@ -45,7 +45,10 @@ class Encoder(LoadedModel):
         return self._encode(inputs.marked(images, normalized))[0]
 
     def encode_regions(self, images: inputs.OneOrMany, *, normalized: bool = False) -> schema.Regions:
-        """Images -> boxes_xyxy [B, Q, 4] in [0, 1] and embed [B, Q, D]; one image -> [Q, 4] and [Q, D]."""
+        """Images -> boxes_xyxy [B, Q, 4] in [0, 1], embed [B, Q, D] and prior [B, Q]; one image: without B.
+
+        With `model.boxes.proposals` a region is the box that a patch predicts, and Q the number of patches.
+        """
         return self.encode_image_and_regions(images, normalized=normalized)[1]
 
     @inputs.one_or_many
@@ -54,8 +57,7 @@ class Encoder(LoadedModel):
     ) -> tuple[np.ndarray, schema.Regions]:
         """(`encode_image(images)`, `encode_regions(images)`) in one pass."""
         self.need_regions("regions")
-        image, region, boxes = self._encode(inputs.marked(images, normalized))
-        return image, schema.Regions(boxes, region)
+        return self._encode(inputs.marked(images, normalized))
 
     def encode_tokens(
         self, images: inputs.OneOrMany, *, normalized: bool = False, values: bool = False

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from grain_jax import config as config_lib
 from grain_jax.core import boxes as boxes_lib
+from grain_jax.core import schema
 from grain_jax.models import grain
 
 
@@ -32,9 +33,8 @@ def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings")
     """The jitted (params, image, *arrays) -> what the head makes of the tokens of images.
 
     `image` is [B, S, S, 3], uint8 or normalised float32, or the images' tokens, which have fewer axes. The
-    head "embeddings" gives image_embed [B, D], region_embed [B, Q, D] and boxes_xyxy [B, Q, 4], and
-    "regions_by_box_head" the same, with the box head's embeddings of the predicted boxes. Others are methods
-    of GRAIN that take tokens.
+    head "embeddings" gives image_embed [B, D] and the regions (schema.Regions), and "regions_by_box_head" the
+    same, with the box head's embeddings of the predicted boxes. Others are methods of GRAIN that take tokens.
     """
     run = functools.partial(program, model, dtype)
 
@@ -42,11 +42,15 @@ def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings")
         tokens = run("image_tokens")(params, image) if image.ndim == 4 else image
         if head not in ("embeddings", "regions_by_box_head"):
             return run(head)(params, tokens, *arrays)
-        image_embed, region_embed, boxes, _ = run("embeddings")(params, tokens)
-        corners = jnp.clip(boxes_lib.cxcywh_to_xyxy(boxes[:, -1]), 0.0, 1.0)
-        if head == "regions_by_box_head":
+        image_embed, region_embed, boxes, token_boxes = run("embeddings")(params, tokens)
+        boxes, prior = boxes[:, -1], jnp.zeros(region_embed.shape[:2])
+        if model.boxes.proposals:
+            boxes = token_boxes.boxes_cxcywh
+            prior = model.boxes.object_weight * jax.nn.log_sigmoid(token_boxes.logit)
+        corners = jnp.clip(boxes_lib.cxcywh_to_xyxy(boxes), 0.0, 1.0)
+        if model.boxes.proposals or head == "regions_by_box_head":
             region_embed = run("box_embeddings")(params, tokens, corners)
-        return image_embed, region_embed, corners
+        return image_embed, schema.Regions(corners, region_embed, prior)
 
     return jax.jit(encode_images)
 

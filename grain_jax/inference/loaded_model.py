@@ -61,7 +61,8 @@ class LoadedModel:
             f"<Predictor of {self.folder or 'given parameters'}:"
             f" image {size} x {size} ({image.tower}, depth {image.depth}, width {image.width});"
             f" text of {text.context_length} tokens ({text.tower}, depth {text.depth}, width {text.width});"
-            f" {decoder.queries if decoder else 0} regions; box head {self.model.boxes.kind};"
+            f" {decoder.queries if decoder else 0} region queries; box head {self.model.boxes.kind}"
+            f"{', whose regions are the boxes of all patches' * self.has_proposals};"
             f" embeddings of {self.model.embed_dim}; {count:,} parameters, {self.dtype}>"
         )
 
@@ -94,12 +95,26 @@ class LoadedModel:
 
     @property
     def has_regions(self) -> bool:
-        """Whether the model has region queries, which find regions."""
-        return self.model.decoder is not None and self.model.decoder.queries > 0
+        """Whether the model finds regions, by region queries or by the boxes of patches."""
+        decoder = self.model.decoder
+        return self.has_proposals or (decoder is not None and decoder.queries > 0)
+
+    @property
+    def has_proposals(self) -> bool:
+        """Whether the regions are the boxes that patches predict."""
+        return self.model.boxes.proposals
+
+    @property
+    def grounding_head(self) -> str:
+        """The head of jitted.image_program that embeds regions for `ground`."""
+        by_box_head = self.has_box_head and not self.has_proposals  # those have no other embedding
+        return "regions_by_box_head" if by_box_head else "embeddings"
 
     @property
     def class_score(self) -> str:
         """How regions score a class: `by` of scores.region_scores."""
+        if self.has_proposals:  # most patches show other things, or none
+            return "best"
         return self.model.decoder.class_score if self.model.decoder else "mean"
 
     @property

@@ -22,7 +22,7 @@ class Grounding(NamedTuple):
     """The region of an image that fits a text best."""
 
     box_xyxy: np.ndarray  # float32 [4] in [0, 1]
-    score: float  # cosine of the text and the best region
+    score: float  # cosine of the text and the best region; with proposals, plus its prior (schema.Regions)
 
 
 class Detections(NamedTuple):
@@ -129,10 +129,11 @@ class Predictor(Encoder):
         if alpha < 1.0 and classes.descriptions is None:
             needed = "descriptions of the classes: {name: [description, ...]}"
             raise inputs.InputError(f"alpha {alpha} needs {needed}")
-        image_embed, region_embed, _ = self._encode(inputs.marked(images, normalized))
+        image_embed, regions = self._encode(inputs.marked(images, normalized))
         region = None
         if classes.descriptions and alpha < 1.0:
-            region = scores.region_scores(region_embed, classes.descriptions, self.class_score)
+            described, by = classes.descriptions, self.class_score
+            region = scores.region_scores(regions.embed, described, by, regions.prior)
         return scores.combine(scores.global_scores(image_embed, classes.features), region, alpha)
 
     @inputs.for_each_image
@@ -150,15 +151,14 @@ class Predictor(Encoder):
     def ground(self, image: inputs.OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
 
     def ground(self, image: inputs.OneImage | np.ndarray, texts: Any) -> Any:
-        """For each text, or one, the box of the region with the largest cosine (by the box head, if any)."""
+        """For each text, or one, the box of the region with the highest score (by the box head, if any)."""
         if inputs.is_one_text(texts):
             return self.ground(image, inputs.one_text(texts))[0]
         self.need_regions("ground")
-        head = "regions_by_box_head" if self.has_box_head else "embeddings"
-        _, embeds, boxes_xyxy = self._encode([image], head)
-        similarity = self.encode_text(texts) @ embeds[0].T  # [N, Q]
-        best = similarity.argmax(axis=1)
-        return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(similarity, best)]
+        boxes_xyxy, embeds, prior = self._encode([image], self.grounding_head)[1]
+        score = self.encode_text(texts) @ embeds[0].T + prior[0]  # [N, Q]
+        best = score.argmax(axis=1)
+        return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(score, best)]
 
     @inputs.for_each_image
     def detect(
@@ -188,24 +188,32 @@ class Predictor(Encoder):
         features, detections = self.encode_text(names), []
         numbered = enumerate(inputs.checked_images(images, self.model.image.image_size))
         while batch := [inputs.as_uint8(*x) for x in itertools.islice(numbered, batches.MAX_BATCH)]:
-            _, embeds, boxes_xyxy = self._encode(batch)
-            for image, score, boxes in zip(batch, self.text_scores(embeds, features), boxes_xyxy):
+            boxes_xyxy, embeds, prior = self._encode(batch)[1]
+            for image, score, boxes in zip(batch, self.text_scores(embeds, features, prior), boxes_xyxy):
                 region, label = scores.best_pairs(score, boxes, top_k, threshold)
                 size = np.array(image.shape[1::-1] * 2 if pixels else (1,), np.float32)
                 of_texts = tuple(names[i] for i in label)
                 detections.append(Detections(boxes[region] * size, score[region, label], of_texts, label))
         return detections
 
-    def text_scores(self, region_embeds: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """`detect`'s scores of embeddings [..., Q, D] for texts or classes [K, D]: float32 [..., Q, K]."""
+    def text_scores(
+        self, region_embeds: np.ndarray, features: np.ndarray, prior: np.ndarray | float = 0.0
+    ) -> np.ndarray:
+        """`detect`'s scores of embeddings [..., Q, D] for texts or classes [K, D]: float32 [..., Q, K].
+
+        `prior` [..., Q] is that of schema.Regions. All texts share it, so that it would vanish in their
+        softmax: it multiplies the result instead.
+        """
         cosines = scores.unit(region_embeds) @ np.asarray(features, np.float32).T
+        prior = np.asarray(prior, np.float32)[..., None]
         calibrated = self._calibration("regions")[0]
         if calibrated is not None:
-            return calibrated.probabilities(cosines / np.linalg.norm(features, axis=1))
+            return calibrated.probabilities(cosines / np.linalg.norm(features, axis=1) + prior)
         if len(features) == 1:
-            return cosines
-        logits = self.region_logit_scale * cosines.astype(np.float64)
-        return special.softmax(logits, axis=-1).astype(np.float32)
+            return cosines + prior
+        scale = self.region_logit_scale
+        shares = special.softmax(scale * cosines.astype(np.float64), axis=-1)
+        return (shares * np.exp(scale * prior.astype(np.float64))).astype(np.float32)
 
     @inputs.one_or_many
     def present(self, images: inputs.OneOrMany, texts: str | Iterable[str], by: str = "image") -> np.ndarray:
@@ -227,9 +235,11 @@ class Predictor(Encoder):
             make = f"grain-jax evaluate calibrate --checkpoint {self.folder} {data} --output OUT.json"
             got = f"{self.folder}/{calibration.NAME}: got {fault}"
             raise inputs.InputError(f"{got}, expected a calibration; make it by: {make}")
-        embeds = self.encode_image(images) if by == "image" else self.encode_regions(images).embed
         text_embeds = calibration.embed_texts(self.encode_text, list(texts), score.templates)
-        return score.probabilities(calibration.cosines(embeds, text_embeds))
+        if by == "image":
+            return score.probabilities(calibration.cosines(self.encode_image(images), text_embeds))
+        _, embeds, prior = self.encode_regions(images)
+        return score.probabilities(calibration.cosines(embeds, text_embeds, prior))
 
     def _calibration(self, by: str) -> tuple[calibration.Score | None, str]:
         """(the calibration of a score, or None; what is there instead)."""
@@ -258,7 +268,7 @@ class Predictor(Encoder):
             ways.append([np.einsum("nd,hwd->nhw", *pair) for pair in pairs])
         if self.has_regions or not self.has_patches:
             regions = zip(text_embeds, *self.encode_regions(tokens), strict=True)
-            ways.append([scores.region_map(text @ x.T, boxes, self.grid) for text, boxes, x in regions])
+            ways.append([scores.region_map(t @ x.T + p, boxes, self.grid) for t, boxes, x, p in regions])
         return [np.asarray(np.mean(maps, axis=0), np.float32) for maps in zip(*ways)]
 
     @inputs.for_each_image
@@ -337,8 +347,8 @@ class Predictor(Encoder):
             cosines = classes.cosines(self.encode_patches(tokens, patch_sides))
             maps.append(cosines.transpose(0, 3, 1, 2))
         if by != "patches":
-            boxes_xyxy, embed = self.encode_regions(images if use_values else tokens)
-            pairs = zip(classes.cosines(embed).transpose(0, 2, 1), boxes_xyxy)  # [B, C, Q]
+            boxes_xyxy, embed, prior = self.encode_regions(images if use_values else tokens)
+            pairs = zip(classes.cosines(embed).transpose(0, 2, 1) + prior[:, None], boxes_xyxy)  # [B, C, Q]
             maps.append(np.stack([scores.region_map(*pair, self.grid) for pair in pairs]))
         if len(maps) == 1:
             return maps[0]

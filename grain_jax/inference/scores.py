@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from grain_jax.core import schema
+
 AT_ONCE = 256  # rows of `in_parts`
 
 
@@ -37,7 +39,10 @@ def global_scores(image_embed: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def region_scores(
-    region_embed: np.ndarray, description_embeds: Sequence[np.ndarray], by: str = "mean"
+    region_embed: np.ndarray,
+    description_embeds: Sequence[np.ndarray],
+    by: str = "mean",
+    prior: np.ndarray | None = None,
 ) -> np.ndarray:
     """The region score of each class, float32 [B, C] (docs/method.md, Zero-shot evaluation).
 
@@ -46,18 +51,20 @@ def region_scores(
       description_embeds: for each class the embeddings of its descriptions, [n_c, D], n_c >= 1.
       by: "mean" averages the queries' cosines with the best description of the class, as the paper does.
         "best" averages the descriptions' cosines with the best query.
+      prior: [B, Q], added to the cosines of a region; None: 0.
     """
     counts = [len(embeds) for embeds in description_embeds]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     descriptions = unit(np.concatenate(list(description_embeds)))  # [sum of n_c, D]
 
-    def scores_of(part: np.ndarray) -> tuple[np.ndarray]:
-        similarity = unit(part) @ descriptions.T  # [b, Q, sum of n_c]
+    def scores_of(part: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray]:
+        similarity = unit(part) @ descriptions.T + prior[..., None]  # [b, Q, sum of n_c]
         if by == "best":
             return (np.add.reduceat(similarity.max(axis=1), starts, axis=-1) / counts,)
         return (np.maximum.reduceat(similarity, starts, axis=-1).mean(axis=1),)
 
-    return in_parts(scores_of, region_embed)[0]
+    prior = np.zeros(region_embed.shape[:2], np.float32) if prior is None else prior
+    return in_parts(scores_of, region_embed, prior)[0]
 
 
 def best_pairs(
@@ -88,6 +95,20 @@ def best_pairs(
     best = best[np.lexsort((best, -flat[best]))]
     best = best[(flat[best] >= threshold) & (flat[best] > -np.inf)]
     return np.divmod(best, score.shape[1])
+
+
+def likeliest(regions: schema.Regions, most: int) -> schema.Regions:
+    """`most` proposals of each image: those with the highest prior first.
+
+    Those that overlap a better one by an IoU above 0.5 come after all others.
+    """
+    chosen = []
+    for boxes_xyxy, prior in zip(regions.boxes_xyxy, regions.prior):
+        first, _ = best_pairs(prior[:, None], boxes_xyxy, len(prior))
+        order = np.argsort(-prior, kind="stable")
+        chosen.append(np.concatenate([first, order[~np.isin(order, first)]])[:most])
+    take = lambda x: np.stack([each[i] for each, i in zip(x, chosen)])
+    return schema.Regions(*map(take, regions))
 
 
 def combine(global_: np.ndarray, region: np.ndarray | None, alpha: float) -> np.ndarray:

@@ -184,11 +184,11 @@ def maps_by(model: config_lib.Model, by: str, patch_features: str) -> tuple[str,
             raise InputError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
     has_head, external = model.boxes.kind != "none", named.is_external(model.image.tower)
     has_patches = has_head or model.tower_pools
-    has_regions = model.decoder is not None and model.decoder.queries > 0
+    has_regions = model.boxes.proposals or (model.decoder is not None and model.decoder.queries > 0)
     if by == "auto":
         by = "patches" if not has_regions else "both" if has_patches else "regions"
     if by != "patches" and not has_regions:
-        raise InputError(f"by: got {by!r} and a model without region queries, expected 'patches'")
+        raise InputError(f"by: got {by!r} and a model that finds no regions, expected 'patches'")
     if by != "regions" and not has_patches:
         raise InputError(
             f"by: got {by!r} and a model with a decoder and no box head, expected a box head"

@@ -24,7 +24,8 @@ class StubPredictor:
     """
 
     model = types.SimpleNamespace(image=types.SimpleNamespace(image_size=4))
-    has_regions, has_box_head = True, False
+    has_regions, has_box_head, has_proposals = True, False, False
+    grounding_head = "embeddings"
     folder, digests, class_score = None, {}, "mean"
 
     def __init__(self, images=None, texts=None, regions=None):
@@ -40,8 +41,12 @@ class StubPredictor:
 
     def encode_image_and_regions(self, images):
         boxes_xyxy, embed = zip(*(self.regions[number(p)] for p in images))
-        regions = schema.Regions(np.array(boxes_xyxy, np.float32), np.array(embed, np.float32))
-        return self.encode_image(images), regions
+        boxes_xyxy, embed = np.array(boxes_xyxy, np.float32), np.array(embed, np.float32)
+        prior = np.zeros(embed.shape[:2], np.float32)
+        return self.encode_image(images), schema.Regions(boxes_xyxy, embed, prior)
+
+    def encode_regions(self, images):
+        return self.encode_image_and_regions(images)[1]
 
 
 def number(picture) -> int:

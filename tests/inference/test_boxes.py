@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from scipy import special
 
 from grain_jax import inference
-from grain_jax.inference import scores
+from grain_jax.core import schema
+from grain_jax.inference import scores, segmentation
 from grain_jax.models import grain
 from tests import perturbed
 
@@ -63,13 +65,64 @@ def test_any_number_of_boxes_an_image(predictor):
 def test_a_phrase_is_compared_with_the_regions_or_their_boxes(kind):
     predictor = _predictor(boxes__kind=kind)
     texts = predictor.encode_text(TEXTS)
-    boxes_xyxy, regions = predictor.encode_regions(PICTURES[:1])
+    boxes_xyxy, regions, prior = predictor.encode_regions(PICTURES[:1])
+    assert not prior.any()
     embeds = regions if kind == "none" else of_boxes(predictor, PICTURES[:1], boxes_xyxy)
     similarity = texts @ np.asarray(embeds[0]).T
     for each, row in zip(predictor.ground(PICTURES[0], TEXTS), similarity, strict=True):
         np.testing.assert_allclose(each.score, row.max(), atol=3e-6)
         np.testing.assert_allclose(each.box_xyxy, boxes_xyxy[0, row.argmax()], atol=3e-6)
     assert kind == "none" or np.abs(similarity - texts @ regions[0].T).max() > 1e-2
+
+
+PROPOSALS = dict(boxes__kind="roi_align", boxes__proposals=True, boxes__object_weight=0.3)
+SORTS = {  # of models whose regions are the boxes of patches
+    "decoder": dict(decoder__boxes="pointer", decoder__reads_box=True, decoder__image_pool="all"),
+    "no decoder": dict(decoder=None, image__pool="map"),
+}
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_proposals_are_the_boxes_of_all_patches(sort):
+    predictor = _predictor(**PROPOSALS, **SORTS[sort])
+    tokens = applied(predictor, "image_tokens", PICTURES)
+    image_embed, _, _, patches = applied(predictor, "embeddings", tokens)
+    centre, half = patches.boxes_cxcywh[..., :2], patches.boxes_cxcywh[..., 2:] / 2
+    corners = np.clip(np.concatenate([centre - half, centre + half], axis=-1), 0, 1)
+    prior = -0.3 * np.logaddexp(0, -np.asarray(patches.logit, np.float64))
+    regions = predictor.encode_regions(PICTURES)
+    close(regions, (corners, applied(predictor, "box_embeddings", tokens, corners), prior))
+    assert regions.embed.shape == (3, 25, 28) and np.ptp(regions.prior) > 1e-3
+    close(predictor.encode_image(PICTURES), image_embed)
+    texts = predictor.encode_text(TEXTS)
+    cosines = np.einsum("bqd,nd->bqn", regions.embed, texts)
+    score = cosines + prior[..., None]
+    for each, row in zip(predictor.ground(PICTURES[0], TEXTS), score[0].T, strict=True):
+        np.testing.assert_allclose(each.score, row.max(), atol=3e-6)
+        np.testing.assert_array_equal(each.box_xyxy, regions.boxes_xyxy[0, row.argmax()])
+    # Several texts share the prior: it is a factor of their softmax.
+    scale = predictor.region_logit_scale
+    shares = special.softmax(scale * cosines.astype(np.float64), axis=-1)
+    expected = shares * np.exp(scale * prior)[..., None]
+    close(predictor.text_scores(regions.embed, texts, regions.prior), expected)
+    close(predictor.text_scores(regions.embed, texts[:1], regions.prior), score[..., :1])
+    described = inference.ClassFeatures(("a", "b"), texts, (texts[:1], texts[1:]))
+    close(predictor.classify(PICTURES, described, alpha=0), score.max(axis=1))
+    maps = predictor.similarity_map(PICTURES[0], TEXTS)
+    of_regions = scores.region_map(score[0].T, regions.boxes_xyxy[0], 5)
+    patch = np.einsum("nd,hwd->nhw", texts, predictor.encode_patches(PICTURES[0]))
+    close([maps], [(patch + of_regions) / 2])
+    asked = segmentation.Classes(("a", "b"), texts, np.arange(2))
+    got = predictor.class_maps(PICTURES[:1], asked, by="regions", patch_features="tokens")
+    close(got, [of_regions])
+
+
+def test_the_likeliest_proposals_do_not_overlap():
+    boxes = np.array([[0, 0, 0.4, 0.4], [0, 0, 0.4, 0.45], [0.5, 0.5, 1, 1], [0.5, 0, 1, 0.4]], np.float32)
+    regions = schema.Regions(boxes[None], np.eye(4)[None], np.array([[-1.0, -0.5, -3.0, -2.0]]))
+    assert scores.likeliest(regions, 3).embed.argmax(-1).tolist() == [[1, 3, 2]]
+    assert scores.likeliest(regions, 4).embed.argmax(-1).tolist() == [[1, 3, 2, 0]]
+    assert scores.likeliest(regions, 2).prior.tolist() == [[-0.5, -2.0]]
 
 
 def test_one_image_and_the_classes_of_its_boxes(predictor):

@@ -93,8 +93,8 @@ def test_all_kinds_of_pictures_agree(predictor, tmp_path):
     "call, shapes",
     [
         (lambda p, x: p.encode_image(x), [(D,)]),
-        (lambda p, x: p.encode_regions(x), [(Q, 4), (Q, D)]),
-        (lambda p, x: p.encode_image_and_regions(x), [(D,), (Q, 4), (Q, D)]),
+        (lambda p, x: p.encode_regions(x), [(Q, 4), (Q, D), (Q,)]),
+        (lambda p, x: p.encode_image_and_regions(x), [(D,), (Q, 4), (Q, D), (Q,)]),
         (lambda p, x: p.classify(x, CLASSES, 0.5), [(2,)]),
     ],
     ids=["image", "regions", "both", "classify"],

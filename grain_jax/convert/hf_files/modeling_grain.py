@@ -349,22 +349,30 @@ class Pointer(nn.Module):
 
     def __init__(self, towers):
         super().__init__()
-        image, width = towers["image"], towers["decoder"]["width"]
+        image, decoder = towers["image"], towers["decoder"]
+        width = (decoder or image)["width"]
         self.leading, self.grid = _leading(image), _grid(image)
         self.layers = nn.ModuleList([nn.Linear(image["width"], width), nn.Linear(width, 5)])
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(image["width"], width, bias=False)
+        if decoder is not None:
+            self.query = nn.Linear(width, width, bias=False)
+            self.key = nn.Linear(image["width"], width, bias=False)
 
-    def forward(self, queries, tokens):
-        """Queries [T, B, Q, E] and image tokens -> boxes cxcywh [T, B, Q, 4]."""
-        patches = tokens[:, self.leading :]
+    def patches(self, tokens):
+        """Image tokens -> boxes cxcywh [B, patches, 4] and the logits of "shows an object" [B, patches]."""
         first, second = self.layers
-        offset, logit = second(F.relu(first(patches))).float().split([4, 1], dim=-1)
+        hidden = second(F.relu(first(tokens[:, self.leading :])))
+        offset, logit = hidden.float().split([4, 1], dim=-1)
         y, x = _centres(self.grid, device=tokens.device)
         side = torch.full_like(x, 0.38)
         boxes = (offset + torch.stack([x, y, side, side], dim=-1).logit()).sigmoid()
-        scores = torch.einsum("tbqe,bpe->tbqp", self.query(queries), self.key(patches)).float()
-        scores = scores * (6 * queries.shape[-1] ** -0.5) + logit[None, :, None, :, 0]
+        return boxes, logit[..., 0]
+
+    def forward(self, queries, tokens):
+        """Queries [T, B, Q, E] and image tokens -> boxes cxcywh [T, B, Q, 4]."""
+        boxes, logit = self.patches(tokens)
+        keys = self.key(tokens[:, self.leading :])
+        scores = torch.einsum("tbqe,bpe->tbqp", self.query(queries), keys).float()
+        scores = scores * (6 * queries.shape[-1] ** -0.5) + logit[None, :, None]
         return torch.einsum("tbqp,bpc->tbqc", scores.softmax(-1), boxes)
 
 
@@ -380,6 +388,11 @@ class PooledImage(nn.Module):
         self.pool = AttentionPool(image) if image["pool"] == "map" else None
         self.img_proj, self.img_proj_bias = _projection(image, towers["embed_dim"])
         self.boxes = BoxHead(towers) if towers["boxes"]["kind"] != "none" else None
+        self.has_proposals = towers["boxes"].get("proposals", False)
+        self.has_regions = self.has_proposals or (towers["decoder"] or {"queries": 0})["queries"] > 0
+        self.object_weight = towers["boxes"].get("object_weight")
+        if self.has_proposals:
+            self.pointer = Pointer(towers)
 
     @property
     def embeds_patches(self):
@@ -389,6 +402,19 @@ class PooledImage(nn.Module):
     def forward(self, tokens):
         """Image tokens -> image [B, D], and no regions and no boxes."""
         return self._embed(tokens, self.leading), None, None
+
+    def encode(self, tokens):
+        """Image tokens -> images [B, D], unit length, and their `GrainRegions`, or None without regions."""
+        image, embeds, boxes = self(tokens)
+        if not self.has_regions:
+            return _unit(image), None
+        if self.has_proposals:
+            boxes, logit = self.pointer.patches(tokens)
+            corners, priors = _corners(boxes).clamp(0, 1), self.object_weight * F.logsigmoid(logit)
+            embeds = self.boxes(tokens, corners)
+        else:
+            corners, priors = _corners(boxes[-1]).clamp(0, 1), embeds.new_zeros(embeds.shape[:2]).float()
+        return _unit(image), GrainRegions(boxes_xyxy=corners, embeds=_unit(embeds), priors=priors)
 
     def patches(self, tokens):
         """Embeddings of the patches, [B, patches, D]: by the box head, or each pooled alone; None without."""
@@ -425,9 +451,9 @@ class Decoder(PooledImage):
         decoder = nn.ModuleDict({"layers": layers, "norm": _norm(tower)})
         self.transformer = nn.ModuleDict({"pre_norm": _norm(tower), "decoder": decoder})
         self.points, self.reads_box = tower.get("boxes") == "pointer", tower.get("reads_box")
-        if self.points:
+        if self.points and not self.has_proposals:
             self.pointer = Pointer(towers)
-        else:
+        if not self.points:
             layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
             self.bbox_embed = nn.ModuleDict({"layers": layers})
         self.obj_proj = nn.Parameter(torch.zeros(width, out))
@@ -467,10 +493,11 @@ class Decoder(PooledImage):
 
 @dataclass
 class GrainRegions(ModelOutput):
-    """The predicted regions of the queries."""
+    """The regions of the queries, or with proposals of all patches."""
 
     boxes_xyxy: torch.FloatTensor | None = None  # [B, Q, 4], corners in [0, 1]
     embeds: torch.FloatTensor | None = None  # [B, Q, D], unit length
+    priors: torch.FloatTensor | None = None  # [B, Q], added to the cosines; 0 for queries
 
 
 @dataclass
@@ -481,8 +508,9 @@ class GrainOutput(ModelOutput):
     logits_per_text: torch.FloatTensor | None = None  # [N, B]
     image_embeds: torch.FloatTensor | None = None  # [B, D]
     text_embeds: torch.FloatTensor | None = None  # [N, D]
-    region_embeds: torch.FloatTensor | None = None  # [B, Q, D], with a region decoder, as the boxes
+    region_embeds: torch.FloatTensor | None = None  # [B, Q, D], of a model that finds regions, as the others
     boxes_xyxy: torch.FloatTensor | None = None  # [B, Q, 4], corners in [0, 1]
+    region_priors: torch.FloatTensor | None = None  # [B, Q], with proposals
 
 
 class GrainModel(PreTrainedModel):
@@ -511,42 +539,44 @@ class GrainModel(PreTrainedModel):
         return self.backbone.encode_text(input_ids)
 
     def get_regions(self, pixel_values):
-        """Images [B, 3, S, S] -> `GrainRegions`; needs a region decoder."""
+        """Images [B, 3, S, S] -> `GrainRegions`; needs a region decoder or proposals."""
         return self._regions(self.backbone.visual(pixel_values))
 
     def _regions(self, tokens):
         """`get_regions` of the tokens of images."""
-        _, embeds, boxes = self.decoder(tokens)
-        if embeds is None:
-            raise ValueError("the model has no region decoder, so it has no regions")
-        return GrainRegions(boxes_xyxy=_corners(boxes[-1]).clamp(0, 1), embeds=_unit(embeds))
+        regions = self.decoder.encode(tokens)[1]
+        if regions is None:
+            raise ValueError("the model has neither a region decoder nor proposals, so it finds no regions")
+        return regions
 
     def ground(self, pixel_values, input_ids):
-        """For each image and text the region with the largest cosine: boxes_xyxy [B, N, 4], scores [B, N].
+        """For each image and text the region with the best score: boxes_xyxy [B, N, 4], scores [B, N].
 
-        With a box head, its embedding of the box gives the cosine.
+        A score is the cosine plus the prior. With a box head, its embedding of the box gives the cosine.
         """
         tokens = self.backbone.visual(pixel_values)
-        boxes, embeds = self._regions(tokens).values()
-        if self.decoder.boxes is not None:
+        boxes, embeds, priors = self._regions(tokens).values()
+        if self.decoder.boxes is not None and not self.decoder.has_proposals:
             embeds = _unit(self.decoder.boxes(tokens, boxes))
         cosines = _cosines(embeds, _unit(self.get_text_features(input_ids)))  # [B, Q, N]
-        score, best = cosines.max(dim=1)
+        score, best = (cosines + priors[..., None]).max(dim=1)
         return boxes.gather(1, best[..., None].expand(-1, -1, 4)), score
 
     def detect(self, pixel_values, input_ids, threshold=0.0, top_k=100):
         """For each image the regions with a text: (boxes_xyxy [n, 4], scores [n], labels [n]), best first.
 
-        A score is the softmax over the texts of the scaled cosines; a single text has its cosine. Regions of
-        one text overlap by an IoU of at most 0.5.
+        A score is the softmax over the texts of the scaled cosines, times the exponential of the scaled
+        prior; a single text has its cosine plus the prior. Regions of one text overlap by an IoU of at
+        most 0.5.
         """
-        boxes, embeds = self._regions(self.backbone.visual(pixel_values)).values()
+        boxes, embeds, priors = self._regions(self.backbone.visual(pixel_values)).values()
         cosines = _cosines(embeds, _unit(self.get_text_features(input_ids)))
         of_regions = self.decoder.logit_scale
         scale = (self.backbone.logit_scale if of_regions is None else of_regions).exp()
-        scores = cosines
+        scores = cosines + priors[..., None]
         if cosines.shape[-1] > 1:
-            scores = (scale * cosines).double().softmax(-1).float()
+            shares = (scale * cosines).double().softmax(-1)
+            scores = (shares * (scale * priors).double().exp()[..., None]).float()
         low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
         high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
         both = (high - low).clamp(min=0).prod(-1)
@@ -581,11 +611,11 @@ class GrainModel(PreTrainedModel):
     def _maps(self, pixel_values, texts):
         """`similarity_maps` of texts [N, D], unit length."""
         tokens = self.backbone.visual(pixel_values)
-        _, regions, boxes = self.decoder(tokens)
+        regions = self.decoder.encode(tokens)[1]
         grid, maps = _grid(self.config.towers["image"]), []
-        if regions is not None and regions.shape[1]:
-            corners = _corners(boxes[-1]).clamp(0, 1)
-            maps.append(_region_maps(_cosines(texts, _unit(regions)), corners, grid))
+        if regions is not None:
+            boxes, embeds, priors = regions.values()
+            maps.append(_region_maps(_cosines(texts, embeds) + priors[:, None], boxes, grid))
         patches = self.decoder.patches(tokens)
         if patches is not None:
             maps.append(_cosines(texts, _unit(patches)).unflatten(-1, (grid, grid)))
@@ -604,14 +634,16 @@ class GrainModel(PreTrainedModel):
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: got {alpha}, expected a number from 0 to 1")
-        image, regions, _ = self.decoder(self.backbone.visual(pixel_values))
-        scores = alpha * _cosines(_unit(image), class_features)
+        image, regions = self.decoder.encode(self.backbone.visual(pixel_values))
+        scores = alpha * _cosines(image, class_features)
         if alpha < 1:
             if descriptions is None or regions is None:
-                raise ValueError(f"alpha {alpha} needs a region decoder and descriptions of classes")
-            # Over descriptions and queries: the maximum over one, the mean over the other.
-            by_best = self.config.towers["decoder"].get("class_score") == "best"
-            cosines = (_cosines(_unit(regions), _unit(d)) for d in descriptions)
+                raise ValueError(f"alpha {alpha} needs a model with regions, and descriptions of classes")
+            # Over descriptions and regions: the maximum over one, the mean over the other.
+            decoder, by_best = self.config.towers["decoder"], self.decoder.has_proposals
+            by_best = by_best or decoder.get("class_score") == "best"
+            _, embeds, priors = regions.values()
+            cosines = (_cosines(embeds, _unit(d)) + priors[..., None] for d in descriptions)
             best = [x.amax(1 if by_best else 2).mean(1) for x in cosines]
             scores = scores + (1 - alpha) * torch.stack(best, dim=1)
         return scores
@@ -622,8 +654,8 @@ class GrainModel(PreTrainedModel):
 
     def forward(self, pixel_values, input_ids):
         """Images [B, 3, S, S] and texts [N, L] -> `GrainOutput`."""
-        image, regions, boxes = self.decoder(self.backbone.visual(pixel_values))
-        image, text = _unit(image), _unit(self.get_text_features(input_ids))
+        image, regions = self.decoder.encode(self.backbone.visual(pixel_values))
+        text = _unit(self.get_text_features(input_ids))
         logits = self.backbone.logit_scale.exp() * _cosines(image, text)
         if self.backbone.logit_bias is not None:
             logits = logits + self.backbone.logit_bias
@@ -631,34 +663,36 @@ class GrainModel(PreTrainedModel):
             logits_per_image=logits, logits_per_text=logits.T, image_embeds=image, text_embeds=text
         )
         if regions is not None:
-            out["region_embeds"] = _unit(regions)
-            out["boxes_xyxy"] = _corners(boxes[-1]).clamp(0, 1)
+            out["region_embeds"], out["boxes_xyxy"] = regions.embeds, regions.boxes_xyxy
+            if self.decoder.has_proposals:
+                out["region_priors"] = regions.priors
         return out
 
     def export_onnx(self, folder):
         """Makes `folder` with `image.onnx`, `text.onnx`, `maps.onnx` and, with a box head, `boxes.onnx`.
 
-        image.onnx: pixel_values -> image_embeds and, with a region decoder, region_embeds, boxes_xyxy.
+        image.onnx: pixel_values -> image_embeds, with regions region_embeds and boxes_xyxy, and with
+        proposals region_priors.
         text.onnx: input_ids [N, context length] -> text_embeds. boxes.onnx: pixel_values, boxes_xyxy [B, R,
         4] -> box_embeds. maps.onnx: pixel_values, text_embeds [N, D] -> similarity_maps [B, N, h, w]. The
         numbers of images, texts and boxes are dynamic. Needs the packages onnx and onnxscript.
         """
-        image, text, of_decoder = (self.config.towers[name] for name in ("image", "text", "decoder"))
+        image, text = self.config.towers["image"], self.config.towers["text"]
         size, visual, decoder = image["image_size"], self.backbone.visual, self.decoder
         batch, boxes, texts = (torch.export.Dim(name) for name in ("batch", "boxes", "texts"))
         pixels = {"pixel_values": (torch.zeros(2, 3, size, size), {0: batch})}
         ids = {"input_ids": (torch.zeros(2, text["context_length"], dtype=torch.long), {0: batch})}
         corners = {"boxes_xyxy": (torch.rand(2, 3, 4), {0: batch, 1: boxes})}
         asked = {"text_embeds": (torch.rand(3, self.config.towers["embed_dim"]), {0: texts})}
-        has_regions = of_decoder is not None and of_decoder["queries"] > 0
+        embeds = ["image_embeds", "region_embeds", "boxes_xyxy", "region_priors"]
+        embeds = embeds[: 4 if decoder.has_proposals else 3 if decoder.has_regions else 1]
 
         def of_images(pixel_values):
-            image, regions, boxes = decoder(visual(pixel_values))
-            if not has_regions:
-                return _unit(image)
-            return _unit(image), _unit(regions), _corners(boxes[-1]).clamp(0, 1)
+            image, regions = decoder.encode(visual(pixel_values))
+            if regions is None:
+                return image
+            return (image, regions.embeds, regions.boxes_xyxy, regions.priors)[: len(embeds)]
 
-        embeds = ["image_embeds", "region_embeds", "boxes_xyxy"][: 3 if has_regions else 1]
         of_texts = lambda input_ids: _unit(self.backbone.encode_text(input_ids))
         parts = {  # file -> function, the modules that it calls, inputs, outputs
             "image": (of_images, (visual, decoder), pixels, embeds),
@@ -667,7 +701,7 @@ class GrainModel(PreTrainedModel):
         if decoder.boxes is not None:
             modules = (visual, decoder.boxes)
             parts["boxes"] = (self.get_boxes, modules, pixels | corners, ["box_embeds"])
-        if has_regions or decoder.embeds_patches:
+        if decoder.has_regions or decoder.embeds_patches:
             parts["maps"] = (self._maps, (visual, decoder), pixels | asked, ["similarity_maps"])
         Path(folder).mkdir(parents=True, exist_ok=True)
         trains = self.training

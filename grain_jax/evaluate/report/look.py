@@ -13,6 +13,7 @@ from grain_jax.inference import prompts, scores
 from grain_jax.runtime import processes
 
 _CARDS = 24  # images whose regions are shown
+_PROPOSALS = 5  # of an image's patches whose boxes are shown
 _EDGE = 224  # longer side of a shown image, pixels
 _TEXTS = 2000  # descriptions that are compared with each region, at most
 
@@ -80,7 +81,8 @@ def _classes(predictor: Any, name: str, entry: Any, limit: int) -> dict[str, dic
     chosen = [image for position, image in every if position in wanted]
     seen = encode.gather_images(predictor, chosen, label="report", regions=scorer.with_regions)
     out = {}
-    for way, combined in scorer.of_images(seen.image_embed, seen.regions.embed).items():
+    regions = seen.regions.embed, seen.regions.prior
+    for way, combined in scorer.of_images(seen.image_embed, *regions).items():
         hits = rates.topk_hits(combined, seen.labels, 1)
         shares = rates.of_classes(hits, hits, seen.labels, list(test_set.classes))["per_class"]
         shown = way.replace("_", " ").replace("/", ", ")
@@ -90,25 +92,28 @@ def _classes(predictor: Any, name: str, entry: Any, limit: int) -> dict[str, dic
 
 def _cards(predictor: Any, entry: Any) -> list[Card]:
     if not predictor.has_regions:
-        raise errors.UserError("the model has no region queries")
+        raise errors.UserError("the model finds no regions")
     annotated = entry.read()
     chosen = _spread(len(annotated.records), _CARDS)
     files = [test_sets.of_path(annotated.paths[i]) for i in chosen]
     seen = encode.gather_images(predictor, files, label="regions", regions=True)
     records = [annotated.records[chosen[i]] for i in seen.index]
     described = grounding.described_boxes(records, seen.sizes)
-    matched, text_of = grounding.match(seen.regions.boxes_xyxy, described)
+    regions = seen.regions
+    if predictor.has_proposals:
+        regions = scores.likeliest(regions, _PROPOSALS)
+    matched, text_of = grounding.match(regions.boxes_xyxy, described)
     others = [region.description for record in annotated.records for region in record.regions]
     texts = prompts.distinct(described.texts + others, encode.as_read)[0]
     texts = texts[: max(_TEXTS, len(described.texts))]
     text_embed = scores.unit(predictor.encode_text(texts))
-    cosines = scores.unit(seen.regions.embed) @ text_embed.T  # [n, Q, T]
+    cosines = scores.unit(regions.embed) @ text_embed.T  # [n, Q, T]
     cards = []
     for i, record in enumerate(records):
         queries = matched.query[matched.image == i].tolist()  # in order of rank
         right_text = dict(zip(queries, text_of[matched.image == i].tolist()))
         boxes = []
-        for query, (box, row) in enumerate(zip(seen.regions.boxes_xyxy[i], cosines[i])):
+        for query, (box, row) in enumerate(zip(regions.boxes_xyxy[i], cosines[i])):
             best = int(row.argmax())
             right = right_text[query] == best if query in right_text else None
             boxes.append(Box(box.tolist(), texts[best], float(row[best]), query, right))
