@@ -32,6 +32,7 @@ def get_config():
     # of all queries bring words into the global embedding.
     c.model.decoder.queries = 8
     c.model.decoder.image_pool = "all"
+    c.model.boxes.proposals = False  # on birds, whose parts have places, queries find as much as all patches
     c.loss.image_description = 1.0
     c.input.captions_per_image = 2
     c.optim.clip_norm = 1.0

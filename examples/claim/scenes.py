@@ -24,10 +24,12 @@ import csv
 import itertools
 import pathlib
 import sys
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from ml_collections import FieldReference
 
+from examples.claim import scores
 from examples.claim import table as tables
 from grain_jax.config.points import seeds
 from grain_jax.configs import demo, regions
@@ -44,6 +46,15 @@ ARMS = {
 }
 # At least the FLOPs of `grain`: by flops.per_image, an image has 258 MFLOP there, in these 237 and 241.
 LONGER = {"clip_boxes": 1.15, "clip_patches": 1.08}
+COLUMNS = {  # heading -> key, where {} is the sort of regions, and factor
+    **{x: y for x, y in tables.COLUMNS.items() if y[0].startswith(("groups", "retrieval"))},
+    "phrases": ("test/{}/phrase_acc50", 100),
+    "of another image": ("test/{}/phrase_acc50_other_image", 100),
+    "IoU of phrases": ("test/{}/phrase_iou", 1),
+    "matched IoU": ("test/{}/box_iou", 1),
+    "AP50": ("test/{}/ap50", 100),
+    "region R@1": ("test/{}/region_to_description_r1", 100),
+}
 _RUN = ("boxes", "arm", "seed")
 
 
@@ -80,12 +91,11 @@ def get_config(argument: str):
     for name in ("quiet", "seen", "validation/quiet", "validation/seen"):
         how = dict(descriptions=f"{data}/{name}.json", names=False)
         evals[name.replace("/", "_")] = evaluator("examples.claim.scores:Scores", f"{data}/{name}", **how)
-    kinds = {"groups": "examples.evaluator.groups:Groups", "retrieval": "retrieval"}
-    if c.model.decoder is not None:
-        kinds |= {"grounding": "grounding", "detection": "detection"}
-    for name, kind in kinds.items():
-        file = "instances.json" if name == "detection" else "A.jsonl"
-        evals[name] = evaluator(kind, f"{data}/test", annotations=f"{data}/test/{file}")
+    for name, kind in (("groups", "examples.evaluator.groups:Groups"), ("retrieval", "retrieval")):
+        evals[name] = evaluator(kind, f"{data}/test", annotations=f"{data}/test/A.jsonl")
+    for split in ("validation", "test") if c.model.decoder or c.model.boxes.proposals else ():
+        files = dict(annotations=f"{data}/{split}/A.jsonl", instances=f"{data}/{split}/instances.json")
+        evals[split] = evaluator("examples.claim.scores:Regions", f"{data}/{split}", **files)
     c.evals = evals
     return c
 
@@ -117,23 +127,45 @@ def write(runs: Runs, file: pathlib.Path) -> None:
             lines.writerow(dict(zip(_RUN, run)) | {name: f"{x:.4g}" for name, x in numbers.items()})
 
 
+def best(rows: Sequence[tables.Row], keys: Iterable[str]) -> str:
+    """The key with the greatest mean over seeds."""
+    return max(keys, key=lambda key: fmean(row[key] for row in rows))
+
+
+def ways(rows: Sequence[tables.Row]) -> dict[str, str]:
+    """For each sort of regions that the runs of an arm have, its name in the table and among the metrics."""
+    weights = {key.split("/")[1] for key in rows[0] if key.startswith("validation/w_")}
+    found = {"by queries": "queries"} if "validation/queries/ap50" in rows[0] else {}
+
+    def merit(way: str) -> float:
+        quiet = [f"validation_quiet/{way}/alpha_{alpha}/top1" for alpha in scores.ALPHAS]
+        keys = best(rows, quiet), *(f"validation/{way}/{x}" for x in ("phrase_acc50", "ap50"))
+        return sum(fmean(row[key] for row in rows) for key in keys)
+
+    if weights:
+        weight = max(sorted(weights), key=merit)
+        found[f"proposals, {weight.replace('_', ' ')}"] = weight
+    return found or {"": ""}
+
+
 def table(runs: Runs, boxes: str) -> str:
     """A table of one version of the boxes, as Markdown: per arm the quiet phrases by seed, and means.
 
-    The score of an arm has the best mean over seeds of quiet phrases on validation images.
+    An arm has a row for each sort of its regions (`ways`). The score of a row, among those of images, fixed
+    boxes and these regions, has the best mean over seeds of quiet phrases on validation images.
     """
     lines = []
     for arm, label in ARMS.items():
         rows = [numbers for run, numbers in runs.items() if run[:2] == (boxes, arm)]
-        if not rows:
-            continue
-        tried = [x for x in rows[0] if x.startswith("validation_quiet/") and x.endswith("/top1")]
-        _, score = max(tried, key=lambda x: fmean(row[x] for row in rows)).split("/", 1)
-        quiet, seen = ([100 * row[f"{part}/{score}"] for row in rows] for part in ("quiet", "seen"))
-        cells = [label, score.removesuffix("/top1").replace("/alpha_", ", ")]
-        cells += [", ".join(f"{x:.1f}" for x in quiet), f"{fmean(quiet):.3g}", f"{fmean(seen):.3g}"]
-        lines.append(cells + tables.means(rows))
-    return tables.markdown(["arm", "score", "quiet, by seed", "quiet", "seen", *tables.COLUMNS], lines)
+        for shown, way in ways(rows).items() if rows else ():
+            allowed = {"image", "windows", "parts", way} | ({"mean", "best"} if way == "queries" else set())
+            tried = [x for x in rows[0] if x.startswith("validation_quiet/") and x.split("/")[1] in allowed]
+            score = best(rows, [x for x in tried if x.endswith("/top1")]).partition("/")[2]
+            quiet, seen = ([100 * row[f"{part}/{score}"] for row in rows] for part in ("quiet", "seen"))
+            cells = [f"{label}{shown and ', '}{shown}", score.removesuffix("/top1").replace("/alpha_", ", ")]
+            cells += [", ".join(f"{x:.1f}" for x in quiet), f"{fmean(quiet):.3g}", f"{fmean(seen):.3g}"]
+            lines.append(cells + tables.means(rows, {k: (x.format(way), f) for k, (x, f) in COLUMNS.items()}))
+    return tables.markdown(["arm", "score", "quiet, by seed", "quiet", "seen", *COLUMNS], lines)
 
 
 if __name__ == "__main__":

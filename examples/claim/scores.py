@@ -1,7 +1,7 @@
 """Evaluators that try every score of a model, so that validation images can choose among them.
 
 c.evals.quiet = kinds.evaluator("examples.claim.scores:Scores", "FOLDER", descriptions="D.json", names=False)
-c.evals.test = kinds.evaluator("examples.claim.scores:Regions", "FOLDER", annotations="A.jsonl", instances="I")
+c.evals.test = kinds.evaluator("examples.claim.scores:Regions", "DIR", annotations="A.jsonl", instances="I")
 """
 
 import dataclasses

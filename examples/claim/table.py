@@ -41,9 +41,9 @@ def read(run: pathlib.Path) -> Row:
     return {key.removeprefix("eval/"): value for key, value in stored.items()}
 
 
-def means(rows: Sequence[Row]) -> list[str]:
-    """A cell for each of COLUMNS: the mean over the rows that have it."""
-    values = [[factor * row[key] for row in rows if key in row] for key, factor in COLUMNS.values()]
+def means(rows: Sequence[Row], columns: Mapping[str, tuple[str, float]] = COLUMNS) -> list[str]:
+    """A cell for each of the columns: the mean over the rows that have it."""
+    values = [[factor * row[key] for row in rows if key in row] for key, factor in columns.values()]
     return [f"{fmean(each):.3g}" if each else "" for each in values]
 
 

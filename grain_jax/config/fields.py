@@ -95,15 +95,6 @@ class Loss:
     region_description: float = key(1.0, "Weight of L_rd, regions and descriptions.")
     box: float = key(1.0, "Weight of L_box, predicted and annotated boxes.")
     token_boxes: float = key(3.0, "Weight in L_box of the boxes of patches (decoder.boxes=pointer).")
-    token_quality: bool = key(
-        False, "Whether a patch's logit learns the IoU of its box, not that it shows an object."
-    )
-    token_radius: float = key(
-        0.0, "Patches around a box's centre that it is learned at; 0: all within it.", low=0
-    )
-    box_jitter: float = key(
-        0.0, "Shift of the edges of half the boxes in L_bd, a fraction of a side.", low=0, high=1
-    )
     image_description: float = key(0.0, "Weight of L_id, images and all of their descriptions.")
     box_description: float = key(0.0, "Weight of L_bd, annotated boxes; needs model.boxes.")
     hard_negative: float = key(0.0, "Weight of L_hard, regions and their hard negatives.")

@@ -84,9 +84,12 @@ def base(size: str = "B/16") -> Keys:
 
 
 def with_pointer(c: Keys) -> Keys:
-    """`c` with the decoder that docs/claim.md recommends: queries point at patches and read the box head."""
+    """`c` with what docs/claim.md recommends for photographs.
+
+    Queries point at patches and read the box head; the boxes of all patches are the regions.
+    """
     c.model.decoder.update(boxes="pointer", reads_box=True, class_score="best")
-    c.model.boxes.update(kind="roi_align", bins=3)
+    c.model.boxes.update(kind="roi_align", bins=3, proposals=True)
     c.loss.update(box=0.2, deep_supervision=True, box_description=1.0)
     return c
 

@@ -25,6 +25,7 @@ from grain_jax.evaluate.evaluators import AnnotatedImages
 with epy.lazy_imports():
     import jax.numpy as jnp
     import numpy as np
+    from scipy import optimize
 
     from grain_jax.core import annotations as annotations_lib
     from grain_jax.core import boxes
@@ -171,7 +172,12 @@ def match(pred_boxes_xyxy: np.ndarray, described: Described) -> tuple[Matched, n
     def matches(predicted: np.ndarray, true: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray]:
         two = (boxes.xyxy_to_cxcywh(jnp.asarray(x)) for x in (predicted, true))
         cost = matching.cost_matrix(*two, l1=MATCH_L1, giou=MATCH_GIOU)
-        return (np.asarray(matching.match(cost, jnp.asarray(mask)).query_index),)
+        if regions <= matching.EXACT_UP_TO:
+            return (np.asarray(matching.match(cost, jnp.asarray(mask)).query_index),)
+        query = np.zeros(mask.shape, int)  # SciPy is faster than a loop on a device
+        for each, real, pairs in zip(query, mask, np.asarray(cost)):
+            each[real] = optimize.linear_sum_assignment(pairs[:, real].T)[1]
+        return (query,)
 
     (query,) = scores.in_parts(matches, pred_boxes_xyxy, true_boxes_xyxy, mask)
     query = query[image, rank]

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from grain_jax.config import Loss
 from grain_jax.core import boxes, schema
 from grain_jax.losses import matching
 from grain_jax.losses.shard import GroupMean, Mean, Shard, Targets, TermOutput, iou_epsilon, match_regions
@@ -26,7 +25,7 @@ def box(shard: Shard) -> TermOutput:
     sum_of_group = lambda x: shard.layout.per_group(x).sum((1, 2)).astype(jnp.float32)
     measures = {}
     if outputs.token_boxes is not None:
-        of_tokens = _of_tokens(outputs.token_boxes, targets, config)
+        of_tokens = _of_tokens(outputs.token_boxes, targets)
         loss += config.token_boxes * of_tokens
         real = targets.box_mask.sum().astype(jnp.float32)
         measures["token_boxes"] = Mean(of_tokens.sum(), real)
@@ -42,7 +41,7 @@ def box(shard: Shard) -> TermOutput:
     return TermOutput(GroupMean(sum_of_group(loss), sum_of_group(targets.box_mask)), measures)
 
 
-def _of_tokens(tokens: schema.TokenBoxes, targets: Targets, config: Loss):
+def _of_tokens(tokens: schema.TokenBoxes, targets: Targets):
     """The loss of the patches, by region: [b, R], 0 where none is real (docs/method.md, Pointer).
 
     For a region, L1 + 1 - GIoU of its patches, a mean, and the cross-entropy of "shows an object", a mean
@@ -50,10 +49,7 @@ def _of_tokens(tokens: schema.TokenBoxes, targets: Targets, config: Loss):
     """
     target, real = targets.boxes_cxcywh, targets.box_mask
     distance = jnp.abs(tokens.centre_xy[:, None] - target[:, :, None, :2])  # [b, R, P, 2]
-    reach = target[:, :, None, 2:] / 2
-    if config.token_radius:
-        reach = jnp.minimum(reach, config.token_radius * tokens.logit.shape[1] ** -0.5)
-    inside = (distance < reach).all(-1) & real[..., None]
+    inside = (distance < target[:, :, None, 2:] / 2).all(-1) & real[..., None]
     area = jnp.where(inside, target[..., 2:].prod(-1)[..., None], jnp.inf)
     assigned = inside & (area == area.min(axis=1, keepdims=True))  # [b, R, P]
     pred, target = tokens.boxes_cxcywh[:, None], target[:, :, None]
@@ -61,12 +57,7 @@ def _of_tokens(tokens: schema.TokenBoxes, targets: Targets, config: Loss):
     each = jnp.where(assigned, jnp.abs(pred - target).sum(-1) + 1 - giou, 0)
     mean = each.sum(-1) / jnp.maximum(assigned.sum(-1), 1)
     shows = inside.any(axis=1)
-    if config.token_quality:
-        iou, _ = boxes.iou_and_union(boxes.cxcywh_to_xyxy(pred), boxes.cxcywh_to_xyxy(target))
-        quality = jax.lax.stop_gradient(jnp.where(assigned, iou, 0).max(axis=1))
-        entropy = (jax.nn.softplus(tokens.logit) - quality * tokens.logit).mean(-1)
-    else:
-        entropy = jax.nn.softplus(jnp.where(shows, -tokens.logit, tokens.logit)).mean(-1)
+    entropy = jax.nn.softplus(jnp.where(shows, -tokens.logit, tokens.logit)).mean(-1)
     return jnp.where(real, mean + entropy[:, None], 0)
 
 

@@ -235,11 +235,7 @@ class GRAIN(nn.Module):
         return self.outputs_and_features(batch, dropout_keys)[0]
 
     def outputs_and_features(
-        self,
-        batch: schema.Batch,
-        dropout_keys: jax.Array | None = None,
-        kept: jax.Array | None = None,
-        box_jitter: float = 0.0,
+        self, batch: schema.Batch, dropout_keys: jax.Array | None = None, kept: jax.Array | None = None
     ) -> tuple[schema.Outputs, schema.Features]:
         """As a call, and what local loss terms see (losses/local.py); `kept` as of `image_tokens`."""
         tokens = self.image_tokens(batch.image, kept)
@@ -247,8 +243,6 @@ class GRAIN(nn.Module):
         box_embed = None
         if self.config.boxes.kind != "none":
             corners = boxes_lib.cxcywh_to_xyxy(batch.region_boxes_cxcywh)
-            if box_jitter and dropout_keys is not None:
-                corners = _jittered(corners, batch.region_boxes_cxcywh[..., 2:], dropout_keys, box_jitter)
             box_embed = self.box_embeddings(tokens, corners, kept)
         b, captions, _ = batch.caption_at.shape
         hidden = self.text(batch.text_tokens, batch.text_positions, batch.text_segments)
@@ -273,20 +267,6 @@ class GRAIN(nn.Module):
             negative_text_embed=None if batch.negative_at is None else embed(batch.negative_at),
         )
         return outputs, schema.Features(tokens, hidden)
-
-
-def _jittered(corners, sides, keys, most):
-    """Half of the boxes [B, R, 4] with every edge moved by up to `most` of its side [B, R, 2]; keys [B]."""
-
-    def of_image(key, corners, sides):
-        coin, shift = jax.random.split(jax.random.fold_in(key, 77))
-        moved = corners + jax.random.uniform(shift, corners.shape, minval=-most, maxval=most) * jnp.tile(
-            sides, 2
-        )
-        moves = jax.random.bernoulli(coin, 0.5, (corners.shape[0], 1))
-        return jnp.where(moves, jnp.clip(moved, 0, 1), corners)
-
-    return jax.vmap(of_image)(keys, corners, sides)
 
 
 def leading_tokens(config: config_lib.Model) -> int:

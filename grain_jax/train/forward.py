@@ -192,7 +192,7 @@ class Forward:
             with jax.named_scope(KEEP):
                 patches = (tower.image_size // tower.patch_size) ** 2
                 kept = draw_kept(folded(for_draws, KEEP), patches, patches_seen(self.config))
-        outputs, features = apply("outputs_and_features", batch, keys, kept, self.config.loss.box_jitter)
+        outputs, features = apply("outputs_and_features", batch, keys, kept)
 
         def seen(name: str, state: Mapping[str, Any]) -> local.Seen:
             return local.Seen(
