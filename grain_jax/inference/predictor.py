@@ -1,8 +1,9 @@
 """Using a trained model: `grain_jax.load(DIR)` returns a `Predictor` that encodes images, texts and regions.
 
 A call takes any number of images or texts, also from a generator. For one image or text the result lacks the
-axis of the batch: `encode_image(image)` is [D], `encode_image([image])` is [1, D]. Predictors of one
-configuration share the programs. Large calls use all devices of the process.
+axis of the batch: `encode_image(image)` is [D], `encode_image([image])` is [1, D]. Boxes are corners in
+[0, 1] of the image; `ground` and `detect` give pixels on request. Predictors of one configuration share the
+programs. Large calls use all devices of the process.
 """
 
 import itertools
@@ -21,14 +22,14 @@ from grain_jax.inference.encoder import Boxes, Encoder
 class Grounding(NamedTuple):
     """The region of an image that fits a text best."""
 
-    box_xyxy: np.ndarray  # float32 [4] in [0, 1]
+    box_xyxy: np.ndarray  # float32 [4] in [0, 1], or with `pixels` in pixels of the image
     score: float  # cosine of the text and the best region; with proposals, plus its prior (schema.Regions)
 
 
 class Detections(NamedTuple):
     """The regions of an image that show one of several texts, the highest scores first."""
 
-    boxes_xyxy: np.ndarray  # float32 [n, 4], in pixels of the image, or in [0, 1]
+    boxes_xyxy: np.ndarray  # float32 [n, 4] in [0, 1], or with `pixels` in pixels of the image
     scores: np.ndarray  # float32 [n], see `Predictor.detect`
     texts: tuple[str, ...]  # n
     labels: np.ndarray  # int [n], positions in the given texts
@@ -80,6 +81,9 @@ class Predictor(Encoder):
     Files and PIL images are turned by their EXIF orientation, as a viewer shows them; `np.asarray(image)`
     takes the pixels as they are. With `normalized=True` images are float32 [B, S, S, 3], as `preprocess`
     makes them. Classes are names, {name: [description, ...]}, or the result of `class_features`.
+
+    Boxes, given and returned, are corners x1, y1, x2, y2 in [0, 1] of the image. With `pixels=True`, `ground`
+    and `detect` return them in pixels of the image as it was given, turned by its EXIF orientation.
 
     Every method raises InputError for arguments that it cannot take, and if the model lacks region queries, a
     box head or a grid of patches that the method needs. A tokenizer that cannot be read is a UserError.
@@ -138,27 +142,38 @@ class Predictor(Encoder):
 
     @inputs.for_each_image
     def classify_boxes(self, images: inputs.Images, boxes_xyxy: Boxes, classes: Classes) -> list[np.ndarray]:
-        """For each image the cosines of classes and its boxes (see `encode_boxes`), float32 [n, C]."""
+        """For each image the cosines of classes and its boxes in [0, 1] (`encode_boxes`), float32 [n, C]."""
         if not isinstance(classes, ClassFeatures):
             classes = self.class_features(classes)
         embeds = self.encode_boxes(images, boxes_xyxy)
         return [scores.global_scores(embed, classes.features) for embed in embeds]
 
     @overload
-    def ground(self, image: inputs.OneImage | np.ndarray, texts: str) -> Grounding: ...  # pyright: ignore[reportOverlappingOverload]
+    def ground(  # pyright: ignore[reportOverlappingOverload]
+        self, image: inputs.OneImage | np.ndarray, texts: str, *, pixels: bool = False
+    ) -> Grounding: ...
 
     @overload
-    def ground(self, image: inputs.OneImage | np.ndarray, texts: Iterable[str]) -> list[Grounding]: ...
+    def ground(
+        self, image: inputs.OneImage | np.ndarray, texts: Iterable[str], *, pixels: bool = False
+    ) -> list[Grounding]: ...
 
-    def ground(self, image: inputs.OneImage | np.ndarray, texts: Any) -> Any:
-        """For each text, or one, the box of the region with the highest score (by the box head, if any)."""
+    def ground(self, image: inputs.OneImage | np.ndarray, texts: Any, *, pixels: bool = False) -> Any:
+        """For each text, or one, the box of the region with the highest score (by the box head, if any).
+
+        A score is the cosine of text and region; with `model.boxes.proposals` the region's prior is added.
+        The box is in [0, 1], with `pixels` in pixels of the image as it was given (see `Predictor`).
+        """
         if inputs.is_one_text(texts):
-            return self.ground(image, inputs.one_text(texts))[0]
+            return self.ground(image, inputs.one_text(texts), pixels=pixels)[0]
         self.need_regions("ground")
         boxes_xyxy, embeds, prior = self._encode([image], self.grounding_head)[1]
         score = self.encode_text(texts) @ embeds[0].T + prior[0]  # [N, Q]
         best = score.argmax(axis=1)
-        return [Grounding(boxes_xyxy[0, q], float(row[q])) for row, q in zip(score, best)]
+        boxes_xyxy = boxes_xyxy[0]
+        if pixels:
+            boxes_xyxy = boxes_xyxy * _size(inputs.as_uint8(0, image))
+        return [Grounding(boxes_xyxy[q], float(row[q])) for row, q in zip(score, best)]
 
     @inputs.for_each_image
     def detect(
@@ -168,18 +183,18 @@ class Predictor(Encoder):
         *,
         threshold: float = 0.0,
         top_k: int = 100,
-        pixels: bool = True,
+        pixels: bool = False,
     ) -> list[Detections]:
         """For each image the regions that show one of the texts, as `evaluate detection` measures them.
 
         A score is the probability by calibration.json (`present`), or without one the softmax over the texts
-        of the scaled cosines; a single text then has its cosine.
+        of the scaled cosines; a single text then has its cosine. Boxes are in [0, 1].
 
         Args:
           texts: what is looked for; each may have several regions, which overlap by an IoU of at most 0.5.
           threshold: the lowest score.
           top_k: detections per image at most.
-          pixels: whether boxes are in pixels of the image as it was given, or in [0, 1].
+          pixels: whether boxes are in pixels of the image as it was given (see `Predictor`) instead.
         """
         self.need_regions("detect")
         names = [] if isinstance(texts, str) else list(texts)
@@ -191,9 +206,9 @@ class Predictor(Encoder):
             boxes_xyxy, embeds, prior = self._encode(batch)[1]
             for image, score, boxes in zip(batch, self.text_scores(embeds, features, prior), boxes_xyxy):
                 region, label = scores.best_pairs(score, boxes, top_k, threshold)
-                size = np.array(image.shape[1::-1] * 2 if pixels else (1,), np.float32)
+                boxes = boxes[region] * _size(image) if pixels else boxes[region]
                 of_texts = tuple(names[i] for i in label)
-                detections.append(Detections(boxes[region] * size, score[region, label], of_texts, label))
+                detections.append(Detections(boxes, score[region, label], of_texts, label))
         return detections
 
     def text_scores(
@@ -357,3 +372,8 @@ class Predictor(Encoder):
     def maps_by(self, by: str, patch_features: str) -> tuple[str, str]:
         """The options of `class_maps` without "auto"."""
         return segmentation.maps_by(self.model, by, patch_features)
+
+
+def _size(image: np.ndarray) -> np.ndarray:
+    """Width and height of an image [H, W, 3], twice, in pixels; float32 [4]."""
+    return np.array(image.shape[1::-1] * 2, np.float32)
