@@ -16,6 +16,17 @@ from grain_jax.models import grain
 POINTER = dict(
     boxes__kind="roi_align", decoder__boxes="pointer", decoder__reads_box=True, decoder__class_score="best"
 )
+# Regions are the boxes of all patches, with a decoder and without.
+PROPOSALS = {
+    "decoder": POINTER | dict(boxes__proposals=True, boxes__object_weight=0.3),
+    "no decoder": dict(
+        boxes__kind="roi_align",
+        boxes__proposals=True,
+        boxes__object_weight=0.3,
+        decoder=None,
+        image__pool="map",
+    ),
+}
 
 
 def tiny(**changes) -> config_lib.Model:

@@ -44,6 +44,21 @@ FAULTS = [
     ({"input.lanes": 3}, "input.lanes: got 3, expected a divisor of batch_size = 16; set"),
     ({"text.pack_group": 8}, "text.pack_group: got 8, expected a divisor of 4 images per lane; set"),
     ({"input.text_length": 2}, "input.text_length: got 2, expected 3 to model.text.context_length"),
+    ({"model.boxes.proposals": True}, "model.boxes.proposals: got True, expected False, or a box head"),
+    (
+        {"model.boxes.proposals": True, "model.boxes.kind": "roi_align", "loss.box_description": 1.0},
+        "model.boxes.proposals: got True, expected False, or model.decoder.boxes=pointer",
+    ),
+    (
+        {
+            "model.boxes.proposals": True,
+            "model.boxes.kind": "roi_align",
+            "model.decoder.boxes": "pointer",
+            "loss.box_description": 1.0,
+            "loss.box": 0.0,
+        },
+        "loss.box: got 0.0, expected more than 0 with model.boxes.proposals",
+    ),
     ({"model.decoder.reads_box": True}, "model.decoder.reads_box: got True, expected False, or a box"),
     ({"model.image.patch_size": 5}, "model.image.image_size: got 16, expected a multiple of"),
     ({"loss.box_description": 1.0}, "loss.box_description: got 1.0, expected 0"),

@@ -38,12 +38,13 @@ def raw_images():
     return [PIL.Image.fromarray(rng.integers(0, 256, (*s, 3), np.uint8)) for s in shapes]
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
+@pytest.fixture(scope="module", params=["queries", *perturbed.PROPOSALS])
+def converted(request, tmp_path_factory):
     """(folder of ours, folder for transformers), with CLIP's vocabulary."""
+    sort = perturbed.PROPOSALS.get(request.param, perturbed.POINTER)
     root = tmp_path_factory.mktemp("hf")
     words = dict(text__vocab_size=clip_tokenizer.VOCAB_SIZE, text__context_length=20)
-    model = perturbed.tiny(**words, **perturbed.POINTER)
+    model = perturbed.tiny(**words, **sort)
     saved_model.save_model(root / "ours", model, perturbed.params(model))
     report = huggingface.to_hf(root / "ours", root / "hf")
     assert report.ok and report.text.endswith("parity: PROVEN"), report.text

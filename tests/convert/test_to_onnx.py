@@ -23,7 +23,7 @@ pytestmark = pytest.mark.long
 def grain(tmp_path_factory):
     """The folder of the ONNX files of a new model, which is beside them."""
     folder = tmp_path_factory.mktemp("grain")
-    changes = dict(image__depth=1, text__depth=1, decoder__depth=1, **perturbed.POINTER)
+    changes = dict(image__depth=1, text__depth=1, decoder__depth=1, **perturbed.PROPOSALS["decoder"])
     changes |= dict(image__rope="centres", image__registers=2, image__layer_scale=True)
     changes |= dict(image__mlp="gated", image__key_bias=False, logit_bias_init=-3.0)
     changes |= dict(text__causal=False, text__pool="last", text__tokenizer="tokenizer.json")
@@ -64,7 +64,7 @@ def test_the_report_compares_every_output(grain, monkeypatch):
     source = exits.read(grain.parent / "ours")
     report = onnx_files._prove(grain, source)
     outputs = {"image_embed", "text_embed", "region_embed", "boxes_xyxy", "box_embed"}
-    outputs |= {"similarity_map"}
+    outputs |= {"similarity_map", "region_prior"}
     assert {c.name for c in report.comparisons} == outputs
     assert report.verdict == "PROVEN" and max(c.error for c in report.comparisons) < 1e-5
     other = perturbed.params(source.model, seed=1)

@@ -1,12 +1,13 @@
 """examples/claim: its points are those of the design, and its table has the right intervals."""
 
+import itertools
 import json
 import runpy
 
 import numpy as np
 import scipy.stats
 
-from examples.claim import config, data, scenes
+from examples.claim import config, data, scenes, scores
 from grain_jax.config import loading
 from grain_jax.configs import demo
 from grain_jax.launch import sweep_runs
@@ -100,33 +101,38 @@ def test_a_folder_of_a_user_is_divided(tmp_path, monkeypatch, capsys):
 def test_the_arms_on_photographs(tmp_path):
     start = demo.get_config()
     start.model.decoder, start.model.image.pool, start.model.boxes.kind = None, "map", "none"
-    score = "windows/alpha_0.5"
+    (tmp_path / "exact/clip/seed=2").mkdir(parents=True)
+    (tmp_path / "exact/clip/seed=2/config.json").write_text(start.to_json())
     for seed in (0, 2):
-        folder = tmp_path / f"exact/clip/seed={seed}"
+        folder = tmp_path / f"exact/grain/seed={seed}"
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(start.to_json())
         result = {"eval/groups/image_to_text": 0.5}
-        for name, top1 in (("validation_quiet", 0.2), ("quiet", 0.1), ("seen", 0.3)):
-            result[f"eval/{name}/{score}/top1"] = top1 + seed / 10
-            result[f"eval/{name}/image/alpha_1.0/top1"] = top1 - seed / 20
+        for way, gain in (("w_0.05", 0.1), ("w_0.2", 0.0), ("queries", 0.0)):
+            for name in ("phrase_acc50", "ap50"):
+                result |= {f"eval/{split}/{way}/{name}": 0.3 + gain for split in ("validation", "test")}
+            for score in {"queries": ("best", "mean")}.get(way, (way,)):
+                for part, alpha in itertools.product(("quiet", "seen", "validation_quiet"), scores.ALPHAS):
+                    top1 = 0.2 + gain + seed / 10 - alpha / 10
+                    result[f"eval/{part}/{score}/alpha_{alpha}/top1"] = top1
         (folder / "results.json").write_text(json.dumps(result))
+    (tmp_path / "exact/clip/seed=0").mkdir()
+    (tmp_path / "exact/clip/seed=0/config.json").write_text(start.to_json())
     arms = {}
     for arm in scenes.ARMS:
         path = f"{ROOT}/examples/claim/scenes.py:{tmp_path},detected,{arm}"
         arms[arm] = loading.load(path, ["--config.seed=2"])
-    assert {x for x, c in arms.items() if not c.model.decoder} == {"clip", "clip_boxes"}
-    assert {x for x, c in arms.items() if c.model.boxes.kind == "none"} == {"clip", "plain"}
-    decoders = {x: c.model.decoder for x, c in arms.items() if c.model.decoder}
-    points = {x for x, decoder in decoders.items() if decoder.boxes == "pointer"}
-    assert points == {"pointer", "both", "plain", "regions"}
-    assert {x for x, decoder in decoders.items() if decoder.reads_box} == {"reads", "both", "regions"}
-    assert arms["clip_boxes"].total_steps == 1725 and arms["both"].total_steps == 1500
+    assert {x for x, c in arms.items() if not c.model.decoder} == {"clip", "clip_boxes", "clip_patches"}
+    assert {x for x, c in arms.items() if c.model.boxes.kind == "none"} == {"clip"}
+    proposals = {x for x, c in arms.items() if c.model.boxes.proposals}
+    assert proposals == {"clip_patches", "grain", "regions"}
+    assert arms["clip_patches"].total_steps == 1620 and arms["grain"].total_steps == 1500
     start = f"{tmp_path}/exact/clip/seed=2"
     assert arms["regions"].init.image == arms["regions"].init.text == start
     assert arms["regions"].model.tower_pools and arms["regions"].optim.frozen
-    line = "| CLIP | windows, 0.5 | 10.0, 30.0 | 20 | 40 | 50 |"
     runs = scenes.read(tmp_path)
-    assert scenes.table(runs, "exact").splitlines()[-1].startswith(line)
-    (tmp_path / "exact/clip/seed=0/results.json").unlink()
+    by_queries, by_patches = scenes.table(runs, "exact").splitlines()[-2:]
+    assert by_queries == "| GRAIN, by queries | best, 0.0 | 20.0, 40.0 | 30 | 30 | 50 | 30 | 30 |"
+    assert by_patches == "| GRAIN, proposals, w 0.05 | w_0.05, 0.0 | 30.0, 50.0 | 40 | 40 | 50 | 40 | 40 |"
+    (tmp_path / "exact/grain/seed=0/results.json").unlink()
     scenes.write(runs, tmp_path / "scenes.tsv")
     assert scenes.read(tmp_path) == runs

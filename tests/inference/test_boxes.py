@@ -75,16 +75,9 @@ def test_a_phrase_is_compared_with_the_regions_or_their_boxes(kind):
     assert kind == "none" or np.abs(similarity - texts @ regions[0].T).max() > 1e-2
 
 
-PROPOSALS = dict(boxes__kind="roi_align", boxes__proposals=True, boxes__object_weight=0.3)
-SORTS = {  # of models whose regions are the boxes of patches
-    "decoder": dict(decoder__boxes="pointer", decoder__reads_box=True, decoder__image_pool="all"),
-    "no decoder": dict(decoder=None, image__pool="map"),
-}
-
-
-@pytest.mark.parametrize("sort", SORTS)
+@pytest.mark.parametrize("sort", perturbed.PROPOSALS)
 def test_proposals_are_the_boxes_of_all_patches(sort):
-    predictor = _predictor(**PROPOSALS, **SORTS[sort])
+    predictor = _predictor(**perturbed.PROPOSALS[sort])
     tokens = applied(predictor, "image_tokens", PICTURES)
     image_embed, _, _, patches = applied(predictor, "embeddings", tokens)
     centre, half = patches.boxes_cxcywh[..., :2], patches.boxes_cxcywh[..., 2:] / 2

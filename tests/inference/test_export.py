@@ -46,7 +46,7 @@ def close(a, b):
 @pytest.fixture(scope="module")
 def predictor():
     depths = dict(image__depth=1, text__depth=1, decoder__depth=1)
-    model = perturbed.tiny(**depths, **perturbed.POINTER)
+    model = perturbed.tiny(**depths, **perturbed.PROPOSALS["decoder"])
     return inference.Predictor(model, perturbed.params(model))
 
 
@@ -80,6 +80,7 @@ def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_pat
         close(got[f"{n}/image_embed"], image[:n])
         close(got[f"{n}/region_embed"], regions.embed[:n])
         close(got[f"{n}/boxes_xyxy"], regions.boxes_xyxy[:n])
+        close(got[f"{n}/region_prior"], regions.prior[:n])
         close(got[f"{n}/text_embed"], text[:n])
     for key in got:
         if key.startswith("1/"):
