@@ -391,6 +391,7 @@ class PooledImage(nn.Module):
         self.has_proposals = towers["boxes"].get("proposals", False)
         self.has_regions = self.has_proposals or (towers["decoder"] or {"queries": 0})["queries"] > 0
         self.object_weight = towers["boxes"].get("object_weight")
+        self.logit_scale = self.logit_bias = None  # of regions
         if self.has_proposals:
             self.pointer = Pointer(towers)
 
@@ -457,7 +458,6 @@ class Decoder(PooledImage):
             layers = nn.ModuleList(nn.Linear(width, n) for n in (width, width, 4))
             self.bbox_embed = nn.ModuleDict({"layers": layers})
         self.obj_proj = nn.Parameter(torch.zeros(width, out))
-        self.logit_scale = self.logit_bias = None  # of regions
         if self.tower_pools:
             self.logit_scale = nn.Parameter(torch.zeros(()))
             if towers["logit_bias_init"] is not None:
