@@ -174,6 +174,8 @@ def _loss(config: Config) -> Iterator[Fault]:
     if loss.box_description and (head == "none" or not regions):
         with_these = f"model.boxes.kind={head} and input.max_regions={regions}"
         yield "loss.box_description", f"0 with {with_these}: it needs a box head and regions"
+    if loss.agreement and head == "none":
+        yield "loss.agreement", "False with model.boxes.kind=none: the box head measures it"
     if config.model.boxes.proposals and not loss.box:
         yield "loss.box", "more than 0 with model.boxes.proposals: nothing else trains the boxes of patches"
     if head != "none" and not (loss.box_description or loss.hard_negative or loss.terms):

@@ -95,6 +95,10 @@ class Loss:
     region_description: float = key(1.0, "Weight of L_rd, regions and descriptions.")
     box: float = key(1.0, "Weight of L_box, predicted and annotated boxes.")
     token_boxes: float = key(3.0, "Weight in L_box of the boxes of patches (decoder.boxes=pointer).")
+    agreement: bool = key(
+        False,
+        "Whether regions count by how well the box head finds that box and text agree; for noisy boxes.",
+    )
     image_description: float = key(0.0, "Weight of L_id, images and all of their descriptions.")
     box_description: float = key(0.0, "Weight of L_bd, annotated boxes; needs model.boxes.")
     hard_negative: float = key(0.0, "Weight of L_hard, regions and their hard negatives.")

@@ -23,6 +23,7 @@ def box(shard: Shard) -> TermOutput:
             match = match_regions(pred, outputs, targets, config, shard.reference)
             loss += _l1_and_giou(pred, shard, match)[0]
     sum_of_group = lambda x: shard.layout.per_group(x).sum((1, 2)).astype(jnp.float32)
+    counts = jnp.where(targets.box_mask, shard.agreement, 0)
     measures = {}
     if outputs.token_boxes is not None:
         of_tokens = _of_tokens(outputs.token_boxes, targets)
@@ -38,7 +39,7 @@ def box(shard: Shard) -> TermOutput:
     if match.valid.shape[1] and len(queries):  # a run with regions and queries
         measures["matched_iou50"] = share((iou >= boxes.FOUND_IOU).sum())
         measures["query_share"] = share(uses.sum((0, 1)))
-    return TermOutput(GroupMean(sum_of_group(loss), sum_of_group(targets.box_mask)), measures)
+    return TermOutput(GroupMean(sum_of_group(counts * loss), sum_of_group(counts)), measures)
 
 
 def _of_tokens(tokens: schema.TokenBoxes, targets: Targets):

@@ -132,12 +132,13 @@ def region_description(shard: Shard) -> TermOutput:
         targets.label_slot,
         shard.match,
     )
+    counts = per_group(jnp.where(shard.match.valid, shard.agreement, 0))
     matched = per_group(shard.match.valid).sum((1, 2)).astype(jnp.float32)
     measures = {}
     if right.size and shard.outputs.region_embed.shape[1]:  # a run with regions and queries
         accuracy = Mean(right.sum().astype(jnp.float32), matched.sum())
         measures["region_description_accuracy"] = accuracy
-    return TermOutput(GroupMean(loss.sum((1, 2)), matched), measures)
+    return TermOutput(GroupMean((counts * loss).sum((1, 2)), counts.sum((1, 2))), measures)
 
 
 def plain_region_description(regions, descriptions, ids, scale):
@@ -192,9 +193,10 @@ def box_description(shard: Shard) -> TermOutput:
 
     arrays = outputs.box_embed, outputs.region_text_embed, targets.description_id
     loss, right = _of_groups(shard, of_group, *arrays, shard.embedded, targets.box_mask)
-    real = shard.layout.per_group(shard.embedded).sum((1, 2)).astype(jnp.float32)
-    accuracy = Mean(right.sum().astype(jnp.float32), real.sum())
-    return TermOutput(GroupMean(loss.sum((1, 2)), real), {"box_description_accuracy": accuracy})
+    counts = shard.layout.per_group(jnp.where(shard.embedded, shard.agreement, 0))
+    accuracy = Mean(right.sum().astype(jnp.float32), shard.embedded.sum().astype(jnp.float32))
+    mean = GroupMean((counts * loss).sum((1, 2)), counts.sum((1, 2)))
+    return TermOutput(mean, {"box_description_accuracy": accuracy})
 
 
 def hard_negative(shard: Shard) -> TermOutput:

@@ -72,6 +72,25 @@ class Shard(NamedTuple):
         """The boxes of `box_mask` that have an embedding: one without a kept patch has zeros."""
         return self.targets.box_mask & (self.outputs.box_embed != 0).any(-1)
 
+    @property
+    def agreement(self) -> Float[Array, "b R"]:
+        """What each region counts in L_box, L_rd and L_bd: 1, or a share with `loss.agreement`; no gradient.
+
+        It is the probability of the region's own description among those of its image, by the box head's
+        embedding of the annotated box. Detectors confuse the descriptions of an image, so a box with the
+        wrong one counts little once the model knows better; at first all count alike.
+        """
+        outputs, targets = self.outputs, self.targets
+        if not self.config.agreement:
+            return jnp.ones(targets.box_mask.shape)
+        ids, real = targets.description_id, targets.description_mask
+        own = jnp.eye(ids.shape[1], dtype=bool)
+        compared = (real[:, None] & (ids[:, :, None] != ids[:, None])) | own
+        cosine = streaming.similarity(outputs.box_embed, outputs.region_text_embed)  # [b, R, R]
+        logits = jnp.where(compared, outputs.scales.of_regions[0] * cosine, -jnp.inf)
+        share = jnp.diagonal(jax.nn.softmax(logits, axis=-1), axis1=1, axis2=2)
+        return jax.lax.stop_gradient(jnp.where(real, share, 0))
+
 
 class Term(Protocol):
     """A loss term: contrastive.image_caption is one."""

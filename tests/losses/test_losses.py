@@ -141,18 +141,30 @@ def replica(outputs, batch, c):
         id_of = lambda p: batch.description_id[p] if c.mask_duplicates else p
         text = lambda p: o.region_text_embed[p]
         in_group = [m for m in matched if start <= m[0] < start + size]
+        counts = lambda p: 1.0  # of a region
+
+        if c.agreement:
+
+            def counts(p):
+                texts = [p, *(x for x in described if x[0] == p[0] and id_of(x) != id_of(p))]
+                z = np.exp([scale * (o.box_embed[p] @ text(x)) for x in texts])
+                return z[0] / z.sum()
+
         distance = lambda m: np.abs(o.pred_boxes_cxcywh[m[0], -1, m[1]] - target[m[0], m[2]]).sum()
-        of_boxes = [distance(m) + 1 - overlaps[m][1] for m in in_group]
+        of_boxes = [counts((m[0], m[2])) * (distance(m) + 1 - overlaps[m][1]) for m in in_group]
         of_tokens = [of_patches(*p) for p in described]
         from_tokens += of_tokens
-        box.append((sum(of_boxes) + c.token_boxes * sum(of_tokens)) / max(len(described), 1))
+        of_tokens = [counts(p) * value for p, value in zip(described, of_tokens)]
+        total = sum(map(counts, described)) or 1
+        box.append((sum(of_boxes) + c.token_boxes * sum(of_tokens)) / total)
         of_group = []
         for i, q, j in in_group:
             others = [p for p in described if id_of(p) != id_of((i, j))]
             z = [logit(o.region_embed[i, q], text(p)) for p in ((i, j), *others)]
             of_group.append(loss_of(z[0], z[1:]))
             right["region_description_accuracy"].append(beats(z[0], z[1:]))
-        rd.append(np.mean(of_group) if of_group else 0.0)
+        weights = [counts((i, j)) for i, _, j in in_group]
+        rd.append(np.average(of_group, weights=weights) if of_group else 0.0)
         embedded, of_group = [p for p in described if o.box_embed[p].any()], []
         for pair in embedded:
             different = lambda p, pair=pair: id_of(p) != id_of(pair)
@@ -162,7 +174,8 @@ def replica(outputs, batch, c):
             both = (texts, boxes) if softmax else (texts,)
             of_group.append(np.mean([loss_of(own_logit, others) for others in both]))
             right["box_description_accuracy"].append(beats(own_logit, texts))
-        bd.append(np.mean(of_group) if of_group else 0.0)
+        weights = [counts(p) for p in embedded]
+        bd.append(np.average(of_group, weights=weights) if of_group else 0.0)
     terms |= dict(box=np.mean(box), region_description=np.mean(rd), box_description=np.mean(bd))
 
     hard = []
@@ -206,8 +219,8 @@ BY_DESCRIPTION = dict(loss__match_description=1.0, loss__match_l1=0, loss__match
         ("softmax", 0, True, 1, None, 1, dict(input__max_regions=8, text__pack_rows=13)),  # than queries
         ("softmax", 4, False, 3, None, 1, dict(loss__match_description=1.0)),
         ("sigmoid", 4, True, 3, None, 1, BY_DESCRIPTION),
-        ("sigmoid", 0, False, 1, None, 1, {}),
-        ("softmax", 16, True, 3, (2, 2, 2), 2, {}),  # a group spans two devices
+        ("sigmoid", 0, False, 1, None, 1, dict(loss__agreement=True)),
+        ("softmax", 16, True, 3, (2, 2, 2), 2, dict(loss__agreement=True)),  # a group spans two devices
         ("sigmoid", 0, True, 1, (8, 1, 1), 1, {}),
         pytest.param("softmax", 0, False, 2, (8, 1, 1), 1, {}, marks=pytest.mark.slow),
         pytest.param("sigmoid", 16, False, 3, (4, 2, 1), 4, {}, marks=pytest.mark.slow),
