@@ -64,7 +64,8 @@ def test_what_the_folder_says(grain):
 def test_proposals_detect_in_onnx_runtime_what_ours_do(sort, tmp_path):
     import onnxruntime
 
-    changes = dict(text__tokenizer="tokenizer.json", text__pad_id=1, **perturbed.PROPOSALS[sort])
+    changes = dict(text__causal=False, text__pool="last", text__tokenizer="tokenizer.json")
+    changes |= dict(text__pad_id=1, **perturbed.PROPOSALS[sort])
     perturbed.saved(tmp_path / "ours", **changes)
     perturbed.write_words(tmp_path / "ours", "unknown pad a photo of an wren owl long")
     report = onnx_files.to_onnx(tmp_path / "ours", tmp_path / "onnx")
