@@ -10,23 +10,20 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.config import recipe
 from grain_jax.convert import tables
+from grain_jax.inference import scores
 from grain_jax.models import grain
 
 # Queries that point, regions that read the box head, and classes by their best query.
 POINTER = dict(
     boxes__kind="roi_align", decoder__boxes="pointer", decoder__reads_box=True, decoder__class_score="best"
 )
-# Regions are the boxes of all patches, with a decoder and without.
-PROPOSALS = {
-    "decoder": POINTER | dict(boxes__proposals=True, boxes__object_weight=0.3),
-    "no decoder": dict(
-        boxes__kind="roi_align",
-        boxes__proposals=True,
-        boxes__object_weight=0.3,
-        decoder=None,
-        image__pool="map",
-    ),
+_PROPOSALS = dict(boxes__kind="roi_align", boxes__proposals=True, boxes__object_weight=0.3)
+PROPOSALS: dict[str, dict[str, Any]] = {  # models whose regions are the boxes of patches
+    "pointer": _PROPOSALS
+    | dict(decoder__boxes="pointer", decoder__reads_box=True, decoder__image_pool="all"),
+    "no decoder": _PROPOSALS | dict(decoder=None, image__pool="map"),
 }
+REGIONS = {"queries": POINTER, **PROPOSALS}  # every sort of regions
 
 
 def tiny(**changes) -> config_lib.Model:
@@ -68,6 +65,16 @@ def saved(folder, **changes) -> str:
     model = tiny(image__depth=1, text__depth=1, **changes)
     saved_model.save_model(folder, model, params(model), source="test")
     return str(folder)
+
+
+def same_detections(predictor, expected, boxes_xyxy, embed, prior, features, atol=1e-5) -> None:
+    """Asserts that regions of B images by another library give Detections: in order, boxes and scores."""
+    score = predictor.text_scores(embed, features, prior)
+    for ours, row, boxes in zip(expected, score, boxes_xyxy, strict=True):
+        region, label = scores.best_pairs(row, boxes, len(ours.scores))
+        assert len(label) >= 2 and label.tolist() == ours.labels.tolist()
+        np.testing.assert_allclose(row[region, label], ours.scores, rtol=0, atol=atol)
+        np.testing.assert_allclose(boxes[region], ours.boxes_xyxy, rtol=0, atol=atol)
 
 
 def write_words(folder, vocabulary: str) -> None:

@@ -13,7 +13,7 @@ from grain_jax.cli import process
 from grain_jax.core import ahead, atomic, errors, printable, progress
 from grain_jax.core.annotations import Annotation, Fault
 from grain_jax.data import example, sources
-from grain_jax.data.inspect import page, statistics
+from grain_jax.data.inspect import audit, page, statistics
 from grain_jax.data.inspect.arguments import Inspect
 from grain_jax.data.sources import join
 from grain_jax.input_pipeline import record_folders
@@ -23,7 +23,8 @@ _LINES_PER_TASK = 32  # their images are held in memory
 
 
 def inspect(args: Inspect) -> str:
-    """Reads the set and writes the two files; returns the summary. Raises `errors.UserError`."""
+    """Reads the set and writes the files; returns the summary. Raises `errors.UserError`."""
+    predictor = audit.load(args.checkpoint) if args.checkpoint else None  # early: it may be missing
     path = epath.Path(args.set)
     shown = path.parent if path.name == record_folders.VERSION else path
     output = epath.Path(args.output or shown.parent / f"inspect-{shown.stem}")
@@ -47,9 +48,19 @@ def inspect(args: Inspect) -> str:
     if not stats.images:
         first = result["problems"][0]["example"]
         raise errors.UserError(f"{path}: none of {total} images could be read; {first}")
-    atomic.write_text(output / "inspect.html", page.render(result, sample))
+    worst, names = [], "inspect.html, statistics.json"
+    if predictor:
+        if not stats.regions:
+            raise errors.UserError(f"{path}: got no regions, expected some for --checkpoint to rank")
+        coming = itertools.chain.from_iterable(map(sources.read, shards))
+        coming = progress.over(coming, total=total, what="asking the model")
+        texts = [text for text, _ in stats.texts["description"].most_common(audit.MOST_TEXTS)]
+        lines, worst = audit.rank(predictor, coming, texts)
+        atomic.write_text(output / "audit.tsv", "\n".join(lines) + "\n")
+        names += ", audit.tsv"
+    atomic.write_text(output / "inspect.html", page.render(result, sample, worst))
     atomic.write_text(output / "statistics.json", json.dumps(result, indent=1) + "\n")
-    return _summary(result) + f"\n{output}: inspect.html, statistics.json"
+    return _summary(result) + f"\n{output}: {names}"
 
 
 def _read(shard: sources.SourceShard) -> list[Annotation | Fault]:

@@ -75,7 +75,8 @@ def _functions(predictor: inference.Predictor) -> dict[str, tuple[Callable, dict
 
     def regions(params, image):
         image_embed, (boxes_xyxy, embed, prior) = encode_images(nested(params), image)
-        return dict(image_embed=image_embed, region_embed=embed, boxes_xyxy=boxes_xyxy, region_prior=prior)
+        out = dict(image_embed=image_embed, region_embed=embed, boxes_xyxy=boxes_xyxy)
+        return out | ({"region_prior": prior} if predictor.has_proposals else {})
 
     image = lambda params, image: {"image_embed": regions(params, image)["image_embed"]}
     boxes = lambda params, image, boxes_xyxy: {"box_embed": encode_boxes(nested(params), image, boxes_xyxy)}

@@ -134,18 +134,18 @@ class GRAIN(nn.Module):
           (image_embed [B, D], region_embed [B, Q, D], pred_boxes_cxcywh [B, T, Q, 4], the boxes that patches
           predict, or None). Without a decoder Q is 0 and T is 1.
         """
-        decoder, batch, regions, boxes, token_boxes = self.config.decoder, tokens.shape[0], None, None, None
-        if decoder is not None:
-            hidden = self.decoder(tokens, dropout_keys)
-            regions = hidden[:, :, : decoder.queries]
-        if self.config.patches_predict_boxes:
-            patches = tokens[:, self.image.leading_tokens(self.config.image) :]
-            boxes, token_boxes = self.pointer(regions, patches, self._patch_centres(patches, kept))
-        elif decoder is not None:
-            boxes = self.box_mlp(regions)
+        decoder, batch, token_boxes = self.config.decoder, tokens.shape[0], None
         if decoder is None:
             no_regions = jnp.zeros((batch, 0, self.config.embed_dim)), jnp.zeros((batch, 1, 0, 4))
+            if self.config.patches_predict_boxes:
+                _, token_boxes = self._point(None, tokens, kept)
             return normalize(self._pooled_image(tokens)), *no_regions, token_boxes
+        hidden = self.decoder(tokens, dropout_keys)
+        regions = hidden[:, :, : decoder.queries]
+        if decoder.boxes == "pointer":
+            boxes, token_boxes = self._point(regions, tokens, kept)
+        else:
+            boxes = self.box_mlp(regions)
         if decoder.image_pool == "tower":
             image_embed = normalize(self._pooled_image(tokens))
         else:
@@ -159,6 +159,12 @@ class GRAIN(nn.Module):
         if decoder.image_pool == "all":
             image_embed = normalize(image_embed + region_embed.sum(axis=1))
         return image_embed, region_embed, boxes, token_boxes
+
+    @nn.nowrap
+    def _point(self, regions, tokens, kept) -> Any:
+        """What the pointer makes of queries [T, B, Q, E], or None, and of the patches."""
+        patches = tokens[:, self.image.leading_tokens(self.config.image) :]
+        return self.pointer(regions, patches, self._patch_centres(patches, kept))
 
     @nn.nowrap
     def _patch_centres(self, patches, kept):

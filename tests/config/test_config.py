@@ -31,6 +31,7 @@ def test_shipped_configs_resolve(name):
     assert config_lib.from_dict(json.loads(config_lib.to_json(config))) == config
 
 
+BOXES = {"model.boxes.kind": "roi_align", "model.boxes.proposals": True, "loss.box_description": 1.0}
 # Keys that are set, and the beginning of the fault.
 FAULTS = [
     ({"optim.learning_rte": 1.0}, "optim.learning_rte: no such key; did you mean optim.learning_rate?"),
@@ -44,24 +45,12 @@ FAULTS = [
     ({"input.lanes": 3}, "input.lanes: got 3, expected a divisor of batch_size = 16; set"),
     ({"text.pack_group": 8}, "text.pack_group: got 8, expected a divisor of 4 images per lane; set"),
     ({"input.text_length": 2}, "input.text_length: got 2, expected 3 to model.text.context_length"),
-    ({"model.boxes.proposals": True}, "model.boxes.proposals: got True, expected False, or a box head"),
-    (
-        {"model.boxes.proposals": True, "model.boxes.kind": "roi_align", "loss.box_description": 1.0},
-        "model.boxes.proposals: got True, expected False, or model.decoder.boxes=pointer",
-    ),
-    (
-        {
-            "model.boxes.proposals": True,
-            "model.boxes.kind": "roi_align",
-            "model.decoder.boxes": "pointer",
-            "loss.box_description": 1.0,
-            "loss.box": 0.0,
-        },
-        "loss.box: got 0.0, expected more than 0 with model.boxes.proposals",
-    ),
     ({"model.decoder.reads_box": True}, "model.decoder.reads_box: got True, expected False, or a box"),
     ({"model.image.patch_size": 5}, "model.image.image_size: got 16, expected a multiple of"),
     ({"loss.box_description": 1.0}, "loss.box_description: got 1.0, expected 0"),
+    ({"model.boxes.proposals": True}, "model.boxes.proposals: got True, expected False, or a box head ("),
+    (BOXES, "model.boxes.proposals: got True, expected False, or model.decoder.boxes=pointer, or"),
+    ({**BOXES, "model.decoder.boxes": "pointer", "loss.box": 0.0}, "loss.box: got 0.0, expected more than 0"),
     ({"loss.hard_negative": 0.5}, "loss.hard_negative: got 0.5, expected 0 with input.negatives_per"),
     (
         {"input.text_length": 16, "model.text.causal": False, "text.packing": False},

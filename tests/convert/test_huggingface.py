@@ -38,20 +38,24 @@ def raw_images():
     return [PIL.Image.fromarray(rng.integers(0, 256, (*s, 3), np.uint8)) for s in shapes]
 
 
-@pytest.fixture(scope="module", params=["queries", *perturbed.PROPOSALS])
-def converted(request, tmp_path_factory):
-    """(folder of ours, folder for transformers), with CLIP's vocabulary."""
-    sort = perturbed.PROPOSALS.get(request.param, perturbed.POINTER)
-    root = tmp_path_factory.mktemp("hf")
+def _converted(root, sort="queries"):
+    """(folder of ours, folder for transformers), with CLIP's vocabulary, of a sort of regions."""
     words = dict(text__vocab_size=clip_tokenizer.VOCAB_SIZE, text__context_length=20)
-    model = perturbed.tiny(**words, **sort)
+    model = perturbed.tiny(**words, **perturbed.REGIONS[sort])
     saved_model.save_model(root / "ours", model, perturbed.params(model))
     report = huggingface.to_hf(root / "ours", root / "hf")
     assert report.ok and report.text.endswith("parity: PROVEN"), report.text
     embeds = "image_embed", "text_embed", "region_embed", "boxes_xyxy"
+    embeds += ("region_prior",) if sort in perturbed.PROPOSALS else ()
     for name in (*embeds, "logits", "pixels", "token_ids"):
         assert f"\n{name} " in report.text
     return root / "ours", root / "hf"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """`_converted` with queries."""
+    return _converted(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +73,10 @@ def small(tmp_path_factory):
     return root / "ours", root / "hf"
 
 
-def test_its_files_need_no_jax_and_give_our_outputs(converted, processor):
-    ours, hf = converted
+@pytest.mark.parametrize("sort", perturbed.REGIONS)
+def test_its_files_need_no_jax_and_give_our_outputs(sort, tmp_path):
+    ours, hf = _converted(tmp_path, sort)
+    processor = transformers.AutoProcessor.from_pretrained(hf, **REMOTE)
     code = "\n".join(path.read_text() for path in hf.glob("*_grain.py"))
     imported = set(re.findall(r"^ *(?:import|from) (\w+)", code, re.M))
     assert "torch" in imported and not imported & {"jax", "flax", "grain_jax"}
@@ -81,16 +87,18 @@ def test_its_files_need_no_jax_and_give_our_outputs(converted, processor):
         pixels = processor(images=raw_images())["pixel_values"]
         features = module.class_features([ids([f"a photo of a {x}", x]) for x in CLASSES])
         described = [module.get_text_features(ids(x)) for x in CLASSES.values()]
+        found = module.get_regions(pixels)
         theirs = dict(
             image=out.image_embeds,
             text=out.text_embeds,
-            regions=module.get_regions(pixels).embeds,
-            boxes=module.get_regions(pixels).boxes_xyxy,
+            regions=found.embeds,
+            boxes=found.boxes_xyxy,
+            priors=found.priors,
             global_scores=module.zero_shot_logits(pixels, features),
             both_scores=module.zero_shot_logits(pixels, features, described, alpha=0.3),
         )
         grounded = module.ground(pixels, ids(TEXTS))
-        detected = module.detect(pixels, ids(TEXTS), top_k=4)
+        detected = [module.detect(pixels, ids(x), threshold=-1, top_k=12) for x in (TEXTS, TEXTS[:1])]
     model = grain_jax.load(ours)
     model.templates = ["a photo of a {}", "{}"]
     classes = model.class_features(list(CLASSES))
@@ -101,15 +109,19 @@ def test_its_files_need_no_jax_and_give_our_outputs(converted, processor):
         text=model.encode_text(TEXTS),
         regions=regions.embed,
         boxes=regions.boxes_xyxy,
+        priors=regions.prior,
         global_scores=model.classify(raw_images(), classes),
         both_scores=model.classify(raw_images(), classes, alpha=0.3),
     )
     close = functools.partial(np.testing.assert_allclose, atol=1e-5)
-    for i, mine in enumerate(model.detect(list(raw_images()), TEXTS, top_k=4, pixels=False)):
-        assert mine.labels.tolist() == detected[i][2].tolist() and len(mine.scores) == 4
-        close(mine.boxes_xyxy, detected[i][0])
-        close(mine.scores, detected[i][1])
-        for got, box, score in zip(model.ground(raw_images()[i], TEXTS), *(x[i] for x in grounded)):
+    for texts, of_images in zip((TEXTS, TEXTS[:1]), detected):
+        found = model.detect(raw_images(), texts, threshold=-1, top_k=12)
+        for mine, (boxes, score, labels) in zip(found, of_images, strict=True):
+            assert mine.labels.tolist() == labels.tolist() and len(labels) > len(texts)
+            close(mine.boxes_xyxy, boxes)
+            close(mine.scores, score)
+    for i, image in enumerate(raw_images()):
+        for got, box, score in zip(model.ground(image, TEXTS), *(x[i] for x in grounded)):
             close(got.box_xyxy, box)
             close(got.score, score)
     theirs = {name: x.numpy() for name, x in theirs.items()}

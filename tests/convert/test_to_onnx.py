@@ -23,7 +23,7 @@ pytestmark = pytest.mark.long
 def grain(tmp_path_factory):
     """The folder of the ONNX files of a new model, which is beside them."""
     folder = tmp_path_factory.mktemp("grain")
-    changes = dict(image__depth=1, text__depth=1, decoder__depth=1, **perturbed.PROPOSALS["decoder"])
+    changes = dict(image__depth=1, text__depth=1, decoder__depth=1, **perturbed.POINTER)
     changes |= dict(image__rope="centres", image__registers=2, image__layer_scale=True)
     changes |= dict(image__mlp="gated", image__key_bias=False, logit_bias_init=-3.0)
     changes |= dict(text__causal=False, text__pool="last", text__tokenizer="tokenizer.json")
@@ -60,11 +60,32 @@ def test_what_the_folder_says(grain):
     np.testing.assert_array_equal(ids, ours.tokenizer(tokenizers.TEXTS))
 
 
+@pytest.mark.parametrize("sort", perturbed.PROPOSALS)
+def test_proposals_detect_in_onnx_runtime_what_ours_do(sort, tmp_path):
+    import onnxruntime
+
+    changes = dict(text__causal=False, text__pool="last", text__tokenizer="tokenizer.json")
+    changes |= dict(text__pad_id=1, **perturbed.PROPOSALS[sort])
+    perturbed.saved(tmp_path / "ours", **changes)
+    perturbed.write_words(tmp_path / "ours", "unknown pad a photo of an wren owl long")
+    report = onnx_files.to_onnx(tmp_path / "ours", tmp_path / "onnx")
+    assert report.verdict == "PROVEN" and "region_prior" in {c.name for c in report.comparisons}
+    ours = grain_jax.load(tmp_path / "ours")
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)
+    pixels = np.stack([ours.preprocess(x) for x in images]).transpose(0, 3, 1, 2)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "image.onnx")
+    names = ("boxes_xyxy", "region_embeds", "region_priors")
+    regions = session.run(names, {"pixel_values": np.ascontiguousarray(pixels)})
+    for texts in (["a wren", "an owl", "long"], ["a wren"]):
+        expected = ours.detect(images, texts, top_k=12, threshold=-1.0)
+        perturbed.same_detections(ours, expected, *regions, ours.encode_text(texts))
+
+
 def test_the_report_compares_every_output(grain, monkeypatch):
     source = exits.read(grain.parent / "ours")
     report = onnx_files._prove(grain, source)
     outputs = {"image_embed", "text_embed", "region_embed", "boxes_xyxy", "box_embed"}
-    outputs |= {"similarity_map", "region_prior"}
+    outputs |= {"similarity_map"}
     assert {c.name for c in report.comparisons} == outputs
     assert report.verdict == "PROVEN" and max(c.error for c in report.comparisons) < 1e-5
     other = perturbed.params(source.model, seed=1)

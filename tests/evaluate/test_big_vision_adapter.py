@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from grain_jax import inference
-from grain_jax.core import images
+from grain_jax.core import images, schema
 from grain_jax.evaluate import big_vision
 from tests import perturbed
 
@@ -18,9 +18,10 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return perturbed.saved(tmp_path_factory.mktemp("clip") / "model", text__vocab_size=49408)
+@pytest.fixture(scope="module", params=perturbed.REGIONS)
+def clip(request, tmp_path_factory):
+    changes = dict(text__vocab_size=49408, **perturbed.REGIONS[request.param])
+    return perturbed.saved(tmp_path_factory.mktemp("clip") / "model", **changes)
 
 
 @pytest.fixture(scope="module", params=["packable", "sees its padding", "masks its padding"])
@@ -68,6 +69,11 @@ def test_pictures_and_texts_as_the_predictor_has_them(clip):
     close(out["img/normalized"], zimg)
     close(out["txt/normalized"], ztxt)
     close(out["t"], [np.exp(2.5)])
+    for name, expected in predictor.encode_regions(pictures)._asdict().items():
+        close(out[f"regions/{name}"], expected)
+    assert out["regions/prior"].any() == predictor.has_proposals
+    regions = [np.asarray(out[f"regions/{name}"]) for name in schema.Regions._fields]
+    perturbed.same_detections(predictor, predictor.detect(pictures, TEXTS[:2]), *regions, ztxt[:2])
     assert np.abs(ztxt[0] - ztxt[3]).max() > 0.01
     # CLIP's ids of another op, padded with its end token or with 0.
     for padding in (0, 49407):
@@ -77,7 +83,8 @@ def test_pictures_and_texts_as_the_predictor_has_them(clip):
         assert np.isnan(measured).all(axis=1).tolist() == [False, True, False, False]
     # Either alone, and init as its trainers call it.
     zimg, ztxt, out = jax.eval_shape(predict, state, {"image": pictures})
-    assert (zimg.shape, ztxt, set(out)) == ((4, 28), None, {"img/normalized", "t", "t/parameter"})
+    names = {f"regions/{name}" for name in schema.Regions._fields} | {"img/normalized", "t", "t/parameter"}
+    assert (zimg.shape, ztxt, set(out)) == ((4, 28), None, names)
     assert jax.eval_shape(predict, state, {"labels": ids})[0] is None
     model = big_vision.Model(checkpoint=clip)
     passed = np.zeros((1, 40, 40, 3)), np.zeros((1, 32), np.int32)

@@ -13,6 +13,7 @@ from grain_jax.core import schema
 from grain_jax.inference import scores, segmentation
 from grain_jax.models import grain
 from tests import perturbed
+from tests import turned as camera
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)
 ENDS = np.random.default_rng(1).random((2, 3, 4, 2), np.float32)
@@ -108,6 +109,19 @@ def test_proposals_are_the_boxes_of_all_patches(sort):
     asked = segmentation.Classes(("a", "b"), texts, np.arange(2))
     got = predictor.class_maps(PICTURES[:1], asked, by="regions", patch_features="tokens")
     close(got, [of_regions])
+
+
+def test_boxes_are_shares_or_pixels_of_the_image_as_it_was_given(monkeypatch):
+    predictor, wide = _predictor(), PIL.Image.fromarray(PICTURES[0]).resize((90, 30))
+    embeds, turned = predictor.encode_text(TEXTS), wide.copy()
+    monkeypatch.setattr(predictor, "encode_text", lambda texts: embeds)
+    turned.info["exif"] = camera.exif(6)
+    for image, size in ((wide, (90, 30)), (np.asarray(wide), (90, 30)), (turned, (30, 90))):
+        for answers in (predictor.ground, lambda *x, **how: [predictor.detect(*x, **how)]):
+            shares, pixels = (answers(image, ["a", "b"], **x) for x in ({}, {"pixels": True}))
+            for share, pixel in zip(shares, pixels, strict=True):
+                assert 0 <= share[0].min() < share[0].max() <= 1
+                np.testing.assert_allclose(pixel[0], share[0] * np.array(size * 2), rtol=1e-6)
 
 
 def test_the_likeliest_proposals_do_not_overlap():

@@ -43,10 +43,9 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=3e-6)
 
 
-@pytest.fixture(scope="module")
-def predictor():
-    depths = dict(image__depth=1, text__depth=1, decoder__depth=1)
-    model = perturbed.tiny(**depths, **perturbed.PROPOSALS["decoder"])
+@pytest.fixture(scope="module", params=perturbed.REGIONS)
+def predictor(request):
+    model = perturbed.tiny(image__depth=1, text__depth=1, **perturbed.REGIONS[request.param])
     return inference.Predictor(model, perturbed.params(model))
 
 
@@ -62,7 +61,7 @@ def folder(predictor, tmp_path_factory):
     return folder / "out"
 
 
-def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_path):
+def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (5, 40, 40, 3)).astype(np.uint8)
     tokens = np.zeros((5, 32), np.int32)
@@ -80,8 +79,15 @@ def test_it_runs_without_grain_jax_and_gives_the_same(predictor, folder, tmp_pat
         close(got[f"{n}/image_embed"], image[:n])
         close(got[f"{n}/region_embed"], regions.embed[:n])
         close(got[f"{n}/boxes_xyxy"], regions.boxes_xyxy[:n])
-        close(got[f"{n}/region_prior"], regions.prior[:n])
         close(got[f"{n}/text_embed"], text[:n])
+    assert ("5/region_prior" in got) == predictor.has_proposals == regions.prior.any()
+    prior = got.get("5/region_prior", np.zeros((5, 3), np.float32))
+    close(prior, regions.prior)
+    with monkeypatch.context() as patch:  # no tokenizer has so few words
+        patch.setattr(predictor, "encode_text", lambda names: text)
+        expected = predictor.detect(pictures, [f"text {i}" for i in range(5)], top_k=12)
+    boxes_xyxy, embed = got["5/boxes_xyxy"], got["5/region_embed"]
+    perturbed.same_detections(predictor, expected, boxes_xyxy, embed, prior, got["5/text_embed"])
     for key in got:
         if key.startswith("1/"):
             np.testing.assert_allclose(got[key], got[f"5/{key[2:]}"][:1], rtol=1e-5, atol=3e-6)
