@@ -5,7 +5,7 @@
       grain-jax build --annotations runs/scenes/data/train/${boxes#*:}.jsonl --name ${boxes%:*} \\
         --images runs/scenes/data/train --output runs/scenes/data/records; done
     for boxes in exact detected; do
-      for arm in clip clip_boxes clip_patches grain regions; do
+      for arm in clip clip_boxes clip_patches{,_agreement} grain{,_agreement} regions; do
         grain-jax sweep --config examples/claim/scenes.py:runs/scenes,$boxes,$arm --parallel 2 \\
           --sweep examples/claim/scenes.py --workdir runs/scenes/$boxes/$arm; done; done
     python -m examples.claim.scenes runs/scenes    # tables, and runs/scenes/scenes.tsv, which it also reads
@@ -14,6 +14,7 @@ All arms train L_ic and L_id on two captions. `clip` is two towers with attentio
 `regions`, without boxes. `clip_boxes` adds the box head, `clip_patches` also boxes that patches predict,
 which are its regions; both have the FLOPs of `grain`, whose queries point at patches and read the box head.
 The regions of `grain`, and of `regions`, its decoder on the frozen `clip` of its seed, are boxes of patches.
+The arms with `_agreement` set `loss.agreement`.
 
 Two numbers decide: top-1 of quiet phrases, and images that find their caption in groups of four. Validation
 images choose the score and alpha of each arm, and its `model.boxes.object_weight`: the weight with the
@@ -41,11 +42,13 @@ ARMS = {
     "clip": "CLIP",
     "clip_boxes": "CLIP, box head",
     "clip_patches": "CLIP, box head, boxes of patches",
+    "clip_patches_agreement": "CLIP, box head, boxes of patches, agreement",
     "grain": "GRAIN",
+    "grain_agreement": "GRAIN, agreement",
     "regions": "`regions:` on CLIP",
 }
 # At least the FLOPs of `grain`: by flops.per_image, an image has 258 MFLOP there, in these 237 and 241.
-LONGER = {"clip_boxes": 1.15, "clip_patches": 1.08}
+LONGER = {"clip_boxes": 1.15, "clip_patches": 1.08, "clip_patches_agreement": 1.08}
 COLUMNS = {  # heading -> key, where {} is the sort of regions, and factor
     **{x: y for x, y in tables.COLUMNS.items() if y[0].startswith(("groups", "retrieval"))},
     "phrases": ("test/{}/phrase_acc50", 100),
@@ -67,6 +70,7 @@ def get_config(argument: str):
     """The config of "FOLDER,BOXES,ARM"."""
     folder, boxes, arm = argument.split(",")
     c = demo.get_config()
+    c.loss.agreement = arm.endswith("_agreement")
     c.model.image.update(image_size=96, patch_size=12)
     c.model.decoder.queries = c.input.max_regions = 5
     c.total_steps = round(STEPS * LONGER.get(arm, 1))
@@ -83,8 +87,8 @@ def get_config(argument: str):
     elif arm.startswith("clip"):
         c.model.decoder, c.model.image.pool = None, "map"
         c.loss.region_description, c.loss.deep_supervision = 0.0, False
-        c.loss.box *= arm == "clip_patches"
-    c.model.boxes.proposals = arm in ("clip_patches", "grain", "regions")
+        c.loss.box *= arm.startswith("clip_patches")
+    c.model.boxes.proposals = arm not in ("clip", "clip_boxes")
     if arm == "clip":
         c.model.boxes.kind, c.loss.box_description = "none", 0.0
     evals, data = {}, f"{folder}/data"
