@@ -122,11 +122,14 @@ def test_the_arms_on_photographs(tmp_path):
     for arm in scenes.ARMS:
         path = f"{ROOT}/examples/claim/scenes.py:{tmp_path},detected,{arm}"
         arms[arm] = loading.load(path, ["--config.seed=2"])
-    assert {x for x, c in arms.items() if not c.model.decoder} == {"clip", "clip_boxes", "clip_patches"}
+    with_agreement = {x for x, c in arms.items() if c.loss.agreement}
+    assert with_agreement == {"clip_patches_agreement", "grain_agreement"}
+    no_decoder = {x for x, c in arms.items() if not c.model.decoder}
+    assert no_decoder == {"clip", "clip_boxes", "clip_patches", "clip_patches_agreement"}
     assert {x for x, c in arms.items() if c.model.boxes.kind == "none"} == {"clip"}
     proposals = {x for x, c in arms.items() if c.model.boxes.proposals}
-    assert proposals == {"clip_patches", "grain", "regions"}
-    assert arms["clip_patches"].total_steps == 1620 and arms["grain"].total_steps == 1500
+    assert proposals == with_agreement | {"clip_patches", "grain", "regions"}
+    assert arms["clip_patches"].total_steps == arms["clip_patches_agreement"].total_steps == 1620 and arms["grain"].total_steps == 1500
     start = f"{tmp_path}/exact/clip/seed=2"
     assert arms["regions"].init.image == arms["regions"].init.text == start
     assert arms["regions"].model.tower_pools and arms["regions"].optim.frozen
