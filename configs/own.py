@@ -1,22 +1,24 @@
 """Your own images on one machine, from random weights: a laptop's CPU (tiny) or one GPU (S/16, B/16).
 
-COMMAND   grain-jax train --config own[:S/16|:B/16] --workdir runs/own \
+COMMAND   grain-jax train --config own[:SIZE[,patches]] --workdir runs/own \
               --config.input.data_dir=records --config.input.name=mine
 DATA      records of grain-jax build (docs/own_images.md). The paper trains on millions of images; with
           fewer, start from pretrained towers: configs/finetune.py.
+ARGUMENT  tiny, S/16 or B/16; with ",patches" two towers without a decoder (docs/claim.md).
 HARDWARE  any batch size that the devices divide; grain-jax plan says what fits.
 """
 
-from grain_jax.config.recipe import base, with_pointer
+from grain_jax.config.recipe import base, with_pointer, without_decoder
 from grain_jax.evaluate.kinds import evaluator
 
 # Size -> images per step, peak learning rate.
 SIZES = {"tiny": (64, 1e-3), "S/16": (256, 5e-4), "B/16": (256, 5e-4)}
 
 
-def get_config(size="tiny"):
-    if size not in SIZES:
-        raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}")
+def get_config(argument="tiny"):
+    size, _, kind = argument.partition(",")
+    if size not in SIZES or kind not in ("", "patches"):
+        raise ValueError(f"got {argument!r}, expected one of {', '.join(SIZES)}, or one of them and ,patches")
     c = own_images(size)
     c.batch_size, c.optim.learning_rate = SIZES[size]
     c.total_epochs = 50.0
@@ -24,7 +26,7 @@ def get_config(size="tiny"):
     if size == "tiny":  # as configs/demo.py, for a narrow model
         c.model.image.update(block_init="torch", position_init="sincos2d", position_period=16.0)
         c.model.decoder.update(dropout=0.0, qkv_init_gain=2.5)
-    return c
+    return without_decoder(c) if kind else c
 
 
 def own_images(size="B/16"):

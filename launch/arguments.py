@@ -31,7 +31,7 @@ class Tune(Configured, name="tune"):
     """Measures a run on this machine and writes the fastest keys.
 
     It compares the program of attention with XLA's, and times their layers. Then it times whole steps with
-    other programs, remat, unroll, microbatches and loss.gather, a key at a time, and keeps the fastest. Keys
+    other programs, remat, unroll, microbatches, a key at a time, and keeps the fastest. Keys
     that the command line sets stay. At the end it compares the step with plan's bound and with the images per
     second of the input. Ctrl-C keeps what was measured.
 

@@ -149,16 +149,22 @@ class Topology(NamedTuple):
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads "v5e:16x16", "v5e:16x16*2" (two slices), "tpu7x:4x4x4" or "h100:8x2" (8 GPUs per node, 2 nodes).
+    """Reads "v5e:16x16", "v5e-256", "v5e:16x16*2" (two slices) or "h100:8x2" (8 GPUs per node, 2 nodes).
 
     Args:
       text: chip, colon, shape. "*n": n TPU slices that the data-centre network joins. GPUs: those per node,
-        which NVLink joins (at most 8; gb200: 72), and nodes (default 1); `shape` is (GPUs per node,).
+        which NVLink joins (at most 8; gb200: 72), and nodes (default 1); `shape` is (GPUs per node,). Of
+        TPUs also Google's name, chip, hyphen, size; it counts TensorCores on v4, v5p and tpu7x, of which a
+        chip has two.
 
     Raises:
       UserError: an unknown chip, or a shape that such chips do not come in.
     """
-    match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)(?:\*(\d+))?", text.strip().lower())
+    name = text.strip().lower()
+    named = re.fullmatch(r"(\w+)-(\d+)(\*\d+)?", name)
+    if named and named[1] in CHIPS and CHIPS[named[1]].is_tpu:
+        name = f"{named[1]}:{_shape_of(CHIPS[named[1]], int(named[2]))}{named[3] or ''}"
+    match = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
     if not match or match[1] not in CHIPS:
         raise errors.UserError(
             f"topology: got {text!r}, expected CHIP:SHAPE such as v5e:16x16, v5e:16x16*2 (two slices),"
@@ -170,7 +176,8 @@ def parse_topology(text: str) -> Topology:
     good = min(*shape, slices) > 0
     if chip.gpu is None:
         good &= len(shape) == chip.axes
-        expected = f"{chip.axes} numbers, such as {chip.name}:{'x'.join('448'[: chip.axes])}"
+        side = "x".join("448"[: chip.axes])
+        expected = f"{chip.axes} numbers, such as {chip.name}:{side}, or a size such as {chip.name}-64"
     else:
         node = chip.gpu.node
         good &= match[3] is None and len(shape) <= 2 and shape[0] <= node
@@ -179,3 +186,13 @@ def parse_topology(text: str) -> Topology:
     if not good:
         raise errors.UserError(f"topology: got {text!r}, expected {expected}")
     return Topology(chip, math.prod(shape) * slices * chip.devices, shape, slices)
+
+
+def _shape_of(chip: Chip, size: int) -> str:
+    """The shape of the slice that Google calls CHIP-SIZE: "8x8" of v5e-64; "0" if there is none."""
+    count = size // chip.libtpu[1]
+    if count < 1 or count & (count - 1) or count * chip.libtpu[1] != size:
+        return "0"
+    doublings = count.bit_length() - 1
+    sides = [2 ** ((doublings + axis) // chip.axes) for axis in range(chip.axes)]
+    return "x".join(str(side) for side in sorted(sides, key=lambda side: (side == 1, side)))

@@ -90,7 +90,6 @@ class Tuner:
             [{"remat": x} for x in (config.remat, *config_lib.REMAT_POLICIES)],
             [now, dict.fromkeys(depths, 1), *unrolled],
             [{"microbatches": n} for n in (config.microbatches, 1, 2, 4) if images % n == 0],
-            [{"loss.gather": n} for n in (config.loss.gather, 1, 4, 16) if n <= shards],
         ]
         groups = [[x for i, x in enumerate(group) if x not in group[:i]] for group in groups]
         return [group for group in groups if len(group) > 1 and not fixed & set(group[0])]

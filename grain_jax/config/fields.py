@@ -109,8 +109,7 @@ class Loss:
     match_giou: float = key(2.0, "Weight of -GIoU in the matching cost.")
     match_description: float = key(0.0, "Weight of -cosine(region, text) in the matching cost.")
     deep_supervision: bool = key(False, "Whether each earlier decoder layer adds its box loss.")
-    tile: int = count(1024, "Side of a tile of the similarity matrix.", low=1, role="free")
-    gather: int = count(1, "Neighbouring devices that exchange embeddings at once.", low=1, role="free")
+    tile: int = count(1024, "A part of the similarity matrix has its square.", low=1, role="free")
     precision: str = key(
         "high", "Passes of float32 products on TPUs: three or six.", choices=("high", "highest"), role="free"
     )

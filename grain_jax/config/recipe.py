@@ -94,6 +94,13 @@ def with_pointer(c: Keys) -> Keys:
     return c
 
 
+def without_decoder(c: Keys) -> Keys:
+    """`c` from `with_pointer` as two towers: regions are boxes of patches, which the box head embeds."""
+    c.model.decoder, c.model.image.pool = None, "map"
+    c.loss.update(region_description=0.0, deep_supervision=False)
+    return c
+
+
 def reference_behaviour(c: Keys) -> Keys:
     """`c` with the behaviour of the PyTorch reference (docs/method.md, Where it differs), for comparisons."""
     c.text.packing = False

@@ -1,7 +1,7 @@
 """The losses: `total` has the table of their terms and the sum, `contrastive` and `box_loss` the terms.
 
 `shard` defines the input and the output of a term. `matching` assigns queries to regions. `streaming`
-compares rows with the columns of all devices, and `ring` carries the columns there.
+gathers the texts of all devices and compares rows with them.
 """
 
 from grain_jax.losses.layout import GroupLayout, make_layout

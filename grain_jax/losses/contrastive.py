@@ -1,19 +1,15 @@
 """The contrastive losses of images and regions with their texts (docs/method.md, Losses).
 
-Rows and columns that lie on other devices are met in `streaming`.
+`against_texts` finds the negatives of all of them, in one pass over the captions and one over the
+descriptions of all devices.
 """
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from grain_jax.losses import streaming
-from grain_jax.losses.ring import Ring
 from grain_jax.losses.shard import GroupMean, Mean, Shard, TermOutput
-from grain_jax.losses.streaming import Vectors
+from grain_jax.losses.streaming import Columns, Pair, Rows
 
 TIE = 1e-5  # cosines nearer than this are equal but for rounding
 
@@ -27,19 +23,8 @@ def image_caption(shard: Shard) -> TermOutput:
     share of images nearest to their own caption, or with several captions the share of captions whose nearest
     image has them.
     """
-    texts, ids = shard.outputs.text_embed, shard.targets.caption_id
-    return _images_and_texts("image_caption_accuracy", shard, texts, ids, shard.batch.caption_mask)
-
-
-def plain_image_text(image, texts, ids, scale):
-    """L_ic and L_id on one device, with the whole matrix: image [B, D], texts [B, S, D], their ids [B, S]."""
-    z = scale * jnp.einsum("id,jkd->ijk", image, texts, precision="highest")
-    is_own = (ids[:, None, None] == ids[:, :, None]).any(-1)  # [i, j, k]: whether text jk is one of image i's
-    negative = jnp.where(is_own, -jnp.inf, z)
-    own_logits = jnp.einsum("iik->ik", z)
-    of_text, of_image = (jax.nn.logsumexp(negative, axis) for axis in (0, (1, 2)))
-    to_image, to_text = jnp.logaddexp(own_logits, of_text), jnp.logaddexp(own_logits, of_image[:, None])
-    return jnp.mean(to_image + to_text - 2 * own_logits) / 2
+    texts, real = shard.outputs.text_embed, shard.batch.caption_mask
+    return _images_and_texts("image_caption", shard, texts, real)
 
 
 def image_description(shard: Shard) -> TermOutput:
@@ -50,61 +35,53 @@ def image_description(shard: Shard) -> TermOutput:
     texts, real = shard.outputs.region_text_embed, shard.batch.region_mask
     if real.shape[1] == 0:
         return TermOutput(Mean(jnp.zeros(()), jnp.zeros(())), {})
-    ids, name = shard.targets.description_id, "image_description_accuracy"
-    return _images_and_texts(name, shard, texts, ids, real)
+    return _images_and_texts("image_description", shard, texts, real)
 
 
-def _images_and_texts(accuracy: str, shard: Shard, texts, ids, real) -> TermOutput:
-    """The mean loss of all texts, and under that name how many are right.
+def _images_and_texts(name: str, shard: Shard, texts, real) -> TermOutput:
+    """The mean loss of all texts, and as `NAME_accuracy` how many are right.
 
     A text is compared with the images that do not have it, an image with the texts that it does not have; the
     mean of both for "softmax". The idea of many texts as positives of one image is DreamLIP's (Zheng et al.
     2024); here equal texts of two images are positives of both.
 
-    Args: texts [b, S, D], their ids [b, S], and where they are real, bool [b, S].
+    Args: texts [b, S, D], and where they are real, bool [b, S].
     """
-    image, one_each = shard.outputs.image_embed, texts.shape[1] == 1
+    one_each = texts.shape[1] == 1
     scale, bias = shard.outputs.scales[:2]
-    own_logits = scale * jnp.sum(image[:, None] * texts, axis=-1) + bias
-    rows = Vectors(image, jnp.where(real, ids, streaming.NO_ID), jnp.ones(len(image), bool))
-    columns = _flat(texts, ids, real)
+    own_logits = scale * jnp.sum(shard.outputs.image_embed[:, None] * texts, axis=-1) + bias  # [b, S]
+    of_images, of_texts = shard.negatives[name]
     if one_each:
         # An image without a text then has no loss for "softmax", and the loss of its negatives for "sigmoid".
         own_logits = jnp.where(real, own_logits, -streaming.MASKED)
+        first, second = of_images, of_texts
     else:
-        rows, columns = columns, rows
-    loss, right = _both_ways(shard, shard.layout.everywhere, rows, columns, own_logits, scale, bias)
-    output = _mean_over_texts(accuracy, loss, right, real)
+        first, second = of_texts, of_images
+    loss, right = _both_ways(shard, own_logits, first, second, scale)
+    output = _mean_over_texts(f"{name}_accuracy", loss, right, real)
     if one_each:
         output = output._replace(loss=Mean(loss.sum(), output.loss.count))
     return output
 
 
-def _flat(embed, ids, real) -> Vectors:
-    """Embeddings [b, S, D], their ids and where they are real, [b, S] -> b S vectors."""
-    return Vectors(embed.reshape(-1, embed.shape[-1]), ids.reshape(-1, 1), real.reshape(-1))
-
-
-def _both_ways(shard: Shard, ring: Ring, rows: Vectors, columns: Vectors, own_logits, scale, bias):
+def _both_ways(shard: Shard, own_logits, first, second, scale):
     """(loss of each pair, whether its row is nearest to its column), shaped as their logits [b, S].
 
-    There is a row for each pair, and a column for each pair or for each of the b images. The mean of both
-    directions for "softmax"; "sigmoid" is symmetric, so one direction suffices.
+    The mean of both directions for "softmax"; "sigmoid" is symmetric, so the first direction suffices.
+
+    Args:
+      shard: its config names the loss.
+      own_logits: [b, S], of the pairs.
+      first: the negatives of one side of each pair [b S].
+      second: those of the other side, [b S], or [b] of images.
+      scale: of the logits.
     """
-    contrast, tile = shard.config.contrast, shard.config.tile
-    both = contrast == "softmax"
-    costs: Any = streaming.negatives(contrast, both, tile, ring, rows, columns, scale, bias)
-    of_rows, of_columns = costs
-    loss = streaming.loss_of_rows(contrast, own_logits, of_rows.cost.reshape(own_logits.shape))
-    if both:
-        back = streaming.loss_of_rows(contrast, own_logits, of_columns.cost.reshape(len(own_logits), -1))
+    contrast, images = shard.config.contrast, len(own_logits)
+    loss = streaming.loss_of_rows(contrast, own_logits, first.cost.reshape(own_logits.shape))
+    if contrast == "softmax":
+        back = streaming.loss_of_rows(contrast, own_logits, second.cost.reshape(images, -1))
         loss = (loss + back) / 2
-    return loss, _is_nearest(own_logits, of_rows.highest.reshape(own_logits.shape), scale)
-
-
-def _of_groups(shard: Shard, function: Callable, *arrays):
-    """`function` of the arrays of each group of the device, with a leading axis of the groups."""
-    return jax.vmap(function)(*(jax.tree.map(shard.layout.per_group, x) for x in arrays))
+    return loss, _is_nearest(own_logits, first.highest.reshape(own_logits.shape), scale)
 
 
 def _mean_over_texts(accuracy: str, loss, right, real) -> TermOutput:
@@ -121,57 +98,39 @@ def region_description(shard: Shard) -> TermOutput:
 
     Measures `region_description_accuracy`, the share of matched regions nearest to their own description.
     """
-    outputs, targets, per_group = shard.outputs, shard.targets, shard.layout.per_group
-    loss, right = _of_groups(
-        shard,
-        functools.partial(_region_description_of_group, shard),
-        outputs.region_embed,
-        outputs.region_text_embed,
-        targets.description_id,
-        targets.description_mask,
-        targets.label_slot,
-        shard.match,
+    outputs, valid = shard.outputs, shard.match.valid
+    if 0 in (valid.shape[1], outputs.region_embed.shape[1]):  # no regions, or no queries
+        none = jnp.zeros(shard.layout.groups_per_shard)
+        return TermOutput(GroupMean(none, none), {})
+    scale, bias = outputs.scales.of_regions
+    label = _of_slots(shard, outputs.region_text_embed)
+    own_logits = scale * jnp.sum(_matched(shard) * label, axis=-1) + bias  # [b, R]
+    negative, _ = shard.negatives["region_description"]
+    cost, highest = (x.reshape(own_logits.shape) for x in negative)
+    loss = streaming.loss_of_rows(shard.config.contrast, own_logits, cost)
+    return _mean_over_groups(
+        "region_description_accuracy", shard, loss, _is_nearest(own_logits, highest, scale), valid
     )
-    counts = per_group(jnp.where(shard.match.valid, shard.agreement, 0))
-    matched = per_group(shard.match.valid).sum((1, 2)).astype(jnp.float32)
-    measures = {}
-    if right.size and shard.outputs.region_embed.shape[1]:  # a run with regions and queries
-        accuracy = Mean(right.sum().astype(jnp.float32), matched.sum())
-        measures["region_description_accuracy"] = accuracy
-    return TermOutput(GroupMean((counts * loss).sum((1, 2)), counts.sum((1, 2))), measures)
 
 
-def plain_region_description(regions, descriptions, ids, scale):
-    """L_rd on one device, with the whole matrix: row j of both [n, D] is region j, whose text is ids[j]."""
-    z = scale * streaming.similarity(regions, descriptions)
-    no_negative = (ids[:, None] == ids) & ~jnp.eye(len(ids), dtype=bool)
-    return jnp.mean(jax.nn.logsumexp(jnp.where(no_negative, -jnp.inf, z), axis=1) - jnp.diag(z))
+def _matched(shard: Shard):
+    """The embedding of the query that each region is matched to, [b, R, D]."""
+    return jnp.take_along_axis(shard.outputs.region_embed, shard.match.query_index[..., None], axis=1)
 
 
-def _region_description_of_group(shard, region_embed, region_text_embed, id_, mask, label_slot, match):
-    """(loss of each region, 0 where none is matched; whether its own description is nearest), [b, R] each."""
-    if 0 in (id_.shape[1], region_embed.shape[1]):  # no regions, or no queries
-        return jnp.zeros(id_.shape), jnp.zeros(id_.shape, bool)
-    config, (scale, bias) = shard.config, shard.outputs.scales.of_regions
-    pred = jnp.take_along_axis(region_embed, match.query_index[..., None], axis=1)  # [b, R, D]
-    label = jnp.take_along_axis(region_text_embed, label_slot[..., None], axis=1)  # [b, R, D]
-    own_logits = scale * jnp.sum(pred * label, axis=-1) + bias  # [b, R]
-    label_id = jnp.take_along_axis(id_, label_slot, axis=1)
-    rows = _flat(pred, label_id, jnp.ones_like(mask))
-    columns = _flat(region_text_embed, id_, mask)
-    costs: Any = streaming.negatives(
-        config.contrast, False, config.tile, shard.layout.in_group, rows, columns, scale, bias
-    )
-    negative = costs[0]
-    cost, highest = (x.reshape(id_.shape) for x in negative)
-    loss = streaming.loss_of_rows(config.contrast, own_logits, cost)
-    return jnp.where(match.valid, loss, 0), match.valid & _is_nearest(own_logits, highest, scale)
+def _of_slots(shard: Shard, x):
+    """What the description of each region has: [b, R, ...] by `Targets.label_slot`."""
+    slot = shard.targets.label_slot
+    return jnp.take_along_axis(x, slot.reshape(*slot.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-def plain_box_description(boxes, descriptions, ids, scale):
-    """L_bd on one device: L_rd of the box embeddings, and with boxes and descriptions exchanged."""
-    both = (boxes, descriptions), (descriptions, boxes)
-    return sum(plain_region_description(*pair, ids, scale) for pair in both) / 2
+def _mean_over_groups(accuracy: str, shard: Shard, loss, right, real) -> TermOutput:
+    """The mean over groups of the loss of real regions [b, R], each as much as `Shard.agreement` says."""
+    per_group = shard.layout.per_group
+    counts = per_group(jnp.where(real, shard.agreement, 0))
+    loss = per_group(jnp.where(real, loss, 0))
+    share = Mean((right & real).sum().astype(jnp.float32), real.sum().astype(jnp.float32))
+    return TermOutput(GroupMean((counts * loss).sum((1, 2)), counts.sum((1, 2))), {accuracy: share})
 
 
 def box_description(shard: Shard) -> TermOutput:
@@ -182,21 +141,95 @@ def box_description(shard: Shard) -> TermOutput:
     directions for "softmax". "sigmoid" is symmetric, so one direction suffices. Measures
     `box_description_accuracy`, the share of boxes nearest to their own description.
     """
+    outputs, (scale, bias) = shard.outputs, shard.outputs.scales.of_regions
+    own_logits = scale * jnp.sum(outputs.box_embed * outputs.region_text_embed, axis=-1) + bias  # [b, R]
+    loss, right = _both_ways(shard, own_logits, *shard.negatives["box_description"], scale)
+    return _mean_over_groups("box_description_accuracy", shard, loss, right, shard.embedded)
+
+
+def against_texts(shard: Shard, names: set[str]) -> dict[str, Pair]:
+    """The negatives of the losses of these names: of rows [b] or [b R], and of the texts of this device.
+
+    Where all images are one group, images, queries and boxes meet the descriptions in the same pass.
+    """
+    layout, everywhere = shard.layout, shard.layout.everywhere
+    captions = {name: _images(shard, name) for name in names & {"image_caption"}}
+    descriptions = {name: _images(shard, name) for name in names & {"image_description"}}
+    of_regions = {name: rows for name, rows in _regions(shard).items() if name in names}
+    if layout.in_group == everywhere and layout.groups_per_shard == 1:
+        descriptions, of_regions = descriptions | of_regions, {}
+    pairs = _negatives(shard, captions, shard.captions, everywhere)
+    pairs |= _negatives(shard, descriptions, shard.descriptions, everywhere)
+    if of_regions:
+        pairs |= _in_groups(shard, of_regions)
+    return pairs
+
+
+def _images(shard: Shard, name: str) -> Rows:
+    """The images as rows against captions or descriptions."""
+    texts, ids, real = shard.outputs.text_embed, shard.targets.caption_id, shard.batch.caption_mask
+    if name == "image_description":
+        texts, ids, real = (
+            shard.outputs.region_text_embed,
+            shard.targets.description_id,
+            shard.batch.region_mask,
+        )
+    return Rows(
+        shard.outputs.image_embed,
+        jnp.where(real, ids, streaming.NO_ID),
+        jnp.ones(len(ids), bool),
+        *shard.outputs.scales[:2],
+        both=shard.config.contrast == "softmax" or texts.shape[1] > 1,
+    )
+
+
+def _regions(shard: Shard) -> dict[str, Rows]:
+    """Matched queries and annotated boxes as rows, b R of them, against the descriptions of their group."""
     outputs, targets = shard.outputs, shard.targets
-    scale, bias = outputs.scales.of_regions
+    regions = {}
+    if outputs.region_embed.shape[1]:
+        every = jnp.ones(targets.box_mask.shape, bool)
+        ids = _of_slots(shard, targets.description_id)
+        regions["region_description"] = _matched(shard), ids, every, False
+    if outputs.box_embed is not None:
+        both = shard.config.contrast == "softmax"
+        regions["box_description"] = outputs.box_embed, targets.description_id, shard.embedded, both
+    return {
+        name: Rows(
+            embed.reshape(-1, embed.shape[-1]),
+            ids.reshape(-1, 1),
+            real.reshape(-1),
+            *outputs.scales.of_regions,
+            mask=1,
+            both=both,
+        )
+        for name, (embed, ids, real, both) in regions.items()
+        if ids.size
+    }
 
-    def of_group(boxes, texts, id_, real, described):
-        own_logits = scale * jnp.sum(boxes * texts, axis=-1) + bias  # [b, R]
-        rows, columns = _flat(boxes, id_, real), _flat(texts, id_, described)
-        loss, right = _both_ways(shard, shard.layout.in_group, rows, columns, own_logits, scale, bias)
-        return jnp.where(real, loss, 0), real & right
 
-    arrays = outputs.box_embed, outputs.region_text_embed, targets.description_id
-    loss, right = _of_groups(shard, of_group, *arrays, shard.embedded, targets.box_mask)
-    counts = shard.layout.per_group(jnp.where(shard.embedded, shard.agreement, 0))
-    accuracy = Mean(right.sum().astype(jnp.float32), shard.embedded.sum().astype(jnp.float32))
-    mean = GroupMean((counts * loss).sum((1, 2)), counts.sum((1, 2)))
-    return TermOutput(mean, {"box_description_accuracy": accuracy})
+def _negatives(
+    shard: Shard, rows: dict[str, Rows], columns: Columns, axes: tuple[str, ...]
+) -> dict[str, Pair]:
+    """`streaming.negatives` by name."""
+    if not rows or not len(columns.embed):
+        return {}
+    config, precision = shard.config, shard.layout.precision
+    options = dict(tile=config.tile, axes=axes, precision=precision)
+    return dict(zip(rows, streaming.negatives(config.contrast, [*rows.values()], columns, **options)))
+
+
+def _in_groups(shard: Shard, rows: dict[str, Rows]) -> dict[str, Pair]:
+    """The negatives of the rows of each group among the descriptions of the group."""
+    layout = shard.layout
+    arrays = {name: jax.tree.map(layout.per_group, x[:3]) for name, x in rows.items()}
+
+    def of_group(arrays, columns):
+        of_rows = {name: Rows(*arrays[name], *x[3:]) for name, x in rows.items()}
+        return _negatives(shard, of_rows, columns, layout.in_group)
+
+    pairs = jax.vmap(of_group)(arrays, shard.group_descriptions)
+    return jax.tree.map(lambda x: x.reshape(-1), pairs)
 
 
 def hard_negative(shard: Shard) -> TermOutput:
@@ -206,18 +239,17 @@ def hard_negative(shard: Shard) -> TermOutput:
     Measures the share of them whose description beats all of its negatives: `hard_negative_accuracy` by the
     queries, `hard_negative_box_accuracy` by the boxes.
     """
-    outputs, match, targets = shard.outputs, shard.match, shard.targets
-    slot, zero = targets.label_slot, jnp.zeros(())
+    outputs, match, zero = shard.outputs, shard.match, jnp.zeros(())
     total, measures = Mean(zero, zero), {}
     if outputs.negative_text_embed is None:
         return TermOutput(total, measures)
-    of_label = lambda x: jnp.take_along_axis(x, slot.reshape(*slot.shape, *(1,) * (x.ndim - 2)), axis=1)
-    text, negatives = of_label(outputs.region_text_embed), of_label(outputs.negative_text_embed)
-    negative_mask = of_label(shard.batch.negative_mask)
+    text, negatives, negative_mask = (
+        _of_slots(shard, x)
+        for x in (outputs.region_text_embed, outputs.negative_text_embed, shard.batch.negative_mask)
+    )
     embeds = {}  # [b, R, D], and which regions have one
     if outputs.region_embed.shape[1]:
-        query = jnp.take_along_axis(outputs.region_embed, match.query_index[..., None], axis=1)
-        embeds["hard_negative_accuracy"] = query, match.valid
+        embeds["hard_negative_accuracy"] = _matched(shard), match.valid
     if outputs.box_embed is not None:
         embeds["hard_negative_box_accuracy"] = outputs.box_embed, shard.embedded
     for name, (embed, valid) in embeds.items():

@@ -1,9 +1,9 @@
 """What a loss term gets and gives: the images of one device, and sums and counts over them.
 
 A loss term is a function of a `Shard` that returns a `Mean`, a `GroupMean`, or a `TermOutput` with further
-numbers to log. It runs inside `jax.shard_map`, where an image's negatives may lie on other devices: the
-rings of `Shard.layout` reach them (streaming.py). `total.total_loss` adds the sums and counts of all devices
-up, so a term that only averages over its images needs no collective.
+numbers to log. It runs inside `jax.shard_map`. A shard has the images of one device and the texts of all
+devices, which are gathered once a step. `total.total_loss` adds the sums and counts of all devices up, so a
+term that only averages over its images needs no collective.
 """
 
 import math
@@ -18,7 +18,6 @@ from grain_jax.config import Loss
 from grain_jax.core import schema
 from grain_jax.losses import matching, streaming
 from grain_jax.losses.layout import GroupLayout
-from grain_jax.losses.ring import Ring
 
 
 class Mean(NamedTuple):
@@ -63,9 +62,13 @@ class Shard(NamedTuple):
     batch: schema.Batch  # ids, boxes and masks; images, tokens and where texts lie are None
     targets: Targets
     match: matching.Match  # of the queries of the last decoder layer and the regions
+    captions: streaming.Columns  # of all devices; their mask: captions that exist
+    descriptions: streaming.Columns  # of all devices; their masks: regions that exist, `description_mask`
+    group_descriptions: streaming.Columns  # the same of the groups of this device, with a leading axis
     layout: GroupLayout
     config: Loss
     reference: bool = False  # `config.reference` of the run
+    negatives: Mapping[str, streaming.Pair] = {}  # of rows and texts, by loss (contrastive.against_texts)
 
     @property
     def embedded(self) -> Bool[Array, "b R"]:
@@ -109,7 +112,31 @@ def make_shard(
     """The images of this device with their targets, matched."""
     targets = _targets(batch, config, layout, reference)
     match = match_regions(outputs.pred_boxes_cxcywh[:, -1], outputs, targets, config, reference)
-    return Shard(outputs, batch, targets, match, layout, config, reference)
+    captions = _columns(outputs.text_embed, targets.caption_id, batch.caption_mask)
+    masks = batch.region_mask, targets.description_mask
+    own = _columns(outputs.region_text_embed, targets.description_id, *masks)
+    descriptions = streaming.gathered(own, layout.everywhere)
+    of_groups = descriptions
+    if layout.in_group != layout.everywhere:
+        of_groups = streaming.gathered(own, layout.in_group)
+    return Shard(
+        outputs,
+        batch,
+        targets,
+        match,
+        captions=streaming.gathered(captions, layout.everywhere),
+        descriptions=descriptions,
+        group_descriptions=jax.tree.map(layout.per_group, of_groups),
+        layout=layout,
+        config=config,
+        reference=reference,
+    )
+
+
+def _columns(embed: Float[Array, "b S D"], ids: Int[Array, "b S"], *masks: Bool[Array, "b S"]):
+    """The texts of the images as columns, b S of them."""
+    real = jnp.stack([mask.reshape(-1) for mask in masks], axis=-1)
+    return streaming.Columns(embed.reshape(-1, embed.shape[-1]), ids.reshape(-1), real)
 
 
 def iou_epsilon(reference: bool) -> float:
@@ -161,7 +188,7 @@ def _targets(batch: schema.Batch, config: Loss, layout: GroupLayout, reference: 
     return Targets(caption_id, target, box_mask, description_id, description_mask, label_slot)
 
 
-def _unique_ids(shape: tuple[int, ...], ring: Ring) -> Int[Array, "..."]:
-    """Numbers that no other entry of the ring has."""
+def _unique_ids(shape: tuple[int, ...], axes: tuple[str, ...]) -> Int[Array, "..."]:
+    """Numbers that no other entry on the devices along these axes has."""
     ids = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
-    return ids + math.prod(shape) * jax.lax.axis_index(ring.names) if ring.names else ids
+    return ids + math.prod(shape) * jax.lax.axis_index(axes) if axes else ids

@@ -1,86 +1,78 @@
-"""Contrastive loss of rows against the columns of all devices, in memory that does not grow with them.
+"""The negatives of rows among the columns of all devices, in memory that does not grow with their product.
 
-Blocks of columns visit all devices (ring.py), and each device keeps running sums over their tiles, as
-FlashAttention does (Dao et al. 2022). The backward pass computes the tiles again (a custom VJP). If rows and
-columns both have a loss, columns travel in both passes, and their sums or gradients travel back to them. If
-rows alone have one, the forward
-pass sums their gradients, too, and in the backward pass the rows visit the columns: no gradient travels.
+Every device holds the columns of all devices (`gathered`) and compares its own rows with them, a tile of
+columns at a time. The backward pass computes the tiles again, as FlashAttention does (Dao et al. 2022), and
+the transpose of the gather brings the gradients of the columns home.
+
+For example, devices A and B have two rows and two columns each, and tiles have two columns:
+
+    device A   rows a1 a2   tile 1: columns a1 a2   tile 2: columns b1 b2
+    device B   rows b1 b2   tile 1: columns a1 a2   tile 2: columns b1 b2
+
+1. A gets log(sum(exp(z))) of each row over tile 1 [2] and over tile 2 [2]; their logsumexp is the cost of
+   its rows [2].
+2. A also gets log(sum(exp(z))) of each column over its two rows, [4] for all tiles; so does B. The logsumexp
+   of both is the cost of the columns: A keeps that of a1 and a2 [2], B that of b1 and b2 [2].
 """
 
 import functools
 import itertools
 import math
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grain_jax.losses.ring import Block, Ring, exchange
-
 MASKED = -1e30  # stands for -inf: a difference of two must not be NaN
 NO_ID = -1
 
 
-class Vectors(NamedTuple):
-    """Rows or columns of the matrix of similarities."""
+class Columns(NamedTuple):
+    """Vectors that rows are compared with."""
 
     embed: Float[Array, "k D"]
-    ids: Int[Array, "k S"]  # NO_ID: none; vectors that share an id are no negatives
-    real: Bool[Array, "k"]  # False: padding, a negative of nothing
+    ids: Int[Array, "k"]  # NO_ID: none
+    real: Bool[Array, "k n"]  # False: a negative of no row that uses this mask
+
+
+class Rows(NamedTuple):
+    """Vectors of this device that look for their negatives among the columns."""
+
+    embed: Float[Array, "m D"]
+    ids: Int[Array, "m S"]  # NO_ID: none; a column with one of them is not used as a negative
+    real: Bool[Array, "m"]  # False: padding, not used as a negative
+    scale: Float[Array, ""]  # of the similarities
+    bias: Float[Array, ""]
+    mask: int = 0  # which of the columns' masks
+    both: bool = False  # whether the columns have a cost, too
 
 
 class Negatives(NamedTuple):
-    """What `negatives` returns for each row, or for each column."""
+    """The negatives of each of n rows or columns, with logits z = scale * row . column + bias."""
 
-    cost: Float[Array, "m"]  # the negative part of the loss
-    highest: Float[Array, "m"]  # logit of a negative, MASKED if there is none; no gradient
+    cost: Float[Array, "n"]  # softmax: log(sum(exp(z))). sigmoid: sum(log(1 + exp(z)))
+    highest: Float[Array, "n"]  # z of the nearest one, MASKED if there is none; no gradient
 
 
-def similarity(a: Float[Array, "*n D"], b: Float[Array, "*m D"]) -> Array:
+Pair = tuple[Negatives, Negatives | None]  # of rows, and of this device's columns
+
+
+def similarity(
+    a: Float[Array, "*n D"], b: Float[Array, "*m D"], precision=jax.lax.Precision.HIGHEST
+) -> Array:
     """Every a . b over the last axis: [..., n, D], [..., m, D] -> float32 [..., n, m].
 
     At HIGHEST precision: on TPU the default would cut float32 operands to bfloat16.
     """
-    return _product("...nd,...md->...nm", a, b, jax.lax.Precision.HIGHEST)
-
-
-def _product(equation, a, b, precision):
+    equation = "...nd,...md->...nm"
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def negatives(
-    contrast: str,
-    both: bool,
-    tile: int,
-    ring: Ring,
-    rows: Vectors,
-    columns: Vectors,
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-) -> tuple[Negatives, Negatives | None]:
-    """The negative part of the loss of the rows over the columns, and of the columns over the rows (`both`).
-
-    With logits z = scale * row . column + bias the cost is log(sum(exp(z))) for "softmax", -inf without a
-    negative, and sum(log(1 + exp(z))) for "sigmoid". See `loss_of_rows`.
-
-    Args:
-      contrast: "softmax" or "sigmoid".
-      both: whether the columns have a cost, too; for "softmax". Let the smaller side be columns: they travel.
-      tile: largest number of rows, and of columns, whose similarities are in memory at once.
-      ring: the devices with the other rows and columns; outside `jax.shard_map`, the default.
-      rows, columns: those on this device.
-      scale: factor of the similarities.
-      bias: added to the scaled similarities.
-    """
-    results: Any = _forward(contrast, both, tile, ring, rows, columns, scale, bias)[0]
-    return results
-
-
 def loss_of_rows(contrast: str, own_logit: Float[Array, "m"], cost: Float[Array, "m"]) -> Float[Array, "m"]:
-    """The loss of each row from the logit of its own column (bias included) and the cost of `negatives`.
+    """The loss of each row from the logit of its own column (bias included) and the cost of its negatives.
 
     softmax: log(exp(own) + exp(cost)) - own, InfoNCE. sigmoid: log(1 + exp(-own)) + cost, SigLIP
     (Zhai et al. 2023) without its division by the number of rows.
@@ -90,175 +82,85 @@ def loss_of_rows(contrast: str, own_logit: Float[Array, "m"], cost: Float[Array,
     return jax.nn.softplus(-own_logit) + cost
 
 
-def _forward(contrast, both, tile, ring, rows, columns, scale, bias):
-    def pair(rows, of_rows, columns, _, column_sums):
-        sums, weight, vectors = of_rows
-        logits = _logits(rows, columns, scale, bias, ring.precision)
-        if both:
-            column_sums = _add(contrast, column_sums, logits.T)[0]
-            return column_sums, (_add(contrast, sums, logits)[0], None, None)
-        sums, share, fade = _add(contrast, sums, logits)
-        weight = weight * fade + share.sum(1)
-        pulled = _product("nm,md->nd", share, columns.embed, ring.precision)
-        return None, (sums, weight, vectors * fade[:, None] + pulled)
-
-    row_tiles = cut(rows, tile)
-    initial_sums = lambda x: _no_sums(x.real) if both else None
-    weight = None if both else jnp.zeros(row_tiles.real.shape)
-    vectors = None if both else jnp.zeros_like(row_tiles.embed)
-    of_rows, column_sums = exchange(
-        ring,
-        _block(columns),
-        functools.partial(_visit, pair, row_tiles, columns, tile, initial_sums),
-        _add_sums,
-        (_no_sums(row_tiles.real), weight, vectors),
-        initial_sums(columns),
-    )
-    sums, weight, vectors = _joined(of_rows, len(rows.real))
-    if contrast == "softmax" and not both:
-        total = jnp.maximum(sums[:, 1], jnp.finfo(jnp.float32).tiny)
-        weight, vectors = sums[:, 1] / total, vectors / total[:, None]
-    results = tuple(x if x is None else _costs(contrast, x) for x in (sums, column_sums))
-    costs = [None if x is None else x.cost for x in results]
-    return results, (rows, columns, scale, bias, costs, weight, vectors)
+def gathered(columns: Columns, axes: tuple[str, ...]) -> Columns:
+    """The columns of all devices along these mesh axes, in their order."""
+    if not axes:
+        return columns
+    return jax.tree.map(functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True), columns)
 
 
-def _backward(contrast, both, tile, ring, residuals, cotangents):
-    """The gradients; those that are summed here are without the scale."""
-    rows, columns, scale, bias, costs, weight, vectors = residuals
-    of_rows, of_columns = (
-        (cost, None if cotangent is None else cotangent.cost) for cost, cotangent in zip(costs, cotangents)
-    )
-    here, there = (rows, columns) if both else (columns, rows)  # `there` travels
-
-    def pair(here, sums, there, of_there, back):
-        (here, of_here), (gradient, weight) = here, sums
-        logits = _logits(here, there, scale, bias, ring.precision)  # [here, there]
-        share = _share(contrast, logits, *of_there)
-        if both:
-            share = _share(contrast, logits, *(x[:, None] for x in of_here)) + share
-        share = jnp.where(logits > MASKED, share, 0)
-        gradient += _product("nm,md->nd", share, there.embed, ring.precision)
-        if both:
-            back += _product("nm,nd->md", share, here.embed, ring.precision)
-            weight += share.sum(1)
-        return back, (gradient, weight)
-
-    numbers: Any = of_columns if both else of_rows
-    here_tiles = cut((here, of_rows if both else None), tile)
-    initial_back = lambda x: jnp.zeros_like(x.embed) if both else None
-    (gradient, of_bias), back = exchange(
-        ring,
-        _block(there, *numbers),
-        functools.partial(_visit, pair, here_tiles, there, tile, initial_back),
-        operator.add,
-        (jnp.zeros_like(here_tiles[0].embed), jnp.zeros(here_tiles[0].real.shape) if both else None),
-        initial_back(there),
-    )
-    gradient = _joined(gradient, len(here.real))
-    of_rows, of_columns = gradient, back
-    if not both:
-        cotangent = cotangents[0].cost
-        of_rows, of_columns, of_bias = cotangent[:, None] * vectors, gradient, cotangent * weight
-    return (
-        Vectors._make((scale * of_rows, None, None)),
-        Vectors._make((scale * of_columns, None, None)),
-        jnp.sum(rows.embed * of_rows),
-        jnp.sum(of_bias),
-    )
-
-
-negatives.defvjp(_forward, _backward)
-
-
-def _visit(pair, here, like: Vectors, tile: int, initial_back, state, block: Block):
-    """The `visit` of `exchange`: the tiles `here`, each with its part of `state`, against a block's."""
-    of_tile = functools.partial(_of_tile, pair, here, initial_back)
-    state, back = jax.lax.scan(of_tile, state, _tiles(block, like, tile))
-    return state, _joined(back, len(block.vectors))
-
-
-def _of_tile(pair, here, initial_back, state, there):
-    """All tiles here against one of the block: (state, what goes back with it)."""
-    one_pair = lambda back, of_here: pair(*of_here, *there, back)
-    back, state = jax.lax.scan(one_pair, initial_back(there[0]), (here, state))
-    return state, back
-
-
-def _logits(rows: Vectors, columns: Vectors, scale, bias, precision) -> Float[Array, "m k"]:
-    """The logits, MASKED for pairs that are not each other's negatives."""
-    pairs = itertools.product(rows.ids.T, columns.ids.T)
-    same = ((x[:, None] == y) & (y != NO_ID) for x, y in pairs)
-    allowed = columns.real & ~functools.reduce(operator.or_, same)
-    logits = scale * _product("nd,md->nm", rows.embed, columns.embed, precision) + bias
-    return jnp.where(allowed & rows.real[:, None], logits, MASKED)
-
-
-def _share(contrast: str, logits, cost, cotangent):
-    """The cotangent of each logit, from the cost of its row or column and the cotangent of that cost."""
-    if contrast == "softmax":
-        return cotangent * jnp.exp(logits - cost)
-    return cotangent * jax.nn.sigmoid(logits)
-
-
-def _no_sums(like):
-    """Running sums [..., 2] of no logits: the largest, and the sum of exp(z - largest) or log(1 + exp(z))."""
-    return jnp.stack([jnp.full(like.shape, MASKED), jnp.zeros(like.shape)], axis=-1)
-
-
-def _add(contrast: str, sums, logits):
-    """(sums [m, 2] with logits [m, k] added, derivative of the sum by each, factor of former derivatives)."""
-    real = logits > MASKED
-    highest = jnp.maximum(sums[:, 0], logits.max(1))
+def plain_negatives(contrast: str, rows: Rows, columns: Columns, precision: jax.lax.Precision) -> Pair:
+    """The negatives on one device, with the whole matrix of logits [m, k]."""
+    same = ((x[:, None] == columns.ids) & (columns.ids != NO_ID) for x in rows.ids.T)  # S times [m, k]
+    is_negative = columns.real[:, rows.mask] & rows.real[:, None] & ~functools.reduce(operator.or_, same)
+    z = rows.scale * similarity(rows.embed, columns.embed, precision) + rows.bias  # [m, k]
+    z = jnp.where(is_negative, z, MASKED)
+    highest = jax.lax.stop_gradient(z)
+    cost = functools.partial(jax.nn.logsumexp, z)
     if contrast == "sigmoid":
-        share, fade = jax.nn.sigmoid(logits), jnp.ones_like(highest)
-        added = jnp.where(real, jax.nn.softplus(logits), 0)
-    else:
-        share = added = jnp.exp(logits - highest[:, None])
-        fade = jnp.exp(sums[:, 0] - highest)
-    share, added = (jnp.where(real, x, 0) for x in (share, added))
-    return jnp.stack([highest, sums[:, 1] * fade + added.sum(1)], axis=-1), share, fade
+        cost = functools.partial(jnp.sum, jax.nn.softplus(z))
+    of_rows, of_columns = (Negatives(cost(axis=axis), highest.max(axis)) for axis in (1, 0))
+    return of_rows, of_columns if rows.both else None
 
 
-def _add_sums(a, b):
-    """Running sums [m, 2] of both, for "softmax"."""
-    highest = jnp.maximum(a[:, 0], b[:, 0])
-    total = a[:, 1] * jnp.exp(a[:, 0] - highest) + b[:, 1] * jnp.exp(b[:, 0] - highest)
-    return jnp.stack([highest, total], axis=-1)
+def negatives(
+    contrast: str,
+    rows: Sequence[Rows],
+    columns: Columns,
+    *,
+    tile: int = 1024,
+    axes: tuple[str, ...] = (),
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
+) -> list[Pair]:
+    """The negatives of several sets of rows, in one pass over the columns.
+
+    Args:
+      contrast: "softmax" or "sigmoid".
+      rows: those of this device.
+      columns: those of all devices (`gathered`).
+      tile: a matrix of logits in memory has at most its square.
+      axes: mesh axes of the devices inside `jax.shard_map`, () for one device.
+      precision: of the products.
+    """
+    most, count = max(len(x.embed) for x in rows), len(columns.embed)
+    tiles = math.ceil(most * count / tile**2)
+    if tiles <= 1 and not axes:
+        return [plain_negatives(contrast, x, columns, precision) for x in rows]
+
+    @jax.checkpoint
+    def of_tile(columns: Columns) -> list[Pair]:
+        return [plain_negatives(contrast, x, columns, precision) for x in rows]
+
+    by_tile = jax.lax.map(of_tile, _cut(columns, max(tiles, 1)))
+    return [
+        (_over_tiles(contrast, x), None if y is None else _own(contrast, y, count, axes)) for x, y in by_tile
+    ]
 
 
-def _costs(contrast: str, sums) -> Negatives:
-    highest, total = sums.T
-    return Negatives(total if contrast == "sigmoid" else highest + jnp.log(total), highest)
+def _cut(columns: Columns, tiles: int) -> Columns:
+    """[k, ...] -> [tiles, k / tiles, ...], padded with columns that are not real."""
+    size = math.ceil(len(columns.embed) / tiles)
+    padding = tiles * size - len(columns.embed)
+    fill = lambda x: jnp.pad(x, [(0, padding), *itertools.repeat((0, 0), x.ndim - 1)])
+    return jax.tree.map(lambda x: fill(x).reshape(tiles, size, *x.shape[1:]), columns)
 
 
-def _block(vectors: Vectors, *numbers: Float[Array, "k"]) -> Block:
-    """What travels: the vectors, and float32 numbers beside them."""
-    as_ints = (jax.lax.bitcast_convert_type(x, jnp.int32)[:, None] for x in numbers)
-    labels = vectors.ids, vectors.real[:, None].astype(jnp.int32), *as_ints
-    return Block(vectors.embed, jnp.concatenate(labels, axis=1))
+def _over_tiles(contrast: str, by_tile: Negatives) -> Negatives:
+    """The negatives of rows [m] from those in each tile [tiles, m]."""
+    join = jnp.sum if contrast == "sigmoid" else jax.nn.logsumexp
+    return Negatives(join(by_tile.cost, axis=0), by_tile.highest.max(0))
 
 
-def _tiles(block: Block, like: Vectors, tile: int) -> tuple[Vectors, tuple[Array, ...]]:
-    """Tiles of a block, whose vectors have as many ids as `like`, and of the numbers beside them."""
-    embed, labels = cut(tuple(block), tile)
-    ids, real, numbers = jnp.split(labels, [n := like.ids.shape[1], n + 1], axis=-1)
-    numbers = jax.lax.bitcast_convert_type(jnp.moveaxis(numbers, -1, 0), jnp.float32)
-    return Vectors(embed, ids, real[..., 0] > 0), tuple(numbers)
-
-
-def cut(tree, tile: int):
-    """[m, ...] -> [tiles, at most `tile`, ...], padded with zeros to equal tiles."""
-
-    def cut_array(x):
-        tiles = max(1, math.ceil(len(x) / tile))
-        size = max(1, math.ceil(len(x) / tiles))
-        x = jnp.pad(x, ((0, tiles * size - len(x)), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(tiles, size, *x.shape[1:])
-
-    return jax.tree.map(cut_array, tree)
-
-
-def _joined(tree, count: int):
-    """The inverse of `cut`, of `count` vectors."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], tree)
+def _own(contrast: str, by_tile: Negatives, count: int, axes: tuple[str, ...]) -> Negatives:
+    """The negatives of this device's columns among the rows of all devices, from those here [tiles, k]."""
+    cost, highest = (x.reshape(-1)[:count] for x in by_tile)  # of the columns of all devices
+    if not axes:
+        return Negatives(cost, highest)
+    highest = jax.lax.pmax(jax.lax.stop_gradient(highest), axes)
+    scattered = functools.partial(jax.lax.psum_scatter, axis_name=axes, tiled=True)
+    if contrast == "sigmoid":
+        cost = scattered(cost)
+    else:  # the largest logit of a column is the same on every device
+        cost = scattered(jnp.exp(cost - highest))
+    own = jax.lax.dynamic_slice_in_dim(highest, jax.lax.axis_index(axes) * len(cost), len(cost))
+    return Negatives(cost if contrast == "sigmoid" else jnp.log(cost) + own, own)

@@ -27,13 +27,14 @@ from grain_jax.core import errors, schema
 from grain_jax.losses import local
 from grain_jax.losses.box_loss import box
 from grain_jax.losses.contrastive import (
+    against_texts,
     box_description,
     hard_negative,
     image_caption,
     image_description,
     region_description,
 )
-from grain_jax.losses.layout import GroupLayout, make_layout
+from grain_jax.losses.layout import AXES, GroupLayout, make_layout
 from grain_jax.losses.shard import GroupMean, Mean, Term, TermOutput, make_shard
 
 
@@ -134,11 +135,13 @@ def total_loss(
       batch_axes: the mesh axes, its first ones, that the leading axes of batch and outputs are sharded over.
 
     Raises:
-      UserError: `loss.group_size` or `loss.gather` does not fit the mesh, or `loss.terms` is wrong.
+      UserError: `loss.group_size` does not fit the mesh, or `loss.terms` is wrong.
     """
     shards = math.prod(mesh.shape[axis] for axis in batch_axes) if mesh is not None else 1
     layout = make_layout(batch.caption_id.shape[0], config, shards)
     terms = terms_of(config)
+    functions = [term.function for term, _ in terms]
+    in_run = {name for name, term in TERMS.items() if term.function in functions}
     statistics = outputs.statistics
 
     def of_shard(
@@ -148,6 +151,8 @@ def total_loss(
         shard = make_shard(
             outputs._replace(scales=scales), batch, config=config, layout=layout, reference=reference
         )
+        with jax.named_scope("negatives"):
+            shard = shard._replace(negatives=against_texts(shard, in_run))
         results = {}
         for term, _ in terms:
             with jax.named_scope(term.name):
@@ -156,19 +161,21 @@ def total_loss(
 
     run = of_shard
     if mesh is not None:
-        axes = ("group", "ring", "gather")
         devices = mesh.devices.reshape(*layout.sizes, -1)
-        loss_mesh = Mesh(devices, (*axes, "rest"))
-        layout = layout.on(devices, config.precision)
-        if devices.flat[0].platform == "gpu":
+        loss_mesh = Mesh(devices, (*AXES, "rest"))
+        platform = devices.flat[0].platform
+        if platform == "tpu":  # "high" would cut float32 to TF32 on a GPU
+            layout = layout._replace(precision=jax.lax.Precision(config.precision))
+        if platform == "gpu":
             # JAX takes cuDNN's attention only into programs that name their devices in one mesh alone.
             loss_mesh = loss_mesh.abstract_mesh
         run = jax.shard_map(
             of_shard,
             mesh=loss_mesh,
-            in_specs=(PartitionSpec(axes), PartitionSpec(), PartitionSpec(axes)),
-            out_specs=PartitionSpec(axes),
-            check_vma=False,
+            in_specs=(PartitionSpec(AXES), PartitionSpec(), PartitionSpec(AXES)),
+            out_specs=PartitionSpec(AXES),
+            check_vma=False,  # optax's Hungarian: "while_loop body function carry input and carry output must
+            # have equal types"
         )
     of_images = outputs._replace(scales=None, statistics={})
     results = run(of_images, outputs.scales, batch.for_losses())

@@ -42,7 +42,7 @@ def make_mesh(config: config_lib.Mesh, devices: list | None = None) -> Mesh:
     """The (data, fsdp, tensor) mesh over all devices; an axis of -1 takes what the others leave.
 
     Neighbours in the mesh are neighbours in the network. With `dcn_data` slices (or nodes), the data axis
-    runs through the slices in turn: only its sums, and the rings of the losses, cross the slow network.
+    runs through the slices in turn: only its sums, and the texts of the losses, cross the slow network.
 
     Raises:
       ShardingError: the axes do not multiply to the number of devices, or the slices do not divide.

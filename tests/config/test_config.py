@@ -100,7 +100,7 @@ ROLES = {
     "free": "microbatches remat model.attention log_every checkpoint_every checkpoint_every_minutes"
     " checkpoint_keep checkpoint_keep_every checkpoint_best_metric checkpoint_best_mode report_images"
     " profile_start profile_steps profile_port wandb.mode wandb.project wandb.name input.data_dir"
-    " input.datasets.data_dir input.prepare input.reader_threads text.max_dropped_share loss.tile loss.gather"
+    " input.datasets.data_dir input.prepare input.reader_threads text.max_dropped_share loss.tile"
     " loss.precision mesh.data mesh.fsdp mesh.tensor mesh.dcn_data sharding",
 }
 

@@ -129,7 +129,10 @@ def test_the_arms_on_photographs(tmp_path):
     assert {x for x, c in arms.items() if c.model.boxes.kind == "none"} == {"clip"}
     proposals = {x for x, c in arms.items() if c.model.boxes.proposals}
     assert proposals == with_agreement | {"clip_patches", "grain", "regions"}
-    assert arms["clip_patches"].total_steps == arms["clip_patches_agreement"].total_steps == 1620 and arms["grain"].total_steps == 1500
+    assert (
+        arms["clip_patches"].total_steps == arms["clip_patches_agreement"].total_steps == 1620
+        and arms["grain"].total_steps == 1500
+    )
     start = f"{tmp_path}/exact/clip/seed=2"
     assert arms["regions"].init.image == arms["regions"].init.text == start
     assert arms["regions"].model.tower_pools and arms["regions"].optim.frozen

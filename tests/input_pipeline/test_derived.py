@@ -113,8 +113,8 @@ def test_a_row_holds_whole_texts():
         (dict(batch_size=16, microbatches=4), ["microbatches: got 4", "microbatches=2"]),
         (dict(batch_size=16, text__pack_group=4), ["pack_group: got 4", "pack_group=2"]),
         (
-            dict(batch_size=24, loss__group_size=2, loss__gather=3, microbatches=2),
-            ["microbatches=3", "group_size=1 or --config.loss.group_size=3", "gather=4"],
+            dict(batch_size=24, loss__group_size=2, microbatches=2),
+            ["microbatches=3", "group_size=1 or --config.loss.group_size=3"],
         ),
     ],
 )

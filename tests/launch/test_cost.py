@@ -65,6 +65,11 @@ def test_step_is_never_shorter_than_its_slowest_link():
         ("v5e:1x1*4", "v5e", 4, (1, 1), 4, 4),
         ("tpu7x:4x4x4*2", "tpu7x", 256, (4, 4, 4), 2, 32),  # two devices a chip
         ("gb200:72x2", "gb200", 144, (72,), 2, 36),
+        ("v5e-64", "v5e", 64, (8, 8), 1, 16),
+        ("v6e-8*2", "v6e", 16, (2, 4), 2, 4),
+        ("v5p-64", "v5p", 32, (2, 4, 4), 1, 8),  # TensorCores
+        ("v4-8", "v4", 4, (2, 2, 1), 1, 1),
+        ("tpu7x-128", "tpu7x", 128, (4, 4, 4), 1, 16),
     ],
 )
 def test_topology(text, name, count, shape, slices, hosts):
@@ -77,7 +82,8 @@ def test_topology(text, name, count, shape, slices, hosts):
     ("text", "advice"),
     [
         ("v7x:4x4", "one of v4, v5e, v5p, v6e, tpu7x, a100-40, a100-80, h100, h200"),
-        ("v5e:256", "2 numbers, such as v5e:4x4"),
+        ("v5e:256", "2 numbers, such as v5e:4x4, or a size such as v5e-64"),
+        ("v5e-48", "2 numbers, such as v5e:4x4, or a size such as v5e-64"),
         ("gb200:80", "at most 72 GPUs per node x nodes, such as gb200:72x2"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The train step as libtpu compiles it for 64 chips: the ring of the losses and the attention of the towers.
+"""The train step as libtpu compiles it for 64 chips: the texts of the losses and the attention of the towers.
 
 It needs libtpu.
 """

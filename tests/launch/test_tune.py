@@ -30,7 +30,7 @@ def test_the_file_of_a_tiny_config_trains(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "  image xla                  1 ms\n" in printed
     said = re.findall(r"^  ([\w.]+=\d|as configured) +(.*)$", printed, re.M)
-    assert [name for name, _ in said] == ["as configured", "microbatches=2", "loss.gather=4"]
+    assert [name for name, _ in said] == ["as configured", "microbatches=2"]
     assert "text.pack_group: got 2, expected a divisor" in said[1][1]  # one image a device
     assert re.search(r"plan: at best \S+ ms, bound by .* MFU", printed)
     assert re.search(r"input: \S+ images/s, the step needs \S+: ", printed)
@@ -60,14 +60,13 @@ def steps(monkeypatch):
 
 def test_each_key_is_chosen_beside_the_fastest_of_the_others(steps, tmp_path, capsys):
     output = tmp_path / "tuned.txt"
-    # As configured; attention; remat dots, qkv and full; microbatches; loss.gather. One layer has one unroll.
-    steps += [1.0, 0.8, RuntimeError("no\nmemory"), 0.795, 0.5, 0.4, 0.6]
+    # As configured; attention; remat dots, qkv and full; microbatches. One layer has one unroll.
+    steps += [1.0, 0.8, RuntimeError("no\nmemory"), 0.795, 0.5, 0.4]
     assert tune.main([CONFIG, *FIXED, f"--output={output}"]) == 0
     assert output.read_text().splitlines() == [
         "--config.model.attention=xla",
         "--config.remat=full",
         "--config.microbatches=2",
-        "--config.loss.gather=1",
     ]
     printed = capsys.readouterr().out
     assert "  remat=dots                               no\n" in printed

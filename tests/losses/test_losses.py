@@ -4,13 +4,14 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
 from grain_jax import losses
 from grain_jax.core import schema
-from grain_jax.losses import contrastive, matching
+from grain_jax.losses import matching, streaming
 from grain_jax.train import sharding
 from tests import tiny
 
@@ -214,19 +215,19 @@ BY_DESCRIPTION = dict(loss__match_description=1.0, loss__match_l1=0, loss__match
 
 
 @pytest.mark.parametrize(
-    "contrast,group_size,masked,captions,sizes,gather,changes",
+    "contrast,group_size,masked,captions,sizes,changes",
     [
-        ("softmax", 0, True, 1, None, 1, dict(input__max_regions=8, text__pack_rows=13)),  # than queries
-        ("softmax", 4, False, 3, None, 1, dict(loss__match_description=1.0)),
-        ("sigmoid", 4, True, 3, None, 1, BY_DESCRIPTION),
-        ("sigmoid", 0, False, 1, None, 1, dict(loss__agreement=True)),
-        ("softmax", 16, True, 3, (2, 2, 2), 2, dict(loss__agreement=True)),  # a group spans two devices
-        ("sigmoid", 0, True, 1, (8, 1, 1), 1, {}),
-        pytest.param("softmax", 0, False, 2, (8, 1, 1), 1, {}, marks=pytest.mark.slow),
-        pytest.param("sigmoid", 16, False, 3, (4, 2, 1), 4, {}, marks=pytest.mark.slow),
+        ("softmax", 0, True, 1, None, dict(input__max_regions=8, text__pack_rows=13)),  # than queries
+        ("softmax", 4, False, 3, None, dict(loss__match_description=1.0)),
+        ("sigmoid", 4, True, 3, None, BY_DESCRIPTION),
+        ("sigmoid", 0, False, 1, None, dict(loss__agreement=True)),
+        ("softmax", 16, True, 3, (2, 2, 2), dict(loss__agreement=True)),  # a group spans two devices
+        ("sigmoid", 0, True, 1, (8, 1, 1), {}),
+        pytest.param("softmax", 0, False, 2, (8, 1, 1), {}, marks=pytest.mark.slow),
+        pytest.param("sigmoid", 16, False, 3, (4, 2, 1), {}, marks=pytest.mark.slow),
     ],
 )
-def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, gather, changes):
+def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, changes):
     """Values and measures of every loss; on a mesh also the gradients, which one device gives, too.
 
     Padded regions and captions hold random values, which the replica never reads.
@@ -255,8 +256,7 @@ def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, g
         options = dict(mesh=mesh, batch_axes=sharding.BATCH_AXES)
 
     def total(outputs, batch, **options):
-        loss = dataclasses.replace(c.loss, gather=gather if options else 1)
-        values = losses.total_loss(outputs, batch, loss, **options)
+        values = losses.total_loss(outputs, batch, c.loss, **options)
         return values.total, values
 
     run = total if sizes is None else jax.grad(total, has_aux=True)
@@ -278,6 +278,30 @@ def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, g
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=atol, err_msg=str(path))
 
 
+def plain_image_text(image, texts, ids, scale):
+    """L_ic and L_id with the whole matrix: image [B, D], texts [B, S, D], their ids [B, S]."""
+    z = scale * jnp.einsum("id,jkd->ijk", image, texts, precision="highest")
+    is_own = (ids[:, None, None] == ids[:, :, None]).any(-1)  # [i, j, k]: whether text jk is one of image i's
+    negative = jnp.where(is_own, -jnp.inf, z)
+    own_logits = jnp.einsum("iik->ik", z)
+    of_text, of_image = (jax.nn.logsumexp(negative, axis) for axis in (0, (1, 2)))
+    to_image, to_text = jnp.logaddexp(own_logits, of_text), jnp.logaddexp(own_logits, of_image[:, None])
+    return jnp.mean(to_image + to_text - 2 * own_logits) / 2
+
+
+def plain_region_description(regions, descriptions, ids, scale):
+    """L_rd with the whole matrix: row j of both [n, D] is region j, whose text is ids[j]."""
+    z = scale * streaming.similarity(regions, descriptions)
+    no_negative = (ids[:, None] == ids) & ~jnp.eye(len(ids), dtype=bool)
+    return jnp.mean(jax.nn.logsumexp(jnp.where(no_negative, -jnp.inf, z), axis=1) - jnp.diag(z))
+
+
+def plain_box_description(boxes, descriptions, ids, scale):
+    """L_bd: L_rd of the box embeddings, and with boxes and descriptions exchanged."""
+    both = (boxes, descriptions), (descriptions, boxes)
+    return sum(plain_region_description(*pair, ids, scale) for pair in both) / 2
+
+
 def test_streamed_losses_equal_their_plain_forms():
     """Losses and gradients; query j has box j, so that the matching is known."""
     c = tiny.config(input__captions_per_image=2, loss__deep_supervision=False)
@@ -295,15 +319,15 @@ def test_streamed_losses_equal_their_plain_forms():
         scale, texts = o.scales.logit_scale, flat(o.region_text_embed)
         match name:
             case "image_caption":
-                return contrastive.plain_image_text(o.image_embed, o.text_embed, batch.caption_id, scale)
+                return plain_image_text(o.image_embed, o.text_embed, batch.caption_id, scale)
             case "image_description":
                 described = o.image_embed, o.region_text_embed, batch.description_id
-                return contrastive.plain_image_text(*described, scale)
+                return plain_image_text(*described, scale)
             case "region_description":
                 matched = flat(o.region_embed[:, :regions])
-                return contrastive.plain_region_description(matched, texts, ids, scale)
+                return plain_region_description(matched, texts, ids, scale)
             case "box_description":
-                return contrastive.plain_box_description(flat(o.box_embed), texts, ids, scale)
+                return plain_box_description(flat(o.box_embed), texts, ids, scale)
 
     every = ("image_caption", "image_description", "region_description", "box_description")
     config = dataclasses.replace(c.loss, **dict.fromkeys(every, 1.0))

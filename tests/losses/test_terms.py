@@ -26,7 +26,7 @@ class Variance:
     names: tuple[str, ...] = ()
 
     def __call__(self, shard: losses.Shard) -> losses.Mean:
-        x, axes = shard.outputs.image_embed, shard.layout.everywhere.names
+        x, axes = shard.outputs.image_embed, shard.layout.everywhere
         over_all = functools.partial(jax.lax.psum, axis_name=axes) if axes else lambda x: x
         images = over_all(jnp.float32(len(x)))
         mean = over_all(x.sum(0)) / images

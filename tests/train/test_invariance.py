@@ -50,8 +50,6 @@ EIGHT = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, microbatches=2, loss__t
 def program_of(name, on_eight):
     """(config, program, its compiled step) of a row on one device, or on eight in micro-batches."""
     mesh = EIGHT | dict(remat="qkv" if name != "terms" else "full") if on_eight else ONE
-    if on_eight and name == "decoder":
-        mesh |= dict(loss__gather=2)
     c = tiny.config(**CONFIGS[name] | mesh, ema_decay=0.9, optim__clip_norm=0.0)
     program = tiny.program(c, 8 if on_eight else 1)
     return c, program, program.step.lower(program.state, program.batch).compile()
