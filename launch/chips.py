@@ -153,9 +153,9 @@ def parse_topology(text: str) -> Topology:
 
     Args:
       text: chip, colon, shape. "*n": n TPU slices that the data-centre network joins. GPUs: those per node,
-        which NVLink joins (at most 8; gb200: 72), and nodes (default 1); `shape` is (GPUs per node,). Of
-        TPUs also Google's name, chip, hyphen, size; it counts TensorCores on v4, v5p and tpu7x, of which a
-        chip has two.
+        which NVLink joins (at most 8; gb200: 72), and nodes (default 1); `shape` is (GPUs per node,). TPU
+        slices may have Google's name, chip, hyphen, size. On v4, v5p and tpu7x the size counts TensorCores,
+        and a chip has two.
 
     Raises:
       UserError: an unknown chip, or a shape that such chips do not come in.

@@ -77,9 +77,9 @@ def rank(predictor: Any, items: Iterable[Any], texts: Sequence[str]) -> tuple[li
         known = predictor.encode_text(list(texts))
         readable = filter(None, ahead.in_order(read, described, pool, _BATCH))
         for batch in batches.groups(readable, _BATCH, bool):
-            found = list(_verdicts(predictor, batch, texts, known))
-            lines += [(verdict.disagreement, _line(verdict)) for verdict, _ in found]
-            worst = heapq.nlargest(CARDS, worst + found, key=lambda pair: pair[0].disagreement)
+            verdicts = list(_verdicts(predictor, batch, texts, known))
+            lines += [(verdict.disagreement, _line(verdict)) for verdict, _ in verdicts]
+            worst = heapq.nlargest(CARDS, worst + verdicts, key=lambda pair: pair[0].disagreement)
     lines.sort(key=lambda pair: -pair[0])
     return ["\t".join(Verdict._fields), *(line for _, line in lines)], worst
 
@@ -102,13 +102,13 @@ def _verdicts(predictor: Any, batch: list, texts: Sequence[str], known: np.ndarr
     else:
         every, priors = [np.concatenate([x, windows()]) for x in every], np.zeros((len(batch), 1))
         embeds = predictor.encode_boxes(tokens, every)
-    own = [[encode.as_read(x.description) for x in item.regions] for item in items]
-    position = {text: i for i, text in enumerate(dict.fromkeys(sum(own, [])))}
-    own_embeds = predictor.encode_text(list(position))
-    batches.check_finite(own_embeds, *embeds)
-    for item, size, boxes_xyxy, embed, prior, names in zip(items, sizes, every, embeds, priors, own):
+    texts = [[encode.as_read(x.description) for x in item.regions] for item in items]
+    position = {text: i for i, text in enumerate(dict.fromkeys(sum(texts, [])))}
+    text_embeds = predictor.encode_text(list(position))
+    batches.check_finite(text_embeds, *embeds)
+    for item, size, boxes_xyxy, embed, prior, names in zip(items, sizes, every, embeds, priors, texts):
         text, n = np.array([position[name] for name in names]), len(names)
-        cosines = own_embeds[text] @ embed.T  # [n, n + P]
+        cosines = text_embeds[text] @ embed.T  # [n, n + P]
         cosines[:, n:] += prior
         cosine, to_known = cosines.diagonal(), embed[:n] @ known.T
         elsewhere, seen, iou = compared(boxes_xyxy, cosines, text)

@@ -11,9 +11,9 @@
     python -m examples.claim.scenes runs/scenes    # tables, and runs/scenes/scenes.tsv, which it also reads
 
 All arms train L_ic and L_id on two captions. `clip` is two towers with attention pooling, the start of
-`regions`, without boxes. `clip_boxes` adds the box head, `clip_patches` also boxes that patches predict,
-which are its regions; both have the FLOPs of `grain`, whose queries point at patches and read the box head.
-The regions of `grain`, and of `regions`, its decoder on the frozen `clip` of its seed, are boxes of patches.
+`regions`, without boxes. `clip_boxes` adds the box head, and `clip_patches` boxes that patches predict,
+which are its regions. Both have the FLOPs of `grain`, whose queries point at patches and read the box head.
+`regions` is the decoder of `grain` on the frozen `clip` of its seed; both take boxes of patches as regions.
 The arms with `_agreement` set `loss.agreement`.
 
 Two numbers decide: top-1 of quiet phrases, and images that find their caption in groups of four. Validation
@@ -139,7 +139,7 @@ def best(rows: Sequence[tables.Row], keys: Iterable[str]) -> str:
 def ways(rows: Sequence[tables.Row]) -> dict[str, str]:
     """For each sort of regions that the runs of an arm have, its name in the table and among the metrics."""
     weights = {key.split("/")[1] for key in rows[0] if key.startswith("validation/w_")}
-    found = {"by queries": "queries"} if "validation/queries/ap50" in rows[0] else {}
+    sorts = {"by queries": "queries"} if "validation/queries/ap50" in rows[0] else {}
 
     def merit(way: str) -> float:
         quiet = [f"validation_quiet/{way}/alpha_{alpha}/top1" for alpha in scores.ALPHAS]
@@ -148,15 +148,15 @@ def ways(rows: Sequence[tables.Row]) -> dict[str, str]:
 
     if weights:
         weight = max(sorted(weights), key=merit)
-        found[f"proposals, {weight.replace('_', ' ')}"] = weight
-    return found or {"": ""}
+        sorts[f"proposals, {weight.replace('_', ' ')}"] = weight
+    return sorts or {"": ""}
 
 
 def table(runs: Runs, boxes: str) -> str:
     """A table of one version of the boxes, as Markdown: per arm the quiet phrases by seed, and means.
 
-    An arm has a row for each sort of its regions (`ways`). The score of a row, among those of images, fixed
-    boxes and these regions, has the best mean over seeds of quiet phrases on validation images.
+    An arm has a row for each sort of its regions (`ways`). A row shows the score with the best mean over seeds
+    of quiet phrases on validation images. Images, fixed boxes and these regions have scores.
     """
     lines = []
     for arm, label in ARMS.items():

@@ -52,14 +52,14 @@ class Weighted:
 
 def ways(predictor) -> dict[str, Weighted | inference.Predictor]:
     """The model with each of its sorts of regions: `queries`, and proposals by weight, `w_0.05`."""
-    model, found = predictor.model, {}
+    model, sorts = predictor.model, {}
     if model.decoder is not None:
         queries = dataclasses.replace(model, boxes=dataclasses.replace(model.boxes, proposals=False))
-        found["queries"] = inference.Predictor(queries, predictor.params)
+        sorts["queries"] = inference.Predictor(queries, predictor.params)
     if predictor.has_proposals:
         seen: dict[bytes, Any] = {}
-        found |= {f"w_{weight}": Weighted(predictor, weight, seen) for weight in WEIGHTS}
-    return found
+        sorts |= {f"w_{weight}": Weighted(predictor, weight, seen) for weight in WEIGHTS}
+    return sorts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

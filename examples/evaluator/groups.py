@@ -16,7 +16,7 @@ from grain_jax.inference import scores
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups(evaluators.AnnotatedImages):
-    """Its options: those of AnnotatedImages, and the size of a group: that many lines of A.jsonl in a row."""
+    """It has the options of AnnotatedImages, and the size of a group: that many lines of A.jsonl in a row."""
 
     shown = ("image_to_text", "text_to_image")
     kind: str = "groups"

@@ -191,8 +191,8 @@ class Model:
 
     def modules(self, tower: str) -> tuple[str, ...]:
         """The top levels of the parameters of the "image" or "text" tower, with its own projection."""
-        own = (f"{tower}_projection",) if tower == "text" or self.tower_pools else ()
-        return TOWER_MODULES[tower] + own
+        projection = (f"{tower}_projection",) if tower == "text" or self.tower_pools else ()
+        return TOWER_MODULES[tower] + projection
 
     def part(self, name: str) -> str:
         """The part of a parameter or of its top level: "image", "text", "boxes", "scale" or "decoder"."""

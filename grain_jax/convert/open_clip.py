@@ -26,7 +26,7 @@ from grain_jax.models import grain
 _NAMES = ("open_clip_model", "open_clip_pytorch_model")
 WEIGHTS = (*(f"{x}.safetensors" for x in _NAMES), f"{_NAMES[1]}.bin", "model.safetensors")
 PACKAGES = ("open_clip_torch", "torch")
-# Of timm's models with attention pooling, by width.
+# timm's models with attention pooling, by width.
 TRUNKS = {768: "base", 1024: "large", 1152: "so400m", 1536: "giantopt"}
 _CONFIG = "open_clip_config.json"
 _NOT_WEIGHTS = (

@@ -83,7 +83,7 @@ class Scales(NamedTuple):
 class Outputs(NamedTuple):
     """Outputs of the model for a batch; embeddings are float32 and of unit length.
 
-    The first axis of every array is that of the images, except in `scales` and `statistics`.
+    Images are the first axis of every array, except in `scales` and `statistics`.
     """
 
     image_embed: Array  # [B, D], from the image query

@@ -59,8 +59,8 @@ class Model:
         Returns:
           (zimg [B, D], ztxt [N, D], out): embeddings of unit length, or None. `out` has "img/normalized",
           "txt/normalized", "t" (the logit scale, [1]), its logarithm "t/parameter", and for a sigmoid loss
-          "b" (the logit bias, [1]). Of images also the fields of schema.Regions, "regions/boxes_xyxy" and so
-          on, which are empty for a model without regions.
+          "b" (the logit bias, [1]). For images it also has the fields of schema.Regions, "regions/boxes_xyxy"
+          and so on, which are empty for a model without regions.
         """
         (model, _), params = _stored(self.checkpoint), variables["params"]
         scale = jnp.asarray(params["logit_scale"])[None]

@@ -201,8 +201,8 @@ def _detect(predictor: Any, batch: encode.Batch, dataset: Dataset, features: np.
     parts, most = [], dataset.limits[-1]
     for i, embed, prior, share, weight, size in zip(batch.index, embeds, priors, shares, weights, sizes):
         score = np.reshape(weight, (-1, 1)) * predictor.text_scores(embed, features, prior)  # [n, K]
-        own = share if dataset.proposals is None else None
-        box, category = scores.best_pairs(score, own, most)
+        suppressing = share if dataset.proposals is None else None
+        box, category = scores.best_pairs(score, suppressing, most)
         bbox = np.take(share, box, axis=0) * np.array(size, np.float64)
         bbox[:, 2:] -= bbox[:, :2]
         parts.append((np.full(len(box), i), category, score[box, category], bbox))

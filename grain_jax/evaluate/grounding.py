@@ -1,8 +1,8 @@
 """Evaluation of regions: box IoU, Acc@0.5, region-to-description R@1, phrase grounding.
 
-The regions of a model, of its queries or with `model.boxes.proposals` of all patches, are matched to the
-described boxes of an image by the matching cost of training, always with the paper's weights. If an image has
-more boxes than regions, those with the highest scores are used, as there.
+The regions of a model come from its queries, or with `model.boxes.proposals` from all patches. They are matched
+to the described boxes of an image by the matching cost of training, always with the paper's weights. If an
+image has more boxes than regions, those with the highest scores are used, as there.
 
 Every entry of `phrases` in A.jsonl is one phrase with its own boxes; without that key, each described box is.
 A phrase is found if the IoU of the best-scoring region and its box is at least `boxes.FOUND_IOU`, as for
@@ -51,15 +51,15 @@ class Grounding(AnnotatedImages):
         """Compares predicted regions with the described boxes of each image.
 
         Returns: counts, and
-          `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5; of the many boxes
-            of patches, the matched ones are nearly the best ones;
+          `box_iou`, `box_acc50`: mean IoU of matched boxes, and the share with IoU >= 0.5 (with boxes of all
+            patches, the matched ones are nearly the best);
           `chance_box_iou`: the same, with boxes of other images in place of the predicted ones;
           `region_to_description_r1`: share of matched regions whose own description is the nearest of all
             distinct descriptions of the file;
           `phrase_iou`, `phrase_acc50`, if there are `phrases`: mean IoU of the box of the best-scoring query
             and the box of the phrase, and the share with IoU >= 0.5; `chance_`: for a random query;
-          `phrase_acc50_other_image`: the same for the answer in another image, half of the images away: what
-            is right because things lie where they often lie;
+          `phrase_acc50_other_image`: the same for the answer in another image, half of the images away. It
+            says what is right because things lie where they often lie;
           if `phrases_of_several_boxes` is not 0: `phrase_acc50_any_box`, `phrase_iou_merged_box`,
             `phrase_acc50_merged_box`.
         """

@@ -57,8 +57,8 @@ def derive(
 
     def resolve():
         of_data = limits._replace(shards=source.num_shards(config))
-        found, line = derived.resolve(config, of_data, source, *stored())
-        return (found.input.lanes, found.text.pack_group, found.text.pack_rows), line
+        resolved, line = derived.resolve(config, of_data, source, *stored())
+        return (resolved.input.lanes, resolved.text.pack_group, resolved.text.pack_rows), line
 
     numbers, line = processes.of_first(resolve)
     return derived.with_numbers(config, *numbers), line

@@ -73,7 +73,7 @@ def _both_ways(shard: Shard, own_logits, first, second, scale):
       shard: its config names the loss.
       own_logits: [b, S], of the pairs.
       first: the negatives of one side of each pair [b S].
-      second: those of the other side, [b S], or [b] of images.
+      second: the negatives of the other side, [b S], or [b] if it is the images.
       scale: of the logits.
     """
     contrast, images = shard.config.contrast, len(own_logits)

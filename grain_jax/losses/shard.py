@@ -79,16 +79,16 @@ class Shard(NamedTuple):
     def agreement(self) -> Float[Array, "b R"]:
         """What each region counts in L_box, L_rd and L_bd: 1, or a share with `loss.agreement`; no gradient.
 
-        It is the probability of the region's own description among those of its image, by the box head's
-        embedding of the annotated box. Detectors confuse the descriptions of an image, so a box with the
+        The share is the probability, by the box head's embedding of the annotated box, that the region has its
+        own description and no other of its image. Detectors confuse the descriptions of an image, so a box with the
         wrong one counts little once the model knows better; at first all count alike.
         """
         outputs, targets = self.outputs, self.targets
         if not self.config.agreement:
             return jnp.ones(targets.box_mask.shape)
         ids, real = targets.description_id, targets.description_mask
-        own = jnp.eye(ids.shape[1], dtype=bool)
-        compared = (real[:, None] & (ids[:, :, None] != ids[:, None])) | own
+        itself = jnp.eye(ids.shape[1], dtype=bool)
+        compared = (real[:, None] & (ids[:, :, None] != ids[:, None])) | itself
         cosine = streaming.similarity(outputs.box_embed, outputs.region_text_embed)  # [b, R, R]
         logits = jnp.where(compared, outputs.scales.of_regions[0] * cosine, -jnp.inf)
         share = jnp.diagonal(jax.nn.softmax(logits, axis=-1), axis1=1, axis2=2)
@@ -114,11 +114,11 @@ def make_shard(
     match = match_regions(outputs.pred_boxes_cxcywh[:, -1], outputs, targets, config, reference)
     captions = _columns(outputs.text_embed, targets.caption_id, batch.caption_mask)
     masks = batch.region_mask, targets.description_mask
-    own = _columns(outputs.region_text_embed, targets.description_id, *masks)
-    descriptions = streaming.gathered(own, layout.everywhere)
+    of_device = _columns(outputs.region_text_embed, targets.description_id, *masks)
+    descriptions = streaming.gathered(of_device, layout.everywhere)
     of_groups = descriptions
     if layout.in_group != layout.everywhere:
-        of_groups = streaming.gathered(own, layout.in_group)
+        of_groups = streaming.gathered(of_device, layout.in_group)
     return Shard(
         outputs,
         batch,

@@ -12,7 +12,7 @@ For example, devices A and B have two rows and two columns each, and tiles have 
 1. A gets log(sum(exp(z))) of each row over tile 1 [2] and over tile 2 [2]; their logsumexp is the cost of
    its rows [2].
 2. A also gets log(sum(exp(z))) of each column over its two rows, [4] for all tiles; so does B. The logsumexp
-   of both is the cost of the columns: A keeps that of a1 and a2 [2], B that of b1 and b2 [2].
+   of both is the cost of the columns. A keeps the cost of a1 and a2 [2], B of b1 and b2 [2].
 """
 
 import functools
@@ -116,8 +116,8 @@ def negatives(
 
     Args:
       contrast: "softmax" or "sigmoid".
-      rows: those of this device.
-      columns: those of all devices (`gathered`).
+      rows: of this device.
+      columns: of all devices (`gathered`).
       tile: a matrix of logits in memory has at most its square.
       axes: mesh axes of the devices inside `jax.shard_map`, () for one device.
       precision: of the products.
@@ -162,5 +162,5 @@ def _own(contrast: str, by_tile: Negatives, count: int, axes: tuple[str, ...]) -
         cost = scattered(cost)
     else:  # the largest logit of a column is the same on every device
         cost = scattered(jnp.exp(cost - highest))
-    own = jax.lax.dynamic_slice_in_dim(highest, jax.lax.axis_index(axes) * len(cost), len(cost))
-    return Negatives(cost if contrast == "sigmoid" else jnp.log(cost) + own, own)
+    nearest = jax.lax.dynamic_slice_in_dim(highest, jax.lax.axis_index(axes) * len(cost), len(cost))
+    return Negatives(cost if contrast == "sigmoid" else jnp.log(cost) + nearest, nearest)

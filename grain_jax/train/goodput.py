@@ -101,8 +101,8 @@ class Clock:
     def words(self) -> str:
         """The shares in a line, the largest first."""
         numbers = self.numbers()
-        shares = {words: numbers[f"time/{kind}"] for kind, words in KINDS.items()}
-        parts = [f"{words} {x:.1%}" for words, x in sorted(shares.items(), key=lambda x: -x[1])]
+        shares = {label: numbers[f"time/{kind}"] for kind, label in KINDS.items()}
+        parts = [f"{label} {x:.1%}" for label, x in sorted(shares.items(), key=lambda x: -x[1])]
         return ", ".join(part for part in parts if not part.endswith(" 0.0%"))
 
 

@@ -61,12 +61,12 @@ def check(program: train_step.Program) -> None:
 
 def check_step(compiled: jax.stages.Compiled) -> None:
     """Checks the compiled step by the figures of its compiler. Raises OutOfMemory."""
-    found = compiled.memory_analysis()
-    if found is None:
+    usage = compiled.memory_analysis()
+    if usage is None:
         return
-    written = found.output_size_in_bytes - found.alias_size_in_bytes
-    arguments = found.argument_size_in_bytes + found.generated_code_size_in_bytes
-    _compare({"state and batch": arguments + written, "activations": found.temp_size_in_bytes})
+    written = usage.output_size_in_bytes - usage.alias_size_in_bytes
+    arguments = usage.argument_size_in_bytes + usage.generated_code_size_in_bytes
+    _compare({"state and batch": arguments + written, "activations": usage.temp_size_in_bytes})
 
 
 def _compare(needs: dict[str, int]) -> None:

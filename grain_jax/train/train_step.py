@@ -140,7 +140,7 @@ class Parts(NamedTuple):
         return jax.lax.with_sharding_constraint(x, placed)
 
     def join(self, outputs: schema.Outputs) -> schema.Outputs:
-        """The outputs for the whole batch from those of all parts, with a leading axis of parts."""
+        """The outputs for the whole batch from the outputs of all parts, with a leading axis of parts."""
 
         def joined(x):
             n = x.shape[1] // self.shards

@@ -132,7 +132,7 @@ PER_DEVICE, WIDTH = 2 * 13, 19  # no other product of sizes of the losses has th
 
 
 def test_memory_holds_the_texts_of_the_batch_and_no_product_of_them():
-    """Vectors of all devices' texts, once gathered; of images, boxes and logits those of one device."""
+    """Texts of all devices are gathered once; images, boxes and logits stay on one device."""
     captions = 3
     c = tiny.config(
         batch_size=8 * PER_DEVICE,
