@@ -155,8 +155,8 @@ def ways(rows: Sequence[tables.Row]) -> dict[str, str]:
 def table(runs: Runs, boxes: str) -> str:
     """A table of one version of the boxes, as Markdown: per arm the quiet phrases by seed, and means.
 
-    An arm has a row for each sort of its regions (`ways`). A row shows the score with the best mean over seeds
-    of quiet phrases on validation images. Images, fixed boxes and these regions have scores.
+    An arm has a row for each sort of its regions (`ways`). A row shows the score with the best mean over
+    seeds of quiet phrases on validation images. Images, fixed boxes and these regions have scores.
     """
     lines = []
     for arm, label in ARMS.items():

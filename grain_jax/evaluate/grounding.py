@@ -1,8 +1,8 @@
 """Evaluation of regions: box IoU, Acc@0.5, region-to-description R@1, phrase grounding.
 
-The regions of a model come from its queries, or with `model.boxes.proposals` from all patches. They are matched
-to the described boxes of an image by the matching cost of training, always with the paper's weights. If an
-image has more boxes than regions, those with the highest scores are used, as there.
+The regions of a model come from its queries, or with `model.boxes.proposals` from all patches. They are
+matched to the described boxes of an image by the matching cost of training, always with the paper's weights.
+If an image has more boxes than regions, those with the highest scores are used, as there.
 
 Every entry of `phrases` in A.jsonl is one phrase with its own boxes; without that key, each described box is.
 A phrase is found if the IoU of the best-scoring region and its box is at least `boxes.FOUND_IOU`, as for

@@ -79,9 +79,9 @@ class Shard(NamedTuple):
     def agreement(self) -> Float[Array, "b R"]:
         """What each region counts in L_box, L_rd and L_bd: 1, or a share with `loss.agreement`; no gradient.
 
-        The share is the probability, by the box head's embedding of the annotated box, that the region has its
-        own description and no other of its image. Detectors confuse the descriptions of an image, so a box with the
-        wrong one counts little once the model knows better; at first all count alike.
+        The share is the probability, by the box head's embedding of the annotated box, that the region has
+        its own description and no other of its image. Detectors confuse the descriptions of an image, so a
+        box with the wrong one counts little once the model knows better; at first all count alike.
         """
         outputs, targets = self.outputs, self.targets
         if not self.config.agreement:
