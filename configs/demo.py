@@ -34,6 +34,7 @@ def get_config():
     c.model.decoder.image_pool = "all"
     c.model.boxes.proposals = False  # on birds, whose parts have places, queries find as much as all patches
     c.loss.image_description = 1.0
+    c.loss.agreement = False  # no detector drew these boxes
     c.input.captions_per_image = 2
     c.optim.clip_norm = 1.0
     c.optim.learning_rate = 2e-3

@@ -68,4 +68,5 @@ def take_folder(c, source):
         c.loss.contrast = "sigmoid"
     if decoder is None:
         with_pointer(c)
-    c.loss.box_description = float(c.model.boxes.kind != "none")
+    c.loss.agreement = c.model.boxes.kind != "none"
+    c.loss.box_description = float(c.loss.agreement)

@@ -70,7 +70,6 @@ def get_config(argument: str):
     """The config of "FOLDER,BOXES,ARM"."""
     folder, boxes, arm = argument.split(",")
     c = demo.get_config()
-    c.loss.agreement = arm.endswith("_agreement")
     c.model.image.update(image_size=96, patch_size=12)
     c.model.decoder.queries = c.input.max_regions = 5
     c.total_steps = round(STEPS * LONGER.get(arm, 1))
@@ -88,6 +87,7 @@ def get_config(argument: str):
         c.model.decoder, c.model.image.pool = None, "map"
         c.loss.region_description, c.loss.deep_supervision = 0.0, False
         c.loss.box *= arm.startswith("clip_patches")
+    c.loss.agreement = arm.endswith("_agreement")
     c.model.boxes.proposals = arm not in ("clip", "clip_boxes")
     if arm == "clip":
         c.model.boxes.kind, c.loss.box_description = "none", 0.0

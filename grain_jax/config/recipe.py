@@ -86,11 +86,12 @@ def base(size: str = "B/16") -> Keys:
 def with_pointer(c: Keys) -> Keys:
     """`c` with what docs/claim.md recommends for photographs.
 
-    Queries point at patches and read the box head; the boxes of all patches are the regions.
+    Queries point at patches and read the box head; the boxes of all patches are the regions. Regions whose
+    box and text disagree count less, since detectors wrote them.
     """
     c.model.decoder.update(boxes="pointer", reads_box=True, class_score="best")
     c.model.boxes.update(kind="roi_align", bins=3, proposals=True)
-    c.loss.update(box=0.2, deep_supervision=True, box_description=1.0)
+    c.loss.update(box=0.2, deep_supervision=True, box_description=1.0, agreement=True)
     return c
 
 
