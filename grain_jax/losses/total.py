@@ -174,8 +174,9 @@ def total_loss(
             mesh=loss_mesh,
             in_specs=(PartitionSpec(AXES), PartitionSpec(), PartitionSpec(AXES)),
             out_specs=PartitionSpec(AXES),
-            check_vma=False,  # optax's Hungarian: "while_loop body function carry input and carry output must
-            # have equal types"
+            # optax's Hungarian algorithm, for more than 6 regions, stops the check: "while_loop body function
+            # carry input and carry output must have equal types".
+            check_vma=False,
         )
     of_images = outputs._replace(scales=None, statistics={})
     results = run(of_images, outputs.scales, batch.for_losses())

@@ -57,6 +57,7 @@ def on_each_device(function, mesh: Mesh | None, in_specs: tuple, out_specs):
     """`function` on the shard of each device of a mesh; the function itself without one."""
     if mesh is None:
         return function
+    # Pallas stops the check: "`manual_axis_type` on `jax.ShapeDtypeStruct` must not be `None`".
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
