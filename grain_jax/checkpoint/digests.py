@@ -1,16 +1,17 @@
 """Digests that show damage: of JSON values, and of the bits of a state, equal on every mesh.
 
-The digest of arrays is a sum of unsigned integers that wraps around, so that hosts can sum their parts in any
-order. They find accidents, not forgeries.
+The digest of arrays is two sums of unsigned integers that wrap around, so that devices can sum their parts in
+any order. The digests find accidents, not forgeries.
 """
 
 import json
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from grain_jax.core import atomic
 
@@ -24,8 +25,8 @@ def of_json(value: Any) -> str:
 def of_state(state: Any) -> dict[str, str]:
     """The digest of the bits of each part of a TrainState that has arrays.
 
-    The hosts compute it, since a save copies the arrays to them: each sums the shards that no other host has.
-    A number at (i, j, ...) is multiplied by the odd 64-bit keys of i, j, ..., modulo 2**64.
+    The devices sum each array where it is, and the host waits for two integers per array. A number at
+    position i is multiplied by odd 32-bit hashes of i and of the array's name, modulo 2**32.
 
     Args:
       state: a NamedTuple of placed arrays. Every process must call.
@@ -33,27 +34,16 @@ def of_state(state: Any) -> dict[str, str]:
     Returns:
       Part, such as `params`, -> 16 hexadecimal digits.
     """
-    sums = {}
+    parts = {}
     for part, tree in state._asdict().items():
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        shards = [
-            _of_block(np.asarray(shard.data), jax.tree_util.keystr(path), leaf.shape, shard.index)
-            for path, leaf in leaves
-            for shard in leaf.addressable_shards
-            if not shard.replica_id  # each is counted on one process only
-        ]
         if leaves:
-            sums[part] = sum(shards) % 2**64
-    if jax.process_count() > 1:
-        words = np.array([divmod(value, 2**32) for value in sums.values()], np.uint32)
-        everywhere = multihost_utils.process_allgather(words).astype(np.uint64).sum(axis=0)
-        totals = [((int(high) << 32) + int(low)) % 2**64 for high, low in everywhere]
-        sums = dict(zip(sums, totals))
-    return {part: f"{value:016x}" for part, value in sums.items()}
+            parts[part] = [_sums_on_devices(_seed(path), x) for path, x in leaves]
+    return {part: _hexadecimal(sums) for part, sums in jax.device_get(parts).items()}
 
 
 def of_arrays(tree: Any) -> str:
-    """The digest of `of_state` for a part of these arrays, whole and on the host.
+    """The digest of `of_state` for a part of these arrays, on the host.
 
     Args:
       tree: nested dict of numpy arrays.
@@ -61,18 +51,42 @@ def of_arrays(tree: Any) -> str:
     Returns:
       16 hexadecimal digits.
     """
-    total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        everything = (slice(None),) * leaf.ndim
-        total += _of_block(np.asarray(leaf), jax.tree_util.keystr(path), leaf.shape, everything)
-    return f"{total % 2**64:016x}"
+    sums = []
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        words = np.asarray(x)
+        sums.append(_sums(_seed(path), words.view(f"uint{8 * words.dtype.itemsize}"), np))
+    return _hexadecimal(sums)
 
 
-def _of_block(values: np.ndarray, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> int:
-    """The sum of `values`, the part at `index` of an array of that name and shape."""
-    values = values.view(f"uint{8 * values.dtype.itemsize}")
-    for axis in reversed(range(values.ndim)):
-        stream = np.random.Philox(key=(zlib.crc32(name.encode()) << 8) + axis)
-        keys = stream.random_raw(shape[axis]) | 1  # numpy never changes the raw stream of a bit generator
-        values = np.einsum("...i,i->...", values, keys[index[axis]], dtype=np.uint64, casting="unsafe")
-    return int(values)
+@jax.jit
+def _sums_on_devices(seed: jax.Array, x: jax.Array) -> jax.Array:
+    return _sums(seed, jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}"), jnp)
+
+
+def _sums(seed: Any, words: Any, numpy: Any) -> Any:
+    """The two sums of an array of unsigned integers, uint32 [2]; `numpy` is NumPy or JAX's."""
+    words = numpy.atleast_1d(words).astype(numpy.uint32)
+    position, stride = numpy.zeros((1,) * words.ndim, numpy.uint32) + seed, 1
+    for axis in reversed(range(words.ndim)):
+        steps = numpy.arange(words.shape[axis], dtype=numpy.uint32) * numpy.uint32(stride % 2**32)
+        position = position + steps.reshape(-1, *(1,) * (words.ndim - 1 - axis))
+        stride *= words.shape[axis]
+    first = _mixed(position, numpy)
+    keys = first, _mixed(first + numpy.uint32(1), numpy)
+    return numpy.stack([(words * (key | numpy.uint32(1))).sum(dtype=numpy.uint32) for key in keys])
+
+
+def _mixed(x: Any, numpy: Any) -> Any:
+    """A hash in which each bit depends on all: lowbias32 of nullprogram.com/blog/2018/07/31."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> numpy.uint32(shift))) * numpy.uint32(factor)
+    return x ^ (x >> numpy.uint32(16))
+
+
+def _seed(path: Any) -> np.ndarray:
+    """A number for the name of an array, uint32 []."""
+    return np.asarray(zlib.crc32(jax.tree_util.keystr(path).encode()), np.uint32)
+
+
+def _hexadecimal(sums: Sequence[np.ndarray]) -> str:
+    return "".join(f"{int(x):08x}" for x in np.sum(sums, axis=0, dtype=np.uint32))
