@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from grain_jax import config as config_lib
-from grain_jax.config import keys, recipe
+from grain_jax.config import keys, loading, recipe
 from grain_jax.config.fields import Config
+from grain_jax.core import errors
 from grain_jax.evaluate import base, kinds
 from tests import tiny
 from tests.paths import ROOT
@@ -80,6 +81,17 @@ def test_numbers_of_numpy_become_those_of_python():
     config = config_lib.from_dict(_changed({"optim.b1": rate, "model.image.pixel_mean": mean}))
     numbers = (config.optim.b1, *config.model.image.pixel_mean)
     assert numbers == (0.5, 0.25, 0.25, 0.25) and {type(x) for x in numbers} == {float}
+
+
+def test_own_images_with_a_decoder_and_without():
+    """Both count regions by agreement; without a decoder they are boxes of patches."""
+    flags = ["--config.input.data_dir=records", "--config.input.name=mine"]
+    grain, patches = (loading.load(f"own:tiny{kind}", flags) for kind in ("", ",patches"))
+    assert grain.loss.agreement and patches.loss.agreement and grain.model.decoder.boxes == "pointer"
+    assert patches.model.decoder is None and patches.model.image.pool == "map"
+    assert patches.model.patches_predict_boxes and patches.loss.region_description == 0
+    with pytest.raises(errors.UserError, match="got 'tiny,queries', expected one of tiny"):
+        loading.load("own:tiny,queries", flags)
 
 
 def test_every_key_is_read_and_explained():
