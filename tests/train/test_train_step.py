@@ -35,15 +35,16 @@ def large():
     return c, program, placed
 
 
-def test_no_buffer_of_the_step_grows_with_the_global_batch(large):
-    """No array of the compiled step has a batch-sized dimension, nor a batch's elements spelt otherwise."""
+def test_only_texts_of_the_global_batch_are_held(large):
+    """No array of the compiled step is a product of them, nor has more elements than all descriptions."""
     c, _, placed = large
     b, r = c.batch_size, c.input.max_regions
-    limits = {b * b, b * r * b * r, b * c.model.embed_dim, b * r * c.model.embed_dim}
+    most = 1.1 * b * r * c.model.embed_dim  # the last tile of columns is padded
     for instruction, _ in placed:
         for shape in instruction.shapes:
-            assert not {b, b * r, b * (1 + r)} & set(shape.dims), instruction
-            assert math.prod(shape.dims) not in limits, instruction
+            assert math.prod(shape.dims) not in {b * b, b * r * b, (b * r) ** 2}, instruction
+            if {b, b * r, b * (1 + r)} & set(shape.dims):
+                assert math.prod(shape.dims) <= most, instruction
 
 
 def test_fsdp_gathers_a_layer_at_a_time(large):
@@ -82,8 +83,8 @@ def test_products_of_the_losses_are_float32_at_highest_precision():
 
     visit(jaxpr.jaxpr, False)
     highest = (jax.lax.Precision.HIGHEST,) * 2
-    # Forward and backward of two directions of captions and one of regions.
-    assert len(products) >= 9
+    # Of captions and of descriptions: forward, again for the backward pass, and the gradients of both sides.
+    assert len(products) >= 8
     assert all(types == {"float32"} and precision == highest for types, precision in products), products
 
 
