@@ -102,11 +102,11 @@ def _verdicts(predictor: Any, batch: list, texts: Sequence[str], known: np.ndarr
     else:
         every, priors = [np.concatenate([x, windows()]) for x in every], np.zeros((len(batch), 1))
         embeds = predictor.encode_boxes(tokens, every)
-    texts = [[encode.as_read(x.description) for x in item.regions] for item in items]
-    position = {text: i for i, text in enumerate(dict.fromkeys(sum(texts, [])))}
+    described = [[encode.as_read(x.description) for x in item.regions] for item in items]
+    position = {text: i for i, text in enumerate(dict.fromkeys(sum(described, [])))}
     text_embeds = predictor.encode_text(list(position))
     batches.check_finite(text_embeds, *embeds)
-    for item, size, boxes_xyxy, embed, prior, names in zip(items, sizes, every, embeds, priors, texts):
+    for item, size, boxes_xyxy, embed, prior, names in zip(items, sizes, every, embeds, priors, described):
         text, n = np.array([position[name] for name in names]), len(names)
         cosines = text_embeds[text] @ embed.T  # [n, n + P]
         cosines[:, n:] += prior

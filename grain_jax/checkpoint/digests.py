@@ -89,4 +89,4 @@ def _seed(path: Any) -> np.ndarray:
 
 
 def _hexadecimal(sums: Sequence[np.ndarray]) -> str:
-    return "".join(f"{int(x):08x}" for x in np.sum(sums, axis=0, dtype=np.uint32))
+    return "".join(f"{int(x) % 2**32:08x}" for x in np.asarray(sums).sum(axis=0))

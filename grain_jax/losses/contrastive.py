@@ -214,18 +214,23 @@ def _negatives(
     """`streaming.negatives` by name."""
     if not rows or not len(columns.embed):
         return {}
-    config, precision = shard.config, shard.layout.precision
-    options = dict(tile=config.tile, axes=axes, precision=precision)
-    return dict(zip(rows, streaming.negatives(config.contrast, [*rows.values()], columns, **options)))
+    tile, precision = shard.config.tile, shard.layout.precision
+    pairs = streaming.negatives(
+        shard.config.contrast, [*rows.values()], columns, tile=tile, axes=axes, precision=precision
+    )
+    return dict(zip(rows, pairs))
 
 
 def _in_groups(shard: Shard, rows: dict[str, Rows]) -> dict[str, Pair]:
     """The negatives of the rows of each group among the descriptions of the group."""
     layout = shard.layout
-    arrays = {name: jax.tree.map(layout.per_group, x[:3]) for name, x in rows.items()}
+    arrays = {name: [layout.per_group(a) for a in (x.embed, x.ids, x.real)] for name, x in rows.items()}
 
     def of_group(arrays, columns):
-        of_rows = {name: Rows(*arrays[name], *x[3:]) for name, x in rows.items()}
+        of_rows = {
+            name: rows[name]._replace(embed=embed, ids=ids, real=real)
+            for name, (embed, ids, real) in arrays.items()
+        }
         return _negatives(shard, of_rows, columns, layout.in_group)
 
     pairs = jax.vmap(of_group)(arrays, shard.group_descriptions)

@@ -83,9 +83,16 @@ def loss_of_rows(contrast: str, own_logit: Float[Array, "m"], cost: Float[Array,
 
 
 def gathered(columns: Columns, axes: tuple[str, ...]) -> Columns:
-    """The columns of all devices along these mesh axes, in their order."""
+    """The columns of all devices along these mesh axes, in their order.
+
+    The embeddings travel while the image tower computes. libtpu runs one such transfer at a time, so ids and
+    masks wait for the embeddings: they are there first, and would take its place.
+    """
     if not axes:
         return columns
+    embed, *others = columns
+    _, *others = jax.lax.optimization_barrier((jax.lax.stop_gradient(embed), *others))
+    columns = Columns(embed, *others)
     return jax.tree.map(functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True), columns)
 
 
@@ -124,6 +131,7 @@ def negatives(
     """
     most, count = max(len(x.embed) for x in rows), len(columns.embed)
     tiles = math.ceil(most * count / tile**2)
+    tiles = next((n for n in range(tiles, 2 * tiles) if count % n == 0), tiles)  # a copy fills unequal ones
     if tiles <= 1 and not axes:
         return [plain_negatives(contrast, x, columns, precision) for x in rows]
 

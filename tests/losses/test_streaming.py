@@ -136,7 +136,7 @@ def test_memory_holds_the_texts_of_the_batch_and_no_product_of_them():
     captions = 3
     c = tiny.config(
         batch_size=8 * PER_DEVICE,
-        loss__tile=32,
+        loss__tile=64,
         loss__image_description=1.0,
         loss__box_description=1.0,
         input__captions_per_image=captions,
@@ -159,6 +159,6 @@ def test_memory_holds_the_texts_of_the_batch_and_no_product_of_them():
     forbidden = {images * WIDTH, images**2, 2 * images**2, images * regions, regions**2}
     forbidden |= {captions * images**2, (captions * images) ** 2}
     assert not forbidden & set(sizes), forbidden & set(sizes)
-    assert max(sizes) <= 1.1 * regions * WIDTH  # a last tile is padded
+    assert max(sizes) <= 1.1 * regions * WIDTH
     gathers = re.findall(r"= f32\[(\d+,\d+)\]\S* all-gather\(", text)
     assert sorted(gathers) == sorted(f"{n},{WIDTH}" for n in (captions * images, regions))
