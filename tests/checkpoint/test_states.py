@@ -80,6 +80,37 @@ def test_the_last_every_k_and_the_best_are_kept(tmp_path):
     assert kept(tmp_path / "last") == [4, 5]
 
 
+def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
+    finished = []
+    with states.Checkpoints(tmp_path, tiny.config()) as checkpoints:
+        start = checkpoints._checkpointer.save_async
+
+        def save_async(*args, **kwargs):
+            finished.append(checkpoint_files.finished_steps(tmp_path))
+            return start(*args, **kwargs)
+
+        monkeypatch.setattr(checkpoints._checkpointer, "save_async", save_async)
+        for step in (1, 2):
+            checkpoints.save(state(step, width=1 << 17))  # 32 MiB
+    assert finished == [[], [1]]
+
+
+def test_devices_share_the_writing_of_large_arrays(tmp_path):
+    """Of 8 MiB, each of 8 devices with a copy writes 1 MiB; of a byte less, one writes all."""
+    devices = jax.device_count()
+    place = NamedSharding(jax.make_mesh((devices,), ("all",)), PartitionSpec())
+    size = devices << 18  # float32
+    params = {"large": jnp.ones(size), "small": jnp.ones(size - devices)}
+    with states.Checkpoints(tmp_path, tiny.config()) as checkpoints:
+        checkpoints.save(State(jnp.int32(1), jax.device_put(params, place)))
+    stored = {}
+    for path in tmp_path.rglob("array_metadatas/*"):
+        for array in json.loads(path.read_text())["array_metadatas"]:
+            metadata = array["array_metadata"]
+            stored[metadata["param_name"]] = metadata["write_shape"]
+    assert stored["params.large"] == [size // devices] and stored["params.small"] == [size - devices]
+
+
 def test_a_save_leaves_no_file_open(tmp_path):
     """Three stayed open for each save: a run of a week has thousands."""
     checkpoints, counts = states.Checkpoints(tmp_path, tiny.config()), []

@@ -38,3 +38,16 @@ def test_best_pairs_leave_out_what_overlaps_for_the_same_text():
     assert [*zip(region, text)] == [(0, 0), (1, 1), (2, 1), (3, 1), (2, 0), (3, 0)]
     assert [*zip(*scores.best_pairs(score, None, 2))] == [(0, 0), (1, 0)]
     assert scores.best_pairs(np.zeros((0, 2)), np.zeros((0, 4)), 3)[0].size == 0
+
+
+def test_only_boxes_that_are_kept_leave_out_others():
+    """Three boxes in a row with IoU 0.6 to the next and 0.33 over two: the second is out, the third is not."""
+    boxes = np.array([[0, 0, 4, 1], [1, 0, 5, 1], [2, 0, 6, 1]])
+    region, _ = scores.best_pairs(np.array([[0.9], [0.8], [0.7]]), boxes, 10)
+    assert [*region] == [0, 2]
+
+
+def test_boxes_leave_out_others_from_an_iou_of_one_half():
+    boxes = np.array([[0, 0, 1, 1], [0, 0, 1, 0.52], [0, 0, 0.5, 1]])  # IoU .52 and .50 with the first
+    region, _ = scores.best_pairs(np.array([[0.9], [0.8], [0.7]]), boxes, 10)
+    assert [*region] == [0, 2]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from grain_jax import losses
 from grain_jax.core import schema
-from grain_jax.losses import matching, streaming
+from grain_jax.losses import box_loss, matching, streaming
 from grain_jax.train import sharding
 from tests import tiny
 
@@ -417,3 +418,14 @@ def test_no_gradient_flows_through_the_matching():
     cost = np.random.default_rng(0).normal(size=(2, 5, 5)).astype(np.float32)
     grad = jax.grad(lambda c: matching.match(c, np.ones((2, 5), bool)).query_index.astype(float).sum())(cost)
     assert not np.any(grad)
+
+
+@pytest.mark.parametrize("offset, shows", [(0.25, False), (0.249, True)])
+def test_a_patch_on_the_edge_of_a_box_is_outside(offset, shows):
+    """FCOS: the centre lies in the box, not on its edge. A logit of 10 costs 10 where no object is."""
+    box = np.full((1, 1, 4), 0.5, np.float32)
+    centre = np.array([[[0.5 - offset, 0.5]]], np.float32)
+    tokens = schema.TokenBoxes(box, np.full((1, 1), 10, np.float32), centre)
+    targets = types.SimpleNamespace(boxes_cxcywh=box, box_mask=np.ones((1, 1), bool))
+    loss = box_loss._of_tokens(tokens, targets)
+    np.testing.assert_allclose(loss, [[np.log1p(np.exp(-10 if shows else 10))]], atol=1e-5)

@@ -122,6 +122,21 @@ def test_a_row_without_negatives_costs_nothing(tile):
     assert not np.any(streaming.loss_of_rows("softmax", np.ones(M, np.float32), value))
 
 
+@pytest.mark.parametrize("tile", [2, 50])
+def test_no_id_is_equal_to_no_other(tile):
+    """Rows and columns without an id are negatives of each other; padding is a negative of none."""
+    embed = np.eye(3, dtype=np.float32)
+    no_ids = np.full((3, 1), streaming.NO_ID)
+    real = np.array([True, True, False])
+    columns = streaming.Columns(embed, no_ids[:, 0], real[:, None])
+    rows = streaming.Rows(embed, no_ids, np.ones(3, bool), 2.0, 0.0, both=True)
+    of_rows, of_columns = streaming.negatives("softmax", [rows], columns, tile=tile)[0]
+    hit, miss = np.log(np.exp(2) + 1), np.log(2)  # a row with its own column among two, and without
+    np.testing.assert_allclose(of_rows.cost, [hit, hit, miss], rtol=1e-6)
+    hit = np.log(np.exp(2) + 2)  # a column with three rows
+    np.testing.assert_allclose(of_columns.cost, [hit, hit, streaming.MASKED], rtol=1e-6)
+
+
 def test_groups_that_cross_devices_are_refused():
     c = tiny.config(batch_size=48)
     with pytest.raises(errors.UserError, match=r"loss.group_size: got 4, expected a divisor or a"):
