@@ -41,7 +41,7 @@ def test_best_pairs_leave_out_what_overlaps_for_the_same_text():
 
 
 def test_only_boxes_that_are_kept_leave_out_others():
-    """Three boxes in a row with IoU 0.6 to the next and 0.33 over two: the second is out, the third is not."""
+    """Three boxes, IoU 0.6 with the next and 0.33 over two: the second is out, the third is not."""
     boxes = np.array([[0, 0, 4, 1], [1, 0, 5, 1], [2, 0, 6, 1]])
     region, _ = scores.best_pairs(np.array([[0.9], [0.8], [0.7]]), boxes, 10)
     assert [*region] == [0, 2]
