@@ -25,7 +25,7 @@ def fold(kernel: Any, a: Any, b: Any, scale: float) -> Any:
 
 
 def merged(params: Any, scale: float, fold: Callable[..., Any] = fold) -> Any:
-    """A tree of parameters with its factors folded into the matrices; all other arrays stay as they are.
+    """A tree of parameters with its factors folded into the matrices, and all arrays in float32.
 
     Args:
       params: nested dict of arrays.
@@ -36,9 +36,9 @@ def merged(params: Any, scale: float, fold: Callable[..., Any] = fold) -> Any:
       UserError: factors that do not fit their matrix.
     """
     if not isinstance(params, Mapping):
-        return params
+        return params.astype(np.float32, copy=False)
     if _is_map(params):
-        rest = {name: x for name, x in params.items() if name not in (A, B)}
+        rest = {name: x.astype(np.float32, copy=False) for name, x in params.items() if name not in (A, B)}
         shapes = [np.shape(params.get(name, ())) for name in ("kernel", A, B)]
         kernel, a, b = shapes
         if len(b) < 3 or a[:-1] + b[2:] != kernel or b[:2] != a[:1] + a[-1:]:
@@ -46,7 +46,7 @@ def merged(params: Any, scale: float, fold: Callable[..., Any] = fold) -> Any:
                 f"kernel, {A}, {B}: got the shapes {', '.join(map(str, shapes))}, expected [layers, in, out],"
                 " [layers, in, rank] and [layers, rank, out] of one map"
             )
-        return rest | {"kernel": fold(params["kernel"], params[A], params[B], scale)}
+        return rest | {"kernel": fold(rest["kernel"], params[A], params[B], scale)}
     return {name: merged(x, scale, fold) for name, x in params.items()}
 
 

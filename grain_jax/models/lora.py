@@ -23,7 +23,8 @@ def init(config: config_lib.Config) -> Any:
     """The parameters of a run at step 0, from its seed, boxed with their logical axes.
 
     The model's are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), as in torch and peft. B is
-    zero, so that the model is its base.
+    zero, so that the model is its base. A tower with factors stores its matrices in `dtype`: they are frozen, and
+    each product would cast them.
 
     Raises:
       UserError: as `maps_of`; or `optim.frozen` freezes a factor.
@@ -48,7 +49,19 @@ def init(config: config_lib.Config) -> Any:
                         f"optim.frozen: {pattern!r} freezes {name}/{factor}, which optim.lora trains;"
                         " expected no pattern for a tower with factors, whose other parameters are frozen"
                     )
-    return params
+    return _stored(params, config)
+
+
+def _stored(params: Any, config: config_lib.Config) -> Any:
+    """Boxed parameters with the frozen matrices of the towers in `dtype`, as each product reads them."""
+    towers = "|".join(tower for tower in ("image", "text") if config.optim.lora.has(tower))
+    matrix = re.compile(rf"({towers})/.*/(kernel|embedding)")
+
+    def stored(path, x):
+        name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")  # without the box's `value`
+        return x.astype(config.dtype) if matrix.fullmatch(name) else x
+
+    return jax.tree_util.tree_map_with_path(stored, params)
 
 
 def _factors(kernel: nn.LogicallyPartitioned, name: str, rank: int, key: jax.Array) -> dict:

@@ -183,13 +183,13 @@ def _resize_positions(config: config_lib.Config, part: str, params: dict[str, np
 
 
 def _replace(params: Any, shardings: Any, loaded: dict[str, np.ndarray]) -> Any:
-    """`params` with the arrays of `loaded` (by flat name) in their places, sharded as `shardings`."""
+    """`params` with the arrays of `loaded` (by flat name) in their places and types, sharded."""
 
     def placed(path, leaf, sharding):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name not in loaded:
             return leaf
         array = loaded[name]
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda at: array[at])
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda at: array[at].astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(placed, params, shardings)

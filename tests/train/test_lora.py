@@ -275,6 +275,37 @@ def test_what_is_frozen_beside_the_factors():
             assert part in frozen | trained | {"box_mlp", "region_projection"}
 
 
+def test_frozen_matrices_in_bfloat16_compute_the_same():
+    c = tiny.small(**FACTORS, **TWO, dtype="bfloat16")
+    params = sharding.unbox(jax.jit(lambda: lora.init(c))())
+    types = {name: x.dtype.name for name, x in grain.flat(params).items()}
+    short = {name for name, kind in types.items() if kind == "bfloat16"}
+    towers = [name for name in types if name.startswith(("image/", "text/"))]
+    assert short == {name for name in towers if name.endswith(("/kernel", "/embedding"))}
+    assert {types[name] for name in types.keys() - short} == {"float32"}
+    rng = np.random.default_rng(0)
+    random = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype)
+    params = jax.tree.map(random, params)
+    in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    of = jax.jit(lambda params: train_step.loss_and_grads(c, None, params, tiny.batch(c), None))
+    (losses, grads), (same_losses, same_grads) = of(params), of(in_float32)
+    assert losses.total == same_losses.total
+    for name, x in grain.flat(grads).items():
+        if name not in short:
+            np.testing.assert_array_equal(x, grain.flat(same_grads)[name], err_msg=name)
+
+
+def test_a_model_that_is_stored_in_bfloat16_is_loaded_in_float32(tmp_path, one_device):
+    run.train(tiny.small(**RUN | dict(total_steps=1, dtype="bfloat16")), tmp_path / "run")
+    stored = grain.flat(saved_model.load_stored(tmp_path / "run").params)
+    matrix, a, b = (stored[f"image/blocks/mlp/in/{name}"] for name in ("kernel", "lora_a", "lora_b"))
+    assert matrix.dtype.name == "bfloat16" and a.dtype == b.dtype == np.float32
+    loaded = grain.flat(saved_model.load_model(tmp_path / "run")[1])
+    assert {x.dtype.name for x in loaded.values()} == {"float32"}
+    expected = matrix.astype(np.float64) + 1.5 * a.astype(np.float64) @ b.astype(np.float64)
+    np.testing.assert_allclose(loaded["image/blocks/mlp/in/kernel"], expected, rtol=1e-5, atol=1e-6)
+
+
 RUN = FACTORS | TWO | dict(ema_decay=0.9, total_steps=2, checkpoint_every=1, checkpoint_keep=4)
 RUN |= dict(optim__learning_rate=0.02)
 
