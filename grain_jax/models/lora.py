@@ -23,8 +23,8 @@ def init(config: config_lib.Config) -> Any:
     """The parameters of a run at step 0, from its seed, boxed with their logical axes.
 
     The model's are `grain.init`'s. A is normal with the variance 1 / (3 * inputs), as in torch and peft. B is
-    zero, so that the model is its base. A tower with factors stores its matrices in `dtype`: they are frozen, and
-    each product would cast them.
+    zero, so that the model is its base. A tower with factors stores its matrices in `dtype`: they are
+    frozen, and each product would cast them.
 
     Raises:
       UserError: as `maps_of`; or `optim.frozen` freezes a factor.
