@@ -53,8 +53,8 @@ def of_arrays(tree: Any) -> str:
     """
     sums = []
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        words = np.asarray(x)
-        sums.append(_sums(_seed(path), words.view(f"uint{8 * words.dtype.itemsize}"), np))
+        array = np.asarray(x)
+        sums.append(_sums(_seed(path), array.view(f"uint{8 * array.dtype.itemsize}"), np))
     return _hexadecimal(sums)
 
 
@@ -63,17 +63,17 @@ def _sums_on_devices(seed: jax.Array, x: jax.Array) -> jax.Array:
     return _sums(seed, jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}"), jnp)
 
 
-def _sums(seed: Any, words: Any, numpy: Any) -> Any:
+def _sums(seed: Any, numbers: Any, numpy: Any) -> Any:
     """The two sums of an array of unsigned integers, uint32 [2]; `numpy` is NumPy or JAX's."""
-    words = numpy.atleast_1d(words).astype(numpy.uint32)
-    position, stride = numpy.zeros((1,) * words.ndim, numpy.uint32) + seed, 1
-    for axis in reversed(range(words.ndim)):
-        steps = numpy.arange(words.shape[axis], dtype=numpy.uint32) * numpy.uint32(stride % 2**32)
-        position = position + steps.reshape(-1, *(1,) * (words.ndim - 1 - axis))
-        stride *= words.shape[axis]
+    numbers = numpy.atleast_1d(numbers).astype(numpy.uint32)
+    position, stride = numpy.zeros((1,) * numbers.ndim, numpy.uint32) + seed, 1
+    for axis in reversed(range(numbers.ndim)):
+        steps = numpy.arange(numbers.shape[axis], dtype=numpy.uint32) * numpy.uint32(stride % 2**32)
+        position = position + steps.reshape(-1, *(1,) * (numbers.ndim - 1 - axis))
+        stride *= numbers.shape[axis]
     first = _mixed(position, numpy)
     keys = first, _mixed(first + numpy.uint32(1), numpy)
-    return numpy.stack([(words * (key | numpy.uint32(1))).sum(dtype=numpy.uint32) for key in keys])
+    return numpy.stack([(numbers * (key | numpy.uint32(1))).sum(dtype=numpy.uint32) for key in keys])
 
 
 def _mixed(x: Any, numpy: Any) -> Any:

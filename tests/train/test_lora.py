@@ -287,8 +287,8 @@ def test_frozen_matrices_in_bfloat16_compute_the_same():
     random = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype)
     params = jax.tree.map(random, params)
     in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    of = jax.jit(lambda params: train_step.loss_and_grads(c, None, params, tiny.batch(c), None))
-    (losses, grads), (same_losses, same_grads) = of(params), of(in_float32)
+    step = jax.jit(lambda params: train_step.loss_and_grads(c, None, params, tiny.batch(c), None))
+    (losses, grads), (same_losses, same_grads) = step(params), step(in_float32)
     assert losses.total == same_losses.total
     for name, x in grain.flat(grads).items():
         if name not in short:
