@@ -1,7 +1,7 @@
 """The loop of all evaluators: images in batches through a function, on all processes, results joined."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias
 
@@ -72,11 +72,6 @@ def over_images(
     Raises: InputError: no image could be read, or files are damaged; processes.Failed: another one failed.
     """
     mine = processes.share(len(images))
-    if isinstance(images, Sequence):
-        its_share = images[mine.start : mine.stop]
-        stretch = (x if isinstance(x, test_sets.Image) else test_sets.of_path(x) for x in its_share)
-    else:
-        stretch = images.images(mine)
     silent, times = processes.process_info()[0] > 0, len(images) / max(len(mine), 1)
     counter = progress.Counter(label, len(images), "images", silent=silent, times=times)
     unreadable: dict[str, str] = {}
@@ -90,17 +85,30 @@ def over_images(
         except image_files.ImageError as error:
             return image.name, str(error)
 
-    try:
-        with errors.out_of_memory_in_a_line(label, lambda: SMALLER), ThreadPoolExecutor(_THREADS) as pool:
-            items = ahead.in_order(read, enumerate(stretch, mine.start), pool, 2 * batch_size)
+    def batches_of(share: range) -> Iterator[Batch]:
+        if isinstance(images, Sequence):
+            its_images = images[share.start : share.stop]
+            stretch = (x if isinstance(x, test_sets.Image) else test_sets.of_path(x) for x in its_images)
+        else:
+            stretch = images.images(share)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            items = ahead.in_order(read, enumerate(stretch, share.start), pool, 2 * batch_size)
             for group in batches.groups(items, batch_size, lambda each: isinstance(each[1], tuple)):
-                unreadable |= {name: fault for name, fault in group if isinstance(fault, str)}
+                unreadable.update((name, fault) for name, fault in group if isinstance(fault, str))
                 if good := [each for _, each in group if isinstance(each, tuple)]:
                     index, sizes, labels, pixels = zip(*good)
-                    of_good = Batch(np.array(index), np.array(sizes), np.array(labels), list(pixels))
-                    parts.append(function(of_good))
+                    yield Batch(np.array(index), np.array(sizes), np.array(labels), list(pixels))
                 counter.add(len(group))
+
+    try:
+        with errors.out_of_memory_in_a_line(label, lambda: SMALLER):
+            in_place = functools.cache(lambda: next(batches_of(range(len(images)))))
+            for batch, is_mine in processes.rounds(batches_of(mine), in_place):
+                result = function(batch)
+                parts += [result] if is_mine else []
             counter.close()
+    except processes.Failed:
+        raise
     # Every process has to learn of it before it waits for the results of this one.
     except Exception as error:
         failure = error
@@ -188,8 +196,8 @@ def as_read(text: str) -> str:
 
 def encode_distinct(predictor: inference.Predictor, texts: Sequence[str]) -> np.ndarray:
     """Texts -> float32 [N, D]; each of several processes encodes a share, and all get the whole array."""
-    mine = processes.share(len(texts))
-    encode = lambda: np.asarray(predictor.encode_text(list(texts[mine.start : mine.stop])))
+    mine = [texts[i] for i in processes.padded_share(len(texts))]
+    encode = lambda: np.asarray(predictor.encode_text(mine))[: len(processes.share(len(texts)))]
     return processes.allgather([{"embed": processes.run_together(encode)}])["embed"]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -10,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax.core import progress as progress_lib
-from grain_jax.inference import inputs
+from grain_jax.inference import inputs, jitted
 from grain_jax.inference.inputs import InputError, Normalized, OneOrMany, Tokens
+from grain_jax.runtime import processes
 
 Item = TypeVar("Item")
 MAX_BATCH = 64  # images or texts per device and batch
@@ -25,6 +27,7 @@ class BatchRunner:
     def __init__(self, params: Any, devices: Sequence[Any], image_size: int, progress: bool):
         self.params, self.devices = params, devices
         self._image_size, self._progress = image_size, progress
+        self.most_images = MAX_BATCH * len(devices)  # in memory at a time
 
     def over_images(self, program: Callable[..., Any], images: OneOrMany) -> Any:
         """The results of `program` on all images, as numpy."""
@@ -38,8 +41,8 @@ class BatchRunner:
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def batches(self, images: Any) -> Iterator[np.ndarray]:
-        """Images, checked, or tokens, at most MAX_BATCH rows per device at a time. Raises InputError."""
-        most = MAX_BATCH * len(self.devices)
+        """Images, checked, or tokens, at most `most_images` at a time. Raises InputError."""
+        most = self.most_images
         images = inputs.checked_images(images, self._image_size)
         if isinstance(images, (Tokens, Normalized)):
             for first in range(0, len(images[0]), most):
@@ -56,23 +59,17 @@ class BatchRunner:
     def run(self, program: Callable[..., Any], *rows: np.ndarray, kinds=(MAX_BATCH, FEW, 1)) -> Any:
         """The results of `program` on `rows`, arrays of equal length, as numpy.
 
-        Programs have `kinds` of rows per device; the last row is repeated to fill them. Up to MAX_BATCH rows
-        run on one device, more on all devices.
+        Programs have `kinds` of rows per device. Up to MAX_BATCH rows run on one device, more on all.
         """
         count, params, sharding, devices = len(rows[0]), self.params, None, 1
         if count > MAX_BATCH:
             (params, sharding), devices = self._on_all_devices, len(self.devices)
-        results, first = [], 0
-        for size in _sizes(-(-count // devices), kinds):
-            last = first + size * devices
-            padded = [x[np.minimum(np.arange(first, last), count - 1)] for x in rows]
-            with progress_lib.while_compiling(
-                "the model for this machine", _COMPILING, silent=jax.process_index() > 0, once=True
-            ):  # returns before it is computed
-                padded = jax.device_put(padded, sharding) if sharding else padded
-                results.append(program(params, *padded))
-            first = min(last, count - 1)
-        return jax.tree.map(lambda *x: np.concatenate([*map(np.asarray, x)])[:count], *results)
+
+        def call(*padded):
+            return program(params, *(jax.device_put(padded, sharding) if sharding else padded))
+
+        parts = _in_parts(call, rows, count, devices, kinds)
+        return jax.tree.map(lambda *x: np.concatenate([*map(np.asarray, x)])[:count], *parts)
 
     @functools.cached_property
     def _on_all_devices(self) -> tuple[Any, NamedSharding]:
@@ -80,6 +77,56 @@ class BatchRunner:
         mesh = Mesh(self.devices, ("batch",))
         params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
         return params, NamedSharding(mesh, PartitionSpec("batch"))
+
+
+class MeshRunner(BatchRunner):
+    """Runs programs with parameters that stay sharded over a mesh, of one process or of many in lockstep.
+
+    Each process gives rows of its own, and all make the same calls in the same order. A call of `run` pads
+    the rows to the largest number and shapes of all processes; `processes.rounds` keeps loops equally long.
+    """
+
+    def __init__(self, params: Any, mesh: Mesh, image_size: int, progress: bool):
+        super().__init__(params, mesh.local_devices, image_size, progress)
+        self._mesh = mesh
+        self.most_images = sys.maxsize  # one call of `run` for each call of a process
+
+    def run(self, program: Callable[..., Any], *rows: np.ndarray, kinds=(MAX_BATCH, FEW, 1)) -> Any:
+        """As of `BatchRunner`: results of this process's rows."""
+        largest = [np.max(x, axis=0) for x in zip(*processes.agree(None, [x.shape for x in rows]))]
+        wide = [
+            np.pad(x, [(0, 0), *((0, most - here) for here, most in zip(x.shape[1:], shape[1:]))])
+            for x, shape in zip(rows, largest)
+        ]
+        sharding = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+
+        def call(*padded):
+            placed = [jax.make_array_from_process_local_data(sharding, x) for x in padded]
+            return jitted.on_mesh(program, self._mesh)(self.params, *placed)
+
+        parts = _in_parts(call, wide, int(largest[0][0]), len(self.devices), kinds)
+        return jax.tree.map(lambda *x: np.concatenate([*map(_rows_here, x)])[: len(rows[0])], *parts)
+
+
+def _in_parts(
+    call: Callable[..., Any], rows: Sequence[np.ndarray], count: int, devices: int, kinds: Sequence[int]
+) -> list[Any]:
+    """What `call` makes of `count` rows, in parts of few sizes; the last row is repeated to fill them."""
+    results, first = [], 0
+    for size in _sizes(-(-count // devices), kinds):
+        places = np.minimum(np.arange(first, first + size * devices), len(rows[0]) - 1)
+        with progress_lib.while_compiling(
+            "the model for this machine", _COMPILING, silent=jax.process_index() > 0, once=True
+        ):  # returns before it is computed
+            results.append(call(*(x[places] for x in rows)))
+        first += size * devices
+    return results
+
+
+def _rows_here(x: jax.Array) -> np.ndarray:
+    """The rows of an array that lie on this process's devices, in their order."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def _sizes(count: int, kinds: Sequence[int]) -> list[int]:

@@ -1,21 +1,40 @@
 """The jitted programs of a model. Parameters are arguments, so Predictors of one configuration share them."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grain_jax import config as config_lib
 from grain_jax.core import boxes as boxes_lib
 from grain_jax.core import schema
-from grain_jax.models import grain
+from grain_jax.models import grain, placement
 
 
 @functools.lru_cache(maxsize=64)
 def program(model: config_lib.Model, dtype: str, method: str) -> Callable[..., Any]:
     """The jitted (params, *arrays) -> what this method of `models.grain.GRAIN` returns."""
+    return jax.jit(_method(model, dtype, method))
+
+
+@functools.lru_cache(maxsize=64)
+def on_mesh(program: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """One of the programs here for sharded parameters; rows and results are cut over all axes of the mesh."""
+
+    @functools.wraps(program)
+    def placed(params, *rows):
+        with placement.on(mesh, mesh.axis_names):
+            return inspect.unwrap(program)(params, *rows)  # a trace of the jitted one may have no mesh
+
+    return jax.jit(placed, out_shardings=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+
+
+def _method(model: config_lib.Model, dtype: str, method: str) -> Callable[..., Any]:
+    """`program`, before it is jitted."""
     module = grain.GRAIN(model, dtype)
     # "highest": full float32 also on devices that round the operands of a matrix product by default.
     precision = "highest" if dtype == "float32" else None
@@ -25,7 +44,7 @@ def program(model: config_lib.Model, dtype: str, method: str) -> Callable[..., A
             return module.apply({"params": params}, *arrays, method=method)
 
     apply.__name__ = method  # the name of the compiled program in profiles
-    return jax.jit(apply)
+    return apply
 
 
 @functools.lru_cache(maxsize=64)
@@ -36,7 +55,7 @@ def image_program(model: config_lib.Model, dtype: str, head: str = "embeddings")
     head "embeddings" gives image_embed [B, D] and the regions (schema.Regions), and "regions_by_box_head" the
     same, with the box head's embeddings of the predicted boxes. Others are methods of GRAIN that take tokens.
     """
-    run = functools.partial(program, model, dtype)
+    run = functools.partial(_method, model, dtype)
 
     def encode_images(params, image, *arrays):
         tokens = run("image_tokens")(params, image) if image.ndim == 4 else image
@@ -61,7 +80,7 @@ def text_program(model: config_lib.Model, dtype: str) -> Callable[..., Any]:
 
     Each text is a packing group of its own, so that devices need no communication.
     """
-    apply = program(model, dtype, "encode_text")
+    apply = _method(model, dtype, "encode_text")
 
     def encode_texts(params, tokens, ends):
         tokens = tokens[:, None]

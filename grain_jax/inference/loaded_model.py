@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh, NamedSharding
 
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
@@ -38,15 +39,20 @@ class LoadedModel:
         if any(low_rank.maps_in(params)):
             expected = "merged parameters, as grain_jax.load and grain_jax.models.lora.merged return them"
             raise InputError(f"params: got factors of LoRA, expected {expected}")
-        # The run chose its programs for its own devices.
-        self.model = dataclasses.replace(model, attention="auto")
         self.dtype, self.folder, self.progress = dtype, folder, progress
-        self.params = jax.device_put(params, None if device is None else _device(device))
         # Parameters that the caller has put on a mesh or a device stay there, and the programs run there.
-        devices = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
-        is_free = device is None and devices == {jax.local_devices()[0]}
-        devices = jax.local_devices() if is_free else [None]
-        self._runner = batches.BatchRunner(self.params, devices, model.image.image_size, progress)
+        mesh = _mesh_of(params) if device is None else None
+        # The run chose its programs for its own devices. XLA's attention is the same on all meshes.
+        self.model = dataclasses.replace(model, attention="xla" if mesh else "auto")
+        settings = model.image.image_size, progress
+        if mesh:
+            self.params, self._runner = params, batches.MeshRunner(params, mesh, *settings)
+        else:
+            self.params = jax.device_put(params, None if device is None else _device(device))
+            devices = set().union(*(leaf.devices() for leaf in jax.tree.leaves(self.params)))
+            is_free = device is None and devices == {jax.local_devices()[0]}
+            devices = jax.local_devices() if is_free else [None]
+            self._runner = batches.BatchRunner(self.params, devices, *settings)
         self.templates = list(templates) if templates is not None else prompts.load_templates()
 
     def __reduce__(self):
@@ -149,6 +155,14 @@ class LoadedModel:
             return box_head.grid_size(count, tower.leading_tokens(self.model.image))
         except errors.UserError as error:
             raise InputError(str(error)) from None
+
+
+def _mesh_of(params: Any) -> Mesh | None:
+    """The mesh of several devices that the arrays lie on; None: they lie on one, or are numpy's."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
+        return sharding.mesh
+    return None
 
 
 def _device(name: Any) -> Any:

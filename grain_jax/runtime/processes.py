@@ -23,6 +23,7 @@ _HALF = 1 << 31  # of a length in bytes
 _PATIENCE_MS = 7 * 24 * 3600 * 1000  # one share may take hours longer than another
 _meetings = itertools.count()
 _alone = False
+_in_lockstep = False
 
 
 class Failed(errors.UserError):
@@ -40,6 +41,17 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+@contextlib.contextmanager
+def lockstep() -> Iterator[None]:
+    """Inside, the processes run one model together, so `rounds` and `padded_share` keep them in step."""
+    global _in_lockstep
+    before, _in_lockstep = _in_lockstep, True
+    try:
+        yield
+    finally:
+        _in_lockstep = before
+
+
 def process_info() -> tuple[int, int]:
     """This process's number and how many there are."""
     if _alone or not jax.distributed.is_initialized():
@@ -53,6 +65,26 @@ def share(count: int) -> range:
     each, more = divmod(count, processes)
     start = index * each + min(index, more)
     return range(start, start + each + (index < more))
+
+
+def padded_share(count: int) -> list[int]:
+    """`share`, but in lockstep as many positions for each process: the last one repeated."""
+    mine, processes = list(share(count)), process_info()[1]
+    if not _in_lockstep:
+        return mine
+    return (mine + [count - 1] * -(-count // processes))[: -(-count // processes)]
+
+
+def rounds(items: Iterator[T], spare: Callable[[], T]) -> Iterator[tuple[T, bool]]:
+    """`items`, each with True; in lockstep, then `spare()` with False while another process has more."""
+    while True:
+        item = next(items, None)
+        if _in_lockstep and any(agree(None, item is not None)):
+            yield (spare() if item is None else item), item is not None
+        elif item is None:
+            return
+        else:
+            yield item, True
 
 
 def allgather(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

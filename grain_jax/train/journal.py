@@ -129,7 +129,8 @@ class Journal:
     def report(self, state: train_step.TrainState, results: Mapping[str, float]) -> None:
         """After the last step: prints the table of `results`, writes results.json and report.html."""
         config, workdir = self._config, self._workdir
-        predictor = make_predictor(config, state)
+        shown = bool(config.report_images)
+        predictor = make_predictor(config, state, for_one_process=True) if shown else None
         if jax.process_index() > 0:
             return
         if results:
@@ -137,7 +138,7 @@ class Journal:
             kinds = {name: entry["kind"] for name, entry in config.evals.items()}
             numbers = tables.by_evaluation(results).items()
             print(tables.describe({name: (kinds[name], of) for name, of in numbers}))
-        page.write(workdir, predictor, model=bool(config.report_images))
+        page.write(workdir, predictor, model=shown)
         print(f"time: {self._clock.words()}", file=sys.stderr)
         print(f"Everything of this run is in {workdir}", file=sys.stderr)
 
@@ -164,12 +165,17 @@ def row_advice(config: config_lib.Config) -> str:
     return f"set --config.text.pack_rows={rows + 1 + rows // 8} (got {rows}, for groups of {group})"
 
 
-def make_predictor(config: config_lib.Config, state: train_step.TrainState) -> inference.Predictor:
-    """The state's model to evaluate, whole on every process: the average, if kept; factors folded in."""
-    params = forward.without_terms(state.ema_params or state.params)
-    if jax.process_count() > 1:
+def make_predictor(
+    config: config_lib.Config, state: train_step.TrainState, *, for_one_process: bool = False
+) -> inference.Predictor:
+    """The state's model to evaluate, sharded as in training: the average, if kept; factors folded in.
+
+    One that runs on several processes takes all of them, in lockstep, unless it is `for_one_process`.
+    """
+    params = lora.merged(forward.without_terms(state.ema_params or state.params), config.optim.lora)
+    if for_one_process and jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    return inference.Predictor(config.model, lora.merged(params, config.optim.lora))
+    return inference.Predictor(config.model, params)
 
 
 def evaluate_all(
@@ -177,7 +183,7 @@ def evaluate_all(
 ) -> dict[str, float]:
     """The numbers of the evaluators `evals`; the processes share the images, and all get the numbers."""
     results = {}
-    with errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER):
+    with errors.out_of_memory_in_a_line("evaluation", lambda: encode.SMALLER), processes.lockstep():
         predictor = make_predictor(config, state)
         for name, entry in evals.items():
             numbers = tables.scalars(entry.evaluate(predictor))

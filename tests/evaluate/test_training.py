@@ -1,6 +1,9 @@
 """Entries of a suite as evaluators of a run: what is missing is skipped, processes measure as one."""
 
 import collections
+import json
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -13,8 +16,9 @@ from grain_jax.core import errors
 from grain_jax.evaluate import kinds, suite
 from grain_jax.train import journal, run
 from tests import tiny
-from tests.evaluate import suite_config
+from tests.evaluate import sharded, suite_config
 from tests.evaluate.stub import StubPredictor, region, write_lines, write_picture
+from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_said(data, tmp_path, capfd
     vectors = some(lambda: random.normal(size=6))
     regions = some(lambda: ([[0, 0, 0.5, 1], [0, 0, 1, 1]], random.normal(size=(2, 6))))
     predictor = StubPredictor(vectors, vectors, regions)
-    monkeypatch.setattr(journal, "make_predictor", lambda *_: predictor)
+    monkeypatch.setattr(journal, "make_predictor", lambda *_, **__: predictor)
     state = types.SimpleNamespace(step=np.int32(7))
     evaluators = suite.present(kinds.from_entries(config.evals))
     results = journal.evaluate_all(config, evaluators, state)
@@ -79,3 +83,35 @@ def test_what_the_command_line_asks_for_is_not_skipped(tmp_path, monkeypatch):
             present(override)
         assert str(found.value).startswith(f"evals.{override.partition('.')[0]}: {said}")
     assert present("seen.missing=skip", "seen.images=/nope") == {}
+
+
+def _without_times(numbers):
+    return {key: value for key, value in numbers.items() if not key.endswith("/seconds")}
+
+
+@pytest.mark.long
+def test_a_sharded_model_measures_what_one_device_measures(data):
+    one, two, eight = (_without_times(sharded.numbers(data, devices)) for devices in (1, 2, 8))
+    assert len(one) > 40 and one["eval/classes/images"] == 11
+    assert two == pytest.approx(one, abs=1e-6) and eight == pytest.approx(one, abs=1e-6)
+    (data / "classes" / "fox" / "8.png").rename(data / "fox.png")
+    (data / "classes" / "fox" / "8.png").write_bytes(
+        b"no picture"
+    )  # of the second process, which has fewer then
+    eight = _without_times(sharded.numbers(data, 8))
+    command = [
+        sys.executable,
+        "-m",
+        "grain_jax.launch.local",
+        "--processes=2",
+        "--devices-per-process=4",
+        "--",
+    ]
+    command += [sys.executable, "-m", "tests.evaluate.sharded", str(data)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    (data / "fox.png").rename(data / "classes" / "fox" / "8.png")
+    assert done.returncode == 0, done.stderr
+    said = [line.split("measured ")[1] for line in done.stderr.splitlines() if "] measured " in line]
+    assert len(said) == 2 and eight["eval/classes/images"] == 10
+    for line in said:
+        assert _without_times(json.loads(line)) == pytest.approx(eight, abs=1e-6)
