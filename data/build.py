@@ -6,20 +6,24 @@ A build is a job (`data.job`) over the shards of a data source. All faults are n
 written from the parts of the shards (`data.survey`). After a kill, the same command uses whole parts.
 """
 
+import dataclasses
 import functools
 import io
 import itertools
 import json
 import sys
 import time
+import typing
 
 import numpy as np
 from etils import epath
 
 from grain_jax.cli import process
 from grain_jax.core import ahead, errors, printable, progress
+from grain_jax.core.annotations import Fault
 from grain_jax.data import duplicates, example, job, sources, staging, survey
 from grain_jax.data.arguments import Build
+from grain_jax.data.sources import columns
 from grain_jax.input_pipeline import record_folders
 
 SHARD_BYTES = 64 << 20  # aimed at: the deterministic shuffle holds a block of shards in memory
@@ -68,7 +72,9 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
     images = itertools.chain.from_iterable(parts)
     for _ in progress.over(images, total=total if known else None, what="reading"):
         pass
-    _check_faults(surveyed, args, target)
+    _check_faults(surveyed, args, target, output)
+    if not surveyed.counts["regions"] and (seen := _unread(args, shards[0])):
+        print(printable.plain(f"{surveyed.name}: got no regions, but {seen}"), file=sys.stderr)
     others = args.exclude_duplicates_of
     divided = survey.divide(surveyed, holdout=args.holdout, exclude_duplicates_of=others)
     count = len(divided.train)
@@ -106,7 +112,29 @@ def _build(args: Build, target: epath.Path, output: job.Output) -> tuple[survey.
     return surveyed, f"{count} images{held_out}, {regions}"
 
 
-def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> None:
+def _fitting(args: Build, output: job.Output) -> str:
+    """Which box_format of the source fits its first images best; "" if it has no such option."""
+    bad = {}
+    for form in typing.get_args(columns.BoxFormat):
+        trial = dataclasses.replace(args, option=[*args.option, ("box_format", form)])
+        try:
+            first, *_ = sources.of_flags(trial, str(output.path(f"lists_{form}")), IMAGES_PER_PART)
+        except errors.UserError:
+            return ""
+        read = [x for x in itertools.islice(sources.read(first), IMAGES_PER_PART) if not isinstance(x, Fault)]
+        bad[form] = sum(fault.cause == "bad box" for x in read for fault in x.left_out)
+    best = min(bad, key=lambda form: bad[form])
+    return f"; --option box_format={best} fits all but {bad[best]} of the first {len(read)} images' boxes"
+
+
+def _unread(args: Build, shard: sources.SourceShard) -> str:
+    """The boxes that the source has and no option names, in words; "" if there are none."""
+    first_row = getattr(sources.make(args.source, dict(args.option)), "first_row", None)
+    found = columns.unread_boxes(first_row(shard)) if first_row else ""
+    return f"it has boxes; --option {found} reads them" if found else ""
+
+
+def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path, output: job.Output) -> None:
     """Prints what is known of the images. Raises UserError: more faults than --max-faults allows."""
     if surveyed.turned:
         turned = f"{surveyed.turned} of {surveyed.lines} images {example.TURNED}"
@@ -118,6 +146,11 @@ def _check_faults(surveyed: survey.Survey, args: Build, target: epath.Path) -> N
         names = ", ".join(file or ", ".join(args.annotations) or surveyed.name for file in files)
         advice = f"{sources.base.AS_SHARES}; no records were written"
         raise errors.UserError(f"{names}: got {sources.base.ALL_SHARES}, expected pixels; {advice}")
+    if args.max_faults < surveyed.bad_boxes:
+        raise errors.UserError(
+            f"{surveyed.name}: {surveyed.bad_boxes:.0%} of the boxes do not fit their images, more than"
+            f" --max-faults {args.max_faults:g} allows{_fitting(args, output)}; no records were written"
+        )
     if surveyed.faulty_lines <= args.max_faults * surveyed.lines and surveyed.ids:
         return
     if not target.exists():  # a set that stays keeps the list of its own faults

@@ -112,6 +112,7 @@ def _check(prepared: Prepared, item: Annotation | Fault) -> tuple[Prepared, Any,
             "pixel_boxes": sum(max(box) > base.LARGEST_SHARE for box in clipped),
             "negatives": sum(len(x.negatives) for x in regions),
             "left_out": len(item.left_out),
+            "bad_boxes": sum(fault.cause == "bad box" for fault in item.left_out),
         },
         fingerprint=duplicates.fingerprint(item.encoded, image),
     )
@@ -144,6 +145,12 @@ class Survey:
     def faulty_lines(self) -> int:
         """Images with at least one fault."""
         return self.lines - len(self.ids)
+
+    @property
+    def bad_boxes(self) -> float:
+        """The fraction of all boxes that do not fit their images."""
+        bad = self.counts["bad_boxes"]
+        return bad / max(bad + self.counts["regions"], 1)
 
     def add(self, part: tuple[str, list[Prepared]]) -> Iterator[Prepared]:
         """Counts the images of the next part and yields them; the first faults go to stderr at once."""

@@ -111,6 +111,14 @@ class _Tables(columns.RowOptions):
                     yield annotation if fault else _with_image(image, annotation, arguments, seen)
                 first += batch.num_rows
 
+    def first_row(self, shard: base.SourceShard) -> dict[str, Any]:
+        """The values of the first row, by column; empty without a row."""
+        with self._opened(shard.arguments["file"]) as reader:
+            names = getattr(reader, self.schema).names
+            batch = next(self._batches(reader, names, shard.arguments), None)
+            rows = batch.slice(0, 1).to_pylist() if batch else []
+        return rows[0] if rows else {}
+
 
 class HfDataset(_Tables):
     """Images of the rows of a saved Dataset; a shard is a file of its folder.

@@ -17,6 +17,7 @@ from grain_jax.data.sources.base import Annotation, Fault, Region
 OF_REGIONS = ("labels", "descriptions", "scores")
 NAMES = ("image", "caption", "captions", "boxes", *OF_REGIONS, "id")
 MAX_LINE = 4 << 20  # bytes of a line of text
+BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
 _Text = Annotated[str, msgspec.Meta(max_length=base.MAX_TEXT)]
 
 
@@ -52,7 +53,7 @@ class RowOptions(base.BoxUnit):
     descriptions: str = ""
     scores: str = ""
     id: str = ""
-    box_format: Literal["xyxy", "xywh", "cxcywh"] = "xyxy"
+    box_format: BoxFormat = "xyxy"
 
     def named(self, where: object, known: Sequence[str], options: base.Options) -> Named:
         """Finds the columns in the table `where`. Raises SourceError: one is missing."""
@@ -113,6 +114,29 @@ class RowOptions(base.BoxUnit):
             x, y, width, height = box
             box = x - width / 2, y - height / 2, width, height
         return base.xywh(box)
+
+
+def unread_boxes(row: Mapping[str, Any], path: str = "") -> str:
+    """The options that would read boxes and labels which stand in a row; "" if it has no such values."""
+    for name, value in row.items():
+        first = value[0] if isinstance(value, list) and value else value
+        where = f"{path}{name}"
+        if isinstance(value, list) and _is_box(first):
+            labels = next((x for x, y in row.items() if _are_labels(y, len(value))), "")
+            return f"boxes={where}" + (f" labels={path}{labels}" if labels else "")
+        if isinstance(value, list) and isinstance(first, Mapping):
+            value = {key: [item.get(key) for item in value] for key in first}
+        if isinstance(value, Mapping) and (found := unread_boxes(value, f"{where}.")):
+            return found
+    return ""
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(type(x) in (int, float) for x in value)
+
+
+def _are_labels(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and {*map(type, value)} in ({str}, {int})
 
 
 def _pick(value: Any, path: Sequence[str]) -> Any:

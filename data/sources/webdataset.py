@@ -93,6 +93,11 @@ class WebDataset(columns.RowOptions, Tars):
         keys = [x.split(".")[0] for name in columns.NAMES if (x := getattr(self, name))]
         return keys, self.named("webdataset", ["image", "caption", *keys], options)
 
+    def first_row(self, shard: base.SourceShard) -> dict[str, Any]:
+        """The JSON of the first sample; empty if there is none."""
+        sample = next(_samples(epath.Path(shard.arguments["tar"]), ""), None)
+        return metadata(sample[1]) if sample and not isinstance(sample, base.Fault) else {}
+
     def entry(self, image: str, files: dict[str, bytes], options: base.Options) -> base.Annotation:
         keys, named = self._columns(options)
         row = metadata(files) if keys or "txt" not in files else {}

@@ -149,3 +149,32 @@ def test_a_fault_of_a_source_names_the_file_and_its_line(tmp_path, capsys):
     flags = ["--source=csv", "--annotations", path, "--max-faults=0.9"]
     status, lines = run_build(tmp_path, capsys, *flags)
     assert status == 0 and sorted(lines[:2]) == [f"{path}:4: {cells}", f"{path}:5: {gone}"]
+
+
+def test_boxes_in_another_format_are_an_error_that_names_the_right_one(tmp_path, capsys):
+    test_sources.write_pictures(tmp_path / "images", "{:05d}.jpg")
+    width, height = test_sources.SIZE
+    far = [[width - 4, height - 4, 4, 4]]  # left, top, width, height
+    table = {"image": ["00000.jpg", "00001.jpg"], "boxes": [far, far], "labels": [["wing"], ["tail"]]}
+    table["caption"] = ["a bird", "a bird"]
+    pyarrow.parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    flags = ["--source=parquet", f"--annotations={tmp_path}/a.parquet"]
+    status, lines = run_build(tmp_path, capsys, *flags)
+    assert status == 2, lines
+    assert "100% of the boxes do not fit their images, more than --max-faults 0.01 allows" in lines[-1]
+    assert "--option box_format=xywh fits all but 0 of the first 2 images' boxes" in lines[-1]
+    assert run_build(tmp_path, capsys, *flags, "--option", "box_format=xywh")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["hub.parquet", "x.tar"])
+def test_boxes_that_no_option_names_are_said(name, tmp_path, capsys):
+    forms = write_all(tmp_path)
+    source, named = forms[name]
+    where = ["--max-faults=0.6", *([f"--annotations={tmp_path}/{name}"] * (source != "webdataset"))]
+    where += ["--option", "caption=text"] * (source != "webdataset")
+    status, lines = run_build(tmp_path, capsys, f"--source={source}", *where)
+    assert status == 0
+    boxes = (
+        f"got no regions, but it has boxes; --option boxes={named['boxes']} labels={named['labels']} reads"
+    )
+    assert any(boxes in line for line in lines), lines
