@@ -164,7 +164,7 @@ class Parser:
         if not is_flag:
             name, metavar = entry, ""
         default = None if field.default in (dataclasses.MISSING, "", ()) else field.default
-        needed = no_default or not is_flag or "unless" in options
+        needed = no_default or "unless" in options or not (is_flag or entry.startswith("["))
         shown = Flag(name, metavar, about, default, needed, choices, field, "..." in entry)
         if entry.startswith("-- "):
             self._command = field.name

@@ -29,6 +29,7 @@ def write(
     output: epath.PathLike | None = None,
     num_images: int = NUM_IMAGES,
     model: bool = True,
+    results: Sequence[epath.PathLike] = (),
 ) -> epath.Path:
     """Writes the page of a run and returns its path. Raises errors.UserError if the folder holds no run.
 
@@ -38,8 +39,9 @@ def write(
       output: the file to write; default: `report.html` in `workdir`.
       num_images: images of each evaluation that the model runs on.
       model: False: no model is loaded, and the page shows only what the files hold.
+      results: files of `grain-jax evaluate` in other folders.
     """
-    run = run_files.read(workdir)
+    run = run_files.read(workdir, results)
     looked = look.Looked({}, [], ["no model was loaded"])
     if model and run.config is not None:
         looked = look.look(workdir, predictor, run.config.get("evals", {}), num_images)
@@ -54,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = Report.parse(arguments)
     advice = f"give a smaller --num-images, or --no-model; or {errors.MORE_MEMORY}"
     with errors.out_of_memory_in_a_line("report", lambda: advice):
-        path = write(args.workdir, output=args.output, num_images=args.num_images, model=args.model)
+        shown: dict[str, Any] = dict(num_images=args.num_images, model=args.model, results=args.results)
+        path = write(args.workdir, output=args.output, **shown)
     print(path)
     return 0
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -34,10 +34,11 @@ class RunFiles(NamedTuple):
     unmeasured: list[str]  # a line for each thing that is missing
 
 
-def read(workdir: epath.PathLike) -> RunFiles:
-    """Reads the files of a run, and NAME.json of evaluations; a missing one is a line of `unmeasured`.
+def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> RunFiles:
+    """Reads the files of a run, NAME.json of evaluations in it, and `results` of evaluations anywhere.
 
-    Raises errors.UserError: there is no such folder, or it holds no run.
+    What is missing is a line of `unmeasured`. Raises errors.UserError: there is no such folder, or it holds no
+    run; or one of `results` is not there, or is not the result of an evaluation.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
@@ -59,8 +60,11 @@ def read(workdir: epath.PathLike) -> RunFiles:
     measured = [Result(name, kinds.get(name, ""), source, each, {}) for name, each in numbers]
     if not measured:
         unmeasured.append("the run has not evaluated yet")
-    for file in sorted(workdir.glob("*.json")):
+    given = [*map(epath.Path, results)]
+    for file in [*sorted(set(workdir.glob("*.json")) - {*given}), *given]:
         value = None if file.name in _OTHERS else _json(file, unmeasured)
+        if file in given and not (value and ("kind" in value or "ran" in value)):
+            raise errors.UserError(f"{file}: expected a file that grain-jax evaluate --output wrote")
         if value and isinstance(value.get("ran"), dict):  # of a suite
             measured += [_of_file(name, file, result) for name, result in value["ran"].items()]
             for outcome in ("skipped", "failed", "notes"):

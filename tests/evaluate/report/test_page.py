@@ -107,6 +107,18 @@ def test_files_alone(run, tmp_path, capsys):
     assert "no model was loaded" in shown and "Regions" not in shown and "cat 25.0%" in shown
 
 
+def test_results_in_other_folders(run, tmp_path):
+    output = tmp_path / "page.html"
+    ran = json.loads((run[0] / "suite.json").read_text())["ran"]
+    (tmp_path / "zero.json").write_text(json.dumps(next(iter(ran.values()))))
+    page.main([str(run[0]), str(tmp_path / "zero.json"), "--no-model", "--output", str(output)])
+    assert " zero: " in _text(output) and " zero.json " in _text(output)
+    (tmp_path / "A.json").write_text("{}")
+    for name, expected in {"A.json": "a file that grain-jax evaluate", "B.json": "a file that"}.items():
+        with pytest.raises(errors.UserError, match=expected):
+            page.main([str(run[0]), str(tmp_path / name), "--no-model"])
+
+
 def test_what_is_missing_is_a_line(run, tmp_path):
     folder, predictor = run
     config = json.loads((folder / "config.json").read_text())
