@@ -66,6 +66,17 @@ def set_up(config: config_lib.Config, workdir: epath.Path) -> SetUp:
         of_batch, batch_size=config.batch_size, lanes=config.input.lanes, process_index=jax.process_index()
     )
     steps = resolve_steps(config, source.num_examples(config))
+    newest = max(files.finished_steps(workdir), default=0)
+    if newest > steps[0]:
+        raise errors.UserError(
+            f"total_steps: got {steps[0]}, but {workdir} has a checkpoint of step {newest}; set"
+            f" --config.total_steps above {newest} to train on, or another --workdir"
+        )
+    if steps[1] < 1:
+        tell(
+            f"batch_size: {config.batch_size} is more than the {source.num_examples(config)} examples of the"
+            " dataset, so a batch has some of them several times"
+        )
     return SetUp(config, derived_from, mesh, source, lanes, *steps, data, evals)
 
 

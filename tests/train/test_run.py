@@ -114,6 +114,16 @@ def test_the_finished_run_loads_and_runs_again_to_no_effect(finished):
     np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=-1), 1, rtol=1e-5)
 
 
+def test_steps_that_are_done_and_a_batch_beyond_the_dataset_are_a_line(
+    finished, tmp_path, monkeypatch, capfd
+):
+    with pytest.raises(errors.UserError, match="total_steps: got 5, but .* has a checkpoint of step 10; set"):
+        set_up.set_up(_config(total_steps=5), finished)
+    monkeypatch.setattr(synthetic.Synthetic, "num_examples", lambda *_: 3)
+    set_up.set_up(_config(), tmp_path)
+    assert "is more than the 3 examples of the dataset, so a batch has some" in capfd.readouterr().err
+
+
 def test_nan_stops_the_run_and_names_the_term(tmp_path, monkeypatch):
     def with_endless_boxes(step, batch):
         boxes = batch.region_boxes_cxcywh * np.float32(1e30 if step == 4 else 1)

@@ -37,8 +37,8 @@ class RunFiles(NamedTuple):
 def read(workdir: epath.PathLike, results: Sequence[epath.PathLike] = ()) -> RunFiles:
     """Reads the files of a run, NAME.json of evaluations in it, and `results` of evaluations anywhere.
 
-    What is missing is a line of `unmeasured`. Raises errors.UserError: there is no such folder, or it holds no
-    run; or one of `results` is not there, or is not the result of an evaluation.
+    What is missing is a line of `unmeasured`. Raises errors.UserError: there is no such folder, or it holds
+    no run; or one of `results` is not there, or is not the result of an evaluation.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
