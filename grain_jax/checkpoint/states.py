@@ -248,6 +248,8 @@ def check_same_run(content: dict[str, Any], config: config_lib.Config) -> None:
     of_run = _without_evals(content)
     stored, new = (config_lib.select(x, {"order"}) for x in (of_run, config))
     if changed := _changed(stored, new):
+        if "batch_size" in changed:  # from which it is derived
+            changed.pop("input.lanes", None)
         raise CheckpointError(_of_another_run(changed, "changes the order of the data"))
     old, lora = of_run.optim.lora, config.optim.lora
     if old.rank and old.alpha != lora.alpha:  # another rank does not fit, and says so

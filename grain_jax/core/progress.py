@@ -79,18 +79,28 @@ class Counter:
     def __init__(self, label: str, total: float | None, unit: str = "", *, silent=False, times: float = 1):
         self._label, self._total, self._unit, self._times = label, total, unit, times
         self._line, self._start, self.done = ProgressLine(silent=silent), time.monotonic(), 0.0
+        self._first: tuple[float, float] | None = None  # seconds and share of the first, which compiles
 
     def add(self, count: int = 1, share: float | None = None) -> None:
         """Counts, and shows it; `share` of the work is done, by default the count of the total."""
         self.done += count * self._times
-        self._line.show(self.text(time.monotonic() - self._start, share))
+        seconds = time.monotonic() - self._start
+        if self._first is None:
+            self._first = (
+                seconds,
+                (self.done / self._total if self._total else 0.0) if share is None else share,
+            )
+        self._line.show(self.text(seconds, share))
 
     def text(self, seconds: float, share: float | None = None) -> str:
         """The line after so many seconds."""
         if share is None and self._total:
             share = self.done / self._total
         count = f"{self.done:.0f}" + (f"/{self._total:.0f}" if self._total is not None else "")
-        left = f", ETA {duration(seconds / share - seconds)}" if share else ""
+        before, done = self._first or (0.0, 0.0)
+        left = ""
+        if share and share > done:  # at the speed since the first one
+            left = f", ETA {duration((seconds - before) / (share - done) * (1 - share))}"
         rate = self.done / max(seconds, 1e-9)
         return f"{self._label}: {count}{self._unit and ' '}{self._unit}, {rate:.3g}/s{left}"
 

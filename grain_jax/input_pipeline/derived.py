@@ -81,9 +81,12 @@ def resolve(
     if rows is None:
         texts = sample(with_numbers(config, lanes, None, None), source)
         rows = rows_of(config, group, texts)
+        images = min(
+            len(texts.tokens), source.num_examples(config)
+        )  # of a small set each comes several times
         tokens = f"{texts.tokens.mean():.1f} +- {texts.tokens.std():.1f} tokens"
-        said.append(f"{KEYS[2]}={rows} for {tokens} per image, in {len(texts.tokens)} images")
-        warning = _terms_without_data(config, texts)
+        said.append(f"{KEYS[2]}={rows} for {tokens} per image, in {images} images")
+        warning = _terms_without_data(config, texts, images)
     return with_numbers(config, lanes, group, rows), ", ".join(said) + warning
 
 
@@ -184,7 +187,7 @@ def rows_of(config: Config, group: int, texts: TextSample) -> int:
     return max(least, math.ceil(tokens / filled))
 
 
-def _terms_without_data(config: Config, texts: TextSample) -> str:
+def _terms_without_data(config: Config, texts: TextSample, images: int) -> str:
     """A line that names the keys of loss terms whose data no image of the sample has; "" if there is none."""
     terms = () if texts.has_captions else ("image_caption",)
     if not texts.has_regions:
@@ -193,4 +196,4 @@ def _terms_without_data(config: Config, texts: TextSample) -> str:
         return ""
     lacking = " or ".join(["captions"] * (not texts.has_captions) + ["boxes"] * (not texts.has_regions))
     advice = f"terms that need them stay 0: set {' '.join(keys)}"
-    return f"\nwarning: no {lacking} in {len(texts.tokens)} images; {advice}"
+    return f"\nwarning: no {lacking} in {images} images; {advice}"

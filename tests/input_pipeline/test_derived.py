@@ -102,7 +102,7 @@ def test_rows_lose_no_text_of_other_images_of_the_same_kind(group, negatives, mo
 def test_a_row_holds_whole_texts():
     config, line = resolve(open_config(batch_size=16, text__pack_group=16), source=Texts(["a " * 38], []))
     assert config.text.pack_rows == 16  # of 40 tokens two do not fit into 77
-    assert "text.pack_rows=16 for 40.0 +- 0.0 tokens per image, in 2000 images" in line
+    assert "text.pack_rows=16 for 40.0 +- 0.0 tokens per image, in 10 images" in line
     assert not next(Texts(["a " * 38], []).batches(config)).texts_dropped.any()
 
 
@@ -130,13 +130,13 @@ def test_what_does_not_fit_the_mesh_is_named_with_the_flags_that_do(changes, fac
     "captions, descriptions, keys, warning",
     [
         (["a"], ["b"], {}, ""),
-        ([], ["b"], {}, "no captions in 2000 images; terms .*: set --config.loss.image_caption=0$"),
+        ([], ["b"], {}, "no captions in 10 images; terms .*: set --config.loss.image_caption=0$"),
         ([], ["b"], {"loss__image_caption": 0.0}, ""),
         (
             ["a"],
             [],
             {},
-            "no boxes in 2000 images; terms that need them stay 0: set --config.loss.box=0"
+            "no boxes in 10 images; terms that need them stay 0: set --config.loss.box=0"
             " --config.loss.region_description=0$",
         ),
     ],
