@@ -1,6 +1,6 @@
 """The first ten minutes with a GPU or TPU: what it computes, how fast, and whether a killed run resumes.
 
-    python -m benchmarks.accelerator [--size B/16] [--batch 128] [--steps 50] [--small] [--output first_run.md]
+    python -m benchmarks.accelerator [--size B/16] [--batch 128] [--steps 50] [--small] [--output X.md]
 
 Checks attention and losses, with gradients, against float64 on the host; times the train step on all devices
 of this machine beside the bound of `grain-jax plan`; kills `grain-jax train`, resumes it, and compares every
@@ -9,6 +9,7 @@ status is 1 if a check fails. --small takes tiny shapes, for a CPU and the tests
 """
 
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -35,7 +36,6 @@ from grain_jax.train import flops, goodput, layer_trials, memory_check, sharding
 # Of errors relative to float64: of the norm of a layer's output and gradients, and of losses.
 BOUNDS = {"float32": 5e-5, "bfloat16": layer_trials.TOLERANCE}
 FUSED = {"cpu": "pallas", "tpu": "pallas", "gpu": "cudnn"}  # on a CPU the kernel is interpreted
-UNKNOWN = "-"
 PATIENCE = 900  # seconds until a run that is to be killed is half done
 
 
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     check: str
     measured: str
-    expected: str = UNKNOWN
+    expected: str
     ok: bool = True
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ def loss_terms(small: bool) -> Iterator[Row]:
 
 def step(size: str, batch: int) -> Iterator[Row]:
     """The train step on the devices of this machine, `batch` images on each, beside the plan's bound."""
-    chip, count = jax.devices()[0], jax.device_count()
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
     config = our_step.make_config(size, batch, **{"batch_size": batch * count, "mesh.data": count})
     mesh = sharding.make_mesh(config.mesh)
     program = train_step.build(config, mesh, total_steps=1000, steps_per_epoch=100.0)
@@ -130,24 +130,24 @@ def step(size: str, batch: int) -> Iterator[Row]:
         return metrics
 
     seconds = layer_trials.median_seconds(call, 3.0)
-    work = flops.per_image(config).train * config.batch_size / seconds / count
-    peak = flops.peak_flops(chip.device_kind, config.dtype)
-    roof, best, most = tune.chip_of(chip.device_kind), UNKNOWN, UNKNOWN
-    if roof:  # the plan of the program that was compiled here
-        topology = chips.Topology(roof, count, (count,), 1)
-        bound = plan.work(hlo.parse(compiled.as_text()), topology, config, dict(mesh.shape), {})
+    rate = flops.per_image(config).train * batch / seconds
+    chip, peak = tune.chip_of(kind), flops.peak_flops(kind, config.dtype)
+    best = most = f"- (plan does not know {kind})"
+    if chip:  # the plan of the program that was compiled here
+        module, topology = hlo.parse(compiled.as_text()), chips.Topology(chip, count, (count,), 1)
+        bound = plan.work(module, topology, config, dict(mesh.shape), {})
         best = f"plan: {bound['roofline']['step_s'] * 1e3:.4g} ms at best"
         most = f"plan: {bound['mfu_at_most']:.1%} at most"
-    name = f"step: {size}, {batch} images per device, {count} device(s), {config.dtype}"
-    yield Row(name, f"{seconds * 1e3:.4g} ms, {config.batch_size / seconds:.4g} images/s", best)
-    speed = f"{work / 1e12:.3g} TFLOP/s per device"
-    yield Row("step: MFU", f"{work / peak:.1%}, {speed}" if peak else speed, most)
-    _, used = goodput.memory_of_devices()
-    measured = UNKNOWN if np.isnan(used) else f"{memory_check.gigabytes(used)} at its peak"
-    needed = f"plan: {memory_check.gigabytes(sum(memory_check.step_bytes(compiled).values()))}"
-    yield Row("step: memory per device", measured, needed)
     loss = float(call()["loss"])
-    yield Row("step: loss after these steps", f"{loss:.4g}", "finite", bool(np.isfinite(loss)))
+    name = f"step: {size}, {count} x {batch} images, {config.dtype}"
+    speed = f"{seconds * 1e3:.4g} ms, {config.batch_size / seconds:.4g} images/s, loss {loss:.4g}"
+    yield Row(name, speed, best, bool(np.isfinite(loss)))
+    share = f", {rate / peak:.1%}" if peak else f", - (peak of {kind} unknown)"
+    yield Row("step: MFU", f"{rate / 1e12:.3g} TFLOP/s per device{share}", most)
+    used = goodput.memory_of_devices()[1]
+    measured = f"- ({kind} does not say)" if np.isnan(used) else f"{memory_check.gigabytes(used)} at its peak"
+    needed = memory_check.gigabytes(sum(memory_check.step_bytes(compiled).values()))
+    yield Row("step: memory per device", measured, f"plan: {needed}")
 
 
 def resume(platform: str, steps: int, small: bool) -> Iterator[Row]:
@@ -155,7 +155,8 @@ def resume(platform: str, steps: int, small: bool) -> Iterator[Row]:
     keys = {"input.source": "synthetic", "total_steps": steps, "log_every": 1, "report_images": 0}
     keys |= {"checkpoint_every": max(1, steps // 5), "optim.warmup_steps": 2, "dtype": "auto"}
     if small:
-        keys |= {f"model.{x}.depth": 1 for x in ("image", "text", "decoder")} | {"batch_size": 16}
+        keys |= {f"model.{x}.depth": 1 for x in ("image", "text", "decoder")}
+        keys |= {"batch_size": 16, "model.text.vocab_size": 600}
     environment = dict(os.environ)
     if platform == "gpu":  # else sums of a scatter have no fixed order
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
@@ -163,7 +164,7 @@ def resume(platform: str, steps: int, small: bool) -> Iterator[Row]:
         alone, killed = (epath.Path(folder) / name for name in ("alone", "killed"))
 
         def start(workdir: epath.Path) -> subprocess.Popen:
-            words = ["--config", "demo", "--workdir", str(workdir)]
+            words = ["--config=demo", f"--workdir={workdir}", "--coordinator=localhost:1"]  # no cluster
             words += [f"--config.{key}={value}" for key, value in keys.items()]
             return subprocess.Popen([sys.executable, "-m", "grain_jax.train", *words], env=environment)
 
@@ -203,17 +204,17 @@ def main() -> int:
         args.size, args.batch, args.steps = "tiny", 8, 12
     platform, kind = harness.device()
     environment = harness.machine("jax", "jaxlib", "flax", "optax", about=kind)
-    rows: list[Row] = []
-    lines = ["| check | measured | expected | |", "|---|---|---|---|"]
-    print("\n".join(lines), flush=True)
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    lines = [f"{kind}, {environment['processor']}, {versions}:", ""]
+    lines += ["| check | measured | expected | |", "|---|---|---|---|"]
+    print(*lines[2:], sep="\n")
     # The runs come first: a TPU belongs to one process, and this one takes it at its first array.
     checks = resume(platform, args.steps, args.small), attentions(args.small), loss_terms(args.small)
-    for check in (*checks, step(args.size, args.batch)):
-        for row in check:
-            rows.append(row)
-            print(row, flush=True)
-    about = f"{kind}, {environment['processor']}, {environment['versions']}"
-    epath.Path(args.output).write_text("\n".join([about, "", *lines, *map(str, rows)]) + "\n")
+    rows = []
+    for row in itertools.chain(*checks, step(args.size, args.batch)):
+        rows.append(row)
+        print(row, flush=True)
+    epath.Path(args.output).write_text("\n".join([*lines, *map(str, rows)]) + "\n")
     harness.write(args.json, dict(machine=environment, device=kind, rows=[r._asdict() for r in rows]))
     return int(not all(row.ok for row in rows))
 
