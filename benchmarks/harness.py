@@ -109,6 +109,18 @@ def write(path: epath.PathLike | None, content: Any) -> None:
         epath.Path(path).write_text(json.dumps(content, indent=2, default=list) + "\n")
 
 
+TIMINGS = ("images_per_second", "input_wait_fraction", "model_flops_per_second", "mfu")
+
+
+def lines(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl without timings and memory; [] before the first."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    found = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [json.loads(line) for line in found if line.endswith("\n")]
+    differs = lambda name: name in TIMINGS or name.startswith(("time/", "process/", "memory_"))
+    return [{k: v for k, v in line.items() if not differs(k)} for line in whole]
+
+
 KEYS = {"total_steps": 1000, "optim.warmup_steps": 10, "input.lanes": 1}
 
 

@@ -7,18 +7,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks import harness
 from tests import compiling
 
-TIMINGS = ("images_per_second", "input_wait_fraction", "model_flops_per_second", "mfu")
+lines, TIMINGS = harness.lines, harness.TIMINGS
 # Settings of tests/run_config.py: as little to compile as there can be.
 SMALL = {"model.text.vocab_size": 600} | {f"model.{x}.depth": 1 for x in ("image", "text", "decoder")}
-
-
-def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without timings."""
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timing = lambda name: name in TIMINGS or name.startswith(("time/", "process/"))
-    return [{k: v for k, v in line.items() if not timing(k)} for line in found]
 
 
 def command(

@@ -59,14 +59,19 @@ def check(program: train_step.Program) -> None:
     _compare({"parameters, moments and averages": sum(sizes.values()), "a batch (batch_size)": batch})
 
 
-def check_step(compiled: jax.stages.Compiled) -> None:
-    """Checks the compiled step by the figures of its compiler. Raises OutOfMemory."""
+def step_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes per device that a compiled step needs, by kind; {} if its compiler does not say."""
     usage = compiled.memory_analysis()
     if usage is None:
-        return
+        return {}
     written = usage.output_size_in_bytes - usage.alias_size_in_bytes
     arguments = usage.argument_size_in_bytes + usage.generated_code_size_in_bytes
-    _compare({"state and batch": arguments + written, "activations": usage.temp_size_in_bytes})
+    return {"state and batch": arguments + written, "activations": usage.temp_size_in_bytes}
+
+
+def check_step(compiled: jax.stages.Compiled) -> None:
+    """Checks the compiled step by the figures of its compiler. Raises OutOfMemory."""
+    _compare(step_bytes(compiled))
 
 
 def _compare(needs: dict[str, int]) -> None:

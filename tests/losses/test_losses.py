@@ -5,14 +5,15 @@ import math
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from benchmarks import replicas
+from grain_jax import config as config_lib
 from grain_jax import losses
 from grain_jax.core import schema
-from grain_jax.losses import box_loss, matching, streaming
+from grain_jax.losses import box_loss, matching
 from grain_jax.train import sharding
 from tests import tiny
 
@@ -279,65 +280,18 @@ def test_equals_float64_replica(contrast, group_size, masked, captions, sizes, c
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=atol, err_msg=str(path))
 
 
-def plain_image_text(image, texts, ids, scale):
-    """L_ic and L_id with the whole matrix: image [B, D], texts [B, S, D], their ids [B, S]."""
-    z = scale * jnp.einsum("id,jkd->ijk", image, texts, precision="highest")
-    is_own = (ids[:, None, None] == ids[:, :, None]).any(-1)  # [i, j, k]: whether text jk is one of image i's
-    negative = jnp.where(is_own, -jnp.inf, z)
-    own_logits = jnp.einsum("iik->ik", z)
-    of_text, of_image = (jax.nn.logsumexp(negative, axis) for axis in (0, (1, 2)))
-    to_image, to_text = jnp.logaddexp(own_logits, of_text), jnp.logaddexp(own_logits, of_image[:, None])
-    return jnp.mean(to_image + to_text - 2 * own_logits) / 2
-
-
-def plain_region_description(regions, descriptions, ids, scale):
-    """L_rd with the whole matrix: row j of both [n, D] is region j, whose text is ids[j]."""
-    z = scale * streaming.similarity(regions, descriptions)
-    no_negative = (ids[:, None] == ids) & ~jnp.eye(len(ids), dtype=bool)
-    return jnp.mean(jax.nn.logsumexp(jnp.where(no_negative, -jnp.inf, z), axis=1) - jnp.diag(z))
-
-
-def plain_box_description(boxes, descriptions, ids, scale):
-    """L_bd: L_rd of the box embeddings, and with boxes and descriptions exchanged."""
-    both = (boxes, descriptions), (descriptions, boxes)
-    return sum(plain_region_description(*pair, ids, scale) for pair in both) / 2
-
-
 def test_streamed_losses_equal_their_plain_forms():
     """Losses and gradients; query j has box j, so that the matching is known."""
-    c = tiny.config(input__captions_per_image=2, loss__deep_supervision=False)
-    batch, outputs = tiny.batch(c), random_outputs(c)
-    batch = batch._replace(
-        caption_mask=np.ones_like(batch.caption_mask), region_mask=np.ones_like(batch.region_mask)
-    )
-    regions = batch.region_mask.shape[1]
-    outputs.pred_boxes_cxcywh[:, -1, :regions] = batch.region_boxes_cxcywh
-    outputs.pred_boxes_cxcywh[:, -1, regions:] = [0.01, 0.01, 0.02, 0.02]
-    flat = lambda x: x.reshape(-1, D)
-    ids = batch.description_id.reshape(-1)
-
-    def plain(o, name):
-        scale, texts = o.scales.logit_scale, flat(o.region_text_embed)
-        match name:
-            case "image_caption":
-                return plain_image_text(o.image_embed, o.text_embed, batch.caption_id, scale)
-            case "image_description":
-                described = o.image_embed, o.region_text_embed, batch.description_id
-                return plain_image_text(*described, scale)
-            case "region_description":
-                matched = flat(o.region_embed[:, :regions])
-                return plain_region_description(matched, texts, ids, scale)
-            case "box_description":
-                return plain_box_description(flat(o.box_embed), texts, ids, scale)
-
-    every = ("image_caption", "image_description", "region_description", "box_description")
-    config = dataclasses.replace(c.loss, **dict.fromkeys(every, 1.0))
+    outputs, batch = replicas.example(32, D)
+    config = config_lib.Loss(image_description=1.0, box_description=1.0)
     streamed = lambda o: losses.total_loss(o, batch, config).terms
+    plain = lambda o: replicas.losses(o, batch)
     (got, got_gradient), (expected, gradient) = (
-        jax.jit(lambda o, f=f: (f(o), jax.grad(lambda o: sum(f(o)[x] for x in every))(o)))(outputs)
-        for f in (streamed, lambda o: {name: plain(o, name) for name in every})
+        jax.jit(lambda o, f=f: (f(o), jax.grad(lambda o: sum(f(o).values()))(o)))(outputs)
+        for f in (streamed, plain)
     )
-    for name in every:
+    assert got.keys() == expected.keys()
+    for name in expected:
         np.testing.assert_allclose(got[name], expected[name], rtol=2e-6, err_msg=name)
     for ours, theirs in zip(jax.tree.leaves(got_gradient), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -7,36 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import replicas
 from grain_jax import config as config_lib
 from grain_jax.models import attention, attention_kernel, grain, layers, placement, rotary, text, vit
 from tests import foreign, tiny
 
 pytestmark = pytest.mark.long
-
-
-def _replica(q, k, v, heads, norms, eps, ids, causal):
-    """The same in float64, a head at a time; float64 must be enabled."""
-    batch, length, lanes = q.shape
-    width = lanes // heads
-    split = lambda x: x.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)
-    q, k, v = split(q), split(k), split(v)
-    if norms is not None:
-
-        def norm(x, scale, bias):
-            mean = x.mean(-1, keepdims=True)
-            variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-            return (x - mean) / jnp.sqrt(variance + eps) * scale + bias
-
-        q, k = norm(q, *norms[:2]), norm(k, *norms[2:])
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(width)
-    if ids is not None:
-        numbers = np.arange(length)
-        earlier = (numbers[:, None] >= numbers[None]) | (not causal)
-        allowed = (ids[:, :, None] == ids[:, None, :]) & earlier
-        scores = jnp.where(allowed[:, None], scores, -1e300)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    weights = weights / weights.sum(-1, keepdims=True)
-    return (weights @ v).transpose(0, 2, 1, 3).reshape(batch, length, lanes)
 
 
 CAUSAL, WITHIN = attention.CausalWithin, attention.Within
@@ -99,7 +75,9 @@ def test_kernel_equals_the_replica(name):
     arrays, ids, weight = _inputs(SHAPES[name])
     with jax.enable_x64(True):
         expected = _with_gradients(
-            jax.jit(lambda q, k, v, norms: _replica(q, k, v, heads, norms, eps, ids, kind is CAUSAL)),
+            jax.jit(
+                lambda q, k, v, norms: replicas.attention(q, k, v, heads, norms, eps, ids, kind is CAUSAL)
+            ),
             jax.tree.map(jnp.asarray, arrays),
             jnp.asarray(weight),
         )
