@@ -97,9 +97,9 @@ def _read(path: epath.Path, stated: Mapping[str, Any]) -> tuple[str, towers.Impo
     state = {name: x.numpy() for name, x in module.state_dict().items()}
     state = {name: x for name, x in state.items() if x.size and not name.endswith(_MASK_TOKEN)}
     if family == "Tipsv2":
-        words = module.text_model.embeddings
-        state["text_model.embeddings.token_embedding.weight"] *= words.embed_scale
-        state["text_model.embeddings.position_embedding.weight"] = words.position_embedding.weights.numpy()
+        name, words = "text_model.embeddings.{}_embedding.weight", module.text_model.embeddings
+        state[name.format("token")] = state[name.format("token")] * words.embed_scale
+        state[name.format("position")] = words.position_embedding.weights.numpy()
         state["logit_scale"] = -np.log(state.pop("temperature"))
     with prefixed(f"{path}: "):
         return f"{family}Model", towers.build(stated_towers, state), module

@@ -172,10 +172,11 @@ def _timm_fields(trunk: Any) -> dict[str, Any]:
     pool_heads = trunk.attn_pool.num_heads if trunk.attn_pool is not None else 0
     rotary = {}
     if rope is not None:
-        known = getattr(rope, "grid_indexing", ""), block.attn.rotate_half, len(set(rope.ref_feat_shape))
-        if known != ("xy", False, 1) or trunk.cls_token is not None and rope.grid_offset != 1:
+        grid = getattr(rope, "ref_feat_shape", None) or (0,)
+        known = getattr(rope, "grid_indexing", ""), block.attn.rotate_half, grid
+        if known != ("xy", False, grid[:1] * 2) or trunk.cls_token is not None and rope.grid_offset != 1:
             raise ConvertError("got a tower of timm with rotary positions, expected PE-core's")
-        rotary = dict(rope="indices", rope_theta=rope.temperature, rope_grid=rope.ref_feat_shape[0])
+        rotary = dict(rope="indices", rope_theta=rope.temperature, rope_grid=grid[0])
     return rotary | dict(
         pool_heads=pool_heads * (pool_heads != block.attn.num_heads),
         width=trunk.embed_dim,

@@ -133,7 +133,8 @@ class Encoder(LoadedModel):
         """Texts -> float32 [N, D], unit length; one text -> [D].
 
         Texts are strings, or int32 token ids [N, L] (`tokenizer`); or one string, or ids [L]. The highest id
-        of a row ends its text, as in CLIP, unless `model.text.end_id` says otherwise. Shorter rows are padded for a tower that sees its padding.
+        of a row ends its text, as in CLIP, or what `model.text.end_id` says. Shorter rows are padded for a
+        tower that sees its padding.
         """
         if inputs.is_one_text(texts):
             return self.encode_text(inputs.one_text(texts))[0]

@@ -253,8 +253,9 @@ class Backbone(nn.Module):
     def encode_text(self, input_ids):
         """Token ids [N, L] -> [N, D], read at the end token, at the last position, or pooled over all.
 
-        The end token is the first `end_id`; None: the highest id; -1: the last before the padding. A tower that sees its
-        padding gets texts filled to the context. With `mask_padding`, no position after the end token counts.
+        The end token is the first `end_id`; None: the highest id; -1: the last before the padding. A tower
+        that sees its padding gets texts filled to the context. With `mask_padding`, no position after the end
+        token counts.
         """
         least = int(self.seeks_end)
         if input_ids.ndim != 2 or not least <= input_ids.shape[1] <= self.context:
