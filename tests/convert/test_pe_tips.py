@@ -37,6 +37,16 @@ def _images(seed=3):
     return np.random.default_rng(seed).uniform(size=(2, SIZE, SIZE, 3)).astype(np.float32)
 
 
+def _sharp(module):
+    """`foreign.perturb`, with attention that is far from uniform: else no output shows the rotations."""
+    foreign.perturb(module)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 2 and "att" in name:
+                parameter.mul_(0.2 / parameter.std())
+    return module
+
+
 def _tips(folder, gated, temperature=True):
     """A random TIPS v2 in a folder, with a tokenizer to which "wren" is one token, and the module."""
     bytes_, merges = (
@@ -52,7 +62,7 @@ def _tips(folder, gated, temperature=True):
     image |= dict(patch_size=PATCH, layerscale_value=0.5, mlp_ratio=3, use_swiglu_ffn=gated)
     image |= dict(num_register_tokens=3 if gated else 1)
     config = transformers.Tipsv2Config(text_config=text, vision_config=image)
-    module = foreign.perturb(transformers.Tipsv2Model(config))
+    module = _sharp(transformers.Tipsv2Model(config))
     with torch.no_grad():
         module.temperature.fill_(config.temperature_init_value if not temperature else 0.07)
     module.save_pretrained(folder)
@@ -129,7 +139,7 @@ def _pe_core(folder, kind):
     """A random PE-core in a folder of open_clip, and the module."""
     vision = dict(timm_model_name=_trunk(kind), timm_pool="map", timm_proj=None, image_size=SIZE)
     text = dict(context_length=16, vocab_size=49408, width=40, heads=5, layers=2)
-    module = foreign.perturb(library.CustomTextCLIP(20, vision, text))
+    module = _sharp(library.CustomTextCLIP(20, vision, text))
     pixels = dict(mean=[0.5] * 3, std=[0.5] * 3)
     config = dict(model_cfg=dict(embed_dim=20, vision_cfg=vision, text_cfg=text), preprocess_cfg=pixels)
     folder.mkdir()
