@@ -5,6 +5,7 @@ import numpy as np
 
 from grain_jax import config as config_lib
 from grain_jax.config import recipe
+from grain_jax.configs import regions
 from grain_jax.core import schema
 from grain_jax.runtime import ending
 from grain_jax.train import forward, sharding, train_step
@@ -51,6 +52,20 @@ def config(**overrides) -> config_lib.Config:
 def small(**overrides) -> config_lib.Config:
     """`config` with as little to compile, to step and to store as there can be."""
     return config(**{k.replace(".", "__"): v for k, v in runs.SMALL.items()} | overrides)
+
+
+def regions_of(folder, **overrides):
+    """A small run of the config `regions` on the folder, with the synthetic source."""
+    c, small = regions.get_config(str(folder)), dictionary()
+    for group in ("input", "text"):
+        c[group] = small[group]
+    c.text.packing = False
+    c.update(batch_size=16, dtype="float32", total_epochs=None, total_steps=10)
+    c.optim.update(warmup_epochs=None, warmup_steps=2)
+    c.model.decoder.update({k: v for k, v in small.model.decoder.items() if k != "image_pool"})
+    c.evals = {}
+    c.update_from_flattened_dict(overrides)
+    return config_lib.from_dict(c)
 
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:

@@ -58,10 +58,12 @@ def _model(model: Model) -> Iterator[Fault]:
     for name, tower in towers.items():
         if tower and tower.width % tower.heads:
             yield f"model.{name}.heads", f"a divisor of model.{name}.width = {tower.width}"
+    if is_vit and image.pool_heads and image.width % image.pool_heads:
+        yield "model.image.pool_heads", f"0 or a divisor of model.image.width = {image.width}"
     if is_vit and image.rope != "none" and (image.width // image.heads) % 4:
         yield "model.image.rope", "none unless model.image.width / heads is a multiple of 4"
     if is_vit and image.rope == "none" and not image.positions:
-        yield "model.image.positions", "True, or model.image.rope=centres"
+        yield "model.image.positions", "True, or model.image.rope=centres or indices"
     for name, tower in (("image", image), ("text", text)):
         to_joint_space = name == "text" or model.tower_pools
         if to_joint_space and tower.projection == "none" and model.embed_dim != tower.width:
@@ -79,6 +81,8 @@ def _model(model: Model) -> Iterator[Fault]:
     for name, value in (("pad_id", text.pad_id), ("end_id", text.end_id)):
         if value is not None and value >= text.vocab_size:
             yield f"model.text.{name}", f"less than model.text.vocab_size = {text.vocab_size}"
+    if text.end_id == -1 and not text.mask_padding:
+        yield "model.text.end_id", "None or an id, unless model.text.mask_padding=True"
 
 
 def _pooling(model: Model) -> Iterator[Fault]:

@@ -45,13 +45,19 @@ class ImageTower:
     pre_norm: bool = key(False, "Whether a LayerNorm precedes the first layer, as in CLIP.")
     activation: str = key("gelu", "Activation of the MLP; gelu is exact.", choices=ACTIVATIONS)
     positions: bool = key(True, "Whether the tower learns positions of class token and patches.")
-    rope: str = key("none", "Rotary positions, as in DINOv3.", choices=("none", "centres"))
+    rope: str = key(
+        "none",
+        "Rotary positions: centres of patches (DINOv3), or their columns and rows (PE-core).",
+        choices=("none", "centres", "indices"),
+    )
+    rope_grid: int = size(14, "Patches per side that rope=indices counts; other grids are scaled to it.")
     rope_theta: float = key(100.0, "Longest wave / shortest wave of the rotary positions.", low=1)
     registers: int = count(0, "Learned tokens without a position after the class token.", high=1000)
     layer_scale: bool = key(False, "Whether outputs of attention and MLP have learned factors.")
     mlp: str = key("plain", "MLP; gated has a second linear layer.", choices=("plain", "gated"))
     key_bias: bool = key(True, "Whether the projection to the keys has a bias.")
     pool: str = key("none", "Pooling; none if the decoder pools.", choices=("none", "class", "map", "mean"))
+    pool_heads: int = count(0, "Attention heads of pool=map; 0: heads.", high=WIDEST)
     keep: float = key(1.0, "Fraction of the patches that training keeps.", low=0.01, high=1)
     projection: str = key("matrix", "Map to joint space; affine has a bias.", choices=PROJECTIONS)
     pixel_mean: tuple[float, ...] = key((0.485, 0.456, 0.406), "Mean per channel in [0, 1].")
@@ -86,7 +92,11 @@ class TextTower:
         "lower", "Cleaning of texts.", choices=("lower", "canonical", "siglip", "siglip2", "none")
     )
     pad_id: int = count(0, "Token id of the padding; it matters if the tower sees it.")
-    end_id: int | None = count(None, "Token id that ends a text. None: the highest id of the text.")
+    end_id: int | None = count(
+        None,
+        "Token id that ends a text. None: the highest id of the text; -1: its last id before the padding.",
+        low=-1,
+    )
 
     @property
     def packable(self) -> bool:
@@ -104,8 +114,15 @@ class TextTower:
         """Whether it matters where in token ids a text ends."""
         return self.mask_padding or self.pool == "end"
 
+    @property
+    def has_end_id(self) -> bool:
+        """Whether texts end with the token `end_id`."""
+        return self.end_id is not None and self.end_id >= 0
+
     def ends(self, tokens: Any) -> Any:
         """Where the texts of token ids [N, L] end, [N]; 0 for one without the token `end_id`."""
+        if self.end_id == -1:
+            return ((tokens != self.pad_id).sum(axis=1) - 1).clip(0)
         return (tokens if self.end_id is None else tokens == self.end_id).argmax(axis=1)
 
 

@@ -94,7 +94,7 @@ class ToOnnx(_OfCheckpoint, name="convert to-onnx"):
 class FromHf(_OfFile, name="convert from-hf"):
     """Weights of transformers (a folder, a file or hf://ORG/NAME) -> a folder for grain_jax.load.
 
-    CLIP, MetaCLIP, SigLIP, SigLIP 2, folders of to-hf, and DINOv3, which embeds images alone.
+    CLIP, MetaCLIP, SigLIP, SigLIP 2, TIPS v2, folders of to-hf, and DINOv3, which embeds images alone.
 
     Example:
       grain-jax convert from-hf --input hf://openai/clip-vit-base-patch32 --output towers
@@ -102,7 +102,7 @@ class FromHf(_OfFile, name="convert from-hf"):
 
 
 class FromOpenClip(_OfFile, name="convert from-open-clip"):
-    """CLIP or SigLIP weights of open_clip -> a two-tower model for grain_jax.load.
+    """CLIP, SigLIP or PE-core weights of open_clip -> a two-tower model for grain_jax.load.
 
     Example:
       grain-jax convert from-open-clip --input laion2b.safetensors --model ViT-B-32 --output towers

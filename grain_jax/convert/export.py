@@ -132,7 +132,8 @@ def _description(predictor: inference.Predictor, exported: Mapping[str, Any], mi
     tower = predictor.model.text
     end = "not looked at: zeros will do"
     if tower.seeks_end:
-        which = "; for CLIP's ids tokens.argmax(1)" if tower.end_id is None else f", the id {tower.end_id}"
+        which = "; for CLIP's ids tokens.argmax(1)" if tower.end_id is None else ", before the padding"
+        which = f", the id {tower.end_id}" if tower.has_end_id else which
         end = f"position of each text's last token{which}"
     return {
         "jax": jax.__version__,

@@ -124,12 +124,12 @@ def own_image(prefix: str) -> list[NamePair]:
     return _timm_image(prefix, _TIMM | _OURS)
 
 
-def timm_image_in_open_clip() -> list[NamePair]:
-    """The image tower of open_clip around a transformer of timm."""
+def timm_image_in_open_clip(projection: str = "head.proj") -> list[NamePair]:
+    """The image tower of open_clip around a transformer of timm; `projection` may be "trunk.head"."""
     return [
         *_timm_image("visual.trunk.", _TIMM),
         *rows("image_pool/", "visual.trunk.attn_pool.", pool("q kv proj", probe="latent")),
-        *rows("", "visual.head.", {"image_projection": "proj"}),
+        *rows("", "visual.", {"image_projection": projection}),
     ]
 
 
@@ -143,6 +143,20 @@ def hf_dinov3(layers: str = "") -> list[NamePair]:
     }
     table = rows("image/", "", names, tables.THREE_AXES)
     return table + rows("image/blocks/", layers + "layer.{}.", _DINOV3)
+
+
+def hf_tips(gated: bool) -> list[NamePair]:
+    """TIPS v2 in transformers, and its constant positions of texts by CLIP's name."""
+    names = {
+        "patch_embed": "embeddings.patch_embeddings.projection",
+        "class_token": "embeddings.cls_token",
+        "registers": "embeddings.register_tokens",
+        "position_embed": "embeddings.position_embeddings",
+        "norm": "layernorm",
+    }
+    layer = _DINOV3 | ({} if gated else {"mlp/in": "mlp.fc1", "mlp/out": "mlp.fc2"})
+    table = rows("image/", "vision_model.", names, tables.THREE_AXES)
+    return table + rows("image/blocks/", "vision_model.encoder.layer.{}.", layer) + hf_text("")
 
 
 def hf_image() -> list[NamePair]:

@@ -1,4 +1,4 @@
-"""from-hf: CLIP, MetaCLIP, SigLIP, SigLIP 2 and DINOv3 of transformers, and folders of to-hf.
+"""from-hf: CLIP, MetaCLIP, SigLIP, SigLIP 2, TIPS v2 and DINOv3 of transformers, and folders of to-hf.
 
 The class of transformers (for folders of to-hf our own, in `hf_files/`) reads config and weights; no code of
 the folder runs. Its module is the other side of the parity.
@@ -22,16 +22,20 @@ from grain_jax.core import regular_file
 from grain_jax.models import grain
 
 # model_type of config.json -> how the classes of transformers begin.
-_FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaClip2", "siglip": "Siglip", "dinov3_vit": "DINOv3ViT"}
+_FAMILIES = {
+    **{"clip": "CLIP", "metaclip_2": "MetaClip2", "siglip": "Siglip"},
+    **{"tipsv2": "Tipsv2", "dinov3_vit": "DINOv3ViT"},
+}
 _INSTEAD_OF_NAFLEX = "take a fixed size such as hf://google/siglip2-base-patch16-224"
 # Keys of config.json that send transformers to code of the Hub, quantized arrays, or outputs without names.
 _STEERING = (
     *("attn_implementation", "_attn_implementation", "experts_implementation"),
     *("_experts_implementation", "quantization_config", "return_dict"),
 )
-_MASK_TOKEN, _REGISTERS = "embeddings.mask_token", "embeddings.register_tokens"  # of DINOv3
+_MASK_TOKEN, _REGISTERS = "embeddings.mask_token", "embeddings.register_tokens"  # of DINOv3 and TIPS v2
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _IMAGENET = config_lib.ImageTower.pixel_mean, config_lib.ImageTower.pixel_std
+_UNCHANGED = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 _DINOV3_GRID = 14  # patches a side; no array depends on it
 
 
@@ -86,11 +90,17 @@ def _read(path: epath.Path, stated: Mapping[str, Any]) -> tuple[str, towers.Impo
         raise ConvertError(f"{file}: model_type: got {model_type!r}, {known}")
     with archives.reading(file, f"a config that {family}Config of transformers takes"):
         config = getattr(transformers, f"{family}Config").from_dict(_without_steering(stated))
-        stated_towers = (_dinov3 if family == "DINOv3ViT" else _two_towers)(path, family, config)
+        read = {"DINOv3ViT": _dinov3, "Tipsv2": _tips}.get(family, _two_towers)
+        stated_towers = read(path, family, config)
     model = towers.model_of(stated_towers)
     module = _load(path, model, getattr(transformers, f"{family}Model"), config)
     state = {name: x.numpy() for name, x in module.state_dict().items()}
-    state = {name: x for name, x in state.items() if x.size and name != _MASK_TOKEN}
+    state = {name: x for name, x in state.items() if x.size and not name.endswith(_MASK_TOKEN)}
+    if family == "Tipsv2":
+        name, words = "text_model.embeddings.{}_embedding.weight", module.text_model.embeddings
+        state[name.format("token")] = state[name.format("token")] * words.embed_scale
+        state[name.format("position")] = words.position_embedding.weights.numpy()
+        state["logit_scale"] = -np.log(state.pop("temperature"))
     with prefixed(f"{path}: "):
         return f"{family}Model", towers.build(stated_towers, state), module
 
@@ -166,8 +176,46 @@ def _two_towers(path: epath.Path, family: str, config: Any) -> towers.Towers:
     return towers.Towers(embed_dim, image, text, (*rows, *towers.SCALARS))
 
 
+def _tips(path: epath.Path, family: str, config: Any) -> towers.Towers:
+    """What the config of a TIPS v2 says of its towers; its second class token is a register."""
+    vision, text_config = config.vision_config, config.text_config
+    if not vision.qkv_bias:
+        raise ConvertError(f"{path / 'config.json'}: vision_config.qkv_bias: got False, expected True")
+    mean, std = _pixels(path, _UNCHANGED)
+    gated, hidden = vision.use_swiglu_ffn, int(vision.hidden_size * vision.mlp_ratio)
+    if gated:  # two thirds, in eights
+        hidden = -(-int(hidden * 2 / 3) // 8) * 8
+    image = config_lib.ImageTower(
+        **_sizes(vision) | dict(mlp_dim=hidden) | (dict(activation="silu") if gated else {}),
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        qk_norm=False,
+        registers=vision.num_register_tokens,
+        layer_scale=True,
+        mlp="gated" if gated else "plain",
+        pool="class",
+        projection="none",
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+    text = config_lib.TextTower(
+        **_sizes(text_config),
+        vocab_size=text_config.vocab_size,
+        context_length=text_config.max_position_embeddings,
+        causal=False,
+        pool="mean",
+        mask_padding=True,
+        projection="none",
+        tokenizer="tokenizer.json",
+        cleaning="none",
+        end_id=-1,
+    )
+    rows = formats.hf_tips(gated)
+    return towers.Towers(image.width, image, text, (*rows, *towers.SCALARS))
+
+
 def _sizes(config: Any) -> dict[str, Any]:
-    sizes = {ours: getattr(config, theirs) for ours, theirs in SIZES.items()}
+    sizes = {ours: getattr(config, theirs, 0) for ours, theirs in SIZES.items()}
     activation = _ACTIVATIONS.get(config.hidden_act, config.hidden_act)
     return sizes | dict(activation=activation, unroll=1)
 
@@ -202,7 +250,7 @@ def _pixels(path: epath.Path, default: Any) -> Any:
             stated = regular_file.read_json(file, dict[str, Any], "a processor of transformers")
             stated = stated.get("image_processor") or stated
             if stated.get("do_normalize") is False:
-                return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+                return _UNCHANGED
             mean, std = stated.get("image_mean"), stated.get("image_std")
             return (tuple(mean), tuple(std)) if mean and std else default
     return default

@@ -1,4 +1,4 @@
-"""from-open-clip and to-open-clip: CLIP and SigLIP of open_clip.
+"""from-open-clip and to-open-clip: CLIP and SigLIP of open_clip; from-open-clip reads PE-core, too.
 
 open_clip's classes read the config: open_clip_config.json beside the weights, or the config of a model that
 the user names. The model of open_clip, with the same weights, is the other side of the parity.
@@ -29,6 +29,7 @@ PACKAGES = ("open_clip_torch", "torch")
 # timm's models with attention pooling, by width.
 TRUNKS = {768: "base", 1024: "large", 1152: "so400m", 1536: "giantopt"}
 _CONFIG = "open_clip_config.json"
+_HEAD = "visual.trunk.head"  # the projection of PE-core
 _NOT_WEIGHTS = (
     *("input_resolution", "context_length", "vocab_size"),  # in OpenAI's state dicts
     *("attn_mask", "text.attn_mask"),
@@ -61,7 +62,9 @@ def from_open_clip(source: epath.PathLike, path: epath.PathLike, name: str | Non
     target = output.check_free(path)
     checkpoint = _read(hub.local(str(source)), name)
     with archives.reading(checkpoint.path, "what open_clip takes, by the config"):
-        imported = towers.build(_towers(checkpoint), checkpoint.state)
+        stated = _towers(checkpoint)
+        state = _as_our_rotation(checkpoint.state, stated.image)
+        imported = towers.build(stated, state)
     proof = _prove_import(checkpoint, imported)
     return towers.write("from-open-clip", checkpoint.path, target, imported, proof)
 
@@ -78,7 +81,7 @@ def _read(path: epath.Path, name: str | None) -> OpenClipCheckpoint:
         if name not in open_clip.list_models():
             raise ConvertError(f"--model: got {name!r}, expected a name of open_clip.list_models()")
         config: Any = open_clip.get_model_config(name)
-        pixels = towers.SIGLIP_PIXELS if "SigLIP" in name else pixels
+        pixels = towers.SIGLIP_PIXELS if re.search("SigLIP|PE-Core", name) else pixels
     elif regular_file.is_one(file):
         stated = regular_file.read_json(file, dict[str, Any], "open_clip's config")
         with archives.reading(file, "open_clip's config"):
@@ -124,7 +127,10 @@ def _towers(checkpoint: OpenClipCheckpoint) -> towers.Towers:
     if vision.final_ln_after_pool and vision.pool_type == "avg":
         raise ConvertError("vision_cfg: final_ln_after_pool with pool_type avg is not supported")
     text_rows = formats.openai_text("text." * checkpoint.is_custom, matrix=not text_config.proj_bias)
-    rows = formats.timm_image_in_open_clip() if vision.timm_model_name else formats.openai_image()
+    rows = formats.openai_image()
+    if vision.timm_model_name:
+        is_in_trunk = f"{_HEAD}.weight" in checkpoint.state
+        rows = formats.timm_image_in_open_clip("trunk.head" if is_in_trunk else "head.proj")
     entries = tables.Entries(checkpoint.state, [*rows, *text_rows])
     image = towers.image_sizes(entries) | dict(image_size=vision.image_size, pixel_mean=mean, pixel_std=std)
     if vision.timm_model_name:
@@ -161,9 +167,18 @@ def _timm_fields(trunk: Any) -> dict[str, Any]:
     """The keys of an image tower that is a vision transformer of timm, read off its modules."""
     import torch
 
-    block, act = trunk.blocks[0], trunk.blocks[0].mlp.act
+    block, act, rope = trunk.blocks[0], trunk.blocks[0].mlp.act, getattr(trunk, "rope", None)
     tanh = getattr(act, "approximate", "") == "tanh" or "Tanh" in type(act).__name__
-    return dict(
+    pool_heads = trunk.attn_pool.num_heads if trunk.attn_pool is not None else 0
+    rotary = {}
+    if rope is not None:
+        grid = getattr(rope, "ref_feat_shape", None) or (0,)
+        known = getattr(rope, "grid_indexing", ""), block.attn.rotate_half, grid
+        if known != ("xy", False, grid[:1] * 2) or trunk.cls_token is not None and rope.grid_offset != 1:
+            raise ConvertError("got a tower of timm with rotary positions, expected PE-core's")
+        rotary = dict(rope="indices", rope_theta=rope.temperature, rope_grid=grid[0])
+    return rotary | dict(
+        pool_heads=pool_heads * (pool_heads != block.attn.num_heads),
         width=trunk.embed_dim,
         depth=len(trunk.blocks),
         heads=block.attn.num_heads,
@@ -177,6 +192,27 @@ def _timm_fields(trunk: Any) -> dict[str, Any]:
         patch_bias=trunk.patch_embed.proj.bias is not None,
         pool=_POOLS.get(trunk.global_pool, trunk.global_pool),
     )
+
+
+def _as_our_rotation(state: tables.Arrays, image: config_lib.ImageTower) -> tables.Arrays:
+    """PE-core's state with the channels of queries and keys in our order; the products do not change.
+
+    In timm column precedes row, and channel 2 i turns with 2 i + 1. An MLP of the pool that is narrower than
+    the tower's gets units of zeros.
+    """
+    if image.rope == "none":
+        return state
+    state, head_dim = dict(state), image.width // image.heads
+    for name, x in state.items():
+        if re.fullmatch(r"visual\.trunk\.blocks\.\d+\.attn\.qkv\.(weight|bias)", name):
+            qk = x[: 2 * image.width].reshape(2 * image.heads, 2, head_dim // 4, 2, -1)
+            qk = qk[:, ::-1].transpose(0, 3, 1, 2, 4).reshape(2 * image.width, *x.shape[1:])
+            state[name] = np.concatenate([qk, x[2 * image.width :]])
+    for leaf, axis in (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)):
+        name = f"visual.trunk.attn_pool.mlp.{leaf}"
+        missing = max(image.mlp_dim - state[name].shape[axis], 0)
+        state[name] = np.pad(state[name], [(0, missing * (i == axis)) for i in range(state[name].ndim)])
+    return state
 
 
 def _prove_import(checkpoint: OpenClipCheckpoint, imported: towers.Imported) -> parity.Report:

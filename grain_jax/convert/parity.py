@@ -94,10 +94,10 @@ def inputs_of(model: config_lib.Model, *, count: int = 4, seed: int = 0) -> Inpu
     lengths = rng.integers(3, text.context_length + 1, count)
     lengths[:2] = (2, text.context_length)[:count]
     ids[:, 0] = text.vocab_size - 2
-    if text.end_id is not None:
+    if text.has_end_id:
         ids[ids == text.end_id] = text.vocab_size - 1
     for row, length in zip(ids, lengths):
-        row[length - 1], row[length:] = text.vocab_size - 1 if text.end_id is None else text.end_id, 0
+        row[length - 1], row[length:] = text.end_id if text.has_end_id else text.vocab_size - 1, 0
     return Inputs(images.astype(np.float32), ids.astype(np.int32))
 
 
@@ -184,7 +184,9 @@ def clip_outputs(module: Any, batch: Inputs) -> dict[str, np.ndarray]:
 
     images, ids = for_torch(batch)
     with torch.no_grad():
-        out = module(input_ids=ids, pixel_values=images)
+        is_tips = module.config.model_type == "tipsv2"  # whose padding is 0
+        masks = dict(attention_mask=ids.sign()) if is_tips else {}
+        out = module(input_ids=ids, pixel_values=images, **masks)
         theirs = dict(image_embed=out.image_embeds, text_embed=out.text_embeds)
         theirs["logits"] = out.logits_per_image
         if out.get("region_embeds") is not None and out.region_embeds.shape[1]:

@@ -85,7 +85,7 @@ class Model:
         # With CLIP the end token has the highest id; with other tokenizers it is the last token before the
         # padding, or the first of its id, which may pad, too.
         ends = tokens.argmax(1) if tower.tokenizer == "clip" else real.sum(1) - 1
-        if tower.mask_padding and tower.end_id is not None:
+        if tower.mask_padding and tower.has_end_id:
             ends = tower.ends(tokens)
         tokens = jnp.where(real, tokens, tower.pad_id)
         embed = jitted.text_program(model, "float32")(params, tokens, ends)

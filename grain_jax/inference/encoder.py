@@ -133,7 +133,8 @@ class Encoder(LoadedModel):
         """Texts -> float32 [N, D], unit length; one text -> [D].
 
         Texts are strings, or int32 token ids [N, L] (`tokenizer`); or one string, or ids [L]. The highest id
-        of a row ends its text, as in CLIP. Shorter rows are padded for a tower that sees its padding.
+        of a row ends its text, as in CLIP, or what `model.text.end_id` says. Shorter rows are padded for a
+        tower that sees its padding.
         """
         if inputs.is_one_text(texts):
             return self.encode_text(inputs.one_text(texts))[0]
@@ -177,7 +178,7 @@ class Encoder(LoadedModel):
             got = f"token ids {tokens.min()} to {tokens.max()}"
             raise inputs.InputError(f"texts: got {got}, expected 0 to {vocabulary - 1}")
         tokens = tokens.astype(np.int32)
-        if tower.seeks_end and tower.end_id is not None and (tokens != tower.end_id).all(1).any():
+        if tower.seeks_end and tower.has_end_id and (tokens != tower.end_id).all(1).any():
             end = f"{tower.end_id}, the end of a text (model.text.end_id)"
             raise inputs.InputError(f"texts: got token ids without {end}")
         ends = tower.ends(tokens)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MIN_TEXT_LENGTH = 2  # start and end token
+MIN_TEXT_LENGTH = 2  # that captions are cut to, at least: start and end token
 _CAPTION, _DESCRIPTION, _NEGATIVE = range(3)
 
 
@@ -62,7 +62,7 @@ def pack(
     second. If the captions alone overflow, the longest are cut to the largest common length that fits.
 
     Args:
-      lengths: i32, tokens with start and end, 2..row_length; zero if a text does not exist. A region without
+      lengths: i32, tokens with start and end, 1..row_length; zero if a text does not exist. A region without
         a description has no negatives.
       region_scores: f32[B, R], finite.
       pack_group: images per group; divides B.

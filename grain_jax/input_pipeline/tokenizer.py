@@ -27,7 +27,7 @@ class TokenizedTexts(NamedTuple):
     """N texts as tokens, without padding."""
 
     ids: np.ndarray  # int32 [sum(lengths)], text after text
-    lengths: np.ndarray  # int32 [N], each 2 or more
+    lengths: np.ndarray  # int32 [N], each 1 or more
     too_long: np.ndarray  # bool [N], the texts that were cut
     text_ids: np.ndarray  # int32 [N], equal where the cleaned texts are equal
 
@@ -50,8 +50,8 @@ class Tokenizer:
     def encode(self, texts: Sequence[str | bytes], context_length: int) -> TokenizedTexts:
         """The tokens of N strings (or UTF-8 bytes), cleaned here.
 
-        A text of more than `context_length` tokens is cut and keeps its special tokens; one of fewer than two
-        is padded to two.
+        A text of more than `context_length` tokens is cut and keeps its special tokens; one without tokens
+        gets one of padding.
 
         Raises:
           TokenizerError: not texts, or they cannot be tokenised.
@@ -64,8 +64,8 @@ class Tokenizer:
         for i, row in zip(cut, self._token_ids([cleaned[i] for i in cut], context_length)):
             rows[i] = row
         lengths = np.array([len(row) for row in rows], np.int32)
-        for i in np.flatnonzero(lengths < 2).tolist():
-            rows[i] = [*rows[i], self.pad_id, self.pad_id][:2]
+        for i in np.flatnonzero(lengths == 0).tolist():
+            rows[i] = [self.pad_id]
         ids = np.array([i for row in rows for i in row], np.int64)
         longest, largest = lengths.max(initial=0), ids.max(initial=0)
         if longest > context_length or largest >= self.vocab_size:
@@ -73,7 +73,7 @@ class Tokenizer:
                 f"{self._name}: got a text of {longest} tokens with ids up to {largest}, expected at most"
                 f" {context_length} tokens and ids below {self.vocab_size}; its special tokens do not fit"
             )
-        return TokenizedTexts(ids.astype(np.int32), lengths.clip(min=2), too_long, text_ids(cleaned))
+        return TokenizedTexts(ids.astype(np.int32), lengths.clip(min=1), too_long, text_ids(cleaned))
 
     def __call__(self, texts: Sequence[str | bytes], context_length: int = 77) -> np.ndarray:
         """Returns i32[N, context_length], padded with `pad_id`. As `encode`; 2-D even for one text."""

@@ -43,7 +43,7 @@ class GRAIN(nn.Module):
         self.text = towers.text_tower(c.text)(c.text, dtype, self.remat, c.attention, self.lora)
         self.text_norm = layers.LayerNorm(c.text.norm_eps)
         if c.text.pool == "map":
-            self.text_pool = tower_layer.AttentionPool(c.text, dtype)
+            self.text_pool = tower_layer.AttentionPool(c.text, dtype, c.text.heads)
         project = lambda width, kind: layers.dense(
             c.embed_dim,
             ("width",),
@@ -63,7 +63,8 @@ class GRAIN(nn.Module):
                 self.image_projection = project(c.decoder.width, "matrix")
         if c.tower_pools:
             if c.image.pool == "map":
-                self.image_pool = tower_layer.AttentionPool(c.image, dtype)
+                heads = c.image.pool_heads or c.image.heads
+                self.image_pool = tower_layer.AttentionPool(c.image, dtype, heads)
             if c.image.projection != "none":
                 self.image_projection = project(c.image.width, c.image.projection)
         if c.patches_predict_boxes:

@@ -3,6 +3,9 @@
 The angles are DINOv3's (Siméoni et al. 2025): 2 pi times the centre of the patch, in [-1, 1] along each side;
 row first; channel i of a head turns with channel i + half. They are the same at every resolution. Each axis
 has half of a head's frequencies, theta ** -(i / (head_dim / 4)). Leading tokens are not turned.
+
+PE-core's angles (Bolya et al. 2025) are row and column, from 1, times trained grid / grid. Its channels are
+in another order, which the conversion changes (convert/open_clip.py).
 """
 
 from typing import NamedTuple
@@ -20,7 +23,14 @@ class Rotation(NamedTuple):
 
 
 def of_grid(
-    grid: int, *, theta: float, head_dim: int, leading: int, kept: jax.Array | None = None, trailing: int = 0
+    grid: int,
+    *,
+    theta: float,
+    head_dim: int,
+    leading: int,
+    kept: jax.Array | None = None,
+    trailing: int = 0,
+    trained_grid: int = 0,
 ) -> Rotation:
     """The rotation of `leading` tokens, `grid` x `grid` patches, row by row, and `trailing` tokens.
 
@@ -31,10 +41,13 @@ def of_grid(
       leading: tokens before the patches.
       kept: int32 [B, n], the numbers of the patches that are there; None: all.
       trailing: tokens after the patches.
+      trained_grid: of PE-core's angles; 0: DINOv3's.
     """
-    centres = 2 * np.pi * (2 * (np.arange(grid) + 0.5) / grid - 1)
+    places = (np.arange(grid) + 1) * trained_grid / grid
+    if not trained_grid:
+        places = 2 * np.pi * (2 * (np.arange(grid) + 0.5) / grid - 1)
     waves = theta ** -(np.arange(head_dim // 4) / (head_dim // 4))
-    y, x = (axis.reshape(-1, 1) for axis in np.meshgrid(centres, centres, indexing="ij"))
+    y, x = (axis.reshape(-1, 1) for axis in np.meshgrid(places, places, indexing="ij"))
     angles = np.tile(np.concatenate([y * waves, x * waves], axis=-1), 2)
     angles = np.pad(angles, ((leading, 0), (0, 0)))[:, None]  # [N, 1, head_dim]
     tables = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))

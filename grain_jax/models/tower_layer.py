@@ -86,8 +86,9 @@ class TowerLayer(nn.Module):
 class AttentionPool(nn.Module):
     """One learned query attends to all tokens: the MAP head of SigLIP and big_vision (Zhai et al. 2022)."""
 
-    tower: ImageTower | TextTower  # whose width, heads, MLP, activation and norm are the pool's
+    tower: ImageTower | TextTower  # whose width, MLP, activation and norm are the pool's
     dtype: np.dtype
+    heads: int
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -95,7 +96,7 @@ class AttentionPool(nn.Module):
         t, xavier = self.tower, nn.initializers.xavier_uniform()
         probe = parameter(self, "probe", normal(0.02), ("vector",), (t.width,))
         probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, t.width))
-        attend = attention.Attention(t.width, t.heads, self.dtype, xavier, xavier, name="attention")
+        attend = attention.Attention(t.width, self.heads, self.dtype, xavier, xavier, name="attention")
         x = attend(probe, x, x, mask)
         y = LayerNorm(t.norm_eps, name="norm")(x)
         mlp = MLP(t.width, t.mlp_dim, t.activation, self.dtype, xavier, xavier, name="mlp")

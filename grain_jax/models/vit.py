@@ -1,6 +1,7 @@
 """The image tower "vit": a vision transformer, all of whose tokens the decoder gets (docs/method.md, Model).
 
-Its options also make it the tower of CLIP or SigLIP, whose tokens the model pools, and of DINOv3.
+Its options also make it the tower of CLIP, SigLIP, PE-core or TIPS v2, whose tokens the model pools, and of
+DINOv3.
 """
 
 import flax.linen as nn
@@ -132,9 +133,10 @@ class ImageTransformer(towers.ImageTower):
         extra = attention.filled(length, program, 2) - length
         if extra:
             x, mask = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), attention.First(length)
-        if t.rope == "centres":
+        if t.rope != "none":
+            trained_grid = t.rope_grid if t.rope == "indices" else 0
             sizes = dict(head_dim=t.width // t.heads, leading=self.leading_tokens(t), trailing=extra)
-            rotation = rotary.of_grid(grid, theta=t.rope_theta, kept=kept, **sizes)
+            rotation = rotary.of_grid(grid, theta=t.rope_theta, kept=kept, trained_grid=trained_grid, **sizes)
         blocks = layers.scan_layers(
             tower_layer.TowerLayer,
             t.depth,

@@ -225,6 +225,8 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         positions=dict(positions=False, rope="centres"),
         rope=dict(rope="centres"),
         rope_theta=dict(rope="centres", rope_theta=50.0),
+        rope_grid=dict(rope="indices", rope_grid=3),
+        pool_heads=dict(pool="map", pool_heads=2),
         registers=dict(registers=2),
         layer_scale=dict(layer_scale=True),
         mlp=dict(mlp="gated"),

@@ -10,7 +10,7 @@ import pytest
 from grain_jax import config as config_lib
 from grain_jax.checkpoint import digests, pretrained, saved_model, states
 from grain_jax.checkpoint.pretrained import hub
-from grain_jax.configs import grain_vitb16_cc12m, regions
+from grain_jax.configs import grain_vitb16_cc12m
 from grain_jax.convert import tables
 from grain_jax.core import errors
 from grain_jax.evaluate import kinds
@@ -177,23 +177,9 @@ def _frozen_alone_stay(before, after):
         assert np.array_equal(old[name], new[name]) == frozen, name
 
 
-def _regions(folder, **overrides):
-    """A small run of the config `regions` on the folder, with the synthetic source."""
-    c, small = regions.get_config(str(folder)), tiny.dictionary()
-    for group in ("input", "text"):
-        c[group] = small[group]
-    c.text.packing = False
-    c.update(batch_size=16, dtype="float32", total_epochs=None, total_steps=10)
-    c.optim.update(warmup_epochs=None, warmup_steps=2)
-    c.model.decoder.update({k: v for k, v in small.model.decoder.items() if k != "image_pool"})
-    c.evals = {}
-    c.update_from_flattened_dict(overrides)
-    return config_lib.from_dict(c)
-
-
 def test_whole_images_are_scored_as_published_after_every_step(siglip):
     published, _ = siglip
-    c = _regions(published, **{"model.decoder.boxes": "pointer", "model.decoder.reads_box": True})
+    c = tiny.regions_of(published, **{"model.decoder.boxes": "pointer", "model.decoder.reads_box": True})
     program = tiny.program(c, 1)
     state = initialise.state_of_step_0(c, program, lambda line: None)
     first = jax.device_get(state.params)
@@ -329,13 +315,15 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
         ({"model.image.pool": "map"}, "image.pool, model.image.projection: got 'map', 'matrix'"),
         ({"model.text.cleaning": "none"}, "text.cleaning: got 'none', expected lower, which is"),
         ({"model.text.end_id": 10**6}, "model.text.end_id: got 1000000, expected less than"),
+        ({"model.text.end_id": -1}, "model.text.end_id: got -1, expected None or an id, unless"),
+        ({"model.image.pool_heads": 5}, "model.image.pool_heads: got 5, expected 0 or a divisor of"),
         ({"model.image.keep": 1.5}, "model.image.keep: got 1.5, expected float, 0.01 to 1"),
         (
             {"model.image.rope": "centres", "model.image.heads": 16},
             "model.image.rope: got 'centres', expected none unless",
         ),
         ({"model.image.positions": False}, "model.image.positions: got False, expected True"),
-        ({"model.image.rope": "axial"}, "rope: got 'axial', expected one of none, centres"),
+        ({"model.image.rope": "axial"}, "rope: got 'axial', expected one of none, centres, indices"),
         ({"optim.lora.rank": 4, "optim.layer_decay": 0.75}, "optim.layer_decay: got 0.75, expected 1"),
         (
             {"optim.lora.rank": 4, "optim.lora.modules": ("(",)},

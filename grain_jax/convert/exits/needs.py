@@ -58,7 +58,11 @@ _TWO = _PLAIN | dict(decoder=None)
 _GELUS = ("gelu", "gelu_tanh", "quick_gelu")
 _FREE = ("none", "matrix")  # a projection without a bias; the identity stands in for none
 _SIGLIP_IMAGE: dict[str, Any] = dict(
-    image__qk_norm=False, image__class_token=False, image__pre_norm=False, image__pool="map"
+    image__qk_norm=False,
+    image__class_token=False,
+    image__pre_norm=False,
+    image__pool="map",
+    image__pool_heads=0,
 )
 CLIP = _format(
     "CLIPModel",
@@ -101,6 +105,7 @@ BIG_VISION = _format(
     image__qk_norm=False,
     image__pre_norm=False,
     image__pool=("map", "class", "mean"),
+    image__pool_heads=0,
     image__activation="gelu_tanh",
     image__norm_eps=1e-6,
     text__causal=False,

@@ -91,6 +91,7 @@ def with_end(source: Stored) -> Stored:
     ids = library(TEXTS, tower.context_length)
     ends = library.encode(TEXTS, tower.context_length).lengths - 1
     last = set(ids[np.arange(len(ids)), ends].tolist())
+    last = {-1} if tower.end_id == -1 else last
     if tower.end_id is None and len(last) == 1 and last != {library.vocab_size - 1}:
         tower = dataclasses.replace(tower, end_id=min(last))
     if len(last) != 1 or (tower.ends(ids) != ends).any():

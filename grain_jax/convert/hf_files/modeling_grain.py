@@ -45,15 +45,19 @@ def _centres(grid, **kind):
 
 
 def _turned(x, tower):
-    """Queries or keys [B, tokens, E] with the rotary positions of DINOv3; leading tokens have none.
+    """Queries or keys [B, tokens, E] with the rotary positions of DINOv3 or PE; leading tokens have none.
 
-    A patch's centre in [-1, 1] times 2 pi; channel i turns with i + half, in float32.
+    DINOv3: a patch's centre in [-1, 1] times 2 pi. PE: its row and column, from 1, on the trained grid.
+    Channel i turns with i + half, in float32.
     """
     head_dim, leading = tower["width"] // tower["heads"], _leading(tower)
     quarter = torch.arange(head_dim // 4, dtype=torch.float64)  # on the CPU: some devices have no float64
     waves = tower["rope_theta"] ** -(quarter / len(quarter))
-    centres = _centres(_grid(tower), dtype=torch.float64)
-    angles = torch.cat([2 * math.pi * (2 * a[:, None] - 1) * waves for a in centres] * 2, dim=-1)
+    places = [2 * math.pi * (2 * a - 1) for a in _centres(_grid(tower), dtype=torch.float64)]
+    if tower["rope"] == "indices":
+        scale, half = tower["rope_grid"], tower["rope_grid"] / _grid(tower) / 2
+        places = [a * scale + half for a in _centres(_grid(tower), dtype=torch.float64)]
+    angles = torch.cat([a[:, None] * waves for a in places] * 2, dim=-1)
     cos, sin = (table.float().to(x.device).unsqueeze(-2) for table in (angles.cos(), angles.sin()))
     heads = x.unflatten(-1, (-1, head_dim))
     patches = heads[:, leading:].float()
@@ -130,7 +134,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         width = tower["width"]
         self.probe = nn.Parameter(torch.zeros(1, 1, width))
-        self.attention = Attention(width, tower["heads"])
+        self.attention = Attention(width, tower.get("pool_heads") or tower["heads"])
         self.norm, self.mlp = _norm(tower), MLP(tower, ("fc1", "fc2"))
 
     def forward(self, tokens, mask=None):
@@ -249,8 +253,9 @@ class Backbone(nn.Module):
     def encode_text(self, input_ids):
         """Token ids [N, L] -> [N, D], read at the end token, at the last position, or pooled over all.
 
-        The end token is the first `end_id`, or the highest id if the tower names none. A tower that sees its
-        padding gets texts filled to the context. With `mask_padding`, no position after the end token counts.
+        The end token is the first `end_id`; None: the highest id; -1: the last before the padding. A tower
+        that sees its padding gets texts filled to the context. With `mask_padding`, no position after the end
+        token counts.
         """
         least = int(self.seeks_end)
         if input_ids.ndim != 2 or not least <= input_ids.shape[1] <= self.context:
@@ -265,6 +270,8 @@ class Backbone(nn.Module):
         real = mask = end = None
         if self.seeks_end:
             end = (ids if self.end_id is None else (ids == self.end_id).long()).argmax(dim=-1)
+        if self.end_id == -1:
+            end = ((ids != self.pad_id).sum(-1) - 1).clamp(0)
         if self.mask_padding:
             real = torch.arange(x.shape[1], device=x.device) <= end[:, None]
             mask = real[:, None, None]
