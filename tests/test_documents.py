@@ -156,6 +156,14 @@ def test_lines_of_documents_are_short():
     assert not long, "\n".join(long)
 
 
+def test_what_documents_install_is_constrained():
+    lines = [f"{name}: {line}" for name in documents() for line in text_of(name).splitlines()]
+    installs = [line for line in lines if "pip install" in line]
+    assert len(installs) > 20
+    loose = [line for line in installs if re.search(r"pip install(?! -c constraints\.txt )", line)]
+    assert not loose, "\n".join(loose)
+
+
 # The commands: fenced blocks of shell, where each line is one, and `grain-jax ...` in backticks.
 SHELL = re.compile(r"^```(?:bash|console|sh)\n(.*?)^```", re.M | re.S)
 MENTION = re.compile(r"`(grain-jax\s[^`]+\s[^`]+)`")

@@ -1,6 +1,8 @@
 """A tiny run that is ended at seeded moments, again and again, has the metrics of one left alone."""
 
+import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -18,9 +20,9 @@ STEPS = 15 * len(FAULTS) + 30
 KEYS = dict(total_steps=STEPS, checkpoint_every=5, checkpoint_keep=3)
 
 
-def start(workdir, **changes):
+def start(workdir, *, processes=0, **changes):
     """The command of the run in that workdir; the same at every restart."""
-    command = runs.command(workdir, changes | runs.SMALL)
+    command = runs.command(workdir, changes | runs.SMALL, processes=processes)
     environment = runs.on_one_device(workdir.parent / "compiled")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -29,6 +31,7 @@ def finish(workdir, **changes):
     process = start(workdir, **changes)
     text = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, text
+    return text
 
 
 def number_of_lines(workdir):
@@ -89,3 +92,27 @@ def test_of_two_at_once_one_trains_as_if_alone(tmp_path):
     assert line.startswith(f"{workdir}: process {first.pid} on ") and "\n" not in line
     assert runs.lines(workdir) == runs.lines(tmp_path / "alone")
     assert kept(workdir) == [28, 30] and not (workdir / "trainer.lock").exists()
+
+
+def test_where_one_of_two_processes_is_killed_the_other_ends_and_the_same_command_resumes(tmp_path):
+    keys = KEYS | dict(total_steps=30, processes=2)
+    finish(tmp_path / "left_alone", **keys)
+    workdir = tmp_path / "killed"
+    for victim in (1, 0):
+        process, lines = start(workdir, **keys), number_of_lines(workdir)
+        deadline = time.monotonic() + PATIENCE
+        while number_of_lines(workdir) < lines + 8:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        ps = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)]
+        children = subprocess.check_output(ps, text=True)
+        (pid,) = (line.split()[0] for line in children.splitlines() if f"--process-id={victim}" in line)
+        os.kill(int(pid), KILL)
+        text = process.communicate(timeout=90)[1]  # --heartbeat-seconds is 100
+        assert process.returncode == 128 + KILL, text
+        ended = f"process {victim} was ended by signal 9 (SIGKILL); ending the others"
+        assert [f"grain-jax local: {ended}"] == re.findall("^grain-jax local: .*", text, re.M)
+    newest = kept(workdir)[-1]
+    assert f"resumed at step {newest}" in finish(workdir, **keys)
+    assert runs.lines(workdir) == runs.lines(tmp_path / "left_alone")
+    assert kept(workdir) == kept(tmp_path / "left_alone")

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import time
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -135,19 +136,73 @@ def test_tpu_vm_runs_on_all_workers_with_the_words_intact_and_does_not_wait(stan
     python.parent.mkdir(parents=True)
     in_shell = f'cd {home} && HOME={home} bash -c "${{last#--command=}}"'
     stand_in("gcloud", f'last="${{@: -1}}"; {in_shell}')
-    script = 'printf "%s\\n" "$@" >~/words; echo $$ >~/pid.new; mv ~/pid.new ~/pid; exec sleep 60'
+    script = 'printf "%s\\n" "$@" "$TOKEN" >~/words; echo $$ >~/pid.new; mv ~/pid.new ~/pid; exec sleep 60'
     python.write_text(f"#!/bin/bash\n{script}\n")
     python.chmod(0o755)
     began = time.monotonic()
-    done = _run("launch/tpu_vm.sh", "run", "--config", "a b.py", "--config.x='y'", **TPU)
+    passed = dict(FORWARD="TOKEN", TOKEN="a 'b' $c")
+    done = _run("launch/tpu_vm.sh", "run", "--config", "a b.py", "--config.x='y'", **TPU, **passed)
     took = time.monotonic() - began  # until its output is closed
     while not (home / "pid").exists():
         time.sleep(0.05)
     os.kill(int((home / "pid").read_text()), signal.SIGKILL)
     assert done.returncode == 0 and took < 30, done.stderr
+    while not (home / "grain" / "status").exists():
+        time.sleep(0.05)
+    assert (home / "grain" / "status").read_text() == "137\n"  # what `keep` asks for
     received = (home / "words").read_text().splitlines()
-    assert received == ["-m", "grain_jax.train", "--config", "a b.py", "--config.x='y'"]
+    assert received == ["-m", "grain_jax.train", "--config", "a b.py", "--config.x='y'", "a 'b' $c"]
     assert "tpu-vm ssh pod --zone=us-central1-a --worker=all --command=" in stand_in.called()[0]
+    unset = _run("launch/tpu_vm.sh", "run", **TPU, FORWARD="NO_TOKEN")
+    assert (unset.returncode, unset.stderr) == (2, "FORWARD: NO_TOKEN is not set\n")
+
+
+KIND = dict(TYPE="v6e-8", RUNTIME="v2-alpha-tpuv6e", POLL="0", SLICES="2", **TPU)
+CREATE = (
+    "gcloud compute tpus queued-resources create pod --node-count=2 --node-prefix=pod --zone=us-central1-a"
+    " --accelerator-type=v6e-8 --runtime-version=v2-alpha-tpuv6e --spot"
+)
+LOOK = "gcloud compute tpus queued-resources describe pod --zone=us-central1-a --format=value(state.state)"
+DELETE = "gcloud compute tpus queued-resources delete pod --zone=us-central1-a --force --quiet"
+
+
+@pytest.mark.parametrize("last, status", [("0", 0), ("75 1", 1)])
+def test_tpu_vm_keeps_a_spot_run_until_it_is_done_or_fails(stand_in, tmp_path, last, status):
+    """Lines of `answers`: states of the pod, and then what its workers say of their trainers."""
+    first = ["GONE", "PROVISIONING", "ACTIVE", "ACTIVE", "none", "ACTIVE", "running 0"]
+    taken_away = ["SUSPENDED", "GONE", "FAILED", "FAILED", "FAILED", "GONE", "ACTIVE"]
+    again = ["ACTIVE", "none none", "ACTIVE", "134 75", "ACTIVE", last]
+    answers = tmp_path / "answers"
+    answers.write_text("\n".join([*first, *taken_away, *again]) + "\n")
+    take = f"answer=$(head -1 {answers}); sed -i 1d {answers}"
+    gone = '[[ $answer != GONE ]] || { echo "ERROR: NOT_FOUND: Resource" >&2; exit 1; }'
+    trainers = f'[[ $* == *pod-1* ]] || {{ {take}; printf "trainer: %s\\n" $answer; }}'
+    stand_in(
+        "gcloud", f'case $* in *describe*) {take}; {gone}; echo "$answer" ;; *pgrep*) {trainers} ;; esac'
+    )
+    stand_in("git")
+    done = _run("launch/tpu_vm.sh", "keep", "--spot", "--", "--config", "a.py", **KIND)
+    assert done.returncode == status, done.stderr
+    assert answers.read_text() == ""
+    said = "pod: done" if status == 0 else "pod: the run ended with status 1"
+    assert said in (done.stdout + done.stderr).splitlines()
+    calls = [line for line in stand_in.called() if line.startswith("g")]  # not the rest of longer commands
+    on = [[call for call in calls if f" pod-{x}" in call] for x in (0, 1)]
+    assert on[1] == [re.sub("pod-0", "pod-1", call) for call in on[0]]
+    ssh = "gcloud compute tpus tpu-vm ssh pod-0 --zone=us-central1-a --worker=all --command="
+    ask, run = (
+        ssh + 'echo "trainer: $(pgrep -f "[g]rain_jax.train" >/dev/null',
+        ssh + "cd grain && rm -f status",
+    )
+    copy = "gcloud compute tpus tpu-vm scp TAR pod-0:grain.tar --zone=us-central1-a --worker=all"
+    start = ["git archive --output=TAR HEAD", copy, ssh + "python3 -m pip install --user uv", run]
+    expected = [LOOK, CREATE, LOOK, LOOK, LOOK, ask, *start, LOOK, ask]
+    expected += [LOOK, DELETE, LOOK, CREATE, LOOK, LOOK, LOOK, DELETE, LOOK, CREATE, LOOK]
+    expected += [LOOK, ask, *start, LOOK, ask, run, LOOK, ask]
+    short = [
+        re.sub(r"/\S+/grain\.tar", "TAR", call.partition(" && ")[0]) for call in calls if call not in on[1]
+    ]
+    assert short == [call.partition(" && ")[0] for call in expected]
 
 
 CAUSES = {  # in the message of a Job that Kubernetes ended by its podFailurePolicy
@@ -169,11 +224,14 @@ def test_a_jobset_as_rendered_not_run(file, values):
     """The file with these values, which are all that it takes."""
     text, arguments = (LAUNCH / file).read_text(), "--config demo --workdir gs://b/r: # --config.optim.b1=0.9"
     values = values | dict(NAME="grain", IMAGE="r/grain:1", HOSTS="8", CHIPS="4", ARGS=arguments)
+    values["SERVICE_ACCOUNT"] = "trainer"
     assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values)
     jobset = yaml.safe_load(re.sub(r"\$\{(\w+)\}", lambda name: values[name[1]], text))
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     assert jobset["metadata"]["name"] == "grain"
+    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": job}
+    kubernetes_validate.validate(whole, "1.37", strict=True)  # Kubernetes' own schema, and no other keys
     assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", 8, 8)
     exits, disrupted = job["podFailurePolicy"]["rules"]
     assert exits["action"] == disrupted["action"] == "FailJob"
@@ -181,6 +239,9 @@ def test_a_jobset_as_rendered_not_run(file, values):
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     assert (container["name"], container["image"]) == ("train", "r/grain:1")
+    assert pod["serviceAccountName"] == "trainer"
+    variables = {"name": "grain", "optional": True}
+    assert container["envFrom"] == [{"configMapRef": variables}, {"secretRef": variables}]
     command = f"exec {TRAINER} {arguments}"
     if file == "gke.yaml":
         assert replicated["replicas"] == 2
@@ -194,6 +255,7 @@ def test_a_jobset_as_rendered_not_run(file, values):
     # Wrong input ends it, and a preemption starts it again.
     policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 3  # of a Job that ended for another reason
+    assert all(rule["name"] for rule in policy["rules"])  # JobSet's schema requires it
     assert all(rule["onJobFailureReasons"] == ["PodFailurePolicy"] for rule in policy["rules"])
     for cause, action in CAUSES.items():
         message = f"Container train for pod default/grain-0 {cause} FailJob rule at index 0"

@@ -262,7 +262,7 @@ def test_gke_gets_a_jobset_for_each_unfinished_run(tmp_path, monkeypatch):
     runs = make(tmp_path / "My_Sweep", [{"seed": s} for s in range(3)])
     pretend(runs[0], 10)
     workdir = runs[0].folder.parent
-    for name in ("HOSTS", "CHIPS", "IMAGE"):
+    for name in ("HOSTS", "CHIPS", "IMAGE", "SERVICE_ACCOUNT"):
         monkeypatch.setenv(name, "2")
     monkeypatch.delenv("ACCELERATOR", raising=False)
     with pytest.raises(errors.UserError, match="set ACCELERATOR in the environment"):
