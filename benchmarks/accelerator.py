@@ -1,6 +1,6 @@
 """The first ten minutes with a GPU or TPU: what it computes, how fast, and whether a killed run resumes.
 
-    python -m benchmarks.accelerator [--size B/16] [--batch 128] [--steps 50] [--small] [--output X.md]
+    python -m benchmarks.accelerator [--size B/16] [--batch 128] [--steps 50] [--small] [--output FILE]
 
 Checks attention and losses, with gradients, against float64 on the host; times the train step on all devices
 of this machine beside the bound of `grain-jax plan`; kills `grain-jax train`, resumes it, and compares every
@@ -198,7 +198,7 @@ def main() -> int:
         size=("B/16", dict(choices=recipe.SIZES)),
         batch=(128, dict(choices=our_step.PACKED_ROWS, help="images per device")),
         steps=50,
-        output="first_run.md",
+        output="first_run" + ".md",
         small=False,
     )
     if args.small:
