@@ -183,10 +183,12 @@ def _tips(path: epath.Path, family: str, config: Any) -> towers.Towers:
         raise ConvertError(f"{path / 'config.json'}: vision_config.qkv_bias: got False, expected True")
     mean, std = _pixels(path, _UNCHANGED)
     gated, hidden = vision.use_swiglu_ffn, int(vision.hidden_size * vision.mlp_ratio)
+    sizes = _sizes(vision)
+    sizes["mlp_dim"] = hidden
     if gated:  # two thirds, in eights
-        hidden = -(-int(hidden * 2 / 3) // 8) * 8
+        sizes |= dict(mlp_dim=-(-int(hidden * 2 / 3) // 8) * 8, activation="silu")
     image = config_lib.ImageTower(
-        **_sizes(vision) | dict(mlp_dim=hidden) | (dict(activation="silu") if gated else {}),
+        **sizes,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
         qk_norm=False,

@@ -68,7 +68,8 @@ def _trained_tokens(folder: epath.Path, model: config_lib.Model) -> np.ndarray:
 def _inputs(model: config_lib.Model, trained: np.ndarray) -> parity.Inputs:
     """The inputs of a parity report, with words of trained tokens alone; with ends if no word was trained."""
     inputs = parity.inputs_of(model)
-    end = model.text.end_id if model.text.has_end_id else model.text.vocab_size - 1
+    end = model.text.end_id
+    end = model.text.vocab_size - 1 if end is None or end < 0 else end
     known = np.setdiff1d(np.flatnonzero(trained), [0, end])
     known, ids = known if known.size else np.array([end]), inputs.token_ids
     is_kept = trained[ids] | (ids == 0) | (ids == end)

@@ -14,7 +14,6 @@ import timm
 import torch
 import transformers
 from safetensors import torch as safetensors
-from timm.layers import LayerNorm
 from timm.models import eva
 
 import grain_jax
@@ -123,11 +122,11 @@ def _trunk(kind):
     """The name of a small trunk of timm, since open_clip takes trunks by name."""
 
     def trunk(pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir=None, **more):
-        sizes = dict(img_size=SIZE, patch_size=PATCH, embed_dim=48, depth=2, num_heads=3)
+        sizes: Any = dict(img_size=SIZE, patch_size=PATCH, embed_dim=48, depth=2, num_heads=3)
         pool = dict(attn_pool_num_heads=8, attn_pool_mlp_ratio=4.0)
         rope = dict(attn_type="rope", use_rot_pos_emb=True, ref_feat_shape=(4, 4), rope_grid_offset=1.0)
         rope |= dict(rope_grid_indexing="xy", use_pre_transformer_norm=True)
-        norm = functools.partial(LayerNorm, eps=1e-5)
+        norm = functools.partial(torch.nn.LayerNorm, eps=1e-5)
         return eva.Eva(**(dict(norm_layer=norm) | sizes | pool | rope | KINDS[kind] | more))
 
     trunk.__name__ = f"tiny_pe_core_{kind}"
@@ -137,8 +136,8 @@ def _trunk(kind):
 
 def _pe_core(folder, kind):
     """A random PE-core in a folder of open_clip, and the module."""
-    vision = dict(timm_model_name=_trunk(kind), timm_pool="map", timm_proj=None, image_size=SIZE)
-    text = dict(context_length=16, vocab_size=49408, width=40, heads=5, layers=2)
+    vision: Any = dict(timm_model_name=_trunk(kind), timm_pool="map", timm_proj=None, image_size=SIZE)
+    text: Any = dict(context_length=16, vocab_size=49408, width=40, heads=5, layers=2)
     module = _sharp(library.CustomTextCLIP(20, vision, text))
     pixels = dict(mean=[0.5] * 3, std=[0.5] * 3)
     config = dict(model_cfg=dict(embed_dim=20, vision_cfg=vision, text_cfg=text), preprocess_cfg=pixels)
