@@ -27,7 +27,11 @@ class BatchRunner:
     def __init__(self, params: Any, devices: Sequence[Any], image_size: int, progress: bool):
         self.params, self.devices = params, devices
         self._image_size, self._progress = image_size, progress
-        self.most_images = MAX_BATCH * len(devices)  # in memory at a time
+
+    @property
+    def most_images(self) -> int:
+        """The most images that are in memory at a time."""
+        return MAX_BATCH * len(self.devices)
 
     def over_images(self, program: Callable[..., Any], images: OneOrMany) -> Any:
         """The results of `program` on all images, as numpy."""
@@ -89,7 +93,11 @@ class MeshRunner(BatchRunner):
     def __init__(self, params: Any, mesh: Mesh, image_size: int, progress: bool):
         super().__init__(params, mesh.local_devices, image_size, progress)
         self._mesh = mesh
-        self.most_images = sys.maxsize  # one call of `run` for each call of a process
+
+    @property
+    def most_images(self) -> int:
+        """No limit: each process makes one call of `run` where the others make one."""
+        return sys.maxsize
 
     def run(self, program: Callable[..., Any], *rows: np.ndarray, kinds=(MAX_BATCH, FEW, 1)) -> Any:
         """As of `BatchRunner`: results of this process's rows."""
