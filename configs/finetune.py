@@ -6,7 +6,7 @@ FROM      your own run, e.g. runs/own, or aviary-tiny: towers and decoder are lo
           convert, or a model of the Hugging Face Hub, e.g. hf://openai/clip-vit-base-patch32: its towers,
           pooling and logit scale are loaded, the decoder is new. configs/regions.py leaves it as it is.
 FREEZE    --config.optim.frozen="('image/.*',)" freezes the image tower, "('image/.*', 'text.*')" both.
-LORA      --config.optim.lora.rank=8 --config.optim.layer_decay=1 trains low-rank factors of the towers.
+LORA      --config.optim.lora.rank=8 trains low-rank factors of the towers, without layer_decay.
 HARDWARE  one GPU; grain-jax plan says what fits.
 """
 

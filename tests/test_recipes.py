@@ -59,6 +59,8 @@ def test_all_of_a_run_of_ones_own_is_taken(tmp_path):
     config = config_lib.from_dict(c)
     assert config.model == model and config.input.max_regions == 3
     assert config.loss.contrast == "sigmoid" and config.with_dtype("cpu").dtype == "float32"
+    c.optim.lora.rank = 4  # with the recipe's layer_decay
+    config_lib.from_dict(c)
     loaded = initialise.load(config).params
     assert loaded.keys() == expected.keys()
     for name, array in loaded.items():

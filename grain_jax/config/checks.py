@@ -135,8 +135,6 @@ def _run(config: Config) -> Iterator[Fault]:
         yield "mesh.data", "at least 1, or -1 for all devices that the other axes leave"
     if optim.name == "muon" and optim.moment_dtype != "float32":
         yield "optim.moment_dtype", "float32 with optim.name=muon"
-    if optim.lora.rank and optim.layer_decay != 1:
-        yield "optim.layer_decay", "1 with optim.lora, which freezes the layers of the towers"
 
 
 def _data(config: Config) -> Iterator[Fault]:

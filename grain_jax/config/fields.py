@@ -159,7 +159,9 @@ class Optim:
     weight_decay: float = key(0.1, "Weight decay of AdamW; it is multiplied by the learning rate.")
     clip_norm: float = key(0.0, "Largest global norm of the gradients; 0: no clipping.", low=0)
     frozen: tuple[str, ...] = key((), "Regular expressions of parameters that stay as they are.")
-    layer_decay: float = key(1.0, "Factor on the learning rate per layer from the top.", low=0.01, high=1)
+    layer_decay: float = key(
+        1.0, "Factor on the learning rate per layer from the top; 1 with optim.lora.", low=0.01, high=1
+    )
     lora: Lora = key(Lora)
 
 

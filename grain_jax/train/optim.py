@@ -259,7 +259,7 @@ def optimizer(
     """Clipping by global norm (if on), AdamW's or Muon's scaling, decay, schedule, layer-wise decay (if on).
 
     Frozen parameters have no moments and an update of zero. The learning rate, and with it layer-wise
-    decay, scales weight decay too, as in torch's AdamW.
+    decay, scales weight decay too, as in torch's AdamW. LoRA's factors all learn at the same rate.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.name == "muon":
@@ -278,7 +278,7 @@ def optimizer(
             {"trained": updates, "frozen": optax.set_to_zero()},
             lambda params: jax.tree.map(kind, frozen_mask(params, config.frozen)),
         )
-    if config.layer_decay == 1:  # the chain has no link for it, and the state no entry
+    if config.layer_decay == 1 or config.lora.rank:  # the chain has no link for it, and the state no entry
         return updates
     by_layer = lambda updates, params: jax.tree.map(
         jnp.multiply, updates, layer_scales(params, config.layer_decay)

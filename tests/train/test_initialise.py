@@ -324,7 +324,6 @@ def test_evaluations_that_need_regions_are_refused_before_the_run():
         ),
         ({"model.image.positions": False}, "model.image.positions: got False, expected True"),
         ({"model.image.rope": "axial"}, "rope: got 'axial', expected one of none, centres, indices"),
-        ({"optim.lora.rank": 4, "optim.layer_decay": 0.75}, "optim.layer_decay: got 0.75, expected 1"),
         (
             {"optim.lora.rank": 4, "optim.lora.modules": ("(",)},
             "optim.lora.modules: got ('(',), expected regular",

@@ -180,11 +180,12 @@ def test_the_update_is_torchs_adamw_with_a_group_a_layer(decay, frozen, clip):
         np.testing.assert_allclose(x, theirs_now, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_layer_decay_that_is_off_leaves_the_states_form():
-    """A checkpoint has no entry for it."""
+@pytest.mark.parametrize("decay,rank,entries", [(1.0, 0, 4), (0.6, 0, 2), (0.6, 4, 4)])
+def test_layer_decay_that_is_off_leaves_the_states_form(decay, rank, entries):
+    """A checkpoint has no entry for it; LoRA switches it off."""
     params = {"logit_scale": np.float32(1)}
-    tx = optim.optimizer(tiny.config().optim, lambda step: 1e-2)
-    assert len(tx.init(params)) == 4
+    c = tiny.config(optim__layer_decay=decay, optim__lora__rank=rank)
+    assert len(optim.optimizer(c.optim, lambda step: 1e-2).init(params)) == entries
 
 
 @pytest.mark.parametrize("name", ["logit_scale", "region_logit_scale"])
