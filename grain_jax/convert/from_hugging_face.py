@@ -15,10 +15,11 @@ from etils import epath
 from grain_jax import config as config_lib
 from grain_jax.checkpoint.pretrained import hub
 from grain_jax.convert import archives, formats, output, parity, towers
-from grain_jax.convert.exits import needs
+from grain_jax.convert.exits import needs, tokenizers
 from grain_jax.convert.faults import ConvertError, needing, prefixed, raise_any
 from grain_jax.convert.reference import names
 from grain_jax.core import regular_file
+from grain_jax.input_pipeline import clip_tokenizer, tokenizer
 from grain_jax.models import grain
 
 # model_type of config.json -> how the classes of transformers begin.
@@ -162,6 +163,8 @@ def _two_towers(path: epath.Path, family: str, config: Any) -> towers.Towers:
     fields = towers.text_fields(path, text_config.vocab_size, siglip=siglip, end_id=end_id)
     if end_id is not None and isinstance(text_config.pad_token_id, int):
         fields["pad_id"] = text_config.pad_token_id
+    if fields["tokenizer"] == "clip" and not _has_clips_tokenizer(path):
+        fields |= dict(tokenizer="tokenizer.json", cleaning="none")
     text = config_lib.TextTower(
         **_sizes(text_config),
         **fields,
@@ -174,6 +177,27 @@ def _two_towers(path: epath.Path, family: str, config: Any) -> towers.Towers:
     rows = formats.hf_image() + formats.hf_text("text_model.head" if siglip else "text_projection")
     embed_dim = vision.hidden_size if siglip else config.projection_dim
     return towers.Towers(embed_dim, image, text, (*rows, *towers.SCALARS))
+
+
+def _has_clips_tokenizer(path: epath.Path) -> bool:
+    """Whether the tokenizer in a folder, if there is one, gives CLIP's ids.
+
+    Raises:
+      ConvertError: only a vocab.json, and it differs from CLIP's.
+      UserError: the tokenizer.json cannot be read.
+    """
+    file, vocabulary = path / "tokenizer.json", path / "vocab.json"
+    if regular_file.is_one(file):
+        encode = lambda library: library.encode(tokenizers.TEXTS, 77).ids.tolist()
+        return encode(tokenizer.FileTokenizer(file, "none")) == encode(tokenizer.ClipTokenizer())
+    if regular_file.is_one(vocabulary):
+        ids = regular_file.read_json(vocabulary, dict[str, int], "token ids by token")
+        if ids != {token: i for i, token in enumerate(clip_tokenizer.tokens_and_merges()[0])}:
+            raise ConvertError(
+                f"{vocabulary}: differs from CLIP's, expected a tokenizer.json beside it;"
+                f" transformers.AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained writes one"
+            )
+    return True
 
 
 def _tips(path: epath.Path, family: str, config: Any) -> towers.Towers:

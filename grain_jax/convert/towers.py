@@ -13,10 +13,13 @@ import numpy as np
 from etils import epath
 
 from grain_jax import config as config_lib
+from grain_jax.checkpoint.saved_model import Stored
 from grain_jax.convert import output, parity, tables
+from grain_jax.convert.exits import tokenizers
 from grain_jax.convert.faults import raise_any
 from grain_jax.convert.tables import Entries, NamePair
 from grain_jax.core import regular_file
+from grain_jax.input_pipeline import tokenizer
 from grain_jax.models import grain
 
 TOWERS = ("image", "text")
@@ -129,7 +132,12 @@ def write(
     proof: parity.Report,
     *lines: str,
 ) -> parity.Report:
-    """Writes a model, with its tokenizer's file if it lies beside the weights; returns the whole report."""
+    """Writes a model, with its tokenizer's file if it lies beside the weights; returns the whole report.
+
+    Raises:
+      ConvertError: the tokenizer ends texts otherwise than the tower expects.
+      UserError: the tokenizer's file cannot be read, or has ids beyond the vocabulary of the tower.
+    """
     model, params, has_texts = imported
     name, files, lines = model.text.tokenizer, {}, (*describe(model), *lines)
     if not has_texts:
@@ -137,6 +145,8 @@ def write(
     elif name != "clip":
         file = (source if source.is_dir() else source.parent) / name
         if regular_file.is_one(file):
+            tokenizer.of_tower(model.text, file.parent)  # raises if it does not fit the tower
+            model = tokenizers.with_end(Stored(model, params, str(file.parent))).model
             files[name] = file.read_bytes()
             lines += (f"tokenizer {file}, copied",)
         else:

@@ -8,6 +8,7 @@ import open_clip
 import open_clip.model as library
 import pytest
 import timm
+import tokenizers
 import torch
 import transformers
 from timm.models.vision_transformer import VisionTransformer
@@ -17,10 +18,12 @@ from grain_jax import config as config_lib
 from grain_jax.checkpoint import saved_model
 from grain_jax.configs import finetune
 from grain_jax.convert import parity, towers
+from grain_jax.convert.exits import tokenizers as exits
 from grain_jax.convert.faults import ConvertError
 from grain_jax.convert.from_hugging_face import from_hf
 from grain_jax.convert.open_clip import _outputs, from_open_clip, to_open_clip
 from grain_jax.core import errors
+from grain_jax.input_pipeline import clip_tokenizer
 from grain_jax.train import initialise
 from tests import foreign
 
@@ -98,6 +101,45 @@ def test_metaclip_2_ends_texts_with_an_id_that_is_not_the_highest(pad, tmp_path)
     assert report.verdict == "PROVEN", report.text
     text = _check(tmp_path / "ours", module)[0].text
     assert (text.end_id, text.pad_id, text.cleaning, text.packable) == (2, 1, "none", True)
+
+
+def _words(*more):
+    """A tokenizer.json of two words and `more` tokens by id; [END] ends a text."""
+    ids = {"wren": 7, "owl": 3, "[UNK]": 0, "[END]": 9, **dict(more)}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    end = dict(special_tokens=[("[END]", 9)])
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="$A [END]", **end)
+    return library.to_str()
+
+
+def test_the_tokenizer_of_a_folder_with_clips_vocabulary(tmp_path, monkeypatch):
+    """CLIP's own is "clip"; another one is used, and none may have ids beyond the vocabulary."""
+    monkeypatch.setitem(HF_TEXT, "vocab_size", clip_tokenizer.VOCAB_SIZE)
+    theirs, module = tmp_path / "theirs", _hf("CLIP", eos_token_id=2)
+    module.save_pretrained(theirs)
+    tower = config_lib.TextTower(context_length=LENGTH)
+    clips = exits.files(tower, None)[0]["tokenizer.json"]
+    (theirs / "tokenizer.json").write_text(json.dumps(clips))
+    assert from_hf(theirs, tmp_path / "clip").verdict == "PROVEN"
+    assert saved_model.load_model(tmp_path / "clip")[0].text.tokenizer == "clip"
+    (theirs / "tokenizer.json").write_text(_words())
+    assert from_hf(theirs, tmp_path / "words").verdict == "PROVEN"
+    with torch.no_grad():
+        out = module.get_text_features(torch.tensor([[7, 3, 0, 9] + [0] * (LENGTH - 4)])).pooler_output
+    expected = (out / out.norm(dim=-1, keepdim=True)).numpy()
+    foreign.close(grain_jax.load(tmp_path / "words").encode_text(["wren owl Finch"]), expected)
+    (theirs / "tokenizer.json").write_text(_words(("finch", clip_tokenizer.VOCAB_SIZE)))
+    with pytest.raises(errors.UserError, match="tokenizer.json has ids up to 49408, but model.text.vocab_si"):
+        from_hf(theirs, tmp_path / "beyond")
+    (theirs / "tokenizer.json").unlink()
+    vocabulary = {token: i for i, token in enumerate(clip_tokenizer.tokens_and_merges()[0])}
+    (theirs / "vocab.json").write_text(json.dumps(vocabulary))
+    assert from_hf(theirs, tmp_path / "clip").verdict == "PROVEN"
+    (theirs / "vocab.json").write_text(json.dumps(vocabulary | {"finch": 7}))
+    with pytest.raises(ConvertError, match="vocab.json: differs from CLIP's, expected a tokenizer.json"):
+        from_hf(theirs, tmp_path / "beyond")
+    assert not (tmp_path / "beyond").exists()
 
 
 @pytest.mark.parametrize(
